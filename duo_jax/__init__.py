@@ -1,0 +1,37 @@
+"""DuoAttention for JAX: long contexts in which only retrieval heads keep a full KV cache (arXiv 2410.10819)."""
+
+from duo_jax.cache import KVCache
+from duo_jax.checkpoint import load_model, load_tokenizer
+from duo_jax.config import PRESETS, ModelConfig
+from duo_jax.generate import Generation, Step, Stream, generate, stream
+from duo_jax.model import Model
+from duo_jax.pattern import HeadPattern, published_patterns
+from duo_jax.phases import decode_step, prefill
+from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Categorical",
+    "Generation",
+    "Greedy",
+    "HeadPattern",
+    "KVCache",
+    "MinP",
+    "Model",
+    "ModelConfig",
+    "RepetitionPenalty",
+    "Step",
+    "Stream",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "decode_step",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "prefill",
+    "published_patterns",
+    "stream",
+]

@@ -1,0 +1,272 @@
+"""KVCache: keys and values in two pools, split by head type. A pure pytree; every method returns a new cache.
+
+Retrieval heads keep `max_length` tokens, streaming heads a ring of `sink_size + recent_size`, whatever the context.
+Which head lies in which slot of which pool is data (the head table), so patterns with as many retrieval heads share
+one compiled program. Attention itself is in `pallas_kernels`.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from duo_jax.config import ModelConfig
+from duo_jax.pattern import HeadPattern
+from pallas_kernels import Heads, Pools
+from pallas_kernels.positions import consecutive, ring_index, ring_positions
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["pools", "is_retrieval", "slot", "length"],
+    meta_fields=["sink_size", "recent_size"],
+)
+@dataclass(frozen=True)
+class KVCache:
+    """The cache of a batch of sequences. Step functions donate it: the one passed in is gone, go on with the new one.
+
+    Attributes:
+        pools: keys and values; `retrieval_* [Pr, B, S, H]` and `streaming_* [Ps, B, sink + recent, H]`.
+        is_retrieval: head table, True where a KV head lies in the retrieval pool.
+        slot: head table, the slot in its pool.
+        length: tokens in the cache, per row.
+        sink_size: first tokens that a streaming head keeps (static).
+        recent_size: most recent tokens that a streaming head keeps (static).
+    """
+
+    pools: Pools
+    is_retrieval: Bool[Array, "L K"]
+    slot: Int32[Array, "L K"]
+    length: Int32[Array, "B"]
+    sink_size: int
+    recent_size: int
+
+    @classmethod
+    def init(
+        cls,
+        config: ModelConfig,
+        pattern: HeadPattern | None,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: str | jnp.dtype | None = None,
+    ) -> "KVCache":
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens.
+
+        Without a pattern every head is a retrieval head. `dtype` defaults to the configuration's.
+
+        Raises:
+            ValueError: a pattern of another model, or sizes below 1.
+        """
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+        is_retrieval = _table(config, pattern)
+        # Slots are numbered within each type, layer by layer.
+        flat = is_retrieval.ravel()
+        slot = np.where(flat, flat.cumsum(), (~flat).cumsum()).reshape(is_retrieval.shape) - 1
+        sink_size, recent_size = (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
+        retrieval, streaming = _pool_shapes(is_retrieval, sink_size + recent_size, batch_size, max_length, config)
+        zeros = functools.partial(jnp.zeros, dtype=dtype)
+        return cls(
+            pools=Pools(zeros(retrieval), zeros(retrieval), zeros(streaming), zeros(streaming)),
+            is_retrieval=jnp.asarray(is_retrieval),
+            slot=jnp.asarray(slot, jnp.int32),
+            length=jnp.zeros((batch_size,), jnp.int32),
+            sink_size=int(sink_size),
+            recent_size=int(recent_size),
+        )
+
+    @staticmethod
+    def bytes_for(
+        config: ModelConfig,
+        pattern: HeadPattern | None,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: str | jnp.dtype | None = None,
+    ) -> int:
+        """Bytes of keys and values that `init` would allocate: `2 * H * bytes * B * (Pr * S + Ps * (sink + recent))`."""
+        ring = pattern.sink_size + pattern.recent_size if pattern else 0
+        shapes = _pool_shapes(_table(config, pattern), ring, batch_size, max_length, config)
+        itemsize = jnp.dtype(config.dtype if dtype is None else dtype).itemsize
+        return sum(2 * int(np.prod(shape, dtype=np.int64)) * itemsize for shape in shapes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return sum(pool.size * pool.dtype.itemsize for pool in self.pools)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache."""
+        return self.length.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that each sequence can hold."""
+        return self.pools.retrieval_k.shape[2]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of keys and values."""
+        return self.pools.retrieval_k.dtype
+
+    def heads(self, layer: int) -> Heads:
+        """One layer's row of the head table."""
+        return Heads(self.is_retrieval[layer], self.slot[layer])
+
+    def append_chunk(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], lengths: Int32[Array, "B"]
+    ) -> "KVCache":
+        """Write one layer's keys and values of a chunk behind `length`, the padding beyond `lengths` left out.
+
+        `length` stays: a chunk counts as appended with `advance`, once every layer has written it.
+        """
+        heads, pools = self.heads(layer), self.pools
+        position = consecutive(self.length, k.shape[1])
+        valid = position < (self.length + lengths)[:, None]
+        if pools.retrieval_k.shape[0]:
+            slot, row = _retrieval_slots(heads, pools)[:, None, None], _rows(self.batch_size)[None, :, None]
+            # Out of bounds means dropped: padding, and heads of the other type.
+            index = jnp.where(valid, position, self.max_length)[None]
+            pools = pools._replace(
+                retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
+                retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
+            )
+        if pools.streaming_k.shape[0]:
+            # The newest token of each ring index comes from the chunk if the chunk holds it, else it stays.
+            newest = ring_positions(self.length + lengths, sink_size=self.sink_size, recent_size=self.recent_size)
+            source = newest - self.length[:, None]
+            pools = pools._replace(
+                streaming_k=_refill(pools.streaming_k, heads, source, k),
+                streaming_v=_refill(pools.streaming_v, heads, source, v),
+            )
+        return replace(self, pools=pools)
+
+    def append_token(
+        self, layer: int, k: Float[Array, "B K H"], v: Float[Array, "B K H"], active: Bool[Array, "B"]
+    ) -> "KVCache":
+        """Write one layer's key and value of a new token behind `length`, for the active rows."""
+        heads, pools, row = self.heads(layer), self.pools, _rows(self.batch_size)[None, :]
+        k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+        if pools.retrieval_k.shape[0]:
+            slot = _retrieval_slots(heads, pools)[:, None]
+            index = jnp.where(active, self.length, self.max_length)[None, :]
+            pools = pools._replace(
+                retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k),
+                retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v),
+            )
+        if pools.streaming_k.shape[0]:
+            slot = _streaming_slots(heads, pools)[:, None]
+            index = ring_index(self.length, sink_size=self.sink_size, recent_size=self.recent_size)
+            index = jnp.where(active, index, pools.streaming_k.shape[2])[None, :]
+            pools = pools._replace(
+                streaming_k=_scatter(pools.streaming_k, (slot, row, index), k),
+                streaming_v=_scatter(pools.streaming_v, (slot, row, index), v),
+            )
+        return replace(self, pools=pools)
+
+    def advance(self, count: Int32[Array, "B"]) -> "KVCache":
+        """Count tokens that every layer has written."""
+        return replace(self, length=self.length + count)
+
+    def mark(self) -> "Mark":
+        """Remember this point: a copy of rings and lengths only, so that one prefilled text can be asked many times."""
+        return Mark(
+            streaming_k=jnp.copy(self.pools.streaming_k),
+            streaming_v=jnp.copy(self.pools.streaming_v),
+            length=jnp.copy(self.length),
+            last_key=_last_key(self.pools, self.length),
+        )
+
+    def rewind(self, mark: "Mark") -> "KVCache":
+        """This cache as it was at `mark`, without a copy of the retrieval pool: entries beyond `length` are never read.
+
+        Raises:
+            ValueError: a mark of another cache, or one whose tokens were overwritten after an earlier rewind.
+        """
+        if mark.streaming_k.shape != self.pools.streaming_k.shape or mark.last_key.shape[1] != self.batch_size:
+            raise ValueError(
+                f"this mark is of another cache: its rings are {mark.streaming_k.shape}, "
+                f"the cache's {self.pools.streaming_k.shape}"
+            )
+        found = np.asarray(_last_key(self.pools, mark.length))
+        if not np.array_equal(found, np.asarray(mark.last_key)):
+            raise ValueError(
+                "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other tokens "
+                "were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
+            )
+        rings = {"streaming_k": jnp.copy(mark.streaming_k), "streaming_v": jnp.copy(mark.streaming_v)}
+        return replace(self, pools=self.pools._replace(**rings), length=jnp.copy(mark.length))
+
+    def fork(self) -> "KVCache":
+        """A real copy, which lives on when this cache is donated."""
+        return jax.tree.map(jnp.copy, self)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["streaming_k", "streaming_v", "length", "last_key"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Mark:
+    """A point to rewind to. `last_key` is the newest key of each retrieval slot: it tells a stale mark."""
+
+    streaming_k: Float[Array, "Ps B R H"]
+    streaming_v: Float[Array, "Ps B R H"]
+    length: Int32[Array, "B"]
+    last_key: Float[Array, "Pr B H"]
+
+
+def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
+    if pattern is None:
+        return np.ones((config.num_layers, config.num_kv_heads), bool)
+    pattern.check(config)
+    return pattern.is_retrieval
+
+
+def _pool_shapes(
+    is_retrieval: np.ndarray, ring: int, batch_size: int, max_length: int, config: ModelConfig
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes `[Pr, B, S, H]` and `[Ps, B, R, H]`."""
+    num_retrieval = int(is_retrieval.sum())
+    num_streaming = is_retrieval.size - num_retrieval
+    return (num_retrieval, batch_size, max_length, config.head_dim), (num_streaming, batch_size, ring, config.head_dim)
+
+
+def _rows(batch_size: int) -> Int32[Array, "B"]:
+    return jnp.arange(batch_size, dtype=jnp.int32)
+
+
+def _retrieval_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
+    """Slots of the retrieval heads; out of bounds, and so never written, for the others."""
+    return jnp.where(heads.is_retrieval, heads.slot, pools.retrieval_k.shape[0])
+
+
+def _streaming_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
+    return jnp.where(heads.is_retrieval, pools.streaming_k.shape[0], heads.slot)
+
+
+def _scatter(pool: Array, index: tuple[Array, Array, Array], new: Array) -> Array:
+    return pool.at[index].set(new.astype(pool.dtype), mode="drop")
+
+
+def _refill(
+    pool: Float[Array, "Ps B R H"], heads: Heads, source: Int32[Array, "B R"], chunk: Float[Array, "B T K H"]
+) -> Float[Array, "Ps B R H"]:
+    """Rings after a chunk: index r takes chunk token `source[b, r]`, or stays where that is negative."""
+    slots = jnp.where(heads.is_retrieval, 0, heads.slot)
+    new = jnp.take_along_axis(chunk, jnp.maximum(source, 0)[:, :, None, None], axis=1).astype(pool.dtype)
+    rings = jnp.where((source >= 0)[None, :, :, None], new.transpose(2, 0, 1, 3), pool[slots])
+    return pool.at[jnp.where(heads.is_retrieval, pool.shape[0], heads.slot)].set(rings, mode="drop")
+
+
+def _last_key(pools: Pools, length: Int32[Array, "B"]) -> Float[Array, "Pr B H"]:
+    key = pools.retrieval_k[:, _rows(length.shape[0]), jnp.maximum(length - 1, 0)]
+    return jnp.where((length > 0)[None, :, None], key, jnp.zeros_like(key))  # An empty row has no key to compare.

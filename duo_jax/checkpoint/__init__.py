@@ -1,0 +1,5 @@
+"""Pretrained weights and tokenizers, from a Hugging Face folder, a hub id, a GGUF file, or a packaged model's name."""
+
+from duo_jax.checkpoint.load import load_model, load_tokenizer
+
+__all__ = ["load_model", "load_tokenizer"]

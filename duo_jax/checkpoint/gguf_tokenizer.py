@@ -1,0 +1,199 @@
+"""A tokenizer from the metadata of a GGUF file; knows nothing of files, of tensors, or of the model they make."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# Token types of the GGUF specification that matter here; the others are 2 unknown, 5 unused, 6 byte.
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+_SPACE = "▁"  # how SentencePiece spells a space
+
+
+@dataclass(frozen=True)
+class ByteLevelSplit:
+    """How a byte-level BPE cuts text before its merges run.
+
+    `patterns` are applied in turn, to the pieces the former left; matches and what lies between them become pieces.
+    `ignore_merges`: a piece that is a token as it stands is not built from merges. `nfc`: text is composed first.
+    `add_bos`: what holds where the file has no `tokenizer.ggml.add_bos_token`.
+    """
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+    nfc: bool = False
+    add_bos: bool = False
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTION_OR_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS_OR_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_LLAMA3 = ByteLevelSplit((_CONTRACTION_OR_WORD + r"|\p{N}{1,3}" + _SYMBOLS_OR_SPACE,), ignore_merges=True, add_bos=True)
+_QWEN2 = ByteLevelSplit((_CONTRACTION_OR_WORD + r"|\p{N}" + _SYMBOLS_OR_SPACE,), nfc=True)
+
+# Names are llama.cpp's (`tokenizer.ggml.pre`); the rules are those of each model's own tokenizer.json.
+BYTE_LEVEL_SPLITS: Mapping[str, ByteLevelSplit] = {
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": ByteLevelSplit((_TEKKEN,), ignore_merges=True, add_bos=True),
+    # Digits stand alone: their vocabulary was learnt so, and a run of spaces before a digit stays whole.
+    "smollm": ByteLevelSplit((r"\p{N}", _GPT2)),
+    "gpt-2": ByteLevelSplit((_GPT2,)),
+    # llama.cpp's own rule for a file that does not say: punctuation apart, digits in threes.
+    "default": ByteLevelSplit((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9]{3}")),
+}
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFast:
+    """The tokenizer a GGUF file describes, with its special tokens and chat template.
+
+    `metadata` maps the file's keys to plain Python values: `tokenizer.ggml.model`, `.tokens`, `.token_type`; `.pre` and
+    `.merges` (model "gpt2") or `.scores` (model "llama"); the ids of special tokens, `.add_bos_token`,
+    `.add_eos_token`, `.add_space_prefix` (model "llama" only) and `tokenizer.chat_template` where the file has them.
+    Where it does not say, BOS is prepended for SentencePiece, Llama 3 and Tekken, and EOS is never appended.
+
+    Raises `ValueError` where a key is missing that the tokenizer needs, and `NotImplementedError` for a tokenizer model
+    or a pre-tokenizer that is not in the tables of this file.
+    """
+    model = _required(metadata, "model")
+    if model not in _BUILDERS:
+        raise NotImplementedError(
+            f"GGUF tokenizer model {model!r} is not supported, only {sorted(_BUILDERS)}; "
+            "load the tokenizer from the model's Hugging Face repository instead"
+        )
+    tokens, token_types = _required(metadata, "tokens"), _required(metadata, "token_type")
+    if len(tokens) != len(token_types):
+        raise ValueError(
+            f"tokens and token types must pair up, got {len(tokens)=} and {len(token_types)=}; convert again"
+        )
+
+    tokenizer, add_bos = _BUILDERS[model](metadata)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, token_types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    add_bos = _get(metadata, "add_bos_token", add_bos)
+    add_eos = _get(metadata, "add_eos_token", False)
+    bos, eos, unk, pad = (
+        None if (index := _get(metadata, f"{name}_token_id")) is None else tokens[index]
+        for name in ("bos", "eos", "unknown", "padding")
+    )
+    # transformers would turn the flag off without a word, and every prompt would then lack its first token.
+    for name, token, wanted in (("bos", bos, add_bos), ("eos", eos, add_eos)):
+        if wanted and token is None:
+            raise ValueError(
+                f"every text is to get a {name.upper()} token, but the file has no 'tokenizer.ggml.{name}_token_id'; "
+                f"set it, or set 'tokenizer.ggml.add_{name}_token' to False"
+            )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        pad_token=pad,
+        add_bos_token=add_bos,
+        add_eos_token=add_eos,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
+    """BPE over bytes, each spelled as one printable character, and whether BOS is prepended by default."""
+    name = _required(metadata, "pre")
+    if name not in BYTE_LEVEL_SPLITS:
+        raise NotImplementedError(
+            f"GGUF pre-tokenizer {name!r} is not supported, only {sorted(BYTE_LEVEL_SPLITS)}; add a row to "
+            "BYTE_LEVEL_SPLITS or load the tokenizer from the model's Hugging Face repository"
+        )
+    split = BYTE_LEVEL_SPLITS[name]
+    merges = [tuple(merge.split(" ")) for merge in _required(metadata, "merges")]
+    tokenizer = Tokenizer(models.BPE(_vocab(metadata), merges, ignore_merges=split.ignore_merges))
+    if split.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, split.add_bos
+
+
+def _sentencepiece(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
+    """SentencePiece BPE, where a character that no token covers becomes its UTF-8 bytes, and True: BOS by default."""
+    unknown = _get(metadata, "unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            _vocab(metadata),
+            _merges_from_scores(metadata),
+            unk_token=None if unknown is None else _required(metadata, "tokens")[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    # The whole text is one piece, as in SentencePiece: a token may span words and runs of spaces.
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    undo: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if _get(metadata, "add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend(_SPACE))
+        undo.append(decoders.Strip(" ", left=1))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(undo)
+    return tokenizer, True
+
+
+def _merges_from_scores(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
+    """SentencePiece joins the neighbours whose union scores highest: each split of a token is a merge, best first."""
+    scores, types = _required(metadata, "scores"), _required(metadata, "token_type")
+    # Only normal tokens come of merges: with `split_special_tokens`, text that spells a control token stays text.
+    score_of = {
+        token: score
+        for token, score, kind in zip(_required(metadata, "tokens"), scores, types, strict=True)
+        if kind == _NORMAL
+    }
+    merges = [
+        (score, token[:cut], token[cut:])
+        for token, score in score_of.items()
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in score_of and token[cut:] in score_of
+    ]
+    merges.sort(key=lambda merge: -merge[0])  # stable: of one token's splits, that with the longer left part leads
+    return [(left, right) for _, left, right in merges]
+
+
+_BUILDERS: Mapping[str, Callable[[Mapping[str, object]], tuple[Tokenizer, bool]]] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+}
+
+
+def _vocab(metadata: Mapping[str, object]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(_required(metadata, "tokens"))}
+
+
+def _get(metadata: Mapping[str, object], name: str, default: Any = None) -> Any:
+    return metadata.get(f"tokenizer.ggml.{name}", default)
+
+
+def _required(metadata: Mapping[str, object], name: str) -> Any:
+    value = _get(metadata, name)
+    if value is None:
+        raise ValueError(
+            f"the metadata has no {f'tokenizer.ggml.{name}'!r}: the file carries no tokenizer, or half of one; "
+            "load the tokenizer from the model's Hugging Face repository, or convert the model again"
+        )
+    return value

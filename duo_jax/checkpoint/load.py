@@ -1,0 +1,116 @@
+"""Loading: find the checkpoint, check every tensor's name and shape, then place them one by one."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from duo_jax.checkpoint import hub
+from duo_jax.checkpoint.folder import Folder
+from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
+from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
+from duo_jax.checkpoint.source import Source
+from duo_jax.checkpoint.table import Weight, ignorable, weight_table
+from duo_jax.config import ModelConfig
+from duo_jax.model import Decoder, Model
+
+
+def load_model(source: str | Path, *, dtype: str | None = None, progress: bool | None = None) -> Model:
+    """Load pretrained weights, tensor by tensor, onto the default device.
+
+    Args:
+        source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
+        dtype: data type of the weights; by default the checkpoint's, and float32 on a CPU, which has no fast bfloat16.
+        progress: show a progress bar; by default only in a terminal.
+
+    Raises:
+        FileNotFoundError, PermissionError: nothing there, or not for you; the message says what to do.
+        NotImplementedError: an architecture, feature or quantization that is not supported, by name.
+        ValueError: missing, extra, misshapen or truncated tensors, by name.
+    """
+    found = open_source(source)
+    config = found.config
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    config = replace(config, dtype=dtype)
+    table = weight_table(config)
+    _check_tensors(found, config, table, str(source))
+    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(decoder)
+    flat = dict(nnx.to_flat_state(abstract))
+    total = sum(int(np.prod(shape)) for weight in table.values() for shape in weight.shapes)
+    bar = tqdm(total=total, unit=" weights", unit_scale=True, desc="loading", disable=None if progress is None else not progress)
+    with bar:
+        for path, weight in _in_file_order(table, found):
+            flat[path] = flat[path].replace(_place(found, weight, jnp.dtype(dtype)))
+            bar.update(sum(int(np.prod(shape)) for shape in weight.shapes))
+    return Model(config, graphdef, nnx.from_flat_state(flat.items()))
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; `source` as for `load_model`."""
+    return open_source(source, weights=False).tokenizer()
+
+
+def open_source(source: str | Path, *, weights: bool = True) -> Source:
+    """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Folder(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is neither a folder nor a .gguf file; for safetensors give the folder around it")
+        return GgufFile(path)
+    if str(source).lower() in PACKAGED:
+        return GgufFile(packaged_model(str(source).lower()))
+    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return Folder(hub.download(source, weights=weights))
+    raise FileNotFoundError(
+        f"no model {str(source)!r}: give a Hugging Face folder, a .gguf file, a hub id (organisation/name), "
+        f"or one of the packaged models {sorted(PACKAGED)}"
+    )
+
+
+def _check_tensors(found: Source, config: ModelConfig, table: dict[tuple[str | int, ...], Weight], label: str) -> None:
+    """Name every tensor that is missing, extra or misshapen, before the first one is read."""
+    expected = {name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    shapes = found.shapes
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected and name != ROPE_DIVISORS and not ignorable(name, config)]
+    wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
+    problems = {"missing": missing, "not known to this architecture": extra, "of another shape": wrong}
+    lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"{label}: the tensors are not those of its configuration\n" + "\n".join(lines))
+
+
+def _in_file_order(
+    table: dict[tuple[str | int, ...], Weight], found: Source
+) -> Iterator[tuple[tuple[str | int, ...], Weight]]:
+    """Parameters in the order of the file's tensors, so that a shard is opened once."""
+    order = {name: index for index, name in enumerate(found.shapes)}
+    yield from sorted(table.items(), key=lambda row: order[row[1].names[0]])
+
+
+def _place(found: Source, weight: Weight, dtype: jnp.dtype) -> Array:
+    parts = [found.read(name) for name in weight.names]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return _convert(whole, dtype, weight.is_kernel)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _convert(x: Array, dtype: jnp.dtype, transpose: bool) -> Array:
+    return (x.T if transpose else x).astype(dtype)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

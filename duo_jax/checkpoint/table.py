@@ -1,0 +1,61 @@
+"""The weight table: which checkpoint tensors make each parameter of the decoder. Names are Hugging Face's.
+
+Every supported family uses the same names; what a configuration leaves out (biases, q/k-norm, a free head) has no row.
+"""
+
+from dataclasses import dataclass
+
+from duo_jax.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter's source: tensors joined along their first axis, then transposed if the parameter is a kernel.
+
+    Checkpoints store kernels `[out, in]`, this decoder `[in, out]`.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    is_kernel: bool = False
+
+
+def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
+    """Parameter path in the decoder -> where its values come from."""
+    dim, vocab, mlp = config.embed_dim, config.vocab_size, config.mlp_dim
+    q, kv, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
+    table: dict[tuple[str | int, ...], Weight] = {
+        ("embed", "embedding"): Weight(("model.embed_tokens.weight",), ((vocab, dim),)),
+        ("norm", "scale"): Weight(("model.norm.weight",), ((dim,),)),
+    }
+    if not config.tied_head:
+        table["head", "kernel"] = Weight(("lm_head.weight",), ((vocab, dim),), is_kernel=True)
+    qkv, out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
+    gate_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
+    # Path in a layer, checkpoint modules joined in it, their output sizes, their input size, whether they have a bias.
+    linears = [
+        (("attention", "qkv"), qkv, (q, kv, kv), dim, config.qkv_bias),
+        (("attention", "out"), out, (dim,), q, config.out_bias),
+        (("mlp", "gate_up"), gate_up, (mlp, mlp), dim, config.mlp_bias),
+        (("mlp", "down"), down, (dim,), mlp, config.mlp_bias),
+    ]
+    norms = [(("attention_norm",), "input_layernorm", dim), (("mlp_norm",), "post_attention_layernorm", dim)]
+    if config.qk_norm:
+        norms += [(("attention", f"{x}_norm"), f"self_attn.{x}_norm", head) for x in "qk"]
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}."
+        for path, modules, sizes, width, has_bias in linears:
+            kernels = tuple(f"{prefix}{module}.weight" for module in modules)
+            shapes = tuple((size, width) for size in sizes)
+            table["layers", index, *path, "kernel"] = Weight(kernels, shapes, is_kernel=True)
+            if has_bias:
+                biases = tuple(f"{prefix}{module}.bias" for module in modules)
+                table["layers", index, *path, "bias"] = Weight(biases, tuple((size,) for size in sizes))
+        for path, module, size in norms:
+            table["layers", index, *path, "scale"] = Weight((f"{prefix}{module}.weight",), ((size,),))
+    return table
+
+
+def ignorable(name: str, config: ModelConfig) -> bool:
+    """Tensors that checkpoints carry and nobody needs: stored RoPE frequencies, a second copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")

@@ -1,0 +1,65 @@
+"""The `duo` command. Subcommands are found through the entry-point group `duo.commands`: `train` and `eval` add theirs.
+
+A subcommand is a frozen dataclass whose fields are its flags, whose docstring is its help, and whose `run` does it.
+"""
+
+import os
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+# transformers says at every start that torch is missing; here that is how it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+# What a caller can get wrong: said in a line, without a traceback.
+USER_ERRORS = (ValueError, OSError, NotImplementedError)
+
+
+def main() -> None:
+    """Run the subcommand that the command line names. Exit codes: 0 done, 2 wrong use, 130 interrupted."""
+    commands = {entry.name: entry for entry in entry_points(group="duo.commands")}
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(_usage(commands))
+    elif name == "--version":
+        print(f"duo-jax {_version()}")
+    elif name not in commands:
+        print(f"duo: no command {name!r}; there are {', '.join(sorted(commands))}. See duo --help", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.exit(_run(commands[name]))
+
+
+def _run(entry: EntryPoint) -> int:
+    import tyro
+
+    command = tyro.cli(entry.load(), prog=f"duo {entry.name}", args=sys.argv[2:])
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print(f"\nduo {entry.name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        if os.environ.get("DUO_TRACEBACK"):
+            raise
+        print(f"duo {entry.name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage(commands: dict[str, EntryPoint]) -> str:
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:<{width}}  {_summary(commands[name])}" for name in sorted(commands)]
+    return "\n".join(["usage: duo COMMAND [flags]", "", *lines, "", "duo COMMAND --help lists a command's flags."])
+
+
+def _summary(entry: EntryPoint) -> str:
+    return (entry.load().__doc__ or "").strip().splitlines()[0]
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("duo-jax")

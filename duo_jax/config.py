@@ -1,0 +1,170 @@
+"""ModelConfig: everything that decides a decoder's shape and arithmetic. Frozen, so that it is static under jit.
+
+A family of models is a row of `FAMILIES` here and a weight table in `checkpoint`; what a row does not say is refused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from duo_jax.rope import ROPES, Llama3Rope, Rope
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP."""
+
+    family: str
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    tied_head: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that no decoder can have."""
+        for field in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            if not getattr(self, field) >= 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads=}, {self.num_kv_heads=}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
+        norms = 2 * self.embed_dim + 2 * self.head_dim * self.qk_norm
+        biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        biases += self.out_bias * self.embed_dim + self.mlp_bias * (2 * self.mlp_dim + self.embed_dim)
+        layer = attention + 3 * self.embed_dim * self.mlp_dim + norms + biases
+        embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_head else 2)
+        return self.num_layers * layer + embeddings + self.embed_dim
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """From a Hugging Face configuration as a mapping: `AutoConfig.from_pretrained(path).to_dict()`.
+
+        Raises:
+            NotImplementedError: an architecture or a feature that this decoder does not have, by name.
+            ValueError: a configuration that contradicts itself.
+        """
+        name = config.get("model_type")
+        if name not in FAMILIES:
+            raise NotImplementedError(f"model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+        _refuse_unsupported(config)
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        eos = config.get("eos_token_id")
+        return cls(
+            family=name,
+            vocab_size=config["vocab_size"],
+            num_layers=config["num_hidden_layers"],
+            embed_dim=hidden,
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            mlp_dim=config["intermediate_size"],
+            rope=_rope_from_hf(config),
+            norm_eps=config["rms_norm_eps"],
+            max_positions=config["max_position_embeddings"],
+            tied_head=bool(config.get("tie_word_embeddings")),
+            dtype=str(config.get("dtype") or "float32").removeprefix("torch."),
+            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+            **{flag: bool(value(config) if callable(value) else value) for flag, value in FAMILIES[name].items()},
+        )
+
+    @property
+    def trained_positions(self) -> int:
+        """Tokens of context that the model was trained for."""
+        return self.rope.trained_positions(self.max_positions)
+
+
+def _flag(name: str):
+    return lambda config: config.get(name, False)
+
+
+# Which optional parts a family has; a callable reads its configuration.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"qkv_bias": _flag("attention_bias"), "out_bias": _flag("attention_bias"), "mlp_bias": _flag("mlp_bias")},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qkv_bias": _flag("attention_bias"), "out_bias": _flag("attention_bias"), "qk_norm": True},
+}
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Name the first feature that this decoder does not have: computing on without it would be silently wrong."""
+    refused = None
+    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
+    layers = config.get("layer_types") or []
+    # A window as wide as the trained context, or one that no layer uses, is no window.
+    if window and window < positions and config.get("use_sliding_window", True) and "full_attention" not in set(layers):
+        refused = f"sliding-window attention ({window=})"
+    if any("full_attention" != kind for kind in layers):
+        refused = f"layers of type {sorted(set(layers) - {'full_attention'})}"
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        refused = f"the activation {config['hidden_act']!r}"
+    if any(config.get(key) for key in _EXPERTS):
+        refused = "a mixture of experts"
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        refused = f"weights quantized by {method!r}; GGUF files are dequantized, other formats are not read"
+    if refused:
+        raise NotImplementedError(f"{config['model_type']}: this model uses {refused}, which is not supported")
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
+    parameters = dict(config.get("rope_parameters") or {})
+    name = parameters.get("rope_type") or parameters.get("type") or "default"
+    if name not in ROPES:
+        raise NotImplementedError(f"RoPE scaling {name!r} is not supported; supported are {', '.join(ROPES)}")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise NotImplementedError(f"partial RoPE is not supported, got {parameters['partial_rotary_factor']=}")
+    if name in ("llama3", "yarn"):
+        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    rope = {key: value for key, value in parameters.items() if value is not None}
+    if name == "yarn" and "factor" not in rope:
+        rope["factor"] = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    rope["theta"] = float(rope.pop("rope_theta", 10000.0))
+    known = {field.name for field in fields(ROPES[name])}
+    return ROPES[name](**{key: value for key, value in rope.items() if key in known})
+
+
+_LLAMA3 = ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192, Rope(500000.0), eos_ids=(128001, 128009))
+_LLAMA31_ROPE = Llama3Rope(500000.0, factor=8.0)
+
+# Shapes of well-known models, for planning and for measuring with random weights.
+PRESETS: dict[str, ModelConfig] = {
+    "llama-2-7b": ModelConfig("llama", 32000, 32, 4096, 32, 32, 128, 11008, 4096, eos_ids=(2,)),
+    "llama-3-8b": _LLAMA3,
+    "llama-3-70b": replace(_LLAMA3, num_layers=80, embed_dim=8192, num_heads=64, mlp_dim=28672),
+    "llama-3.1-8b": replace(_LLAMA3, rope=_LLAMA31_ROPE, max_positions=131072),
+    "llama-3.1-70b": replace(
+        _LLAMA3, num_layers=80, embed_dim=8192, num_heads=64, mlp_dim=28672, rope=_LLAMA31_ROPE, max_positions=131072
+    ),
+    "mistral-7b": ModelConfig("mistral", 32768, 32, 4096, 32, 8, 128, 14336, 32768, Rope(1e6), eos_ids=(2,)),
+    "qwen2.5-7b": ModelConfig(
+        "qwen2", 152064, 28, 3584, 28, 4, 128, 18944, 32768, Rope(1e6), 1e-6, qkv_bias=True, eos_ids=(151645,)
+    ),
+    "qwen3-8b": ModelConfig(
+        "qwen3", 151936, 36, 4096, 32, 8, 128, 12288, 40960, Rope(1e6), 1e-6, qk_norm=True, eos_ids=(151645,)
+    ),
+    "smollm2-135m": ModelConfig(
+        "llama", 49152, 30, 576, 9, 3, 64, 1536, 8192, Rope(100000.0), tied_head=True, eos_ids=(2,)
+    ),
+}

@@ -1,0 +1,86 @@
+"""The decoder of every family, and `Model`, the pytree that functions take. Knows no cache and no pattern.
+
+The one thing that differs between inference, training and evaluation is attention, so it is an argument: `attend`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from duo_jax.config import ModelConfig
+from duo_jax.layers import Attend, Layer
+from duo_jax.rope import rotation
+
+State = TypeVar("State")
+
+
+class Decoder(nnx.Module):
+    """Embedding, decoder layers, final norm, and the head to logits."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """Build with random weights; `checkpoint` fills them in."""
+        kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.config = config
+        self.embed = nnx.Embed(config.vocab_size, config.embed_dim, **kinds)
+        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = nnx.RMSNorm(config.embed_dim, epsilon=config.norm_eps, **kinds)
+        if not config.tied_head:
+            self.head = nnx.Linear(config.embed_dim, config.vocab_size, use_bias=False, **kinds)
+
+    def hidden(
+        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], attend: Attend[State], state: State
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer."""
+        x = self.embed(tokens)
+        angles = rotation(self.config.rope, self.config.head_dim, positions)
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x, state = layer(x, angles, attend, state, index)
+        return self.norm(x), state
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Next-token logits in float32. Pass only the positions wanted: `[T, V]` of a long prompt is larger than it."""
+        with jax.named_scope("head"):
+            weight = self.embed.embedding.get_value().T if self.config.tied_head else self.head.kernel.get_value()
+            return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "graphdef"])
+@dataclass(frozen=True)
+class Model:
+    """A decoder's weights as a pytree: `params` are its leaves, everything else is static under jit."""
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+    @classmethod
+    def random(cls, config: ModelConfig, *, seed: int = 0, dtype: str | None = None) -> "Model":
+        """A model with random weights, for tests and for measuring; `dtype` defaults to the configuration's."""
+        return cls.from_decoder(Decoder(config, dtype=jnp.dtype(dtype or config.dtype), rngs=nnx.Rngs(seed)))
+
+    @classmethod
+    def from_decoder(cls, decoder: Decoder) -> "Model":
+        """Split a module into its static part and its weights."""
+        graphdef, params = nnx.split(decoder)
+        return cls(decoder.config, graphdef, params)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The module put together again: cheap, and meant to be used inside a jitted function."""
+        return nnx.merge(self.graphdef, self.params)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the weights."""
+        return self.decoder.embed.embedding.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))

@@ -1,0 +1,261 @@
+"""HeadPattern: which KV heads keep a full cache. Host data only: from gates, to a boolean table, to files and back.
+
+The unit is the KV head, per layer: a pattern is a `[layers, kv_heads]` table (paper section 2). Files are those of the
+published patterns: `full_attention_heads.tsv` with the raw gates and `config.json` with the sizes used in training.
+"""
+
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from duo_jax.config import ModelConfig
+
+GATES_FILE = "full_attention_heads.tsv"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPattern:
+    """Head types of one model, and the sizes of a streaming head's cache.
+
+    Attributes:
+        is_retrieval: True where a KV head keeps every token.
+        sink_size: first tokens that a streaming head keeps.
+        recent_size: most recent tokens that a streaming head keeps, the query's own included.
+        gates: the trained gates as loaded, unclipped.
+        metadata: what `config.json` says of where the gates come from.
+    """
+
+    is_retrieval: Bool[np.ndarray, "L K"]
+    sink_size: int
+    recent_size: int
+    gates: Float[np.ndarray, "L K"]
+    metadata: dict = field(default_factory=dict)
+    # The bytes that were loaded: an unchanged pattern is saved as it was.
+    _config_text: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the table and the sizes."""
+        if self.is_retrieval.ndim != 2 or self.gates.shape != self.is_retrieval.shape:
+            shapes = f"{self.is_retrieval.shape=}, {self.gates.shape=}"
+            raise ValueError(f"a pattern is a table [layers, kv_heads] with a gate for each head, got {shapes}")
+        for name, least in (("sink_size", 0), ("recent_size", 1)):
+            size = getattr(self, name)
+            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+
+    def __eq__(self, other: object) -> bool:
+        """Two patterns are equal if they serve the same heads in the same way."""
+        return (
+            isinstance(other, HeadPattern)
+            and np.array_equal(self.is_retrieval, other.is_retrieval)
+            and (self.sink_size, self.recent_size) == (other.sink_size, other.recent_size)
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Rows of the table."""
+        return self.is_retrieval.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Columns of the table."""
+        return self.is_retrieval.shape[1]
+
+    @property
+    def num_retrieval(self) -> int:
+        """KV heads that keep every token, over all layers."""
+        return int(self.is_retrieval.sum())
+
+    @property
+    def num_streaming(self) -> int:
+        """KV heads that keep sinks and the recent window only, over all layers."""
+        return self.is_retrieval.size - self.num_retrieval
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of KV heads that are streaming heads."""
+        return self.num_streaming / self.is_retrieval.size
+
+    def kv_fraction(self, context_length: int) -> float:
+        """KV tokens kept at `context_length`, as a fraction of what full attention keeps."""
+        streaming = min(context_length, self.sink_size + self.recent_size)
+        kept = self.num_retrieval * context_length + self.num_streaming * streaming
+        return kept / (self.is_retrieval.size * context_length)
+
+    @classmethod
+    def from_gates(
+        cls,
+        gates: Float[np.ndarray, "L K"],
+        *,
+        sink_size: int,
+        recent_size: int,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        kv_budget: float | None = None,
+        context_length: int | None = None,
+        metadata: dict | None = None,
+    ) -> "HeadPattern":
+        """Choose the retrieval heads: those with the largest gates (paper section 2.3).
+
+        Exactly one rule applies; without any it is `threshold=0.5`. Ties are broken by (gate, kv head, layer), so the
+        same gates give the same pattern on every machine.
+
+        Args:
+            gates: one per KV head; clipped to [0, 1] for the choice, kept as given.
+            sink_size: first tokens that a streaming head keeps.
+            recent_size: most recent tokens that a streaming head keeps.
+            sparsity: fraction of KV heads that become streaming heads, over all layers, rounded down to whole heads.
+            threshold: heads with a gate of at least this are retrieval heads.
+            kv_budget: fraction of full attention's KV tokens that may be kept at `context_length`.
+            context_length: tokens; needed by `kv_budget` alone.
+            metadata: anything worth keeping in `config.json`.
+
+        Raises:
+            ValueError: gates that are not a finite table, more than one rule, or a rule that cannot be met.
+        """
+        gates = np.asarray(gates)
+        if gates.ndim != 2 or not gates.size or not np.issubdtype(gates.dtype, np.number):
+            raise ValueError(f"gates must be a table [layers, kv_heads] of numbers, got {gates.dtype}{gates.shape}")
+        gates = gates.astype(np.float64)
+        if not np.isfinite(gates).all():
+            bad = [tuple(int(i) for i in index) for index in np.argwhere(~np.isfinite(gates))[:3]]
+            raise ValueError(f"gates must be finite, got NaN or infinity at (layer, kv head) {bad}; train them again")
+        rules = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
+        given = {name: value for name, value in rules.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"give one of sparsity, threshold and kv_budget, got {given}")
+        for name, value in given.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {name}={value}")
+        if (kv_budget is None) != (context_length is None):
+            raise ValueError(f"kv_budget and context_length go together, got {kv_budget=}, {context_length=}")
+        usable = gates.clip(0.0, 1.0)
+        if sparsity is not None:
+            # The tolerance keeps 0.7 * 10 at 7.
+            is_retrieval = _largest(usable, gates.size - int(sparsity * gates.size + 1e-9))
+        elif kv_budget is not None and context_length is not None:
+            capacity = sink_size + recent_size
+            is_retrieval = _largest(usable, _affordable(gates.size, kv_budget, context_length, capacity))
+        else:
+            is_retrieval = usable >= (0.5 if threshold is None else threshold)
+        return cls(is_retrieval, sink_size, recent_size, gates, metadata or {})
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        kv_budget: float | None = None,
+        context_length: int | None = None,
+        sink_size: int | None = None,
+        recent_size: int | None = None,
+    ) -> "HeadPattern":
+        """Load a folder with `full_attention_heads.tsv` and `config.json`, or a published pattern by name.
+
+        `sink_size` and `recent_size` override the ones in `config.json`; the rules are those of `from_gates`.
+
+        Raises:
+            FileNotFoundError: no such folder or name; the message lists the names.
+            ValueError: files that do not hold a pattern, or a rule that cannot be met.
+        """
+        folder = _find(source)
+        config_text = _read(folder / CONFIG_FILE)
+        try:
+            metadata = json.loads(config_text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
+        sizes = {"sink_size": sink_size, "recent_size": recent_size}
+        for name, override in sizes.items():
+            if override is None and not (isinstance(metadata, dict) and name in metadata):
+                raise ValueError(f"{folder / CONFIG_FILE} has no {name!r}; add it or pass {name}=")
+            sizes[name] = metadata[name] if override is None else override
+        rules = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget, "context_length": context_length}
+        pattern = cls.from_gates(_read_gates(folder / GATES_FILE), **sizes, **rules, metadata=metadata)
+        object.__setattr__(pattern, "_config_text", config_text)
+        return pattern
+
+    def save(self, folder: str | Path) -> None:
+        """Write `full_attention_heads.tsv` (raw gates) and `config.json`; NVIDIA's kvpress reads the same files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
+        text = self._config_text
+        if text is None or any(self.metadata.get(name) != size for name, size in sizes.items()):
+            text = json.dumps(self.metadata | sizes, indent=1) + "\n"
+        np.savetxt(folder / GATES_FILE, self.gates, delimiter="\t")
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError if this pattern is of another model."""
+        if self.is_retrieval.shape != (config.num_layers, config.num_kv_heads):
+            raise ValueError(
+                f"the pattern has {self.num_layers} layers x {self.num_kv_heads} KV heads, the model "
+                f"{config.num_layers} x {config.num_kv_heads}: it was made for another model; choose one of its own"
+            )
+
+
+def published_patterns() -> list[str]:
+    """Names that `HeadPattern.load` knows without a path."""
+    root = resources.files("duo_jax") / "patterns"
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
+
+
+def _largest(gates: np.ndarray, count: int) -> np.ndarray:
+    """Mark the `count` largest gates; among equals the higher KV head, then the higher layer stays a retrieval head."""
+    layers, heads = np.indices(gates.shape)
+    ascending = np.lexsort((layers.ravel(), heads.ravel(), gates.ravel()))
+    chosen = np.zeros(gates.size, bool)
+    chosen[ascending[gates.size - count :]] = True
+    return chosen.reshape(gates.shape)
+
+
+def _affordable(num_heads: int, budget: float, context_length: int, capacity: int) -> int:
+    """Most retrieval heads whose KV tokens, with those of the streaming heads, stay within the budget."""
+    if context_length < 1:
+        raise ValueError(f"context_length must be at least 1, got {context_length=}")
+    streaming = min(capacity, context_length)
+    least = streaming / context_length
+    if budget < least:
+        raise ValueError(
+            f"kv_budget={budget} at {context_length=} is less than {least:.4f}, which streaming heads alone keep: "
+            "raise it, or lower sink_size + recent_size"
+        )
+    if streaming == context_length:
+        return num_heads
+    return int(num_heads * (budget * context_length - streaming) / (context_length - streaming) + 1e-9)
+
+
+def _find(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    name = str(source).lower()
+    if name in published_patterns():
+        return Path(str(resources.files("duo_jax") / "patterns" / name))
+    names = "\n  ".join(published_patterns())
+    raise FileNotFoundError(f"no folder and no published pattern {str(source)!r}; the names are\n  {names}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: a pattern is {GATES_FILE} and {CONFIG_FILE}") from None
+
+
+def _read_gates(path: Path) -> np.ndarray:
+    rows = [line.split("\t") for line in _read(path).splitlines() if line.strip()]
+    if not rows or len({len(row) for row in rows}) != 1:
+        lengths = sorted({len(row) for row in rows})
+        raise ValueError(f"{path} must have as many tab-separated gates in every row (layer), got rows of {lengths}")
+    try:
+        return np.array([[float(gate) for gate in row] for row in rows])
+    except ValueError as error:
+        raise ValueError(f"{path} holds something that is not a number: {error}") from None

@@ -1,0 +1,169 @@
+"""The two phases of inference, prefill and decode step, over a model and a cache. Knows nothing of sampling or text.
+
+Each phase is one pure function that traces (`extend`, `step`), which `generate` builds on, and one public function
+around it that checks its arguments and runs it jitted, donating the cache.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int32
+
+from duo_jax.cache import KVCache
+from duo_jax.model import Model
+from duo_jax.validation import check_cache, check_prompt, check_room, check_vocabulary, is_traced
+from pallas_kernels import decode_attention, prefill_attention
+from pallas_kernels.positions import consecutive
+
+# Most tokens of a prompt computed at a time by default: bounds the memory of activations, not the result.
+CHUNK_SIZE = 1024
+
+
+def prefill(
+    model: Model,
+    tokens: ArrayLike,
+    cache: KVCache,
+    *,
+    chunk_size: int | None = None,
+    lengths: ArrayLike | None = None,
+    backend: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Append a prompt to the cache (paper section 2.3); any chunk size gives the same answer.
+
+    Args:
+        model: the weights.
+        tokens: `[B, T]` token ids, ragged rows padded at the right.
+        cache: the cache to go on from; it is donated.
+        chunk_size: tokens computed at a time; by default chosen by the prompt's length, at most `CHUNK_SIZE`.
+        lengths: `[B]` valid tokens of each row; all of them by default.
+        backend: attention backend; None takes the best one verified on this device.
+        progress: called after each chunk with the number of positions done so far.
+
+    Returns:
+        Logits `[B, V]` (float32) after the last token of each row, and the new cache.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, a cache of another model, one that would overflow.
+    """
+    tokens, lengths = check_prompt(model.config, tokens, lengths)
+    check_cache(model.config, cache, tokens.shape[0])
+    check_room(model.config, cache, lengths)
+    # Columns that are padding in every row cost nothing, where the lengths are known.
+    longest = tokens.shape[1] if is_traced(lengths) else int(np.max(lengths))
+    width = chunk_width(longest, chunk_size)
+    last = jnp.zeros((tokens.shape[0], model.config.embed_dim), model.dtype)
+    for begin in range(0, longest, width):
+        chunk = jnp.pad(tokens[:, begin : begin + width], ((0, 0), (0, max(0, begin + width - tokens.shape[1]))))
+        last, cache = _extend(model, chunk, cache, jnp.clip(lengths - begin, 0, width), last, backend)
+        if progress:
+            last.block_until_ready()
+            progress(min(begin + width, longest))
+    return _head(model, last), cache
+
+
+def decode_step(
+    model: Model, token: ArrayLike, cache: KVCache, *, active: ArrayLike | None = None, backend: str | None = None
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Append one token a row to the cache.
+
+    Args:
+        model: the weights.
+        token: `[B]` token ids.
+        cache: the cache to go on from; it is donated.
+        active: `[B]` rows to append to; the others keep their cache as it is and their logits mean nothing.
+        backend: attention backend; None takes the best one verified on this device.
+
+    Returns:
+        Logits `[B, V]` (float32) of the token after, and the new cache.
+
+    Raises:
+        ValueError: a token outside the vocabulary, a cache of another model, one that would overflow.
+    """
+    token = jnp.asarray(token)
+    if token.ndim != 1 or not jnp.issubdtype(token.dtype, jnp.integer):
+        raise ValueError(f"token must be [batch] integers, got {token.dtype}{token.shape}")
+    active = jnp.ones(token.shape, bool) if active is None else jnp.asarray(active)
+    check_cache(model.config, cache, token.shape[0])
+    if not is_traced(token, active):
+        check_vocabulary(model.config, np.asarray(token)[np.asarray(active)])
+        check_room(model.config, cache, np.asarray(active).astype(np.int32))
+    return _step(model, token.astype(jnp.int32), cache, active, backend)
+
+
+def bucket(count: int) -> int:
+    """`count` rounded up so that few different sizes occur: to one of eight steps an octave, at most 1/8 more."""
+    step = max(16, 1 << max(0, (count - 1).bit_length() - 4))
+    return -(-count // step) * step
+
+
+def chunk_width(length: int, chunk_size: int | None = None) -> int:
+    """Tokens per chunk for a prompt: `chunk_size`, or by default a power of two that wastes little on the last chunk.
+
+    Few widths occur, so a new prompt seldom compiles: 16 to 128 for short prompts, about an eighth of longer ones.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    octave = 1 << max(4, (length - 1).bit_length())
+    return min(chunk_size, octave) if chunk_size else min(CHUNK_SIZE, max(min(octave, 128), octave // 8))
+
+
+def extend(
+    model: Model,
+    tokens: Int32[Array, "B T"],
+    cache: KVCache,
+    lengths: Int32[Array, "B"],
+    last: Float[Array, "B D"],
+    backend: str | None,
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Append a chunk: the hidden state of each row's last token (`last` where the row has none here), and the cache."""
+    sizes = {"sink_size": cache.sink_size, "recent_size": cache.recent_size, "backend": backend}
+
+    def attend(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+        pools, heads = state.pools, state.heads(layer)
+        out = prefill_attention(q, k, v, pools, heads, start=state.length, lengths=lengths, **sizes)
+        return out, state.append_chunk(layer, k, v, lengths)
+
+    positions = consecutive(cache.length, tokens.shape[1])
+    hidden, new = model.decoder.hidden(tokens, positions, attend, cache)
+    newest = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.where((lengths > 0)[:, None], newest, last)
+    new = new.advance(lengths)
+    return _poison(last, new.length > cache.max_length), new
+
+
+def step(
+    model: Model, token: Int32[Array, "B"], cache: KVCache, active: Bool[Array, "B"], backend: str | None
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Append one token to the active rows: the logits after it, and the cache."""
+    sizes = {"sink_size": cache.sink_size, "recent_size": cache.recent_size, "backend": backend}
+    lengths = cache.length + active.astype(jnp.int32)
+
+    def attend(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+        state = state.append_token(layer, k[:, 0], v[:, 0], active)
+        out = decode_attention(q[:, 0], state.pools, state.heads(layer), lengths=lengths, **sizes)
+        return out[:, None], state
+
+    decoder = model.decoder
+    hidden, new = decoder.hidden(token[:, None], cache.length[:, None], attend, cache)
+    logits = decoder.logits(hidden[:, 0])
+    return _poison(logits, lengths > cache.max_length), new.advance(active.astype(jnp.int32))
+
+
+def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """Logits of one hidden state a row."""
+    return model.decoder.logits(last)
+
+
+def _poison(values: Float[Array, "B n"], overfull: Bool[Array, "B"]) -> Float[Array, "B n"]:
+    """NaN for rows whose cache overflowed where no error could be raised: a traced call must not be quietly wrong."""
+    return jnp.where(overfull[:, None], jnp.asarray(jnp.nan, values.dtype), values)
+
+
+_extend = functools.partial(jax.jit, static_argnums=5, donate_argnums=(2, 4))(extend)
+_step = functools.partial(jax.jit, static_argnums=4, donate_argnums=2)(step)
+_head = jax.jit(head)

@@ -1,0 +1,136 @@
+"""Rotary position embedding (Su et al. 2021) and its scalings: one small class each, found by name in `ROPES`.
+
+A scaling is a rule that turns a head dimension into inverse frequencies; rotating is the same for all of them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Unscaled RoPE: `theta ** (-2i / H)`."""
+
+    theta: float = 10000.0
+    type: ClassVar[str] = "default"
+    # Multiplies cos and sin, and so attention scores by its square; only YaRN has one.
+    attention_factor: ClassVar[float] = 1.0
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Inverse frequencies `[H // 2]`, float32, as Hugging Face computes them."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        return (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+
+    def trained_positions(self, max_positions: int) -> int:
+        """Positions that the model was trained for, given its configuration's `max_position_embeddings`."""
+        return max_positions
+
+
+@dataclass(frozen=True)
+class LinearRope(Rope):
+    """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
+
+    factor: float = 1.0
+    type: ClassVar[str] = "linear"
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """See `Rope`."""
+        return super().inverse_frequencies(head_dim) / np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3Rope(Rope):
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, the middle blended."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    type: ClassVar[str] = "llama3"
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """See `Rope`."""
+        frequencies = super().inverse_frequencies(head_dim)
+        rotations = self.original_max_position_embeddings * frequencies / np.float32(2 * math.pi)
+        smooth = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class YarnRope(Rope):
+    """YaRN (Peng et al. 2023): interpolation by wavelength, and a temperature on attention."""
+
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    attention_factor: float = 0.0  # type: ignore[misc]  # 0: by the paper's formula
+    type: ClassVar[str] = "yarn"
+
+    def __post_init__(self) -> None:
+        """Resolve the temperature (paper section 3.4), so that the field holds the number in use."""
+        if not self.attention_factor:
+            scales = (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (1.0, 0.0)
+            first, second = (0.1 * m * math.log(max(self.factor, 1.0)) + 1.0 for m in scales)
+            object.__setattr__(self, "attention_factor", first / second)
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """See `Rope`."""
+
+        def dimension(rotations: float) -> float:
+            wavelengths = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+            return head_dim * math.log(wavelengths) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3)
+        interpolated = np.clip(ramp, 0.0, 1.0).astype(np.float32)
+        frequencies = super().inverse_frequencies(head_dim)
+        return frequencies / np.float32(self.factor) * interpolated + frequencies * (1 - interpolated)
+
+    def trained_positions(self, max_positions: int) -> int:
+        """Configurations differ in whether `max_position_embeddings` has the factor in it: the larger reading."""
+        return max(max_positions, int(self.factor * self.original_max_position_embeddings))
+
+
+@dataclass(frozen=True)
+class DividedRope(Rope):
+    """A divisor for each frequency, as GGUF files store Llama 3.1's scaling (`rope_freqs.weight`)."""
+
+    divisors: tuple[float, ...] = ()
+    type: ClassVar[str] = "divided"
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """See `Rope`."""
+        return super().inverse_frequencies(head_dim) / np.asarray(self.divisors, np.float32)
+
+
+ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}
+
+
+def rotation(
+    rope: Rope, head_dim: int, positions: Int32[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
+    """cos and sin of every position and frequency, float32, broadcastable over heads (`H2 = H // 2`)."""
+    frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))[None, None, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def rotate(
+    x: Float[Array, "B T n H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"]
+) -> Float[Array, "B T n H"]:
+    """Rotate the pairs (i, i + H/2) of every head by its position's angles; in float32, in Hugging Face's layout."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,151 @@
+"""Samplers: how the next token is chosen from logits. Frozen dataclasses, so that they are static under jit.
+
+`Greedy` and `Categorical` choose; transforms before them reshape the logits, in the order given:
+`Categorical((RepetitionPenalty(1.1), Temperature(0.7), TopP(0.9)))`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Key
+
+MASKED = -1e30
+
+
+class Transform(Protocol):
+    """Reshapes logits; `seen` marks the vocabulary entries of the prompt and of what was generated so far."""
+
+    def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """Return the logits to choose from."""
+        ...
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide logits by `value`: below 1 sharper, above 1 flatter."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not self.value > 0:
+            raise ValueError(f"temperature must be above 0, got {self.value}; for the most likely token use Greedy()")
+
+    def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """See `Transform`."""
+        return logits / self.value
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the `k` most likely tokens (and ties with the last of them)."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.k < 1:
+            raise ValueError(f"top-k must be at least 1, got {self.k}")
+
+    def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """See `Transform`."""
+        least = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][:, -1:]
+        return jnp.where(logits >= least, logits, MASKED)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the fewest most likely tokens whose probabilities sum to at least `p` (Holtzman et al. 2019)."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 < self.p <= 1:
+            raise ValueError(f"top-p must be in (0, 1], got {self.p}")
+
+    def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """See `Transform`."""
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        # A token stays if the ones before it do not reach p yet; the first always stays.
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.where(before < self.p, descending, jnp.inf).min(-1, keepdims=True)
+        return jnp.where(logits >= least, logits, MASKED)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep tokens at least `p` times as likely as the most likely one (Nguyen et al. 2024)."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"min-p must be in [0, 1], got {self.p}")
+
+    def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """See `Transform`."""
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        return jnp.where(probabilities >= self.p * probabilities.max(-1, keepdims=True), logits, MASKED)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Make tokens already seen less likely: positive logits divided, negative multiplied (Keskar et al. 2019)."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not self.value > 0:
+            raise ValueError(f"repetition penalty must be above 0, got {self.value}; 1 changes nothing")
+
+    def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """See `Transform`."""
+        return jnp.where(seen, jnp.where(logits > 0, logits / self.value, logits * self.value), logits)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Transforms in order, then a choice."""
+
+    transforms: tuple[Transform, ...] = ()
+
+    # Whether a random key is needed.
+    is_random = False
+
+    def __call__(
+        self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"], keys: Key[Array, "B"]
+    ) -> Int32[Array, "B"]:
+        """Choose a token for each row; row b draws from `keys[b]` alone, so that it depends on no other row."""
+        for transform in self.transforms:
+            logits = transform(logits, seen)
+        return self.choose(logits, keys)
+
+    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int32[Array, "B"]:
+        """Choose from transformed logits."""
+        raise NotImplementedError(f"{type(self).__name__} must say how to choose: use Greedy or Categorical")
+
+
+@dataclass(frozen=True)
+class Greedy(Sampler):
+    """The most likely token."""
+
+    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int32[Array, "B"]:
+        """See `Sampler`."""
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@dataclass(frozen=True)
+class Categorical(Sampler):
+    """A draw in proportion to the probabilities; needs a key."""
+
+    is_random = True
+
+    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int32[Array, "B"]:
+        """See `Sampler`."""
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,82 @@
+"""`duo demo`: one question about a long text, with full attention, with a head pattern, and with streaming heads only."""
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from duo_jax import HeadPattern, Model, load_model, load_tokenizer
+from duo_jax.cli.timed import Timings, timed_stream
+from eval.passkey import Passkey, passkey
+from train.haystack import DEFAULT, load_haystack
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Hide a passkey in a long real text and ask for it three times: full attention, a pattern, streaming heads only."""
+
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    pattern: str = "smollm2-135m-instruct"
+    """Head pattern: a published name or a folder."""
+    sparsity: float = 0.5
+    """Fraction of KV heads that stream in the second run, 0 to 1."""
+    length: int = 4096
+    """Prompt length in tokens."""
+    depth: float = 0.4
+    """Where the passkey is hidden: 0 the start of the text, 1 its end."""
+    haystack: str = DEFAULT
+    """Text to hide it in: pydoc (Python's own reference pages), a text file, or a folder of them."""
+    seed: int = 0
+    """Decides the key and the stretch of text."""
+    max_new_tokens: int = 12
+    """Tokens of each answer."""
+
+    def run(self) -> None:
+        """Load, ask three times, print a table."""
+        begin = time.perf_counter()
+        console, progress = Console(), Console(stderr=True)
+        tokenizer = load_tokenizer(self.model)
+        task = passkey(tokenizer, load_haystack(self.haystack), length=self.length, depth=self.depth, seed=self.seed)
+        some = HeadPattern.load(self.pattern, sparsity=self.sparsity)
+        none = HeadPattern.load(self.pattern, sparsity=1.0)
+        model = load_model(self.model)
+        console.print(
+            f"{self.model}: the passkey {task.key} lies at token {task.position} of {len(task.tokens)}; "
+            f"streaming heads see the first {some.sink_size} and the last {some.recent_size} tokens."
+        )
+        runs = {
+            "full attention": None,
+            f"{some.num_streaming} of {some.is_retrieval.size} heads streaming": some,
+            "every head streaming": none,
+        }
+        table = Table(*("attention", "answer", "", "KV MB", "prefill s", "decode tok/s", "compile s"))
+        for name, pattern in runs.items():
+            with progress.status(name) as spinner:
+                timings = Timings()
+                answer = self._ask(model, tokenizer, task, pattern, timings, lambda text: spinner.update(f"{name}: {text}"))
+            table.add_row(
+                name,
+                repr(answer),
+                "right" if task.is_right(answer) else "wrong",
+                f"{timings.kv_bytes / 1e6:.1f}",
+                f"{timings.prefill_seconds:.2f}",
+                f"{timings.decode_tokens_per_second:.1f}",
+                f"{timings.compile_seconds:.1f}",
+            )
+            progress.print(f"{name}: {answer!r}")
+        console.print(table)
+        console.print(f"{time.perf_counter() - begin:.0f} s in all")
+
+    def _ask(self, model: Model, tokenizer, task: Passkey, pattern, timings: Timings, status) -> str:
+        steps = timed_stream(
+            model,
+            task.tokens,
+            timings,
+            pattern=pattern,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=model.config.eos_ids,
+            status=status,
+        )
+        return tokenizer.decode([token for token, _ in steps], skip_special_tokens=True)

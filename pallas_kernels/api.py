@@ -1,0 +1,125 @@
+"""The operations: they validate, pick a backend, or raise for a named one that cannot.
+
+A backend is a module with the operations as functions; a new one is a file beside its siblings and a row in `BACKENDS`.
+"""
+
+import warnings
+from functools import cache
+from types import ModuleType
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import reference, xla
+from pallas_kernels.types import Heads, Pools
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla}
+
+# Kinds of device on which a faster backend's numerics were verified by committed results. Without an entry: `xla`.
+VERIFIED: dict[str, str] = {"cpu": "xla"}
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+    backend: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of one chunk of a prompt, for one layer, over the cache as it was *before* the chunk and the chunk.
+
+    Retrieval heads see every earlier token; streaming heads the first `sink_size` tokens and the last `recent_size`,
+    the query's own included (paper section 2.1), exactly, wherever the chunk begins. Scores are divided by
+    `sqrt(H)`; softmax is in float32. Rows of the output beyond `lengths` are unspecified but finite.
+
+    Args:
+        q: queries after RoPE.
+        k: the chunk's own keys after RoPE; they are not in the pools yet.
+        v: the chunk's own values.
+        pools: keys and values of all earlier tokens.
+        heads: this layer's row of the head table.
+        start: position of the chunk's first token, per row: the number of tokens in the pools.
+        lengths: valid tokens of the chunk, per row; what follows is padding.
+        sink_size: tokens at the start that streaming heads keep.
+        recent_size: most recent tokens that streaming heads keep.
+        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        NotImplementedError: a named backend that cannot do this.
+    """
+    _check(q.shape[0], q.shape[2:], pools, heads, sink_size, recent_size)
+    if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
+        raise ValueError(f"k and v must be [B, T, K, H] beside {q.shape=}, got {k.shape=}, {v.shape=}")
+    # As the cache will hold them: otherwise results would depend on where a chunk begins.
+    k, v = k.astype(pools.retrieval_k.dtype), v.astype(pools.retrieval_v.dtype)
+    with jax.named_scope("prefill_attention"):
+        return _module(backend).prefill_attention(
+            q, k, v, pools, heads, start=start, lengths=lengths, sink_size=sink_size, recent_size=recent_size
+        )
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+    backend: str | None = None,
+) -> Float[Array, "B N H"]:
+    """Attention of one new token a row, for one layer, over pools that hold its key and value already.
+
+    Args:
+        q: queries after RoPE, one token a row.
+        pools: keys and values, the new token's included.
+        heads: this layer's row of the head table.
+        lengths: tokens in the cache, per row, the new one counted.
+        sink_size: tokens at the start that streaming heads keep.
+        recent_size: most recent tokens that streaming heads keep.
+        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        NotImplementedError: a named backend that cannot do this.
+    """
+    _check(q.shape[0], q.shape[1:], pools, heads, sink_size, recent_size)
+    with jax.named_scope("decode_attention"):
+        return _module(backend).decode_attention(
+            q, pools, heads, lengths=lengths, sink_size=sink_size, recent_size=recent_size
+        )
+
+
+def _check(batch: int, q_heads: tuple[int, int], pools: Pools, heads: Heads, sink_size: int, recent_size: int) -> None:
+    num_heads, head_dim = q_heads
+    num_kv_heads = heads.slot.shape[0]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads=} and {num_kv_heads=}")
+    for name, pool in pools._asdict().items():
+        if pool.shape[1] != batch or pool.shape[3] != head_dim:
+            raise ValueError(f"{name} must be [P, {batch}, S, {head_dim}] beside the queries, got {pool.shape}")
+    if pools.streaming_k.shape[0] and pools.streaming_k.shape[2] != sink_size + recent_size:
+        raise ValueError(
+            f"a ring holds sink_size + recent_size tokens, got {pools.streaming_k.shape=}, {sink_size=}, {recent_size=}"
+        )
+
+
+def _module(backend: str | None) -> ModuleType:
+    name = _default_backend(jax.default_backend()) if backend is None else backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; there are {sorted(BACKENDS)}")
+    return BACKENDS[name]
+
+
+@cache
+def _default_backend(platform: str) -> str:
+    if platform not in VERIFIED:
+        warnings.warn(f"no attention backend is verified on {platform!r} yet: using 'xla'", stacklevel=4)
+    return VERIFIED.get(platform, "xla")

@@ -1,0 +1,36 @@
+"""Which token sits where in a ring, and which keys a head may see: the arithmetic that all backends share."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Int32
+
+
+def consecutive(start: Int32[Array, "B"], count: int) -> Int32[Array, "B count"]:
+    """Positions `start, start + 1, ...` of each row."""
+    return start[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+
+
+def visible(
+    q_pos: Int[Array, "*q"], k_pos: Int[Array, "*k"], *, sink_size: int, recent_size: int
+) -> Bool[Array, "..."]:
+    """Which keys a streaming head may see (paper section 2.1): sinks and the recent window, never the future.
+
+    `q_pos` and `k_pos` broadcast against each other. The window counts the query's own position.
+    """
+    return (k_pos <= q_pos) & ((k_pos < sink_size) | (k_pos > q_pos - recent_size))
+
+
+def ring_index(position: Int[Array, "*p"], *, sink_size: int, recent_size: int) -> Int[Array, "*p"]:
+    """Index in the ring at which a token's key lies."""
+    window = sink_size + (position - sink_size) % max(recent_size, 1)
+    return jnp.where(position < sink_size, position, window)
+
+
+def ring_positions(length: Int32[Array, "B"], *, sink_size: int, recent_size: int) -> Int32[Array, "B R"]:
+    """Position of the token at each ring index once `length` tokens are in; -1 where nothing was written yet."""
+    index = jnp.arange(sink_size + recent_size, dtype=jnp.int32)[None, :]
+    last = length[:, None] - 1
+    # The newest position that maps to this index: a ring index and its positions agree modulo `recent_size`.
+    newest = last - (last - index) % max(recent_size, 1)
+    position = jnp.where(index < sink_size, index, newest)
+    first = jnp.where(index < sink_size, 0, sink_size)
+    return jnp.where((position <= last) & (position >= first), position, -1)

@@ -1,0 +1,252 @@
+"""Blocked attention in plain XLA: memory linear in T and S, work proportional to the visible key blocks.
+
+The production path on CPU and the fallback anywhere. A layer's heads run one after the other, the retrieval heads first,
+so that the head table stays data: two loops with trip counts read from it, and no branch to compile per pattern.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.positions import consecutive, ring_index, visible
+from pallas_kernels.types import Heads, Pools
+
+# Tokens per block. Large enough for a matrix product to be worth its call, small enough that scores stay in cache.
+Q_BLOCK = 256
+K_BLOCK = 512
+STREAMING_Q_BLOCK = 128
+
+# Finite, so that a block with no visible key leaves no NaN: its weights vanish at the first visible one.
+MASKED = -1e30
+
+
+class _Softmax(NamedTuple):
+    """Running softmax over key blocks (Milakov & Gimelshein 2018): maximum, sum of weights, weighted values."""
+
+    maximum: Float[Array, "B M"]
+    total: Float[Array, "B M"]
+    values: Float[Array, "B M H"]
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+) -> Float[Array, "B T N H"]:
+    """See `pallas_kernels.prefill_attention`."""
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = heads.slot.shape[0]
+    group = num_heads // num_kv_heads
+    # Heads first: a head's queries, keys and values are then contiguous.
+    q_heads = q.reshape(batch, length, num_kv_heads, group, head_dim).transpose(2, 0, 1, 3, 4)
+    k_heads, v_heads = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)
+    longest = lengths.max()
+
+    def retrieval(head: Array) -> Array:
+        args = q_heads[head], k_heads[head], v_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head]
+        return _prefill_retrieval(*args, start=start, longest=longest)
+
+    def streaming(head: Array) -> Array:
+        ring_k, ring_v = pools.streaming_k[heads.slot[head]], pools.streaming_v[heads.slot[head]]
+        args = q_heads[head], k_heads[head], v_heads[head], ring_k, ring_v
+        return _prefill_streaming(*args, start=start, longest=longest, sink_size=sink_size, recent_size=recent_size)
+
+    out = _over_heads(retrieval, streaming, pools, heads, jnp.zeros_like(q_heads))
+    return out.transpose(1, 2, 0, 3, 4).reshape(q.shape)
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+) -> Float[Array, "B N H"]:
+    """See `pallas_kernels.decode_attention`."""
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = heads.slot.shape[0]
+    q_heads = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 0, 2, 3)
+
+    def retrieval(head: Array) -> Array:
+        return _decode_pool(q_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head], lengths)
+
+    def streaming(head: Array) -> Array:
+        # A ring fills from its first index and then stays full: every index below `length` holds a visible token.
+        return _decode_pool(q_heads[head], pools.streaming_k, pools.streaming_v, heads.slot[head], lengths)
+
+    out = _over_heads(retrieval, streaming, pools, heads, jnp.zeros_like(q_heads))
+    return out.transpose(1, 0, 2, 3).reshape(q.shape)
+
+
+def _over_heads(
+    retrieval: Callable[[Array], Array], streaming: Callable[[Array], Array], pools: Pools, heads: Heads, out: Array
+) -> Array:
+    """Fill `out [K ...]`, each KV head by the function of its type."""
+    order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
+    num_retrieval = heads.is_retrieval.sum(dtype=jnp.int32)
+
+    def run(function: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
+        return lambda i, out: lax.dynamic_update_index_in_dim(out, function(order[i]), order[i], 0)
+
+    if pools.retrieval_k.shape[0]:
+        out = lax.fori_loop(jnp.int32(0), num_retrieval, run(retrieval), out)
+    if pools.streaming_k.shape[0]:
+        out = lax.fori_loop(num_retrieval, jnp.int32(order.shape[0]), run(streaming), out)
+    return out
+
+
+def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, *, start, longest):
+    """One retrieval head: query blocks over the filled key blocks of its slot, then over the chunk, causally."""
+    batch, length, group, head_dim = q.shape
+    q_block, own_block = min(Q_BLOCK, length), min(K_BLOCK, length)
+    pool_block = min(K_BLOCK, pool_k.shape[2])
+    past_blocks = _cdiv(start.max(), pool_block)
+
+    def one_q_block(i, out):
+        first = jnp.minimum(i * q_block, length - q_block)
+        rows = lax.dynamic_slice_in_dim(q, first, q_block, 1)
+        q_index = jnp.repeat(first + jnp.arange(q_block, dtype=jnp.int32), group, total_repeat_length=q_block * group)
+        state = _empty(batch, q_block * group, head_dim)
+        rows = rows.reshape(batch, q_block * group, head_dim)
+
+        def past(j, state):
+            begin, index = _block(j, pool_block, pool_k.shape[2])
+            keep = (index >= j * pool_block) & (index < start[:, None])
+            keys, values = _load(pool_k, slot, begin, pool_block), _load(pool_v, slot, begin, pool_block)
+            return _accumulate(state, rows, keys, values, keep[:, None, :])
+
+        def own(j, state):
+            begin, index = _block(j, own_block, length)
+            keep = (index >= j * own_block) & (index <= q_index[:, None])
+            keys = lax.dynamic_slice_in_dim(k, begin, own_block, 1)
+            values = lax.dynamic_slice_in_dim(v, begin, own_block, 1)
+            return _accumulate(state, rows, keys, values, keep[None])
+
+        state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
+        state = lax.fori_loop(jnp.int32(0), _cdiv(first + q_block, own_block), own, state)
+        block = _finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
+        return lax.dynamic_update_slice_in_dim(out, block, first, 1)
+
+    return lax.fori_loop(jnp.int32(0), _cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
+
+
+def _prefill_streaming(q, k, v, ring_k, ring_v, *, start, longest, sink_size, recent_size):
+    """One streaming head: each query block sees the sinks and one contiguous band of keys, so work is linear in T."""
+    batch, length, group, head_dim = q.shape
+    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    q_block = min(STREAMING_Q_BLOCK, length)
+    sink_pos = consecutive(jnp.zeros_like(start), sink_size)
+    # The window as it was before the chunk, in order, then the chunk: entry j holds position start - recent_size + j.
+    window_pos = consecutive(start - recent_size, recent_size)
+    window_index = jnp.maximum(ring_index(window_pos, **sizes), 0)
+    in_chunk = jnp.clip(sink_pos - start[:, None], 0, length - 1)
+
+    def gather(ring: Array, chunk: Array) -> tuple[Array, Array]:
+        cached = (sink_pos < start[:, None])[:, :, None]
+        sinks = jnp.where(cached, ring[:, :sink_size], _take(chunk, in_chunk))
+        return sinks, jnp.concatenate([_take(ring, window_index), chunk], axis=1)
+
+    (sink_k, band_k), (sink_v, band_v) = gather(ring_k, k), gather(ring_v, v)
+    width = q_block + recent_size
+
+    def one_q_block(i, out):
+        first = jnp.minimum(i * q_block, length - q_block)
+        rows = lax.dynamic_slice_in_dim(q, first, q_block, 1).reshape(batch, q_block * group, head_dim)
+        offset = jnp.repeat(jnp.arange(q_block, dtype=jnp.int32), group, total_repeat_length=q_block * group)
+        q_pos = (start[:, None] + first + offset[None, :])[:, :, None]
+        band_pos = consecutive(start - recent_size + first, width)[:, None, :]
+        # Sinks come from `sink_k` alone: a band that reaches back to them must not count them twice.
+        keep_band = visible(q_pos, band_pos, **sizes) & (band_pos >= sink_size)
+        keys = jnp.concatenate([sink_k, lax.dynamic_slice_in_dim(band_k, first, width, 1)], axis=1)
+        values = jnp.concatenate([sink_v, lax.dynamic_slice_in_dim(band_v, first, width, 1)], axis=1)
+        keep = jnp.concatenate([sink_pos[:, None, :] <= q_pos, keep_band], axis=2)
+        state = _accumulate(_empty(batch, q_block * group, head_dim), rows, keys, values, keep)
+        block = _finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
+        return lax.dynamic_update_slice_in_dim(out, block, first, 1)
+
+    return lax.fori_loop(jnp.int32(0), _cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
+
+
+def _decode_pool(
+    q: Float[Array, "B G H"],
+    pool_k: Float[Array, "P B S H"],
+    pool_v: Float[Array, "P B S H"],
+    slot: Int32[Array, ""],
+    lengths: Int32[Array, "B"],
+) -> Float[Array, "B G H"]:
+    """One head's query group over the filled blocks of its slot."""
+    size = pool_k.shape[2]
+    block = min(K_BLOCK, size)
+
+    def one_block(j, state):
+        begin, index = _block(j, block, size)
+        keep = (index >= j * block) & (index < lengths[:, None])
+        keys, values = _load(pool_k, slot, begin, block), _load(pool_v, slot, begin, block)
+        return _accumulate(state, q, keys, values, keep[:, None, :])
+
+    num_blocks = _cdiv(jnp.minimum(lengths.max(), size), block)
+    return _finish(lax.fori_loop(jnp.int32(0), num_blocks, one_block, _empty(*q.shape)), q.dtype)
+
+
+def _accumulate(
+    state: _Softmax,
+    q: Float[Array, "B M H"],
+    k: Float[Array, "B S H"],
+    v: Float[Array, "B S H"],
+    keep: Bool[Array, "#B #M S"],
+) -> _Softmax:
+    """Add one block of keys to a running softmax; products in the inputs' wider type, sums in float32."""
+    compute = jnp.promote_types(q.dtype, k.dtype)
+    f32 = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bmh,bsh->bms", q.astype(compute), k.astype(compute), **f32) * q.shape[-1] ** -0.5
+    scores = jnp.where(keep, scores, MASKED)
+    maximum = jnp.maximum(state.maximum, scores.max(-1))
+    weights = jnp.exp(scores - maximum[:, :, None])
+    decay = jnp.exp(state.maximum - maximum)
+    values = jnp.einsum("bms,bsh->bmh", weights.astype(compute), v.astype(compute), **f32)
+    total = state.total * decay + weights.sum(-1)
+    return _Softmax(maximum, total, state.values * decay[:, :, None] + values)
+
+
+def _empty(batch: int, rows: int, head_dim: int) -> _Softmax:
+    zeros = jnp.zeros((batch, rows), jnp.float32)
+    return _Softmax(zeros + MASKED, zeros, jnp.zeros((batch, rows, head_dim), jnp.float32))
+
+
+def _finish(state: _Softmax, dtype: jnp.dtype) -> Float[Array, "B M H"]:
+    # A row without any token (an inactive row of a batch) has a total of zero.
+    return (state.values / jnp.maximum(state.total, 1e-30)[:, :, None]).astype(dtype)
+
+
+def _load(pool: Float[Array, "P B S H"], slot: Array, begin: Array, size: int) -> Float[Array, "B size H"]:
+    """One block of one slot. Every read of a pool goes through here, so that a pool's storage is decided in one place."""
+    _, batch, _, head_dim = pool.shape
+    zero = jnp.int32(0)
+    return lax.dynamic_slice(pool, (slot, zero, begin, zero), (1, batch, size, head_dim))[0]
+
+
+def _block(j: Array, block: int, size: int) -> tuple[Array, Int32[Array, "1 block"]]:
+    """Where block j begins and the indices in it; the last one reaches back rather than over the end."""
+    begin = jnp.minimum(j * block, size - block)
+    return begin, (begin + jnp.arange(block, dtype=jnp.int32))[None, :]
+
+
+def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Array, "B I H"]:
+    return jnp.take_along_axis(rows, index[:, :, None], axis=1)
+
+
+def _cdiv(a: Array, b: int) -> Array:
+    return (a + (b - 1)) // b
