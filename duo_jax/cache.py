@@ -90,7 +90,7 @@ class KVCache:
         *,
         dtype: str | jnp.dtype | None = None,
     ) -> int:
-        """Bytes of keys and values that `init` would allocate: `2 * H * bytes * B * (Pr * S + Ps * (sink + recent))`."""
+        """Bytes of keys and values that `init` allocates: `2 * H * bytes * B * (Pr * S + Ps * (sink + recent))`."""
         ring = pattern.sink_size + pattern.recent_size if pattern else 0
         shapes = _pool_shapes(_table(config, pattern), ring, batch_size, max_length, config)
         itemsize = jnp.dtype(config.dtype if dtype is None else dtype).itemsize
@@ -198,8 +198,8 @@ class KVCache:
         found = np.asarray(_last_key(self.pools, mark.length))
         if not np.array_equal(found, np.asarray(mark.last_key)):
             raise ValueError(
-                "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other tokens "
-                "were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
+                "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
+                "tokens were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
             )
         rings = {"streaming_k": jnp.copy(mark.streaming_k), "streaming_v": jnp.copy(mark.streaming_v)}
         return replace(self, pools=self.pools._replace(**rings), length=jnp.copy(mark.length))

@@ -3,7 +3,7 @@
 A family of models is a row of `FAMILIES` here and a weight table in `checkpoint`; what a row does not say is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -39,7 +39,9 @@ class ModelConfig:
             if not getattr(self, field) >= 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)!r}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads=}, {self.num_kv_heads=}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads=}, {self.num_kv_heads=}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
 
@@ -92,8 +94,8 @@ class ModelConfig:
         return self.rope.trained_positions(self.max_positions)
 
 
-def _flag(name: str):
-    return lambda config: config.get(name, False)
+def _flag(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda config: bool(config.get(name, False))
 
 
 # Which optional parts a family has; a callable reads its configuration.
@@ -115,7 +117,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     # A window as wide as the trained context, or one that no layer uses, is no window.
     if window and window < positions and config.get("use_sliding_window", True) and "full_attention" not in set(layers):
         refused = f"sliding-window attention ({window=})"
-    if any("full_attention" != kind for kind in layers):
+    if any(kind != "full_attention" for kind in layers):
         refused = f"layers of type {sorted(set(layers) - {'full_attention'})}"
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         refused = f"the activation {config['hidden_act']!r}"

@@ -7,7 +7,7 @@ generated, so that a conversation goes on by passing the cache and the new token
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,10 @@ class _State:
     keys: Key[Array, "B"]
 
 
+# Loop index, state, tokens [B M], log-probabilities [B M], tokens generated [B].
+_Carry: TypeAlias = tuple[Array, _State, Array, Array, Array]
+
+
 def generate(
     model: Model,
     tokens: ArrayLike,
@@ -94,13 +98,14 @@ def generate(
     Raises:
         ValueError: anything in the arguments that cannot be right, before any compute.
     """
-    tokens, lengths, cache, keys = _prepare(
+    prompt, counts, cache, keys = _prepare(
         model, tokens, lengths, pattern, cache, max_new_tokens, sampler, eos_ids, key
     )
-    width = chunk_width(tokens.shape[1], chunk_size)
-    padded = bucket(-(-tokens.shape[1] // width)) * width if tokens.shape[1] > width else width
-    tokens = jnp.pad(tokens, ((0, 0), (0, padded - tokens.shape[1])))
-    return _generate(model, tokens, lengths, cache, keys, max_new_tokens, sampler, tuple(eos_ids), width, backend)
+    length = prompt.shape[1]
+    width = chunk_width(length, chunk_size)
+    padded = bucket(-(-length // width)) * width
+    prompt = jnp.pad(prompt, ((0, 0), (0, padded - length)))
+    return _generate(model, prompt, counts, cache, keys, max_new_tokens, sampler, tuple(eos_ids), width, backend)
 
 
 def stream(
@@ -122,11 +127,13 @@ def stream(
 
     The prompt is computed here, before the first step; `progress` is called as in `prefill`.
     """
-    tokens, lengths, cache, keys = _prepare(
+    prompt, counts, cache, keys = _prepare(
         model, tokens, lengths, pattern, cache, max_new_tokens, sampler, eos_ids, key
     )
-    logits, cache = prefill(model, tokens, cache, chunk_size=chunk_size, lengths=lengths, backend=backend, progress=progress)
-    state = _start(model, tokens, lengths, logits, cache, keys)
+    logits, cache = prefill(
+        model, prompt, cache, chunk_size=chunk_size, lengths=counts, backend=backend, progress=progress
+    )
+    state = _start(model, prompt, counts, logits, cache, keys)
     return Stream(model, state, max_new_tokens, sampler, tuple(eos_ids), backend)
 
 
@@ -161,7 +168,17 @@ class Stream(Iterator[Step]):
         return Step(np.asarray(token), np.asarray(logprob), active)
 
 
-def _prepare(model, tokens, lengths, pattern, cache, max_new_tokens, sampler, eos_ids, key):
+def _prepare(
+    model: Model,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None,
+    pattern: HeadPattern | None,
+    cache: KVCache | None,
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos_ids: tuple[int, ...],
+    key: Array | int | None,
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B"], KVCache, Key[Array, "B"]]:
     """Check everything, make what was not given."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -186,7 +203,18 @@ def _prepare(model, tokens, lengths, pattern, cache, max_new_tokens, sampler, eo
 @functools.partial(
     jax.jit, static_argnames=("max_new_tokens", "sampler", "eos_ids", "width", "backend"), donate_argnames="cache"
 )
-def _generate(model, tokens, lengths, cache, keys, max_new_tokens, sampler, eos_ids, width, backend):
+def _generate(
+    model: Model,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, "B"],
+    cache: KVCache,
+    keys: Key[Array, "B"],
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos_ids: tuple[int, ...],
+    width: int,
+    backend: str | None,
+) -> Generation:
     batch = tokens.shape[0]
 
     def one_chunk(index: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
@@ -199,11 +227,11 @@ def _generate(model, tokens, lengths, cache, keys, max_new_tokens, sampler, eos_
     last, cache = lax.fori_loop(jnp.int32(0), num_chunks, one_chunk, (last, cache))
     state = _start(model, tokens, lengths, head(model, last), cache, keys)
 
-    def going(carry) -> Array:
-        index, state, *_ = carry
+    def going(carry: _Carry) -> Array:
+        index, state = carry[:2]
         return (index < max_new_tokens) & state.active.any()
 
-    def one_token(carry):
+    def one_token(carry: _Carry) -> _Carry:
         index, state, tokens, logprobs, count = carry
         count = count + state.active.astype(jnp.int32)
         state, token, logprob = _advance(model, state, sampler, eos_ids, backend)
@@ -216,7 +244,14 @@ def _generate(model, tokens, lengths, cache, keys, max_new_tokens, sampler, eos_
     return Generation(tokens, count, logprobs, state.cache)
 
 
-def _start(model, tokens, lengths, logits, cache, keys) -> _State:
+def _start(
+    model: Model,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, "B"],
+    logits: Float[Array, "B V"],
+    cache: KVCache,
+    keys: Key[Array, "B"],
+) -> _State:
     batch, length = tokens.shape
     # Padding is counted out of bounds, and so dropped.
     index = jnp.where(jnp.arange(length)[None, :] < lengths[:, None], tokens, model.config.vocab_size)
@@ -225,7 +260,9 @@ def _start(model, tokens, lengths, logits, cache, keys) -> _State:
     return _State(cache, logits, seen, jnp.ones(batch, bool), keys)
 
 
-def _advance(model, state, sampler, eos_ids, backend) -> tuple[_State, Array, Array]:
+def _advance(
+    model: Model, state: _State, sampler: Sampler, eos_ids: tuple[int, ...], backend: str | None
+) -> tuple[_State, Int32[Array, "B"], Float[Array, "B"]]:
     """Choose a token for every active row, append it, and compute the logits after it."""
     split = jax.vmap(jax.random.split)(state.keys)
     chosen = sampler(state.logits, state.seen, split[:, 0])

@@ -16,19 +16,28 @@ State = TypeVar("State")
 Attend = Callable[[State, int, Array, Array, Array], tuple[Array, State]]
 
 
+def linear(width_in: int, width_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear map with weights `[in, out]`, stored and computed in one data type."""
+    return nnx.Linear(width_in, width_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def rms_norm(width: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the last axis; statistics in float32."""
+    return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention: fused q/k/v projection, optional q/k-norm, RoPE, output projection."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """Build with random weights; `checkpoint` fills them in."""
         self.config = config
-        kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nnx.Linear(config.embed_dim, width, use_bias=config.qkv_bias, **kinds)
-        self.out = nnx.Linear(config.num_heads * config.head_dim, config.embed_dim, use_bias=config.out_bias, **kinds)
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = linear(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.out = linear(queries, config.embed_dim, bias=config.out_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, **kinds)
-            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, **kinds)
+            self.q_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
+            self.k_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], rotation: tuple[Array, Array], attend: Attend[State], state: State, layer: int
@@ -49,9 +58,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs, "use_bias": config.mlp_bias}
-        self.gate_up = nnx.Linear(config.embed_dim, 2 * config.mlp_dim, **kinds)
-        self.down = nnx.Linear(config.mlp_dim, config.embed_dim, **kinds)
+        self.gate_up = linear(config.embed_dim, 2 * config.mlp_dim, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.down = linear(config.mlp_dim, config.embed_dim, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""
@@ -64,10 +72,9 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        norm = {"epsilon": config.norm_eps, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.attention_norm = nnx.RMSNorm(config.embed_dim, **norm)
+        self.attention_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(config.embed_dim, **norm)
+        self.mlp_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(

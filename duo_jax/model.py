@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
-from duo_jax.layers import Attend, Layer
+from duo_jax.layers import Attend, Layer, linear, rms_norm
 from duo_jax.rope import rotation
 
 State = TypeVar("State")
@@ -24,13 +24,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.config = config
-        self.embed = nnx.Embed(config.vocab_size, config.embed_dim, **kinds)
+        self.embed = nnx.Embed(config.vocab_size, config.embed_dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(config.embed_dim, epsilon=config.norm_eps, **kinds)
+        self.norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
-            self.head = nnx.Linear(config.embed_dim, config.vocab_size, use_bias=False, **kinds)
+            self.head = linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
     def hidden(
         self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], attend: Attend[State], state: State

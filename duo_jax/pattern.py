@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -43,10 +44,7 @@ class HeadPattern:
         if self.is_retrieval.ndim != 2 or self.gates.shape != self.is_retrieval.shape:
             shapes = f"{self.is_retrieval.shape=}, {self.gates.shape=}"
             raise ValueError(f"a pattern is a table [layers, kv_heads] with a gate for each head, got {shapes}")
-        for name, least in (("sink_size", 0), ("recent_size", 1)):
-            size = getattr(self, name)
-            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+        _check_sizes(self.sink_size, self.recent_size)
 
     def __eq__(self, other: object) -> bool:
         """Two patterns are equal if they serve the same heads in the same way."""
@@ -118,6 +116,7 @@ class HeadPattern:
         Raises:
             ValueError: gates that are not a finite table, more than one rule, or a rule that cannot be met.
         """
+        _check_sizes(sink_size, recent_size)
         gates = np.asarray(gates)
         if gates.ndim != 2 or not gates.size or not np.issubdtype(gates.dtype, np.number):
             raise ValueError(f"gates must be a table [layers, kv_heads] of numbers, got {gates.dtype}{gates.shape}")
@@ -171,13 +170,15 @@ class HeadPattern:
             metadata = json.loads(config_text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
-        sizes = {"sink_size": sink_size, "recent_size": recent_size}
+        sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
         for name, override in sizes.items():
             if override is None and not (isinstance(metadata, dict) and name in metadata):
                 raise ValueError(f"{folder / CONFIG_FILE} has no {name!r}; add it or pass {name}=")
             sizes[name] = metadata[name] if override is None else override
-        rules = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget, "context_length": context_length}
-        pattern = cls.from_gates(_read_gates(folder / GATES_FILE), **sizes, **rules, metadata=metadata)
+        rules: dict[str, Any] = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
+        pattern = cls.from_gates(
+            _read_gates(folder / GATES_FILE), **sizes, **rules, context_length=context_length, metadata=metadata
+        )
         object.__setattr__(pattern, "_config_text", config_text)
         return pattern
 
@@ -205,6 +206,12 @@ def published_patterns() -> list[str]:
     """Names that `HeadPattern.load` knows without a path."""
     root = resources.files("duo_jax") / "patterns"
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
+
+
+def _check_sizes(sink_size: int, recent_size: int) -> None:
+    for name, size, least in (("sink_size", sink_size, 0), ("recent_size", recent_size, 1)):
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
 
 
 def _largest(gates: np.ndarray, count: int) -> np.ndarray:

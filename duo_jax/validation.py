@@ -69,7 +69,7 @@ def check_cache(config: ModelConfig, cache: KVCache, batch_size: int) -> None:
     found = (*cache.is_retrieval.shape, cache.pools.retrieval_k.shape[3], cache.batch_size)
     if found != expected:
         raise ValueError(
-            f"the cache was made for (layers, kv heads, head dim, batch) = {found}, the model and prompt have {expected}; "
+            f"the cache was made for (layers, kv heads, head dim, batch) = {found}, model and prompt have {expected}; "
             "make one with KVCache.init(model.config, pattern, batch_size, max_length)"
         )
 
@@ -109,7 +109,9 @@ def _integers(name: str, values: ArrayLike) -> np.ndarray:
     try:
         array = np.asarray(values)
     except ValueError:
-        raise ValueError(f"{name} must be a rectangular array; pad ragged rows at the right and pass lengths=") from None
+        raise ValueError(
+            f"{name} must be a rectangular array; pad ragged rows at the right and pass lengths="
+        ) from None
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must be integers, got {array.dtype}")
     return array

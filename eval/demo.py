@@ -1,10 +1,14 @@
-"""`duo demo`: one question about a long text, with full attention, with a head pattern, and with streaming heads only."""
+"""`duo demo`: one question about a long text, with full attention, with a head pattern, with streaming heads only."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.cli.timed import Timings, timed_stream
@@ -14,7 +18,7 @@ from train.haystack import DEFAULT, load_haystack
 
 @dataclass(frozen=True)
 class Demo:
-    """Hide a passkey in a long real text and ask for it three times: full attention, a pattern, streaming heads only."""
+    """Hide a passkey in a long real text and ask for it with full attention, a pattern, and streaming heads only."""
 
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
@@ -55,7 +59,8 @@ class Demo:
         for name, pattern in runs.items():
             with progress.status(name) as spinner:
                 timings = Timings()
-                answer = self._ask(model, tokenizer, task, pattern, timings, lambda text: spinner.update(f"{name}: {text}"))
+                show = partial(_show, spinner, name)
+                answer = self._ask(model, tokenizer, task, pattern, timings, show)
             table.add_row(
                 name,
                 repr(answer),
@@ -69,7 +74,15 @@ class Demo:
         console.print(table)
         console.print(f"{time.perf_counter() - begin:.0f} s in all")
 
-    def _ask(self, model: Model, tokenizer, task: Passkey, pattern, timings: Timings, status) -> str:
+    def _ask(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Passkey,
+        pattern: HeadPattern | None,
+        timings: Timings,
+        status: Callable[[str], None],
+    ) -> str:
         steps = timed_stream(
             model,
             task.tokens,
@@ -79,4 +92,8 @@ class Demo:
             eos_ids=model.config.eos_ids,
             status=status,
         )
-        return tokenizer.decode([token for token, _ in steps], skip_special_tokens=True)
+        return str(tokenizer.decode([token for token, _ in steps], skip_special_tokens=True))
+
+
+def _show(spinner: Status, name: str, text: str) -> None:
+    spinner.update(f"{name}: {text}")

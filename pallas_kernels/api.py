@@ -97,7 +97,7 @@ def decode_attention(
         )
 
 
-def _check(batch: int, q_heads: tuple[int, int], pools: Pools, heads: Heads, sink_size: int, recent_size: int) -> None:
+def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sink_size: int, recent_size: int) -> None:
     num_heads, head_dim = q_heads
     num_kv_heads = heads.slot.shape[0]
     if num_heads % num_kv_heads:

@@ -29,9 +29,9 @@ def prefill_attention(
     ring_pos = ring_positions(start, **sizes) if pools.streaming_k.shape[0] else pool_pos[:, :0]
 
     def one_head(q_h, k_h, v_h, is_retrieval, slot):
-        full = _attend(q_h, *_join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, own), own, {})
-        part = _attend(q_h, *_join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, own), own, sizes)
-        return jnp.where(is_retrieval, full, part)
+        every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, own)
+        kept = _join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, own)
+        return jnp.where(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
 
     return _over_heads(one_head, q, k, v, heads)
 
@@ -56,9 +56,9 @@ def decode_attention(
 
     def one_head(q_h, k_h, v_h, is_retrieval, slot):
         none = own[:, :0]
-        full = _attend(q_h, *_join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, none), own, {})
-        part = _attend(q_h, *_join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, none), own, sizes)
-        return jnp.where(is_retrieval, full, part)
+        every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, none)
+        kept = _join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, none)
+        return jnp.where(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
 
     return _over_heads(one_head, q[:, None], nothing, nothing, heads)[:, 0]
 
@@ -71,8 +71,9 @@ def _join(pool_k, pool_v, slot, pool_pos, k_h, v_h, own):
     return jnp.concatenate([cached_k, k_h], axis=1), jnp.concatenate([cached_v, v_h], axis=1), pos
 
 
-def _attend(q_h, keys, values, k_pos, q_pos, sizes):
+def _attend(q_h, cached, q_pos, sizes):
     """Softmax attention of one KV head's query group `[B T G H]` over all keys `[B S H]`, masked by position."""
+    keys, values, k_pos = cached
     q_pos, k_pos = q_pos[:, :, None], k_pos[:, None, :]
     seen: Bool[Array, "B T S"] = visible(q_pos, k_pos, **sizes) if sizes else k_pos <= q_pos
     seen = seen & (k_pos >= 0)

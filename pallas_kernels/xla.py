@@ -1,13 +1,12 @@
 """Blocked attention in plain XLA: memory linear in T and S, work proportional to the visible key blocks.
 
-The production path on CPU and the fallback anywhere. A layer's heads run one after the other, the retrieval heads first,
-so that the head table stays data: two loops with trip counts read from it, and no branch to compile per pattern.
+The production path on CPU and the fallback anywhere. A layer's heads run one after the other, retrieval heads first, so
+that the head table stays data: two loops with trip counts read from it, and no branch to compile per pattern.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
@@ -16,7 +15,7 @@ from pallas_kernels.positions import consecutive, ring_index, visible
 from pallas_kernels.types import Heads, Pools
 
 # Tokens per block. Large enough for a matrix product to be worth its call, small enough that scores stay in cache.
-Q_BLOCK = 256
+Q_BLOCK = 512
 K_BLOCK = 512
 STREAMING_Q_BLOCK = 128
 
@@ -232,7 +231,7 @@ def _finish(state: _Softmax, dtype: jnp.dtype) -> Float[Array, "B M H"]:
 
 
 def _load(pool: Float[Array, "P B S H"], slot: Array, begin: Array, size: int) -> Float[Array, "B size H"]:
-    """One block of one slot. Every read of a pool goes through here, so that a pool's storage is decided in one place."""
+    """One block of one slot. Retrieval pools are read here alone: how they are stored matters nowhere else."""
     _, batch, _, head_dim = pool.shape
     zero = jnp.int32(0)
     return lax.dynamic_slice(pool, (slot, zero, begin, zero), (1, batch, size, head_dim))[0]

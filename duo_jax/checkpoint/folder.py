@@ -68,7 +68,9 @@ class Folder:
         else:
             shards = sorted(path.name for path in self.path.glob("*.safetensors"))
         if not shards:
-            raise FileNotFoundError(f"{self.path} has no *.safetensors file; convert other formats with transformers first")
+            raise FileNotFoundError(
+                f"{self.path} has no *.safetensors file; convert other formats with transformers first"
+            )
         missing = [name for name in shards if not (self.path / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{self.path} lacks the shards {missing} that {INDEX} names; download them again")

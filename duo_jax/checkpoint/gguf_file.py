@@ -1,4 +1,4 @@
-"""A GGUF file: configuration, tokenizer and (quantized) weights in one, seen as a checkpoint with Hugging Face names."""
+"""A GGUF file: configuration, tokenizer and quantized weights in one, seen as a checkpoint with Hugging Face names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -64,12 +64,15 @@ class GgufFile:
     def config(self) -> ModelConfig:
         """From the metadata, by way of the same rules as a Hugging Face configuration."""
         arch = self.metadata.get("general.architecture")
-        get = lambda key, default=None: self.metadata.get(f"{arch}.{key}", default)  # noqa: E731
+
+        def get(key: str, default: Any = None) -> Any:
+            return self.metadata.get(f"{arch}.{key}", default)
+
         required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
         missing = [f"{arch}.{key}" for key in required if get(key) is None]
         if missing:
             raise ValueError(f"{self.path} has no {', '.join(missing)}: it does not hold a language model")
-        heads = get("attention.head_count")
+        heads, scaling = get("attention.head_count"), get("rope.scaling.type", "none")
         head_dim = get("attention.key_length") or get("embedding_length") // heads
         eos = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
         config = ModelConfig.from_hf(
@@ -91,7 +94,7 @@ class GgufFile:
                 "mlp_bias": "model.layers.0.mlp.down_proj.bias" in self._tensors,
                 "rope_parameters": {
                     "rope_theta": get("rope.freq_base", 10000.0),
-                    "rope_type": {"none": "default"}.get(kind := get("rope.scaling.type", "none"), kind),
+                    "rope_type": "default" if scaling == "none" else scaling,
                     "factor": get("rope.scaling.factor"),
                     "original_max_position_embeddings": get("rope.scaling.original_context_length"),
                     "attention_factor": get("rope.scaling.attn_factor"),
@@ -119,12 +122,10 @@ class GgufFile:
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise NotImplementedError(f"{self.path}: {tensor.name} is {kind}, which gguf cannot dequantize") from None
-        config_heads = {"q_proj": "num_heads", "k_proj": "num_kv_heads"}
-        for module, heads in config_heads.items():
-            if f".{module}." in name and self.metadata["general.architecture"] in PAIRED_ROPE:
-                # Rows of a head are (half, pair); stored they are (pair, half).
-                split = values.reshape(getattr(self.config, heads), self.config.head_dim // 2, 2, -1)
-                return split.swapaxes(1, 2).reshape(values.shape)
+        if self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name):
+            # Rows of a head are (half, pair) here; the file has them as (pair, half).
+            pairs = values.reshape(-1, self.config.head_dim // 2, 2, *values.shape[1:])
+            return pairs.swapaxes(1, 2).reshape(values.shape)
         return values
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -25,11 +25,15 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
     page = f"https://huggingface.co/{repo_id}"
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=FILES, ignore_patterns=None if weights else ["*.safetensors"]))
+        return Path(
+            snapshot_download(repo_id, allow_patterns=FILES, ignore_patterns=None if weights else ["*.safetensors"])
+        )
     except GatedRepoError:
         raise PermissionError(f"{repo_id} is gated: accept its licence at {page}, then {login}") from None
     except RepositoryNotFoundError:
-        raise FileNotFoundError(f"the hub has no model {repo_id!r}, or it is private: check {page}, then {login}") from None
+        raise FileNotFoundError(
+            f"the hub has no model {repo_id!r}, or it is private: check {page}, then {login}"
+        ) from None
     except HFValidationError as error:
         raise FileNotFoundError(f"no folder or file {repo_id!r}, and it cannot be a hub id: {error}") from None
     except LocalEntryNotFoundError:

@@ -48,7 +48,13 @@ def load_model(source: str | Path, *, dtype: str | None = None, progress: bool |
     graphdef, abstract = nnx.split(decoder)
     flat = dict(nnx.to_flat_state(abstract))
     total = sum(int(np.prod(shape)) for weight in table.values() for shape in weight.shapes)
-    bar = tqdm(total=total, unit=" weights", unit_scale=True, desc="loading", disable=None if progress is None else not progress)
+    bar = tqdm(
+        total=total,
+        unit=" weights",
+        unit_scale=True,
+        desc="loading",
+        disable=None if progress is None else not progress,
+    )
     with bar:
         for path, weight in _in_file_order(table, found):
             flat[path] = flat[path].replace(_place(found, weight, jnp.dtype(dtype)))
@@ -82,7 +88,9 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
 
 def _check_tensors(found: Source, config: ModelConfig, table: dict[tuple[str | int, ...], Weight], label: str) -> None:
     """Name every tensor that is missing, extra or misshapen, before the first one is read."""
-    expected = {name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    expected = {
+        name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
     shapes = found.shapes
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected and name != ROPE_DIVISORS and not ignorable(name, config)]

@@ -33,13 +33,16 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
     qkv, out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
     gate_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
     # Path in a layer, checkpoint modules joined in it, their output sizes, their input size, whether they have a bias.
-    linears = [
+    linears: list[tuple[tuple[str, str], tuple[str, ...], tuple[int, ...], int, bool]] = [
         (("attention", "qkv"), qkv, (q, kv, kv), dim, config.qkv_bias),
         (("attention", "out"), out, (dim,), q, config.out_bias),
         (("mlp", "gate_up"), gate_up, (mlp, mlp), dim, config.mlp_bias),
         (("mlp", "down"), down, (dim,), mlp, config.mlp_bias),
     ]
-    norms = [(("attention_norm",), "input_layernorm", dim), (("mlp_norm",), "post_attention_layernorm", dim)]
+    norms: list[tuple[tuple[str, ...], str, int]] = [
+        (("attention_norm",), "input_layernorm", dim),
+        (("mlp_norm",), "post_attention_layernorm", dim),
+    ]
     if config.qk_norm:
         norms += [(("attention", f"{x}_norm"), f"self_attn.{x}_norm", head) for x in "qk"]
     for index in range(config.num_layers):

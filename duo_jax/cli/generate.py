@@ -4,16 +4,17 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
+from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.cli.text import Detokenizer
 from duo_jax.cli.timed import Timings, timed_stream
 from duo_jax.pattern import HeadPattern
-from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
+from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Generate:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         if self.pattern is None and any(value is not None for value in self._pattern_options().values()):
             raise ValueError("--sparsity, --threshold, --kv-budget, --sink-size and --recent-size need --pattern")
-        if self.pattern is not None and self.kv_budget is None:
+        if self.kv_budget is None:
             self._load_pattern(1)  # A wrong pattern is told before the model is loaded.
         tokenizer = load_tokenizer(self.model)
         tokens = _encode(tokenizer, prompt, chat=self.chat)
-        pattern = None if self.pattern is None else self._load_pattern(len(tokens))
+        pattern = self._load_pattern(len(tokens))
         model = load_model(self.model, dtype=self.dtype)
         timings, text, ids, logprobs = Timings(), Detokenizer(tokenizer), [], []
         steps = timed_stream(
@@ -102,14 +103,17 @@ class Generate:
 
     def sampler(self) -> Sampler:
         """The flags as a sampler."""
-        options = {TopK: self.top_k, TopP: self.top_p, MinP: self.min_p}
-        penalty = () if self.repetition_penalty is None else (RepetitionPenalty(self.repetition_penalty),)
-        if self.temperature == 0:
-            if any(value is not None for value in options.values()):
-                raise ValueError("--top-k, --top-p and --min-p need a --temperature above 0")
-            return Greedy(penalty)
-        draws = tuple(kind(value) for kind, value in options.items() if value is not None)
-        return Categorical((*penalty, Temperature(self.temperature), *draws))
+        transforms: list[Transform] = []
+        if self.repetition_penalty is not None:
+            transforms.append(RepetitionPenalty(self.repetition_penalty))
+        cuts: list[Transform] = [TopK(self.top_k)] if self.top_k is not None else []
+        cuts += [TopP(self.top_p)] if self.top_p is not None else []
+        cuts += [MinP(self.min_p)] if self.min_p is not None else []
+        if self.temperature != 0:
+            return Categorical((*transforms, Temperature(self.temperature), *cuts))
+        if cuts:
+            raise ValueError("--top-k, --top-p and --min-p choose among random draws: give a --temperature above 0")
+        return Greedy(tuple(transforms))
 
     def _prompt(self) -> str:
         given = [self.stdin is not None, self.prompt is not None, self.prompt_file is not None]
@@ -126,16 +130,18 @@ class Generate:
             raise ValueError("the prompt is empty; give at least one character")
         return text
 
-    def _pattern_options(self) -> dict[str, float | int | None]:
+    def _pattern_options(self) -> dict[str, Any]:
         names = ("sparsity", "threshold", "kv_budget", "sink_size", "recent_size")
         return {name: getattr(self, name) for name in names}
 
-    def _load_pattern(self, prompt_tokens: int) -> HeadPattern:
+    def _load_pattern(self, prompt_tokens: int) -> HeadPattern | None:
+        if self.pattern is None:
+            return None
         context = None if self.kv_budget is None else prompt_tokens + self.max_new_tokens
         return HeadPattern.load(self.pattern, context_length=context, **self._pattern_options())
 
 
-def _encode(tokenizer, prompt: str, *, chat: bool) -> np.ndarray:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> np.ndarray:
     if chat and not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: leave --chat out")
     if chat:

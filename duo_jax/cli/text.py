@@ -15,7 +15,7 @@ class Detokenizer:
     @property
     def text(self) -> str:
         """All of it."""
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
 
     def add(self, token: int) -> str:
         """Append a token; the text that can be shown now."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def timed_stream(
     cache = KVCache.init(model.config, pattern, 1, room, dtype=model.dtype)
     timings.prompt_tokens, timings.kv_bytes = length, cache.nbytes
     timings.kv_bytes_full = KVCache.bytes_for(model.config, None, 1, room, dtype=model.dtype)
-    options = {"sampler": sampler, "eos_ids": eos_ids, "key": key}
+    options: dict[str, Any] = {"sampler": sampler, "eos_ids": eos_ids, "key": key}
 
     status("compiling")
     begin = time.perf_counter()
