@@ -208,7 +208,7 @@ def published_patterns() -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
 
 
-def _check_sizes(sink_size: int, recent_size: int) -> None:
+def _check_sizes(sink_size: Any, recent_size: Any) -> None:
     for name, size, least in (("sink_size", sink_size, 0), ("recent_size", recent_size, 1)):
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")

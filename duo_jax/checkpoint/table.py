@@ -33,7 +33,7 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
     qkv, out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
     gate_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
     # Path in a layer, checkpoint modules joined in it, their output sizes, their input size, whether they have a bias.
-    linears: list[tuple[tuple[str, str], tuple[str, ...], tuple[int, ...], int, bool]] = [
+    linears: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], int, bool]] = [
         (("attention", "qkv"), qkv, (q, kv, kv), dim, config.qkv_bias),
         (("attention", "out"), out, (dim,), q, config.out_bias),
         (("mlp", "gate_up"), gate_up, (mlp, mlp), dim, config.mlp_bias),

@@ -1,0 +1,62 @@
+"""Shared by all tests: strict arithmetic, the golden checkpoints, and the small real model."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from duo_jax import HeadPattern, Model, ModelConfig, load_model
+from duo_jax.checkpoint.packaged import packaged_model
+
+# What a user's strict configuration would refuse must never be in this library.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3")
+
+# A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.
+TINY = ModelConfig(
+    "llama",
+    vocab_size=61,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=48,
+    max_positions=4096,
+    dtype="float32",
+    eos_ids=(2,),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """A tiny random model."""
+    return Model.random(TINY, seed=1)
+
+
+@pytest.fixture(scope="session")
+def half() -> HeadPattern:
+    """A pattern of the tiny model with one streaming head in each layer."""
+    return HeadPattern.from_gates(np.array([[1.0, 0.0], [0.0, 1.0]]), sink_size=3, recent_size=8)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def golden(request: pytest.FixtureRequest) -> Path:
+    """Folder of each golden checkpoint in turn."""
+    return GOLDEN / request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, downloaded on the first use."""
+    return packaged_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Model:
+    """SmolLM2-135M-Instruct, float32."""
+    return load_model(smollm2_gguf)
