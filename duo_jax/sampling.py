@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 MASKED = -1e30
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Reshapes logits; `seen` marks the vocabulary entries of the prompt and of what was generated so far."""
 

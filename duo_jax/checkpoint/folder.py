@@ -9,12 +9,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 
 
-class Folder:
+class Folder(Source):
     """See `Source`. Reads tensor by tensor; one shard is open at a time."""
 
     def __init__(self, path: Path) -> None:

@@ -11,6 +11,7 @@ from gguf import GGUFReader, dequantize
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
 from duo_jax.rope import DividedRope
 
@@ -38,7 +39,7 @@ PAIRED_ROPE = ("llama",)
 ROPE_DIVISORS = "rope_freqs.weight"
 
 
-class GgufFile:
+class GgufFile(Source):
     """See `Source`. Weights are dequantized tensor by tensor as they are read."""
 
     def __init__(self, path: Path) -> None:

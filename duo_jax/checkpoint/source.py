@@ -1,7 +1,7 @@
 """What a checkpoint is to the loader: a configuration, tensors by Hugging Face's names, and a tokenizer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -9,23 +9,23 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.config import ModelConfig
 
 
-class Source(Protocol):
+class Source(ABC):
     """A checkpoint on disk."""
 
     @property
+    @abstractmethod
     def config(self) -> ModelConfig:
         """The model's configuration."""
-        ...
 
     @property
+    @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, by name; linear weights as `[out, in]`."""
-        ...
 
+    @abstractmethod
     def read(self, name: str) -> np.ndarray:
         """One tensor's values, in the data type that they are stored in (float32 where that is a quantized one)."""
-        ...
 
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
-        ...
