@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32, Key
+from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
 from duo_jax.model import Model

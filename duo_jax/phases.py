@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
+from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
 from duo_jax.model import Model

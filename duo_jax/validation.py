@@ -9,8 +9,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
+from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
 from duo_jax.config import ModelConfig
