@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from duo_jax.config import ModelConfig
 from duo_jax.pattern import HeadPattern
@@ -177,11 +178,12 @@ class KVCache:
 
     def mark(self) -> "Mark":
         """Remember this point: a copy of rings and lengths only, so that one prefilled text can be asked many times."""
+        self.check_alive()
         return Mark(
             streaming_k=jnp.copy(self.pools.streaming_k),
             streaming_v=jnp.copy(self.pools.streaming_v),
             length=jnp.copy(self.length),
-            last_key=_last_key(self.pools, self.length),
+            fingerprint=_fingerprint(self.pools.retrieval_k, self.length),
         )
 
     def rewind(self, mark: "Mark") -> "KVCache":
@@ -190,13 +192,14 @@ class KVCache:
         Raises:
             ValueError: a mark of another cache, or one whose tokens were overwritten after an earlier rewind.
         """
-        if mark.streaming_k.shape != self.pools.streaming_k.shape or mark.last_key.shape[1] != self.batch_size:
+        self.check_alive()
+        if mark.streaming_k.shape != self.pools.streaming_k.shape or mark.length.shape != self.length.shape:
             raise ValueError(
                 f"this mark is of another cache: its rings are {mark.streaming_k.shape}, "
                 f"the cache's {self.pools.streaming_k.shape}"
             )
-        found = np.asarray(_last_key(self.pools, mark.length))
-        if not np.array_equal(found, np.asarray(mark.last_key)):
+        found = _fingerprint(self.pools.retrieval_k, mark.length)
+        if not np.array_equal(np.asarray(found), np.asarray(mark.fingerprint)):
             raise ValueError(
                 "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
                 "tokens were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
@@ -206,22 +209,31 @@ class KVCache:
 
     def fork(self) -> "KVCache":
         """A real copy, which lives on when this cache is donated."""
+        self.check_alive()
         return jax.tree.map(jnp.copy, self)
+
+    def check_alive(self) -> None:
+        """Raise ValueError if this cache was donated."""
+        if not isinstance(self.length, jax.core.Tracer) and self.length.is_deleted():
+            raise ValueError(
+                "this cache was given to a step function before, which donates it: go on with the cache that was "
+                "returned, or fork() it first"
+            )
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["streaming_k", "streaming_v", "length", "last_key"],
+    data_fields=["streaming_k", "streaming_v", "length", "fingerprint"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class Mark:
-    """A point to rewind to. `last_key` is the newest key of each retrieval slot: it tells a stale mark."""
+    """A point to rewind to. `fingerprint` is a hash of the retrieval keys so far: it tells a stale mark."""
 
     streaming_k: Float[Array, "Ps B R H"]
     streaming_v: Float[Array, "Ps B R H"]
     length: Int32[Array, "B"]
-    last_key: Float[Array, "Pr B H"]
+    fingerprint: UInt32[Array, "B"]
 
 
 def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
@@ -267,6 +279,15 @@ def _refill(
     return pool.at[jnp.where(heads.is_retrieval, pool.shape[0], heads.slot)].set(rings, mode="drop")
 
 
-def _last_key(pools: Pools, length: Int32[Array, "B"]) -> Float[Array, "Pr B H"]:
-    key = pools.retrieval_k[:, _rows(length.shape[0]), jnp.maximum(length - 1, 0)]
-    return jnp.where((length > 0)[None, :, None], key, jnp.zeros_like(key))  # An empty row has no key to compare.
+@jax.jit
+def _fingerprint(pool: Float[Array, "Pr B S H"], length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+    """Hash of each row's first `length` keys in the deepest retrieval slot, which depend on all layers before it."""
+    if not pool.shape[0]:
+        return jnp.zeros(length.shape, jnp.uint32)  # Rings are copied whole: nothing can be stale.
+    keys = pool[-1]
+    bits = lax.bitcast_convert_type(keys, jnp.dtype(f"uint{8 * keys.dtype.itemsize}")).astype(jnp.uint32)
+    # A random odd factor for every position and channel: sums of other keys, or of the same in another order, differ.
+    index = jnp.arange(keys.shape[1] * keys.shape[2], dtype=jnp.uint32).reshape(1, *keys.shape[1:])
+    factor = (index * jnp.uint32(0x9E3779B1)) ^ (index >> 7) | jnp.uint32(1)
+    valid = _rows(keys.shape[1])[None, :] < length[:, None]
+    return jnp.where(valid[:, :, None], bits * factor, jnp.uint32(0)).sum((1, 2), dtype=jnp.uint32)

@@ -58,7 +58,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """From a Hugging Face configuration as a mapping: `AutoConfig.from_pretrained(path).to_dict()`.
+        """From a Hugging Face configuration as a mapping: `AutoConfig.from_pretrained(path).to_dict()`, or config.json.
 
         Raises:
             NotImplementedError: an architecture or a feature that this decoder does not have, by name.
@@ -83,7 +83,7 @@ class ModelConfig:
             norm_eps=config["rms_norm_eps"],
             max_positions=config["max_position_embeddings"],
             tied_head=bool(config.get("tie_word_embeddings")),
-            dtype=str(config.get("dtype") or "float32").removeprefix("torch."),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
             **{flag: bool(value(config) if callable(value) else value) for flag, value in FAMILIES[name].items()},
         )
@@ -113,12 +113,13 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Name the first feature that this decoder does not have: computing on without it would be silently wrong."""
     refused = None
     window, positions = config.get("sliding_window"), config["max_position_embeddings"]
-    layers = config.get("layer_types") or []
-    # A window as wide as the trained context, or one that no layer uses, is no window.
-    if window and window < positions and config.get("use_sliding_window", True) and "full_attention" not in set(layers):
-        refused = f"sliding-window attention ({window=})"
-    if any(kind != "full_attention" for kind in layers):
-        refused = f"layers of type {sorted(set(layers) - {'full_attention'})}"
+    has_window = window and config.get("use_sliding_window", True)
+    kinds = set(config.get("layer_types") or ["sliding_attention" if has_window else "full_attention"])
+    if window and window >= positions:
+        kinds.discard("sliding_attention")  # A window as wide as the trained context is no window.
+    kinds.discard("full_attention")
+    if kinds:
+        refused = f"layers of type {sorted(kinds)} ({window=} of {positions} positions)"
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         refused = f"the activation {config['hidden_act']!r}"
     if any(config.get(key) for key in _EXPERTS):
@@ -131,7 +132,11 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
-    parameters = dict(config.get("rope_parameters") or {})
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # Configurations written before transformers 5 have these beside the scaling.
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            parameters.setdefault(key, config[key])
     name = parameters.get("rope_type") or parameters.get("type") or "default"
     if name not in ROPES:
         raise NotImplementedError(f"RoPE scaling {name!r} is not supported; supported are {', '.join(ROPES)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 
 from duo_jax.config import ModelConfig
 
@@ -88,7 +89,7 @@ class HeadPattern:
     @classmethod
     def from_gates(
         cls,
-        gates: Float[np.ndarray, "L K"],
+        gates: ArrayLike,
         *,
         sink_size: int,
         recent_size: int,
@@ -104,7 +105,7 @@ class HeadPattern:
         same gates give the same pattern on every machine.
 
         Args:
-            gates: one per KV head; clipped to [0, 1] for the choice, kept as given.
+            gates: one per KV head, `[layers, kv_heads]`; clipped to [0, 1] for the choice, kept as given.
             sink_size: first tokens that a streaming head keeps.
             recent_size: most recent tokens that a streaming head keeps.
             sparsity: fraction of KV heads that become streaming heads, over all layers, rounded down to whole heads.
@@ -176,9 +177,9 @@ class HeadPattern:
                 raise ValueError(f"{folder / CONFIG_FILE} has no {name!r}; add it or pass {name}=")
             sizes[name] = metadata[name] if override is None else override
         rules: dict[str, Any] = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
-        pattern = cls.from_gates(
-            _read_gates(folder / GATES_FILE), **sizes, **rules, context_length=context_length, metadata=metadata
-        )
+        _check_sizes(**sizes)
+        gates = _read_gates(folder / GATES_FILE)
+        pattern = cls.from_gates(gates, **sizes, **rules, context_length=context_length, metadata=metadata)
         object.__setattr__(pattern, "_config_text", config_text)
         return pattern
 

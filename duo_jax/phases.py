@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
 from duo_jax.model import Model
-from duo_jax.validation import check_cache, check_prompt, check_room, check_vocabulary, is_traced
+from duo_jax.validation import check_cache, check_prompt, check_room, check_step, is_traced
 from pallas_kernels import decode_attention, prefill_attention
 from pallas_kernels.positions import consecutive
 
@@ -89,15 +89,10 @@ def decode_step(
     Raises:
         ValueError: a token outside the vocabulary, a cache of another model, one that would overflow.
     """
-    token = jnp.asarray(token)
-    if token.ndim != 1 or not jnp.issubdtype(token.dtype, jnp.integer):
-        raise ValueError(f"token must be [batch] integers, got {token.dtype}{token.shape}")
-    active = jnp.ones(token.shape, bool) if active is None else jnp.asarray(active)
+    token, active = check_step(model.config, token, active)
     check_cache(model.config, cache, token.shape[0])
-    if not is_traced(token, active):
-        check_vocabulary(model.config, np.asarray(token)[np.asarray(active)])
-        check_room(model.config, cache, np.asarray(active).astype(np.int32))
-    return _step(model, token.astype(jnp.int32), cache, active, backend)
+    check_room(model.config, cache, active)
+    return _step(model, token, cache, active, backend)
 
 
 def bucket(count: int) -> int:

@@ -9,7 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
@@ -53,6 +53,27 @@ def check_prompt(
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
+def check_step(
+    config: ModelConfig, token: ArrayLike, active: ArrayLike | None
+) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
+    """One token a row as int32, and the rows to append to as bool.
+
+    Raises:
+        ValueError: an active row's token outside the vocabulary, or shapes that do not fit.
+    """
+    ids = jnp.asarray(token) if is_traced(token) else _integers("token", token)
+    rows = np.ones(ids.shape, bool) if active is None else active
+    rows = jnp.asarray(rows) if is_traced(rows) else np.asarray(rows)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"token must be [batch] integers, got {ids.dtype}{ids.shape}")
+    if rows.shape != ids.shape or rows.dtype != bool:
+        raise ValueError(f"active must be a bool for each of {ids.shape[0]} rows, got {rows.dtype}{rows.shape}")
+    if not is_traced(ids, rows):
+        check_vocabulary(config, np.asarray(ids)[rows])
+        ids = np.where(rows, ids, 0)  # A row that is left out may hold anything.
+    return jnp.asarray(ids).astype(jnp.int32), jnp.asarray(rows)
+
+
 def check_vocabulary(config: ModelConfig, tokens: np.ndarray) -> None:
     """Raise ValueError for a token id outside the vocabulary: an embedding look-up would clamp it in silence."""
     outside = (tokens < 0) | (tokens >= config.vocab_size)
@@ -82,12 +103,8 @@ def check_room(config: ModelConfig, cache: KVCache, count: ArrayLike) -> None:
     """
     if is_traced(cache, count):
         return
-    if cache.length.is_deleted():
-        raise ValueError(
-            "this cache was given to a step function before, which donates it: go on with the cache that was returned, "
-            "or fork() it first"
-        )
-    length, count = np.asarray(cache.length), np.asarray(count)
+    cache.check_alive()
+    length, count = np.asarray(cache.length), np.asarray(count, np.int64)
     wanted = length + count
     if (wanted > cache.max_length).any():
         row = int(wanted.argmax())

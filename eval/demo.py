@@ -39,6 +39,8 @@ class Demo:
 
     def run(self) -> None:
         """Load, ask three times, print a table."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         begin = time.perf_counter()
         console, progress = Console(), Console(stderr=True)
         tokenizer = load_tokenizer(self.model)
@@ -52,25 +54,25 @@ class Demo:
         )
         runs = {
             "full attention": None,
-            f"{some.num_streaming} of {some.is_retrieval.size} heads streaming": some,
-            "every head streaming": none,
+            f"{some.num_streaming} of {some.is_retrieval.size} heads stream": some,
+            "every head streams": none,
         }
-        table = Table(*("attention", "answer", "", "KV MB", "prefill s", "decode tok/s", "compile s"))
+        table = Table(*("attention", "answer", "KV MB", "prefill s", "tok/s", "compile s"))
         for name, pattern in runs.items():
             with progress.status(name) as spinner:
                 timings = Timings()
                 show = partial(_show, spinner, name)
                 answer = self._ask(model, tokenizer, task, pattern, timings, show)
+            verdict = "right" if task.is_right(answer) else "wrong"
             table.add_row(
                 name,
-                repr(answer),
-                "right" if task.is_right(answer) else "wrong",
+                verdict,
                 f"{timings.kv_bytes / 1e6:.1f}",
                 f"{timings.prefill_seconds:.2f}",
                 f"{timings.decode_tokens_per_second:.1f}",
                 f"{timings.compile_seconds:.1f}",
             )
-            progress.print(f"{name}: {answer!r}")
+            console.print(f"{name}: {answer!r} is {verdict}")
         console.print(table)
         console.print(f"{time.perf_counter() - begin:.0f} s in all")
 

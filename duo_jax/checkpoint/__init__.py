@@ -1,5 +1,10 @@
 """Pretrained weights and tokenizers, from a Hugging Face folder, a hub id, a GGUF file, or a packaged model's name."""
 
-from duo_jax.checkpoint.load import load_model, load_tokenizer
+import logging
+
+# transformers warns at import that torch is missing. Here that is how it should be: only its tokenizers are used.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
+
+from duo_jax.checkpoint.load import load_model, load_tokenizer  # noqa: E402
 
 __all__ = ["load_model", "load_tokenizer"]

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 class Folder(Source):
@@ -33,6 +35,8 @@ class Folder(Source):
             raise ValueError(f"{self.path / 'config.json'} has no model_type: it is not a Hugging Face configuration")
         try:
             values = AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
+        except StrictDataclassError as error:
+            raise ValueError(f"{self.path / 'config.json'} contradicts itself: {error}") from None
         except (ValueError, KeyError):
             # transformers does not know the architecture: our own refusal names it and what is supported.
             values = raw
@@ -58,14 +62,23 @@ class Folder(Source):
         """By transformers."""
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{self.path} has no tokenizer that transformers can load: {error}") from None
+        except (
+            Exception
+        ) as error:  # tokenizers raises plain Exception, transformers KeyError, on a file they cannot parse.
+            raise FileNotFoundError(
+                f"{self.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}); "
+                "put the model's tokenizer files beside its weights"
+            ) from None
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
         """Shard and shape of every tensor."""
         if (self.path / INDEX).is_file():
-            shards = sorted(set(_json(self.path / INDEX)["weight_map"].values()))
+            shards = sorted(set(_weight_map(self.path / INDEX).values()))
+        elif (self.path / SINGLE).is_file():
+            shards = [
+                SINGLE
+            ]  # Whatever else is there (consolidated.safetensors, adapters) is not this model in this layout.
         else:
             shards = sorted(path.name for path in self.path.glob("*.safetensors"))
         if not shards:
@@ -82,9 +95,19 @@ class Folder(Source):
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{path} has no weight_map from tensors to shards; download it again")
+    return weight_map
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,8 @@ from huggingface_hub.errors import (
 
 # All that a model folder needs; other weight formats would double the download.
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+# The same weights a second time, in the layout of their makers' own code.
+COPIES = ["consolidated*.safetensors", "original/*"]
 
 
 def download(repo_id: str, *, weights: bool = True) -> Path:
@@ -26,7 +28,7 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
     try:
         return Path(
-            snapshot_download(repo_id, allow_patterns=FILES, ignore_patterns=None if weights else ["*.safetensors"])
+            snapshot_download(repo_id, allow_patterns=FILES, ignore_patterns=COPIES if weights else ["*.safetensors"])
         )
     except GatedRepoError:
         raise PermissionError(f"{repo_id} is gated: accept its licence at {page}, then {login}") from None

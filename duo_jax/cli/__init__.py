@@ -7,9 +7,6 @@ import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 
-# transformers says at every start that torch is missing; here that is how it should be.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 # What a caller can get wrong: said in a line, without a traceback.
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
 

@@ -1,0 +1,292 @@
+"""Makes a golden checkpoint: a small random Hugging Face model, a pattern, and outputs computed in float32 by torch.
+
+Knows nothing of this project's code: the model is Hugging Face's, the method is METHOD.md sections 1 and 2 written
+densely. Needs torch, which the project does not, so run it in an environment of its own:
+
+    pip install torch transformers safetensors numpy
+    python tests/golden/make.py --family yarn --out tests/golden/yarn    # new weights
+    python tests/golden/make.py --from tests/golden/llama                # recompute what is stored, and compare
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import torch
+    from torch import Tensor
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+except ImportError as error:
+    raise SystemExit(f"{error}. Only this script needs torch: pip install torch transformers safetensors") from error
+
+Array = np.ndarray[Any, Any]
+# Other orders of summation differ by up to 5e-6 in float32; one key more or less in a window, by more than 0.1.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: a Hugging Face model type, what its configuration changes in `COMMON`, and the run."""
+
+    model_type: str
+    config: dict[str, Any]
+    tokens: int = 120
+    sink_size: int = 4
+    recent_size: int = 24
+
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "float32",
+}
+
+
+def rope(kind: str = "default", theta: float = 10000.0, **parameters: float) -> dict[str, Any]:
+    """Hugging Face's `rope_parameters`."""
+    return {"rope_type": kind, "rope_theta": theta, **parameters}
+
+
+# Every vocabulary differs, so that no test passes with another family's checkpoint. Sequences are longer than
+# `original_max_position_embeddings` and than sink + recent, so that RoPE scaling and the streaming mask both show.
+LLAMA3_ROPE = rope(
+    "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+YARN_ROPE = rope("yarn", factor=8.0, original_max_position_embeddings=64)
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "llama", {"vocab_size": 97, "num_key_value_heads": 4, "head_dim": 16, "rope_parameters": rope()}, 160
+    ),
+    "llama31": Family(
+        "llama",
+        {"vocab_size": 98, "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
+        200,
+        sink_size=8,
+        recent_size=16,
+    ),
+    "mistral": Family(
+        "mistral",
+        {
+            "vocab_size": 99,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "sliding_window": None,
+            "rope_parameters": rope(),
+        },
+        130,
+    ),
+    "qwen2": Family(
+        "qwen2",
+        {
+            "vocab_size": 100,
+            "num_attention_heads": 6,  # no head_dim, as in Qwen2's configurations: hidden_size / num_attention_heads
+            "tie_word_embeddings": True,
+            "rope_parameters": rope(),
+        },
+        recent_size=20,
+    ),
+    "qwen3": Family(
+        "qwen3", {"vocab_size": 101, "head_dim": 32, "rope_parameters": rope()}, 140, sink_size=2, recent_size=30
+    ),
+    "yarn": Family("llama", {"vocab_size": 102, "head_dim": 16, "rope_parameters": YARN_ROPE}),
+    "linear": Family("llama", {"vocab_size": 103, "head_dim": 16, "rope_parameters": rope("linear", factor=4.0)}),
+}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the outputs are computed from: the model and the inputs that `golden.npz` and `pattern/` store."""
+
+    model: PreTrainedModel
+    ids: Array  # [B, T] int32
+    pattern: Array  # [L, K], 1: retrieval head, 0: streaming head
+    gates: Array  # [L, K] float32 in [0, 1]
+    sink_size: int
+    recent_size: int
+
+    @classmethod
+    def random(cls, family: Family, seed: int) -> "Golden":
+        """Random weights large enough that attention is far from uniform, and a pattern with both extremes.
+
+        Layer 0 has no retrieval head and the last layer no streaming head; half of the heads between are each.
+        """
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family.model_type, **COMMON | family.config)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                scale, mean = (0.08, 0.0) if weight.ndim == 2 else (0.2, 0.0 if name.endswith("bias") else 1.0)
+                weight.copy_(mean + scale * torch.randn_like(weight))
+        rng = np.random.default_rng(seed)
+        layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+        half = (np.arange(heads) < heads / 2).astype(np.float64)
+        between = [rng.permutation(half) for _ in range(layers - 2)]
+        return cls(
+            model.eval(),
+            ids=rng.integers(3, model.config.vocab_size, (2, family.tokens), np.int32),  # from 3: no special token
+            pattern=np.stack([np.zeros(heads), *between, np.ones(heads)]),
+            gates=rng.random((layers, heads), np.float32),
+            sink_size=family.sink_size,
+            recent_size=family.recent_size,
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Golden":
+        """The weights, pattern, ids and gates of a golden folder."""
+        with np.load(folder / "golden.npz") as stored:
+            return cls(
+                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+                ids=stored["ids"],
+                pattern=np.loadtxt(folder / "pattern/full_attention_heads.tsv", delimiter="\t", ndmin=2),
+                gates=stored["gates"],
+                sink_size=int(stored["sink_size"]),
+                recent_size=int(stored["recent_size"]),
+            )
+
+    def arrays(self) -> dict[str, Array]:
+        """Everything that `golden.npz` holds (README.md says what each array is)."""
+        sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+
+        def gated(gates: Array, teacher: list[Tensor] | None = None) -> GatedAttention:
+            return GatedAttention(torch.from_numpy(gates.astype(np.float32)), teacher=teacher, **sizes)
+
+        full = run(self.model, self.ids)
+        duo = run(self.model, self.ids, gated(self.pattern))
+        mixed_self = run(self.model, self.ids, gated(self.gates))
+        mixed_teacher = run(self.model, self.ids, gated(self.gates, full.attention))
+        return {
+            "ids": self.ids,
+            "full_logits": full.logits,
+            "duo_logits": duo.logits,
+            "gates": self.gates,
+            "full_hidden": full.hidden,
+            "gated_hidden_self": mixed_self.hidden,
+            "gated_hidden_teacher": mixed_teacher.hidden,
+            "sink_size": np.int64(self.sink_size),
+            "recent_size": np.int64(self.recent_size),
+        }
+
+    def save(self, folder: Path, arrays: dict[str, Array]) -> None:
+        """Write the folder: configuration, weights, `pattern/` and `golden.npz`."""
+        self.model.save_pretrained(folder)
+        (folder / "pattern").mkdir(exist_ok=True)
+        sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        (folder / "pattern/config.json").write_text(json.dumps(sizes) + "\n")
+        np.savetxt(folder / "pattern/full_attention_heads.tsv", self.pattern, delimiter="\t")
+        np.savez_compressed(folder / "golden.npz", **arrays)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Dense softmax attention, float32; query `[B, N, T, H]`, key and value `[B, K, T, H]`; returns `[B, T, N, H]`."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class GatedAttention:
+    """An attention for transformers: `gate * full + (1 - gate) * streaming` for every layer and KV head."""
+
+    gates: Tensor  # [L, K]; zeros and ones make a pattern of streaming and retrieval heads
+    sink_size: int
+    recent_size: int
+    teacher: list[Tensor] | None = None  # L x [B, T, N * H]: the full term; None: from the student's own q, k, v
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        """One layer's attention before the output projection; transformers passes no mask to an unknown attention."""
+        position = torch.arange(query.shape[2])
+        i, j = position[:, None], position[None, :]
+        causal = j <= i
+        streaming = causal & ((j < self.sink_size) | (j > i - self.recent_size))  # METHOD.md section 1
+        narrow = attend(query, key, value, streaming, scaling)
+        if self.teacher is None:
+            full = attend(query, key, value, causal, scaling)
+        else:
+            full = self.teacher[module.layer_idx].view(narrow.shape)
+        gate = self.gates[module.layer_idx].repeat_interleave(query.shape[1] // key.shape[1])[:, None]  # [N, 1]
+        return gate * full + (1 - gate) * narrow, None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One forward pass: logits `[B, T, V]`, final-norm hidden states `[B, T, D]`, attention outputs of each layer."""
+
+    logits: Array
+    hidden: Array
+    attention: list[Tensor]  # L x [B, T, N * H], before the output projection
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, ids: Array, attention: Callable[..., Any] | None = None) -> Outputs:
+    """A forward pass with `attention`; with None, plain Hugging Face."""
+    if attention is not None:
+        AttentionInterface.register("golden", attention)
+    model.set_attn_implementation("eager" if attention is None else "golden")
+    recorded: list[Tensor] = []
+    projections = [layer.self_attn.o_proj for layer in model.model.layers]
+    hooks = [o_proj.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for o_proj in projections]
+    hidden = model.model(torch.from_numpy(ids).long(), use_cache=False).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return Outputs(model.lm_head(hidden).numpy(), hidden.numpy(), recorded)
+
+
+def compare(stored: Path, arrays: dict[str, Array]) -> bool:
+    """Print the largest difference of every array from the stored one; whether all are within the tolerance."""
+    with np.load(stored) as golden:
+        differences = {name: float(np.abs(array - golden[name]).max()) for name, array in arrays.items()}
+        same = set(golden) == set(arrays) and all(golden[name].dtype == array.dtype for name, array in arrays.items())
+    for name, difference in differences.items():
+        print(f"{name:22} {difference:.1e}")
+    return same and max(differences.values()) < TOLERANCE
+
+
+def main() -> int:
+    """Make a folder of a family, or recompute the outputs of an existing one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--family", choices=FAMILIES, help="make random weights of this row of the table")
+    source.add_argument("--from", type=Path, dest="source", metavar="DIR", help="recompute DIR's outputs and compare")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; needed with --family")
+    parser.add_argument("--seed", type=int, default=0)
+    for name in ("tokens", "sink_size", "recent_size"):
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=argparse.SUPPRESS, help="with --family; default: the family's")
+    arguments = parser.parse_args()
+    if arguments.family and not arguments.out:
+        parser.error("--family needs --out DIR")
+    changes = {key: value for key, value in vars(arguments).items() if key in ("tokens", "sink_size", "recent_size")}
+    if arguments.source and changes:
+        parser.error(f"--from takes these from the folder: {', '.join(changes)}")
+
+    torch.set_num_threads(1)  # the sums' order, and so the last bits, do not depend on the machine's cores
+    if arguments.source:
+        golden = Golden.load(arguments.source)
+    else:
+        golden = Golden.random(replace(FAMILIES[arguments.family], **changes), arguments.seed)
+    arrays = golden.arrays()
+    if arguments.out:
+        golden.save(arguments.out, arrays)
+    return 0 if not arguments.source or compare(arguments.source / "golden.npz", arrays) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

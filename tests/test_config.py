@@ -1,0 +1,346 @@
+"""ModelConfig and RoPE: what is read from a configuration, what is refused by name, and the published sizes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from duo_jax import PRESETS, ModelConfig
+from duo_jax.checkpoint.folder import Folder
+from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope
+from tests.conftest import FAMILIES, GOLDEN
+
+BASE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def from_folder(folder: Path, **values: Any) -> ModelConfig:
+    """As a model folder's config.json is read, by way of transformers."""
+    (folder / "config.json").write_text(json.dumps(BASE | values))
+    return Folder(folder).config
+
+
+def rope_of(**parameters: Any) -> Rope:
+    return ModelConfig.from_hf(BASE | {"rope_parameters": {"rope_theta": 10000.0, **parameters}}).rope
+
+
+EXPECTED = {
+    "llama": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "vocab_size": 97},
+    "llama31": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 98, "tied_head": True},
+    "mistral": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "vocab_size": 99},
+    "qwen2": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 100, "tied_head": True},
+    "qwen3": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "vocab_size": 101},
+}
+FLAGS = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["config.json itself", "by AutoConfig"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read(family: str, raw: bool) -> None:
+    folder = GOLDEN / family
+    values = json.loads((folder / "config.json").read_text())
+    values = values if raw else AutoConfig.from_pretrained(folder).to_dict()
+    config = ModelConfig.from_hf(values)
+    rope = Llama3Rope(500000.0, original_max_position_embeddings=64) if family == "llama31" else Rope(10000.0)
+    assert config == ModelConfig(
+        family=values["model_type"],
+        num_layers=3,
+        embed_dim=96,
+        mlp_dim=160,
+        max_positions=512,
+        rope=rope,
+        norm_eps=1e-5,
+        dtype="float32",
+        eos_ids=(2,),
+        **EXPECTED[family],
+        **FLAGS.get(family, {}),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_num_parameters_is_that_of_the_checkpoint(family: str) -> None:
+    from safetensors import safe_open
+
+    with safe_open(GOLDEN / family / "model.safetensors", framework="numpy") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    assert Folder(GOLDEN / family).config.num_parameters == stored
+
+
+def test_a_configuration_of_before_transformers_5_is_read(tmp_path: Path) -> None:
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}, "torch_dtype": "bfloat16"}
+    config = ModelConfig.from_hf(BASE | old)
+    assert config.rope == LinearRope(5e5, factor=4.0)
+    assert config.dtype == "bfloat16"
+    by_transformers = from_folder(tmp_path, **old)
+    assert (by_transformers.rope, by_transformers.dtype) == (config.rope, config.dtype)
+
+
+def test_an_old_configuration_without_scaling_keeps_its_theta(tmp_path: Path) -> None:
+    assert ModelConfig.from_hf(BASE | {"rope_theta": 5e5, "rope_scaling": None}).rope == Rope(5e5)
+    assert from_folder(tmp_path, rope_theta=5e5).rope == Rope(5e5)
+
+
+def test_head_dim_and_kv_heads_have_their_defaults() -> None:
+    config = ModelConfig.from_hf({key: value for key, value in BASE.items() if key != "num_key_value_heads"})
+    assert (config.num_kv_heads, config.head_dim) == (4, 16)
+
+
+def test_llama_biases_are_read() -> None:
+    config = ModelConfig.from_hf(BASE | {"attention_bias": True, "mlp_bias": True})
+    assert config.qkv_bias and config.out_bias and config.mlp_bias
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(None, ()), (7, (7,)), ([7, 9], (7, 9))])
+def test_eos_may_be_absent_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
+    assert ModelConfig.from_hf(BASE | {"eos_token_id": eos}).eos_ids == ids
+
+
+REFUSED = {
+    "window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding"),
+    "qwen2 window": (
+        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0},
+        "sliding",
+    ),
+    "qwen2 window in some layers": (
+        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
+        "sliding",
+    ),
+    "layer_types": ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+    "dynamic NTK": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    "longrope": (
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+        "longrope",
+    ),
+    "experts": ({"num_local_experts": 8}, "mixture of experts"),
+    "gemma3": ({"model_type": "gemma3"}, "gemma3"),
+    "mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral"),
+    "unheard of": ({"model_type": "warble"}, "warble"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    "activation": ({"hidden_act": "gelu"}, "gelu"),
+    "partial RoPE": ({"partial_rotary_factor": 0.5}, "partial"),
+}
+
+
+@pytest.mark.parametrize(("values", "name"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_supported_is_refused_by_name(values: dict, name: str, tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match=name):
+        ModelConfig.from_hf(BASE | values)
+    with pytest.raises(NotImplementedError, match=name):
+        from_folder(tmp_path, **values)
+
+
+def test_an_unknown_architecture_is_told_what_is_supported() -> None:
+    with pytest.raises(NotImplementedError, match="llama, mistral, qwen2, qwen3"):
+        ModelConfig.from_hf(BASE | {"model_type": "gemma3"})
+
+
+ACCEPTED = {
+    "no window": {"model_type": "mistral", "sliding_window": None},
+    "window of all positions": {"model_type": "mistral", "sliding_window": 32768},
+    "window switched off": {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False},
+    "window that no layer uses": {
+        "model_type": "qwen2",
+        "sliding_window": 4096,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "wide window in every layer": {
+        "model_type": "qwen2",
+        "sliding_window": 32768,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+    },
+    "whole RoPE": {"partial_rotary_factor": 1.0},
+    "swish": {"hidden_act": "swish"},
+}
+
+
+@pytest.mark.parametrize("values", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_changes_nothing_is_accepted(values: dict, tmp_path: Path) -> None:
+    assert ModelConfig.from_hf(BASE | values).max_positions == 32768
+    if "swish" not in values.values():
+        assert from_folder(tmp_path, **values).max_positions == 32768
+
+
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"]
+)
+def test_sizes_of_zero_are_refused_by_name(field: str) -> None:
+    sizes = dict.fromkeys(["vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim"], 2)
+    with pytest.raises(ValueError, match=field):
+        ModelConfig("llama", **(sizes | {"head_dim": 2, "max_positions": 8, field: 0}))
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        ModelConfig.from_hf(BASE | {"num_key_value_heads": 3})
+    with pytest.raises(ValueError, match="even"):
+        ModelConfig.from_hf(BASE | {"head_dim": 15})
+
+
+PUBLISHED = {
+    "llama-2-7b": 6738415616,
+    "llama-3-8b": 8030261248,
+    "llama-3-70b": 70553706496,
+    "llama-3.1-8b": 8030261248,
+    "llama-3.1-70b": 70553706496,
+    "mistral-7b": 7248023552,
+    "qwen2.5-7b": 7615616512,
+    "qwen3-8b": 8190735360,
+    "smollm2-135m": 134515008,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_number_of_parameters(name: str) -> None:
+    assert PRESETS[name].num_parameters == PUBLISHED[name]
+
+
+# RoPE: every formula once more, frequency by frequency, in Python's float64.
+
+
+def plain(theta: float, head_dim: int) -> list[float]:
+    return [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+
+
+def llama3(theta: float, head_dim: int, factor: float, low: float, high: float, original: int) -> list[float]:
+    scaled = []
+    for frequency in plain(theta, head_dim):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / high:
+            scaled.append(frequency)
+        elif wavelength > original / low:
+            scaled.append(frequency / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            scaled.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return scaled
+
+
+def yarn(
+    theta: float, head_dim: int, factor: float, original: int, fast: float = 32, slow: float = 1, truncate: bool = True
+) -> list[float]:
+    # The dimension whose wave turns r times in the original context: theta^(2d/H) * 2 pi * r = original.
+    low, high = (head_dim * math.log(original / (r * 2 * math.pi)) / (2 * math.log(theta)) for r in (fast, slow))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    scaled = []
+    for i, frequency in enumerate(plain(theta, head_dim)):
+        interpolate = min(max((i - low) / (high - low), 0), 1)
+        scaled.append(interpolate * frequency / factor + (1 - interpolate) * frequency)
+    return scaled
+
+
+def assert_frequencies(rope: Rope, head_dim: int, expected: list[float]) -> None:
+    found = rope.inverse_frequencies(head_dim)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+sizes = st.sampled_from([16, 64, 80, 96, 128, 256])
+thetas = st.sampled_from([1e4, 1e5, 5e5, 1e6])
+factors = st.floats(1.0, 64.0)
+
+
+@given(sizes, thetas)
+def test_default_rope(head_dim: int, theta: float) -> None:
+    assert_frequencies(Rope(theta), head_dim, plain(theta, head_dim))
+
+
+@given(sizes, thetas, factors)
+def test_linear_rope(head_dim: int, theta: float, factor: float) -> None:
+    rope = rope_of(rope_type="linear", rope_theta=theta, factor=factor)
+    assert_frequencies(rope, head_dim, [f / factor for f in plain(theta, head_dim)])
+
+
+@given(sizes, thetas, factors, st.sampled_from([64, 4096, 8192]), st.sampled_from([(1.0, 4.0), (0.5, 2.0)]))
+def test_llama3_rope(head_dim: int, theta: float, factor: float, original: int, cuts: tuple[float, float]) -> None:
+    low, high = cuts
+    rope = rope_of(
+        rope_type="llama3",
+        rope_theta=theta,
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original,
+    )
+    assert_frequencies(rope, head_dim, llama3(theta, head_dim, factor, low, high, original))
+
+
+@given(sizes, thetas, factors, st.sampled_from([4096, 8192, 32768]), st.booleans())
+def test_yarn_rope(head_dim: int, theta: float, factor: float, original: int, truncate: bool) -> None:
+    rope = rope_of(
+        rope_type="yarn",
+        rope_theta=theta,
+        factor=factor,
+        original_max_position_embeddings=original,
+        truncate=truncate,
+    )
+    assert_frequencies(rope, head_dim, yarn(theta, head_dim, factor, original, truncate=truncate))
+    assert rope.attention_factor == pytest.approx(0.1 * math.log(factor) + 1)
+
+
+def test_yarn_without_truncation_is_another_rope() -> None:
+    whole, exact = (YarnRope(1e4, factor=4.0, original_max_position_embeddings=4096, truncate=t) for t in (True, False))
+    assert not np.allclose(whole.inverse_frequencies(128), exact.inverse_frequencies(128), rtol=1e-4)
+
+
+def test_yarn_betas_are_used() -> None:
+    rope = rope_of(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096, beta_fast=16.0, beta_slow=2.0)
+    assert_frequencies(rope, 64, yarn(1e4, 64, 4.0, 4096, fast=16, slow=2))
+
+
+@pytest.mark.parametrize(
+    ("given_values", "expected"),
+    [
+        ({}, 0.1 * math.log(40) + 1),
+        ({"attention_factor": 1.25}, 1.25),
+        ({"mscale": 0.7, "mscale_all_dim": 0.9}, (0.07 * math.log(40) + 1) / (0.09 * math.log(40) + 1)),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
+        ({"mscale": 0.7}, 0.1 * math.log(40) + 1),
+    ],
+    ids=["paper", "given", "both mscales", "equal mscales", "one mscale alone"],
+)
+def test_yarn_attention_factor(given_values: dict, expected: float) -> None:
+    rope = rope_of(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, **given_values)
+    assert rope.attention_factor == pytest.approx(expected)
+
+
+def test_yarn_factor_follows_from_the_positions_where_it_is_not_given() -> None:
+    rope = rope_of(rope_type="yarn", original_max_position_embeddings=8192)
+    assert isinstance(rope, YarnRope) and rope.factor == 4.0
+
+
+@pytest.mark.parametrize(("positions", "trained"), [(8192, 32768), (32768, 32768)])
+def test_yarn_extends_the_trained_positions(positions: int, trained: int) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8192}
+    config = ModelConfig.from_hf(BASE | {"max_position_embeddings": positions, "rope_parameters": rope})
+    assert config.trained_positions == trained
+
+
+def test_stored_divisors_divide() -> None:
+    divisors = (1.0, 2.0, 4.0, 8.0)
+    expected = [f / d for f, d in zip(plain(1e4, 8), divisors, strict=True)]
+    assert_frequencies(DividedRope(1e4, divisors), 8, expected)
+
+
+def test_only_yarn_scales_attention() -> None:
+    assert Rope().attention_factor == LinearRope().attention_factor == Llama3Rope().attention_factor == 1.0
