@@ -4,6 +4,7 @@ from duo_jax.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.generate import Generation, Step, Stream, generate, stream
+from duo_jax.lm import LM, Document, Reply, TextStream, load
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern, published_patterns
 from duo_jax.phases import decode_step, prefill
@@ -12,8 +13,10 @@ from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Tempe
 __version__ = "0.1.0"
 
 __all__ = [
+    "LM",
     "PRESETS",
     "Categorical",
+    "Document",
     "Generation",
     "Greedy",
     "HeadPattern",
@@ -22,13 +25,16 @@ __all__ = [
     "Model",
     "ModelConfig",
     "RepetitionPenalty",
+    "Reply",
     "Step",
     "Stream",
     "Temperature",
+    "TextStream",
     "TopK",
     "TopP",
     "decode_step",
     "generate",
+    "load",
     "load_model",
     "load_tokenizer",
     "prefill",

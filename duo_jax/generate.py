@@ -6,7 +6,7 @@ generated, so that a conversation goes on by passing the cache and the new token
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -157,6 +157,10 @@ class Stream(Iterator[Step]):
     def cache(self) -> KVCache:
         """The cache as it is now. Going on with the iterator donates it."""
         return self._state.cache
+
+    def stop(self, row: int) -> None:
+        """End one row here, as an EOS token would."""
+        self._state = replace(self._state, active=self._state.active.at[row].set(False))
 
     def __next__(self) -> Step:
         """Generate one token for every row that is still going."""

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.positions import consecutive, ring_positions, visible
@@ -79,7 +80,7 @@ def _attend(q_h, cached, q_pos, sizes):
     seen = seen & (k_pos >= 0)
     if keys.shape[1] == 0:  # No key of this type at all: the caller discards this branch.
         return jnp.zeros_like(q_h)
-    compute = jnp.promote_types(jnp.float32, jnp.promote_types(q_h.dtype, keys.dtype))
+    compute = np.promote_types(np.promote_types(np.float32, q_h.dtype), keys.dtype)
     scores = jnp.einsum("btgh,bsh->btgs", q_h.astype(compute), keys.astype(compute)) * q_h.shape[-1] ** -0.5
     scores = jnp.where(seen[:, :, None, :], scores, -jnp.inf)
     weights = jnp.where(seen.any(-1)[:, :, None, None], jax.nn.softmax(scores, axis=-1), 0.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -208,7 +209,7 @@ def _accumulate(
     keep: Bool[Array, "#B #M S"],
 ) -> _Softmax:
     """Add one block of keys to a running softmax; products in the inputs' wider type, sums in float32."""
-    compute = jnp.promote_types(q.dtype, k.dtype)
+    compute = q.dtype if q.dtype == k.dtype else np.promote_types(np.promote_types(np.float32, q.dtype), k.dtype)
     f32 = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bmh,bsh->bms", q.astype(compute), k.astype(compute), **f32) * q.shape[-1] ** -0.5
     scores = jnp.where(keep, scores, MASKED)

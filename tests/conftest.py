@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
 
 # A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.
 TINY = ModelConfig(

@@ -62,9 +62,7 @@ class Folder(Source):
         """By transformers."""
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (
-            Exception
-        ) as error:  # tokenizers raises plain Exception, transformers KeyError, on a file they cannot parse.
+        except Exception as error:  # On a file that cannot be parsed, tokenizers raises Exception itself.
             raise FileNotFoundError(
                 f"{self.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}); "
                 "put the model's tokenizer files beside its weights"
@@ -76,9 +74,7 @@ class Folder(Source):
         if (self.path / INDEX).is_file():
             shards = sorted(set(_weight_map(self.path / INDEX).values()))
         elif (self.path / SINGLE).is_file():
-            shards = [
-                SINGLE
-            ]  # Whatever else is there (consolidated.safetensors, adapters) is not this model in this layout.
+            shards = [SINGLE]  # Others beside it hold the model in another layout (consolidated), or adapters.
         else:
             shards = sorted(path.name for path in self.path.glob("*.safetensors"))
         if not shards:

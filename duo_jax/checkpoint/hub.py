@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -43,5 +43,5 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
             f"no folder or file {repo_id!r}, and the hub cannot be reached: check the path or the connection, "
             "or give a local folder or GGUF file"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # HTTPError is that of the HTTP client: a proxy that refuses raises it.
         raise FileNotFoundError(f"{repo_id} could not be downloaded from the hub: {error}") from None

@@ -29,6 +29,7 @@ def main() -> None:
 def _run(entry: EntryPoint) -> int:
     import tyro
 
+    _keep_compiled_programs()
     command = tyro.cli(entry.load(), prog=f"duo {entry.name}", args=sys.argv[2:])
     try:
         command.run()
@@ -44,6 +45,16 @@ def _run(entry: EntryPoint) -> int:
         print(f"duo {entry.name}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    """Compile a program once per machine, unless jax was told otherwise (`JAX_ENABLE_COMPILATION_CACHE=0`)."""
+    import jax
+
+    from duo_jax.checkpoint.packaged import cache_folder
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def _usage(commands: dict[str, EntryPoint]) -> str:

@@ -4,25 +4,22 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.cli.text import Detokenizer
+from duo_jax.cli.options import ModelOptions, PatternOptions, SamplingOptions
 from duo_jax.cli.timed import Timings, timed_stream
-from duo_jax.pattern import HeadPattern
-from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
+from duo_jax.detokenize import Detokenizer
 
 
 @dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a pretrained model, with full attention or with streaming heads."""
 
-    model: str
-    """Hugging Face folder, .gguf file, packaged model (smollm2-135m-instruct) or hub id."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions]
     stdin: tyro.conf.Positional[Literal["-"] | None] = None
     """`-` reads the prompt from standard input."""
     prompt: str | None = None
@@ -31,51 +28,25 @@ class Generate:
     """A UTF-8 file with the prompt."""
     chat: bool = False
     """Wrap the prompt in the model's chat template, as one user message."""
-    pattern: str | None = None
-    """Head pattern: a published name or a folder; without it every head keeps all tokens (full attention)."""
-    sparsity: float | None = None
-    """Fraction of KV heads that stream, 0 to 1; needs --pattern."""
-    threshold: float | None = None
-    """Heads with a gate of at least this keep all tokens; needs --pattern."""
-    kv_budget: float | None = None
-    """Fraction of full attention's KV tokens to keep at the prompt's length; needs --pattern."""
-    sink_size: int | None = None
-    """First tokens that streaming heads keep; the pattern's own by default."""
-    recent_size: int | None = None
-    """Most recent tokens that streaming heads keep; the pattern's own by default."""
     max_new_tokens: int = 128
     """Most tokens generated."""
-    temperature: float = 0.0
-    """0 takes the most likely token; above, tokens are drawn at random."""
-    top_k: int | None = None
-    """Draw from the k most likely tokens only."""
-    top_p: float | None = None
-    """Draw from the fewest tokens whose probabilities sum to p."""
-    min_p: float | None = None
-    """Draw from tokens at least p times as likely as the likeliest."""
-    repetition_penalty: float | None = None
-    """Above 1, tokens seen before become less likely."""
-    seed: int = 0
-    """Seed of the random draws."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     json: bool = False
     """Print one JSON object instead of text."""
 
     def run(self) -> None:
         """Check the flags, load, generate, report."""
-        prompt, sampler = self._prompt(), self.sampler()
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
-        if self.pattern is None and any(value is not None for value in self._pattern_options().values()):
-            raise ValueError("--sparsity, --threshold, --kv-budget, --sink-size and --recent-size need --pattern")
-        if self.kv_budget is None:
-            self._load_pattern(1)  # A wrong pattern is told before the model is loaded.
-        tokenizer = load_tokenizer(self.model)
+        prompt, sampler = self._prompt(), self.sampling.sampler()
+        if self.pattern.kv_budget is None:
+            self.pattern.load(1)  # A wrong pattern is told before the model is loaded.
+        tokenizer = self.model.tokenizer()
         tokens = _encode(tokenizer, prompt, chat=self.chat)
-        pattern = self._load_pattern(len(tokens))
-        model = load_model(self.model, dtype=self.dtype)
-        timings, text, ids, logprobs = Timings(), Detokenizer(tokenizer), [], []
+        pattern = self.pattern.load(len(tokens) + self.max_new_tokens)
+        model = self.model.load()
+        timings, text, ids, logprobs = Timings(), Detokenizer(tokenizer, self.sampling.stop), [], []
         steps = timed_stream(
             model,
             tokens,
@@ -84,7 +55,7 @@ class Generate:
             max_new_tokens=self.max_new_tokens,
             sampler=sampler,
             eos_ids=model.config.eos_ids,
-            key=self.seed,
+            key=self.sampling.seed,
             status=_status,
         )
         for token, logprob in steps:
@@ -94,26 +65,14 @@ class Generate:
             if not self.json:
                 _status("")
                 print(new, end="", flush=True)
+            if text.stopped:
+                break
         _status("")
         if self.json:
             print(json.dumps(_record(text.text, ids, logprobs, timings), ensure_ascii=False))
         else:
             print(text.rest())
             print(_summary(timings), file=sys.stderr)
-
-    def sampler(self) -> Sampler:
-        """The flags as a sampler."""
-        transforms: list[Transform] = []
-        if self.repetition_penalty is not None:
-            transforms.append(RepetitionPenalty(self.repetition_penalty))
-        cuts: list[Transform] = [TopK(self.top_k)] if self.top_k is not None else []
-        cuts += [TopP(self.top_p)] if self.top_p is not None else []
-        cuts += [MinP(self.min_p)] if self.min_p is not None else []
-        if self.temperature != 0:
-            return Categorical((*transforms, Temperature(self.temperature), *cuts))
-        if cuts:
-            raise ValueError("--top-k, --top-p and --min-p choose among random draws: give a --temperature above 0")
-        return Greedy(tuple(transforms))
 
     def _prompt(self) -> str:
         given = [self.stdin is not None, self.prompt is not None, self.prompt_file is not None]
@@ -130,23 +89,13 @@ class Generate:
             raise ValueError("the prompt is empty; give at least one character")
         return text
 
-    def _pattern_options(self) -> dict[str, Any]:
-        names = ("sparsity", "threshold", "kv_budget", "sink_size", "recent_size")
-        return {name: getattr(self, name) for name in names}
-
-    def _load_pattern(self, prompt_tokens: int) -> HeadPattern | None:
-        if self.pattern is None:
-            return None
-        context = None if self.kv_budget is None else prompt_tokens + self.max_new_tokens
-        return HeadPattern.load(self.pattern, context_length=context, **self._pattern_options())
-
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> np.ndarray:
     if chat and not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: leave --chat out")
     if chat:
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
         ids = tokenizer.encode(text, add_special_tokens=False)
     else:
         ids = tokenizer.encode(prompt)

@@ -1,0 +1,110 @@
+"""`duo chat`: a conversation in a terminal."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tyro
+
+from duo_jax.chat import Chat
+from duo_jax.cli.options import ModelOptions, PatternOptions, SamplingOptions
+from duo_jax.lm import LM
+
+HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or Ctrl-D ends, Ctrl-C stops a reply"
+
+
+@dataclass(frozen=True)
+class ChatCommand:
+    """Talk to a model in several turns; each one computes only what is new."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions]
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
+    system: str | None = None
+    """System message; the template's own by default."""
+    max_length: int = 4096
+    """Tokens of conversation that the KV cache holds."""
+    max_new_tokens: int = 512
+    """Most tokens of one reply."""
+
+    def run(self) -> None:
+        """Load, then read and answer until the end of input."""
+        if self.max_new_tokens < 1 or self.max_length < 1:
+            raise ValueError(f"--max-new-tokens and --max-length must be at least 1, got {self}")
+        sampler, pattern = self.sampling.sampler(), self.pattern.load(self.max_length)
+        lm = LM(self.model.load(), self.model.tokenizer(), pattern)
+        if pattern is not None:
+            pattern.check(lm.model.config)
+        chat = Chat(lm, max_length=self.max_length, system=self.system)
+        print(HELP)
+        while (line := _read(chat)) is not None:
+            try:
+                if line.startswith("/"):
+                    if not _command(chat, line):
+                        return
+                elif line:
+                    options = {"sampler": sampler, "seed": self.sampling.seed, "stop": self.sampling.stop}
+                    _answer(chat, line, max_new_tokens=self.max_new_tokens, **options)
+            except (ValueError, OSError) as error:
+                print(f"({error})", file=sys.stderr)
+
+
+def _read(chat: Chat) -> str | None:
+    """A line, with a meter of the cache before it; None at the end of input."""
+    meter = f"[{chat.num_tokens}/{chat.max_length} tokens, {chat.nbytes / 1e6:.1f} MB] "
+    while True:
+        try:
+            return input(f"{meter}> ").strip()
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit ends the chat)")
+
+
+def _command(chat: Chat, line: str) -> bool:
+    """Do what a slash command says; False ends the chat."""
+    name, _, argument = line.partition(" ")
+    if name == "/exit":
+        return False
+    if name == "/reset":
+        chat.reset()
+        print("(forgotten)")
+    elif name == "/save" and argument:
+        Path(argument).write_text(json.dumps(chat.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        print(f"(saved {len(chat.messages)} messages to {argument})")
+    else:
+        print(HELP)
+    return True
+
+
+def _answer(chat: Chat, line: str, **options: Any) -> None:
+    with _interruptible() as interrupted:
+        for piece in chat.say(line, **options):
+            print(piece, end="", flush=True)
+            if interrupted():
+                print(" (stopped)", end="")
+                break
+    print()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C end a reply between two tokens, where the cache is whole; a second one interrupts at once."""
+    hits = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        hits.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,137 @@
+"""`duo inspect`: what a model is, which of its heads stream, and what that saves at several lengths."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from duo_jax.cache import KVCache
+from duo_jax.checkpoint.load import open_source
+from duo_jax.cli.options import PatternOptions
+from duo_jax.config import PRESETS, ModelConfig
+from duo_jax.pattern import HeadPattern
+
+LENGTHS = (4096, 32768, 131072, 1048576)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show a model's shape, its head table, and the bytes of weights and KV cache; no weights are read."""
+
+    model: str
+    """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    dtype: str | None = None
+    """Data type that bytes are counted in; the checkpoint's own by default."""
+    batch_size: int = 1
+    """Sequences in the KV cache."""
+    lengths: tuple[int, ...] = LENGTHS
+    """Context lengths in tokens to count KV bytes at."""
+    png: Path | None = None
+    """Write the head table as a picture."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> None:
+        """Read the configuration, count, print."""
+        if self.batch_size < 1 or not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"--batch-size and --lengths must be at least 1, got {self.batch_size} and {self.lengths}")
+        config = PRESETS.get(self.model.lower()) or open_source(self.model, weights=False).config
+        config = replace(config, dtype=self.dtype or config.dtype)
+        pattern = self.pattern.load(max(self.lengths))
+        record = describe(config, pattern, self.batch_size, self.lengths)
+        if self.png is not None:
+            if pattern is None:
+                raise ValueError("--png draws a head table: give --pattern too")
+            draw(pattern, self.png)
+        print(json.dumps(record) if self.json else _text(config, pattern, record))
+
+
+def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, lengths: tuple[int, ...]) -> dict:
+    """Everything that is printed, as plain values; bytes are exact."""
+    if pattern is not None:
+        pattern.check(config)
+    try:
+        itemsize = np.dtype(config.dtype).itemsize if config.dtype != "bfloat16" else 2
+    except TypeError:
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {config.dtype!r}") from None
+    heads = None
+    if pattern is not None:
+        heads = {
+            "retrieval": pattern.num_retrieval,
+            "streaming": pattern.num_streaming,
+            "sink_size": int(pattern.sink_size),
+            "recent_size": int(pattern.recent_size),
+            "is_retrieval": pattern.is_retrieval.astype(int).tolist(),
+        }
+    kv_bytes = [
+        {
+            "length": length,
+            "full": KVCache.bytes_for(config, None, batch_size, length),
+            "pattern": pattern and KVCache.bytes_for(config, pattern, batch_size, length),
+        }
+        for length in lengths
+    ]
+    weights = {"parameters": config.num_parameters, "bytes": config.num_parameters * itemsize}
+    model = asdict(config) | {"rope_type": config.rope.type}
+    return {"model": model, "weights": weights, "heads": heads, "batch_size": batch_size, "kv_bytes": kv_bytes}
+
+
+def draw(pattern: HeadPattern, path: Path) -> None:
+    """Head table as a picture: gates as colour, retrieval heads outlined."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+    except ImportError:
+        raise ValueError("--png needs matplotlib: pip install 'duo-jax[eval]'") from None
+    layers, heads = pattern.is_retrieval.shape
+    figure = Figure(figsize=(max(4.0, 1.6 + 0.28 * layers), max(2.4, 1.4 + 0.28 * heads)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(pattern.gates.clip(0, 1).T, aspect="equal", vmin=0, vmax=1, cmap="viridis")
+    for layer, head in np.argwhere(pattern.is_retrieval):
+        axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
+    step = max(1, layers // 16)
+    axes.set(
+        xlabel="layer", ylabel="KV head", xticks=range(0, layers, step), yticks=range(0, heads, max(1, heads // 8))
+    )
+    axes.set_title(
+        f"{pattern.num_retrieval} of {pattern.is_retrieval.size} KV heads keep every token (red)", fontsize=10
+    )
+    figure.colorbar(image, label="gate", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str:
+    lines = [
+        f"{config.family}: {config.num_layers} layers, {config.num_heads} query heads, "
+        f"{config.num_kv_heads} KV heads of {config.head_dim}, RoPE {config.rope.type}, "
+        f"trained for {config.trained_positions} tokens",
+        f"weights: {config.num_parameters / 1e6:.1f}M, {_size(record['weights']['bytes'])} in {config.dtype}",
+    ]
+    if pattern is not None:
+        lines += [
+            f"heads: {pattern.num_retrieval} retrieval (█), {pattern.num_streaming} streaming (·) with "
+            f"{pattern.sink_size} sinks and a window of {pattern.recent_size}",
+            "",
+            *(
+                f"  layer {layer:>3}  " + "".join("█" if keeps else "·" for keeps in row)
+                for layer, row in enumerate(pattern.is_retrieval)
+            ),
+        ]
+    lines += ["", f"KV cache, batch {record['batch_size']}:", f"  {'tokens':>9}  {'full':>10}"]
+    if pattern is not None:
+        lines[-1] += f"  {'pattern':>10}  saved"
+    for row in record["kv_bytes"]:
+        lines.append(f"  {row['length']:>9}  {_size(row['full']):>10}")
+        if pattern is not None:
+            lines[-1] += f"  {_size(row['pattern']):>10}  {1 - row['pattern'] / row['full']:5.0%}"
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.1f} {units[0]}"

@@ -1,0 +1,358 @@
+"""Every attention backend against `reference`, and `reference` against the mask written out in numpy, in float64."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels
+from pallas_kernels import BACKENDS, Heads, Pools, api, xla
+from pallas_kernels.positions import ring_index, ring_positions, visible
+
+SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}
+# Of values around 1: sums are in float32, weights and output are rounded to the type of the queries.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+OPERATIONS = {"prefill": pallas_kernels.prefill_attention, "decode": pallas_kernels.decode_attention}
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class Case(NamedTuple):
+    """One problem: a batch, rows of different lengths, one layer's heads among the slots of a larger model."""
+
+    is_retrieval: tuple[bool, ...]
+    group: int = 2
+    head_dim: int = 16
+    tokens: int = 13
+    capacity: int = 61
+    starts: tuple[int, ...] = (0, 5, 41)
+    lengths: tuple[int, ...] = (13, 1, 7)
+    sink_size: int = 3
+    recent_size: int = 8
+    dtype: str = "float32"
+    pool_dtype: str | None = None
+    blocks: str = "small"
+
+
+MIXED = (True, False, True)
+CASES = {
+    "gqa_1_head_dim_64": Case(MIXED, group=1, head_dim=64),
+    "gqa_2_one_row": Case(MIXED, starts=(20,), lengths=(9,)),
+    "gqa_3_head_dim_80_no_sinks": Case(MIXED, group=3, head_dim=80, sink_size=0),
+    "gqa_4_head_dim_96_bfloat16": Case(MIXED, group=4, head_dim=96, dtype="bfloat16"),
+    "gqa_5_streaming_only_after_many_wraps": Case((False, False), group=5, starts=(48, 37, 26), recent_size=5),
+    "gqa_6_retrieval_only": Case((True, True), group=6),
+    "gqa_7_bfloat16_window_of_one": Case((False, True), group=7, dtype="bfloat16", recent_size=1),
+    "gqa_8_head_dim_128": Case((False, True), group=8, head_dim=128),
+    "head_dim_256": Case((False, True), group=1, head_dim=256),
+    "head_dim_256_bfloat16": Case((False, True), group=1, head_dim=256, dtype="bfloat16"),
+    "bfloat16_cache_of_a_float32_model": Case(MIXED, pool_dtype="bfloat16"),
+    "one_token": Case(MIXED, tokens=1, lengths=(1, 1, 1), starts=(0, 1, 60)),
+    "fewer_tokens_than_sinks": Case(MIXED, tokens=4, lengths=(4, 2, 3), starts=(0, 1, 2), sink_size=7),
+    "chunk_longer_than_the_ring_and_an_empty_row": Case(MIXED, tokens=29, lengths=(29, 0, 3), starts=(0, 9, 32)),
+    "filled_to_capacity": Case(MIXED, tokens=61, lengths=(61, 30, 5), starts=(0, 31, 56)),
+    "default_blocks": Case((True, False), tokens=700, capacity=1500, starts=(800, 0), lengths=(700, 130), blocks=""),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@functools.cache
+def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., jax.Array]:
+    """One operation compiled with small or default blocks; block sizes are read while it is traced."""
+
+    def traced(*args, **sizes):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, size in (SMALL_BLOCKS if blocks == "small" else {}).items():
+                patch.setattr(xla, name, size)
+            return OPERATIONS[operation](*args, **sizes, backend=backend)
+
+    return jax.jit(traced, static_argnames=("sink_size", "recent_size"))
+
+
+class Problem:
+    """Random keys and values of whole rows, pools filled from them token by token, and the expected output."""
+
+    def __init__(self, case: Case, *, garbage: float = 1e4, seed: int = 0):
+        self.case = case
+        rng = np.random.default_rng(seed)
+        self.starts, self.lengths = np.array(case.starts, np.int32), np.array(case.lengths, np.int32)
+        batch, num_kv_heads = len(case.starts), len(case.is_retrieval)
+        total = max(case.starts) + case.tokens
+        self.sizes = {"sink_size": case.sink_size, "recent_size": case.recent_size}
+        pool_dtype = jnp.dtype(case.pool_dtype or case.dtype)
+        normal = functools.partial(rng.normal, size=(batch, total, num_kv_heads, case.head_dim))
+        q = rng.normal(size=(batch, total, num_kv_heads * case.group, case.head_dim))
+        self.q, self.k, self.v = (x.astype(jnp.dtype(case.dtype)) for x in (q, normal(), normal()))
+        # What the pools hold is rounded to their type, the chunk's own keys included.
+        self.kept_k, self.kept_v = self.k.astype(pool_dtype), self.v.astype(pool_dtype)
+        # This layer's slots lie among those of other layers, in no order.
+        self.is_retrieval, self.slot = np.array(case.is_retrieval), np.zeros(num_kv_heads, np.int32)
+        ring = case.sink_size + case.recent_size
+        self.pools = []
+        for kind, size in ((True, case.capacity), (False, ring)):
+            here = np.flatnonzero(self.is_retrieval == kind)
+            count = len(here) + 2 if len(here) else 0
+            self.slot[here] = rng.permutation(count)[: len(here)]
+            shape = (count, batch, size, case.head_dim)
+            self.pools += [(rng.normal(size=shape) * garbage).astype(pool_dtype) for _ in "kv"]
+
+    def fill(self, counts: np.ndarray) -> tuple[Pools, Heads]:
+        """The pools once `counts[b]` tokens are in, each token put where a plain loop says."""
+        pools = [pool.copy() for pool in self.pools]
+        sink, recent = self.case.sink_size, self.case.recent_size
+        for head, retrieves in enumerate(self.is_retrieval):
+            pool_k, pool_v = pools[:2] if retrieves else pools[2:]
+            for row, count in enumerate(counts):
+                for p in range(count):
+                    index = p if retrieves or p < sink else sink + (p - sink) % recent
+                    pool_k[self.slot[head], row, index] = self.kept_k[row, p, head]
+                    pool_v[self.slot[head], row, index] = self.kept_v[row, p, head]
+        return Pools(*map(jnp.asarray, pools)), Heads(jnp.asarray(self.is_retrieval), jnp.asarray(self.slot))
+
+    def expected(self, row: int, position: int) -> np.ndarray:
+        """Output `[N, H]` of one token: a softmax over the keys that each head may see, in float64."""
+        sink, recent = self.case.sink_size, self.case.recent_size
+        out = []
+        for head in range(self.q.shape[2]):
+            kv_head = head // self.case.group
+            every, window = range(position + 1), range(max(0, position + 1 - recent), position + 1)
+            keys = every if self.is_retrieval[kv_head] else sorted({*range(min(sink, position + 1)), *window})
+            k, v = (x[row, list(keys), kv_head].astype(np.float64) for x in (self.kept_k, self.kept_v))
+            scores = k @ self.q[row, position, head].astype(np.float64) / np.sqrt(self.case.head_dim)
+            weights = np.exp(scores - scores.max())
+            out.append(weights @ v / weights.sum())
+        return np.stack(out)
+
+    def prefill(self, backend: str | None, pools: Pools | None = None) -> np.ndarray:
+        own = self.starts[:, None] + np.arange(self.case.tokens)
+        q, k, v = (jnp.asarray(np.stack([x[b, own[b]] for b in range(len(own))])) for x in (self.q, self.k, self.v))
+        filled, heads = self.fill(self.starts)
+        traced = {"start": jnp.asarray(self.starts), "lengths": jnp.asarray(self.lengths)}
+        run = jitted("prefill", backend, self.case.blocks)
+        return np.asarray(run(q, k, v, pools or filled, heads, **traced, **self.sizes)).astype(np.float64)
+
+    def decode(self, backend: str | None, counts: np.ndarray, pools: Pools | None = None) -> np.ndarray:
+        filled, heads = self.fill(counts)
+        q = jnp.asarray(self.q[np.arange(len(counts)), np.maximum(counts - 1, 0)])
+        run = jitted("decode", backend, self.case.blocks)
+        return np.asarray(
+            run(q, pools or filled, heads, lengths=jnp.asarray(counts.astype(np.int32)), **self.sizes)
+        ).astype(np.float64)
+
+
+def check_prefill(problem: Problem, backend: str, *, every: int = 1) -> None:
+    out = problem.prefill(backend)
+    assert np.isfinite(out).all()  # Padding too.
+    for row, (start, length) in enumerate(zip(problem.starts, problem.lengths, strict=True)):
+        for t in range(0, length, every):
+            expected = problem.expected(row, start + t)
+            np.testing.assert_allclose(out[row, t], expected, rtol=0, atol=TOLERANCE[problem.case.dtype])
+
+
+def check_decode(problem: Problem, backend: str, counts: np.ndarray) -> None:
+    out = problem.decode(backend, counts)
+    assert np.isfinite(out).all()
+    for row in np.flatnonzero(counts):
+        expected = problem.expected(row, counts[row] - 1)
+        np.testing.assert_allclose(out[row], expected, rtol=0, atol=TOLERANCE[problem.case.dtype])
+
+
+@backends
+@cases
+def test_prefill_equals_the_mask_written_out(case, backend):
+    check_prefill(Problem(case), backend, every=23 if case.tokens > 100 else 1)
+
+
+@backends
+@cases
+def test_decode_equals_the_mask_written_out(case, backend):
+    problem = Problem(case)
+    check_decode(problem, backend, problem.starts + problem.lengths)
+
+
+@backends
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_start_and_length_in_one_program(backend, data):
+    """The whole range of lengths of one shape; rows of a batch differ."""
+    starts = data.draw(st.lists(st.integers(0, 48), min_size=3, max_size=3))
+    lengths = data.draw(st.lists(st.integers(0, 13), min_size=3, max_size=3))
+    shape = Case(MIXED, starts=(48, 48, 48))
+    check_prefill(Problem(shape._replace(starts=tuple(starts), lengths=tuple(lengths))), backend)
+    check_decode(Problem(shape), backend, np.array(starts) + np.array(lengths))
+
+
+@backends
+def test_heads_are_data(backend):
+    """Any table with these slots runs in the same program: nothing depends on which head is of which type."""
+    run = jitted("decode", backend, "small")
+    before = None
+    for is_retrieval in ((True, False, False), (False, True, False), (False, False, True)):
+        problem = Problem(Case(is_retrieval, head_dim=8))
+        check_decode(problem, backend, problem.starts + problem.lengths)
+        before = before or run._cache_size()
+        assert run._cache_size() == before
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", ["retrieval", "streaming"])
+def test_blocks_beyond_the_filled_ones_are_never_read(operation, name):
+    """NaN times a weight of zero is NaN: a finite output shows that trip counts follow the lengths."""
+    problem = Problem(Case((True, False), starts=(0, 5, 12), lengths=(1, 1, 1), tokens=1, recent_size=40, sink_size=8))
+    counts = problem.starts + 1
+    filled, _ = problem.fill(problem.starts if operation == "prefill" else counts)
+    run = problem.prefill if operation == "prefill" else functools.partial(problem.decode, counts=counts)
+    # The last row fills two blocks of 8 keys.
+    poisoned = {
+        field: pool.at[:, :, 16:].set(jnp.nan) for field, pool in filled._asdict().items() if field.startswith(name)
+    }
+    if operation == "prefill" and name == "streaming":
+        pytest.skip("a ring is read whole in prefill: it is as small as the window")
+    clean = run(backend="xla", pools=filled)
+    np.testing.assert_array_equal(run(backend="xla", pools=filled._replace(**poisoned)), clean)
+
+
+def test_other_slots_are_never_read():
+    problem = Problem(CASES["gqa_2_one_row"], garbage=np.nan)
+    pools, heads = problem.fill(problem.starts)
+    # Only this layer's slots are made finite.
+    kept = {True: heads.slot[heads.is_retrieval], False: heads.slot[~heads.is_retrieval]}
+    pools = Pools(
+        *(pool.at[kept[i < 2]].set(jnp.nan_to_num(pool[kept[i < 2]], nan=0.0)) for i, pool in enumerate(pools))
+    )
+    assert all(bool(jnp.isnan(pool).any()) for pool in pools)
+    assert np.isfinite(problem.prefill("xla", pools)).all()
+    assert np.isfinite(problem.decode("xla", problem.starts + 1, pools)).all()
+
+
+class Shapes(NamedTuple):
+    """Arguments without values, for programs that are compiled and not run."""
+
+    tokens: int = 2048
+    capacity: int = 4096
+    num_retrieval: int = 1
+    num_streaming: int = 1
+
+    def lower(self, operation: str) -> jax.stages.Compiled:
+        heads, head_dim, kv_heads = 4, 16, 2
+        f32, i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        retrieval = f32((self.num_retrieval, 1, self.capacity, head_dim))
+        streaming = f32((self.num_streaming, 1, 128, head_dim))
+        pools = Pools(retrieval, retrieval, streaming, streaming)
+        table = Heads(jax.ShapeDtypeStruct((kv_heads,), bool), jax.ShapeDtypeStruct((kv_heads,), jnp.int32))
+        sizes = {"lengths": i32, "sink_size": 64, "recent_size": 64}
+        if operation == "decode":
+            return jitted("decode", "xla", "").lower(f32((1, heads, head_dim)), pools, table, **sizes).compile()
+        own = f32((1, self.tokens, kv_heads, head_dim))
+        q = f32((1, self.tokens, heads, head_dim))
+        return jitted("prefill", "xla", "").lower(q, own, own, pools, table, start=i32, **sizes).compile()
+
+
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("heads", [(1, 0), (0, 1), (1, 1)], ids=["retrieval", "streaming", "mixed"])
+def test_prefill_memory_is_linear_in_the_chunk(heads):
+    once, twice = (Shapes(tokens, 4096, *heads).lower("prefill") for tokens in (2048, 4096))
+    assert temporary_bytes(twice) <= 2.1 * temporary_bytes(once)
+    largest = max(
+        np.prod([int(n) for n in found.split(",")]) for found in re.findall(r"f32\[([\d,]+)\]", twice.as_text())
+    )
+    assert largest < 4096 * 4096
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_memory_does_not_depend_on_the_capacity(operation):
+    short, long = (Shapes(capacity=capacity).lower(operation) for capacity in (2048, 65536))
+    assert temporary_bytes(short) == temporary_bytes(long)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(sink_size=st.integers(0, 6), recent_size=st.integers(1, 9), length=st.integers(0, 60))
+def test_a_ring_holds_the_sinks_and_the_newest_tokens(sink_size, recent_size, length):
+    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    ring = [-1] * (sink_size + recent_size)
+    for position in range(length):
+        index = position if position < sink_size else sink_size + (position - sink_size) % recent_size
+        ring[index] = position
+    index = ring_index(jnp.arange(60), **sizes).tolist()
+    assert all(index[position] == at for at, position in enumerate(ring) if position >= 0)
+    found = ring_positions(jnp.full((1,), length, jnp.int32), **sizes)
+    assert found.tolist() == [ring]
+    newest = range(max(0, length - recent_size), length)
+    assert sorted(p for p in ring if p >= 0) == sorted({*range(min(sink_size, length)), *newest})
+
+
+def test_visible_is_the_mask_of_the_method():
+    q = jnp.arange(7)[:, None]
+    seen = visible(q, jnp.arange(7)[None, :], sink_size=1, recent_size=2)
+    assert seen.astype(jnp.int32).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 1, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def arguments(operation: str, **changed: object) -> Callable[[], jax.Array]:
+    """A call that fits together, but for what is changed."""
+    pool, ring = jnp.zeros((1, 2, 16, 8)), jnp.zeros((1, 2, 5, 8))
+    given = {
+        "q": jnp.zeros((2, 3, 4, 8) if operation == "prefill" else (2, 4, 8)),
+        "pools": Pools(pool, pool, ring, ring),
+        "heads": Heads(jnp.array([True, False]), jnp.zeros(2, jnp.int32)),
+        "lengths": jnp.ones(2, jnp.int32),
+        "sink_size": 2,
+        "recent_size": 3,
+    }
+    if operation == "prefill":
+        given |= {"k": jnp.zeros((2, 3, 2, 8)), "v": jnp.zeros((2, 3, 2, 8)), "start": jnp.zeros(2, jnp.int32)}
+    return functools.partial(OPERATIONS[operation], **(given | changed))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_arguments_that_do_not_fit_raise(operation):
+    arguments(operation)()  # What is changed below is what is wrong.
+    with pytest.raises(ValueError, match="unknown attention backend 'cuda'; there are .*reference.*xla"):
+        arguments(operation, backend="cuda")()
+    three = Heads(jnp.ones(3, bool), jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="multiple of KV heads.*num_heads=4 and num_kv_heads=3"):
+        arguments(operation, heads=three)()
+    with pytest.raises(ValueError, match="a ring holds sink_size"):
+        arguments(operation, recent_size=4)()
+    for shape in ((1, 3, 16, 8), (1, 2, 16, 4)):
+        pool, ring = jnp.zeros(shape), jnp.zeros((1, shape[1], 5, shape[3]))
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            arguments(operation, pools=Pools(pool, pool, ring, ring))()
+
+
+@pytest.mark.parametrize("changed", [{"k": (2, 2, 2, 8)}, {"k": (2, 3, 1, 8)}, {"v": (2, 3, 2, 4)}])
+def test_a_chunk_of_another_shape_raises(changed):
+    # The annotations refuse some of these first, where they are executed; without them the check does.
+    prefill = getattr(api.prefill_attention, "__wrapped__", api.prefill_attention)
+    call = arguments("prefill", **{name: jnp.zeros(shape) for name, shape in changed.items()})
+    with pytest.raises(ValueError, match=r"k and v must be \[B, T, K, H\]"):
+        prefill(**call.keywords)
+
+
+def test_a_device_without_a_verified_backend_falls_back_and_says_so_once():
+    api._default_backend.cache_clear()
+    with pytest.warns(UserWarning, match="no attention backend is verified on 'abacus'"):
+        assert api._default_backend("abacus") == "xla"
+    assert api._default_backend("abacus") == "xla"  # A second warning would be an error.
+    api._default_backend.cache_clear()
+
+
+def test_the_default_backend_is_one_that_exists():
+    problem = Problem(CASES["gqa_2_one_row"])
+    np.testing.assert_array_equal(problem.prefill(None), problem.prefill(api._default_backend(jax.default_backend())))

@@ -1,0 +1,358 @@
+"""The `duo` command, run for real: what it prints, and how it refuses what it cannot do."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+import duo_jax
+from duo_jax import HeadPattern, published_patterns
+from duo_jax.cli import main
+from tests.conftest import GOLDEN
+
+DUO = Path(sys.executable).parent / "duo"
+PROMPT = "What is a needle?\nIt is thin."
+NEW = 8  # The same number of new tokens everywhere: one compilation serves many tests.
+FIELDS = {
+    "text",
+    "tokens",
+    "logprobs",
+    "prompt_tokens",
+    "new_tokens",
+    "compile_seconds",
+    "prefill_seconds",
+    "decode_seconds",
+    "kv_bytes",
+    "kv_bytes_full",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+}
+
+
+def save_tokenizer(folder: Path, *, chat: bool) -> None:
+    """One token for each of the first 94 printable characters: 97 with the special tokens, as the model has."""
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(32, 126))]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant] {% endif %}"
+        )
+    tokenizer.save_pretrained(folder)
+
+
+def make_model(folder: Path, *, chat: bool = False) -> Path:
+    shutil.copytree(GOLDEN / "llama", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')  # Runs go on to the end.
+    save_tokenizer(folder, chat=chat)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("cli") / "chat", chat=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def duo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The command in this process: it starts in no time."""
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["duo", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else 1
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that these tests start find what earlier ones compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+def shell(*args: object, stdin: str | bytes = b"", cwd: Path | None = None) -> Result:
+    """The command as a shell starts it."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([DUO, *map(str, args)], input=data, capture_output=True, cwd=cwd, timeout=120)
+    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.code == 2, result
+    assert "Traceback" not in result.err and not result.out.strip(), result
+    for word in words:
+        assert word in result.err, result
+    assert len(result.err) < 1500, "short"
+
+
+# What it does.
+
+
+def test_the_prompt_may_come_three_ways(model: Path, tmp_path: Path, duo: Callable[..., Result]) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    options = ("generate", "--model", model, "--max-new-tokens", NEW)
+    by_stdin = shell(*options, "-", stdin=PROMPT)
+    assert by_stdin.code == 0, by_stdin
+    assert len(by_stdin.out.removesuffix("\n")) >= NEW
+    assert f"prompt {len(PROMPT)} tokens" in by_stdin.err and "KV cache" in by_stdin.err
+    assert duo(*options, "--prompt", PROMPT).out == by_stdin.out
+    assert duo(*options, "--prompt-file", tmp_path / "prompt.txt").out == by_stdin.out
+
+
+def test_the_text_is_that_of_the_library(model: Path, duo: Callable[..., Result]) -> None:
+    loaded, tokenizer = duo_jax.load_model(model), duo_jax.load_tokenizer(model)
+    out = duo_jax.generate(loaded, np.asarray([tokenizer.encode(PROMPT)]), max_new_tokens=NEW)
+    found = json.loads(duo("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW, "--json").out)
+    assert found["tokens"] == np.asarray(out.tokens)[0].tolist()
+    assert found["text"] == tokenizer.decode(found["tokens"], skip_special_tokens=True)
+    np.testing.assert_allclose(found["logprobs"], np.asarray(out.logprobs)[0], atol=1e-5)
+
+
+def test_json_is_one_object(model: Path, duo: Callable[..., Result]) -> None:
+    result = duo("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW, "--json")
+    assert result.code == 0, result
+    found = json.loads(result.out)
+    assert set(found) == FIELDS
+    assert found["new_tokens"] == len(found["tokens"]) == len(found["logprobs"]) == NEW
+    assert found["prompt_tokens"] == len(PROMPT)
+    assert all(logprob <= 0 for logprob in found["logprobs"])
+    assert found["kv_bytes"] == found["kv_bytes_full"] > 0
+    assert all(found[name] > 0 for name in FIELDS if name.endswith("seconds") or name.endswith("second"))
+    assert len(result.out.splitlines()) == 1
+
+
+def test_a_pattern_saves_memory(model: Path, duo: Callable[..., Result]) -> None:
+    sizes = {"sink_size": 4, "recent_size": 16}
+    flags = ("--sink-size", 4, "--recent-size", 16, "--max-new-tokens", NEW, "--json")
+    options = ("generate", "--model", model, "--prompt", PROMPT * 8, "--pattern", model / "pattern", *flags)
+    half, budget = (json.loads(duo(*options, *rule).out) for rule in (("--sparsity", 0.5), ("--kv-budget", 0.55)))
+    # With half of the 12 heads streaming, (6 * 240 + 6 * 20) of 12 * 240 tokens are kept: 54 %.
+    length = len(PROMPT) * 8 + NEW
+    config = duo_jax.load_model(model).config
+    for rule, run in (
+        ({"sparsity": 0.5}, half),
+        ({"kv_budget": 0.55, "context_length": length}, budget),
+    ):
+        pattern = HeadPattern.load(model / "pattern", **rule, **sizes)
+        assert pattern.num_retrieval == 6
+        assert run["kv_bytes"] == duo_jax.KVCache.bytes_for(config, pattern, 1, length, dtype="float32")
+        assert run["kv_bytes"] < 0.7 * run["kv_bytes_full"]
+
+
+def test_a_pattern_of_retrieval_heads_only_changes_nothing(model: Path, duo: Callable[..., Result]) -> None:
+    options = ("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW)
+    assert duo(*options, "--pattern", model / "pattern", "--sparsity", 0).out == duo(*options).out
+
+
+def test_sampling_depends_on_the_seed_alone(model: Path, duo: Callable[..., Result]) -> None:
+    options = ("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW, "--temperature", 2)
+    first, again, other = (duo(*options, "--seed", seed).out for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_one_candidate_is_greedy_whatever_the_temperature(model: Path, duo: Callable[..., Result]) -> None:
+    options = ("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW)
+    assert duo(*options, "--temperature", 2, "--top-k", 1, "--seed", 5).out == duo(*options).out
+
+
+def test_chat_wraps_the_prompt(chat_model: Path, duo: Callable[..., Result]) -> None:
+    options = ("generate", "--model", chat_model, "--max-new-tokens", NEW, "--json", "--prompt")
+    chat = json.loads(duo(*options, "Hi", "--chat").out)
+    plain = json.loads(duo(*options, "[user] Hi[assistant] ").out)
+    assert chat["prompt_tokens"] == len("[user] Hi[assistant] ")
+    assert chat["tokens"] == plain["tokens"]
+
+
+@pytest.mark.parametrize("prompt", ["\x00\x07\x1b[31m", "--prompt", "-", "é漢😀", " "])
+def test_any_characters_may_be_a_prompt(prompt: str, model: Path, duo: Callable[..., Result]) -> None:
+    result = duo("generate", "--model", model, f"--prompt={prompt}", "--max-new-tokens", NEW)
+    assert result.code == 0 and result.out, result
+
+
+def test_help_lists_the_commands(duo: Callable[..., Result]) -> None:
+    for args in ([], ["--help"], ["-h"]):
+        result = duo(*args)
+        assert result.code == 0 and not result.err
+        assert "usage: duo COMMAND" in result.out
+        assert "  generate  Continue a prompt" in result.out and "  demo " in result.out
+
+
+def test_help_of_a_command_lists_its_flags(duo: Callable[..., Result]) -> None:
+    result = duo("generate", "--help")
+    assert result.code == 0
+    for flag in ("--model", "--prompt-file", "--sparsity", "--kv-budget", "--top-p", "--json"):
+        assert flag in result.out
+
+
+def test_version(duo: Callable[..., Result]) -> None:
+    assert duo("--version") == Result(0, f"duo-jax {duo_jax.__version__}\n", "")
+
+
+def test_folders_named_train_and_eval_do_not_disturb(model: Path, tmp_path: Path) -> None:
+    for name in ("train", "eval", "duo_jax", "pallas_kernels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(
+            f"raise RuntimeError('imported {name} of the working directory')\n"
+        )
+    assert "  demo " in shell("--help", cwd=tmp_path).out
+    result = shell("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW, cwd=tmp_path)
+    assert result.code == 0, result
+
+
+def test_an_interrupt_ends_it_with_130(model: Path) -> None:
+    command = [DUO, "generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", "50000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(1)  # The first characters are there: it is decoding.
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"duo generate: interrupted" in err and b"Traceback" not in err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(model: Path) -> None:
+    command = (
+        f'"{DUO}" generate --model "{model}" --prompt x --max-new-tokens 3000 | head -c 3; echo ${{PIPESTATUS[0]}}'
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout[3:].strip() == "0" and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+# What it refuses. Arguments after `generate --model MODEL`, and what the message must say.
+
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "no prompt": ([], ["give the prompt once", "--prompt-file"]),
+    "two prompts": (["--prompt", "a", "--prompt-file", "b"], ["give the prompt once"]),
+    "prompt and stdin": (["-", "--prompt", "a"], ["give the prompt once"]),
+    "empty prompt": (["--prompt", ""], ["prompt is empty"]),
+    "missing file": (["--prompt-file", "no/such.txt"], ["no/such.txt"]),
+    "a folder": (["--prompt-file", "."], ["directory"]),
+    "unknown pattern": (["--prompt", "a", "--pattern", "no-such"], ["no-such", *published_patterns()]),
+    "sparsity 1.5": (["--prompt", "a", "--pattern", "{pattern}", "--sparsity", "1.5"], ["[0, 1]", "1.5"]),
+    "sparsity nan": (["--prompt", "a", "--pattern", "{pattern}", "--sparsity", "nan"], ["[0, 1]", "nan"]),
+    "budget 2": (["--prompt", "a", "--pattern", "{pattern}", "--kv-budget", "2"], ["[0, 1]"]),
+    "two rules": (["--prompt", "a", "--pattern", "{pattern}", "--sparsity", "0.5", "--threshold", "0.5"], ["give one"]),
+    "sparsity alone": (["--prompt", "a", "--sparsity", "0.5"], ["need --pattern"]),
+    "sink size alone": (["--prompt", "a", "--sink-size", "4"], ["need --pattern"]),
+    "recent size 0": (["--prompt", "a", "--pattern", "{pattern}", "--recent-size", "0"], ["recent_size", "0"]),
+    "pattern of another model": (
+        ["--prompt", "a", "--pattern", "smollm2-135m-instruct"],
+        ["30 layers x 3 KV heads", "3 x 4"],
+    ),
+    "no new tokens": (["--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "got 0"]),
+    "top-k, greedy": (["--prompt", "a", "--top-k", "4"], ["--temperature"]),
+    "top-k 0": (["--prompt", "a", "--temperature", "1", "--top-k", "0"], ["0"]),
+    "top-p 2": (["--prompt", "a", "--temperature", "1", "--top-p", "2"], ["2"]),
+    "negative temperature": (["--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
+    "nan temperature": (["--prompt", "a", "--temperature", "nan"], ["temperature", "nan"]),
+    "chat without template": (["--prompt", "a", "--chat"], ["no chat template"]),
+    "unknown flag": (["--prompt", "a", "--no-such-flag", "1"], ["--no-such-flag"]),
+    "not a number": (["--prompt", "a", "--sparsity", "half"], ["half"]),
+    "unknown dtype": (["--prompt", "a", "--dtype", "int4"], ["int4"]),
+    "bytes that are no text": (["--prompt", "a\udcff"], ["UTF-8"]),
+}
+
+
+@pytest.mark.parametrize(("args", "words"), REFUSED.values(), ids=REFUSED)
+def test_wrong_use_is_refused_in_a_line(
+    args: list[str], words: list[str], model: Path, duo: Callable[..., Result]
+) -> None:
+    args = [arg.format(pattern=model / "pattern") for arg in args]
+    assert_refused(duo("generate", "--model", model, *args), *words)
+
+
+def test_an_empty_standard_input_is_refused(
+    model: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert_refused(duo("generate", "--model", model, "-"), "prompt is empty")
+
+
+def test_standard_input_that_is_not_utf8_is_refused(model: Path) -> None:
+    assert_refused(shell("generate", "--model", model, "-", stdin=b"ab\xff\xfe"), "UTF-8")
+
+
+def test_a_file_that_is_not_utf8_is_refused(model: Path, tmp_path: Path, duo: Callable[..., Result]) -> None:
+    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    assert_refused(
+        duo("generate", "--model", model, "--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 text"
+    )
+
+
+def test_an_unknown_model_is_refused(duo: Callable[..., Result]) -> None:
+    assert_refused(duo("generate", "--model", "no-such", "--prompt", "a"), "'no-such'", "smollm2-135m-instruct")
+
+
+def test_an_unknown_command_is_refused(duo: Callable[..., Result]) -> None:
+    assert_refused(duo("generat"), "no command 'generat'", "generate", "duo --help")
+
+
+def test_no_model_is_refused(duo: Callable[..., Result]) -> None:
+    assert_refused(duo("generate", "--prompt", "a"), "--model")
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "x"])
+def test_a_file_of_bad_gates_is_refused(bad: str, model: Path, tmp_path: Path, duo: Callable[..., Result]) -> None:
+    shutil.copytree(model / "pattern", tmp_path / "bad")
+    gates = tmp_path / "bad" / "full_attention_heads.tsv"
+    rows = gates.read_text().split("\t", 1)
+    gates.write_text(f"{bad}\t{rows[1]}")
+    assert_refused(
+        duo("generate", "--model", model, "--prompt", "a", "--pattern", gates.parent),
+        "gates" if bad != "x" else "full_attention_heads.tsv",
+    )
+
+
+def test_a_cut_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    os.truncate(broken / "model.safetensors", 500_000)
+    result = shell("generate", "--model", broken, "--prompt", "a")
+    assert_refused(result, "model.safetensors is truncated", "download it again")
+
+
+def test_wrong_use_is_refused_by_the_shell_command_too(model: Path) -> None:
+    assert_refused(shell("generate", "--model", model, "--no-such-flag", "1"), "--no-such-flag")
+    assert_refused(shell("no-such"), "no command 'no-such'")
+
+
+def test_a_traceback_is_there_for_who_asks(
+    model: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        duo("generate", "--model", model, "--prompt", "")
