@@ -31,7 +31,7 @@ class Rope:
         return max_positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearRope(Rope):
     """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
 
@@ -43,7 +43,7 @@ class LinearRope(Rope):
         return super().inverse_frequencies(head_dim) / np.float32(self.factor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Llama3Rope(Rope):
     """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, the middle blended."""
 
@@ -62,7 +62,7 @@ class Llama3Rope(Rope):
         return ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class YarnRope(Rope):
     """YaRN (Peng et al. 2023): interpolation by wavelength, and a temperature on attention."""
 
@@ -104,7 +104,7 @@ class YarnRope(Rope):
         return max(max_positions, int(self.factor * self.original_max_position_embeddings))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DividedRope(Rope):
     """A divisor for each frequency, as GGUF files store Llama 3.1's scaling (`rope_freqs.weight`)."""
 

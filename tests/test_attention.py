@@ -323,10 +323,10 @@ def arguments(operation: str, **changed: object) -> Callable[[], jax.Array]:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_arguments_that_do_not_fit_raise(operation):
     arguments(operation)()  # What is changed below is what is wrong.
-    with pytest.raises(ValueError, match="unknown attention backend 'cuda'; there are .*reference.*xla"):
+    with pytest.raises(ValueError, match=r"unknown attention backend 'cuda'; there are .*reference.*xla"):
         arguments(operation, backend="cuda")()
     three = Heads(jnp.ones(3, bool), jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match="multiple of KV heads.*num_heads=4 and num_kv_heads=3"):
+    with pytest.raises(ValueError, match=r"multiple of KV heads.*num_heads=4 and num_kv_heads=3"):
         arguments(operation, heads=three)()
     with pytest.raises(ValueError, match="a ring holds sink_size"):
         arguments(operation, recent_size=4)()

@@ -45,6 +45,13 @@ EXPECTED = {
     "mistral": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "vocab_size": 99},
     "qwen2": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 100, "tied_head": True},
     "qwen3": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "vocab_size": 101},
+    "yarn": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 102},
+    "linear": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 103},
+}
+ROPES = {
+    "llama31": Llama3Rope(500000.0, original_max_position_embeddings=64),
+    "yarn": YarnRope(factor=8.0, original_max_position_embeddings=64),
+    "linear": LinearRope(factor=4.0),
 }
 FLAGS = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
@@ -56,14 +63,13 @@ def test_every_family_is_read(family: str, raw: bool) -> None:
     values = json.loads((folder / "config.json").read_text())
     values = values if raw else AutoConfig.from_pretrained(folder).to_dict()
     config = ModelConfig.from_hf(values)
-    rope = Llama3Rope(500000.0, original_max_position_embeddings=64) if family == "llama31" else Rope(10000.0)
     assert config == ModelConfig(
         family=values["model_type"],
         num_layers=3,
         embed_dim=96,
         mlp_dim=160,
         max_positions=512,
-        rope=rope,
+        rope=ROPES.get(family, Rope(10000.0)),
         norm_eps=1e-5,
         dtype="float32",
         eos_ids=(2,),
@@ -339,7 +345,7 @@ def test_yarn_extends_the_trained_positions(positions: int, trained: int) -> Non
 def test_stored_divisors_divide() -> None:
     divisors = (1.0, 2.0, 4.0, 8.0)
     expected = [f / d for f, d in zip(plain(1e4, 8), divisors, strict=True)]
-    assert_frequencies(DividedRope(1e4, divisors), 8, expected)
+    assert_frequencies(DividedRope(1e4, divisors=divisors), 8, expected)
 
 
 def test_only_yarn_scales_attention() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,7 +56,7 @@ def test_prefill_equals_the_golden_logits_at_every_position(golden, kind):
     np.testing.assert_array_equal(cache.length, lengths)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "duo"])
 def test_prefill_then_decode_equals_the_golden_logits_up_to_capacity(golden, kind):
     """Rows are split at different places: one within the sinks, one after its rings wrapped."""
     model, arrays, pattern = load_golden(golden.name)
@@ -67,7 +68,7 @@ def test_prefill_then_decode_equals_the_golden_logits_up_to_capacity(golden, kin
     decode_rest(model, cache, ids, expected)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_chunk_size_and_split_gives_the_golden_logits(data):
     """Several prefills of ragged pieces with different chunk sizes, then decode steps, in one cache."""
@@ -79,7 +80,7 @@ def test_any_chunk_size_and_split_gives_the_golden_logits(data):
         if (done == 100).any():
             break
         count = np.array([data.draw(st.integers(1, 100 - n), label="count") for n in done])
-        chunk_size = data.draw(st.sampled_from([1, 5, 16]), label="chunk_size")
+        chunk_size = data.draw(st.sampled_from([5, 16]), label="chunk_size")
         piece = np.zeros((2, count.max()), int)
         for row in range(2):
             piece[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
@@ -161,14 +162,18 @@ def test_a_window_of_one_token_without_sinks(tiny):
     decode_rest(tiny, cache, tokens, expected)
 
 
+def prefill_tiny(model, pattern, tokens, lengths=None):
+    """All tests of the tiny model that can share these shapes, and so their programs."""
+    cache = KVCache.init(model.config, pattern, len(tokens), 32)
+    return prefill(model, tokens, cache, lengths=lengths, chunk_size=16)
+
+
 def test_rows_of_a_ragged_batch_equal_runs_of_one_row(tiny, half):
-    rng = np.random.default_rng(2)
-    tokens, lengths = rng.integers(0, 61, (3, 30)), np.array([30, 2, 17])
-    together, cache = prefill(tiny, tokens, KVCache.init(tiny.config, half, 3, 32), lengths=lengths, chunk_size=16)
-    after, _ = decode_step(tiny, [5, 6, 7], cache)
-    for row, length in enumerate(lengths):
-        alone = KVCache.init(tiny.config, half, 1, 32)
-        logits, alone = prefill(tiny, tokens[row : row + 1, :length], alone, chunk_size=16)
+    tokens, lengths = np.random.default_rng(2).integers(0, 61, (2, 30)), np.array([30, 3])
+    together, cache = prefill_tiny(tiny, half, tokens, lengths)
+    after, _ = decode_step(tiny, [5, 6], cache)
+    for row in range(2):
+        logits, alone = prefill_tiny(tiny, half, tokens[row : row + 1], lengths[row : row + 1])
         np.testing.assert_allclose(logits[0], together[row], rtol=0, atol=1e-5)
         logits, _ = decode_step(tiny, [5 + row], alone)
         np.testing.assert_allclose(logits[0], after[row], rtol=0, atol=1e-5)
@@ -179,37 +184,35 @@ def test_padding_may_hold_anything(tiny, half):
     results = []
     for padding in (0, 60, -5, 10**9):
         tokens[1, 4:] = padding
-        logits, cache = prefill(tiny, tokens, KVCache.init(tiny.config, half, 2, 32), lengths=lengths, chunk_size=16)
-        results.append([np.asarray(leaf) for leaf in jax.tree.leaves((logits, cache))])
+        results.append([np.asarray(leaf) for leaf in jax.tree.leaves(prefill_tiny(tiny, half, tokens, lengths))])
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, results[0], other)
 
 
 def test_inactive_rows_of_a_decode_step_stay_untouched(tiny, half):
-    tokens = np.random.default_rng(4).integers(0, 61, (3, 16))
-    _, cache = prefill(tiny, tokens, KVCache.init(tiny.config, half, 3, 32), chunk_size=16)
-    before = jax.tree.map(np.array, cache)
-    active = np.array([True, False, True])
-    _, cache = decode_step(tiny, [3, 10**6, 4], cache, active=active)  # An inactive row's token is not looked at.
-    assert cache.length.tolist() == [17, 16, 17]
-    for old, new in zip(before.pools, cache.pools, strict=True):
+    _, cache = prefill_tiny(tiny, half, np.random.default_rng(4).integers(0, 61, (2, 16)))
+    before = [np.array(pool) for pool in cache.pools]
+    # An inactive row's token is not looked at.
+    _, cache = decode_step(tiny, [3, 10**6], cache, active=[True, False])
+    assert cache.length.tolist() == [17, 16]
+    for old, new in zip(before, cache.pools, strict=True):
         np.testing.assert_array_equal(old[:, 1], new[:, 1])
         assert not np.array_equal(old[:, 0], new[:, 0])
 
 
 def test_an_inactive_row_of_a_full_cache_does_not_overflow(tiny, half):
-    tokens = np.random.default_rng(4).integers(0, 61, (2, 16))
-    _, cache = prefill(tiny, tokens, KVCache.init(tiny.config, half, 2, 16), lengths=[16, 15], chunk_size=16)
+    tokens = np.random.default_rng(4).integers(0, 61, (2, 32))
+    _, cache = prefill_tiny(tiny, half, tokens, [32, 31])
     logits, cache = decode_step(tiny, [3, 4], cache, active=[False, True])
-    assert cache.length.tolist() == [16, 16]
+    assert cache.length.tolist() == [32, 32]
     assert np.isfinite(logits).all()
 
 
 def test_progress_reports_positions_done(tiny, half):
     done = []
-    tokens = np.ones((1, 40), int)
-    prefill(tiny, tokens, KVCache.init(tiny.config, half, 1, 64), chunk_size=16, progress=done.append)
-    assert done == [16, 32, 40]
+    cache = KVCache.init(tiny.config, half, 1, 32)
+    prefill(tiny, np.ones((1, 28), int), cache, chunk_size=16, progress=done.append)
+    assert done == [16, 28]
 
 
 def test_prompts_in_one_bucket_share_a_program(tiny, half):
@@ -233,7 +236,7 @@ def test_patterns_with_as_many_retrieval_heads_share_a_program(tiny):
     def run(gates):
         pattern = HeadPattern.from_gates(np.array(gates), sink_size=3, recent_size=8)
         tokens = np.arange(16)[None]
-        logits, cache = prefill(tiny, tokens, KVCache.init(tiny.config, pattern, 1, 32), chunk_size=16)
+        _, cache = prefill_tiny(tiny, pattern, tokens)
         logits, _ = decode_step(tiny, [1], cache)
         np.testing.assert_allclose(logits, dense_logits(tiny, np.append(tokens, 1)[None], pattern)[:, -1], **TOLERANCE)
         generate(tiny, tokens, pattern=pattern, max_new_tokens=4)
@@ -246,42 +249,45 @@ def test_patterns_with_as_many_retrieval_heads_share_a_program(tiny):
     assert [function._cache_size() for function in jitted] == programs
 
 
-def extend_program(model: Model, pattern: HeadPattern, tokens: int) -> jax.stages.Compiled:
-    cache = KVCache.init(model.config, pattern, 1, 1024)
-    last = jnp.zeros((1, model.config.embed_dim))
-    ids, lengths = jnp.zeros((1, tokens), jnp.int32), jnp.ones(1, jnp.int32)
-    return phases._extend.lower(model, ids, cache, lengths, last, None).compile()
+@pytest.fixture
+def annotations_off():
+    """`lower` fills pytrees with descriptions of arguments, which are not arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def generate_program(model: Model, pattern: HeadPattern, tokens: int) -> jax.stages.Compiled:
-    cache = KVCache.init(model.config, pattern, 1, 1024)
-    ids, lengths = jnp.zeros((1, tokens), jnp.int32), jnp.ones(1, jnp.int32)
-    keys = jax.random.split(jax.random.key(0), 1)
-    return _generate.lower(model, ids, lengths, cache, keys, 8, Greedy(), (), tokens, None).compile()
-
-
-def test_prefill_computes_logits_of_the_last_position_only(tiny, half):
-    vocabulary, tokens = 61, 272  # 61 occurs nowhere else.
-    for program in (extend_program(tiny, half, tokens), generate_program(tiny, half, tokens)):
-        shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"\[([\d,]+)\]", program.as_text())}
-        assert (1, vocabulary) in shapes or program is not None
-        assert not [s for s in shapes if vocabulary in s and tokens in s]
-        assert max(np.prod(s) for s in shapes if vocabulary in s) <= vocabulary * tiny.config.embed_dim
-
-
-@pytest.mark.parametrize("phase", ["extend", "step"])
-def test_a_step_writes_into_the_cache_that_it_was_given(tiny, half, phase):
-    cache = KVCache.init(tiny.config, half, 1, 16384)
-    assert cache.nbytes > 4 * 2**20
+def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stages.Compiled:
+    one, ids = jnp.ones(1, jnp.int32), jnp.zeros((1, tokens), jnp.int32)
     if phase == "extend":
-        last, ids = jnp.zeros((1, tiny.config.embed_dim)), jnp.zeros((1, 16), jnp.int32)
-        lowered = phases._extend.lower(tiny, ids, cache, jnp.ones(1, jnp.int32), last, None)
-    else:
-        lowered = phases._step.lower(tiny, jnp.zeros(1, jnp.int32), cache, jnp.ones(1, bool), None)
-    memory = lowered.compile().memory_analysis()
+        last = jnp.zeros((1, model.config.embed_dim))
+        return phases._extend.lower(model, ids, cache, one, last, None).compile()
+    if phase == "step":
+        return phases._step.lower(model, one, cache, one > 0, None).compile()
+    keys = jax.random.split(jax.random.key(0), 1)
+    return _generate.lower(model, ids, one, cache, keys, 8, Greedy(), (), tokens, None).compile()
+
+
+@pytest.mark.parametrize("phase", ["extend", "step", "generate"])
+def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, tiny, half, phase):
+    """Neither a second cache nor logits of every position."""
+    tokens, vocabulary = 272, tiny.config.vocab_size  # 272 and 61 occur nowhere else.
+    cache = KVCache.init(tiny.config, half, 1, 65536)
+    program = compiled(phase, tiny, cache, tokens)
+    memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
     assert memory.temp_size_in_bytes < cache.nbytes / 8
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < cache.nbytes / 8
+    shapes = [set(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", program.as_text())]
+    assert any(tokens in shape for shape in shapes) == (phase != "step")
+    assert not any({tokens, vocabulary} <= shape for shape in shapes)
+
+
+def test_a_decode_step_keeps_the_buffers(tiny, half):
+    _, cache = prefill_tiny(tiny, half, np.ones((2, 16), int))
+    before = [pool.unsafe_buffer_pointer() for pool in cache.pools]
+    _, after = decode_step(tiny, [1, 2], cache)
+    assert [pool.unsafe_buffer_pointer() for pool in after.pools] == before
 
 
 def test_prefill_and_decode_step_work_inside_a_users_jit(tiny, half):
@@ -291,21 +297,24 @@ def test_prefill_and_decode_step_work_inside_a_users_jit(tiny, half):
         second, cache = decode_step(model, token, cache)
         return first, second, cache
 
+    def room():  # Row 0 has room for the prompt alone.
+        return replace(KVCache.init(tiny.config, half, 2, 32), length=jnp.array([16, 0], jnp.int32))
+
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 16)), jnp.int32)
-    lengths, token = jnp.array([16, 9]), jnp.array([1, 2])
-    expected, cache = prefill(tiny, tokens, KVCache.init(tiny.config, half, 2, 16), lengths=[16, 9], chunk_size=16)
-    first, second, cache_of_jit = ask(tiny, tokens, lengths, token, KVCache.init(tiny.config, half, 2, 16))
+    expected, cache = prefill(tiny, tokens, room(), lengths=[16, 9], chunk_size=16)
+    first, second, cache_of_jit = ask(tiny, tokens, jnp.array([16, 9]), jnp.array([1, 2]), room())
     np.testing.assert_allclose(first, expected, rtol=0, atol=1e-5)
-    # Row 0 was full: no error can be raised in a traced call, so its logits are NaN rather than quietly wrong.
+    # No error can be raised in a traced call: the logits of the row that overflows are NaN, not quietly wrong.
     assert np.isnan(second[0]).all()
-    after, cache = decode_step(tiny, token, cache, active=[False, True])
+    after, cache = decode_step(tiny, [1, 2], cache, active=[False, True])
     np.testing.assert_allclose(second[1], after[1], rtol=0, atol=1e-5)
-    assert cache_of_jit.length.tolist() == [17, 10]
+    assert cache_of_jit.length.tolist() == [33, 10]
 
 
 def test_a_prefill_that_overflows_inside_jit_gives_nan(tiny, half):
     run = jax.jit(lambda tokens, cache: prefill(tiny, tokens, cache, chunk_size=16)[0])
     tokens = jnp.ones((1, 16), jnp.int32)
-    assert np.isfinite(run(tokens, KVCache.init(tiny.config, half, 1, 16))).all()
-    full = replace(KVCache.init(tiny.config, half, 1, 16), length=jnp.ones(1, jnp.int32))
+    empty = KVCache.init(tiny.config, half, 1, 32)
+    assert np.isfinite(run(tokens, replace(empty, length=jnp.full(1, 16, jnp.int32)))).all()
+    full = replace(empty, length=jnp.full(1, 17, jnp.int32))
     assert np.isnan(run(tokens, full)).all()

@@ -34,7 +34,7 @@ class Folder(Source):
         if raw.get("model_type") is None:
             raise ValueError(f"{self.path / 'config.json'} has no model_type: it is not a Hugging Face configuration")
         try:
-            values = AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
+            values = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False).to_dict()
         except StrictDataclassError as error:
             raise ValueError(f"{self.path / 'config.json'} contradicts itself: {error}") from None
         except (ValueError, KeyError):
@@ -61,7 +61,7 @@ class Folder(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """By transformers."""
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # On a file that cannot be parsed, tokenizers raises Exception itself.
             raise FileNotFoundError(
                 f"{self.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}); "

@@ -107,22 +107,25 @@ class GgufFile(Source):
         )
         if ROPE_DIVISORS in self._tensors:
             divisors = tuple(float(x) for x in self.read(ROPE_DIVISORS))
-            config = replace(config, rope=DividedRope(config.rope.theta, divisors))
+            config = replace(config, rope=DividedRope(config.rope.theta, divisors=divisors))
         return config
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """GGUF lists the fastest axis first; Hugging Face last."""
+        """GGUF lists the fastest axis first; Hugging Face last. What cannot be dequantized is refused here, unread."""
+        for kind, tensor in {tensor.tensor_type: tensor for tensor in self._tensors.values()}.items():
+            try:
+                dequantize(tensor.data[:1], kind)
+            except NotImplementedError:
+                raise NotImplementedError(
+                    f"{self.path}: {tensor.name} is {kind.name}, which gguf cannot dequantize"
+                ) from None
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Dequantize one tensor, and put q and k rows in Hugging Face's order."""
         tensor = self._tensors[name]
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise NotImplementedError(f"{self.path}: {tensor.name} is {kind}, which gguf cannot dequantize") from None
+        values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
         if self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name):
             # Rows of a head are (half, pair) here; the file has them as (pair, half).
             pairs = values.reshape(-1, self.config.head_dim // 2, 2, *values.shape[1:])

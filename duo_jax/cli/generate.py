@@ -78,13 +78,14 @@ class Generate:
         given = [self.stdin is not None, self.prompt is not None, self.prompt_file is not None]
         if sum(given) != 1:
             raise ValueError("give the prompt once: --prompt TEXT, --prompt-file FILE, or - for standard input")
-        if self.prompt_file is not None:
-            try:
+        try:
+            if self.prompt_file is not None:
                 text = self.prompt_file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{self.prompt_file} is not UTF-8 text: {error}") from None
-        else:
-            text = sys.stdin.read() if self.prompt is None else self.prompt
+            else:
+                text = sys.stdin.read() if self.prompt is None else self.prompt
+            text.encode("utf-8")  # The shell's own bytes arrive as lone surrogates, which no tokenizer takes.
+        except UnicodeError as error:
+            raise ValueError(f"{self.prompt_file or 'the prompt'} is not UTF-8 text: {error}") from None
         if not text:
             raise ValueError("the prompt is empty; give at least one character")
         return text

@@ -56,11 +56,10 @@ class PatternOptions:
         if self.pattern is None:
             if rules:
                 flags = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
-                raise ValueError(f"{flags} choose heads from a pattern: give --pattern too")
+                raise ValueError(f"without --pattern every head keeps all tokens: give one, or leave out {flags}")
             return None
-        return HeadPattern.load(
-            self.pattern, **rules, context_length=None if self.kv_budget is None else context_length
-        )
+        at = None if self.kv_budget is None else context_length
+        return HeadPattern.load(self.pattern, **rules, context_length=at)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,28 @@
+"""MkDocs hook: the page of commands, written from the commands themselves when the site is built."""
+
+import io
+from contextlib import redirect_stdout, suppress
+from importlib.metadata import entry_points
+from typing import Any
+
+import tyro
+
+PAGE = "reference/cli.md"
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """Append the help text of every command to the page of commands; leave other pages alone."""
+    return markdown + commands() if page.file.src_uri == PAGE else markdown
+
+
+def commands() -> str:
+    """One section a command: its name and what `duo NAME --help` prints."""
+    entries = sorted(entry_points(group="duo.commands"), key=lambda entry: entry.name)
+    return "".join(f"\n\n## duo {entry.name}\n\n```text\n{_help(entry)}\n```\n" for entry in entries)
+
+
+def _help(entry: Any) -> str:
+    text = io.StringIO()
+    with redirect_stdout(text), suppress(SystemExit):
+        tyro.cli(entry.load(), prog=f"duo {entry.name}", args=["--help"])
+    return text.getvalue().strip()
