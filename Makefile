@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo model test test-fast check clean
+.PHONY: help venv demo model test test-fast check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -56,6 +56,12 @@ check: $(STAMP) ## lint, check the format and the types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(STAMP) ## build the documentation into site/; a broken link or a warning is an error
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || { echo "Installing the docs extra"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]' $(PIN); }
+	@echo "Building the documentation"
+	@JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean: ## remove caches and build products; the environments stay
 	@echo "Removing caches and build products"

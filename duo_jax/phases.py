@@ -128,7 +128,7 @@ def extend(
     def attend(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
         pools, heads = state.pools, state.heads(layer)
         out = prefill_attention(q, k, v, pools, heads, start=state.length, lengths=lengths, **sizes)
-        return out, state.append_chunk(layer, k, v, lengths)
+        return out, state.append_chunk(layer, k, v, _after(out, lengths))
 
     positions = consecutive(cache.length, tokens.shape[1])
     hidden, new = model.decoder.hidden(tokens, positions, attend, cache)
@@ -159,6 +159,17 @@ def step(
 def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
     """Logits of one hidden state a row."""
     return model.decoder.logits(last)
+
+
+def _after(out: Float[Array, "B T N H"], lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """`lengths`, as a value that XLA cannot have before `out`: what is written by it is written after `out` was read.
+
+    Left to choose, XLA copies the whole pools in every layer, so that it may write while it reads; it removes an
+    `optimization_barrier` before that choice. No number is both NaN and positive.
+    """
+    one = out[0, 0, 0, 0]
+    never = jnp.isnan(one) & (one > 0)
+    return lengths + never.astype(jnp.int32)
 
 
 def _poison(values: Float[Array, "B n"], overfull: Bool[Array, "B"]) -> Float[Array, "B n"]:

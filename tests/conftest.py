@@ -1,5 +1,7 @@
 """Shared by all tests: strict arithmetic, the golden checkpoints, and the small real model."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,6 +10,8 @@ import pytest
 
 from duo_jax import HeadPattern, Model, ModelConfig, load_model
 from duo_jax.checkpoint.packaged import packaged_model
+from duo_jax.cli import main
+from tests.text_models import Result, make_model
 
 # What a user's strict configuration would refuse must never be in this library.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -60,3 +64,29 @@ def smollm2_gguf() -> Path:
 def smollm2(smollm2_gguf: Path) -> Model:
     """SmolLM2-135M-Instruct, float32."""
     return load_model(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("cli") / "chat", chat=True)
+
+
+@pytest.fixture
+def duo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The command in this process: it starts in no time."""
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["duo", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else 1
+        return Result(code, *capsys.readouterr())
+
+    return run

@@ -8,18 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 import duo_jax
 from duo_jax import HeadPattern, published_patterns
-from duo_jax.cli import main
-from tests.conftest import GOLDEN
+from tests.text_models import Result, assert_refused
 
 DUO = Path(sys.executable).parent / "duo"
 PROMPT = "What is a needle?\nIt is thin."
@@ -40,60 +36,9 @@ FIELDS = {
 }
 
 
-def save_tokenizer(folder: Path, *, chat: bool) -> None:
-    """One token for each of the first 94 printable characters: 97 with the special tokens, as the model has."""
-    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(32, 126))]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=512
-    )
-    if chat:
-        tokenizer.chat_template = (
-            "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-            "{% if add_generation_prompt %}[assistant] {% endif %}"
-        )
-    tokenizer.save_pretrained(folder)
-
-
-def make_model(folder: Path, *, chat: bool = False) -> Path:
-    shutil.copytree(GOLDEN / "llama", folder)
-    (folder / "generation_config.json").write_text('{"eos_token_id": null}')  # Runs go on to the end.
-    save_tokenizer(folder, chat=chat)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("cli") / "model")
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("cli") / "chat", chat=True)
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def duo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """The command in this process: it starts in no time."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["duo", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code if isinstance(done.code, int) else 1
-        return Result(code, *capsys.readouterr())
-
-    return run
+def model(text_model: Path) -> Path:
+    return text_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,14 +55,6 @@ def shell(*args: object, stdin: str | bytes = b"", cwd: Path | None = None) -> R
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run([DUO, *map(str, args)], input=data, capture_output=True, cwd=cwd, timeout=120)
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    assert result.code == 2, result
-    assert "Traceback" not in result.err and not result.out.strip(), result
-    for word in words:
-        assert word in result.err, result
-    assert len(result.err) < 1500, "short"
 
 
 # What it does.

@@ -43,8 +43,8 @@ def decode_rest(model, cache, ids, expected, *, until=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefill_equals_the_golden_logits_at_every_position(golden, kind):
-    """A batch with one row for every prefix: ragged rows from one token to the whole capacity, in chunks of 48."""
+def test_prefill_and_decode_equal_the_golden_logits_at_every_position(golden, kind):
+    """A batch with one row for every prefix, from one token to the whole capacity, in chunks of 48; then one step."""
     model, arrays, pattern = load_golden(golden.name)
     ids, expected = arrays["ids"], arrays[KINDS[kind]]
     length = ids.shape[1]
@@ -54,18 +54,11 @@ def test_prefill_equals_the_golden_logits_at_every_position(golden, kind):
     logits, cache = prefill(model, ids[text], cache, lengths=lengths, chunk_size=48)
     np.testing.assert_allclose(logits, expected[text, lengths - 1], **TOLERANCE)
     np.testing.assert_array_equal(cache.length, lengths)
-
-
-@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "duo"])
-def test_prefill_then_decode_equals_the_golden_logits_up_to_capacity(golden, kind):
-    """Rows are split at different places: one within the sinks, one after its rings wrapped."""
-    model, arrays, pattern = load_golden(golden.name)
-    ids, expected = arrays["ids"], arrays[KINDS[kind]]
-    cache = KVCache.init(model.config, pattern if kind == "duo" else None, 2, ids.shape[1])
-    lengths = np.array([1, 75])
-    logits, cache = prefill(model, ids[:, :75], cache, lengths=lengths, chunk_size=75)
-    np.testing.assert_allclose(logits, expected[[0, 1], lengths - 1], **TOLERANCE)
-    decode_rest(model, cache, ids, expected)
+    active = lengths < length  # The last row is full.
+    following = np.minimum(lengths, length - 1)
+    logits, cache = decode_step(model, ids[text, following], cache, active=active)
+    np.testing.assert_allclose(logits[active], expected[text, following][active], **TOLERANCE)
+    np.testing.assert_array_equal(cache.length, lengths + active)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -87,7 +80,7 @@ def test_any_chunk_size_and_split_gives_the_golden_logits(data):
         logits, cache = prefill(model, piece, cache, lengths=count, chunk_size=chunk_size)
         done += count
         np.testing.assert_allclose(logits, expected[[0, 1], done - 1], **TOLERANCE)
-    decode_rest(model, cache, ids, expected, until=min(done.max() + 3, 100))
+    decode_rest(model, cache, ids, expected)
 
 
 @pytest.mark.slow
@@ -127,38 +120,30 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern | None) 
         weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf))
         return jnp.einsum("bnts,bsnh->btnh", weights, v), state
 
-    tokens = jnp.asarray(tokens, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model.decoder.hidden(tokens, positions, attend, None)
-    return np.asarray(model.decoder.logits(hidden))
+    @jax.jit
+    def run(model, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        hidden, _ = model.decoder.hidden(tokens, positions, attend, None)
+        return model.decoder.logits(hidden)
+
+    return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
 
 
-GATES = {
-    "every_head_streams": [[0.0, 0.0], [0.0, 0.0]],
-    "no_head_streams": [[1.0, 1.0], [1.0, 1.0]],
-    "a_layer_of_each_type": [[0.0, 0.0], [1.0, 1.0]],
+MIXTURES = {
+    "every_head_streams": ([[0.0, 0.0], [0.0, 0.0]], 1, 3),
+    "no_head_streams": ([[1.0, 1.0], [1.0, 1.0]], 3, 8),
+    "a_layer_of_each_type_no_sinks_window_of_one": ([[0.0, 0.0], [1.0, 1.0]], 0, 1),
 }
 
 
-@pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
-def test_any_mixture_of_head_types_equals_a_dense_forward_pass(tiny, gates):
-    """Rings of 3 + 5 wrap a dozen times."""
-    pattern = HeadPattern.from_gates(np.array(gates), sink_size=3, recent_size=5)
-    tokens = np.random.default_rng(0).integers(0, 61, (2, 64))
+@pytest.mark.parametrize(("gates", "sink_size", "recent_size"), MIXTURES.values(), ids=MIXTURES)
+def test_any_mixture_of_head_types_equals_a_dense_forward_pass(tiny, gates, sink_size, recent_size):
+    """Small rings wrap many times; a row begins with fewer tokens than sinks; both end at capacity."""
+    pattern = HeadPattern.from_gates(np.array(gates), sink_size=sink_size, recent_size=recent_size)
+    tokens, lengths = np.random.default_rng(0).integers(0, 61, (2, 32)), np.array([1, 20])
     expected = dense_logits(tiny, tokens, pattern)
-    cache = KVCache.init(tiny.config, pattern, 2, 64)
-    lengths = np.array([2, 20])
-    logits, cache = prefill(tiny, tokens[:, :20], cache, lengths=lengths, chunk_size=16)
+    logits, cache = prefill_tiny(tiny, pattern, tokens[:, :20], lengths)
     np.testing.assert_allclose(logits, expected[[0, 1], lengths - 1], **TOLERANCE)
-    decode_rest(tiny, cache, tokens, expected)
-
-
-def test_a_window_of_one_token_without_sinks(tiny):
-    pattern = HeadPattern.from_gates(np.array([[1.0, 0.0], [0.0, 1.0]]), sink_size=0, recent_size=1)
-    tokens = np.random.default_rng(0).integers(0, 61, (2, 24))
-    expected = dense_logits(tiny, tokens, pattern)
-    logits, cache = prefill(tiny, tokens[:, :16], KVCache.init(tiny.config, pattern, 2, 24), chunk_size=16)
-    np.testing.assert_allclose(logits, expected[:, 15], **TOLERANCE)
     decode_rest(tiny, cache, tokens, expected)
 
 
@@ -218,7 +203,7 @@ def test_progress_reports_positions_done(tiny, half):
 def test_prompts_in_one_bucket_share_a_program(tiny, half):
     def run(length):
         tokens = np.ones((1, length), int)
-        cache = KVCache.init(tiny.config, half, 1, 64)
+        cache = KVCache.init(tiny.config, half, 1, 96)
         logits, _ = prefill(tiny, tokens, cache)
         generate(tiny, tokens, pattern=half, max_new_tokens=4)
         return logits

@@ -130,7 +130,7 @@ def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count, units = count / 1000, units[1:]

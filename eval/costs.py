@@ -1,0 +1,53 @@
+"""What a phase must cost at least: bytes read by a decode step, floating-point operations of a prefill.
+
+Measurements are held against these; formulas count what is actually visible, for any head pattern.
+"""
+
+from duo_jax import HeadPattern, ModelConfig
+
+
+def kv_bytes_read(
+    config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int, itemsize: int
+) -> int:
+    """Bytes of keys and values that one decode step reads: `2 * H * bytes * B * (Pr * length + Ps * ring)`."""
+    tokens = sum(keep * heads for keep, heads in _kept(config, pattern, length))
+    return 2 * config.head_dim * itemsize * batch_size * tokens
+
+
+def decode_bytes(
+    config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int, itemsize: int
+) -> int:
+    """Bytes that one decode step reads at least: every weight once, and the visible keys and values."""
+    kv = kv_bytes_read(config, pattern, batch_size=batch_size, length=length, itemsize=itemsize)
+    return config.num_parameters * itemsize + kv
+
+
+def prefill_flops(config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int) -> int:
+    """Floating-point operations of a prefill: two a weight and token, and `4 * H` for each visible pair of a query head.
+
+    The embedding is a look-up, and the head is needed for the last token of a row alone.
+    """
+    embeddings = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
+    weights = (config.num_parameters - embeddings) * length + config.vocab_size * config.embed_dim
+    group = config.num_heads // config.num_kv_heads
+    pairs = sum(heads * visible_pairs(length, keep) for keep, heads in _kept(config, pattern, length))
+    return batch_size * (2 * weights + 4 * config.head_dim * group * pairs)
+
+
+def visible_pairs(length: int, capacity: int) -> int:
+    """Query-key pairs of one head in a causal text, when it sees at most `capacity` keys at a time."""
+    capacity = min(capacity, length)
+    return capacity * (capacity + 1) // 2 + (length - capacity) * capacity
+
+
+def saving_realized(full_time: float, duo_time: float, full_cost: float, duo_cost: float) -> float:
+    """How much of the time that the costs promise was saved: 1 is all of it."""
+    return (full_time - duo_time) / (full_time * (1 - duo_cost / full_cost))
+
+
+def _kept(config: ModelConfig, pattern: HeadPattern | None, length: int) -> list[tuple[int, int]]:
+    """(tokens a head keeps, how many heads) by head type."""
+    if pattern is None:
+        return [(length, config.num_layers * config.num_kv_heads)]
+    ring = min(length, int(pattern.sink_size + pattern.recent_size))
+    return [(length, pattern.num_retrieval), (ring, pattern.num_streaming)]
