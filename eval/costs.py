@@ -40,7 +40,7 @@ def visible_pairs(length: int, capacity: int) -> int:
     return capacity * (capacity + 1) // 2 + (length - capacity) * capacity
 
 
-def saving_realized(full_time: float, duo_time: float, full_cost: float, duo_cost: float) -> float:
+def saving_realized(full_time: float, duo_time: float, full_cost: int, duo_cost: int) -> float:
     """How much of the time that the costs promise was saved: 1 is all of it."""
     return (full_time - duo_time) / (full_time * (1 - duo_cost / full_cost))
 

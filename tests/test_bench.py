@@ -35,8 +35,8 @@ def test_prefill_counts_weights_and_pairs():
 
 
 def test_saving_realized_is_one_when_time_follows_cost():
-    assert saving_realized(100, 60, 1000, 600) == pytest.approx(1)
-    assert saving_realized(100, 100, 1000, 600) == 0
+    assert saving_realized(100.0, 60.0, 1000, 600) == pytest.approx(1)
+    assert saving_realized(100.0, 100.0, 1000, 600) == 0
 
 
 def test_bench_measures_and_resumes(text_model, duo, tmp_path):
