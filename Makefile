@@ -57,11 +57,12 @@ check: $(STAMP) ## lint, check the format and the types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# Not --quiet: mkdocs then counts no warnings, and strict mode lets everything pass.
 docs: $(STAMP) ## build the documentation into site/; a broken link or a warning is an error
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || { echo "Installing the docs extra"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]' $(PIN); }
 	@echo "Building the documentation"
-	@JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove caches and build products; the environments stay
 	@echo "Removing caches and build products"

@@ -261,8 +261,8 @@ def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, tiny, 
     program = compiled(phase, tiny, cache, tokens)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
-    assert memory.temp_size_in_bytes < cache.nbytes / 8
-    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < cache.nbytes / 8
+    assert memory.temp_size_in_bytes < cache.nbytes / 4  # One pool is a half.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < cache.nbytes / 4
     shapes = [set(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", program.as_text())]
     assert any(tokens in shape for shape in shapes) == (phase != "step")
     assert not any({tokens, vocabulary} <= shape for shape in shapes)
