@@ -10,8 +10,10 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(if 
 EXTRAS ?= dev,eval,notebook
 # Further requirements for pip, such as PIN=jax==0.11.2.
 PIN ?=
-# Further arguments for pytest, such as PYTEST_ARGS="-n 2 -k cache".
+# Further arguments for pytest, such as PYTEST_ARGS="-k cache".
 PYTEST_ARGS ?=
+# Test processes. Most of the time is compilation, which one process does on one core.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -45,11 +47,11 @@ model: $(STAMP) ## fetch the demo's model
 
 test: $(STAMP) ## run all tests, on the CPU
 	@echo "Running all tests"
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
 	@echo "Running the fast tests"
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 check: $(STAMP) ## lint, check the format and the types
 	@echo "Checking lint, format and types"

@@ -287,6 +287,7 @@ class Document:
         model = lm.model
         cache = KVCache.init(model.config, lm.pattern, 1, max_length or bucket(needed), dtype=model.dtype)
         _, cache = prefill(model, np.asarray(tokens, np.int32)[None], cache)
+        cache.length.block_until_ready()  # The work is done here, not in the first question.
         self._mark = cache.mark()
         self._cache: KVCache | None = cache
         self._running: TextStream | None = None

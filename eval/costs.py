@@ -23,7 +23,7 @@ def decode_bytes(
 
 
 def prefill_flops(config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int) -> int:
-    """Floating-point operations of a prefill: two a weight and token, and `4 * H` for each visible pair of a query head.
+    """Floating-point operations of a prefill: two a weight and token, `4 * H` a visible pair of a query head.
 
     The embedding is a look-up, and the head is needed for the last token of a row alone.
     """

@@ -72,5 +72,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in map(Path, sys.argv[1:] or [ROOT / "README.md"]):
+    for path in [Path(name) for name in sys.argv[1:]] or [ROOT / "README.md"]:
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
