@@ -68,5 +68,5 @@ docs: $(STAMP) ## build the documentation into site/; a broken link or a warning
 
 clean: ## remove caches and build products; the environments stay
 	@echo "Removing caches and build products"
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find duo_jax pallas_kernels train eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
