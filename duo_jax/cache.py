@@ -72,9 +72,16 @@ class KVCache:
         slot = np.where(flat, flat.cumsum(), (~flat).cumsum()).reshape(is_retrieval.shape) - 1
         sink_size, recent_size = (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
         retrieval, streaming = _pool_shapes(is_retrieval, sink_size + recent_size, batch_size, max_length, config)
-        zeros = functools.partial(jnp.zeros, dtype=dtype)
+        try:
+            pools = Pools(*(jnp.zeros(shape, dtype) for shape in (retrieval, retrieval, streaming, streaming)))
+        except RuntimeError as error:
+            wanted = cls.bytes_for(config, pattern, batch_size, max_length, dtype=dtype)
+            raise ValueError(
+                f"a cache of {wanted / 1e9:.1f} GB (batch {batch_size}, {max_length} tokens) does not fit into memory: "
+                "ask for fewer tokens or rows, or stream more heads"
+            ) from error
         return cls(
-            pools=Pools(zeros(retrieval), zeros(retrieval), zeros(streaming), zeros(streaming)),
+            pools=pools,
             is_retrieval=jnp.asarray(is_retrieval),
             slot=jnp.asarray(slot, jnp.int32),
             length=jnp.zeros((batch_size,), jnp.int32),
@@ -183,6 +190,9 @@ class KVCache:
             streaming_k=jnp.copy(self.pools.streaming_k),
             streaming_v=jnp.copy(self.pools.streaming_v),
             length=jnp.copy(self.length),
+            is_retrieval=jnp.copy(self.is_retrieval),
+            sink_size=self.sink_size,
+            recent_size=self.recent_size,
             fingerprint=_fingerprint(self.pools.retrieval_k, self.length),
         )
 
@@ -193,11 +203,11 @@ class KVCache:
             ValueError: a mark of another cache, or one whose tokens were overwritten after an earlier rewind.
         """
         self.check_alive()
-        if mark.streaming_k.shape != self.pools.streaming_k.shape or mark.length.shape != self.length.shape:
-            raise ValueError(
-                f"this mark is of another cache: its rings are {mark.streaming_k.shape}, "
-                f"the cache's {self.pools.streaming_k.shape}"
-            )
+        theirs, ours = (
+            (x.sink_size, x.recent_size, x.length.shape, np.asarray(x.is_retrieval).tolist()) for x in (mark, self)
+        )
+        if theirs != ours:
+            raise ValueError("this mark is of another cache, with other heads, sizes or rows; take marks of this one")
         found = _fingerprint(self.pools.retrieval_k, mark.length)
         if not np.array_equal(np.asarray(found), np.asarray(mark.fingerprint)):
             raise ValueError(
@@ -212,9 +222,15 @@ class KVCache:
         self.check_alive()
         return jax.tree.map(jnp.copy, self)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether this cache can still be used: False once it, or a cache that shares its pools, was donated."""
+        leaves = [leaf for leaf in jax.tree.leaves(self) if not isinstance(leaf, jax.core.Tracer)]
+        return not any(leaf.is_deleted() for leaf in leaves)
+
     def check_alive(self) -> None:
         """Raise ValueError if this cache was donated."""
-        if not isinstance(self.length, jax.core.Tracer) and self.length.is_deleted():
+        if not self.is_alive:
             raise ValueError(
                 "this cache was given to a step function before, which donates it: go on with the cache that was "
                 "returned, or fork() it first"
@@ -223,8 +239,8 @@ class KVCache:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["streaming_k", "streaming_v", "length", "fingerprint"],
-    meta_fields=[],
+    data_fields=["streaming_k", "streaming_v", "length", "is_retrieval", "fingerprint"],
+    meta_fields=["sink_size", "recent_size"],
 )
 @dataclass(frozen=True)
 class Mark:
@@ -233,7 +249,10 @@ class Mark:
     streaming_k: Float[Array, "Ps B R H"]
     streaming_v: Float[Array, "Ps B R H"]
     length: Int32[Array, "B"]
+    is_retrieval: Bool[Array, "L K"]
     fingerprint: UInt32[Array, "B"]
+    sink_size: int
+    recent_size: int
 
 
 def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:

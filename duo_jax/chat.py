@@ -24,10 +24,9 @@ class Chat:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages: list[Message] = list(self._system)
         lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # A model without a template is told now.
-        self._cache = KVCache.init(lm.model.config, lm.pattern, 1, max_length, dtype=lm.model.dtype)
-        self._empty = self._cache.mark()
-        self._cached: list[int] = []
+        self.max_length = max_length
         self._running: TextStream | None = None
+        self._allocate()
 
     @property
     def messages(self) -> list[Message]:
@@ -39,11 +38,6 @@ class Chat:
     def num_tokens(self) -> int:
         """Tokens in the cache."""
         return int(np.asarray(self._newest_cache().length)[0])
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that the cache can hold."""
-        return self._newest_cache().max_length
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +59,8 @@ class Chat:
         if not text.strip():
             raise ValueError("the message is empty; say something")
         self._settle()
+        if not self._cache.is_alive:
+            self._allocate()  # An answer was interrupted while the cache was in the making.
         messages = [*self._messages, {"role": "user", "content": text}]
         tokens = self._lm.encode_chat(messages)
         room = self.max_length - len(tokens)
@@ -76,11 +72,17 @@ class Chat:
         known = len(self._cached)
         if not known or tokens[:known] != self._cached or known == len(tokens):
             # A first turn, or a reply whose text does not give its tokens again: compute it all.
-            self._cache, known = self._cache.rewind(self._empty), 0
-        options |= {"max_new_tokens": min(max_new_tokens, room), "cache": self._cache}
+            self._cache, self._cached, known = self._cache.rewind(self._empty), [], 0
+        options |= {"max_new_tokens": min(max_new_tokens, room), "cache": self._cache, "history": self._cached}
         self._running = TextStream(self._lm, [tokens[known:]], **options)
         self._messages, self._cached = messages, tokens
         return self._running
+
+    def _allocate(self) -> None:
+        model = self._lm.model
+        self._cache = KVCache.init(model.config, self._lm.pattern, 1, self.max_length, dtype=model.dtype)
+        self._empty = self._cache.mark()
+        self._cached: list[int] = []
 
     def _settle(self) -> None:
         """Take back the cache from the last answer, however far it came."""

@@ -67,6 +67,10 @@ class ModelConfig:
         name = config.get("model_type")
         if name not in FAMILIES:
             raise NotImplementedError(f"model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+        required = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        missing = [key for key in (*required, "rms_norm_eps", "max_position_embeddings") if config.get(key) is None]
+        if missing:
+            raise ValueError(f"the configuration of this {name} model lacks {', '.join(missing)}")
         _refuse_unsupported(config)
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         eos = config.get("eos_token_id")

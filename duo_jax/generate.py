@@ -77,6 +77,7 @@ def generate(
     eos_ids: tuple[int, ...] = (),
     key: Array | int | None = None,
     cache: KVCache | None = None,
+    history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Generation:
@@ -92,20 +93,21 @@ def generate(
         eos_ids: tokens that end a row; `model.config.eos_ids` has the model's own.
         key: a `jax.random` key or a seed; needed by a random sampler. Row b depends on (key, b) alone.
         cache: a cache to go on from; it is donated. Without one, one of the right size is made.
+        history: `[B, n]` token ids that a repetition penalty should count beside the prompt: those in `cache`.
         chunk_size: prompt tokens computed at a time; by default chosen by the prompt's length.
         backend: attention backend; None takes the best one verified on this device.
 
     Raises:
         ValueError: anything in the arguments that cannot be right, before any compute.
     """
-    prompt, counts, cache, keys = _prepare(
-        model, tokens, lengths, pattern, cache, max_new_tokens, sampler, eos_ids, key
+    prompt, counts, seen, cache, keys = _prepare(
+        model, tokens, lengths, pattern, cache, history, max_new_tokens, sampler, eos_ids, key
     )
     length = prompt.shape[1]
     width = chunk_width(length, chunk_size)
     padded = bucket(-(-length // width)) * width
     prompt = jnp.pad(prompt, ((0, 0), (0, padded - length)))
-    return _generate(model, prompt, counts, cache, keys, max_new_tokens, sampler, tuple(eos_ids), width, backend)
+    return _generate(model, prompt, counts, seen, cache, keys, max_new_tokens, sampler, tuple(eos_ids), width, backend)
 
 
 def stream(
@@ -119,6 +121,7 @@ def stream(
     eos_ids: tuple[int, ...] = (),
     key: Array | int | None = None,
     cache: KVCache | None = None,
+    history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
     progress: Callable[[int], None] | None = None,
@@ -127,13 +130,13 @@ def stream(
 
     The prompt is computed here, before the first step; `progress` is called as in `prefill`.
     """
-    prompt, counts, cache, keys = _prepare(
-        model, tokens, lengths, pattern, cache, max_new_tokens, sampler, eos_ids, key
+    prompt, counts, seen, cache, keys = _prepare(
+        model, tokens, lengths, pattern, cache, history, max_new_tokens, sampler, eos_ids, key
     )
     logits, cache = prefill(
         model, prompt, cache, chunk_size=chunk_size, lengths=counts, backend=backend, progress=progress
     )
-    state = _start(model, prompt, counts, logits, cache, keys)
+    state = _State(cache, logits, seen, jnp.ones(len(keys), bool), keys)
     return Stream(model, state, max_new_tokens, sampler, tuple(eos_ids), backend)
 
 
@@ -178,11 +181,12 @@ def _prepare(
     lengths: ArrayLike | None,
     pattern: HeadPattern | None,
     cache: KVCache | None,
+    history: ArrayLike | None,
     max_new_tokens: int,
     sampler: Sampler,
     eos_ids: tuple[int, ...],
     key: Array | int | None,
-) -> tuple[Int32[Array, "B T"], Int32[Array, "B"], KVCache, Key[Array, "B"]]:
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B"], Bool[Array, "B V"], KVCache, Key[Array, "B"]]:
     """Check everything, make what was not given."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -190,7 +194,10 @@ def _prepare(
         raise ValueError("a cache has its pattern already: give pattern or cache, not both")
     if sampler.is_random and key is None:
         raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
+    if not isinstance(eos_ids, tuple | list):
+        raise ValueError(f"eos_ids must be a tuple of token ids, got {eos_ids!r}")
     check_vocabulary(model.config, np.asarray(eos_ids, np.int64))
+    key = int(key) if isinstance(key, np.integer) else key
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     longest = int(np.max(lengths))
     tokens = tokens[:, :longest]
@@ -201,7 +208,14 @@ def _prepare(
     check_room(model.config, cache, np.asarray(lengths) + max_new_tokens)
     key = jax.random.key(0 if key is None else key) if key is None or isinstance(key, int) else key
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(tokens.shape[0]))
-    return tokens, lengths, cache, keys
+    seen = np.zeros((tokens.shape[0], model.config.vocab_size), bool)
+    for row, count in enumerate(np.asarray(lengths)):
+        seen[row, np.asarray(tokens[row])[:count]] = True
+    if history is not None:
+        history = np.asarray(history)
+        check_vocabulary(model.config, history)
+        seen[np.arange(len(seen))[:, None], history] = True
+    return tokens, lengths, jnp.asarray(seen), cache, keys
 
 
 @functools.partial(
@@ -211,6 +225,7 @@ def _generate(
     model: Model,
     tokens: Int32[Array, "B T"],
     lengths: Int32[Array, "B"],
+    seen: Bool[Array, "B V"],
     cache: KVCache,
     keys: Key[Array, "B"],
     max_new_tokens: int,
@@ -229,7 +244,7 @@ def _generate(
     last = jnp.zeros((batch, model.config.embed_dim), model.dtype)
     num_chunks = (lengths.max() + width - 1) // width
     last, cache = lax.fori_loop(jnp.int32(0), num_chunks, one_chunk, (last, cache))
-    state = _start(model, tokens, lengths, head(model, last), cache, keys)
+    state = _State(cache, head(model, last), seen, jnp.ones(batch, bool), keys)
 
     def going(carry: _Carry) -> Array:
         index, state = carry[:2]
@@ -246,22 +261,6 @@ def _generate(
     carry = (jnp.int32(0), state, filled, jnp.zeros((batch, max_new_tokens)), jnp.zeros(batch, jnp.int32))
     _, state, tokens, logprobs, count = lax.while_loop(going, one_token, carry)
     return Generation(tokens, count, logprobs, state.cache)
-
-
-def _start(
-    model: Model,
-    tokens: Int32[Array, "B T"],
-    lengths: Int32[Array, "B"],
-    logits: Float[Array, "B V"],
-    cache: KVCache,
-    keys: Key[Array, "B"],
-) -> _State:
-    batch, length = tokens.shape
-    # Padding is counted out of bounds, and so dropped.
-    index = jnp.where(jnp.arange(length)[None, :] < lengths[:, None], tokens, model.config.vocab_size)
-    seen = jnp.zeros((batch, model.config.vocab_size), bool)
-    seen = seen.at[jnp.arange(batch)[:, None], index].set(True, mode="drop")
-    return _State(cache, logits, seen, jnp.ones(batch, bool), keys)
 
 
 def _advance(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jax import Array
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.cache import KVCache
@@ -94,7 +95,9 @@ class LM:
         Raises:
             ValueError: a tokenizer without a chat template, or messages that it refuses.
         """
-        single = bool(messages) and isinstance(messages[0], dict)
+        if isinstance(messages, dict) or not messages:
+            raise ValueError('messages must be a list such as [{"role": "user", "content": "Hello"}], and not empty')
+        single = isinstance(messages[0], dict)
         conversations = [messages] if single else messages
         replies = self._finish([self.encode_chat(one) for one in conversations], options)  # type: ignore[arg-type]
         return replies[0] if single else replies
@@ -134,11 +137,16 @@ class LM:
         if not self.tokenizer.chat_template:
             return None
         hole = "<<user>>"
-        before, after = self._render([{"role": "user", "content": hole}]).split(hole)
-        return self._tokens(before), after
+        parts = self._render([{"role": "user", "content": hole}]).split(hole)
+        if len(parts) != 2:
+            raise ValueError("this model's chat template does not show a message once: use plain text instead")
+        return self._tokens(parts[0]), parts[1]
 
     def _render(self, messages: Sequence[Message]) -> str:
-        return str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
 
     def _need_template(self) -> None:
         if not self.tokenizer.chat_template:
@@ -173,10 +181,11 @@ class _Row:
         """Append a token; the text that can be shown now."""
         self._tokens.append(token)
         self._logprobs.append(logprob)
-        new = self._text.add(token)
         if token in self._eos_ids:
             self._finish_reason = "eos"
-        elif self.stopped:
+            return ""
+        new = self._text.add(token)
+        if self.stopped:
             self._finish_reason = "stop"
         return new
 
@@ -209,8 +218,9 @@ class TextStream(Iterator[str]):
         stop: Sequence[str] = (),
         eos_ids: tuple[int, ...] | None = None,
         cache: KVCache | None = None,
+        history: Sequence[int] = (),
     ) -> None:
-        """See `LM.stream`."""
+        """See `LM.stream`; `history` are the tokens that `cache` holds, of the only row."""
         if not prompts:
             raise ValueError("no prompts were given; pass at least one")
         eos_ids = lm.model.config.eos_ids if eos_ids is None else tuple(eos_ids)
@@ -229,6 +239,7 @@ class TextStream(Iterator[str]):
             eos_ids=eos_ids,
             key=seed,
             cache=cache,
+            history=np.asarray(history, np.int32)[None] if len(history) else None,
         )
         self._is_done = False
 
@@ -283,7 +294,7 @@ class Document:
                 f"the document has {len(tokens)} tokens and with {room=} for questions and answers needs {needed}, but "
                 f"{max_length=}: shorten it, or raise max_length"
             )
-        self._lm, self.num_tokens = lm, len(tokens)
+        self._lm, self._tokens, self.num_tokens = lm, tokens, len(tokens)
         model = lm.model
         cache = KVCache.init(model.config, lm.pattern, 1, max_length or bucket(needed), dtype=model.dtype)
         _, cache = prefill(model, np.asarray(tokens, np.int32)[None], cache)
@@ -317,7 +328,8 @@ class Document:
             )
         # The newest stream holds the cache: take it back, wherever that stream stopped.
         cache = self._alive().rewind(self._mark)
-        self._running = TextStream(self._lm, [tokens], max_new_tokens=max_new_tokens, cache=cache, **options)
+        options |= {"max_new_tokens": max_new_tokens, "cache": cache, "history": self._tokens}
+        self._running = TextStream(self._lm, [tokens], **options)
         return self._running
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ The one thing that differs between inference, training and evaluation is attenti
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import jax
@@ -61,7 +61,8 @@ class Model:
     @classmethod
     def random(cls, config: ModelConfig, *, seed: int = 0, dtype: str | None = None) -> "Model":
         """A model with random weights, for tests and for measuring; `dtype` defaults to the configuration's."""
-        return cls.from_decoder(Decoder(config, dtype=jnp.dtype(dtype or config.dtype), rngs=nnx.Rngs(seed)))
+        config = replace(config, dtype=dtype or config.dtype)
+        return cls.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(seed)))
 
     @classmethod
     def from_decoder(cls, decoder: Decoder) -> "Model":

@@ -188,9 +188,9 @@ class HeadPattern:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
-        text = self._config_text
-        if text is None or any(self.metadata.get(name) != size for name, size in sizes.items()):
-            text = json.dumps(self.metadata | sizes, indent=1) + "\n"
+        text, metadata = self._config_text, self.metadata | sizes
+        if text is None or json.loads(text) != metadata:
+            text = json.dumps(metadata, indent=1) + "\n"
         np.savetxt(folder / GATES_FILE, self.gates, delimiter="\t")
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 

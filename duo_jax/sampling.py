@@ -4,6 +4,7 @@
 `Categorical((RepetitionPenalty(1.1), Temperature(0.7), TopP(0.9)))`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -114,10 +115,16 @@ class RepetitionPenalty:
 class Sampler:
     """Transforms in order, then a choice."""
 
-    transforms: tuple[Transform, ...] = ()
+    transforms: Sequence[Transform] = ()
 
     # Whether a random key is needed.
     is_random = False
+
+    def __post_init__(self) -> None:
+        """Accept a list of transforms too."""
+        if isinstance(self.transforms, Transform) or not all(isinstance(x, Transform) for x in self.transforms):
+            raise ValueError(f"transforms must be a tuple such as (Temperature(0.7),), got {self.transforms!r}")
+        object.__setattr__(self, "transforms", tuple(self.transforms))
 
     def __call__(
         self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"], keys: Key[Array, "B"]

@@ -66,6 +66,8 @@ def render(text: str) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
             before, _, rest = text.partition(begin)
+            if end not in rest:
+                raise ValueError(f"{begin.strip()} has no {end} after it: nothing was written")
             after = rest.partition(end)[2]
             text = f"{before}{begin}{table(json.loads(path.read_text(encoding='utf-8')))}\n{end}{after}"
     return text

@@ -81,7 +81,7 @@ def decode_attention(
         q: queries after RoPE, one token a row.
         pools: keys and values, the new token's included.
         heads: this layer's row of the head table.
-        lengths: tokens in the cache, per row, the new one counted.
+        lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
         sink_size: tokens at the start that streaming heads keep.
         recent_size: most recent tokens that streaming heads keep.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.

@@ -227,7 +227,7 @@ def _empty(batch: int, rows: int, head_dim: int) -> _Softmax:
 
 
 def _finish(state: _Softmax, dtype: jnp.dtype) -> Float[Array, "B M H"]:
-    # A row without any token (an inactive row of a batch) has a total of zero.
+    # Where no block was visited at all, the total is zero.
     return (state.values / jnp.maximum(state.total, 1e-30)[:, :, None]).astype(dtype)
 
 

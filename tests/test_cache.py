@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,9 @@ def test_a_mark_comes_back_if_the_same_tokens_are_written_again(tiny, half):
 def test_a_mark_of_another_cache_raises(tiny, half):
     _, cache = extend(tiny, new(half), TEXT)
     mark = cache.mark()
-    for other in (KVCache.init(TINY, half, 1, 32), new(half, pattern=False)):
+    resized = replace(half, sink_size=half.recent_size, recent_size=half.sink_size)  # Rings of the same shape.
+    others = (KVCache.init(TINY, half, 1, 32), new(half, pattern=False), KVCache.init(TINY, resized, 2, 32))
+    for other in others:
         with pytest.raises(ValueError, match="this mark is of another cache"):
             other.rewind(mark)
     _, other = extend(tiny, new(half), MORE)

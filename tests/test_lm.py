@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import duo_jax
-from duo_jax import Categorical, Temperature
+from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
 from duo_jax.chat import Chat
 from duo_jax.detokenize import Detokenizer
 from duo_jax.lm import LM
@@ -293,3 +294,41 @@ def test_doctor_tries_every_backend(duo):
     assert all(backend["is_right"] for backend in found["backends"].values())
     assert found["default_backend"] == "xla" and found["packages"]["jax"]
     assert "xla: right" in duo("doctor").out
+
+
+def test_a_repetition_penalty_counts_what_is_cached(chat_lm):
+    sampler = Greedy((RepetitionPenalty(1.5),))
+    chat = Chat(chat_lm, max_length=256)
+    first = _say(chat, "Hello.", max_new_tokens=NEW, sampler=sampler)
+    second = _say(chat, "And then?", max_new_tokens=NEW, sampler=sampler)
+    messages = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And then?"},
+    ]
+    assert second == chat_lm.chat(messages, max_new_tokens=NEW, sampler=sampler)
+    with chat_lm.document("Some straws.", room=128) as document:
+        answer = document.ask("Where?", max_new_tokens=NEW, sampler=sampler)
+    whole = [{"role": "user", "content": "Some straws.\n\nWhere?"}]
+    assert answer == chat_lm.chat(whole, max_new_tokens=NEW, sampler=sampler)
+
+
+def test_a_chat_goes_on_after_a_turn_that_was_refused(chat_lm):
+    chat = Chat(chat_lm, max_length=256)
+    with pytest.raises(ValueError, match="none of them empty"):
+        chat.say("Hello.", stop=[""])
+    again = _say(chat, "Hello.", max_new_tokens=NEW)
+    assert again == chat_lm.chat([{"role": "user", "content": "Hello."}], max_new_tokens=NEW)
+
+
+def test_a_template_that_refuses_is_told_without_a_traceback(chat_model, duo, tmp_path):
+    folder = shutil.copytree(chat_model, tmp_path / "strict")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role here') }}")
+    result = duo("chat", "--model", folder, "--system", "Be brief.")
+    assert result.code == 2 and "no system role here" in result.err and "Traceback" not in result.err
+
+
+def test_prompts_of_nearby_lengths_share_programs_in_the_command(text_model, duo):
+    flags = ("generate", "--model", text_model, "--max-new-tokens", 3)
+    found = {json.loads(duo(*flags, "--prompt", "x" * size, "--json").out)["kv_bytes"] for size in range(40, 44)}
+    assert len(found) == 1

@@ -161,3 +161,10 @@ def test_a_missing_file_and_an_unknown_name_say_what_there_is(tmp_path):
         HeadPattern.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="smollm2-135m-instruct"):
         HeadPattern.load("no-such-pattern")
+
+
+def test_metadata_that_was_changed_is_saved(tmp_path):
+    pattern = HeadPattern.load("mistral-7b-instruct-v0.2")
+    pattern.metadata["note"] = "mine"
+    pattern.save(tmp_path)
+    assert HeadPattern.load(tmp_path).metadata["note"] == "mine"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from duo_jax.checkpoint.source import Source
-from duo_jax.config import ModelConfig
+from duo_jax.config import FAMILIES, ModelConfig
 from duo_jax.rope import DividedRope
 
 # GGUF's name -> Hugging Face's, for whole-model tensors and for the modules of a layer.
@@ -69,6 +69,12 @@ class GgufFile(Source):
         def get(key: str, default: Any = None) -> Any:
             return self.metadata.get(f"{arch}.{key}", default)
 
+        if arch not in FAMILIES:
+            raise NotImplementedError(
+                f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(FAMILIES)}"
+            )
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise ValueError(f"{self.path} has no token_embd.weight; a GGUF split over several files is not read")
         required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
         missing = [f"{arch}.{key}" for key in required if get(key) is None]
         if missing:
@@ -98,13 +104,19 @@ class GgufFile(Source):
                     "rope_type": "default" if scaling == "none" else scaling,
                     "factor": get("rope.scaling.factor"),
                     "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-                    "attention_factor": get("rope.scaling.attn_factor"),
+                    "beta_fast": get("rope.scaling.yarn_beta_fast"),
+                    "beta_slow": get("rope.scaling.yarn_beta_slow"),
                     "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
                 },
                 "eos_token_id": [token for token in dict.fromkeys(eos) if token is not None],
                 "dtype": "bfloat16",
             }
         )
+        unread = [key for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")]
+        unread = [key for key in unread if scaling == "yarn" and get(f"rope.scaling.{key}") is not None]
+        if unread or (ROPE_DIVISORS in self._tensors and scaling != "none"):
+            what = ", ".join(f"rope.scaling.{key}" for key in unread) or f"{ROPE_DIVISORS} beside {scaling} scaling"
+            raise NotImplementedError(f"{self.path}: {what} is not supported")
         if ROPE_DIVISORS in self._tensors:
             divisors = tuple(float(x) for x in self.read(ROPE_DIVISORS))
             config = replace(config, rope=DividedRope(config.rope.theta, divisors=divisors))
@@ -138,7 +150,7 @@ class GgufFile(Source):
 
 
 def _hf_name(name: str) -> str:
-    if name.startswith("blk."):
-        _, index, module, kind = name.split(".")
-        return f"model.layers.{index}.{LAYER_MODULES.get(module, module)}.{kind}"
-    return MODEL_TENSORS.get(name, name)
+    match name.split("."):
+        case ["blk", index, module, kind] if module in LAYER_MODULES:
+            return f"model.layers.{index}.{LAYER_MODULES[module]}.{kind}"
+    return MODEL_TENSORS.get(name, name)  # A name that is not known is told as such by the loader.

@@ -51,7 +51,7 @@ BYTE_LEVEL_SPLITS: Mapping[str, ByteLevelSplit] = {
     # Digits stand alone: their vocabulary was learnt so, and a run of spaces before a digit stays whole.
     "smollm": ByteLevelSplit((r"\p{N}", _GPT2)),
     "gpt-2": ByteLevelSplit((_GPT2,)),
-    # llama.cpp's own rule for a file that does not say: punctuation apart, digits in threes.
+    # llama.cpp's own rule, by this name: punctuation apart, digits in threes.
     "default": ByteLevelSplit((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9]{3}")),
 }
 

@@ -3,8 +3,10 @@
 A subcommand is a frozen dataclass whose fields are its flags, whose docstring is its help, and whose `run` does it.
 """
 
+import functools
 import os
 import sys
+import warnings
 from importlib.metadata import EntryPoint, entry_points
 
 # What a caller can get wrong: said in a line, without a traceback.
@@ -27,12 +29,12 @@ def main() -> None:
 
 
 def _run(entry: EntryPoint) -> int:
-    import tyro
-
-    _keep_compiled_programs()
-    command = tyro.cli(entry.load(), prog=f"duo {entry.name}", args=sys.argv[2:])
     try:
-        command.run()
+        import tyro
+
+        _keep_compiled_programs()
+        warnings.showwarning = functools.partial(_warn, entry.name)
+        tyro.cli(entry.load(), prog=f"duo {entry.name}", args=sys.argv[2:]).run()
     except KeyboardInterrupt:
         print(f"\nduo {entry.name}: interrupted", file=sys.stderr)
         return 130
@@ -45,6 +47,11 @@ def _run(entry: EntryPoint) -> int:
         print(f"duo {entry.name}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _warn(name: str, message: Warning | str, *place: object) -> None:
+    """A warning in a line, without the source code around it."""
+    print(f"duo {name}: warning: {message}", file=sys.stderr)
 
 
 def _keep_compiled_programs() -> None:

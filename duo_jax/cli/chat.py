@@ -66,6 +66,8 @@ def _read(chat: Chat) -> str | None:
             return None
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit ends the chat)")
+        except UnicodeDecodeError as error:
+            print(f"(that is not UTF-8 text: {error})", file=sys.stderr)
 
 
 def _command(chat: Chat, line: str) -> bool:
@@ -92,6 +94,8 @@ def _answer(chat: Chat, line: str, **options: Any) -> None:
                 print(" (stopped)", end="")
                 break
     print()
+    if chat.num_tokens == chat.max_length:
+        print("(the cache is full: /reset forgets the conversation; --max-length makes it larger)", file=sys.stderr)
 
 
 @contextmanager

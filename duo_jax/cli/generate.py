@@ -59,9 +59,9 @@ class Generate:
             status=_status,
         )
         for token, logprob in steps:
-            new = text.add(token)
             ids.append(token)
             logprobs.append(logprob)
+            new = "" if token in model.config.eos_ids else text.add(token)
             if not self.json:
                 _status("")
                 print(new, end="", flush=True)

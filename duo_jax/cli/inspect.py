@@ -3,7 +3,9 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -23,7 +25,7 @@ class Inspect:
     model: str
     """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type that bytes are counted in; the checkpoint's own by default."""
     batch_size: int = 1
     """Sequences in the KV cache."""
@@ -38,7 +40,8 @@ class Inspect:
         """Read the configuration, count, print."""
         if self.batch_size < 1 or not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"--batch-size and --lengths must be at least 1, got {self.batch_size} and {self.lengths}")
-        config = PRESETS.get(self.model.lower()) or open_source(self.model, weights=False).config
+        preset = None if Path(self.model).exists() else PRESETS.get(self.model.lower())
+        config = preset or open_source(self.model, weights=False).config
         config = replace(config, dtype=self.dtype or config.dtype)
         pattern = self.pattern.load(max(self.lengths))
         record = describe(config, pattern, self.batch_size, self.lengths)
@@ -53,10 +56,7 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
     """Everything that is printed, as plain values; bytes are exact."""
     if pattern is not None:
         pattern.check(config)
-    try:
-        itemsize = np.dtype(config.dtype).itemsize if config.dtype != "bfloat16" else 2
-    except TypeError:
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {config.dtype!r}") from None
+    itemsize = jnp.dtype(config.dtype).itemsize
     heads = None
     if pattern is not None:
         heads = {

@@ -11,7 +11,7 @@ from duo_jax.cache import KVCache
 from duo_jax.generate import stream
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.phases import chunk_width
+from duo_jax.phases import bucket, chunk_width
 from duo_jax.sampling import Greedy, Sampler
 
 
@@ -56,7 +56,7 @@ def timed_stream(
     of the work alone.
     """
     length = len(tokens)
-    room = length + max_new_tokens
+    room = bucket(length + max_new_tokens)
     cache = KVCache.init(model.config, pattern, 1, room, dtype=model.dtype)
     timings.prompt_tokens, timings.kv_bytes = length, cache.nbytes
     timings.kv_bytes_full = KVCache.bytes_for(model.config, None, 1, room, dtype=model.dtype)

@@ -1,6 +1,6 @@
 """Makes a golden checkpoint: a small random Hugging Face model, a pattern, and outputs computed in float32 by torch.
 
-Knows nothing of this project's code: the model is Hugging Face's, the method is METHOD.md sections 1 and 2 written
+Knows nothing of this project's code: the model is Hugging Face's, the method is the paper (arXiv 2410.10819) written
 densely. Needs torch, which the project does not, so run it in an environment of its own:
 
     pip install torch transformers safetensors numpy
@@ -215,7 +215,7 @@ class GatedAttention:
         position = torch.arange(query.shape[2])
         i, j = position[:, None], position[None, :]
         causal = j <= i
-        streaming = causal & ((j < self.sink_size) | (j > i - self.recent_size))  # METHOD.md section 1
+        streaming = causal & ((j < self.sink_size) | (j > i - self.recent_size))  # paper section 2.1
         narrow = attend(query, key, value, streaming, scaling)
         if self.teacher is None:
             full = attend(query, key, value, causal, scaling)
