@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from duo_jax.cache import KVCache
+from duo_jax.cache import KVCache, Mark
 from duo_jax.lm import LM, Message, TextStream
 
 
@@ -26,7 +26,8 @@ class Chat:
         lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # A model without a template is told now.
         self.max_length = max_length
         self._running: TextStream | None = None
-        self._allocate()
+        self._cached: list[int] = []
+        self._cache, self._empty = self._allocate()
 
     @property
     def messages(self) -> list[Message]:
@@ -47,8 +48,8 @@ class Chat:
     def reset(self) -> None:
         """Forget everything but the system message."""
         self._settle()
-        self._messages, self._cached = list(self._system), []
-        self._cache = self._cache.rewind(self._empty)
+        self._messages = list(self._system)
+        self._restart()
 
     def say(self, text: str, *, max_new_tokens: int = 512, **options: Any) -> TextStream:
         """Say something; iterate over the answer. What was answered when the next turn begins is what counts as said.
@@ -60,7 +61,7 @@ class Chat:
             raise ValueError("the message is empty; say something")
         self._settle()
         if not self._cache.is_alive:
-            self._allocate()  # An answer was interrupted while the cache was in the making.
+            self._restart()
         messages = [*self._messages, {"role": "user", "content": text}]
         tokens = self._lm.encode_chat(messages)
         room = self.max_length - len(tokens)
@@ -72,17 +73,25 @@ class Chat:
         known = len(self._cached)
         if not known or tokens[:known] != self._cached or known == len(tokens):
             # A first turn, or a reply whose text does not give its tokens again: compute it all.
-            self._cache, self._cached, known = self._cache.rewind(self._empty), [], 0
+            self._restart()
+            known = 0
         options |= {"max_new_tokens": min(max_new_tokens, room), "cache": self._cache, "history": self._cached}
         self._running = TextStream(self._lm, [tokens[known:]], **options)
         self._messages, self._cached = messages, tokens
         return self._running
 
-    def _allocate(self) -> None:
+    def _allocate(self) -> tuple[KVCache, Mark]:
         model = self._lm.model
-        self._cache = KVCache.init(model.config, self._lm.pattern, 1, self.max_length, dtype=model.dtype)
-        self._empty = self._cache.mark()
-        self._cached: list[int] = []
+        cache = KVCache.init(model.config, self._lm.pattern, 1, self.max_length, dtype=model.dtype)
+        return cache, cache.mark()
+
+    def _restart(self) -> None:
+        """Empty the cache; make a new one if an interrupted prefill took it with it."""
+        self._cached = []
+        if self._cache.is_alive:
+            self._cache = self._cache.rewind(self._empty)
+        else:
+            self._cache, self._empty = self._allocate()
 
     def _settle(self) -> None:
         """Take back the cache from the last answer, however far it came."""

@@ -250,7 +250,8 @@ def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stage
     if phase == "step":
         return phases._step.lower(model, one, cache, one > 0, None).compile()
     keys = jax.random.split(jax.random.key(0), 1)
-    return _generate.lower(model, ids, one, cache, keys, 8, Greedy(), (), tokens, None).compile()
+    seen = jnp.zeros((1, model.config.vocab_size), bool)
+    return _generate.lower(model, ids, one, seen, cache, keys, 8, Greedy(), (), tokens, None).compile()
 
 
 @pytest.mark.parametrize("phase", ["extend", "step", "generate"])

@@ -73,12 +73,12 @@ class GgufFile(Source):
             raise NotImplementedError(
                 f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(FAMILIES)}"
             )
-        if "model.embed_tokens.weight" not in self._tensors:
-            raise ValueError(f"{self.path} has no token_embd.weight; a GGUF split over several files is not read")
         required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
         missing = [f"{arch}.{key}" for key in required if get(key) is None]
         if missing:
             raise ValueError(f"{self.path} has no {', '.join(missing)}: it does not hold a language model")
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise ValueError(f"{self.path} has no token_embd.weight; a GGUF split over several files is not read")
         heads, scaling = get("attention.head_count"), get("rope.scaling.type", "none")
         head_dim = get("attention.key_length") or get("embedding_length") // heads
         eos = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
