@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import BACKENDS, Heads, Pools, prefill_attention
+from pallas_kernels import BACKENDS, Heads, Pools, decode_attention, prefill_attention
 from pallas_kernels.api import VERIFIED
 
 PACKAGES = (
@@ -76,7 +76,10 @@ def _try(backend: str) -> dict:
     try:
         for name in ("reference", backend):
             sizes: dict[str, Any] = {"start": start, "lengths": lengths, "sink_size": 16, "recent_size": 32}
-            results.append(np.asarray(prefill_attention(q, k, v, pools, heads, **sizes, backend=name)))
+            prefilled = prefill_attention(q, k, v, pools, heads, **sizes, backend=name)
+            sizes = {"lengths": start, "sink_size": 16, "recent_size": 32}
+            decoded = decode_attention(q[:, 0], pools, heads, **sizes, backend=name)
+            results.append(np.concatenate([np.ravel(prefilled), np.ravel(decoded)]))
     except NotImplementedError as error:
         return {"is_right": None, "why_not": str(error)}
     worst = float(np.abs(results[0] - results[1]).max())
