@@ -184,7 +184,7 @@ class HeadPattern:
         return pattern
 
     def save(self, folder: str | Path) -> None:
-        """Write `full_attention_heads.tsv` (raw gates) and `config.json`; NVIDIA's kvpress reads the same files."""
+        """Write `full_attention_heads.tsv` (raw gates) and `config.json`, in the published patterns' format."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
