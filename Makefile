@@ -7,7 +7,7 @@ VENV ?= .venv
 # The first interpreter on the path that is new enough; set PYTHON=/path/to/python to choose another.
 is_new = $(shell $(1) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(if $(findstring True,$(call is_new,$p)),$p)) python3)
-EXTRAS ?= dev,notebook
+EXTRAS ?= dev,notebook,train
 # Further requirements for pip, such as PIN=jax==0.11.2.
 PIN ?=
 # Further arguments for pytest, such as PYTEST_ARGS="-k cache".
@@ -18,7 +18,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo model test test-fast check docs clean
+.PHONY: help venv demo model test test-fast test-aot check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -52,6 +52,14 @@ test: $(STAMP) ## run all tests, on the CPU
 test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
 	@echo "Running the fast tests"
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+# The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
+test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 200 MB)
+	@$(MAKE) --no-print-directory venv VENV=.venv-aot
+	@version=$$(.venv-aot/bin/python -c 'import jax; print(jax.__version__)'); \
+	  .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	@echo "Compiling for GPUs"
+	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
 
 check: $(STAMP) ## lint, check the format and the types
 	@echo "Checking lint, format and types"

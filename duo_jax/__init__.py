@@ -7,7 +7,7 @@ from duo_jax.generate import Generation, Step, Stream, generate, stream
 from duo_jax.lm import LM, Document, Reply, TextStream, load
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern, published_patterns
-from duo_jax.phases import decode_step, prefill
+from duo_jax.phases import Scores, decode_step, prefill, score
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "RepetitionPenalty",
     "Reply",
+    "Scores",
     "Step",
     "Stream",
     "Temperature",
@@ -39,5 +40,6 @@ __all__ = [
     "load_tokenizer",
     "prefill",
     "published_patterns",
+    "score",
     "stream",
 ]

@@ -32,14 +32,26 @@ class Decoder(nnx.Module):
             self.head = linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
     def hidden(
-        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], attend: Attend[State], state: State
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        attend: Attend[State],
+        state: State,
+        *,
+        rematerialize: bool = False,
     ) -> tuple[Float[Array, "B T D"], State]:
-        """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer."""
+        """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer.
+
+        With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
+        third more time.
+        """
         x = self.embed(tokens)
         angles = rotation(self.config.rope, self.config.head_dim, positions)
         for index, layer in enumerate(self.layers):
+            plain = functools.partial(layer, attend=attend, layer=index)
+            apply = jax.checkpoint(plain) if rematerialize else plain
             with jax.named_scope(f"layer_{index}"):
-                x, state = layer(x, angles, attend, state, index)
+                x, state = apply(x, angles, state=state)
         return self.norm(x), state
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -1,4 +1,6 @@
-"""The two phases of inference, prefill and decode step, over a model and a cache. Knows nothing of sampling or text.
+"""The phases of inference: prefill, decode step, and score, a prefill that says how likely each token was.
+
+Over a model and a cache; knows nothing of sampling or text.
 
 Each phase is one pure function that traces (`extend`, `step`), which `generate` builds on, and one public function
 around it that checks its arguments and runs it jitted, donating the cache.
@@ -6,7 +8,7 @@ around it that checks its arguments and runs it jitted, donating the cache.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from pallas_kernels.positions import consecutive
 
 # Most tokens of a prompt computed at a time by default: bounds the memory of activations, not the result.
 CHUNK_SIZE = 1024
+
+# Tokens whose logits are in memory at once while a text is scored.
+SCORE_BLOCK = 128
 
 # What a chunk costs beside its tokens, in tokens: reading the weights, loops over heads. Measured on two CPU cores with
 # SmolLM2 at 2048 tokens: chunks of 256, 512 and 1024 take 3.5, 2.7 and 2.3 s.
@@ -95,6 +100,55 @@ def decode_step(
     return _step(model, token, cache, active, backend)
 
 
+class Scores(NamedTuple):
+    """How likely each token of a text was; `[B, T - 1]`: entry t is of token t + 1."""
+
+    logprobs: Float[Array, "B T1"]  # natural logarithm of its probability, given everything before it
+    is_top: Bool[Array, "B T1"]  # whether no other token was more likely: what greedy decoding would have taken
+
+
+def score(
+    model: Model,
+    tokens: ArrayLike,
+    cache: KVCache,
+    *,
+    chunk_size: int | None = None,
+    lengths: ArrayLike | None = None,
+    backend: str | None = None,
+) -> tuple[Scores, KVCache]:
+    """Append a text to the cache and say how likely each of its tokens was (teacher forcing).
+
+    To score the first token too, end the text before it in the cache one token earlier.
+
+    Args:
+        model: the weights.
+        tokens: `[B, T]` token ids, ragged rows padded at the right.
+        cache: the cache to go on from; it is donated.
+        chunk_size: tokens computed at a time; by default chosen by the text's length.
+        lengths: `[B]` valid tokens of each row; all of them by default. Scores beyond them mean nothing.
+        backend: attention backend; None takes the best one verified on this device.
+
+    Returns:
+        The scores, and the new cache.
+
+    Raises:
+        ValueError: an empty text, a token outside the vocabulary, a cache of another model, one that would overflow.
+    """
+    tokens, lengths = check_prompt(model.config, tokens, lengths)
+    check_cache(model.config, cache, tokens.shape[0])
+    check_room(model.config, cache, lengths)
+    width = chunk_width(tokens.shape[1], chunk_size)
+    chunks = range(0, tokens.shape[1], width)
+    # One token more at the end: the last chunk's targets need not fill it.
+    padded = jnp.pad(tokens, ((0, 0), (0, len(chunks) * width + 1 - tokens.shape[1])))
+    parts = []
+    for begin in chunks:
+        chunk, targets = padded[:, begin : begin + width], padded[:, begin + 1 : begin + width + 1]
+        part, cache = _score(model, chunk, targets, cache, jnp.clip(lengths - begin, 0, width), backend)
+        parts.append(part)
+    return Scores(*(jnp.concatenate(x, axis=1)[:, : tokens.shape[1] - 1] for x in zip(*parts, strict=True))), cache
+
+
 def bucket(count: int) -> int:
     """`count` rounded up so that few different sizes occur: to one of eight steps an octave, at most 1/8 more."""
     step = max(16, 1 << max(0, (count - 1).bit_length() - 4))
@@ -123,6 +177,16 @@ def extend(
     backend: str | None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Append a chunk: the hidden state of each row's last token (`last` where the row has none here), and the cache."""
+    hidden, new = _hidden(model, tokens, cache, lengths, backend)
+    newest = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.where((lengths > 0)[:, None], newest, last)
+    return _poison(last, new.length > cache.max_length), new
+
+
+def _hidden(
+    model: Model, tokens: Int32[Array, "B T"], cache: KVCache, lengths: Int32[Array, "B"], backend: str | None
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Append a chunk: the hidden states of all its tokens, and the cache."""
     sizes: dict[str, Any] = {"sink_size": cache.sink_size, "recent_size": cache.recent_size, "backend": backend}
 
     def attend(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
@@ -132,10 +196,30 @@ def extend(
 
     positions = consecutive(cache.length, tokens.shape[1])
     hidden, new = model.decoder.hidden(tokens, positions, attend, cache)
-    newest = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    last = jnp.where((lengths > 0)[:, None], newest, last)
-    new = new.advance(lengths)
-    return _poison(last, new.length > cache.max_length), new
+    return hidden, new.advance(lengths)
+
+
+def _score_chunk(
+    model: Model,
+    tokens: Int32[Array, "B T"],
+    targets: Int32[Array, "B T"],
+    cache: KVCache,
+    lengths: Int32[Array, "B"],
+    backend: str | None,
+) -> tuple[Scores, KVCache]:
+    """Append a chunk and score what follows each of its tokens, some at a time: all logits would be larger than it."""
+    decoder = model.decoder
+    hidden, new = _hidden(model, tokens, cache, lengths, backend)
+
+    def one(at: tuple[Float[Array, "B D"], Int32[Array, "B"]]) -> Scores:
+        logits = decoder.logits(at[0])
+        found = jnp.take_along_axis(logits, at[1][:, None], axis=1)[:, 0]
+        return Scores(found - jax.nn.logsumexp(logits, axis=-1), found >= logits.max(-1))
+
+    by_token = jax.lax.map(one, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)), batch_size=SCORE_BLOCK)
+    scores = Scores(*(x.swapaxes(0, 1) for x in by_token))
+    logprobs = jnp.where((new.length > cache.max_length)[:, None], jnp.nan, scores.logprobs)
+    return Scores(logprobs, scores.is_top), new
 
 
 def step(
@@ -179,4 +263,5 @@ def _poison(values: Float[Array, "B n"], overfull: Bool[Array, "B"]) -> Float[Ar
 
 _extend = functools.partial(jax.jit, static_argnums=5, donate_argnums=(2, 4))(extend)
 _step = functools.partial(jax.jit, static_argnums=4, donate_argnums=2)(step)
+_score = functools.partial(jax.jit, static_argnums=5, donate_argnums=3)(_score_chunk)
 _head = jax.jit(head)

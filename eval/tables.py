@@ -1,18 +1,26 @@
-"""README tables, made from committed results: `python -m eval.tables` rewrites what stands between their markers."""
+"""Tables of the pages, made from committed results: `python -m eval.tables` rewrites them between their markers."""
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.costs import saving_realized
+from eval.intervals import Estimate, ratio
+from eval.recall import FULL, RANDOM, STREAMING, read
 
 ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "eval" / "results" / "cpu" / "bench.json"
+RESULTS = ROOT / "eval" / "results" / "cpu"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
-def bench_table(record: dict[str, Any]) -> str:
+def bench_table(path: Path) -> str:
     """Prefill and decode of every point, and how much of the promised saving was realized."""
+    record = json.loads(path.read_text(encoding="utf-8"))
     points: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for result in record["results"]:
         point = result["point"]
@@ -57,7 +65,155 @@ def _about(record: dict[str, Any]) -> list[str]:
     ]
 
 
-TABLES = {"bench": (BENCH, bench_table)}
+def recall_table(path: Path) -> str:
+    """Token accuracy of held-out passkeys, and that as a percentage of full attention's: recipe by sparsity."""
+    head, cells = _recall(path)
+    sparsities = sorted({key[2] for key in cells if key[1] not in (FULL, STREAMING)})
+    lines = []
+    for length in sorted({key[0] for key in cells}):
+        full = cells[length, FULL, 0.0]
+        lines += [
+            f"| {length} tokens | " + " | ".join(f"{sparsity:.0%} stream" for sparsity in sparsities) + " |",
+            "| --- " + "| --: " * len(sparsities) + "|",
+        ]
+        for method in _methods(cells):
+            row = []
+            for sparsity in sparsities:
+                cell = cells.get((length, method, sparsity))
+                accuracy = cell and cell.accuracy
+                row.append(_of(accuracy, full.accuracy) if accuracy else "")
+            lines.append(f"| {method} | " + " | ".join(row) + " |")
+        streaming = cells.get((length, STREAMING, 1.0))
+        lines += ["", f"Full attention {100 * full.accuracy.mean:.1f}"]
+        lines[-1] += f", every head streaming {100 * streaming.accuracy.mean:.1f}.\n" if streaming else ".\n"
+    return "\n".join([*lines, *_about_recall(head, cells)])
+
+
+def recall_details(path: Path) -> str:
+    """Every cell with its intervals, and the paired differences to full attention."""
+    _, cells = _recall(path)
+    lines = [
+        "| tokens | method | stream | passkeys | accuracy, % | minus full attention | NLL, nats a token | minus full |",
+        "| --: | --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for (length, method, sparsity), cell in sorted(
+        cells.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])
+    ):
+        points = [_scaled(estimate).format(".1f") for estimate in (cell.accuracy, cell.accuracy_difference)]
+        nats = [estimate.format(".3f") for estimate in (cell.nll, cell.nll_difference)]
+        values = [points[0], points[1], nats[0], nats[1]]
+        if method == FULL:
+            values[1] = values[3] = ""
+        lines.append(f"| {length} | {method} | {sparsity:.0%} | {cell.passkeys} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def prose_table(path: Path) -> str:
+    """Next-token loss on the text itself."""
+    _, cells = _recall(path, prose=True)
+    lines = ["| method | stream | loss, nats a token | difference to full attention |", "| --- | --: | --: | --: |"]
+    for (_, method, sparsity), cell in sorted(cells.items(), key=lambda item: (item[0][2], item[0][1])):
+        difference = "" if method == FULL else cell.nll_difference.format(".3f")
+        lines.append(f"| {method} | {sparsity:.0%} | {cell.nll.format('.3f')} | {difference} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One method at one sparsity and length."""
+
+    passkeys: int
+    accuracy: Estimate
+    accuracy_difference: Estimate
+    nll: Estimate
+    nll_difference: Estimate
+
+
+def _recall(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], dict[tuple[int, str, float], _Cell]]:
+    """The first line of a result, and its cells by (length, method, sparsity); random patterns are one method."""
+    head, records = read(path)
+    samples: dict[tuple[int, str, float], dict[int, dict[str, Any]]] = {}
+    for record in records:
+        job = record["job"]
+        if job["prose"] == prose:
+            method = RANDOM if job["method"].startswith(RANDOM) else job["method"]
+            samples.setdefault((job["length"], method, job["sparsity"]), {})[job["sample"]] = record
+    cells = {}
+    for key, found in samples.items():
+        full = samples[key[0], FULL, 0.0]
+        numbers = sorted(set(found) & set(full))
+        tokens, hits, nll = (_column(found, numbers, name) for name in ("tokens", "hits", "nll"))
+        cells[key] = _Cell(
+            sum(len(found[number]["tokens"]) for number in numbers),
+            ratio(hits, tokens),
+            ratio(hits, tokens, _column(full, numbers, "hits")),
+            ratio(nll, tokens),
+            ratio(nll, tokens, _column(full, numbers, "nll")),
+        )
+    return head, cells
+
+
+def _column(samples: dict[int, dict[str, Any]], numbers: list[int], name: str) -> np.ndarray:
+    return np.array([sum(samples[number][name]) for number in numbers], np.float64)
+
+
+def _methods(cells: dict[tuple[int, str, float], _Cell]) -> list[str]:
+    """In the order in which they were measured, random patterns last."""
+    names = dict.fromkeys(key[1] for key in cells if key[1] not in (FULL, STREAMING, RANDOM))
+    return [*names, RANDOM] if any(key[1] == RANDOM for key in cells) else [*names]
+
+
+def _of(accuracy: Estimate, full: Estimate) -> str:
+    """In percent, and as a fraction of full attention's."""
+    fraction = f" ({accuracy.mean / full.mean:.0%})" if full.mean else ""
+    return f"{100 * accuracy.mean:.1f}{fraction}"
+
+
+def _scaled(estimate: Estimate) -> Estimate:
+    return Estimate(100 * estimate.mean, 100 * estimate.low, 100 * estimate.high)
+
+
+def _about_recall(head: dict[str, Any], cells: dict[tuple[int, str, float], _Cell]) -> list[str]:
+    machine, about = head["machine"], head["about"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    passkeys = sorted({cell.passkeys for cell in cells.values()})
+    count = f"{passkeys[0]}" if len(passkeys) == 1 else f"{passkeys[0]} to {passkeys[-1]}"
+    return [
+        f"{count} passkeys a cell, sink {about['sink_size']}, recent {about['recent_size']}. {machine['processor']}, "
+        f"{machine['cores']} cores, float32, Python {machine['python']}, {versions}, commit {machine['commit']}; "
+        f"`{head['command']}`.",
+    ]
+
+
+def training_table(path: Path) -> str:
+    """Seconds, matmul rate and memory of a training step."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| tokens | layers computed again | seconds a step | of the matmul rate | temporary memory, GB |",
+        "| --: | --- | --: | --: | --: |",
+    ]
+    for result in record["results"]:
+        lines.append(
+            f"| {result['tokens']} | {'yes' if result['rematerialize'] else 'no'} | {result['seconds']:.1f} | "
+            f"{result['fraction_of_matmul_rate']:.0%} | {result['temporary_bytes'] / 1e9:.2f} |"
+        )
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    rates = [result["matmul_flops_per_second"] / 1e9 for result in record["results"]]
+    about = (
+        f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}, commit "
+        f"{machine['commit']}; matmul rate {min(rates):.0f} to {max(rates):.0f} GFLOP/s; `{record['command']}`."
+    )
+    return "\n".join([*lines, "", about])
+
+
+TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
+    "bench": (RESULTS / "bench.json", bench_table),
+    "recall": (RESULTS / "recall.jsonl", recall_table),
+    "recall details": (RESULTS / "recall.jsonl", recall_details),
+    "prose": (RESULTS / "recall.jsonl", prose_table),
+    "training": (RESULTS / "training.json", training_table),
+}
 
 
 def render(text: str) -> str:
@@ -69,10 +225,10 @@ def render(text: str) -> str:
             if end not in rest:
                 raise ValueError(f"{begin.strip()} has no {end} after it: nothing was written")
             after = rest.partition(end)[2]
-            text = f"{before}{begin}{table(json.loads(path.read_text(encoding='utf-8')))}\n{end}{after}"
+            text = f"{before}{begin}{table(path)}\n{end}{after}"
     return text
 
 
 if __name__ == "__main__":
-    for path in [Path(name) for name in sys.argv[1:]] or [ROOT / "README.md"]:
+    for path in [Path(name) for name in sys.argv[1:]] or PAGES:
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

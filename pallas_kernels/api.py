@@ -97,6 +97,73 @@ def decode_attention(
         )
 
 
+def gated_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    gates: Float[Array, "K"],
+    *,
+    sink_size: int,
+    recent_size: int,
+    full: Float[Array, "B T N H"] | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention for training gates, for one layer: `gates * full + (1 - gates) * streaming` (paper section 2.2).
+
+    Differentiable in q, k, v, `gates` and `full`; no cache. Memory is linear in T, forward and backward.
+
+    Args:
+        q: queries after RoPE.
+        k: keys after RoPE.
+        v: values.
+        gates: one per KV head, in [0, 1].
+        sink_size: tokens at the start that streaming heads keep.
+        recent_size: most recent tokens that streaming heads keep, the query's own included.
+        full: output of full attention to mix in ("teacher" mixing); None computes it from q, k and v ("self" mixing).
+        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        NotImplementedError: a named backend that cannot do this.
+    """
+    _check_training(q, k, v)
+    if gates.shape != k.shape[2:3]:
+        raise ValueError(f"gates must be one per KV head, got {gates.shape=} beside {k.shape=}")
+    if full is not None and full.shape != q.shape:
+        raise ValueError(f"full must have the queries' shape, got {full.shape=} beside {q.shape=}")
+    with jax.named_scope("gated_attention"):
+        return _module(backend).gated_attention(q, k, v, gates, sink_size=sink_size, recent_size=recent_size, full=full)
+
+
+def full_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    backend: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention over a sequence's own keys, without a cache: the teacher's. Differentiable, memory linear in T.
+
+    Args:
+        q: queries after RoPE.
+        k: keys after RoPE.
+        v: values.
+        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        NotImplementedError: a named backend that cannot do this.
+    """
+    _check_training(q, k, v)
+    with jax.named_scope("full_attention"):
+        return _module(backend).full_attention(q, k, v)
+
+
+def _check_training(q: Array, k: Array, v: Array) -> None:
+    if q.shape[2] % k.shape[2] or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape != k.shape:
+        raise ValueError(f"k and v must be [B, T, K, H] with K dividing N, got {q.shape=}, {k.shape=}, {v.shape=}")
+
+
 def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sink_size: int, recent_size: int) -> None:
     num_heads, head_dim = q_heads
     num_kv_heads = heads.slot.shape[0]

@@ -64,6 +64,39 @@ def decode_attention(
     return _over_heads(one_head, q[:, None], nothing, nothing, heads)[:, 0]
 
 
+def gated_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    gates: Float[Array, "K"],
+    *,
+    sink_size: int,
+    recent_size: int,
+    full: Float[Array, "B T N H"] | None,
+) -> Float[Array, "B T N H"]:
+    """See `pallas_kernels.gated_attention`."""
+    full = full_attention(q, k, v) if full is None else full
+    streaming = _causal(q, k, v, {"sink_size": sink_size, "recent_size": recent_size})
+    gate = jnp.repeat(gates, q.shape[2] // k.shape[2])[None, None, :, None]
+    return (gate * full.astype(gate.dtype) + (1 - gate) * streaming.astype(gate.dtype)).astype(q.dtype)
+
+
+def full_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+    """See `pallas_kernels.full_attention`."""
+    return _causal(q, k, v, {})
+
+
+def _causal(q, k, v, sizes):
+    """Every head over the sequence's own keys."""
+    own = consecutive(jnp.zeros(q.shape[0], jnp.int32), q.shape[1])
+    batch, length, num_heads, head_dim = q.shape
+    groups = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], head_dim)
+    attend = lambda q_h, k_h, v_h: _attend(q_h, (k_h, v_h, own), own, sizes)  # noqa: E731
+    return jax.vmap(attend, in_axes=2, out_axes=2)(groups, k, v).reshape(q.shape)
+
+
 def _join(pool_k, pool_v, slot, pool_pos, k_h, v_h, own):
     """One head's cached and own keys, values and their positions, end to end."""
     cached_k = pool_k[slot] if pool_k.shape[0] else k_h[:, :0]

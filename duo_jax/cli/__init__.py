@@ -10,7 +10,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 
 # What a caller can get wrong: said in a line, without a traceback.
-USER_ERRORS = (ValueError, OSError, NotImplementedError)
+USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
 
 def main() -> None:
@@ -34,7 +34,10 @@ def _run(entry: EntryPoint) -> int:
 
         _keep_compiled_programs()
         warnings.showwarning = functools.partial(_warn, entry.name)
-        tyro.cli(entry.load(), prog=f"duo {entry.name}", args=sys.argv[2:]).run()
+        command, args = entry.load(), sys.argv[2:]
+        # A command whose defaults depend on a flag (a preset) has a class for each.
+        command = command.variant(args) if hasattr(command, "variant") else command
+        tyro.cli(command, prog=f"duo {entry.name}", args=args).run()
     except KeyboardInterrupt:
         print(f"\nduo {entry.name}: interrupted", file=sys.stderr)
         return 130

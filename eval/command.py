@@ -1,0 +1,26 @@
+"""`duo eval`: measurements of what a pattern costs and buys, each a file beside this one."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from eval.memory import MemoryTask
+from eval.recall import Recall
+from eval.training import Training
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure what a head pattern costs and what it buys."""
+
+    task: Annotated[
+        Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
+        | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> None:
+        """Run the task."""
+        self.task.run()

@@ -1,0 +1,212 @@
+"""`duo eval recall`: what a pattern costs in recall, by teacher forcing: how likely is each word of a hidden passkey?
+
+Each sample hides many passkeys; all of them are asked for in turn and answered rightly, and every token of an answer is
+scored given what stands before it. That uses every token of a small model's answers, where an exact match of whole keys
+would use one bit. Text, words and seed are other than those that gates are trained on.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
+from eval.bench import machine
+from train.identify import differences
+from train.needles import NeedleData, Needles, Sample
+from train.vocabulary import HELD_OUT
+
+UNSEEN = Needles(
+    haystack="essays", vocabulary=HELD_OUT, distinct_words=True, num_passkeys=16, passkey_words=5, seed=20_000
+)
+FULL, STREAMING, RANDOM = "full attention", "all streaming", "random"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample under one pattern."""
+
+    method: str
+    sparsity: float
+    length: int
+    sample: int
+    prose: bool = False
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Score hidden passkeys under full attention, head patterns, random ones, and streaming heads only."""
+
+    patterns: tuple[str, ...] = ("smollm2=smollm2-135m-instruct",)
+    """Patterns to compare, each NAME=FOLDER or NAME=PUBLISHED-NAME."""
+    out: Path = Path("recall.jsonl")
+    """File to append to; what it has already is not computed again."""
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    sparsity: tuple[float, ...] = (0.25, 0.5, 0.6, 0.7, 0.75, 0.8)
+    """Fractions of KV heads that stream."""
+    lengths: tuple[int, ...] = (2048, 4096)
+    """Tokens of a sample, all in all."""
+    samples: int = 13
+    """Samples of each length, with 16 passkeys each by default."""
+    random: int = 5
+    """Random patterns; the samples are shared out among them. 0: none."""
+    prose: int = 10
+    """Stretches of the text itself, scored under full attention and patterns at a sparsity of 0.5."""
+    prose_length: int = 2048
+    """Tokens of a stretch."""
+    sink_size: int = 64
+    """First tokens that streaming heads keep."""
+    recent_size: int = 256
+    """Most recent tokens that streaming heads keep."""
+    data: Needles = UNSEEN
+
+    def run(self) -> None:
+        """Score what the file lacks, sample by sample."""
+        if min(self.samples, self.random, self.prose, *self.lengths) < 0 or not self.lengths:
+            raise ValueError(f"need lengths, and no negative count, got {self.lengths=}, {self.samples=}")
+        patterns = {}
+        for entry in self.patterns:
+            name, found, source = entry.partition("=")
+            if not found or not name or name in (FULL, STREAMING) or name.startswith(RANDOM):
+                raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
+            patterns[name] = source
+        done = self._open(patterns)
+        jobs = [job for job in self._jobs(patterns) if job not in done]
+        if not jobs:
+            print(f"{self.out} had all of it")
+            return
+        model, tokenizer = load_model(self.model), load_tokenizer(self.model)
+        sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
+        shape = model.config.num_layers, model.config.num_kv_heads
+        with self.out.open("a", encoding="utf-8") as file:
+            for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
+                pattern = self._pattern(job, patterns, shape)
+                if job.prose:
+                    scored = score_prose(model, sets[max(sets)], job.length, job.sample, pattern)
+                else:
+                    scored = score_sample(model, sets[job.length][job.sample], job.length, pattern)
+                file.write(json.dumps({"job": asdict(job), **scored}) + "\n")
+                file.flush()
+        print(f"{self.out} has all of it")
+
+    def _jobs(self, patterns: dict[str, str]) -> Iterator[Job]:
+        """In an order in which every stage is a usable result."""
+        for length in self.lengths:
+            for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0)):
+                yield from (Job(method, sparsity, length, number) for number in range(self.samples))
+            for sparsity in self.sparsity:
+                for method in patterns:
+                    yield from (Job(method, sparsity, length, number) for number in range(self.samples))
+                for number in range(self.samples if self.random else 0):
+                    yield Job(f"{RANDOM} {number % self.random}", sparsity, length, number)
+        halves = [(name, 0.5) for name in patterns]
+        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *halves):
+            yield from (Job(method, sparsity, self.prose_length, number, prose=True) for number in range(self.prose))
+
+    def _pattern(self, job: Job, patterns: dict[str, str], shape: tuple[int, int]) -> HeadPattern | None:
+        if job.method == FULL:
+            return None
+        sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        if job.method in patterns:
+            return HeadPattern.load(patterns[job.method], sparsity=job.sparsity, **sizes)
+        seed = 0 if job.method == STREAMING else int(job.method.removeprefix(RANDOM))
+        gates = np.random.default_rng(seed).random(shape)
+        return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
+
+    def _open(self, patterns: dict[str, str]) -> set[Job]:
+        """What the file has; a new file gets a first line that says what it is."""
+        settings = asdict(self)
+        about = json.loads(json.dumps({name: settings[name] for name in ("model", "sink_size", "recent_size", "data")}))
+        gates = {name: _fingerprint(HeadPattern.load(source)) for name, source in patterns.items()}
+        if not self.out.exists():
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            command = " ".join(["duo", "eval", "recall", *sys.argv[3:]])
+            head = {"about": about, "gates": gates, "machine": machine(), "command": command}
+            self.out.write_text(json.dumps(head) + "\n", encoding="utf-8")
+            return set()
+        head, records = read(self.out)
+        different = differences(head["about"], about)
+        if different:
+            raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
+        changed = [name for name in gates if head["gates"].get(name, gates[name]) != gates[name]]
+        if changed:
+            raise ValueError(f"{self.out} was made with other gates under the name of {', '.join(changed)}")
+        if set(gates) - set(head["gates"]):
+            lines = self.out.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines[0] = json.dumps(head | {"gates": head["gates"] | gates}) + "\n"
+            part = self.out.with_suffix(".part")
+            part.write_text("".join(lines), encoding="utf-8")
+            part.replace(self.out)
+        return {Job(**record["job"]) for record in records}
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a result and its records; a last line that was cut off by a kill is removed.
+
+    Raises:
+        ValueError: not a result of this command, with the line.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines), encoding="utf-8")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+    if not records or "about" not in records[0]:
+        raise ValueError(f"{path} is not a result of this command; choose another --out")
+    return records[0], records[1:]
+
+
+def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
+    """Needle data whose samples have at most `length` tokens, all in all, and few less."""
+    probe = NeedleData(replace(config, min_length=length, max_length=length, num_lengths=1), tokenizer)
+    around = max(len(probe[number].tokens) for number in range(32)) - length
+    text = length - around - 8
+    return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
+
+
+def score_sample(model: Model, sample: Sample, length: int, pattern: HeadPattern | None) -> dict[str, Any]:
+    """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
+    tokens = jnp.asarray(sample.tokens)[None]
+    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]))
+    # The last token before the questions is scored with them: every token of an answer then has one before it.
+    begin = sample.tail - 1
+    _, cache = prefill(model, tokens[:, :begin], cache)
+    scores, _ = score(model, tokens[:, begin:], cache)
+    top, logprobs = np.asarray(scores.is_top[0]), np.asarray(scores.logprobs[0], np.float64)
+    spans = [slice(first - begin - 1, last - begin - 1) for first, last in sample.answers]
+    return {
+        "tokens": [span.stop - span.start for span in spans],
+        "hits": [int(top[span].sum()) for span in spans],
+        "nll": [-float(logprobs[span].sum()) for span in spans],
+    }
+
+
+def score_prose(
+    model: Model, data: NeedleData, length: int, number: int, pattern: HeadPattern | None
+) -> dict[str, Any]:
+    """Next-token loss on a stretch of the text, nothing hidden in it."""
+    begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
+    tokens = jnp.asarray(data.text[begin : begin + length])[None]
+    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length))
+    return {
+        "tokens": [length - 1],
+        "hits": [int(scores.is_top.sum())],
+        "nll": [-float(np.asarray(scores.logprobs, np.float64).sum())],
+    }
+
+
+def _fingerprint(pattern: HeadPattern) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes()).hexdigest()[:16]

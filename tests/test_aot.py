@@ -1,0 +1,28 @@
+"""Programs compiled for GPUs that are not there; needs jax's CUDA plugin: `make test-aot`."""
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+from duo_jax import PRESETS
+from eval.compiled import GPUS, memory_on
+from eval.memory import training_step
+from train.gated import GatedModel
+
+try:
+    PLUGIN = version("jax-cuda12-plugin")
+except PackageNotFoundError:
+    PLUGIN = ""
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(not PLUGIN, reason="needs jax's CUDA plugin: make test-aot")]
+
+
+def test_a_training_step_s_memory_is_linear_in_the_tokens():
+    """Two layers of Llama-3-8B; all 32 at 32k tokens were compiled once, see eval/results/aot."""
+    config = replace(PRESETS["llama-3-8b"], num_layers=2, dtype="bfloat16")
+    small, large = (memory_on("a100-80g", *training_step(config, length, GatedModel())) for length in (4096, 8192))
+    assert large.temporaries < 2.1 * small.temporaries
+    # The weights that are used: all but the head.
+    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
+    assert small.arguments == pytest.approx(2 * (2 * layer + 128256 * 4096), rel=0.01)
+    assert large.total < GPUS["a100-80g"].memory_bytes

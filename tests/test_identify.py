@@ -1,0 +1,151 @@
+"""`duo identify` from the command line: what it writes, how it goes on, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from duo_jax import HeadPattern
+from tests.text_models import assert_refused
+from train.identify import PRESETS, RUN_FILE
+from train.needles import Needles
+
+QUICK = (
+    *("--preset", "debug", "--data.min-length", "60", "--data.max-length", "60", "--data.num-lengths", "1"),
+    *("--data.needle", "<{ordinal} {words}>", "--data.question", "{ordinal}?", "--data.answer", "{ordinal} {words}."),
+    *("--distill.pad-multiple", "64", "--distill.steps", "3"),
+)
+
+
+@pytest.fixture
+def identify(duo, text_model, tmp_path):
+    def run(*args, out=tmp_path / "run"):
+        return duo("identify", "--model", text_model, "--out", out, *QUICK, *args)
+
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_writes_a_pattern_that_loads_with_all_that_made_it(identify, tmp_path, text_model, duo):
+    done = identify()
+    assert done.code == 0 and "of 12 above 0.5" in done.out
+    folder = tmp_path / "run"
+    pattern = HeadPattern.load(folder)
+    assert pattern.is_retrieval.shape == (3, 4) and (pattern.sink_size, pattern.recent_size) == (64, 256)
+    training = pattern.metadata["training"]
+    assert training["recipe"] == "distill" and training["settings"]["steps"] == 3
+    assert training["data"]["num_passkeys"] == 2 and training["attention"]["sink_size"] == 4
+    assert json.loads((folder / RUN_FILE).read_text()) == {k: v for k, v in training.items() if k != "duo_jax"}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    # The gates go on to what uses them, and a finished run may be resumed.
+    assert duo("inspect", "--model", text_model, "--pattern", folder, "--sparsity", "0.5").code == 0
+    before = contents(folder)
+    assert identify("--resume").code == 0
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("recipe", ["prulong", "attention-profile", "kvzip"])
+def test_every_recipe_ends_in_the_same_files(identify, tmp_path, recipe):
+    quick = ("--prulong.steps", "2", "--attention-profile.length", "40", "--kvzip.length", "40")
+    done = identify("--recipe", recipe, *quick)
+    assert done.code == 0, done
+    pattern = HeadPattern.load(tmp_path / "run", sparsity=0.5)
+    assert pattern.metadata["training"]["recipe"] == recipe
+    assert np.isfinite(pattern.gates).all() and pattern.num_streaming == 6
+
+
+def test_one_recipe_starts_from_another_s_result(identify, tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    gates = np.linspace(0.2, 0.8, 12).reshape(3, 4)
+    HeadPattern.from_gates(gates, sink_size=1, recent_size=1).save(first)
+    done = identify("--start", first, "--distill.steps", "1", "--distill.learning-rate", "1e-6")
+    assert done.code == 0
+    np.testing.assert_allclose(HeadPattern.load(tmp_path / "run").gates, gates, atol=1e-5)
+
+
+def test_another_run_s_folder_is_left_alone(identify, tmp_path):
+    assert identify().code == 0
+    before = contents(tmp_path / "run")
+    assert_refused(identify(), "holds a run already", "--resume")
+    assert_refused(
+        identify("--resume", "--distill.steps", "4"), "begun with other settings", "settings.steps was 3, now 4"
+    )
+    assert contents(tmp_path / "run") == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    assert_refused(identify(out=other), "not empty")
+    assert_refused(identify("--resume", out=other), "not empty")
+    assert contents(other) == {"thesis.tex": b"years of work"}
+
+
+def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
+    assert identify().code == 0
+    gates = HeadPattern.load(tmp_path / "run").gates
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / RUN_FILE).write_bytes((tmp_path / "run" / RUN_FILE).read_bytes())
+    assert identify("--resume", out=fresh).code == 0
+    np.testing.assert_array_equal(HeadPattern.load(fresh).gates, gates)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--data.num-passkeys", "21"), ("num_passkeys", "ordinals")),
+        (("--data.passkey-words", "40"), ("more than the 60 tokens", "min_length")),
+        (("--data.max-length", "1000000", "--data.num-lengths", "2"), ("the longest sample needs 1000000",)),
+        (("--data.haystack", "no/such/file"), ("no/such/file",)),
+        (("--prulong.target-sparsity", "1.5"), ("target_sparsity", "[0, 1]")),
+        (("--attention.recent-size", "0"), ("recent_size >= 1",)),
+        (("--recent-size", "0"), ("recent_size",)),
+        (("--distill.steps", "0"), ("steps must be at least 1",)),
+        (("--start", "no-such-pattern"), ("no published pattern",)),
+        (("--start", "smollm2-135m-instruct"), ("made for another model",)),
+        (("--recipe", "prulong", "--attention.mixing", "teacher"), ("no teacher",)),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_leaves_nothing(identify, tmp_path, args, words):
+    assert_refused(identify(*args), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_with_nan_is_refused(identify, tmp_path):
+    folder = tmp_path / "nan"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 16}')
+    (folder / "full_attention_heads.tsv").write_text("\n".join(["1\tnan\t0\t1"] * 3))
+    assert_refused(identify("--start", folder), "gates must be finite", "(0, 1)")
+
+
+def test_a_disk_that_takes_no_more_is_said_in_a_line_and_the_run_goes_on_later(identify, text_model, tmp_path):
+    out = tmp_path / "run"
+    prulong = ("--recipe", "prulong", "--prulong.steps", "3", "--prulong.pad-multiple", "64")
+    command = ["identify", "--model", text_model, "--out", out, *QUICK, *prulong]
+    start = "import sys; from duo_jax.cli import main; sys.argv[0] = 'duo'; main()"
+    # No file may grow beyond 4 KiB, which a checkpoint's description does: to a program, the same as a full disk.
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", sys.executable, "-c", start, *map(str, command)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr and "could not save the checkpoint of step 2" in done.stderr, done.stderr
+    assert not (out / "full_attention_heads.tsv").exists()
+    assert identify("--resume", *prulong).code == 0
+    assert HeadPattern.load(out).gates.shape == (3, 4)
+
+
+def test_presets_are_what_they_say():
+    paper = PRESETS["paper"]
+    assert paper.data == Needles() and (paper.distill.steps, paper.distill.learning_rate) == (2000, 0.02)
+    assert (paper.attention.sink_size, paper.attention.recent_size, paper.attention.mixing) == (128, 256, "self")
+    assert (paper.distill.reg_weight, paper.distill.warmup * 2000) == (0.05, 400)
+    for name, preset in PRESETS.items():
+        assert preset.preset == name and preset.variant(["--preset", name]) is preset
+        assert preset.variant([f"--preset={name}", "--out", "x"]) is preset

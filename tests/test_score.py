@@ -1,0 +1,136 @@
+"""`score` against the golden logits, and recall and its tables on a small model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
+from eval.intervals import ratio
+from eval.recall import UNSEEN, fit, score_sample
+from eval.tables import prose_table, recall_details, recall_table
+from tests.conftest import GOLDEN
+from tests.text_models import assert_refused
+from train.gated import GatedModel
+
+QUICK = (
+    *(
+        "--samples",
+        "2",
+        "--random",
+        "2",
+        "--prose",
+        "1",
+        "--prose-length",
+        "60",
+        "--lengths",
+        "300",
+        "--sparsity",
+        "0.5",
+    ),
+    *("--sink-size", "4", "--recent-size", "16", "--data.haystack", "pydoc", "--data.num-passkeys", "2"),
+    *("--data.passkey-words", "2", "--data.needle", "<{ordinal} {words}>", "--data.question", "{ordinal}?"),
+    *("--data.answer", "{ordinal} {words}."),
+)
+
+
+@pytest.mark.parametrize("kind", ["full", "duo"])
+@pytest.mark.parametrize("chunk_size", [None, 33])
+def test_scores_equal_those_of_the_golden_logits(kind, chunk_size, monkeypatch):
+    monkeypatch.setattr(phases, "SCORE_BLOCK", 7)
+    folder = GOLDEN / "qwen3"
+    with np.load(folder / "golden.npz") as arrays:
+        ids, logits = arrays["ids"], arrays[f"{kind}_logits"].astype(np.float64)
+    model = load_model(folder)
+    pattern = HeadPattern.load(folder / "pattern") if kind == "duo" else None
+    cache = KVCache.init(model.config, pattern, 2, ids.shape[1])
+    # The first 20 tokens are there already; the second row ends earlier.
+    _, cache = prefill(model, ids[:, :20], cache)
+    rest = np.array([ids.shape[1] - 20, 57])
+    scores, cache = score(model, ids[:, 20:], cache, lengths=rest, chunk_size=chunk_size)
+    assert cache.length.tolist() == (20 + rest).tolist() and scores.logprobs.shape == (2, ids.shape[1] - 21)
+    wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, count in enumerate(rest):
+        at = np.arange(20, 20 + count - 1)
+        found = np.asarray(scores.logprobs)[row, : count - 1]
+        np.testing.assert_allclose(found, wanted[row, at, ids[row, at + 1]], rtol=0, atol=2e-4)
+        top = logits[row, at].argmax(-1) == ids[row, at + 1]
+        np.testing.assert_array_equal(np.asarray(scores.is_top)[row, : count - 1], top)
+
+
+def test_a_text_that_does_not_fit_is_refused(tiny):
+    cache = KVCache.init(tiny.config, None, 1, 16)
+    with pytest.raises(ValueError, match="row 0 holds 0 tokens"):
+        score(tiny, np.zeros((1, 17), np.int32), cache)
+
+
+def test_a_sample_s_answers_are_scored_given_all_before_them(text_model):
+    model, tokenizer = load_model(text_model), AutoTokenizer.from_pretrained(text_model)
+    config = UNSEEN.__class__(num_passkeys=2, passkey_words=2, needle="<{ordinal} {words}>", question="{ordinal}?")
+    data = fit(config, tokenizer, 400)
+    assert all(360 < len(data[number].tokens) <= 400 for number in range(40))
+    sample = data[0]
+    found = score_sample(model, sample, 400, None)
+    hidden, _ = GatedModel().teacher(model, jnp.asarray(sample.tokens)[None])
+    logprobs = np.asarray(jax.nn.log_softmax(model.decoder.logits(hidden))[0], np.float64)
+    for (first, last), tokens, hits, nll in zip(sample.answers, *found.values(), strict=True):
+        at = np.arange(first, last)
+        assert tokens == last - first
+        assert nll == pytest.approx(-logprobs[at - 1, sample.tokens[at]].sum(), abs=1e-3)
+        assert hits == (logprobs[at - 1].argmax(-1) == sample.tokens[at]).sum()
+
+
+def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
+    out = tmp_path / "recall.jsonl"
+    run = lambda *args: duo("eval", "recall", "--model", text_model, *QUICK, "--out", out, *args)  # noqa: E731
+    pattern = f"mine={text_model / 'pattern'}"
+    done = run("--patterns", pattern)
+    assert done.code == 0, done
+    whole = out.read_text()
+    jobs = [json.loads(line)["job"] for line in whole.splitlines()[1:]]
+    assert len(jobs) == len({json.dumps(job) for job in jobs}) == 2 * 4 + 3
+    assert {job["method"] for job in jobs} == {"full attention", "all streaming", "mine", "random 0", "random 1"}
+    # Cut off in the middle of a line: what is there is not computed again, what is missing is.
+    out.write_text(whole[:-40])
+    assert run("--patterns", pattern).code == 0
+    assert out.read_text() == whole
+    assert "had all of it" in run("--patterns", pattern).out
+    for table in (recall_table, recall_details, prose_table):
+        text = table(out)
+        assert "mine" in text and "nan" not in text
+    assert_refused(run("--patterns", "mine=smollm2-135m-instruct"), "other gates under the name of mine")
+    assert_refused(run("--patterns", pattern, "--recent-size", "17"), "other settings")
+    assert_refused(run("--patterns", "random=x"), "NAME=FOLDER")
+    assert out.read_text() == whole
+    out.write_text(whole.replace('{"job"', '{job"', 1))
+    assert_refused(run("--patterns", pattern), f"{out}:2 is not JSON")
+
+
+def test_intervals_are_of_samples_and_differences_are_paired():
+    rng = np.random.default_rng(1)
+    counts = np.full(50, 10.0)
+    hard = rng.normal(0, 3, 50)  # what makes a sample hard makes it hard for both
+    full, less = 60 + hard, 59 + hard + rng.normal(0, 0.1, 50)
+    alone, paired = ratio(full, counts), ratio(less, counts, full)
+    assert alone.low < 6 < alone.high and alone.mean == pytest.approx(full.mean() / 10)
+    assert paired.low < -0.1 < paired.high and paired.high - paired.low < (alone.high - alone.low) / 5
+    # The interval of a mean of normal values is known.
+    assert alone.high - alone.low == pytest.approx(2 * 1.96 * full.std() / 10 / 50**0.5, rel=0.1)
+
+
+def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):
+    out = tmp_path / "training.json"
+    done = duo("eval", "training", "--model", text_model, "--lengths", "64", "--steps", "1", "--out", out)
+    assert done.code == 0, done
+    results = json.loads(out.read_text())["results"]
+    assert [result["rematerialize"] for result in results] == [True, False]
+    assert all(0 < result["fraction_of_matmul_rate"] < 1 and result["temporary_bytes"] > 0 for result in results)
+    assert_refused(duo("eval", "training", "--lengths", "0"), "at least 1")
+
+
+def test_memory_of_another_machine_s_gpu_says_what_is_missing(duo):
+    assert_refused(duo("eval", "memory", "--model", "gpt-9"), "unknown shape", "llama-3-8b")
+    assert_refused(duo("eval", "memory", "--gpu", "abacus"), "unknown GPU", "a100-80g")

@@ -1,0 +1,252 @@
+"""The training loop: any interruption ends in the same gates, and a step is what the method says."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from transformers import AutoTokenizer
+
+from duo_jax import load_model
+from train import loop
+from train.gated import GatedModel
+from train.needles import NeedleData, Needles
+from train.recipes import Distill, Run
+from train.recipes.base import METRICS_FILE
+
+# About 150 tokens of the tests' tokenizer, which has one a character.
+DATA = Needles(
+    num_passkeys=2,
+    passkey_words=2,
+    min_length=60,
+    max_length=60,
+    num_lengths=1,
+    needle="<{ordinal} {words}>",
+    question="{ordinal}?",
+    answer="{ordinal} {words}.",
+)
+RECIPE = Distill(steps=6, learning_rate=0.1, pad_multiple=64)
+ATTENTION = GatedModel(sink_size=2, recent_size=8, rematerialize=False)
+
+
+@pytest.fixture(scope="module")
+def start(text_model):
+    """A run in a folder, settings changed at will."""
+    model, tokenizer = load_model(text_model), AutoTokenizer.from_pretrained(text_model)
+
+    def run(folder, recipe=RECIPE, data=DATA, **changed):
+        folder.mkdir(exist_ok=True)
+        fields = {"checkpoint_every": 2, "attention": ATTENTION} | changed
+        return recipe.find(Run(model, NeedleData(data, tokenizer), folder=folder, **fields))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """Folder and gates of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, start(folder)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def without_time(records):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def stop_at(step, act):
+    def report(done, total, figures):
+        if done == step:
+            act()
+
+    return report
+
+
+def test_trains_and_writes_down_every_step(whole):
+    folder, gates = whole
+    records = metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert gates.shape == (3, 4) and (gates >= 0).all() and (gates <= 1).all() and gates.min() < 0.9
+    first = records[0]
+    # With every gate 1 the gated model is the full one, and the penalty is the whole loss.
+    assert first["distillation"] < 1e-9 and first["loss"] == pytest.approx(0.05)
+    assert records[1]["distillation"] > first["distillation"]
+    assert records[-1]["mean_gate"] == pytest.approx(gates.mean(), abs=1e-6)
+    assert records[-1]["above_half"] == pytest.approx((gates > 0.5).mean(), abs=1e-6)
+    assert sorted(int(path.name) for path in (folder / loop.CHECKPOINTS).iterdir()) == [4, 6]  # two are kept
+
+
+def test_a_run_that_dies_between_checkpoints_and_resumes_ends_with_the_same_gates(start, whole, tmp_path):
+    def die():
+        raise MemoryError("out of it")
+
+    with pytest.raises(MemoryError):
+        start(tmp_path, report=stop_at(5, die))
+    assert len(metrics(tmp_path)) == 5
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 6, "lo')  # cut off while it was written
+    gates = start(tmp_path, resume=True)
+    np.testing.assert_array_equal(gates, whole[1])
+    assert without_time(metrics(tmp_path)) == without_time(metrics(whole[0]))
+    np.testing.assert_array_equal(start(tmp_path, resume=True), whole[1])  # finished already
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_and_leaves(start, whole, tmp_path, number, error):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(error) as left:
+        start(tmp_path, report=stop_at(2, lambda: os.kill(os.getpid(), number)))
+    assert number == signal.SIGINT or left.value.code == 143
+    assert (tmp_path / loop.CHECKPOINTS / "3").is_dir()  # the step after, at which none was due
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    np.testing.assert_array_equal(start(tmp_path, resume=True), whole[1])
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_resumes_to_the_same_gates(whole, tmp_path, text_model):
+    script = textwrap.dedent(f"""
+        import sys, pathlib, duo_jax
+        from transformers import AutoTokenizer
+        from tests.test_train import ATTENTION, DATA, RECIPE
+        from train.needles import NeedleData
+        from train.recipes import Run
+        model, tokenizer = duo_jax.load_model({str(text_model)!r}), AutoTokenizer.from_pretrained({str(text_model)!r})
+        run = Run(model, NeedleData(DATA, tokenizer), ATTENTION, pathlib.Path({str(tmp_path)!r}), resume=True,
+                  checkpoint_every=1, report=lambda done, total, figures: print(done, flush=True))
+        print("gates", RECIPE.find(run).tolist())
+    """)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    # Killed while it compiles, while it computes, while it saves: a while after each line that it prints.
+    for lines, delay in ((0, 0.0), (1, 0.0), (2, 0.02)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            for _ in range(lines):
+                assert process.stdout.readline()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(delay)
+            process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    gates = json.loads(done.stdout.splitlines()[-1].removeprefix("gates"))
+    np.testing.assert_array_equal(np.array(gates), whole[1])
+
+
+def test_gradient_accumulation_weighs_every_label_token_the_same(start, tmp_path):
+    # Passkeys of different lengths: a mean of the samples' means would differ.
+    data = replace(DATA, vocabulary=("a", "incompatible"))
+    recipe = replace(RECIPE, steps=2, batch_size=4)
+    together = start(tmp_path / "4x1", recipe, data)
+    apart = start(tmp_path / "2x2", replace(recipe, batch_size=2, accumulate=2), data)
+    np.testing.assert_allclose(apart, together, atol=1e-6)
+    for one, other in zip(metrics(tmp_path / "4x1"), metrics(tmp_path / "2x2"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_devices_share_a_batch(start, whole, tmp_path, text_model):
+    recipe = replace(RECIPE, steps=2, batch_size=2)
+    alone = start(tmp_path / "one", recipe)
+    script = textwrap.dedent(f"""
+        import pathlib, duo_jax, jax
+        from transformers import AutoTokenizer
+        from dataclasses import replace
+        from tests.test_train import ATTENTION, DATA, RECIPE
+        from train.needles import NeedleData
+        from train.recipes import Run
+        assert len(jax.devices()) == 2
+        model, tokenizer = duo_jax.load_model({str(text_model)!r}), AutoTokenizer.from_pretrained({str(text_model)!r})
+        run = Run(model, NeedleData(DATA, tokenizer), ATTENTION, pathlib.Path({str(tmp_path)!r}) / "two")
+        print(replace(RECIPE, steps=2, batch_size=2).find(run).tolist())
+        try:
+            replace(RECIPE, batch_size=3).find(run)
+        except ValueError as error:
+            print(error)
+    """)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    gates, error = done.stdout.splitlines()[-2:]
+    np.testing.assert_allclose(np.array(json.loads(gates)), alone, atol=1e-5)
+    assert "a multiple of the 2 devices" in error
+
+
+def test_the_teacher_runs_once_a_sample(start, tmp_path, monkeypatch):
+    calls, targets = [], loop._targets
+
+    def counted(*args):
+        calls.append(1)
+        return targets(*args)
+
+    monkeypatch.setattr(loop, "_targets", counted)
+    data = replace(DATA, num_samples=2)
+    reused = start(tmp_path / "reused", data=data)
+    assert len(calls) == 2
+    monkeypatch.setattr(loop, "KEPT_BYTES", 0)
+    np.testing.assert_array_equal(start(tmp_path / "again", data=data), reused)
+    assert len(calls) == 2 + RECIPE.steps
+
+
+@dataclass(frozen=True)
+class Broken(Distill):
+    """Not a number at the fourth step."""
+
+    def penalty(self, params, step):
+        loss, figures = super().penalty(params, step)
+        return jnp.where(step == 3, jnp.nan, loss), figures
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(start, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 4: .*loss.* not finite.*the checkpoint of step 2 is kept"):
+        start(tmp_path, Broken(**vars(RECIPE)))
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / loop.CHECKPOINTS).iterdir()] == ["2"]
+    assert start(tmp_path, RECIPE, resume=True).shape == (3, 4)
+
+
+def test_a_run_begins_with_the_gates_it_is_given(start, tmp_path):
+    given = np.full((3, 4), 0.25)
+    gates = start(tmp_path, replace(RECIPE, steps=1, learning_rate=1e-6), start=given)
+    np.testing.assert_allclose(gates, given, atol=1e-5)
+
+
+def test_teacher_mixing_trains_too(start, whole, tmp_path):
+    gates = start(tmp_path, replace(RECIPE, steps=3), attention=replace(ATTENTION, mixing="teacher"))
+    records = metrics(tmp_path)
+    assert records[0]["distillation"] < 1e-9 < records[-1]["distillation"]
+    assert records[-1]["distillation"] != pytest.approx(metrics(whole[0])[2]["distillation"], rel=1e-3)
+    assert gates.min() < 1
+
+
+def test_the_schedule_is_the_method_s():
+    steps = np.arange(2000)
+    rate = np.asarray([Distill().schedule(jnp.int32(step)) for step in range(0, 2000, 37)])
+    wanted = 0.02 * np.minimum.reduce(
+        [np.ones(2000), np.maximum((steps + 1) / 400, 0.1), np.maximum((2000 - steps) / 400, 0.1)]
+    )
+    np.testing.assert_allclose(rate, wanted[::37], rtol=1e-6)
+
+
+def test_the_update_is_adamw_without_decay_then_the_projection():
+    recipe = Distill(steps=10, learning_rate=0.5)
+    gates, gradient = jnp.asarray([[0.9, 0.02]]), jnp.asarray([[-1.0, 2.0]])
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = recipe.optimizer().update(gradient, recipe.optimizer().init(gates), gates)
+    # Adam's first step is the rate times the sign; the first step of a warm-up over 2 is half the peak.
+    np.testing.assert_allclose(updates, [[0.25, -0.25]], rtol=1e-4)
+    np.testing.assert_array_equal(recipe.project(optax.apply_updates(gates, updates)), [[1.0, 0.0]])
+
+
+@pytest.mark.parametrize("changed", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"warmup": 1.5}])
+def test_settings_that_make_no_sense_raise(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        replace(RECIPE, **changed)

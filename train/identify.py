@@ -1,0 +1,216 @@
+"""`duo identify`: find the retrieval heads of a model. Settings, presets, the output folder; recipes do the finding."""
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from jaxtyping import Float
+from tqdm import tqdm
+
+import duo_jax
+from duo_jax.cli.options import ModelOptions
+from duo_jax.pattern import HeadPattern
+from train.gated import GatedModel
+from train.needles import NeedleData, Needles
+from train.recipes import AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
+from train.recipes.base import Report, quiet
+from train.vocabulary import COMMON
+
+RUN_FILE = "run.json"
+# What may differ when a run is resumed: where it writes and how often it saves change no gate.
+FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class Identify:
+    """Find the retrieval heads of a model: gates, written as a head pattern."""
+
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
+    out: Path
+    """Folder for the pattern, its configuration, metrics and checkpoints."""
+    preset: Literal["paper", "smollm2-cpu", "debug"] = "paper"
+    """Defaults of everything below: the paper's, a real small model on two CPU cores, or a run of seconds."""
+    recipe: Literal["distill", "prulong", "attention-profile", "kvzip"] = "distill"
+    """How the heads are found; the last two train nothing."""
+    start: str | None = None
+    """Pattern whose gates training begins with: a folder or a published name."""
+    sink_size: int = 64
+    """First tokens that streaming heads keep, written into the pattern for its use."""
+    recent_size: int = 256
+    """Most recent tokens that streaming heads keep, written into the pattern for its use."""
+    resume: bool = False
+    """Go on with the run in the folder from its last checkpoint; begin if there is none."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+    data: Needles = Needles()
+    attention: GatedModel = GatedModel()
+    distill: Distill = Distill()
+    prulong: PruLong = PruLong()
+    attention_profile: AttentionProfile = AttentionProfile()
+    kvzip: KVzip = KVzip()
+
+    @classmethod
+    def variant(cls, args: Sequence[str]) -> "type[Identify]":
+        """The preset that the arguments name: this class with other defaults."""
+        named = [after for flag, after in pairwise(args) if flag == "--preset"]
+        named += [arg.removeprefix("--preset=") for arg in args if arg.startswith("--preset=")]
+        return PRESETS.get(named[-1] if named else "paper", cls)
+
+    @property
+    def chosen(self) -> Recipe:
+        """The settings of the recipe."""
+        return getattr(self, self.recipe.replace("-", "_"))
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that decides the gates, as JSON."""
+        recipes = {recipe.name for recipe in dataclasses.fields(self) if isinstance(getattr(self, recipe.name), Recipe)}
+        config = {name: value for name, value in dataclasses.asdict(self).items() if name not in {*recipes, *FREE}}
+        config |= config.pop("model") | {"settings": vars(self.chosen)}
+        return json.loads(json.dumps(config))
+
+    def run(self) -> None:
+        """Find the heads and write the pattern.
+
+        Raises:
+            ValueError: settings that do not fit together, or a folder that holds another run.
+        """
+        check_folder(self.out, self.resolved(), resume=self.resume)
+        with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True) as bar:
+            run = self.prepare(lambda done, total, figures: _show(bar, done, total, figures))
+            # Nothing is written before everything that can be checked was.
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / RUN_FILE).write_text(json.dumps(self.resolved(), indent=1) + "\n", encoding="utf-8")
+            try:
+                gates = self.chosen.find(run)
+            except (KeyboardInterrupt, SystemExit):
+                print(f"\n{self.out}: stopped; add --resume to go on", file=sys.stderr)
+                raise
+        self.pattern(gates).save(self.out)
+        above = f"{int((gates > 0.5).sum())} of {gates.size} above 0.5"
+        print(f"{self.out}: gates from {gates.min():.3g} to {gates.max():.3g}, {above}")
+
+    def prepare(self, report: Report = quiet) -> Run:
+        """Load what the recipe needs and check it, without writing anything."""
+        self.pattern(np.ones((1, 1)))  # Sizes that no pattern may have are refused here.
+        model = self.model.load()
+        data = NeedleData(self.data, self.model.tokenizer())
+        trained = model.config.trained_positions
+        longest = max(self.data.lengths) + len(data[0].tokens) - data[0].text_length
+        if longest > trained:
+            warnings.warn(f"samples of up to {longest} tokens, the model was trained for {trained}", stacklevel=2)
+        start = None
+        if self.start is not None:
+            pattern = HeadPattern.load(self.start)
+            pattern.check(model.config)
+            start = pattern.gates.clip(0.0, 1.0)
+        run = Run(
+            model,
+            data,
+            self.attention,
+            self.out,
+            start=start,
+            resume=self.resume,
+            checkpoint_every=self.checkpoint_every,
+            keep_checkpoints=self.keep_checkpoints,
+            report=report,
+        )
+        self.chosen.check(run)
+        return run
+
+    def pattern(self, gates: Float[np.ndarray, "L K"]) -> HeadPattern:
+        """The gates with everything that made them."""
+        metadata = {"model_name": self.model.model, "training": self.resolved() | {"duo_jax": duo_jax.__version__}}
+        return HeadPattern.from_gates(gates, sink_size=self.sink_size, recent_size=self.recent_size, metadata=metadata)
+
+
+def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """See that a run may write to the folder.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with another configuration.
+    """
+    path = folder / RUN_FILE
+    if path.exists():
+        if not resume:
+            raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another folder")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}; choose another folder") from None
+        different = differences(found, config)
+        if different:
+            raise ValueError(
+                f"{folder} was begun with other settings: {'; '.join(different)}. Give the same ones, or another folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty and holds no run: choose another folder")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two nested settings differ in, a phrase for each."""
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name} was {before!r}, now {after!r}")
+    return found
+
+
+def _show(bar: Any, done: int, total: int, figures: Mapping[str, float | int]) -> None:
+    bar.total = total
+    if not bar.n:
+        bar.initial = done - 1
+    shown = ("loss", "distillation", "next_token", "mean_gate", "above_half")
+    bar.set_postfix({name: f"{figures[name]:.4g}" for name in shown if name in figures}, refresh=False)
+    bar.update(done - bar.n)
+
+
+@dataclass(frozen=True)
+class SmolLM2Cpu(Identify):
+    """Samples of about 1070 tokens in which 8 passkeys lie, and a window much shorter than they."""
+
+    preset: Literal["paper", "smollm2-cpu", "debug"] = "smollm2-cpu"
+    checkpoint_every: int = 10
+    data: Needles = Needles(
+        num_passkeys=8,
+        passkey_words=5,
+        vocabulary=COMMON,
+        min_length=540,
+        max_length=540,
+        num_lengths=1,
+        num_samples=150,
+    )
+    attention: GatedModel = GatedModel(sink_size=32, recent_size=128, rematerialize=False)
+    distill: Distill = Distill(steps=200, learning_rate=0.05, cooldown=0.4, reg_weight=0.2, pad_multiple=64)
+    prulong: PruLong = PruLong(steps=200, learning_rate=0.3, multiplier_rate=0.3, pad_multiple=64)
+    attention_profile: AttentionProfile = AttentionProfile(num_samples=8, length=1024)
+    kvzip: KVzip = KVzip(num_samples=4, length=1024)
+
+
+@dataclass(frozen=True)
+class Debug(Identify):
+    """Seconds on any model: everything runs, nothing is found."""
+
+    preset: Literal["paper", "smollm2-cpu", "debug"] = "debug"
+    checkpoint_every: int = 2
+    data: Needles = Needles(num_passkeys=2, passkey_words=2, min_length=300, max_length=400, num_lengths=2)
+    attention: GatedModel = GatedModel(sink_size=4, recent_size=16)
+    distill: Distill = Distill(steps=5)
+    prulong: PruLong = PruLong(steps=5)
+    attention_profile: AttentionProfile = AttentionProfile(num_samples=1, length=128)
+    kvzip: KVzip = KVzip(num_samples=1, length=128)
+
+
+PRESETS: dict[str, type[Identify]] = {"paper": Identify, "smollm2-cpu": SmolLM2Cpu, "debug": Debug}

@@ -1,0 +1,67 @@
+"""What a recipe is: a way to give every KV head a gate, large where the head must keep the whole context."""
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from duo_jax.model import Model
+from train.gated import GatedModel
+from train.needles import NeedleData
+
+# In a run's folder: one JSON object a step.
+METRICS_FILE = "metrics.jsonl"
+
+# Called with the steps done, the steps in all, and the figures of the last one.
+Report = Callable[[int, int, Mapping[str, float | int]], None]
+
+
+def quiet(done: int, total: int, figures: Mapping[str, float | int]) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every recipe is given.
+
+    Attributes:
+        model: the frozen weights.
+        data: samples by number.
+        attention: how the gated model is made.
+        folder: where checkpoints and metrics go.
+        start: gates to begin with, from another recipe's result; None: every gate 1.
+        resume: go on from the last checkpoint in `folder`, if there is one.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many of them are kept.
+        report: called after every step.
+    """
+
+    model: Model
+    data: NeedleData
+    attention: GatedModel
+    folder: Path
+    start: Float[np.ndarray, "L K"] | None = None
+    resume: bool = False
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    report: Report = quiet
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and KV heads."""
+        return self.model.config.num_layers, self.model.config.num_kv_heads
+
+
+class Recipe(abc.ABC):
+    """A frozen dataclass whose fields are the recipe's settings. A new one is a file and a field of `Identify`."""
+
+    def check(self, run: Run) -> None:
+        """Raise ValueError if this recipe cannot do with what the run gives it; `find` has not begun yet."""
+        return
+
+    @abc.abstractmethod
+    def find(self, run: Run) -> Float[np.ndarray, "L K"]:
+        """The gates, in [0, 1]."""
