@@ -5,13 +5,10 @@ so that a machine that slows down slows all of them.
 """
 
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from duo_jax import HeadPattern
 from duo_jax.checkpoint.load import open_source
 from eval.costs import decode_bytes, prefill_flops
 from eval.engines import ENGINES, seconds
+from eval.record import provenance, write
 
 # Decode steps that are timed; the median counts.
 DECODE_STEPS = 24
@@ -66,7 +64,6 @@ class Bench:
                 raise ValueError(f"--{name.replace('_', '-')} must have at least one value")
         if min(*self.contexts, *self.batch_sizes) < 1:
             raise ValueError(f"contexts and batch sizes must be at least 1, got {self.contexts}, {self.batch_sizes}")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         record = self._record()
         done = [result["point"] for result in record["results"]]
         for point in self._points():
@@ -77,7 +74,7 @@ class Bench:
             )
             result = _in_own_process(point)
             record["results"].append(result)
-            _write(self.out, record)
+            write(self.out, record)
             print(f": prefill {result['prefill_seconds']:.2f} s, decode {result['decode_ms']:.1f} ms", flush=True)
 
     def _points(self) -> list[Point]:
@@ -90,7 +87,7 @@ class Bench:
         return points
 
     def _record(self) -> dict[str, Any]:
-        about = {"command": " ".join(["duo", "bench", *sys.argv[2:]]), "machine": machine()}
+        about = provenance()
         if not self.out.exists():
             return about | {"results": []}
         try:
@@ -101,21 +98,6 @@ class Bench:
         if known[0] != about["machine"]:
             raise ValueError(f"{self.out} was measured on another machine, versions or commit; choose another --out")
         return record
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code: processor, cores, versions, commit."""
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := _version(name))},
-        "commit": commit.stdout.strip() or "not a checkout",
-    }
 
 
 def measure(point: Point) -> dict[str, Any]:
@@ -152,27 +134,6 @@ def _in_own_process(point: Point) -> dict[str, Any]:
     if done.returncode:
         raise ValueError(f"the measurement of {point} failed; what it said is above")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """`duo eval memory`: what a training step takes of a GPU's memory, from the compiler; the GPU need not be there."""
 
-import json
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,8 +12,8 @@ from flax import nnx
 
 from duo_jax import PRESETS, Model, ModelConfig
 from duo_jax.model import Decoder
-from eval.bench import machine
 from eval.compiled import GPUS, memory_on
+from eval.record import provenance, write
 from train.batches import LABEL_MULTIPLE, Batch
 from train.gated import GatedModel
 from train.loop import State, step
@@ -47,24 +45,20 @@ class MemoryTask:
             raise ValueError(f"lengths must be at least 1, got {self.lengths}")
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
-        results = []
+        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
         for length in self.lengths:
             begin = time.perf_counter()
             memory = memory_on(self.gpu, *training_step(config, length, GatedModel()))
             found = asdict(memory) | {"tokens": length, "total": memory.total}
-            results.append(found | {"compile_seconds": time.perf_counter() - begin})
+            record["results"].append(found | {"compile_seconds": time.perf_counter() - begin})
+            if self.out is not None:
+                write(self.out, record)
             share = memory.total / GPUS[self.gpu].memory_bytes
             print(
                 f"{self.model}, {length} tokens on {GPUS[self.gpu].name}: arguments {memory.arguments / 1e9:.1f} GB, "
                 f"temporaries {memory.temporaries / 1e9:.1f} GB, in all {memory.total / 1e9:.1f} GB, {share:.0%} of it",
                 flush=True,
             )
-        if self.out is not None:
-            command = " ".join(["duo", "eval", "memory", *sys.argv[3:]])
-            settings = {name: value for name, value in asdict(self).items() if name != "out"}
-            record = {"command": command, "machine": machine(), "settings": settings, "results": results}
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tuple[Any, ...]:

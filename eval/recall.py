@@ -7,7 +7,6 @@ would use one bit. Text, words and seed are other than those that gates are trai
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
-from eval.bench import machine
+from eval.record import provenance
 from train.identify import differences
 from train.needles import NeedleData, Needles, Sample
 from train.vocabulary import HELD_OUT
@@ -128,8 +127,7 @@ class Recall:
         gates = {name: _fingerprint(HeadPattern.load(source)) for name, source in patterns.items()}
         if not self.out.exists():
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            command = " ".join(["duo", "eval", "recall", *sys.argv[3:]])
-            head = {"about": about, "gates": gates, "machine": machine(), "command": command}
+            head = {"about": about, "gates": gates, **provenance()}
             self.out.write_text(json.dumps(head) + "\n", encoding="utf-8")
             return set()
         head, records = read(self.out)

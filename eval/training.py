@@ -1,7 +1,5 @@
 """`duo eval training`: seconds and memory of a training step, and how much of the device's matmul rate it reaches."""
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from duo_jax import HeadPattern, ModelConfig, load_model
-from eval.bench import machine
 from eval.costs import prefill_flops
+from eval.record import provenance, write
 from train.batches import LABEL_MULTIPLE, Batch
 from train.gated import GatedModel
 from train.loop import State, step
@@ -48,7 +46,7 @@ class Training:
         model = load_model(self.model)
         square = jnp.ones((MATMUL, MATMUL), model.dtype)
         multiply = jax.jit(jnp.matmul)
-        results = []
+        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
         for length in self.lengths:
             for rematerialize in (True, False):
                 attention = GatedModel(self.sink_size, self.recent_size, rematerialize=rematerialize)
@@ -58,21 +56,14 @@ class Training:
                 flops = step_flops(model.config, attention, length)
                 found |= {"matmul_flops_per_second": rate, "flops": flops}
                 found["fraction_of_matmul_rate"] = flops / found["seconds"] / rate
-                results.append(found)
+                record["results"].append(found)
+                write(self.out, record)
                 print(
                     f"{length} tokens, {'with' if rematerialize else 'without'} rematerialization: "
                     f"{found['seconds']:.1f} s a step, {found['fraction_of_matmul_rate']:.0%} of the matmul rate, "
                     f"{found['temporary_bytes'] / 1e9:.2f} GB",
                     flush=True,
                 )
-        record = {
-            "command": " ".join(["duo", "eval", "training", *sys.argv[3:]]),
-            "machine": machine(),
-            "settings": {name: value for name, value in asdict(self).items() if name != "out"},
-            "results": results,
-        }
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def _measure(self, model: Any, attention: GatedModel, length: int) -> dict[str, Any]:
         recipe = Distill(steps=100)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,6 @@ from duo_jax.pattern import HeadPattern
 from train.gated import GatedModel
 from train.needles import NeedleData, Needles
 from train.recipes import AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
-from train.recipes.base import Report, quiet
 from train.vocabulary import COMMON
 
 RUN_FILE = "run.json"
@@ -85,13 +85,13 @@ class Identify:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
         check_folder(self.out, self.resolved(), resume=self.resume)
+        run = self.prepare()
+        # Nothing is written before everything that can be checked was.
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / RUN_FILE).write_text(json.dumps(self.resolved(), indent=1) + "\n", encoding="utf-8")
         with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True) as bar:
-            run = self.prepare(lambda done, total, figures: _show(bar, done, total, figures))
-            # Nothing is written before everything that can be checked was.
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / RUN_FILE).write_text(json.dumps(self.resolved(), indent=1) + "\n", encoding="utf-8")
             try:
-                gates = self.chosen.find(run)
+                gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
             except (KeyboardInterrupt, SystemExit):
                 print(f"\n{self.out}: stopped; add --resume to go on", file=sys.stderr)
                 raise
@@ -99,7 +99,7 @@ class Identify:
         above = f"{int((gates > 0.5).sum())} of {gates.size} above 0.5"
         print(f"{self.out}: gates from {gates.min():.3g} to {gates.max():.3g}, {above}")
 
-    def prepare(self, report: Report = quiet) -> Run:
+    def prepare(self) -> Run:
         """Load what the recipe needs and check it, without writing anything."""
         self.pattern(np.ones((1, 1)))  # Sizes that no pattern may have are refused here.
         model = self.model.load()
@@ -122,7 +122,6 @@ class Identify:
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
-            report=report,
         )
         self.chosen.check(run)
         return run
