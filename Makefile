@@ -54,10 +54,10 @@ test-fast: $(STAMP) ## run the tests that need neither the real model nor minute
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 # The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
-test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 200 MB)
+test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 240 MB)
 	@$(MAKE) --no-print-directory venv VENV=.venv-aot
 	@version=$$(.venv-aot/bin/python -c 'import jax; print(jax.__version__)'); \
-	  .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	  .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
 	@echo "Compiling for GPUs"
 	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.kernels import Kernels
 from eval.memory import MemoryTask
 from eval.recall import Recall
 from eval.training import Training
@@ -16,6 +17,7 @@ class Eval:
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)],
         tyro.conf.arg(name=""),

@@ -1,11 +1,19 @@
-"""Programs compiled ahead of time for a GPU that need not be there: what they take of its memory.
+"""Programs compiled ahead of time for a GPU that need not be there: what they take of its memory and registers.
 
-Needs the CUDA plugin of jax (`pip install jax-cuda12-plugin jax-cuda12-pjrt`, the version of jax), and neither a driver
-nor a device. Executables are not run.
+Needs the CUDA plugin of jax (`pip install jax-cuda12-plugin jax-cuda12-pjrt`, the version of jax), for registers also
+`nvidia-cuda-nvcc-cu12`, and neither a driver nor a device. Executables are not run.
 """
 
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,6 +82,16 @@ class Memory:
         return self.arguments + self.outputs + self.temporaries - self.aliased
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """What one Pallas kernel takes of a multiprocessor, as `ptxas` and the Triton compiler report it."""
+
+    name: str
+    registers: int  # of each thread
+    spill_bytes: int  # registers that did not fit, stored and loaded again
+    shared_memory: int  # bytes of each program
+
+
 def memory_on(gpu: str, function: Callable, *shapes: Any) -> Memory:
     """Compile `function` for one GPU and read what it needs; `shapes` are pytrees of `jax.ShapeDtypeStruct`.
 
@@ -81,6 +99,45 @@ def memory_on(gpu: str, function: Callable, *shapes: Any) -> Memory:
         ValueError: an unknown GPU.
         NotImplementedError: the CUDA plugin is not installed.
     """
+    found = compile_for(gpu, function, *shapes).memory_analysis()
+    assert found is not None, "XLA's GPU compiler has this analysis"
+    return Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.alias_size_in_bytes,
+    )
+
+
+def kernels_on(gpu: str, function: Callable, *shapes: Any) -> list[Kernel]:
+    """Compile `function` for one GPU and read what each of its Pallas kernels takes.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: the CUDA plugin or `ptxas` is not installed.
+    """
+    ptxas = _ptxas()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        compile_for(gpu, function, *shapes, xla_dump_to=name, xla_dump_emitter_re=".*")
+        shared = {}
+        for path in folder.glob("*.triton-to-llvm.txt"):
+            found = re.search(r"ttg\.shared = (\d+)", path.read_text(encoding="utf-8"))
+            shared[path.name.split(".")[1]] = int(found.group(1)) if found else 0
+        kernels = []
+        for path in sorted(folder.glob("*.ptx")):
+            if not any(f".entry {name}(" in path.read_text(encoding="utf-8") for name in shared):
+                continue  # XLA's own kernels, whose constants are elsewhere.
+            major, minor = GPUS[gpu].capability
+            arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
+            command = [ptxas, "-v", arch, str(path), "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            kernels += [Kernel(*use, shared.get(use[0], 0)) for use in _uses(said) if use[0] in shared]
+    return kernels
+
+
+def compile_for(gpu: str, function: Callable, *shapes: Any, **options: Any) -> jax.stages.Compiled:
+    """Compile `function` for one GPU, with XLA's options; see `memory_on`."""
     if gpu not in GPUS:
         raise ValueError(f"unknown GPU {gpu!r}; there are {', '.join(GPUS)}")
     try:
@@ -97,11 +154,28 @@ def memory_on(gpu: str, function: Callable, *shapes: Any) -> Memory:
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     with jax.set_mesh(mesh):
-        program = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
-    found = program.memory_analysis()
-    return Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.alias_size_in_bytes,
-    )
+        return jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+
+
+def _uses(said: str) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each kernel that `ptxas -v` speaks of."""
+    found = []
+    for part in said.split("Compiling entry function '")[1:]:
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if spills is None or registers is None:
+            raise ValueError(f"cannot read what ptxas said: {part}")
+        found.append((part.split("'")[0], int(registers.group(1)), max(map(int, spills.groups()))))
+    return found
+
+
+def _ptxas() -> str:
+    """The assembler: of a CUDA toolkit, or of the package nvidia-cuda-nvcc-cu12."""
+    with contextlib.suppress(PackageNotFoundError):
+        for path in files("nvidia-cuda-nvcc-cu12") or ():
+            if path.name == "ptxas":
+                return str(path.locate())
+    found = shutil.which("ptxas")
+    if found is None:
+        raise NotImplementedError("ptxas was not found: pip install nvidia-cuda-nvcc-cu12")
+    return found

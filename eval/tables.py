@@ -9,13 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from eval.compiled import GPUS
 from eval.costs import saving_realized
 from eval.intervals import Estimate, ratio
 from eval.recall import FULL, RANDOM, STREAMING, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "cpu"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+COMPILED = ROOT / "eval" / "results" / "aot"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "results.md",
+    ROOT / "docs" / "guides" / "identify.md",
+    ROOT / "docs" / "guides" / "kernels.md",
+)
 
 
 def bench_table(path: Path) -> str:
@@ -207,12 +214,59 @@ def training_table(path: Path) -> str:
     return "\n".join([*lines, "", about])
 
 
+def memory_table(path: Path) -> str:
+    """What a training step takes of a GPU's memory."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    settings = record["settings"]
+    lines = ["| tokens | weights and gates, GB | temporary, GB | in all, GB |", "| --: | --: | --: | --: |"]
+    for result in record["results"]:
+        sizes = " | ".join(f"{result[name] / 1e9:.1f}" for name in ("arguments", "temporaries", "total"))
+        lines.append(f"| {result['tokens']} | {sizes} |")
+    about = f"{settings['model']}, {settings['dtype']}, one sample, compiled for {GPUS[settings['gpu']].name}; not run."
+    return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
+
+
+def kernels_table(path: Path) -> str:
+    """Registers, spills and shared memory of every kernel."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    gpus = record["settings"]["gpus"]
+    rows: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for result in record["results"]:
+        for kernel in result["kernels"]:
+            # A second launch of the same kernel has a number at its end.
+            name = kernel["name"].partition("__")[0]
+            key = result["operation"], name, result["dtype"], str(result["head_dim"])
+            rows.setdefault(key, {}).setdefault(result["gpu"], []).append(kernel)
+    lines = [
+        "| operation | kernel | type | head dim | "
+        + " | ".join(f"registers, {gpu} | spilled bytes | shared KiB" for gpu in gpus)
+        + " |",
+        "| --- | --- | --- " + "| --: " * (1 + 3 * len(gpus)) + "|",
+    ]
+    for key, found in rows.items():
+        cells = []
+        for gpu in gpus:
+            most = {
+                name: max(use[name] for use in found[gpu]) for name in ("registers", "spill_bytes", "shared_memory")
+            }
+            cells += [str(most["registers"]), str(most["spill_bytes"]), f"{most['shared_memory'] / 1024:.0f}"]
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
+    return "\n".join([*lines, "", f"The largest of an operation's launches. {_compiled_with(record)}"])
+
+
+def _compiled_with(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    return f"Jax {machine['versions']['jax']}, commit {machine['commit']}; `{record['command']}`."
+
+
 TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "bench": (RESULTS / "bench.json", bench_table),
     "recall": (RESULTS / "recall.jsonl", recall_table),
     "recall details": (RESULTS / "recall.jsonl", recall_details),
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "training": (RESULTS / "training.json", training_table),
+    "memory": (COMPILED / "memory.json", memory_table),
+    "kernels": (COMPILED / "kernels.json", kernels_table),
 }
 
 

@@ -1,8 +1,10 @@
 """The operations: they validate, pick a backend, or raise for a named one that cannot.
 
-A backend is a module with the operations as functions; a new one is a file beside its siblings and a row in `BACKENDS`.
+A backend is a module of this package with the operations as functions; a new one is a file beside its siblings and its
+name in `BACKENDS`. It is imported when it is first used: some need what not every machine has.
 """
 
+import importlib
 import warnings
 from functools import cache
 from types import ModuleType
@@ -10,10 +12,9 @@ from types import ModuleType
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import reference, xla
 from pallas_kernels.types import Heads, Pools
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla}
+BACKENDS = ("reference", "xla", "triton")
 
 # Kinds of device on which a faster backend's numerics were verified by committed results. Without an entry: `xla`.
 VERIFIED: dict[str, str] = {"cpu": "xla"}
@@ -181,8 +182,8 @@ def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sin
 def _module(backend: str | None) -> ModuleType:
     name = _default_backend(jax.default_backend()) if backend is None else backend
     if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; there are {sorted(BACKENDS)}")
-    return BACKENDS[name]
+        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    return importlib.import_module(f"pallas_kernels.{name}")
 
 
 @cache

@@ -25,8 +25,8 @@ def accumulate(
     v: Float[Array, "B S H"],
     keep: Bool[Array, "#B #M S"],
 ) -> Softmax:
-    """Add one block of keys to a running softmax; products in the inputs' wider type, sums in float32."""
-    compute = q.dtype if q.dtype == k.dtype else np.promote_types(np.promote_types(np.float32, q.dtype), k.dtype)
+    """Add one block of keys to a running softmax; products in `compute_dtype`, sums in float32."""
+    compute = compute_dtype(q, k)
     f32 = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bmh,bsh->bms", q.astype(compute), k.astype(compute), **f32) * q.shape[-1] ** -0.5
     scores = jnp.where(keep, scores, MASKED)
@@ -36,6 +36,11 @@ def accumulate(
     values = jnp.einsum("bms,bsh->bmh", weights.astype(compute), v.astype(compute), **f32)
     total = state.total * decay + weights.sum(-1)
     return Softmax(maximum, total, state.values * decay[:, :, None] + values)
+
+
+def compute_dtype(q: Array, k: Array) -> np.dtype:
+    """Type of the products of queries and keys: theirs if they agree, else one that holds both, float32 at least."""
+    return q.dtype if q.dtype == k.dtype else np.promote_types(np.promote_types(np.float32, q.dtype), k.dtype)
 
 
 def empty(batch: int, rows: int, head_dim: int) -> Softmax:

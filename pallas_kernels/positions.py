@@ -28,9 +28,18 @@ def ring_index(position: Int[Array, "*p"], *, sink_size: int, recent_size: int) 
 def ring_positions(length: Int32[Array, "B"], *, sink_size: int, recent_size: int) -> Int32[Array, "B R"]:
     """Position of the token at each ring index once `length` tokens are in; -1 where nothing was written yet."""
     index = jnp.arange(sink_size + recent_size, dtype=jnp.int32)[None, :]
-    last = length[:, None] - 1
+    return position_at(index, length[:, None], sink_size=sink_size, recent_size=recent_size)
+
+
+def position_at(
+    index: Int[Array, "*i"], length: Int[Array, "*n"], *, sink_size: int, recent_size: int
+) -> Int[Array, "..."]:
+    """Position of the token at a ring index once `length` tokens are in; -1 where nothing was written yet."""
+    last = length - 1
     # The newest position that maps to this index: a ring index and its positions agree modulo `recent_size`.
     newest = last - (last - index) % max(recent_size, 1)
     position = jnp.where(index < sink_size, index, newest)
-    first = jnp.where(index < sink_size, 0, sink_size)
-    return jnp.where((position <= last) & (position >= first), position, -1)
+    # Not Python numbers: Pallas lowers a choice between two of those to invalid Triton IR.
+    first = jnp.where(index < sink_size, jnp.int32(0), jnp.int32(sink_size))
+    held = (position <= last) & (position >= first) & (index < sink_size + recent_size)
+    return jnp.where(held, position, jnp.int32(-1))

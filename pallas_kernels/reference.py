@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.mixing import mix
 from pallas_kernels.positions import consecutive, ring_positions, visible
 from pallas_kernels.types import Heads, Pools
 
@@ -76,9 +77,7 @@ def gated_attention(
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.gated_attention`."""
     full = full_attention(q, k, v) if full is None else full
-    streaming = _causal(q, k, v, {"sink_size": sink_size, "recent_size": recent_size})
-    gate = jnp.repeat(gates, q.shape[2] // k.shape[2])[None, None, :, None]
-    return (gate * full.astype(gate.dtype) + (1 - gate) * streaming.astype(gate.dtype)).astype(q.dtype)
+    return mix(gates, full, _causal(q, k, v, {"sink_size": sink_size, "recent_size": recent_size}))
 
 
 def full_attention(

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, gradients, log_sum_exp
+from pallas_kernels.mixing import mix
 from pallas_kernels.positions import visible
 
 # Tokens per block of queries, and of keys in full attention. Smaller blocks waste less above the diagonal.
@@ -32,9 +33,7 @@ def gated_attention(
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.gated_attention`."""
     full = full_attention(q, k, v) if full is None else full
-    streaming = _attention(q, k, v, (sink_size, recent_size))
-    gate = jnp.repeat(gates, q.shape[2] // k.shape[2], total_repeat_length=q.shape[2])[None, None, :, None]
-    return (gate * full.astype(gate.dtype) + (1 - gate) * streaming.astype(gate.dtype)).astype(q.dtype)
+    return mix(gates, full, _attention(q, k, v, (sink_size, recent_size)))
 
 
 def full_attention(

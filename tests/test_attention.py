@@ -13,10 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import BACKENDS, Heads, Pools, api, xla
+from pallas_kernels import BACKENDS, Heads, Pools, api, tiles, xla
 from pallas_kernels.positions import ring_index, ring_positions, visible
+from pallas_kernels.tiles import DecodeTiles, FlashTiles
 
 SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}
+SMALL_TILES = {
+    "flash": FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2),
+    "decode": DecodeTiles(block_k=8, min_split=16, max_programs=64, num_warps=4, num_stages=2),
+}
 # Of values around 1: sums are in float32, weights and output are rounded to the type of the queries.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 OPERATIONS = {"prefill": pallas_kernels.prefill_attention, "decode": pallas_kernels.decode_attention}
@@ -68,8 +73,10 @@ def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., ja
 
     def traced(*args, **sizes):
         with pytest.MonkeyPatch.context() as patch:
-            for name, size in (SMALL_BLOCKS if blocks == "small" else {}).items():
-                patch.setattr(xla, name, size)
+            if blocks == "small":
+                for name, size in SMALL_BLOCKS.items():
+                    patch.setattr(xla, name, size)
+                patch.setattr(tiles, "_default", lambda kernel, *_: SMALL_TILES[kernel])
             return OPERATIONS[operation](*args, **sizes, backend=backend)
 
     return jax.jit(traced, static_argnames=("sink_size", "recent_size"))

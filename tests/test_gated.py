@@ -9,7 +9,8 @@ import pytest
 from jax.test_util import check_grads
 
 from duo_jax import load_model
-from pallas_kernels import BACKENDS, api, full_attention, gated_attention, xla_gated
+from pallas_kernels import BACKENDS, api, full_attention, gated_attention, tiles, xla_gated
+from pallas_kernels.tiles import FlashTiles
 from train.gated import GatedModel
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -27,6 +28,7 @@ SHAPES = {
 def small_blocks(request, monkeypatch):
     if "default_blocks" not in request.keywords:
         monkeypatch.setattr(xla_gated, "BLOCK", 8)
+        monkeypatch.setattr(tiles, "_default", lambda *_: FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2))
 
 
 def inputs(shape, seed=0):
@@ -69,8 +71,9 @@ def test_mixes_the_two_kinds_of_attention(shape, backend):
     np.testing.assert_allclose(out, gate * np.asarray(given) + (1 - gate) * streaming, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", ["gqa_3", "shorter_than_the_sinks", "head_dim_256"])
-def test_gradients_equal_those_of_the_dense_reference(shape):
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("shape", ["gqa_3", "shorter_than_the_sinks", "window_longer_than_the_text", "head_dim_256"])
+def test_gradients_equal_those_of_the_dense_reference(shape, backend):
     q, k, v, gates, sizes = inputs(SHAPES[shape])
     weights = jax.random.normal(jax.random.key(1), q.shape)
 
@@ -78,7 +81,7 @@ def test_gradients_equal_those_of_the_dense_reference(shape):
         return jnp.sum(weights * gated_attention(q, k, v, gates, **sizes, backend=backend))
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=4)
-    for found, wanted in zip(gradient(q, k, v, gates, "xla"), gradient(q, k, v, gates, "reference"), strict=True):
+    for found, wanted in zip(gradient(q, k, v, gates, backend), gradient(q, k, v, gates, "reference"), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 

@@ -1,0 +1,101 @@
+"""`duo eval kernels`: registers, spills and shared memory of the GPU kernels, from the compiler; no GPU is needed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eval.compiled import GPUS, kernels_on
+from eval.record import provenance, write
+from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+
+OPERATIONS = ("prefill", "decode", "training")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compile every GPU kernel ahead of time and report what it takes of a multiprocessor."""
+
+    gpus: tuple[str, ...] = ("a100-80g", "h200")
+    """a100-80g, h100-80g or h200."""
+    backend: str = "triton"
+    """Whose kernels."""
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    """Head dims."""
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    """Data types of queries, keys and values."""
+    out: Path | None = None
+    """File to write."""
+
+    def run(self) -> None:
+        """Compile every configuration, print a line for each kernel."""
+        for name, values, known in (
+            ("gpus", self.gpus, GPUS),
+            ("dtypes", self.dtypes, ("bfloat16", "float16", "float32")),
+        ):
+            if set(values) - set(known):
+                raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
+        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
+        for gpu in self.gpus:
+            for dtype in self.dtypes:
+                for head_dim in self.head_dims:
+                    for operation in OPERATIONS:
+                        begin = time.perf_counter()
+                        function, shapes = program(operation, self.backend, head_dim=head_dim, dtype=dtype)
+                        about = {"gpu": gpu, "dtype": dtype, "head_dim": head_dim, "operation": operation}
+                        found = [asdict(kernel) for kernel in kernels_on(gpu, function, *shapes)]
+                        seconds = time.perf_counter() - begin
+                        record["results"].append(about | {"compile_seconds": seconds, "kernels": found})
+                        for kernel in found:
+                            print(
+                                f"{gpu}, {dtype}, head dim {head_dim}, {operation}: {kernel['name']}: "
+                                f"{kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, "
+                                f"{kernel['shared_memory'] / 1024:.0f} KiB shared memory",
+                                flush=True,
+                            )
+                        if self.out is not None:
+                            write(self.out, record)
+
+
+def program(
+    operation: str,
+    backend: str,
+    *,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    batch: int = 1,
+    tokens: int = 2048,
+    capacity: int = 65536,
+    slots: int = 128,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """An operation and the shapes of its arguments, by default those of a layer of Llama-3-8B."""
+    sizes: dict[str, Any] = {"sink_size": 64, "recent_size": 256, "backend": backend}
+
+    def shape(*dims: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
+
+    def prefill(q: Any, k: Any, v: Any, pools: Pools, heads: Heads, start: Any, lengths: Any) -> Any:
+        return prefill_attention(q, k, v, pools, heads, start=start, lengths=lengths, **sizes)
+
+    def decode(q: Any, pools: Pools, heads: Heads, lengths: Any) -> Any:
+        return decode_attention(q, pools, heads, lengths=lengths, **sizes)
+
+    def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
+        return gated_attention(q, k, v, gates, **sizes).astype(jnp.float32).sum()
+
+    q, kv = shape(batch, tokens, num_heads, head_dim), shape(batch, tokens, num_kv_heads, head_dim)
+    pool, ring = shape(slots, batch, capacity, head_dim), shape(slots, batch, 320, head_dim)
+    pools = Pools(pool, pool, ring, ring)
+    heads = Heads(shape(num_kv_heads, dtype=bool), shape(num_kv_heads, dtype=jnp.int32))
+    count = shape(batch, dtype=jnp.int32)
+    if operation == "prefill":
+        return prefill, (q, kv, kv, pools, heads, count, count)
+    if operation == "decode":
+        return decode, (shape(batch, num_heads, head_dim), pools, heads, count)
+    return jax.grad(loss, (0, 1, 2, 3)), (q, kv, kv, shape(num_kv_heads, dtype=jnp.float32))

@@ -1,0 +1,57 @@
+"""What a figure depends on beside the code, and results as JSON files: every measurement here writes them this way."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def provenance(settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The command that runs, the machine, and the settings if they are given (but for where results go)."""
+    found: dict[str, Any] = {"command": " ".join(["duo", *sys.argv[1:]]), "machine": machine()}
+    if settings is not None:
+        found["settings"] = {name: value for name, value in settings.items() if name != "out"}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, versions, commit."""
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: found for name in packages if (found := _version(name))},
+        "commit": commit.stdout.strip() or "not a checkout",
+    }
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a result whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

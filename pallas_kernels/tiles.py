@@ -1,0 +1,78 @@
+"""Tile sizes of the GPU kernels: a table by kind of GPU, kernel and head dim, and what to take beyond it."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import jax
+
+
+@dataclass(frozen=True)
+class FlashTiles:
+    """Tiles of the prefill kernel, and of the backward kernels of training."""
+
+    block_q: int
+    """Queries of a tile."""
+    block_k: int
+    """Keys of a tile."""
+    num_warps: int
+    """Warps of a program."""
+    num_stages: int
+    """Loads that are in flight while a tile is computed."""
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Tiles of the decode kernel."""
+
+    block_k: int
+    """Keys of a tile."""
+    min_split: int
+    """Least keys that are worth a program of their own; a multiple of `block_k`."""
+    max_programs: int
+    """Programs to spread a layer's keys over: a few for every multiprocessor."""
+    num_warps: int
+    """Warps of a program."""
+    num_stages: int
+    """Loads that are in flight while a tile is computed."""
+
+
+Tiles = TypeVar("Tiles", FlashTiles, DecodeTiles)
+
+KINDS: dict[str, type[Any]] = {"flash": FlashTiles, "backward": FlashTiles, "decode": DecodeTiles}
+
+
+def tiles_for(kernel: str, head_dim: int, itemsize: int) -> Any:
+    """Tiles of a kernel on the device that programs run on, from `tiles.json`, else ones that fit any GPU.
+
+    Args:
+        kernel: a name in `KINDS`.
+        head_dim: of the model, rounded up to a power of two by the kernels.
+        itemsize: bytes of a number: float32 tiles are half as large.
+    """
+    width = max(16, 1 << (head_dim - 1).bit_length())
+    table = _table().get(device_kind(), {}).get(kernel, {})
+    found = table.get(f"{width}x{itemsize}")
+    return KINDS[kernel](**found) if found else _default(kernel, width, itemsize)
+
+
+def device_kind() -> str:
+    """Kind of the device that programs run on, as the table names it."""
+    return jax.devices()[0].device_kind
+
+
+def _default(kernel: str, width: int, itemsize: int) -> Any:
+    """Small enough for the registers and the shared memory of an A100, without spills."""
+    small = width * itemsize <= 256
+    if kernel == "decode":
+        return DecodeTiles(block_k=64 if small else 32, min_split=256, max_programs=1024, num_warps=4, num_stages=2)
+    if kernel == "backward":
+        return FlashTiles(64, 64, 8, 2) if small else FlashTiles(32, 32, 8, 1)
+    return FlashTiles(128, 64, 8, 2) if small else FlashTiles(64, 32, 8, 2)
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    return json.loads((files("pallas_kernels") / "tiles.json").read_text(encoding="utf-8"))

@@ -1,0 +1,50 @@
+"""Pallas kernels in the Triton flavour: NVIDIA GPUs from sm_80 on; interpreted on a CPU, for tests."""
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.tiles import tiles_for
+from pallas_kernels.triton.decode import split_attention
+from pallas_kernels.triton.flash import flash_attention
+from pallas_kernels.triton.gated import full_attention, gated_attention
+from pallas_kernels.triton.tile import check
+from pallas_kernels.types import Heads, Pools
+
+__all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+) -> Float[Array, "B T N H"]:
+    """See `pallas_kernels.prefill_attention`."""
+    check(q, k, *pools)
+    sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
+    tiles = tiles_for("flash", q.shape[-1], q.dtype.itemsize)
+    rows: dict[str, Any] = {"start": start, "lengths": lengths}
+    return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles)[0]
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+) -> Float[Array, "B N H"]:
+    """See `pallas_kernels.decode_attention`."""
+    check(q, *pools)
+    del sink_size, recent_size  # A ring of them holds what is visible.
+    tiles = tiles_for("decode", q.shape[-1], pools.retrieval_k.dtype.itemsize)
+    return split_attention(q, pools, heads, lengths=lengths, tiles=tiles)

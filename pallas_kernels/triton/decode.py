@@ -1,0 +1,133 @@
+"""Attention of one new token a row: the keys of a head are split over many programs, whose results are merged.
+
+Retrieval and streaming heads share the launch. How many programs a row's keys keep busy follows from its length, which
+is read on the device: programs beyond it exit at once.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.blocks import MASKED, cdiv
+from pallas_kernels.tiles import DecodeTiles
+from pallas_kernels.triton import tile
+from pallas_kernels.triton.tile import Softmax
+from pallas_kernels.types import Heads, Pools
+
+
+class Arrays(NamedTuple):
+    """What the kernel reads."""
+
+    q: Float[Array, "B N H"]
+    pools: tile.Present
+    is_retrieval: Int32[Array, "K"]
+    slot: Int32[Array, "K"]
+    lengths: Int32[Array, "B"]
+
+
+def split_attention(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    tiles: DecodeTiles,
+) -> Float[Array, "B N H"]:
+    """Attention of one token a row over pools that hold it already."""
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = heads.slot.shape[0]
+    group = num_heads // num_kv_heads
+    longest = max(pools.retrieval_k.shape[2] if pools.retrieval_k.shape[0] else 0, pools.streaming_k.shape[2])
+    splits = min(-(-longest // tiles.min_split), max(1, tiles.max_programs // (batch * num_kv_heads)))
+    arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
+    parts = batch, num_kv_heads, splits, group
+    out = [
+        jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct(parts, jnp.float32),
+    ]
+    kernel = partial(decode_kernel, splits=splits, tiles=tiles)
+    values, log_total = tile.call(
+        kernel, out, arrays, grid=(splits, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
+    )
+    # Programs that had no key wrote nothing.
+    size = jnp.where(heads.is_retrieval[None, :], lengths[:, None], _held(lengths[:, None], pools.streaming_k.shape[2]))
+    begin = jnp.arange(splits, dtype=jnp.int32)[None, None, :] * _split(size, splits, tiles)[:, :, None]
+    used = begin < size[:, :, None]
+    return merge(values, log_total, used).reshape(q.shape).astype(q.dtype)
+
+
+def merge(
+    values: Float[Array, "B K P G H"], log_total: Float[Array, "B K P G"], used: Bool[Array, "B K P"]
+) -> Float[Array, "B K G H"]:
+    """One softmax out of those over parts of the keys; parts that are not used may hold anything."""
+    log_total = jnp.where(used[..., None], log_total, MASKED)
+    weights = jnp.exp2(log_total - log_total.max(axis=2, keepdims=True))
+    weights = weights / weights.sum(axis=2, keepdims=True)
+    return (jnp.where(used[..., None, None], values, 0.0) * weights[..., None]).sum(axis=2)
+
+
+def decode_kernel(arrays: Arrays, out_ref, log_ref, *, splits: int, tiles: DecodeTiles) -> None:
+    """One part of the keys of one KV head, for the query heads of its group."""
+    block_k = tiles.block_k
+    _, num_heads, head_dim = arrays.q.shape
+    group, width = num_heads // arrays.slot.shape[0], tile.width(head_dim)
+    rows = max(tile.MIN_ROWS, pl.next_power_of_2(group))
+    split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    slot, length = arrays.slot[kv_head], arrays.lengths[row]
+    is_retrieval = arrays.is_retrieval[kv_head] == 1
+    size = length
+    if arrays.pools.streaming_k is not None:
+        size = jnp.where(is_retrieval, length, _held(length, arrays.pools.streaming_k.shape[2]))
+    per_split = _split(size, splits, tiles)
+    begin = split * per_split
+    end = jnp.minimum(begin + per_split, size)
+
+    @pl.when(begin < end)
+    def compute() -> None:
+        columns, index = pl.ds(0, width), tile.indices(0, rows)
+        in_group = index < group
+        q = tile.load(arrays.q.at[row, pl.ds(kv_head * group, rows), columns], in_group, head_dim)
+
+        def over(pool_k, pool_v, runs: Array, state: Softmax) -> Softmax:
+            def visit(begin: Array, exists: Array | None, state: Softmax) -> Softmax:
+                at = slot, row, pl.ds(begin, block_k), columns
+                keys, values = (tile.load(pool.at[*at], exists, head_dim) for pool in (pool_k, pool_v))
+                keep = None if exists is None else exists[None, :]
+                return tile.accumulate(state, q, keys, values, keep, head_dim**-0.5)
+
+            def inside(j: Array, state: Softmax) -> Softmax:
+                return visit(begin + j * block_k, None, state)
+
+            def last(j: Array, state: Softmax) -> Softmax:
+                first = begin + j * block_k
+                return visit(first, tile.indices(first, block_k) < end, state)
+
+            zero = jnp.int32(0)
+            whole = jnp.where(runs, (end - begin) // block_k, zero)
+            state = lax.fori_loop(zero, whole, inside, state)
+            return lax.fori_loop(whole, jnp.where(runs, cdiv(end - begin, block_k), zero), last, state)
+
+        state = tile.empty(rows, width)
+        if arrays.pools.retrieval_k is not None:
+            state = over(arrays.pools.retrieval_k, arrays.pools.retrieval_v, is_retrieval, state)
+        if arrays.pools.streaming_k is not None:
+            # A ring fills from its first index and then stays full: every index below its size holds a visible token.
+            state = over(arrays.pools.streaming_k, arrays.pools.streaming_v, ~is_retrieval, state)
+        values, log_total = tile.finish(state)
+        tile.store(out_ref.at[row, kv_head, split, pl.ds(0, rows), columns], values, in_group, head_dim)
+        tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_total, in_group)
+
+
+def _held(length: Array, ring: int) -> Array:
+    """Tokens in a ring of so many slots."""
+    return jnp.minimum(length, jnp.int32(ring))
+
+
+def _split(size: Array, splits: int, tiles: DecodeTiles) -> Array:
+    """Keys of each program: an even share in whole tiles, but enough to be worth it."""
+    return jnp.maximum(cdiv(cdiv(size, splits), tiles.block_k) * tiles.block_k, jnp.int32(tiles.min_split))

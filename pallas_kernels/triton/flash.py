@@ -1,0 +1,167 @@
+"""Flash attention over a chunk and the cache before it, retrieval and streaming heads in one launch.
+
+A program computes one tile of queries of one head. Which keys it visits follows from the head's type, which it looks
+up: everything before the tile, or the sinks and the window. Masks are computed for the tiles at the edges alone.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.blocks import cdiv
+from pallas_kernels.positions import position_at, visible
+from pallas_kernels.tiles import FlashTiles
+from pallas_kernels.triton import tile
+from pallas_kernels.triton.tile import Ref, Softmax
+from pallas_kernels.types import Heads, Pools
+
+
+class Arrays(NamedTuple):
+    """What the kernel reads."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    pools: tile.Present
+    order: Int32[Array, "K"]  # KV heads, retrieval heads first
+    slot: Int32[Array, "K"]
+    num_retrieval: Int32[Array, "1"]
+    start: Int32[Array, "B"]
+    lengths: Int32[Array, "B"]
+
+
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools | None,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+    tiles: FlashTiles,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention of a chunk, and the logarithm (base 2) of each query's sum of weights; no pools: nothing before it."""
+    batch, length, num_heads, _ = q.shape
+    order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
+    count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
+    arrays = Arrays(q, k, v, tile.present(pools), order, heads.slot, count, start, lengths)
+    out = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)]
+    kernel = partial(flash_kernel, sink_size=sink_size, recent_size=recent_size, tiles=tiles)
+    grid = (num_heads * -(-length // tiles.block_q), batch)
+    out, log_total = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
+    return out, log_total
+
+
+def flash_kernel(arrays: Arrays, out_ref, log_ref, *, sink_size: int, recent_size: int, tiles: FlashTiles) -> None:
+    """One tile of queries of one head."""
+    block_q, block_k = tiles.block_q, tiles.block_k
+    _, length, num_heads, head_dim = arrays.q.shape
+    num_kv_heads = arrays.k.shape[2]
+    group, width = num_heads // num_kv_heads, tile.width(head_dim)
+    columns = pl.ds(0, width)
+    row = pl.program_id(1)
+    head, is_retrieval, first = _work(arrays, num_heads, group, -(-length // block_q), block_q)
+    kv_head = head // group
+    slot, start = arrays.slot[kv_head], arrays.start[row]
+    q_index = tile.indices(first, block_q)
+    q_pos = start + q_index
+    exists = q_index < length
+    # A tile of padding visits nothing, and writes zeros.
+    is_live = first < arrays.lengths[row]
+    q = tile.load(arrays.q.at[row, pl.ds(first, block_q), head, columns], exists, head_dim)
+
+    def sees(k_pos: Array) -> Array:
+        """Which keys `[Q, S]` each query sees, by position."""
+        seen = visible(q_pos[:, None], k_pos[None, :], sink_size=sink_size, recent_size=recent_size)
+        return seen | (is_retrieval & (k_pos[None, :] <= q_pos[:, None]))
+
+    def visit(state: Softmax, source: tuple[Ref, Ref], exists: Array | None, keep: Array | None) -> Softmax:
+        keys, values = (tile.load(ref, exists, head_dim) for ref in source)
+        return tile.accumulate(state, q, keys, values, keep, head_dim**-0.5)
+
+    def cached(pool_k: Ref, pool_v: Ref, begin: Array) -> tuple[Ref, Ref]:
+        at = slot, row, pl.ds(begin, block_k), columns
+        return pool_k.at[*at], pool_v.at[*at]
+
+    def over(begin: Array, end: Array, one, state: Softmax) -> Softmax:
+        return lax.fori_loop(begin, jnp.where(is_live, end, begin), one, state)
+
+    state, zero = tile.empty(block_q, width), jnp.int32(0)
+    if arrays.pools.retrieval_k is not None:
+        pool = arrays.pools.retrieval_k, arrays.pools.retrieval_v
+        whole = jnp.where(is_retrieval, start // block_k, zero)
+        every = jnp.where(is_retrieval, cdiv(start, block_k), zero)
+
+        def inside(j: Array, state: Softmax) -> Softmax:
+            return visit(state, cached(*pool, j * block_k), None, None)
+
+        def last(j: Array, state: Softmax) -> Softmax:
+            filled = tile.indices(j * block_k, block_k) < start
+            return visit(state, cached(*pool, j * block_k), filled, filled[None, :])
+
+        state = over(whole, every, last, over(zero, whole, inside, state))
+    if arrays.pools.streaming_k is not None:
+        ring = arrays.pools.streaming_k, arrays.pools.streaming_v
+        # Beyond the window's reach only the sinks are left to see.
+        reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
+        blocks = jnp.where(is_retrieval, zero, cdiv(jnp.minimum(start, reach), block_k))
+
+        def in_ring(j: Array, state: Softmax) -> Softmax:
+            index = tile.indices(j * block_k, block_k)
+            k_pos = position_at(index, start, sink_size=sink_size, recent_size=recent_size)
+            held = k_pos >= 0
+            return visit(state, cached(*ring, j * block_k), held, held[None, :] & sees(k_pos))
+
+        state = over(zero, blocks, in_ring, state)
+
+    # The chunk's own keys: sinks, the window's left edge, what every query of the tile sees, the diagonal.
+    end = cdiv(jnp.minimum(first + block_q, length), block_k)
+    left = jnp.where(is_retrieval, zero, jnp.maximum(first + 1 - recent_size, zero) // block_k)
+    sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
+    inner = jnp.where(is_retrieval, zero, cdiv(jnp.maximum(first + block_q - recent_size, zero), block_k))
+    inner = jnp.clip(inner, left, end)
+    diagonal = jnp.clip((first + 1) // block_k, inner, end)
+
+    def own(j: Array) -> tuple[Ref, Ref]:
+        at = row, pl.ds(j * block_k, block_k), kv_head, columns
+        return arrays.k.at[*at], arrays.v.at[*at]
+
+    def at_edge(i: Array, state: Softmax) -> Softmax:
+        # Tiles 0 to sinks, left to inner, diagonal to end, counted through.
+        j = jnp.where(i < sinks, i, left + i - sinks)
+        j = jnp.where(j < inner, j, diagonal + j - inner)
+        index = tile.indices(j * block_k, block_k)
+        return visit(state, own(j), index < length, sees(start + index))
+
+    def in_sight(j: Array, state: Softmax) -> Softmax:
+        return visit(state, own(j), None, None)
+
+    state = over(inner, diagonal, in_sight, state)
+    # Last, so that every query has met a key it sees: weights of a tile without one vanish then.
+    state = over(zero, sinks + (inner - left) + (end - diagonal), at_edge, state)
+    values, log_total = tile.finish(state)
+    tile.store(out_ref.at[row, pl.ds(first, block_q), head, columns], values, exists, head_dim)
+    tile.store_row(log_ref.at[row, head, pl.ds(first, block_q)], log_total, exists)
+
+
+def _work(arrays: Arrays, num_heads: int, group: int, q_blocks: int, block_q: int) -> tuple[Array, Array, Array]:
+    """Query head of this program, whether it retrieves, and its first query: heavy tiles first.
+
+    Programs start in the order of their numbers: those of retrieval heads, late tiles before early ones, then the
+    streaming heads', which are short and fill the gaps at the end.
+    """
+    number, heavy = pl.program_id(0), arrays.num_retrieval[0] * group
+    is_retrieval = number < heavy * q_blocks
+    rank = jnp.where(is_retrieval, number, number - heavy * q_blocks)
+    heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
+    place = rank % heads + jnp.where(is_retrieval, jnp.int32(0), heavy)
+    head = arrays.order[place // group] * group + place % group
+    return head, is_retrieval, (q_blocks - 1 - rank // heads) * block_q

@@ -1,0 +1,163 @@
+"""What the Triton kernels share: a running softmax over one tile, products, loads that end with the array, the call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.blocks import MASKED, compute_dtype
+from pallas_kernels.types import Pools
+
+# Weights are powers of two: the GPU has no other exponential.
+LOG2_E = 1.4426950408889634
+# A matrix product has at least so many rows.
+MIN_ROWS = 16
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Two tiles of so many columns still fit into shared memory.
+MAX_HEAD_DIM = 256
+
+# A reference to memory that a kernel reads or writes; Pallas has no public name for its type.
+Ref = Any
+
+
+class Present(NamedTuple):
+    """The pools that have a slot; a kernel is compiled without the others."""
+
+    retrieval_k: Float[Array, "Pr B S H"] | None
+    retrieval_v: Float[Array, "Pr B S H"] | None
+    streaming_k: Float[Array, "Ps B R H"] | None
+    streaming_v: Float[Array, "Ps B R H"] | None
+
+
+def present(pools: Pools | None) -> Present:
+    """The pools that have a slot; no pools, none of them."""
+    return Present(*(pool if pool.shape[0] else None for pool in pools)) if pools else Present(None, None, None, None)
+
+
+class Softmax(NamedTuple):
+    """Running softmax of one tile of queries, to the base of two (Dao 2023, algorithm 1)."""
+
+    values: jax.Array  # [M, H] float32
+    maximum: jax.Array  # [M]
+    total: jax.Array  # [M]
+
+
+def check(*arrays: jax.Array) -> None:
+    """Refuse what the kernels cannot do.
+
+    Raises:
+        NotImplementedError: a type or head dim (the last axis) that they were not made for.
+    """
+    for array in arrays:
+        if array.dtype.name not in DTYPES or array.shape[-1] > MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"the triton backend takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got "
+                f"{array.dtype.name} with {array.shape[-1]}: use backend='xla'"
+            )
+
+
+def empty(rows: int, width: int) -> Softmax:
+    """A softmax over no key yet."""
+    zero = jnp.zeros((rows,), jnp.float32)
+    return Softmax(jnp.zeros((rows, width), jnp.float32), zero + MASKED, zero)
+
+
+def accumulate(state: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, scale: float):
+    """Add a tile of keys; `keep [M, S]` says which of them a query sees, None that it sees all."""
+    compute = compute_dtype(q, k)
+    q, k, v = q.astype(compute), k.astype(compute), v.astype(compute)
+    scores = dot_t(q, k) * jnp.float32(scale * LOG2_E)
+    if keep is not None:
+        scores = jnp.where(keep, scores, MASKED)
+    maximum = jnp.maximum(state.maximum, scores.max(axis=1))
+    weights = jnp.exp2(scores - maximum[:, None])
+    decay = jnp.exp2(state.maximum - maximum)
+    values = state.values * decay[:, None] + dot(weights.astype(v.dtype), v)
+    return Softmax(values, maximum, state.total * decay + weights.sum(axis=1))
+
+
+def finish(state: Softmax) -> tuple[jax.Array, jax.Array]:
+    """The weighted mean of the values, zero where no key was added; and the logarithm (base 2) of the weights' sum."""
+    total = jnp.maximum(state.total, 1e-30)
+    return state.values / total[:, None], state.maximum + jnp.log2(total)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b`, in float32."""
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b.T`, in float32."""
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def t_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a.T @ b`, in float32."""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def indices(begin: jax.Array | int, count: int) -> jax.Array:
+    """`begin, begin + 1, ...`, int32."""
+    return begin + jnp.arange(count, dtype=jnp.int32)
+
+
+def width(head_dim: int) -> int:
+    """Columns of a tile: Triton's have a power of two, at least 16."""
+    return max(MIN_ROWS, pl.next_power_of_2(head_dim))
+
+
+def load(ref: Ref, rows: jax.Array | None, head_dim: int) -> jax.Array:
+    """A tile `[M, width(H)]` of `ref`, zero beyond the head dim and where `rows [M]` is false; None: all rows exist."""
+    return plgpu.load(ref, mask=(mask := _mask(ref.shape, rows, head_dim)), other=None if mask is None else 0.0)
+
+
+def store(ref: Ref, value: jax.Array, rows: jax.Array, head_dim: int) -> None:
+    """Write the rows of a tile `[M, width(H)]` that exist."""
+    plgpu.store(ref, value.astype(ref.dtype), mask=_mask(value.shape, rows, head_dim))
+
+
+def load_row(ref: Ref, exists: jax.Array) -> jax.Array:
+    """A vector, zero where `exists` is false."""
+    return plgpu.load(ref, mask=exists, other=0.0)
+
+
+def store_row(ref: Ref, value: jax.Array, exists: jax.Array) -> None:
+    """Write the entries of a vector that exist."""
+    plgpu.store(ref, value.astype(ref.dtype), mask=exists)
+
+
+def _mask(shape: tuple[int, ...], rows: jax.Array | None, head_dim: int) -> jax.Array | None:
+    columns = None if shape[1] == head_dim else (indices(0, shape[1]) < head_dim)[None, :]
+    if rows is None:
+        return None if columns is None else jnp.broadcast_to(columns, shape)
+    return jnp.broadcast_to(rows[:, None] if columns is None else rows[:, None] & columns, shape)
+
+
+def call(kernel: Callable[..., None], out: Any, arrays: Any, *, grid: tuple[int, ...], warps: int, stages: int) -> Any:
+    """Run a kernel over a grid: compiled for a GPU, interpreted on a CPU.
+
+    `arrays` is a pytree that the kernel gets as references, whole; so are the outputs.
+    """
+
+    def run(*leaves: jax.Array, interpret: bool) -> Any:
+        tree = jax.tree.unflatten(structure, leaves)
+        params = plgpu.CompilerParams(num_warps=warps, num_stages=stages)
+        return pl.pallas_call(kernel, out, grid=grid, interpret=interpret, compiler_params=params, name=_name(kernel))(
+            tree
+        )
+
+    leaves, structure = jax.tree.flatten(arrays)
+    return lax.platform_dependent(
+        *leaves, cpu=lambda *x: run(*x, interpret=True), default=lambda *x: run(*x, interpret=False)
+    )
+
+
+def _name(kernel: Any) -> str:
+    return getattr(kernel, "func", kernel).__name__.strip("_")

@@ -1,0 +1,57 @@
+"""Every GPU kernel is lowered for CUDA on a machine without one: what Pallas refuses there, it refuses here."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from eval.kernels import OPERATIONS, program
+from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+KERNELS = {
+    "prefill": ["flash_kernel"],
+    "decode": ["decode_kernel"],
+    # Full and streaming attention, forward; then the gradients of both.
+    "training": ["flash_kernel"] * 2 + ["query_gradient_kernel", "key_gradient_kernel"] * 2,
+}
+
+
+def launches(function, shapes):
+    """Names of the kernels that a program for CUDA launches, in no order."""
+    text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    return sorted(re.findall(r'name = "(\w+?_kernel)"', text))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [("bfloat16", 128), ("float16", 64), ("float32", 256), ("bfloat16", 80), ("float32", 96)],
+)
+def test_triton_kernels_lower_for_cuda_one_launch_for_both_head_types(operation, dtype, head_dim):
+    found = launches(*program(operation, "triton", dtype=dtype, head_dim=head_dim, tokens=500, capacity=1000))
+    assert found == sorted(KERNELS[operation])
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float8_e4m3fn", 64), ("float32", 320)])
+def test_triton_says_what_it_cannot_do(dtype, head_dim):
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.dtype(dtype))
+
+    q, kv, pool, ring = (
+        zeros(1, 4, 2, head_dim),
+        zeros(1, 4, 1, head_dim),
+        zeros(1, 1, 8, head_dim),
+        zeros(1, 1, 3, head_dim),
+    )
+    pools, table = Pools(pool, pool, ring, ring), Heads(jnp.ones(1, bool), jnp.zeros(1, jnp.int32))
+    count, sizes = jnp.ones(1, jnp.int32), {"sink_size": 1, "recent_size": 2, "backend": "triton"}
+    calls = (
+        lambda: prefill_attention(q, kv, kv, pools, table, start=count, lengths=count, **sizes),
+        lambda: decode_attention(q[:, 0], pools, table, lengths=count, **sizes),
+        lambda: gated_attention(q, kv, kv, jnp.ones(1), **sizes),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=rf"triton backend takes .*got {dtype} with {head_dim}: use"):
+            call()
