@@ -230,7 +230,7 @@ def kernels_table(path: Path) -> str:
     """Registers, spills and shared memory of every kernel."""
     record = json.loads(path.read_text(encoding="utf-8"))
     gpus = record["settings"]["gpus"]
-    rows: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    rows: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for result in record["results"]:
         for kernel in result["kernels"]:
             # A second launch of the same kernel has a number at its end.

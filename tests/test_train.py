@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax import load_model
+from tests.text_models import make_model
 from train import loop
 from train.gated import GatedModel
 from train.needles import NeedleData, Needles
@@ -34,8 +35,15 @@ DATA = Needles(
     question="{ordinal}?",
     answer="{ordinal} {words}.",
 )
-RECIPE = Distill(steps=6, learning_rate=0.1, pad_multiple=64)
+# So large a weight moves the gates of one layer in a few steps.
+RECIPE = Distill(steps=6, learning_rate=0.1, reg_weight=1.0, pad_multiple=64)
 ATTENTION = GatedModel(sink_size=2, recent_size=8, rematerialize=False)
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """One layer: what is tested here are steps and checkpoints."""
+    return make_model(tmp_path_factory.mktemp("train") / "model", layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +86,10 @@ def test_trains_and_writes_down_every_step(whole):
     folder, gates = whole
     records = metrics(folder)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert gates.shape == (3, 4) and (gates >= 0).all() and (gates <= 1).all() and gates.min() < 0.9
+    assert gates.shape == (1, 4) and (gates >= 0).all() and (gates <= 1).all() and gates.min() < 0.9
     first = records[0]
     # With every gate 1 the gated model is the full one, and the penalty is the whole loss.
-    assert first["distillation"] < 1e-9 and first["loss"] == pytest.approx(0.05)
+    assert first["distillation"] < 1e-9 and first["loss"] == pytest.approx(RECIPE.reg_weight)
     assert records[1]["distillation"] > first["distillation"]
     assert records[-1]["mean_gate"] == pytest.approx(gates.mean(), abs=1e-6)
     assert records[-1]["above_half"] == pytest.approx((gates > 0.5).mean(), abs=1e-6)
@@ -210,11 +218,11 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(start, tmp_path):
         start(tmp_path, Broken(**vars(RECIPE)))
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3]
     assert [path.name for path in (tmp_path / loop.CHECKPOINTS).iterdir()] == ["2"]
-    assert start(tmp_path, RECIPE, resume=True).shape == (3, 4)
+    assert start(tmp_path, RECIPE, resume=True).shape == (1, 4)
 
 
 def test_a_run_begins_with_the_gates_it_is_given(start, tmp_path):
-    given = np.full((3, 4), 0.25)
+    given = np.full((1, 4), 0.25)
     gates = start(tmp_path, replace(RECIPE, steps=1, learning_rate=1e-6), start=given)
     np.testing.assert_allclose(gates, given, atol=1e-5)
 

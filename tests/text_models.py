@@ -1,9 +1,12 @@
 """A golden checkpoint with a tokenizer, small enough to run the command and the text interface in no time."""
 
+import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -26,8 +29,20 @@ def save_tokenizer(folder: Path, *, chat: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_model(folder: Path, *, chat: bool = False) -> Path:
+def make_model(folder: Path, *, chat: bool = False, layers: int = 2) -> Path:
+    """The first layers of a golden checkpoint: each costs seconds of compilation in every program."""
     shutil.copytree(GOLDEN / "llama", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("*.safetensors"):
+        weights = {
+            name: value
+            for name, value in load_file(path).items()
+            if not (found := re.search(r"layers\.(\d+)\.", name)) or int(found.group(1)) < layers
+        }
+        save_file(weights, path)
+    rows = folder / "pattern" / "full_attention_heads.tsv"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:layers]))
     (folder / "generation_config.json").write_text('{"eos_token_id": null}')  # Runs go on to the end.
     save_tokenizer(folder, chat=chat)
     return folder

@@ -1,0 +1,95 @@
+"""The command: which sections, where to, how long."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from eval.gpu_suite import ceilings, decode, model, numerics, prefill
+from eval.gpu_suite.section import Case, Section
+from eval.record import provenance, write
+
+SECTIONS: dict[str, Section] = {
+    "ceilings": ceilings,
+    "numerics": numerics,
+    "prefill": prefill,
+    "decode": decode,
+    "model": model,
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Check the kernels on this GPU and measure them."""
+
+    out: Path
+    """Folder of results, a file a section; what is there already is not measured again."""
+    sections: tuple[str, ...] = tuple(SECTIONS)
+    """Sections, in this order."""
+    backends: tuple[str, ...] = ("triton",)
+    """Attention backends."""
+    minutes: float = 8.0
+    """No case is begun after so long; call again to go on."""
+    smoke: bool = False
+    """Toy sizes: does it run? On a CPU too."""
+
+    def run(self) -> bool:
+        """Measure what the folder lacks; False if time ran out first."""
+        unknown = set(self.sections) - set(SECTIONS)
+        if unknown:
+            raise ValueError(f"unknown sections {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+        begin = time.monotonic()
+        for name in self.sections:
+            path = self.out / f"{name}.json"
+            record = self._open(path)
+            done = [result["case"] for result in record["results"]]
+            for case in self._cases(name):
+                if case in done:
+                    continue
+                if time.monotonic() - begin > 60 * self.minutes:
+                    print(f"{self.minutes:g} minutes are over: call again to go on with {name}")
+                    return False
+                result = _measured(SECTIONS[name], case)
+                record["results"].append(result)
+                write(path, record)
+                print(f"{name}: {result.get('failed') or SECTIONS[name].line(case, result)}", flush=True)
+        return True
+
+    def _cases(self, name: str) -> list[Case]:
+        """As they read back from JSON; of each backend, where it matters which."""
+        cases = list(SECTIONS[name].cases(smoke=self.smoke))
+        if name != "ceilings":
+            cases = [case | {"backend": backend} for case in cases for backend in self.backends]
+        return json.loads(json.dumps(cases))
+
+    def _open(self, path: Path) -> dict[str, Any]:
+        """The section's record, begun if there is none."""
+        about = provenance(asdict(self) | {"sections": None, "minutes": None})
+        about["device"] = jax.devices()[0].device_kind
+        if not path.exists():
+            return about | {"results": []}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in ("machine", "device") if record.get(name) != about[name]]
+        if different:
+            raise ValueError(f"{path} was measured on another device, versions or commit; choose another --out")
+        return record
+
+
+def _measured(section: Section, case: Case) -> dict[str, Any]:
+    """The case with what was found; a case that fails (out of memory, say) does not end the suite."""
+    try:
+        return {"case": case, **section.measure(case)}
+    except Exception as error:
+        return {"case": case, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(0 if tyro.cli(Suite, prog="python -m eval.gpu_suite").run() else 75)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

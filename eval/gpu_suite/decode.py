@@ -1,0 +1,49 @@
+"""Decode attention of one layer: bytes of keys and values that are read a second."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eval.gpu_suite import layer
+from eval.gpu_suite.section import Case, fastest
+from pallas_kernels import decode_attention
+
+HEADS = (32, 8, 128)
+
+
+def cases(*, smoke: bool) -> Iterator[Case]:
+    """Batch sizes, lengths, and fractions of the heads that stream."""
+    for batch in (1, 2) if smoke else (1, 8):
+        for length in (500,) if smoke else (131_072, 524_288, 1_048_576):
+            for streaming in (0.0, 0.5, 0.75):
+                yield {
+                    "batch": batch,
+                    "length": length,
+                    "streaming": streaming,
+                    "heads": (8, 4, 16) if smoke else HEADS,
+                }
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Seconds, and bytes a second."""
+    heads, length, batch = tuple(case["heads"]), case["length"], case["batch"]
+    shape = {"streaming": case["streaming"], "batch": batch, "capacity": length}
+    made = layer.make(heads=heads, dtype="bfloat16", tokens=1, **shape)
+    lengths = jnp.full(batch, length, jnp.int32)
+
+    def attend(made: layer.Layer) -> jax.Array:
+        return decode_attention(
+            made.q[:, 0], made.pools, made.heads, lengths=lengths, **layer.SIZES, backend=case["backend"]
+        )
+
+    seconds = fastest(jax.jit(attend), made)
+    size = sum(pool.nbytes for pool in made.pools)
+    return {"seconds": seconds, "bytes": size, "bytes_per_second": size / seconds}
+
+
+def line(case: Case, found: dict[str, Any]) -> str:
+    """In words."""
+    about = f"{case['length']} tokens, batch {case['batch']}, {case['streaming']:.0%} streaming, {case['backend']}"
+    return f"{about}: {found['bytes_per_second'] / 1e12:.2f} TB/s, {1e6 * found['seconds']:.0f} us"

@@ -1,0 +1,50 @@
+"""One attention layer with random contents: the arguments of the operations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Heads, Pools
+
+SINK_SIZE, RECENT_SIZE = 64, 256
+SIZES: dict[str, Any] = {"sink_size": SINK_SIZE, "recent_size": RECENT_SIZE}
+
+
+class Layer(NamedTuple):
+    """Queries, keys and values of a chunk, and the pools before it."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    pools: Pools
+    heads: Heads
+
+
+def make(
+    *,
+    heads: tuple[int, int, int],
+    dtype: str,
+    streaming: float,
+    tokens: int,
+    capacity: int,
+    batch: int = 1,
+    seed: int = 0,
+) -> Layer:
+    """A layer of `heads = (query heads, KV heads, head dim)`, the given fraction of its KV heads streaming."""
+    num_heads, num_kv_heads, head_dim = heads
+    num_streaming = round(streaming * num_kv_heads)
+    is_retrieval = jnp.arange(num_kv_heads) % num_kv_heads >= num_streaming
+    order = jax.random.permutation(jax.random.key(seed), num_kv_heads)
+    is_retrieval = is_retrieval[order]
+    slot = jnp.where(is_retrieval, jnp.cumsum(is_retrieval), jnp.cumsum(~is_retrieval)).astype(jnp.int32) - 1
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 7))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, jnp.dtype(dtype))
+
+    q, k, v = (normal(batch, tokens, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads))
+    ring = SINK_SIZE + RECENT_SIZE
+    shapes = ((num_kv_heads - num_streaming, capacity),) * 2 + ((num_streaming, ring),) * 2
+    pools = Pools(*(normal(slots, batch, size, head_dim) for slots, size in shapes))
+    return Layer(q, k, v, pools, Heads(is_retrieval, slot))

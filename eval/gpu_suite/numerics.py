@@ -1,0 +1,94 @@
+"""Every kernel against the dense reference in float32, on random inputs that no other run had."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.gpu_suite import layer
+from eval.gpu_suite.section import Case
+from pallas_kernels import decode_attention, gated_attention, prefill_attention
+
+# Relative error in the Euclidean norm that counts as right.
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+# A gate's gradient is a sum of differences of two outputs, each rounded: it may err by so many times as much.
+GATES = 5
+# What an operation gives back; in training the gradients are named after their inputs.
+NAMES = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v", "gates")}
+
+
+def cases(*, smoke: bool) -> Iterator[Case]:
+    """Operations, types, and shapes of real models: Llama-3, Llama-2, SmolLM2, one KV head, a head dim of 80."""
+    shapes = [(4, 2, 16), (3, 1, 80)] if smoke else [(32, 8, 128), (32, 32, 128), (9, 3, 64), (8, 1, 256), (10, 2, 80)]
+    for operation in ("prefill", "decode", "training"):
+        for dtype in ("bfloat16",) if smoke else TOLERANCE:
+            for heads in shapes:
+                tokens, capacity = (400, 500) if smoke else (500, 3000)  # more tokens than a window
+                yield {
+                    "operation": operation,
+                    "dtype": dtype,
+                    "heads": heads,
+                    "tokens": tokens,
+                    "capacity": capacity,
+                    "batch": 2,
+                }
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Error of the outputs, in training of the gradients too."""
+    seed = time.time_ns() % (1 << 31)
+    shape = {name: case[name] for name in ("dtype", "tokens", "capacity", "batch")}
+    made = layer.make(heads=tuple(case["heads"]), streaming=0.5, seed=seed, **shape)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, made)
+    poison()
+    found = jax.jit(run, static_argnums=(1, 2, 3))(made, case["operation"], case["backend"], seed)
+    with jax.default_matmul_precision("highest"):
+        right = jax.jit(run, static_argnums=(1, 2, 3))(exact, case["operation"], "reference", seed)
+    names = NAMES[case["operation"]]
+    errors = {}
+    for name, one, other in zip(names, jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        values, wanted = (np.asarray(x.astype(jnp.float32), np.float64) for x in (one, other))
+        errors[name] = float(np.linalg.norm(values - wanted) / np.linalg.norm(wanted))
+    bounds = {name: TOLERANCE[case["dtype"]] * (GATES if name == "gates" else 1) for name in names}
+    # Not the other way round: an error that is NaN is not right either.
+    return {"seed": seed, "errors": errors, "is_right": all(errors[name] < bounds[name] for name in names)}
+
+
+def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
+    """The operation on rows of different lengths."""
+    batch, tokens = made.q.shape[:2]
+    capacity = made.pools.retrieval_k.shape[2]
+    rng = np.random.default_rng(seed)
+    sizes = layer.SIZES | {"backend": backend}
+    if operation == "prefill":
+        # Every row is full: what lies beyond a row's tokens is unspecified, and no two backends agree on it.
+        start = jnp.asarray(rng.integers(0, capacity - tokens, batch), jnp.int32)
+        lengths = jnp.full((batch,), tokens, jnp.int32)
+        return prefill_attention(made.q, made.k, made.v, made.pools, made.heads, start=start, lengths=lengths, **sizes)
+    if operation == "decode":
+        lengths = jnp.asarray(rng.integers(1, capacity, batch), jnp.int32)
+        return decode_attention(made.q[:, 0], made.pools, made.heads, lengths=lengths, **sizes)
+    gates = jnp.asarray(rng.random(made.k.shape[2]), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=made.q.shape), jnp.float32)
+
+    def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
+        out = gated_attention(q, k, v, gates, **sizes).astype(jnp.float32)
+        return (weights * out).sum(), out
+
+    gradients, out = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(made.q, made.k, made.v, gates)
+    return out, gradients
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next program is given: what a kernel does not write shows."""
+    jax.block_until_ready([jnp.full((1 << 20,), jnp.nan, jnp.float32) for _ in range(64)])
+
+
+def line(case: Case, found: dict[str, Any]) -> str:
+    """In words."""
+    verdict = "right" if found["is_right"] else "WRONG"
+    about = f"{case['operation']}, {case['dtype']}, heads {tuple(case['heads'])}, {case['backend']}"
+    return f"{about}: {verdict}, error {max(found['errors'].values()):.1e}"

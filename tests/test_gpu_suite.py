@@ -1,0 +1,63 @@
+"""The suite for GPUs runs from end to end on a CPU at toy sizes, resumes, and notices wrong numbers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pallas_kernels
+from eval.gpu_suite import numerics
+from eval.gpu_suite.__main__ import SECTIONS, Suite
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "-m", "eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    stopped = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, env=environment)
+    assert stopped.returncode == 75 and "call again" in stopped.stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SECTIONS}
+    results = [result for record in records.values() for result in record["results"]]
+    assert not [result for result in results if "failed" in result]
+    assert all(result["is_right"] for result in records["numerics"]["results"])
+    assert {result["case"]["operation"] for result in records["numerics"]["results"]} == {
+        "prefill",
+        "decode",
+        "training",
+    }
+    assert records["ceilings"]["device"] == "cpu" and records["ceilings"]["machine"]["versions"]["jax"]
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0 and again.stdout == ""
+
+
+def test_a_wrong_kernel_is_noticed(monkeypatch):
+    case = next(case for case in numerics.cases(smoke=True) if case["operation"] == "decode") | {"backend": "xla"}
+    assert numerics.measure(case)["is_right"]
+    right = pallas_kernels.decode_attention
+    for wrong in (lambda out: out * 1.02, lambda out: out.at[0, 0, 0].set(float("nan"))):
+        monkeypatch.setattr(
+            numerics,
+            "decode_attention",
+            lambda *args, wrong=wrong, **kwargs: (
+                wrong(right(*args, **kwargs)) if kwargs["backend"] == "xla" else right(*args, **kwargs)
+            ),
+        )
+        assert not numerics.measure(case)["is_right"]
+
+
+def test_what_cannot_be_is_refused_or_written_down(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown sections speed; there are ceilings"):
+        Suite(tmp_path, sections=("speed",)).run()
+    suite = Suite(tmp_path, sections=("ceilings",), smoke=True)
+    monkeypatch.setattr(SECTIONS["ceilings"], "measure", lambda case: 1 / 0)
+    assert suite.run()
+    results = json.loads((tmp_path / "ceilings.json").read_text())["results"]
+    assert [result["failed"] for result in results] == ["ZeroDivisionError: division by zero"] * 2
+    record = json.loads((tmp_path / "ceilings.json").read_text()) | {"device": "NVIDIA Abacus"}
+    (tmp_path / "ceilings.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="measured on another device"):
+        suite.run()
