@@ -14,11 +14,13 @@ PIN ?=
 PYTEST_ARGS ?=
 # Test processes. Most of the time is compilation, which one process does on one core.
 JOBS ?= 2
+# Where gpu-suite writes.
+OUT ?= eval/results/gpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo model test test-fast test-aot check docs clean
+.PHONY: help venv demo model test test-fast test-aot gpu-suite check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -60,6 +62,10 @@ test-aot: ## compile for GPUs that are not there, in an environment of its own, 
 	  .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
 	@echo "Compiling for GPUs"
 	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
+
+# Says by exit status 75 that its minutes are over and that there is more to do: call it again.
+gpu-suite: $(STAMP) ## check and measure the GPU kernels on the GPU that is here; results go to OUT=eval/results/gpu
+	@$(BIN)/python -m eval.gpu_suite --out $(OUT)
 
 check: $(STAMP) ## lint, check the format and the types
 	@echo "Checking lint, format and types"

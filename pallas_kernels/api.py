@@ -12,11 +12,13 @@ from types import ModuleType
 import jax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.tiles import device_kind
 from pallas_kernels.types import Heads, Pools
 
 BACKENDS = ("reference", "xla", "triton")
 
-# Kinds of device on which a faster backend's numerics were verified by committed results. Without an entry: `xla`.
+# Kinds of device (`jax.devices()[0].device_kind`) and the best backend whose numerics were verified there, by committed
+# results of `python -m eval.gpu_suite`. Without an entry: `xla`.
 VERIFIED: dict[str, str] = {"cpu": "xla"}
 
 
@@ -180,14 +182,14 @@ def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sin
 
 
 def _module(backend: str | None) -> ModuleType:
-    name = _default_backend(jax.default_backend()) if backend is None else backend
+    name = _default_backend(device_kind()) if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
     return importlib.import_module(f"pallas_kernels.{name}")
 
 
 @cache
-def _default_backend(platform: str) -> str:
-    if platform not in VERIFIED:
-        warnings.warn(f"no attention backend is verified on {platform!r} yet: using 'xla'", stacklevel=4)
-    return VERIFIED.get(platform, "xla")
+def _default_backend(kind: str) -> str:
+    if kind not in VERIFIED:
+        warnings.warn(f"no attention backend is verified on {kind!r} yet: using 'xla'", stacklevel=4)
+    return VERIFIED.get(kind, "xla")

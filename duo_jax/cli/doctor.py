@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels import BACKENDS, Heads, Pools, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.api import VERIFIED
+from pallas_kernels.tiles import device_kind
 
 PACKAGES = (
     "duo-jax",
@@ -56,7 +57,7 @@ def examine() -> dict:
             for device in jax.devices()
         ],
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "default_backend": VERIFIED.get(jax.default_backend(), "xla"),
+        "default_backend": VERIFIED.get(device_kind(), "xla"),
         "backends": {name: _try(name) for name in BACKENDS},
     }
 
