@@ -1,0 +1,299 @@
+"""Flash attention over a chunk and the cache before it on Hopper: retrieval and streaming heads in one launch.
+
+A program computes one tile of queries of one head with three warpgroups: one fetches tiles of keys and values by TMA, two
+multiply half of the queries each. Which keys come follows from the head's type, which all of them look up.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.blocks import MASKED, cdiv
+from pallas_kernels.mosaic import dialect
+from pallas_kernels.mosaic.dialect import Dialect, Ref
+from pallas_kernels.positions import position_at
+from pallas_kernels.types import Heads, Pools
+
+LOG2_E = math.log2(math.e)
+COMPUTE = 2  # warpgroups that multiply
+ROWS = 64  # queries of each: what one wgmma takes
+# Registers of a thread that multiplies, and of one that fetches: 65536 of a multiprocessor, shared out.
+COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40
+
+
+class Steps(NamedTuple):
+    """The tiles of keys that a tile of queries meets, in order: first those that every query sees whole.
+
+    Counts are of tiles; `own` tiles are the chunk's.
+    """
+
+    whole_pool: Array  # 0, 1, ... of the retrieval pool
+    whole_own: Array  # from `inner` on
+    tail: Array  # the pool's last, partly filled
+    ring: Array  # 0, 1, ... of the ring
+    sinks: Array  # own, 0, 1, ...
+    left: Array  # own, from `first_left` up to `inner`
+    diagonal: Array  # own, from `inner + whole_own` on
+    first_left: Array
+    inner: Array
+
+    @property
+    def unmasked(self) -> Array:
+        """How many steps need no mask."""
+        return self.whole_pool + self.whole_own
+
+    @property
+    def count(self) -> Array:
+        """How many steps there are."""
+        return self.unmasked + self.tail + self.ring + self.sinks + self.left + self.diagonal
+
+    def source(self, step: Array) -> tuple[Array, Array, Array]:
+        """Whether a step's tile lies in the retrieval pool, whether in the ring (else it is the chunk's), and which."""
+        zero = jnp.int32(0)
+        s = step
+        in_pool = s < self.whole_pool
+        tile = jnp.where(in_pool, s, zero)
+        s = s - self.whole_pool
+        tile = jnp.where(~in_pool & (s < self.whole_own), self.inner + s, tile)
+        s = s - self.whole_own
+        at_tail = (s >= 0) & (s < self.tail)
+        tile = jnp.where(at_tail, self.whole_pool, tile)
+        s = s - self.tail
+        in_ring = (s >= 0) & (s < self.ring)
+        tile = jnp.where(in_ring, s, tile)
+        s = s - self.ring
+        tile = jnp.where((s >= 0) & (s < self.sinks), s, tile)
+        s = s - self.sinks
+        tile = jnp.where((s >= 0) & (s < self.left), self.first_left + s, tile)
+        s = s - self.left
+        tile = jnp.where(s >= 0, self.inner + self.whole_own + s, tile)
+        return in_pool | at_tail, in_ring, tile
+
+
+def steps_of(
+    first: Array,
+    start: Array,
+    is_retrieval: Array,
+    *,
+    length: int,
+    block_q: int,
+    block_k: int,
+    sink_size: int,
+    recent_size: int,
+) -> Steps:
+    """The tiles of keys for the tile of queries that begins at `first` of the chunk."""
+    zero = jnp.int32(0)
+
+    def retrieval(x: Array) -> Array:
+        return jnp.where(is_retrieval, x, zero)
+
+    def streaming(x: Array) -> Array:
+        return jnp.where(is_retrieval, zero, x)
+
+    whole_pool = retrieval(start // block_k)
+    tail = retrieval(cdiv(start, block_k)) - whole_pool
+    # Beyond the window's reach only the sinks of a ring are left to see.
+    reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
+    ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
+    end = cdiv(jnp.minimum(first + block_q, length), block_k)
+    left = streaming(jnp.maximum(first + 1 - recent_size, zero) // block_k)
+    sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
+    inner = jnp.clip(streaming(cdiv(jnp.maximum(first + block_q - recent_size, zero), block_k)), left, end)
+    diagonal = jnp.clip((first + 1) // block_k, inner, end)
+    return Steps(whole_pool, diagonal - inner, tail, ring, sinks, inner - left, end - diagonal, left, inner)
+
+
+class Arrays(NamedTuple):
+    """What the kernel reads."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    retrieval_k: Float[Array, "Pr B S H"]
+    retrieval_v: Float[Array, "Pr B S H"]
+    streaming_k: Float[Array, "Ps B R H"]
+    streaming_v: Float[Array, "Ps B R H"]
+    order: Int32[Array, "K"]  # KV heads, retrieval heads first
+    slot: Int32[Array, "K"]
+    num_retrieval: Int32[Array, "1"]
+    start: Int32[Array, "B"]
+    lengths: Int32[Array, "B"]
+
+
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+    block_k: int,
+    stages: int,
+    interpret: Any = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of a chunk whose length is a multiple of the tiles'."""
+    batch, length, num_heads, head_dim = q.shape
+    order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
+    count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
+    # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
+    tile = jnp.zeros((1, batch, block_k, head_dim), q.dtype)
+    present = [pool if pool.shape[0] else tile for pool in pools]
+    arrays = Arrays(q, k, v, *present, order, heads.slot, count, start, lengths)
+    settings = {"sink_size": sink_size, "recent_size": recent_size, "block_k": block_k, "stages": stages}
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)
+    return plgpu.kernel(
+        partial(flash_kernel, **settings, interpreted=bool(interpret)),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=[
+            smem((COMPUTE, ROWS, head_dim)),
+            smem((stages, block_k, head_dim)),
+            smem((stages, block_k, head_dim)),
+            plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+        ],
+        grid=(num_heads * (length // (COMPUTE * ROWS)), batch),
+        grid_names=("tile", "row"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*arrays)
+
+
+def flash_kernel(
+    *refs, sink_size: int, recent_size: int, block_k: int, stages: int, interpreted: bool = False
+) -> None:
+    """One tile of queries of one head."""
+    arrays, (out_ref, qo_smem, k_smem, v_smem, *barriers) = Arrays(*refs[: len(Arrays._fields)]), refs[12:]
+    q_here, k_here, v_here, k_free, v_free = barriers
+    speak, block_q = Dialect(interpreted), COMPUTE * ROWS
+    _, length, num_heads, head_dim = arrays.q.shape
+    group = num_heads // arrays.k.shape[2]
+    row, group_of_warps = lax.axis_index("row"), lax.axis_index("warpgroup")
+    head, is_retrieval, first = _work(arrays, num_heads, group, length // block_q, block_q)
+    kv_head = head // group
+    slot, start = arrays.slot[kv_head], arrays.start[row]
+    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    steps = steps_of(first, start, is_retrieval, length=length, block_q=block_q, block_k=block_k, **sizes)
+    # A tile of padding meets its own diagonal alone.
+    count = steps.count
+
+    @pl.when(group_of_warps == COMPUTE)
+    def fetch() -> None:
+        speak.registers(FETCH_REGISTERS, "decrease")
+
+        def free(step: Array) -> Array:
+            """The buffer of a step, once the tile that was in it has been used."""
+            buffer = lax.rem(step, jnp.int32(stages))
+
+            @pl.when(step >= stages)
+            def wait() -> None:
+                plgpu.barrier_wait(k_free.at[buffer])
+                plgpu.barrier_wait(v_free.at[buffer])
+
+            return buffer
+
+        def one(step: Array, _: None) -> None:
+            buffer = free(step)
+            in_pool, in_ring, number = steps.source(step)
+            keys = pl.ds(number * block_k, block_k)
+
+            def copy(k_ref: Ref, v_ref: Ref) -> None:
+                plgpu.copy_gmem_to_smem(k_ref, k_smem.at[buffer], k_here.at[buffer])
+                plgpu.copy_gmem_to_smem(v_ref, v_smem.at[buffer], v_here.at[buffer])
+
+            @pl.when(in_pool)
+            def from_pool() -> None:
+                copy(arrays.retrieval_k.at[slot, row, keys], arrays.retrieval_v.at[slot, row, keys])
+
+            @pl.when(in_ring)
+            def from_ring() -> None:
+                copy(arrays.streaming_k.at[slot, row, keys], arrays.streaming_v.at[slot, row, keys])
+
+            @pl.when(~in_pool & ~in_ring)
+            def own() -> None:
+                copy(arrays.k.at[row, keys, kv_head], arrays.v.at[row, keys, kv_head])
+
+        lax.fori_loop(jnp.int32(0), count, one, None)
+        # No barrier is left with an arrival that nobody waited for.
+        lax.fori_loop(jnp.maximum(count, jnp.int32(stages)), count + stages, lambda step, _: (free(step), None)[1], None)
+
+    @pl.when(group_of_warps < COMPUTE)
+    def compute() -> None:
+        speak.registers(COMPUTE_REGISTERS, "increase")
+        own_first = first + group_of_warps * ROWS
+        rows = pl.ds(own_first, ROWS)
+        qo = qo_smem.at[group_of_warps]
+        plgpu.copy_gmem_to_smem(arrays.q.at[row, rows, head], qo, q_here.at[group_of_warps])
+        plgpu.barrier_wait(q_here.at[group_of_warps])
+        maximum = speak.full((ROWS,), MASKED, dialect.ROWS)
+        total = speak.full((ROWS,), 0.0, dialect.ROWS)
+        values = speak.full((ROWS, head_dim), 0.0, dialect.TILE)
+
+        def kept(step: Array) -> Array:
+            """Which keys of a step's tile each query sees."""
+            in_pool, in_ring, number = steps.source(step)
+            q_pos = speak.iota((ROWS, block_k), 0) + (start + own_first)
+            index = speak.iota((ROWS, block_k), 1) + number * block_k
+            in_order = index + jnp.where(in_pool, jnp.int32(0), start)
+            k_pos = jnp.where(in_ring, position_at(index, start, **sizes), in_order)
+            end = jnp.where(in_pool, start, jnp.where(in_ring, jnp.int32(sink_size + recent_size), jnp.int32(length)))
+            seen = (k_pos >= 0) & (index < end) & (k_pos <= q_pos)
+            return seen & (is_retrieval | (k_pos < sink_size) | (k_pos > q_pos - recent_size))
+
+        def one(step: Array, carry, *, masked: bool):
+            values, maximum, total = carry
+            buffer = lax.rem(step, jnp.int32(stages))
+            plgpu.barrier_wait(k_here.at[buffer])
+
+            scores = speak.product_t(qo, k_smem.at[buffer])
+            plgpu.barrier_arrive(k_free.at[buffer])
+            scores = scores * (head_dim**-0.5 * LOG2_E)
+            if masked:
+                scores = jnp.where(kept(step), scores, MASKED)
+            new = jnp.maximum(maximum, scores.max(axis=1))
+            decay = jnp.exp2(maximum - new)
+            weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))
+            total = total * decay + weights.sum(axis=1)
+            values = values * lax.broadcast_in_dim(decay, values.shape, [0])
+            narrow = weights.astype(out_ref.dtype)
+            plgpu.barrier_wait(v_here.at[buffer])
+
+            values = speak.add_product(values, narrow, v_smem.at[buffer])
+            plgpu.barrier_arrive(v_free.at[buffer])
+            return values, new, total
+
+        carry = values, maximum, total
+        carry = lax.fori_loop(jnp.int32(0), steps.unmasked, partial(one, masked=False), carry)
+        values, maximum, total = lax.fori_loop(steps.unmasked, count, partial(one, masked=True), carry)
+        values = values / lax.broadcast_in_dim(total, values.shape, [0])
+        qo[...] = values.astype(out_ref.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(qo, out_ref.at[row, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _work(arrays, num_heads: int, group: int, q_tiles: int, block_q: int) -> tuple[Array, Array, Array]:
+    """Query head of this program, whether it retrieves, and its first query: heavy tiles first."""
+    number, heavy = lax.axis_index("tile"), arrays.num_retrieval[0] * group
+    is_retrieval = number < heavy * q_tiles
+    rank = jnp.where(is_retrieval, number, number - heavy * q_tiles)
+    heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
+    place = rank % heads + jnp.where(is_retrieval, jnp.int32(0), heavy)
+    head = arrays.order[place // group] * group + place % group
+    return head, is_retrieval, (q_tiles - 1 - rank // heads) * block_q
