@@ -4,6 +4,7 @@ The unit is the KV head, per layer: a pattern is a `[layers, kv_heads]` table (p
 published patterns: `full_attention_heads.tsv` with the raw gates and `config.json` with the sizes used in training.
 """
 
+import io
 import json
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
 from duo_jax.config import ModelConfig
+from duo_jax.files import write_text
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -186,13 +188,14 @@ class HeadPattern:
     def save(self, folder: str | Path) -> None:
         """Write `full_attention_heads.tsv` (raw gates) and `config.json`, in the published patterns' format."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
         text, metadata = self._config_text, self.metadata | sizes
         if text is None or json.loads(text) != metadata:
             text = json.dumps(metadata, indent=1) + "\n"
-        np.savetxt(folder / GATES_FILE, self.gates, delimiter="\t")
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        rows = io.StringIO()
+        np.savetxt(rows, self.gates, delimiter="\t")
+        write_text(folder / CONFIG_FILE, text)
+        write_text(folder / GATES_FILE, rows.getvalue())
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError if this pattern is of another model."""

@@ -90,6 +90,7 @@ class Kernel:
     registers: int  # of each thread
     spill_bytes: int  # registers that did not fit, stored and loaded again
     shared_memory: int  # bytes of each program
+    address_bits: int  # of the widest offset into an array
 
 
 def memory_on(gpu: str, function: Callable, *shapes: Any) -> Memory:
@@ -117,13 +118,15 @@ def kernels_on(gpu: str, function: Callable, *shapes: Any) -> list[Kernel]:
         NotImplementedError: the CUDA plugin or `ptxas` is not installed.
     """
     ptxas = _ptxas()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        compile_for(gpu, function, *shapes, xla_dump_to=name, xla_dump_emitter_re=".*")
-        shared = {}
+    with tempfile.TemporaryDirectory() as dump:
+        folder = Path(dump)
+        compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
+        shared, bits = {}, {}
         for path in folder.glob("*.triton-to-llvm.txt"):
-            found = re.search(r"ttg\.shared = (\d+)", path.read_text(encoding="utf-8"))
-            shared[path.name.split(".")[1]] = int(found.group(1)) if found else 0
+            text, name = path.read_text(encoding="utf-8"), path.name.split(".")[1]
+            found = re.search(r"ttg\.shared = (\d+)", text)
+            shared[name] = int(found.group(1)) if found else 0
+            bits[name] = 64 if re.search(r"tt\.addptr .*i64", text) else 32
         kernels = []
         for path in sorted(folder.glob("*.ptx")):
             if not any(f".entry {name}(" in path.read_text(encoding="utf-8") for name in shared):
@@ -132,7 +135,7 @@ def kernels_on(gpu: str, function: Callable, *shapes: Any) -> list[Kernel]:
             arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
             command = [ptxas, "-v", arch, str(path), "-o", os.devnull]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            kernels += [Kernel(*use, shared.get(use[0], 0)) for use in _uses(said) if use[0] in shared]
+            kernels += [Kernel(*use, shared[use[0]], bits[use[0]]) for use in _uses(said) if use[0] in shared]
     return kernels
 
 

@@ -17,9 +17,13 @@ def kv_bytes_read(
 def decode_bytes(
     config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int, itemsize: int
 ) -> int:
-    """Bytes that one decode step reads at least: every weight once, and the visible keys and values."""
+    """Bytes that one decode step reads at least: every weight once, and the visible keys and values.
+
+    The embedding is a look-up, unless the head is the same table.
+    """
+    weights = config.num_parameters - (0 if config.tied_head else config.vocab_size * config.embed_dim)
     kv = kv_bytes_read(config, pattern, batch_size=batch_size, length=length, itemsize=itemsize)
-    return config.num_parameters * itemsize + kv
+    return weights * itemsize + kv
 
 
 def prefill_flops(config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int) -> int:

@@ -1,11 +1,10 @@
-"""Means with 95 % intervals: bootstrap over samples, since the passkeys of one sample share its text."""
+"""Means with 95 % intervals over samples: the passkeys of one sample share its text, so samples are what is counted."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-
-RESAMPLES = 10_000
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,14 @@ class Estimate:
 def ratio(
     totals: Float[np.ndarray, "S"], counts: Float[np.ndarray, "S"], minus: Float[np.ndarray, "S"] | None = None
 ) -> Estimate:
-    """`sum(totals) / sum(counts)` over samples; with `minus`, of the paired differences `totals - minus`."""
+    """`sum(totals) / sum(counts)` over samples; with `minus`, of the paired differences `totals - minus`.
+
+    The interval is Student's, of the ratio linearized around its value: over a dozen samples a bootstrap's is short.
+    """
     totals = totals if minus is None else totals - minus
-    chosen = np.random.default_rng(0).integers(0, len(totals), (RESAMPLES, len(totals)))
-    found = totals[chosen].sum(1) / counts[chosen].sum(1)
-    low, high = np.quantile(found, (0.025, 0.975))
-    return Estimate(float(totals.sum() / counts.sum()), float(low), float(high))
+    mean, number = totals.sum() / counts.sum(), len(totals)
+    if number < 2:
+        return Estimate(float(mean), float("-inf"), float("inf"))
+    residuals = (totals - mean * counts) / counts.mean()
+    half = stats.t.ppf(0.975, number - 1) * residuals.std(ddof=1) / np.sqrt(number)
+    return Estimate(float(mean), float(mean - half), float(mean + half))

@@ -67,14 +67,14 @@ def program(
     *,
     head_dim: int = 128,
     dtype: str = "bfloat16",
-    num_heads: int = 32,
-    num_kv_heads: int = 8,
-    batch: int = 1,
     tokens: int = 2048,
     capacity: int = 65536,
     slots: int = 128,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """An operation and the shapes of its arguments, by default those of a layer of Llama-3-8B."""
+    """An operation and the shapes of its arguments: heads as in Llama-3-8B, one row."""
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+    batch, num_heads, num_kv_heads = 1, 32, 8
     sizes: dict[str, Any] = {"sink_size": 64, "recent_size": 256, "backend": backend}
 
     def shape(*dims: int, dtype: Any = dtype) -> Any:

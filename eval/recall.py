@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
+from duo_jax.files import write_text
 from eval.record import provenance
 from train.identify import differences
 from train.needles import NeedleData, Needles, Sample
@@ -69,14 +70,20 @@ class Recall:
 
     def run(self) -> None:
         """Score what the file lacks, sample by sample."""
-        if min(self.samples, self.random, self.prose, *self.lengths) < 0 or not self.lengths:
-            raise ValueError(f"need lengths, and no negative count, got {self.lengths=}, {self.samples=}")
+        if min(self.samples, self.random, self.prose) < 0 or not self.lengths or min(self.lengths) < 1:
+            raise ValueError(
+                f"need lengths of at least 1 and no negative count, got {self.lengths=}, {self.samples=}, "
+                f"{self.random=}, {self.prose=}"
+            )
         patterns = {}
         for entry in self.patterns:
             name, found, source = entry.partition("=")
             if not found or not name or name in (FULL, STREAMING) or name.startswith(RANDOM):
                 raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
             patterns[name] = source
+        for source in patterns.values():
+            for sparsity in self.sparsity:
+                HeadPattern.load(source, sparsity=sparsity)  # What is wrong is refused before anything is measured.
         done = self._open(patterns)
         jobs = [job for job in self._jobs(patterns) if job not in done]
         if not jobs:
@@ -138,31 +145,28 @@ class Recall:
         if changed:
             raise ValueError(f"{self.out} was made with other gates under the name of {', '.join(changed)}")
         if set(gates) - set(head["gates"]):
-            lines = self.out.read_text(encoding="utf-8").splitlines(keepends=True)
-            lines[0] = json.dumps(head | {"gates": head["gates"] | gates}) + "\n"
-            part = self.out.with_suffix(".part")
-            part.write_text("".join(lines), encoding="utf-8")
-            part.replace(self.out)
+            head |= {"gates": head["gates"] | gates}
+        # Written anew: a record that a kill cut off is left out.
+        write_text(self.out, "".join(json.dumps(record) + "\n" for record in (head, *records)))
         return {Job(**record["job"]) for record in records}
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line of a result and its records; a last line that was cut off by a kill is removed.
+    """The first line of a result and its records, without a last line that a kill cut off.
 
     Raises:
         ValueError: not a result of this command, with the line.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
+            if number == len(lines) > 1 and not line.endswith("\n"):
+                break
             raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-    if not records or "about" not in records[0]:
+    if not records or not isinstance(records[0], dict) or "about" not in records[0]:
         raise ValueError(f"{path} is not a result of this command; choose another --out")
     return records[0], records[1:]
 
@@ -172,6 +176,11 @@ def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
     probe = NeedleData(replace(config, min_length=length, max_length=length, num_lengths=1), tokenizer)
     around = max(len(probe[number].tokens) for number in range(32)) - length
     text = length - around - 8
+    if text < around:
+        raise ValueError(
+            f"a sample of {length} tokens has too little room for {config.num_passkeys} passkeys, which take {around} "
+            "with their questions: raise --lengths or lower --data.num-passkeys"
+        )
     return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
 
 

@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from duo_jax.files import write_text
 
-def provenance(settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+
+def provenance(settings: Mapping[str, Any] | None = None, *, program: str = "duo") -> dict[str, Any]:
     """The command that runs, the machine, and the settings if they are given (but for where results go)."""
-    found: dict[str, Any] = {"command": " ".join(["duo", *sys.argv[1:]]), "machine": machine()}
+    found: dict[str, Any] = {"command": " ".join([program, *sys.argv[1:]]), "machine": machine()}
     if settings is not None:
         found["settings"] = {name: value for name, value in settings.items() if name != "out"}
     return found
@@ -21,25 +23,28 @@ def provenance(settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, versions, commit."""
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "torch", "transformers", "numpy")
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: found for name in packages if (found := _version(name))},
-        "commit": commit.stdout.strip() or "not a checkout",
+        "commit": _commit(),
     }
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Write a result whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "not a checkout"
 
 
 def _processor() -> str:

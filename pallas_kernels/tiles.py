@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -39,8 +39,6 @@ class DecodeTiles:
     """Loads that are in flight while a tile is computed."""
 
 
-Tiles = TypeVar("Tiles", FlashTiles, DecodeTiles)
-
 KINDS: dict[str, type[Any]] = {"flash": FlashTiles, "backward": FlashTiles, "decode": DecodeTiles}
 
 
@@ -59,8 +57,9 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int) -> Any:
 
 
 def device_kind() -> str:
-    """Kind of the device that programs run on, as the table names it."""
-    return jax.devices()[0].device_kind
+    """Kind of device that programs are made for, as the table names it: the mesh's in use, else the default's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
 def _default(kernel: str, width: int, itemsize: int) -> Any:

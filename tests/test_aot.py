@@ -3,7 +3,6 @@
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
-import jax
 import pytest
 
 from duo_jax import PRESETS
@@ -31,22 +30,22 @@ def test_a_training_step_s_memory_is_linear_in_the_tokens():
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("bfloat16", 64), ("float32", 128)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 64), ("float32", 128), ("float32", 256)],
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_kernel_spills(operation, dtype, head_dim, gpu):
     function, shapes = program(operation, "triton", dtype=dtype, head_dim=head_dim)
     kernels = kernels_on(gpu, function, *shapes)
     assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
-    assert all(0 < kernel.shared_memory < GPUS[gpu].shared_memory_per_core for kernel in kernels), kernels
+    assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation):
     """128 slots of 4.2M tokens: an offset of 32 bits would reach the fourth slot. Compiled, not run."""
-    function, shapes = program(operation, "triton", capacity=1 << 22, slots=128)
-    assert 128 * (1 << 22) * 128 > 2**31
-    text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert kernels_on("h200", function, *shapes)
-    # Triton's own text, inside: pointers advance by 64-bit offsets.
-    assert "i64" in text
+    for capacity, bits in ((1024, 32), (1 << 22, 64)):
+        function, shapes = program(operation, "triton", capacity=capacity)
+        assert [kernel.address_bits for kernel in kernels_on("h200", function, *shapes)] == [bits]

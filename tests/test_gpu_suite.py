@@ -52,9 +52,12 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
 def test_what_cannot_be_is_refused_or_written_down(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown sections speed; there are ceilings"):
         Suite(tmp_path, sections=("speed",)).run()
+    with pytest.raises(ValueError, match="no GPU here"):
+        Suite(tmp_path, sections=("ceilings",)).run()
     suite = Suite(tmp_path, sections=("ceilings",), smoke=True)
     monkeypatch.setattr(SECTIONS["ceilings"], "measure", lambda case: 1 / 0)
-    assert suite.run()
+    with pytest.raises(ArithmeticError, match=r"2 results in .* are wrong or failed"):
+        suite.run()
     results = json.loads((tmp_path / "ceilings.json").read_text())["results"]
     assert [result["failed"] for result in results] == ["ZeroDivisionError: division by zero"] * 2
     record = json.loads((tmp_path / "ceilings.json").read_text()) | {"device": "NVIDIA Abacus"}

@@ -89,7 +89,8 @@ def test_kvzip_is_the_most_attention_that_a_context_receives_while_it_is_repeate
     for number in range(2):
         begin = np.random.default_rng((0, number)).integers(0, len(text) - 40 + 1)
         context = list(text[begin : begin + 40])
-        tokens = np.array([*context, *request, *context], np.int32)
+        head = tokenizer.encode("")
+        tokens = np.array([*head, *context, *request, *context], np.int32)
         causal = np.tril(np.ones((len(tokens), len(tokens)), bool))
         sample = []
         for q, k in layers(run.model, tokens):
@@ -99,8 +100,9 @@ def test_kvzip_is_the_most_attention_that_a_context_receives_while_it_is_repeate
                 raw = np.where(causal, q[:, head] @ k[:, kv_head].T / np.sqrt(q.shape[2]), -np.inf)
                 weights = np.exp(raw - raw.max(-1, keepdims=True))
                 weights /= weights.sum(-1, keepdims=True)
-                # The context without its sinks, seen by all that follows it.
-                most[kv_head] = max(most[kv_head], weights[40:, ATTENTION.sink_size : 40].max())
+                # The context without its sinks, seen by what repeats it, from beyond the window.
+                far = np.subtract.outer(np.arange(len(tokens)), np.arange(len(tokens))) >= ATTENTION.recent_size
+                most[kv_head] = max(most[kv_head], (weights * far)[-40:, ATTENTION.sink_size : 40].max())
             sample.append(most)
         scores.append(sample)
     np.testing.assert_allclose(found, np.mean(scores, axis=0), atol=1e-5)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import duo_jax
 from duo_jax.cli.options import ModelOptions
-from duo_jax.pattern import HeadPattern
+from duo_jax.files import write_text
+from duo_jax.pattern import GATES_FILE, HeadPattern
 from train.gated import GatedModel
 from train.needles import NeedleData, Needles
 from train.recipes import AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
@@ -85,10 +86,13 @@ class Identify:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
         check_folder(self.out, self.resolved(), resume=self.resume)
+        if self.resume and (self.out / GATES_FILE).exists():
+            print(f"{self.out} holds the finished run")
+            return
         run = self.prepare()
         # Nothing is written before everything that can be checked was.
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / RUN_FILE).write_text(json.dumps(self.resolved(), indent=1) + "\n", encoding="utf-8")
+        if not (self.out / RUN_FILE).exists():
+            write_text(self.out / RUN_FILE, json.dumps(self.resolved(), indent=1) + "\n")
         with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True) as bar:
             try:
                 gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
@@ -102,6 +106,11 @@ class Identify:
     def prepare(self) -> Run:
         """Load what the recipe needs and check it, without writing anything."""
         self.pattern(np.ones((1, 1)))  # Sizes that no pattern may have are refused here.
+        if min(self.checkpoint_every, self.keep_checkpoints) < 1:
+            raise ValueError(
+                f"need checkpoint_every >= 1 and keep_checkpoints >= 1, got {self.checkpoint_every=}, "
+                f"{self.keep_checkpoints=}"
+            )
         model = self.model.load()
         data = NeedleData(self.data, self.model.tokenizer())
         trained = model.config.trained_positions
@@ -169,8 +178,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def _show(bar: Any, done: int, total: int, figures: Mapping[str, float | int]) -> None:
     bar.total = total
-    if not bar.n:
-        bar.initial = done - 1
+    if not bar.n:  # The first step of this process, which may go on from a later one.
+        bar.initial = bar.n = bar.last_print_n = done - 1
     shown = ("loss", "distillation", "next_token", "mean_gate", "above_half")
     bar.set_postfix({name: f"{figures[name]:.4g}" for name in shown if name in figures}, refresh=False)
     bar.update(done - bar.n)

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int32
 
+from duo_jax.files import write_text
 from duo_jax.model import Model
 from train.batches import Batch, stack
 from train.gated import GatedModel
@@ -52,6 +53,9 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         SystemExit: SIGTERM, after a checkpoint was written.
     """
+    recipe.check(run)
+    if not run.resume and (run.folder / METRICS_FILE).exists():
+        raise ValueError(f"{run.folder} holds the metrics of a run: resume it, or choose another folder")
     feed = _Feed(recipe, run)
     start = jnp.ones(run.shape, jnp.float32) if run.start is None else jnp.asarray(run.start, jnp.float32)
     params = recipe.init(start)
@@ -155,11 +159,6 @@ class _Feed:
 
     def __init__(self, recipe: Learned, run: Run) -> None:
         devices = jax.local_devices()
-        if recipe.batch_size % len(devices):
-            raise ValueError(
-                f"batch_size must be a multiple of the {len(devices)} devices that share it, got {recipe.batch_size=}: "
-                f"raise it, or hide devices (CUDA_VISIBLE_DEVICES)"
-            )
         self.recipe, self.run = recipe, run
         # Not a mesh of one: a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead of 6.6).
         self.whole: Sharding = SingleDeviceSharding(devices[0])
@@ -202,8 +201,8 @@ class _Metrics:
     """One JSON object a line and step. Lines after the checkpoint that a run goes on from are dropped."""
 
     def __init__(self, path: Path, done: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines()[:done] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done))
         self.file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "_Metrics":

@@ -4,7 +4,7 @@ Sample i depends on (seed, i) only: not on how many were drawn before, nor on wh
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from train.haystack import DEFAULT, load_haystack
 from train.vocabulary import NATO, ORDINALS
 
+# For templates that tell the day: a sample must not depend on when it is made.
+DATE = "26 Jul 2024"
 # Stands for the text while a chat template is filled in; no template changes it.
 HOLE = "<<the text>>"
 
@@ -92,6 +94,12 @@ class Needles:
             needed = ("{ordinal}",) if name == "question" else ("{ordinal}", "{words}")
             if any(word not in getattr(self, name) for word in needed):
                 raise ValueError(f"{name} must contain {' and '.join(needed)}, got {getattr(self, name)!r}")
+            try:
+                getattr(self, name).format(ordinal="", words="")
+            except (ValueError, LookupError):
+                raise ValueError(
+                    f"{name} may have no other braces than {' and '.join(needed)}, got {getattr(self, name)!r}"
+                ) from None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -138,7 +146,7 @@ class NeedleData:
         self.config = config
         self.tokenizer = tokenizer
         self.text = np.asarray(
-            _encode(tokenizer, load_haystack(config.haystack, max_chars=config.haystack_chars)), np.int32
+            encode(tokenizer, load_haystack(config.haystack, max_chars=config.haystack_chars)), np.int32
         )
         longest = max(config.lengths)
         if len(self.text) < longest:
@@ -169,7 +177,7 @@ class NeedleData:
         for ordinal, passkey, depth in zip(ORDINALS, passkeys, depths, strict=False):
             cut = round(depth * length)
             tokens.extend(text[done:cut])
-            needle = _encode(self.tokenizer, config.needle.format(ordinal=ordinal, words=passkey))
+            needle = encode(self.tokenizer, config.needle.format(ordinal=ordinal, words=passkey))
             needles.append((len(tokens), len(tokens) + len(needle)))
             tokens.extend(needle)
             done = cut
@@ -194,23 +202,36 @@ class NeedleData:
             for number, (question, answer) in enumerate(turns):
                 messages.append({"role": "user", "content": question if number else HOLE + question})
                 messages.append({"role": "assistant", "content": answer})
-            before, _, after = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(HOLE)
-            head = _encode(tokenizer, before)
+            before, _, after = chat(tokenizer, messages).partition(HOLE)
+            head = encode(tokenizer, before)
         else:
-            head = list(tokenizer.encode(""))
-            # A tokenizer may end what it encodes with a special token: here the text goes on.
-            head = head[:-1] if head and head[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else head
+            head = beginning(tokenizer)
             after = "".join(f"{question}\n{answer}\n" for question, answer in turns)
         encoded = tokenizer(after, add_special_tokens=False, return_offsets_mapping=True)
         offsets, spans, at = np.asarray(encoded["offset_mapping"]), [], 0
-        for passkey in passkeys:
-            first = after.index(passkey, at)
+        before_words = config.answer.partition("{words}")[0]
+        for (_, answer), ordinal, passkey in zip(turns, ORDINALS, passkeys, strict=False):
+            # By their place in the answer: all else may hold the same words. A template may strip an answer.
+            first = after.index(answer.strip(), at) + len(before_words.format(ordinal=ordinal).lstrip())
             at = first + len(passkey)
             inside = np.flatnonzero((offsets[:, 1] > first) & (offsets[:, 0] < at))
             spans.append((int(inside[0]), int(inside[-1]) + 1))
         return head, list(encoded["input_ids"]), spans
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a part of a text: no special tokens."""
     # Not verbose: a haystack is longer than the model's context, and only parts of it are used.
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a plain text begins with."""
+    head = list(tokenizer.encode(""))
+    # A tokenizer may end what it encodes with a special token: here the text goes on.
+    return head[:-1] if head and head[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else head
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+    """A conversation in the model's template; the same on any day, where a template tells the date."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options))

@@ -1,5 +1,6 @@
 """The command: which sections, where to, how long."""
 
+import hashlib
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ import jax
 import tyro
 
 from eval.gpu_suite import ceilings, decode, model, numerics, prefill
-from eval.gpu_suite.section import Case, Section
+from eval.gpu_suite.section import Case, Section, first_line
 from eval.record import provenance, write
 
 SECTIONS: dict[str, Section] = {
@@ -33,20 +34,28 @@ class Suite:
     """Sections, in this order."""
     backends: tuple[str, ...] = ("triton",)
     """Attention backends."""
-    minutes: float = 8.0
+    minutes: float = 6.0
     """No case is begun after so long; call again to go on."""
     smoke: bool = False
     """Toy sizes: does it run? On a CPU too."""
 
     def run(self) -> bool:
-        """Measure what the folder lacks; False if time ran out first."""
+        """Measure what the folder lacks, and what failed before; False if time ran out first.
+
+        Raises:
+            ValueError: an unknown section, no GPU, or a folder of other code or another machine.
+            ArithmeticError: a kernel is wrong, or could not be run; everything else was measured.
+        """
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"unknown sections {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-        begin = time.monotonic()
+        if jax.default_backend() != "gpu" and not self.smoke:
+            raise ValueError(f"no GPU here, only {jax.devices()[0].device_kind}: --smoke tries the suite at toy sizes")
+        begin, bad = time.monotonic(), 0
         for name in self.sections:
             path = self.out / f"{name}.json"
             record = self._open(path)
+            record["results"] = [result for result in record["results"] if "failed" not in result]
             done = [result["case"] for result in record["results"]]
             for case in self._cases(name):
                 if case in done:
@@ -58,6 +67,9 @@ class Suite:
                 record["results"].append(result)
                 write(path, record)
                 print(f"{name}: {result.get('failed') or SECTIONS[name].line(case, result)}", flush=True)
+            bad += sum("failed" in result or not result.get("is_right", True) for result in record["results"])
+        if bad:
+            raise ArithmeticError(f"{bad} results in {self.out} are wrong or failed")
         return True
 
     def _cases(self, name: str) -> list[Case]:
@@ -69,15 +81,23 @@ class Suite:
 
     def _open(self, path: Path) -> dict[str, Any]:
         """The section's record, begun if there is none."""
-        about = provenance(asdict(self) | {"sections": None, "minutes": None})
-        about["device"] = jax.devices()[0].device_kind
+        about = provenance(asdict(self) | {"sections": None, "minutes": None}, program="python -m eval.gpu_suite")
+        about |= {"device": jax.devices()[0].device_kind, "code": _code()}
         if not path.exists():
             return about | {"results": []}
         record = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in ("machine", "device") if record.get(name) != about[name]]
-        if different:
-            raise ValueError(f"{path} was measured on another device, versions or commit; choose another --out")
+        if any(record.get(name) != about[name] for name in ("device", "code")):
+            raise ValueError(f"{path} was measured on another device or with other code; choose another --out")
         return record
+
+
+def _code() -> str:
+    """A fingerprint of what is measured: a commit changes with everything, and says nothing of a dirty tree."""
+    root, found = Path(__file__).parent.parent.parent, hashlib.sha256()
+    for folder in ("pallas_kernels", "duo_jax", "eval/gpu_suite"):
+        for path in sorted((root / folder).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _measured(section: Section, case: Case) -> dict[str, Any]:
@@ -85,11 +105,11 @@ def _measured(section: Section, case: Case) -> dict[str, Any]:
     try:
         return {"case": case, **section.measure(case)}
     except Exception as error:
-        return {"case": case, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+        return {"case": case, "failed": first_line(error)}
 
 
 if __name__ == "__main__":
     try:
         sys.exit(0 if tyro.cli(Suite, prog="python -m eval.gpu_suite").run() else 75)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         sys.exit(f"error: {error}")

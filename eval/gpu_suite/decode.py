@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.gpu_suite import layer
-from eval.gpu_suite.section import Case, fastest
+from eval.gpu_suite.section import Case, seconds_of_layer
 from pallas_kernels import decode_attention
 
 HEADS = (32, 8, 128)
@@ -33,12 +33,10 @@ def measure(case: Case) -> dict[str, Any]:
     made = layer.make(heads=heads, dtype="bfloat16", tokens=1, **shape)
     lengths = jnp.full(batch, length, jnp.int32)
 
-    def attend(made: layer.Layer) -> jax.Array:
-        return decode_attention(
-            made.q[:, 0], made.pools, made.heads, lengths=lengths, **layer.SIZES, backend=case["backend"]
-        )
+    def attend(q: jax.Array, *rest: Any) -> jax.Array:
+        return decode_attention(q, *rest, lengths=lengths, **layer.SIZES, backend=case["backend"])
 
-    seconds = fastest(jax.jit(attend), made)
+    seconds = seconds_of_layer(attend, made.q[:, 0], made.pools, made.heads)
     size = sum(pool.nbytes for pool in made.pools)
     return {"seconds": seconds, "bytes": size, "bytes_per_second": size / seconds}
 

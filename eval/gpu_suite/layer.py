@@ -34,7 +34,7 @@ def make(
     """A layer of `heads = (query heads, KV heads, head dim)`, the given fraction of its KV heads streaming."""
     num_heads, num_kv_heads, head_dim = heads
     num_streaming = round(streaming * num_kv_heads)
-    is_retrieval = jnp.arange(num_kv_heads) % num_kv_heads >= num_streaming
+    is_retrieval = jnp.arange(num_kv_heads) >= num_streaming
     order = jax.random.permutation(jax.random.key(seed), num_kv_heads)
     is_retrieval = is_retrieval[order]
     slot = jnp.where(is_retrieval, jnp.cumsum(is_retrieval), jnp.cumsum(~is_retrieval)).astype(jnp.int32) - 1

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax import PRESETS, HeadPattern, KVCache, Model, ModelConfig, decode_step, prefill
+from duo_jax import PRESETS, HeadPattern, KVCache, Model, ModelConfig
+from duo_jax.phases import extend, step
 from eval.costs import decode_bytes
 from eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
 from eval.gpu_suite.section import Case, fastest
@@ -32,7 +33,7 @@ def cases(*, smoke: bool) -> Iterator[Case]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Milliseconds a token; seconds of the last chunk before the context; peak memory."""
+    """Milliseconds a token; seconds of the last chunk before the context; memory of both programs."""
     config = TOY if case["model"] == "toy" else replace(PRESETS[case["model"]], dtype="bfloat16")
     model = Model.random(config, seed=0)
     shape = config.num_layers, config.num_kv_heads
@@ -42,37 +43,58 @@ def measure(case: Case) -> dict[str, Any]:
         sizes: dict[str, Any] = {"sink_size": SINK_SIZE, "recent_size": RECENT_SIZE}
         pattern = HeadPattern.from_gates(gates, sparsity=case["streaming"], **sizes)
     cache = KVCache.init(config, pattern, 1, case["context"])
-    box = {"cache": cache}
-
-    def filled() -> KVCache:
-        # Zeros, where a prompt would have left keys: as fast to read as anything else.
-        length = case["context"] - case["chunk"] - STEPS
-        return replace(box["cache"], length=jnp.full((1,), length, jnp.int32))
-
     tokens = jnp.ones((1, case["chunk"]), jnp.int32)
 
-    def chunk() -> Any:
-        logits, box["cache"] = prefill(model, tokens, filled(), chunk_size=case["chunk"], backend=case["backend"])
+    def filled(cache: KVCache, length: int) -> KVCache:
+        # Zeros, where a prompt would have left keys.
+        return replace(cache, length=jnp.full((1,), length, jnp.int32))
+
+    last = jnp.zeros((1, config.embed_dim), jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32)
+    args = model, filled(cache, case["context"] - STEPS), tokens[:, 0]
+    decode = jax.jit(_decode, static_argnums=3, donate_argnums=1).lower(*args, case["backend"]).compile()
+    chunk_args = model, tokens, args[1], jnp.full((1,), case["chunk"], jnp.int32), last
+    chunk = jax.jit(extend, static_argnums=5, donate_argnums=(2,)).lower(*chunk_args, case["backend"]).compile()
+    box = {"cache": cache}
+
+    def one_chunk() -> Any:
+        start = filled(box["cache"], case["context"] - case["chunk"])
+        hidden, box["cache"] = chunk(model, tokens, start, chunk_args[3], last)
+        return hidden
+
+    def some_steps() -> Any:
+        logits, box["cache"] = decode(model, filled(box["cache"], case["context"] - STEPS), tokens[:, 0])
         return logits
 
-    def steps() -> Any:
-        cache = filled()
-        for _ in range(STEPS):
-            logits, cache = decode_step(model, tokens[:, 0], cache, backend=case["backend"])
-        box["cache"] = cache
-        return logits
-
-    prefill_seconds = fastest(chunk, least=0.0)
-    step_seconds = fastest(steps, least=0.0) / STEPS
+    chunk_seconds = fastest(one_chunk, least=0.0)
+    step_seconds = fastest(some_steps, least=0.0) / STEPS
     costs: dict[str, Any] = {"batch_size": 1, "length": case["context"], "itemsize": 2}
-    size = decode_bytes(config, pattern, **costs)
-    stats = jax.devices()[0].memory_stats() or {}
     return {
-        "chunk_seconds": prefill_seconds,
+        "chunk_seconds": chunk_seconds,
         "decode_ms": 1e3 * step_seconds,
-        "decode_bytes_per_second": size / step_seconds,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "decode_bytes_per_second": decode_bytes(config, pattern, **costs) / step_seconds,
+        "chunk_memory_bytes": _needs(chunk),
+        "decode_memory_bytes": _needs(decode),
     }
+
+
+def _decode(model: Model, cache: KVCache, token: jax.Array, backend: str) -> tuple[jax.Array, KVCache]:
+    """Some steps in one program, as `generate` makes them."""
+    active = jnp.ones(token.shape, bool)
+
+    def one(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        return step(model, token, carry[1], active, backend)
+
+    logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
+    return jax.lax.fori_loop(0, STEPS, one, (logits, cache))
+
+
+def _needs(program: jax.stages.Compiled) -> int | None:
+    """Bytes of device memory while a program runs, from the compiler; an output in its argument's place counts once."""
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes
 
 
 def line(case: Case, found: dict[str, Any]) -> str:

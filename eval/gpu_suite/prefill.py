@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from eval.costs import visible_pairs
 from eval.gpu_suite import layer
-from eval.gpu_suite.section import Case, fastest
+from eval.gpu_suite.section import Case, first_line, seconds_of_layer
 from pallas_kernels import prefill_attention
 
 HEADS = (32, 8, 128)
@@ -27,10 +27,10 @@ def measure(case: Case) -> dict[str, Any]:
     made = layer.make(heads=heads, dtype="bfloat16", streaming=case["streaming"], tokens=tokens, capacity=tokens)
     start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
 
-    def attend(made: layer.Layer) -> jax.Array:
-        return prefill_attention(*made, start=start, lengths=lengths, **layer.SIZES, backend=case["backend"])
+    def attend(q: jax.Array, *rest: Any) -> jax.Array:
+        return prefill_attention(q, *rest, start=start, lengths=lengths, **layer.SIZES, backend=case["backend"])
 
-    seconds = fastest(jax.jit(attend), made)
+    seconds = seconds_of_layer(attend, *made)
     ring = layer.SINK_SIZE + layer.RECENT_SIZE
     streaming = round(case["streaming"] * heads[1])
     pairs = (heads[1] - streaming) * visible_pairs(tokens, tokens) + streaming * visible_pairs(tokens, ring)
@@ -46,9 +46,9 @@ def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
     try:
-        seconds = fastest(jax.jit(attend), made.q, made.k, made.v)
+        seconds = seconds_of_layer(attend, made.q, made.k, made.v)
     except Exception as error:  # What is raised without cuDNN, or on shapes it does not take, differs.
-        return {"cudnn": f"not run: {str(error).splitlines()[0][:200]}"}
+        return {"cudnn": f"not run: {first_line(error)}"}
     return {"cudnn_seconds": seconds, "cudnn_flops_per_second": flops / seconds}
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import jax
 
 Case = dict[str, Any]
+# Calls in a row.
+CHAIN = 8
 
 
 class Section(Protocol):
@@ -23,10 +25,7 @@ class Section(Protocol):
 
 
 def fastest(function: Callable[..., Any], *args: Any, least: float = 0.1, rounds: int = 3) -> float:
-    """Seconds of one call: the best mean of a few rounds, each of as many calls as fill `least` seconds.
-
-    Calls are queued without waiting, so that what the host does is hidden behind what the device does.
-    """
+    """Seconds of one call: the best mean of a few rounds, each of as many calls as fill `least` seconds."""
     jax.block_until_ready(function(*args))
     begin = time.perf_counter()
     jax.block_until_ready(function(*args))
@@ -39,3 +38,22 @@ def fastest(function: Callable[..., Any], *args: Any, least: float = 0.1, rounds
         jax.block_until_ready(last)
         found.append((time.perf_counter() - begin) / count)
     return min(found)
+
+
+def seconds_of_layer(attend: Callable[..., jax.Array], q: jax.Array, *rest: Any) -> float:
+    """Seconds of one call of `attend(q, *rest)`, of many in one program: a short kernel is over before the next launch.
+
+    Each call's queries are the outputs of the one before.
+    """
+
+    @jax.jit
+    def chain(q: jax.Array, *rest: Any) -> jax.Array:
+        return jax.lax.fori_loop(0, CHAIN, lambda _, q: attend(q, *rest), q)
+
+    return fastest(chain, q, *rest) / CHAIN
+
+
+def first_line(error: Exception) -> str:
+    """An error in a line."""
+    said = (str(error).splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {said}"

@@ -1,7 +1,7 @@
 """Flash attention over a chunk and the cache before it on Hopper: retrieval and streaming heads in one launch.
 
-A program computes one tile of queries of one head with three warpgroups: one fetches tiles of keys and values by TMA, two
-multiply half of the queries each. Which keys come follows from the head's type, which all of them look up.
+A program computes one tile of queries of one head with three warpgroups: one fetches tiles of keys and values by TMA,
+two multiply half of the queries each. Which keys come follows from the head's type, which all of them look up.
 """
 
 import math
@@ -50,7 +50,7 @@ class Steps(NamedTuple):
         return self.whole_pool + self.whole_own
 
     @property
-    def count(self) -> Array:
+    def total(self) -> Array:
         """How many steps there are."""
         return self.unmasked + self.tail + self.ring + self.sinks + self.left + self.diagonal
 
@@ -148,8 +148,8 @@ def flash_attention(
     count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
     tile = jnp.zeros((1, batch, block_k, head_dim), q.dtype)
-    present = [pool if pool.shape[0] else tile for pool in pools]
-    arrays = Arrays(q, k, v, *present, order, heads.slot, count, start, lengths)
+    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in pools)
+    arrays = Arrays(q, k, v, full_k, full_v, ring_k, ring_v, order, heads.slot, count, start, lengths)
     settings = {"sink_size": sink_size, "recent_size": recent_size, "block_k": block_k, "stages": stages}
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)
@@ -175,11 +175,10 @@ def flash_attention(
     )(*arrays)
 
 
-def flash_kernel(
-    *refs, sink_size: int, recent_size: int, block_k: int, stages: int, interpreted: bool = False
-) -> None:
+def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: int, interpreted: bool = False) -> None:
     """One tile of queries of one head."""
-    arrays, (out_ref, qo_smem, k_smem, v_smem, *barriers) = Arrays(*refs[: len(Arrays._fields)]), refs[12:]
+    inputs = len(Arrays._fields)
+    arrays, (out_ref, qo_smem, k_smem, v_smem, *barriers) = Arrays(*refs[:inputs]), refs[inputs:]
     q_here, k_here, v_here, k_free, v_free = barriers
     speak, block_q = Dialect(interpreted), COMPUTE * ROWS
     _, length, num_heads, head_dim = arrays.q.shape
@@ -191,7 +190,7 @@ def flash_kernel(
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
     steps = steps_of(first, start, is_retrieval, length=length, block_q=block_q, block_k=block_k, **sizes)
     # A tile of padding meets its own diagonal alone.
-    count = steps.count
+    count = steps.total
 
     @pl.when(group_of_warps == COMPUTE)
     def fetch() -> None:
@@ -231,14 +230,16 @@ def flash_kernel(
 
         lax.fori_loop(jnp.int32(0), count, one, None)
         # No barrier is left with an arrival that nobody waited for.
-        lax.fori_loop(jnp.maximum(count, jnp.int32(stages)), count + stages, lambda step, _: (free(step), None)[1], None)
+        lax.fori_loop(
+            jnp.maximum(count, jnp.int32(stages)), count + stages, lambda step, _: (free(step), None)[1], None
+        )
 
     @pl.when(group_of_warps < COMPUTE)
     def compute() -> None:
         speak.registers(COMPUTE_REGISTERS, "increase")
         own_first = first + group_of_warps * ROWS
         rows = pl.ds(own_first, ROWS)
-        qo = qo_smem.at[group_of_warps]
+        qo: Ref = qo_smem.at[group_of_warps]
         plgpu.copy_gmem_to_smem(arrays.q.at[row, rows, head], qo, q_here.at[group_of_warps])
         plgpu.barrier_wait(q_here.at[group_of_warps])
         maximum = speak.full((ROWS,), MASKED, dialect.ROWS)

@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.blocks import compute_dtype
 from pallas_kernels.tiles import tiles_for
 from pallas_kernels.triton.decode import split_attention
 from pallas_kernels.triton.flash import flash_attention
@@ -29,7 +30,7 @@ def prefill_attention(
     """See `pallas_kernels.prefill_attention`."""
     check(q, k, *pools)
     sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
-    tiles = tiles_for("flash", q.shape[-1], q.dtype.itemsize)
+    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize)
     rows: dict[str, Any] = {"start": start, "lengths": lengths}
     return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles)[0]
 
@@ -46,5 +47,5 @@ def decode_attention(
     """See `pallas_kernels.decode_attention`."""
     check(q, *pools)
     del sink_size, recent_size  # A ring of them holds what is visible.
-    tiles = tiles_for("decode", q.shape[-1], pools.retrieval_k.dtype.itemsize)
+    tiles = tiles_for("decode", q.shape[-1], compute_dtype(q, pools.retrieval_k).itemsize)
     return split_attention(q, pools, heads, lengths=lengths, tiles=tiles)

@@ -44,7 +44,8 @@ def split_attention(
     group = num_heads // num_kv_heads
     longest = max(pools.retrieval_k.shape[2] if pools.retrieval_k.shape[0] else 0, pools.streaming_k.shape[2])
     splits = min(-(-longest // tiles.min_split), max(1, tiles.max_programs // (batch * num_kv_heads)))
-    arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
+    present = tile.present(pools)
+    arrays = Arrays(q, present, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
     parts = batch, num_kv_heads, splits, group
     out = [
         jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
@@ -55,7 +56,7 @@ def split_attention(
         kernel, out, arrays, grid=(splits, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
     )
     # Programs that had no key wrote nothing.
-    size = jnp.where(heads.is_retrieval[None, :], lengths[:, None], _held(lengths[:, None], pools.streaming_k.shape[2]))
+    size = _size(present, heads.is_retrieval[None, :], lengths[:, None])
     begin = jnp.arange(splits, dtype=jnp.int32)[None, None, :] * _split(size, splits, tiles)[:, :, None]
     used = begin < size[:, :, None]
     return merge(values, log_total, used).reshape(q.shape).astype(q.dtype)
@@ -71,8 +72,8 @@ def merge(
     return (jnp.where(used[..., None, None], values, 0.0) * weights[..., None]).sum(axis=2)
 
 
-def decode_kernel(arrays: Arrays, out_ref, log_ref, *, splits: int, tiles: DecodeTiles) -> None:
-    """One part of the keys of one KV head, for the query heads of its group."""
+def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: int, tiles: DecodeTiles) -> None:
+    """One part of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
     block_k = tiles.block_k
     _, num_heads, head_dim = arrays.q.shape
     group, width = num_heads // arrays.slot.shape[0], tile.width(head_dim)
@@ -80,9 +81,7 @@ def decode_kernel(arrays: Arrays, out_ref, log_ref, *, splits: int, tiles: Decod
     split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
     is_retrieval = arrays.is_retrieval[kv_head] == 1
-    size = length
-    if arrays.pools.streaming_k is not None:
-        size = jnp.where(is_retrieval, length, _held(length, arrays.pools.streaming_k.shape[2]))
+    size = _size(arrays.pools, is_retrieval, length)
     per_split = _split(size, splits, tiles)
     begin = split * per_split
     end = jnp.minimum(begin + per_split, size)
@@ -123,9 +122,10 @@ def decode_kernel(arrays: Arrays, out_ref, log_ref, *, splits: int, tiles: Decod
         tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_total, in_group)
 
 
-def _held(length: Array, ring: int) -> Array:
-    """Tokens in a ring of so many slots."""
-    return jnp.minimum(length, jnp.int32(ring))
+def _size(pools: tile.Present, is_retrieval: Array, length: Array) -> Array:
+    """Tokens that a head's slot holds; never more than it has room for, which would be another slot's."""
+    full, ring = (0 if pool is None else pool.shape[2] for pool in (pools.retrieval_k, pools.streaming_k))
+    return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(full), jnp.int32(ring)))
 
 
 def _split(size: Array, splits: int, tiles: DecodeTiles) -> Array:

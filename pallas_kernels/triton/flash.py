@@ -60,8 +60,10 @@ def flash_attention(
     return out, log_total
 
 
-def flash_kernel(arrays: Arrays, out_ref, log_ref, *, sink_size: int, recent_size: int, tiles: FlashTiles) -> None:
-    """One tile of queries of one head."""
+def flash_kernel(
+    arrays: Arrays, out_ref: Ref, log_ref: Ref, *, sink_size: int, recent_size: int, tiles: FlashTiles
+) -> None:
+    """One tile of queries of one head: of `out_ref [B, T, N, H]` and `log_ref [B, N, T]`."""
     block_q, block_k = tiles.block_q, tiles.block_k
     _, length, num_heads, head_dim = arrays.q.shape
     num_kv_heads = arrays.k.shape[2]
@@ -97,15 +99,16 @@ def flash_kernel(arrays: Arrays, out_ref, log_ref, *, sink_size: int, recent_siz
     state, zero = tile.empty(block_q, width), jnp.int32(0)
     if arrays.pools.retrieval_k is not None:
         pool = arrays.pools.retrieval_k, arrays.pools.retrieval_v
-        whole = jnp.where(is_retrieval, start // block_k, zero)
-        every = jnp.where(is_retrieval, cdiv(start, block_k), zero)
+        filled = jnp.minimum(start, jnp.int32(pool[0].shape[2]))  # beyond its end lies another slot
+        whole = jnp.where(is_retrieval, filled // block_k, zero)
+        every = jnp.where(is_retrieval, cdiv(filled, block_k), zero)
 
         def inside(j: Array, state: Softmax) -> Softmax:
             return visit(state, cached(*pool, j * block_k), None, None)
 
         def last(j: Array, state: Softmax) -> Softmax:
-            filled = tile.indices(j * block_k, block_k) < start
-            return visit(state, cached(*pool, j * block_k), filled, filled[None, :])
+            exists = tile.indices(j * block_k, block_k) < filled
+            return visit(state, cached(*pool, j * block_k), exists, exists[None, :])
 
         state = over(whole, every, last, over(zero, whole, inside, state))
     if arrays.pools.streaming_k is not None:

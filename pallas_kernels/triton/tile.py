@@ -90,17 +90,24 @@ def finish(state: Softmax) -> tuple[jax.Array, jax.Array]:
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b`, in float32."""
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(a, b, 1, 0)
 
 
 def dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b.T`, in float32."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(a, b, 1, 1)
 
 
 def t_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a.T @ b`, in float32."""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(a, b, 0, 0)
+
+
+def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    # A GPU would otherwise round float32 to TF32, which has the mantissa of float16.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def indices(begin: jax.Array | int, count: int) -> jax.Array:

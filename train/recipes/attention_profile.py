@@ -41,7 +41,7 @@ class AttentionProfile(Recipe):
         scores = []
         for number in range(self.num_samples):
             tokens = jnp.asarray(run.data[number].tokens)[None]
-            scores.append(_means(run.model, tokens))
+            scores.append(_means(run.model, tokens, run.attention.backend))
             run.report(number + 1, self.num_samples, {})
         means = jax.tree.map(lambda *x: jnp.stack(x).mean(0), *scores)
         profile = np.asarray(_profile(run.model.config, means, self.length), np.float64)
@@ -49,8 +49,8 @@ class AttentionProfile(Recipe):
         return profile.reshape(*run.shape, -1).max(-1)
 
 
-@jax.jit
-def _means(model: Model, tokens: Int32[Array, "1 T"]) -> Means:
+@partial(jax.jit, static_argnums=2)
+def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Means:
     """Mean query and key of every layer and head, before RoPE."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     cos, sin = rotation(model.config.rope, model.config.head_dim, positions)
@@ -60,7 +60,7 @@ def _means(model: Model, tokens: Int32[Array, "1 T"]) -> Means:
 
     def attend(means: Means, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Means]:
         mean = back(q.astype(jnp.float32))[0].mean(0) * scale, back(k.astype(jnp.float32))[0].mean(0) * scale
-        return full_attention(q, k, v), (*means, mean)
+        return full_attention(q, k, v, backend=backend), (*means, mean)
 
     none: Means = ()
     return model.decoder.hidden(tokens, positions, attend, none)[1]

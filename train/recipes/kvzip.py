@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.model import Model
 from pallas_kernels import full_attention
+from train.gated import GatedModel
+from train.needles import beginning, chat, encode
 from train.recipes.base import Recipe, Run
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
@@ -41,16 +43,16 @@ class KVzip(Recipe):
             raise ValueError(f"the haystack has {len(text)} tokens, fewer than {self.length=}: give a longer text")
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
-        """Mean over contexts of the most attention received; sinks do not count, a window cannot reach the context."""
+        """Mean over contexts of the most attention received; what a streaming head would see does not count."""
         self.check(run)
-        sinks, text = run.attention.sink_size, run.data.text
+        text = run.data.text
         scores = []
         for number in range(self.num_samples):
             rng = np.random.default_rng((run.data.config.seed, number))
             begin = int(rng.integers(0, len(text) - self.length + 1))
             context = text[begin : begin + self.length]
             tokens, first = _repeat(run.data.tokenizer, context)
-            score = _received(run.model, jnp.asarray(tokens)[None], first + sinks, first + self.length)
+            score = _received(run.model, jnp.asarray(tokens)[None], first, self.length, run.attention)
             scores.append(np.asarray(score, np.float64))
             run.report(number + 1, self.num_samples, {})
         return np.mean(scores, axis=0)
@@ -61,40 +63,48 @@ def _repeat(tokenizer: PreTrainedTokenizerBase, context: Int32[np.ndarray, "C"])
     if tokenizer.chat_template:
         hole = "<<the text>>"
         message = [{"role": "user", "content": hole + REQUEST}]
-        frame = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        before, _, after = frame.partition(hole)
+        before, _, after = chat(tokenizer, message, add_generation_prompt=True).partition(hole)
+        head = encode(tokenizer, before)
     else:
-        before, after = "", REQUEST
-    head, request = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+        head, after = beginning(tokenizer), REQUEST
+    request = encode(tokenizer, after)
     return np.concatenate([np.asarray(part, np.int32) for part in (head, context, request, context)]), len(head)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _received(model: Model, tokens: Int32[Array, "1 T"], first: int, last: int) -> Float[Array, "L K"]:
-    """The most attention that tokens `first` to `last` get from any later token, per layer and KV head."""
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _received(
+    model: Model, tokens: Int32[Array, "1 T"], first: int, length: int, attention: GatedModel
+) -> Float[Array, "L K"]:
+    """The most attention that a context of `length` tokens from `first` on gets while it is repeated at the end."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
     def attend(scores: Scores, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Scores]:
         groups = q[0].reshape(q.shape[1], k.shape[2], -1, q.shape[3]).transpose(1, 0, 2, 3)
-        most = lax.map(lambda head: _most(head[0], head[1], first, last), (groups, k[0].transpose(1, 0, 2)))
-        return full_attention(q, k, v), (*scores, most)
+        one = partial(_most, first=first, length=length, attention=attention)
+        most = lax.map(lambda head: one(*head), (groups, k[0].transpose(1, 0, 2)))
+        return full_attention(q, k, v, backend=attention.backend), (*scores, most)
 
     none: Scores = ()
     return jnp.stack(model.decoder.hidden(tokens, positions, attend, none)[1])
 
 
-def _most(q: Float[Array, "T G H"], k: Float[Array, "T H"], first: int, last: int) -> Float[Array, ""]:
-    """One KV head, in blocks of the queries after the context."""
-    length, _, head_dim = q.shape
-    k_pos = jnp.arange(length, dtype=jnp.int32)[None, None, :]
-    block = min(BLOCK, length - last)
+def _most(
+    q: Float[Array, "T G H"], k: Float[Array, "T H"], *, first: int, length: int, attention: GatedModel
+) -> Float[Array, ""]:
+    """One KV head, in blocks of the queries that repeat the context."""
+    total, _, head_dim = q.shape
+    block = min(BLOCK, length)
+    context = slice(max(first, attention.sink_size), first + length)
+    k_pos = jnp.arange(total, dtype=jnp.int32)[None, None, :]
 
     def one(i: Array, most: Array) -> Array:
-        begin = jnp.minimum(last + i * block, length - block)
+        begin = jnp.minimum(total - length + i * block, total - block)
         rows = lax.dynamic_slice_in_dim(q, begin, block, 0).astype(jnp.float32)
         scores = jnp.einsum("tgh,sh->tgs", rows, k.astype(jnp.float32)) * head_dim**-0.5
         q_pos = (begin + jnp.arange(block, dtype=jnp.int32))[:, None, None]
         weights = jax.nn.softmax(jnp.where(k_pos <= q_pos, scores, -jnp.inf), axis=-1)
-        return jnp.maximum(most, weights[:, :, first:last].max())
+        # The end of the context may still lie in the window of the first repeated tokens.
+        weights = jnp.where(k_pos <= q_pos - attention.recent_size, weights, 0.0)
+        return jnp.maximum(most, weights[:, :, context].max())
 
-    return lax.fori_loop(0, -(-(length - last) // block), one, jnp.float32(0))
+    return lax.fori_loop(0, -(-length // block), one, jnp.float32(0))

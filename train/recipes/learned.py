@@ -54,6 +54,15 @@ class Learned(Recipe):
                 f"{self.cooldown=}"
             )
 
+    def check(self, run: Run) -> None:
+        """A batch that the devices can share."""
+        devices = jax.local_device_count()
+        if self.batch_size % devices:
+            raise ValueError(
+                f"batch_size must be a multiple of the {devices} devices that share it, got {self.batch_size=}: raise "
+                "it, or hide devices (CUDA_VISIBLE_DEVICES)"
+            )
+
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Train; see `train.loop.train`."""
         from train.loop import train  # Brings in Orbax, which takes a second: not before it is needed.
