@@ -37,6 +37,14 @@ def test_triton_kernels_lower_for_cuda_one_launch_for_both_head_types(operation,
     assert found == sorted(KERNELS[operation])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_mosaic_kernel_lowers_for_cuda(head_dim):
+    function, shapes = program("prefill", "mosaic", head_dim=head_dim, tokens=500, capacity=1000)
+    with use_abstract_mesh(H200):
+        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
+
+
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float8_e4m3fn", 64), ("float32", 320)])
 def test_triton_says_what_it_cannot_do(dtype, head_dim):
     def zeros(*shape):

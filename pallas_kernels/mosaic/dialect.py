@@ -4,8 +4,9 @@ The one file with a private import.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -40,7 +41,7 @@ class Dialect:
         """`a @ b.T` of two matrices in shared memory, float32."""
         if self.interpreted:  # It has no transposed matrices.
             return lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        transposed = plgpu.transpose_ref(b, (1, 0)) if hasattr(plgpu, "transpose_ref") else b.transpose((1, 0))
+        transposed = b.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(b, (1, 0))
 
         def multiply(accumulator: Ref) -> Array:
             plgpu.wgmma(accumulator, a, transposed)
@@ -58,7 +59,7 @@ class Dialect:
 
         return pl.run_state(multiply)(plgpu.ACC.init(c))
 
-    def registers(self, count: int, action: str) -> None:
+    def registers(self, count: int, action: Literal["increase", "decrease"]) -> None:
         """Give a warpgroup more or fewer registers than an even share."""
         if not self.interpreted:
             plgpu.set_max_registers(count, action=action)

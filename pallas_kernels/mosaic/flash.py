@@ -24,6 +24,7 @@ from pallas_kernels.types import Heads, Pools
 LOG2_E = math.log2(math.e)
 COMPUTE = 2  # warpgroups that multiply
 ROWS = 64  # queries of each: what one wgmma takes
+BLOCK_Q = COMPUTE * ROWS  # queries of a program
 # Registers of a thread that multiplies, and of one that fetches: 65536 of a multiprocessor, shared out.
 COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40
 
@@ -83,7 +84,6 @@ def steps_of(
     is_retrieval: Array,
     *,
     length: int,
-    block_q: int,
     block_k: int,
     sink_size: int,
     recent_size: int,
@@ -102,10 +102,10 @@ def steps_of(
     # Beyond the window's reach only the sinks of a ring are left to see.
     reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
     ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
-    end = cdiv(jnp.minimum(first + block_q, length), block_k)
+    end = cdiv(jnp.minimum(first + BLOCK_Q, length), block_k)
     left = streaming(jnp.maximum(first + 1 - recent_size, zero) // block_k)
     sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
-    inner = jnp.clip(streaming(cdiv(jnp.maximum(first + block_q - recent_size, zero), block_k)), left, end)
+    inner = jnp.clip(streaming(cdiv(jnp.maximum(first + BLOCK_Q - recent_size, zero), block_k)), left, end)
     diagonal = jnp.clip((first + 1) // block_k, inner, end)
     return Steps(whole_pool, diagonal - inner, tail, ring, sinks, inner - left, end - diagonal, left, inner)
 
@@ -166,7 +166,7 @@ def flash_attention(
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         ],
-        grid=(num_heads * (length // (COMPUTE * ROWS)), batch),
+        grid=(num_heads * (length // BLOCK_Q), batch),
         grid_names=("tile", "row"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
@@ -180,17 +180,18 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
     inputs = len(Arrays._fields)
     arrays, (out_ref, qo_smem, k_smem, v_smem, *barriers) = Arrays(*refs[:inputs]), refs[inputs:]
     q_here, k_here, v_here, k_free, v_free = barriers
-    speak, block_q = Dialect(interpreted), COMPUTE * ROWS
+    speak = Dialect(interpreted)
     _, length, num_heads, head_dim = arrays.q.shape
     group = num_heads // arrays.k.shape[2]
     row, group_of_warps = lax.axis_index("row"), lax.axis_index("warpgroup")
-    head, is_retrieval, first = _work(arrays, num_heads, group, length // block_q, block_q)
+    head, is_retrieval, first = _work(arrays, num_heads, group, length // BLOCK_Q)
     kv_head = head // group
     slot, start = arrays.slot[kv_head], arrays.start[row]
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
-    steps = steps_of(first, start, is_retrieval, length=length, block_q=block_q, block_k=block_k, **sizes)
-    # A tile of padding meets its own diagonal alone.
-    count = steps.total
+    steps = steps_of(first, start, is_retrieval, length=length, block_k=block_k, **sizes)
+    # A tile of padding meets no key, and is written as zeros.
+    is_live = first < arrays.lengths[row]
+    unmasked, count = (jnp.where(is_live, x, jnp.int32(0)) for x in (steps.unmasked, steps.total))
 
     @pl.when(group_of_warps == COMPUTE)
     def fetch() -> None:
@@ -240,7 +241,8 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
         own_first = first + group_of_warps * ROWS
         rows = pl.ds(own_first, ROWS)
         qo: Ref = qo_smem.at[group_of_warps]
-        plgpu.copy_gmem_to_smem(arrays.q.at[row, rows, head], qo, q_here.at[group_of_warps])
+        own_q: Ref = arrays.q.at[row, rows, head]
+        plgpu.copy_gmem_to_smem(own_q, qo, q_here.at[group_of_warps])
         plgpu.barrier_wait(q_here.at[group_of_warps])
         maximum = speak.full((ROWS,), MASKED, dialect.ROWS)
         total = speak.full((ROWS,), 0.0, dialect.ROWS)
@@ -280,16 +282,16 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
             return values, new, total
 
         carry = values, maximum, total
-        carry = lax.fori_loop(jnp.int32(0), steps.unmasked, partial(one, masked=False), carry)
-        values, maximum, total = lax.fori_loop(steps.unmasked, count, partial(one, masked=True), carry)
-        values = values / lax.broadcast_in_dim(total, values.shape, [0])
+        carry = lax.fori_loop(jnp.int32(0), unmasked, partial(one, masked=False), carry)
+        values, maximum, total = lax.fori_loop(unmasked, count, partial(one, masked=True), carry)
+        values = values / lax.broadcast_in_dim(jnp.maximum(total, 1e-30), values.shape, [0])
         qo[...] = values.astype(out_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qo, out_ref.at[row, rows, head])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _work(arrays, num_heads: int, group: int, q_tiles: int, block_q: int) -> tuple[Array, Array, Array]:
+def _work(arrays: Arrays, num_heads: int, group: int, q_tiles: int) -> tuple[Array, Array, Array]:
     """Query head of this program, whether it retrieves, and its first query: heavy tiles first."""
     number, heavy = lax.axis_index("tile"), arrays.num_retrieval[0] * group
     is_retrieval = number < heavy * q_tiles
@@ -297,4 +299,4 @@ def _work(arrays, num_heads: int, group: int, q_tiles: int, block_q: int) -> tup
     heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
     place = rank % heads + jnp.where(is_retrieval, jnp.int32(0), heavy)
     head = arrays.order[place // group] * group + place % group
-    return head, is_retrieval, (q_tiles - 1 - rank // heads) * block_q
+    return head, is_retrieval, (q_tiles - 1 - rank // heads) * BLOCK_Q

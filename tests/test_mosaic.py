@@ -1,0 +1,69 @@
+"""The Mosaic kernel in its interpreter, which knows barriers, copies and races, against the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+
+SIZES = {"sink_size": 16, "recent_size": 64}
+
+
+def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity=250, dtype=jnp.bfloat16):
+    """Two query heads a KV head, pools with one slot more than are used."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    batch, kinds = len(starts), np.array(is_retrieval)
+    counts = [int(kinds.sum()), int((~kinds).sum())]
+    slots = [count + 1 if count else 0 for count in counts]
+    pools = [normal(slots[i], batch, size, head_dim) for i, size in ((0, capacity), (1, 80)) for _ in "kv"]
+    slot = np.where(kinds, np.cumsum(kinds), np.cumsum(~kinds)).astype(np.int32)
+    heads = Heads(jnp.asarray(kinds), jnp.asarray(slot))
+    q = normal(batch, tokens, 2 * len(kinds), head_dim)
+    return q, *(normal(batch, tokens, len(kinds), head_dim) for _ in "kv"), Pools(*pools), heads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        # A pool's last tile partly filled and reaching over its end; sinks, window and diagonal of a streaming head.
+        {"tokens": 128, "starts": (200,)},
+        # A first chunk: nothing cached; padding to whole tiles; a row that ends early.
+        {"tokens": 150, "starts": (0, 9), "is_retrieval": (False,), "lengths": (150, 20)},
+    ],
+    ids=["after_a_cache", "first_chunk"],
+)
+def test_prefill_equals_the_reference(case):
+    lengths = case.pop("lengths", (case["tokens"],) * len(case["starts"]))
+    arrays = problem(**case)
+    rows = {"start": jnp.asarray(case["starts"], jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
+
+    def attend(backend):
+        run = jax.jit(lambda *arrays: prefill_attention(*arrays, **rows, **SIZES, backend=backend))
+        return np.asarray(run(*arrays), np.float32)
+
+    found, wanted = attend("mosaic"), attend("reference")
+    assert np.isfinite(found).all()
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(found[row, :length], wanted[row, :length], rtol=0, atol=2e-2)
+
+
+def test_says_what_it_cannot_do():
+    count = jnp.ones(1, jnp.int32)
+    rows = {"start": count, "lengths": count, **SIZES, "backend": "mosaic"}
+    with pytest.raises(NotImplementedError, match=r"takes bfloat16 or float16.* got float32 with 64: use"):
+        prefill_attention(*problem(tokens=4, starts=(0,), dtype=jnp.float32), **rows)
+    with pytest.raises(NotImplementedError, match="head dims of 64 or 128, got bfloat16 with 80"):
+        prefill_attention(*problem(tokens=4, starts=(0,), head_dim=80), **rows)
+    q, k, v, pools, heads = problem(tokens=4, starts=(0,))
+    with pytest.raises(NotImplementedError, match="no decode kernel yet: use backend='triton'"):
+        decode_attention(q[:, 0], pools, heads, lengths=count, **SIZES, backend="mosaic")
+    with pytest.raises(NotImplementedError, match="no kernel for training: use backend='triton'"):
+        gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="mosaic")
+    with pytest.raises(NotImplementedError, match="at least 16 tokens, got 8"):
+        prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)
