@@ -1,9 +1,10 @@
 """Attention by blocks of keys: a running softmax, its gradients, and where a block of a given size lies."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 # Finite, so that a block with no visible key leaves no NaN: its weights vanish at the first visible one.
@@ -90,5 +91,22 @@ def block_at(j: Array, block: int, size: int) -> tuple[Array, Int32[Array, "1 bl
 
 
 def cdiv(a: Array, b: int) -> Array:
-    """Blocks of size `b` that cover `a`."""
-    return (a + (b - 1)) // b
+    """Blocks of size `b` that cover `a`, which is not negative."""
+    return div(a + (b - 1), b)
+
+
+def div(a: Array, b: Array | int) -> Array:
+    """`a // b` of numbers that are not negative: one instruction, where `//` asks for signs."""
+    return lax.div(a, _like(a, b))
+
+
+def rem(a: Array, b: Array | int) -> Array:
+    """`a % b` of numbers that are not negative."""
+    return lax.rem(a, _like(a, b))
+
+
+def _like(a: Array, b: Array | int) -> Any:
+    if not isinstance(b, int):
+        return b
+    # Mosaic cannot lower an operation that makes a number out of a number.
+    return a.dtype.type(b) if a.ndim == 0 else lax.full_like(a, b)

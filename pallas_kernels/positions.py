@@ -1,6 +1,7 @@
 """Which token sits where in a ring, and which keys a head may see: the arithmetic that all backends share."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int, Int32
 
 
@@ -36,8 +37,9 @@ def position_at(
 ) -> Int[Array, "..."]:
     """Position of the token at a ring index once `length` tokens are in; -1 where nothing was written yet."""
     last = length - 1
-    # The newest position that maps to this index: a ring index and its positions agree modulo `recent_size`.
-    newest = last - (last - index) % max(recent_size, 1)
+    # The newest position that maps to this index: a ring index and its positions agree modulo `recent_size`. An index
+    # beyond `last` was never written, and stays beyond it.
+    newest = last - lax.rem(last - index, lax.full_like(last - index, max(recent_size, 1)))
     position = jnp.where(index < sink_size, index, newest)
     # Not Python numbers: Pallas lowers a choice between two of those to invalid Triton IR.
     first = jnp.where(index < sink_size, jnp.int32(0), jnp.int32(sink_size))

@@ -3,16 +3,15 @@
 Prefill so far. On a CPU the kernel is interpreted, for tests.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.dialect import interpreter
 from pallas_kernels.mosaic.flash import BLOCK_Q, flash_attention
+from pallas_kernels.tiles import device_kind
 from pallas_kernels.types import Heads, Pools
 
 __all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
@@ -42,17 +41,12 @@ def prefill_attention(
     pad = ((0, 0), (0, -length % BLOCK_Q), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, pad) if length % BLOCK_Q else x for x in (q, k, v))
     block_k = min([BLOCK_K[q.shape[3]], *(_power_below(pool.shape[2]) for pool in pools if pool.shape[0])])
-    attend = partial(flash_attention, sink_size=sink_size, recent_size=recent_size, block_k=block_k, stages=STAGES)
-
-    def run(*args: Any, interpret: Any) -> Array:
-        q, k, v, pools, heads, start, lengths = args
-        return attend(q, k, v, pools, heads, start=start, lengths=lengths, interpret=interpret)
-
-    out = lax.platform_dependent(
-        *(q, k, v, pools, heads, start, lengths),
-        cpu=lambda *args: run(*args, interpret=interpreter()),
-        default=lambda *args: run(*args, interpret=None),
-    )
+    sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
+    tiles: dict[str, Any] = {"block_k": block_k, "stages": STAGES}
+    # Not by `lax.platform_dependent`: the interpreter's side effects cannot stand in a branch that is not taken.
+    interpret = interpreter() if device_kind() == "cpu" else None
+    rows: dict[str, Any] = {"start": start, "lengths": lengths}
+    out = flash_attention(q, k, v, pools, heads, **rows, **sizes, **tiles, interpret=interpret)
     return out[:, :length]
 
 

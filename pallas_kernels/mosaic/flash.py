@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import MASKED, cdiv
+from pallas_kernels.blocks import MASKED, cdiv, div, rem
 from pallas_kernels.mosaic import dialect
 from pallas_kernels.mosaic.dialect import Dialect, Ref
 from pallas_kernels.positions import position_at
@@ -97,16 +97,16 @@ def steps_of(
     def streaming(x: Array) -> Array:
         return jnp.where(is_retrieval, zero, x)
 
-    whole_pool = retrieval(start // block_k)
+    whole_pool = retrieval(div(start, block_k))
     tail = retrieval(cdiv(start, block_k)) - whole_pool
     # Beyond the window's reach only the sinks of a ring are left to see.
     reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
     ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
     end = cdiv(jnp.minimum(first + BLOCK_Q, length), block_k)
-    left = streaming(jnp.maximum(first + 1 - recent_size, zero) // block_k)
+    left = streaming(div(jnp.maximum(first + 1 - recent_size, zero), block_k))
     sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
     inner = jnp.clip(streaming(cdiv(jnp.maximum(first + BLOCK_Q - recent_size, zero), block_k)), left, end)
-    diagonal = jnp.clip((first + 1) // block_k, inner, end)
+    diagonal = jnp.clip(div(first + 1, block_k), inner, end)
     return Steps(whole_pool, diagonal - inner, tail, ring, sinks, inner - left, end - diagonal, left, inner)
 
 
@@ -170,7 +170,7 @@ def flash_attention(
         grid_names=("tile", "row"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
 
@@ -185,7 +185,7 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
     group = num_heads // arrays.k.shape[2]
     row, group_of_warps = lax.axis_index("row"), lax.axis_index("warpgroup")
     head, is_retrieval, first = _work(arrays, num_heads, group, length // BLOCK_Q)
-    kv_head = head // group
+    kv_head = div(head, group)
     slot, start = arrays.slot[kv_head], arrays.start[row]
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
     steps = steps_of(first, start, is_retrieval, length=length, block_k=block_k, **sizes)
@@ -199,7 +199,7 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
 
         def free(step: Array) -> Array:
             """The buffer of a step, once the tile that was in it has been used."""
-            buffer = lax.rem(step, jnp.int32(stages))
+            buffer = rem(step, stages)
 
             @pl.when(step >= stages)
             def wait() -> None:
@@ -261,7 +261,7 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
 
         def one(step: Array, carry, *, masked: bool):
             values, maximum, total = carry
-            buffer = lax.rem(step, jnp.int32(stages))
+            buffer = rem(step, stages)
             plgpu.barrier_wait(k_here.at[buffer])
 
             scores = speak.product_t(qo, k_smem.at[buffer])
@@ -297,6 +297,6 @@ def _work(arrays: Arrays, num_heads: int, group: int, q_tiles: int) -> tuple[Arr
     is_retrieval = number < heavy * q_tiles
     rank = jnp.where(is_retrieval, number, number - heavy * q_tiles)
     heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
-    place = rank % heads + jnp.where(is_retrieval, jnp.int32(0), heavy)
-    head = arrays.order[place // group] * group + place % group
-    return head, is_retrieval, (q_tiles - 1 - rank // heads) * BLOCK_Q
+    place = rem(rank, heads) + jnp.where(is_retrieval, jnp.int32(0), heavy)
+    head = arrays.order[div(place, group)] * group + rem(place, group)
+    return head, is_retrieval, (q_tiles - 1 - div(rank, heads)) * BLOCK_Q

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import cdiv
+from pallas_kernels.blocks import cdiv, div
 from pallas_kernels.positions import visible
 from pallas_kernels.tiles import FlashTiles
 from pallas_kernels.triton import tile
@@ -62,7 +62,7 @@ def query_gradient_kernel(arrays: Arrays, out_ref, *, window: tuple[int, int] | 
     number, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first = (-(-length // block_q) - 1 - number) * block_q  # late tiles, which see more, first
     queries = _Queries(arrays, row, head, first, block_q)
-    kv_head = head // (num_heads // arrays.k.shape[2])
+    kv_head = div(head, num_heads // arrays.k.shape[2])
 
     def visit(j: Array, d_q: Array) -> Array:
         index = tile.indices(j * block_k, block_k)
@@ -73,7 +73,7 @@ def query_gradient_kernel(arrays: Arrays, out_ref, *, window: tuple[int, int] | 
     zero, end = jnp.int32(0), cdiv(jnp.minimum(first + block_q, length), block_k)
     left, sinks = zero, zero
     if window is not None:
-        left = jnp.maximum(first + 1 - window[1], zero) // block_k
+        left = div(jnp.maximum(first + 1 - window[1], zero), block_k)
         sinks = jnp.minimum(jnp.int32(-(-window[0] // block_k)), left)
     d_q = lax.fori_loop(zero, sinks, visit, jnp.zeros((block_q, tile.width(head_dim)), jnp.float32))
     d_q = lax.fori_loop(left, end, visit, d_q)
@@ -100,7 +100,7 @@ def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: tuple[int, 
             d_k = totals[0] + tile.t_dot(d_scores.astype(k.dtype), queries.q)
             return d_k, totals[1] + tile.t_dot(weights.astype(k.dtype), queries.grad)
 
-        return lax.fori_loop(first // block_q, end, visit, totals)
+        return lax.fori_loop(div(first, block_q), end, visit, totals)
 
     zeros = jnp.zeros((block_k, tile.width(head_dim)), jnp.float32)
     totals = lax.fori_loop(jnp.int32(0), jnp.int32(group), one_head, (zeros, zeros))

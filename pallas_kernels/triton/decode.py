@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.blocks import MASKED, cdiv
+from pallas_kernels.blocks import MASKED, cdiv, div
 from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Softmax
@@ -107,7 +107,7 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
                 return visit(first, tile.indices(first, block_k) < end, state)
 
             zero = jnp.int32(0)
-            whole = jnp.where(runs, (end - begin) // block_k, zero)
+            whole = jnp.where(runs, div(end - begin, block_k), zero)
             state = lax.fori_loop(zero, whole, inside, state)
             return lax.fori_loop(whole, jnp.where(runs, cdiv(end - begin, block_k), zero), last, state)
 

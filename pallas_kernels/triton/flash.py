@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import cdiv
+from pallas_kernels.blocks import cdiv, div, rem
 from pallas_kernels.positions import position_at, visible
 from pallas_kernels.tiles import FlashTiles
 from pallas_kernels.triton import tile
@@ -71,7 +71,7 @@ def flash_kernel(
     columns = pl.ds(0, width)
     row = pl.program_id(1)
     head, is_retrieval, first = _work(arrays, num_heads, group, -(-length // block_q), block_q)
-    kv_head = head // group
+    kv_head = div(head, group)
     slot, start = arrays.slot[kv_head], arrays.start[row]
     q_index = tile.indices(first, block_q)
     q_pos = start + q_index
@@ -100,7 +100,7 @@ def flash_kernel(
     if arrays.pools.retrieval_k is not None:
         pool = arrays.pools.retrieval_k, arrays.pools.retrieval_v
         filled = jnp.minimum(start, jnp.int32(pool[0].shape[2]))  # beyond its end lies another slot
-        whole = jnp.where(is_retrieval, filled // block_k, zero)
+        whole = jnp.where(is_retrieval, div(filled, block_k), zero)
         every = jnp.where(is_retrieval, cdiv(filled, block_k), zero)
 
         def inside(j: Array, state: Softmax) -> Softmax:
@@ -127,11 +127,11 @@ def flash_kernel(
 
     # The chunk's own keys: sinks, the window's left edge, what every query of the tile sees, the diagonal.
     end = cdiv(jnp.minimum(first + block_q, length), block_k)
-    left = jnp.where(is_retrieval, zero, jnp.maximum(first + 1 - recent_size, zero) // block_k)
+    left = jnp.where(is_retrieval, zero, div(jnp.maximum(first + 1 - recent_size, zero), block_k))
     sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
     inner = jnp.where(is_retrieval, zero, cdiv(jnp.maximum(first + block_q - recent_size, zero), block_k))
     inner = jnp.clip(inner, left, end)
-    diagonal = jnp.clip((first + 1) // block_k, inner, end)
+    diagonal = jnp.clip(div(first + 1, block_k), inner, end)
 
     def own(j: Array) -> tuple[Ref, Ref]:
         at = row, pl.ds(j * block_k, block_k), kv_head, columns
@@ -165,6 +165,6 @@ def _work(arrays: Arrays, num_heads: int, group: int, q_blocks: int, block_q: in
     is_retrieval = number < heavy * q_blocks
     rank = jnp.where(is_retrieval, number, number - heavy * q_blocks)
     heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
-    place = rank % heads + jnp.where(is_retrieval, jnp.int32(0), heavy)
-    head = arrays.order[place // group] * group + place % group
-    return head, is_retrieval, (q_blocks - 1 - rank // heads) * block_q
+    place = rem(rank, heads) + jnp.where(is_retrieval, jnp.int32(0), heavy)
+    head = arrays.order[div(place, group)] * group + rem(place, group)
+    return head, is_retrieval, (q_blocks - 1 - div(rank, heads)) * block_q
