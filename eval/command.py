@@ -9,6 +9,7 @@ from eval.kernels import Kernels
 from eval.memory import MemoryTask
 from eval.recall import Recall
 from eval.training import Training
+from eval.tune import Tune
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Eval:
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
-        | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)],
+        | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]
+        | Annotated[Tune, tyro.conf.subcommand("tune", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 

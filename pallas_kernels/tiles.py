@@ -1,6 +1,8 @@
 """Tile sizes of the GPU kernels: a table by kind of GPU, kernel and head dim, and what to take beyond it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -39,6 +41,8 @@ class DecodeTiles:
     """Loads that are in flight while a tile is computed."""
 
 
+_TRIED: dict[str, Any] = {}
+
 KINDS: dict[str, type[Any]] = {"flash": FlashTiles, "backward": FlashTiles, "decode": DecodeTiles}
 
 
@@ -50,10 +54,21 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int) -> Any:
         head_dim: of the model, rounded up to a power of two by the kernels.
         itemsize: bytes of a number: float32 tiles are half as large.
     """
+    if kernel in _TRIED:
+        return _TRIED[kernel]
     width = max(16, 1 << (head_dim - 1).bit_length())
-    table = _table().get(device_kind(), {}).get(kernel, {})
-    found = table.get(f"{width}x{itemsize}")
+    found = _table().get(device_kind(), {}).get(kernel, {}).get(f"{width}x{itemsize}")
     return KINDS[kernel](**found) if found else _default(kernel, width, itemsize)
+
+
+@contextmanager
+def trying(kernel: str, tiles: Any) -> Iterator[None]:
+    """Within it, programs are traced with these tiles of a kernel: for a tuner."""
+    _TRIED[kernel] = tiles
+    try:
+        yield
+    finally:
+        del _TRIED[kernel]
 
 
 def device_kind() -> str:

@@ -1,0 +1,37 @@
+"""The tuner writes what the kernels then use; tile sizes that cannot be are left out."""
+
+import json
+
+import pytest
+
+from eval import tune
+from eval.tune import Tune
+from pallas_kernels import tiles
+from pallas_kernels.tiles import DecodeTiles, tiles_for, trying
+
+
+def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
+    table = tmp_path / "tiles.json"
+    table.write_text(json.dumps({"NVIDIA Abacus": {"flash": {"64x2": {}}}}))
+    wrong, right = DecodeTiles(24, 256, 64, 4, 2), DecodeTiles(32, 256, 64, 4, 2)  # Pallas wants powers of two
+    monkeypatch.setattr(tune, "candidates", lambda kernel: [wrong, right])
+    Tune(kernels=("decode",), head_dims=(16,), tokens=1, context=300, out=table).run()
+    found = json.loads(table.read_text())
+    assert found["NVIDIA Abacus"] == {"flash": {"64x2": {}}}
+    assert found["cpu"]["decode"].keys() == {"16x2"}
+    monkeypatch.setattr(tiles, "_table", lambda: found)
+    assert tiles_for("decode", 16, 2) in (wrong, right)
+    assert tiles_for("decode", 16, 4) == tiles._default("decode", 16, 4)
+
+
+def test_tiles_on_trial_are_used_within_alone():
+    mine, before = DecodeTiles(8, 16, 4, 1, 1), tiles_for("decode", 128, 2)
+    with trying("decode", mine):
+        assert tiles_for("decode", 128, 2) is mine
+    assert tiles_for("decode", 128, 2) == before
+
+
+@pytest.mark.parametrize("bad", [{"kernels": ("matmul",)}, {"context": 0}])
+def test_bad_settings_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match=r"kernels are among flash|sizes of at least 1"):
+        Tune(out=tmp_path / "tiles.json", **bad).run()
