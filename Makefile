@@ -64,8 +64,8 @@ test-aot: ## compile for GPUs that are not there, in an environment of its own, 
 	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
 
 # Says by exit status 75 that its minutes are over and that there is more to do: call it again.
-gpu-suite: $(STAMP) ## check and measure the GPU kernels on the GPU that is here; results go to OUT=eval/results/gpu
-	@$(BIN)/python -m eval.gpu_suite --out $(OUT)
+gpu-suite: ## check and measure the GPU kernels with PYTHON, which has jax for the GPU; results go to OUT=eval/results/gpu
+	@$(PYTHON) -m eval.gpu_suite --out $(OUT)
 
 check: $(STAMP) ## lint, check the format and the types
 	@echo "Checking lint, format and types"

@@ -176,7 +176,7 @@ def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
     probe = NeedleData(replace(config, min_length=length, max_length=length, num_lengths=1), tokenizer)
     around = max(len(probe[number].tokens) for number in range(32)) - length
     text = length - around - 8
-    if text < around:
+    if text < 1:
         raise ValueError(
             f"a sample of {length} tokens has too little room for {config.num_passkeys} passkeys, which take {around} "
             "with their questions: raise --lengths or lower --data.num-passkeys"

@@ -83,6 +83,8 @@ def _default(kernel: str, width: int, itemsize: int) -> Any:
     if kernel == "decode":
         return DecodeTiles(block_k=64 if small else 32, min_split=256, max_programs=1024, num_warps=4, num_stages=2)
     if kernel == "backward":
+        if width * itemsize <= 128:
+            return FlashTiles(64, 32, 4, 2)
         return FlashTiles(64, 64, 8, 2) if small else FlashTiles(32, 32, 8, 1)
     return FlashTiles(128, 64, 8, 2) if small else FlashTiles(64, 32, 8, 2)
 
