@@ -84,7 +84,8 @@ class Recall:
         for source in patterns.values():
             for sparsity in self.sparsity:
                 HeadPattern.load(source, sparsity=sparsity)  # What is wrong is refused before anything is measured.
-        done = self._open(patterns)
+        head, records = self._begun(patterns)
+        done = {Job(**record["job"]) for record in records}
         jobs = [job for job in self._jobs(patterns) if job not in done]
         if not jobs:
             print(f"{self.out} had all of it")
@@ -92,6 +93,11 @@ class Recall:
         model, tokenizer = load_model(self.model), load_tokenizer(self.model)
         sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
         shape = model.config.num_layers, model.config.num_kv_heads
+        for source in patterns.values():
+            HeadPattern.load(source).check(model.config)
+        # Written anew: a record that a kill cut off is left out.
+        head |= {"runs": [*head["runs"], provenance()]}
+        write_text(self.out, "".join(json.dumps(record) + "\n" for record in (head, *records)))
         with self.out.open("a", encoding="utf-8") as file:
             for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
                 pattern = self._pattern(job, patterns, shape)
@@ -127,16 +133,13 @@ class Recall:
         gates = np.random.default_rng(seed).random(shape)
         return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
 
-    def _open(self, patterns: dict[str, str]) -> set[Job]:
-        """What the file has; a new file gets a first line that says what it is."""
+    def _begun(self, patterns: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The first line of the file, which says what it is, and what it has; of a new file too."""
         settings = asdict(self)
         about = json.loads(json.dumps({name: settings[name] for name in ("model", "sink_size", "recent_size", "data")}))
         gates = {name: _fingerprint(HeadPattern.load(source)) for name, source in patterns.items()}
         if not self.out.exists():
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            head = {"about": about, "gates": gates, **provenance()}
-            self.out.write_text(json.dumps(head) + "\n", encoding="utf-8")
-            return set()
+            return {"about": about, "gates": gates, "runs": []}, []
         head, records = read(self.out)
         different = differences(head["about"], about)
         if different:
@@ -144,11 +147,7 @@ class Recall:
         changed = [name for name in gates if head["gates"].get(name, gates[name]) != gates[name]]
         if changed:
             raise ValueError(f"{self.out} was made with other gates under the name of {', '.join(changed)}")
-        if set(gates) - set(head["gates"]):
-            head |= {"gates": head["gates"] | gates}
-        # Written anew: a record that a kill cut off is left out.
-        write_text(self.out, "".join(json.dumps(record) + "\n" for record in (head, *records)))
-        return {Job(**record["job"]) for record in records}
+        return head | {"gates": head["gates"] | gates}, records
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -75,15 +75,16 @@ def _about(record: dict[str, Any]) -> list[str]:
 def recall_table(path: Path) -> str:
     """Token accuracy of held-out passkeys, and that as a percentage of full attention's: recipe by sparsity."""
     head, cells = _recall(path)
-    sparsities = sorted({key[2] for key in cells if key[1] not in (FULL, STREAMING)})
     lines = []
     for length in sorted({key[0] for key in cells}):
+        here = {key: cell for key, cell in cells.items() if key[0] == length}
+        sparsities = sorted({key[2] for key in here if key[1] not in (FULL, STREAMING)})
         full = cells[length, FULL, 0.0]
         lines += [
             f"| {length} tokens | " + " | ".join(f"{sparsity:.0%} stream" for sparsity in sparsities) + " |",
             "| --- " + "| --: " * len(sparsities) + "|",
         ]
-        for method in _methods(cells):
+        for method in _methods(here):
             row = []
             for sparsity in sparsities:
                 cell = cells.get((length, method, sparsity))
@@ -181,14 +182,15 @@ def _scaled(estimate: Estimate) -> Estimate:
 
 
 def _about_recall(head: dict[str, Any], cells: dict[tuple[int, str, float], _Cell]) -> list[str]:
-    machine, about = head["machine"], head["about"]
+    machine, about = head["runs"][-1]["machine"], head["about"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in head["runs"]))
     passkeys = sorted({cell.passkeys for cell in cells.values()})
     count = f"{passkeys[0]}" if len(passkeys) == 1 else f"{passkeys[0]} to {passkeys[-1]}"
     return [
         f"{count} passkeys a cell, sink {about['sink_size']}, recent {about['recent_size']}. {machine['processor']}, "
-        f"{machine['cores']} cores, float32, Python {machine['python']}, {versions}, commit {machine['commit']}; "
-        f"`{head['command']}`.",
+        f"{machine['cores']} cores, float32, Python {machine['python']}, {versions}. "
+        f"Measured by `duo eval recall`, piece by piece, at {commits}.",
     ]
 
 

@@ -96,7 +96,9 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
     # Cut off in the middle of a line: what is there is not computed again, what is missing is.
     out.write_text(whole[:-40])
     assert run("--patterns", pattern).code == 0
-    assert out.read_text() == whole
+    assert out.read_text().splitlines()[1:] == whole.splitlines()[1:]
+    assert len(json.loads(out.read_text().splitlines()[0])["runs"]) == 2
+    whole = out.read_text()
     assert "had all of it" in run("--patterns", pattern).out
     for table in (recall_table, recall_details, prose_table):
         text = table(out)
@@ -107,6 +109,10 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
     assert out.read_text() == whole
     out.write_text(whole.replace('{"job"', '{job"', 1))
     assert_refused(run("--patterns", pattern), f"{out}:2 is not JSON")
+    for foreign in ("years of work", '{"mine": 1}', "one\ntwo"):
+        out.write_text(foreign)
+        assert run("--patterns", pattern).code == 2
+        assert out.read_text() == foreign
 
 
 def test_intervals_are_of_samples_and_differences_are_paired():
