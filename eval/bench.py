@@ -64,6 +64,7 @@ class Bench:
                 raise ValueError(f"--{name.replace('_', '-')} must have at least one value")
         if min(*self.contexts, *self.batch_sizes) < 1:
             raise ValueError(f"contexts and batch sizes must be at least 1, got {self.contexts}, {self.batch_sizes}")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         record = self._record()
         done = [result["point"] for result in record["results"]]
         for point in self._points():

@@ -106,7 +106,7 @@ def test_a_pattern_saves_memory(model: Path, duo: Callable[..., Result]) -> None
         ({"kv_budget": 0.55, "context_length": length}, budget),
     ):
         pattern = HeadPattern.load(model / "pattern", **rule, **sizes)
-        assert pattern.num_retrieval == 6
+        assert pattern.num_retrieval == 4
         assert run["kv_bytes"] == duo_jax.KVCache.bytes_for(config, pattern, 1, length, dtype="float32")
         assert run["kv_bytes"] < 0.7 * run["kv_bytes_full"]
 

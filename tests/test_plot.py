@@ -210,15 +210,15 @@ def test_attention_figures_are_readable(length: int) -> None:
 
 def test_attention(duo: Duo, text_model: Path, text: Path, tmp_path: Path) -> None:
     args = ("--text", text, "--length", 120, "--sink-size", 4, "--recent-size", 16, "--out", tmp_path / "two")
-    result = duo("plot", "attention", "--model", text_model, "--layer", 0, 2, "--head", 3, 1, *args)
+    result = duo("plot", "attention", "--model", text_model, "--layer", 0, 1, "--head", 3, 1, *args)
     found = labels_of(result, tmp_path / "two")
-    for words in ("layer 0, KV head 3", "layer 2, KV head 1", "sinks", "the rest", "mass in %", "120 tokens"):
+    for words in ("layer 0, KV head 3", "layer 1, KV head 1", "sinks", "the rest", "mass in %", "120 tokens"):
         assert words in found
 
 
 ATTENTION: dict[str, tuple[dict[str, object], list[str]]] = {
-    "layer": ({"--layer": 3}, ["--layer must be in [0, 2], got 3"]),
-    "negative layer": ({"--layer": -1}, ["--layer must be in [0, 2], got -1"]),
+    "layer": ({"--layer": 2}, ["--layer must be in [0, 1], got 2"]),
+    "negative layer": ({"--layer": -1}, ["--layer must be in [0, 1], got -1"]),
     "head": ({"--head": 4}, ["--head is a KV head and must be in [0, 3], got 4"]),
     "short text": ({"--length": 4000}, ["has 1400 tokens, need 4000", "--length"]),
     "no text": ({"--text": "no-such.txt"}, ["no-such.txt"]),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -11,6 +11,7 @@ Case = dict[str, Any]
 CHAIN = 8
 
 
+@runtime_checkable
 class Section(Protocol):
     """A module of this package: its cases, and how one is measured."""
 
