@@ -156,8 +156,14 @@ def compile_for(gpu: str, function: Callable, *shapes: Any, **options: Any) -> j
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    with jax.set_mesh(mesh):
-        return jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+    cached = jax.config.jax_enable_compilation_cache
+    # An executable for a device that is not there can be written to the cache, and not read.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with jax.set_mesh(mesh):
+            return jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def _uses(said: str) -> list[tuple[str, int, int]]:

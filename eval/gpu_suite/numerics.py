@@ -14,8 +14,6 @@ from pallas_kernels import decode_attention, gated_attention, prefill_attention
 
 # Relative error in the Euclidean norm that counts as right.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
-# A gate's gradient is a sum of differences of two outputs, each rounded: it may err by so many times as much.
-GATES = 5
 # Tokens over which an error is a relative one.
 TOKENS = 64
 # What an operation gives back; in training the gradients are named after their inputs.
@@ -56,9 +54,10 @@ def measure(case: Case) -> dict[str, Any]:
     errors = {}
     for name, one, other in zip(names, jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         errors[name] = worst(*(np.asarray(x.astype(jnp.float32), np.float64) for x in (one, other)))
-    bounds = {name: TOLERANCE[case["dtype"]] * (GATES if name == "gates" else 1) for name in names}
+    # Not the gates' gradient: no kernel makes it, and as a sum with signs it may be nearly 0.
+    judged = [error for name, error in errors.items() if name != "gates"]
     # Not the other way round: an error that is NaN is not right either.
-    return {"seed": seed, "errors": errors, "is_right": all(errors[name] < bounds[name] for name in names)}
+    return {"seed": seed, "errors": errors, "is_right": all(error < TOLERANCE[case["dtype"]] for error in judged)}
 
 
 def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
