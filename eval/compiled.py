@@ -156,7 +156,7 @@ def compile_for(gpu: str, function: Callable, *shapes: Any, **options: Any) -> j
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     # An executable for a device that is not there can be written to the cache, and not read.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
