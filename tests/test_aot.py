@@ -30,13 +30,10 @@ def test_a_training_step_s_memory_is_linear_in_the_tokens():
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    [("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 64), ("float32", 128), ("float32", 256)],
-)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_no_kernel_spills(operation, dtype, head_dim, gpu):
-    function, shapes = program(operation, "triton", dtype=dtype, head_dim=head_dim)
+def test_no_kernel_spills_in_bfloat16(operation, head_dim, gpu):
+    function, shapes = program(operation, "triton", head_dim=head_dim)
     kernels = kernels_on(gpu, function, *shapes)
     assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
