@@ -126,7 +126,7 @@ def kernels_on(gpu: str, function: Callable, *shapes: Any) -> list[Kernel]:
             text, name = path.read_text(encoding="utf-8"), path.name.split(".")[1]
             found = re.search(r"ttg\.shared = (\d+)", text)
             shared[name] = int(found.group(1)) if found else 0
-            bits[name] = 64 if re.search(r"tt\.addptr .*i64", text) else 32
+            bits[name] = 64 if re.search(r"tt\.addptr\W[^\n]*xi64", text) else 32
         kernels = []
         for path in sorted(folder.glob("*.ptx")):
             if not any(f".entry {name}(" in path.read_text(encoding="utf-8") for name in shared):

@@ -202,7 +202,7 @@ class SmolLM2Cpu(Identify):
     )
     attention: GatedModel = GatedModel(sink_size=32, recent_size=128, rematerialize=False)
     distill: Distill = Distill(steps=200, learning_rate=0.05, cooldown=0.4, reg_weight=0.2, pad_multiple=64)
-    prulong: PruLong = PruLong(steps=200, learning_rate=0.3, multiplier_rate=0.3, pad_multiple=64)
+    prulong: PruLong = PruLong(steps=200, multiplier_rate=0.3, pad_multiple=64)
     attention_profile: AttentionProfile = AttentionProfile(num_samples=8, length=1024)
     kvzip: KVzip = KVzip(num_samples=4, length=1024)
 

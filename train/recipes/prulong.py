@@ -36,6 +36,8 @@ class PruLong(Learned):
     """Optimizer steps."""
     learning_rate: float = 1.0
     """Peak learning rate of the gates' log-odds."""
+    weight_decay: float = 0.2
+    """Pull of the log-odds toward 0. Without it they drift to where the sigmoid is flat, and gates decided too early stay."""
     multiplier_rate: float = 1.0
     """Learning rate of the two multipliers, which go uphill."""
     target_sparsity: float = 0.7
@@ -67,7 +69,7 @@ class PruLong(Learned):
     def optimizer(self) -> optax.GradientTransformation:
         """Adam downhill for the gates, uphill for the multipliers."""
         uphill = optax.chain(optax.scale(-1.0), optax.adam(self.multiplier_rate))
-        rules = {"log_alpha": optax.adamw(self.schedule, weight_decay=0.0), "multipliers": uphill}
+        rules = {"log_alpha": optax.adamw(self.schedule, weight_decay=self.weight_decay), "multipliers": uphill}
         return optax.partition(rules, {name: name for name in rules})
 
     def gates(self, params: PruLongParams) -> Float[Array, "L K"]:
