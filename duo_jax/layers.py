@@ -21,9 +21,18 @@ def linear(width_in: int, width_out: int, *, bias: bool, dtype: jnp.dtype, rngs:
     return nnx.Linear(width_in, width_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def rms_norm(width: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+class RMSNorm(nnx.RMSNorm):
     """RMSNorm over the last axis; statistics in float32."""
-    return nnx.RMSNorm(width, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Apply to every token. Flax promotes bfloat16 without saying so, which a strict configuration would refuse."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def rms_norm(width: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm:
+    """An RMSNorm of this model, stored in one data type."""
+    return RMSNorm(width, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):

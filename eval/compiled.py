@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -93,8 +92,8 @@ class Kernel:
     address_bits: int  # of the widest offset into an array
 
 
-def memory_on(gpu: str, function: Callable, *shapes: Any) -> Memory:
-    """Compile `function` for one GPU and read what it needs; `shapes` are pytrees of `jax.ShapeDtypeStruct`.
+def memory_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> Memory:
+    """Compile a jitted function for one GPU and read what it needs; `shapes` are pytrees of `jax.ShapeDtypeStruct`.
 
     Raises:
         ValueError: an unknown GPU.
@@ -110,8 +109,8 @@ def memory_on(gpu: str, function: Callable, *shapes: Any) -> Memory:
     )
 
 
-def kernels_on(gpu: str, function: Callable, *shapes: Any) -> list[Kernel]:
-    """Compile `function` for one GPU and read what each of its Pallas kernels takes.
+def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Kernel]:
+    """Compile a jitted function for one GPU and read what each of its Pallas kernels takes.
 
     Raises:
         ValueError: an unknown GPU.
@@ -139,8 +138,8 @@ def kernels_on(gpu: str, function: Callable, *shapes: Any) -> list[Kernel]:
     return kernels
 
 
-def compile_for(gpu: str, function: Callable, *shapes: Any, **options: Any) -> jax.stages.Compiled:
-    """Compile `function` for one GPU, with XLA's options; see `memory_on`."""
+def compile_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, **options: Any) -> jax.stages.Compiled:
+    """Compile a jitted function for one GPU, with XLA's options; see `memory_on`."""
     if gpu not in GPUS:
         raise ValueError(f"unknown GPU {gpu!r}; there are {', '.join(GPUS)}")
     try:
@@ -161,7 +160,7 @@ def compile_for(gpu: str, function: Callable, *shapes: Any, **options: Any) -> j
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with jax.set_mesh(mesh):
-            return jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+            return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
 

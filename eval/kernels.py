@@ -1,7 +1,6 @@
 """`duo eval kernels`: registers, spills and shared memory of the GPU kernels, from the compiler; no GPU is needed."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,8 @@ def program(
     tokens: int = 2048,
     capacity: int = 65536,
     slots: int = 128,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """An operation and the shapes of its arguments: heads as in Llama-3-8B, one row."""
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """An operation, jitted, and the shapes of its arguments: heads as in Llama-3-8B, one row."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     batch, num_heads, num_kv_heads = 1, 32, 8
@@ -95,7 +94,7 @@ def program(
     heads = Heads(shape(num_kv_heads, dtype=bool), shape(num_kv_heads, dtype=jnp.int32))
     count = shape(batch, dtype=jnp.int32)
     if operation == "prefill":
-        return prefill, (q, kv, kv, pools, heads, count, count)
+        return jax.jit(prefill), (q, kv, kv, pools, heads, count, count)
     if operation == "decode":
-        return decode, (shape(batch, num_heads, head_dim), pools, heads, count)
-    return jax.grad(loss, (0, 1, 2, 3)), (q, kv, kv, shape(num_kv_heads, dtype=jnp.float32))
+        return jax.jit(decode), (shape(batch, num_heads, head_dim), pools, heads, count)
+    return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (q, kv, kv, shape(num_kv_heads, dtype=jnp.float32))

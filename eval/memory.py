@@ -1,16 +1,17 @@
-"""`duo eval memory`: what a training step takes of a GPU's memory, from the compiler; the GPU need not be there."""
+"""`duo eval memory`: what a program takes of a GPU's memory, from the compiler; the GPU need not be there."""
 
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from duo_jax import PRESETS, Model, ModelConfig
+from duo_jax import PRESETS, HeadPattern, KVCache, Model, ModelConfig, phases
 from duo_jax.model import Decoder
 from eval.compiled import GPUS, memory_on
 from eval.record import provenance, write
@@ -22,59 +23,99 @@ from train.recipes import Distill
 
 @dataclass(frozen=True)
 class MemoryTask:
-    """Compile a training step of `distill` ahead of time for a GPU and report the memory that it takes."""
+    """Compile training, prefill or decode of a model ahead of time for a GPU and report the memory that it takes."""
 
+    programs: tuple[Literal["training", "prefill", "decode"], ...] = ("training",)
+    """A training step of distill; a chunk of a prompt at the end of a full cache; a step of decoding."""
     model: str = "llama-3-8b"
     """A shape by name, see duo inspect."""
     lengths: tuple[int, ...] = (8192, 16384, 32768)
-    """Tokens of a sample."""
+    """Tokens of a sample, or of the cache."""
+    sparsity: float = 0.5
+    """Fraction of KV heads that stream, in prefill and decode."""
+    chunk: int = 8192
+    """Tokens of a chunk of the prompt."""
     gpu: str = "a100-80g"
     """a100-80g, h100-80g or h200."""
     layers: int | None = None
     """Layers; all of the model's by default."""
     dtype: str = "bfloat16"
-    """Data type of weights and activations."""
+    """Data type of weights, activations and cache."""
+    backend: str = "triton"
+    """Attention backend."""
     out: Path | None = None
     """File to write."""
 
     def run(self) -> None:
-        """Compile every length, print a line for each."""
+        """Compile every program at every length, print a line for each."""
         if self.model not in PRESETS:
             raise ValueError(f"unknown shape {self.model!r}; there are {', '.join(PRESETS)}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths must be at least 1, got {self.lengths}")
+        if not self.lengths or min(*self.lengths, self.chunk) < 1:
+            raise ValueError(f"lengths and chunk must be at least 1, got {self.lengths=}, {self.chunk=}")
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
-        for length in self.lengths:
-            begin = time.perf_counter()
-            memory = memory_on(self.gpu, *training_step(config, length, GatedModel()))
-            found = asdict(memory) | {"tokens": length, "total": memory.total}
-            record["results"].append(found | {"compile_seconds": time.perf_counter() - begin})
-            if self.out is not None:
-                write(self.out, record)
-            share = memory.total / GPUS[self.gpu].memory_bytes
-            print(
-                f"{self.model}, {length} tokens on {GPUS[self.gpu].name}: arguments {memory.arguments / 1e9:.1f} GB, "
-                f"temporaries {memory.temporaries / 1e9:.1f} GB, in all {memory.total / 1e9:.1f} GB, {share:.0%} of it",
-                flush=True,
-            )
+        for program in self.programs:
+            for length in self.lengths:
+                begin = time.perf_counter()
+                memory = memory_on(self.gpu, *self._program(program, config, length))
+                found = {"program": program, "tokens": length, **asdict(memory), "total": memory.total}
+                record["results"].append(found | {"compile_seconds": time.perf_counter() - begin})
+                if self.out is not None:
+                    write(self.out, record)
+                share = memory.total / GPUS[self.gpu].memory_bytes
+                print(
+                    f"{self.model}, {program}, {length} tokens on {GPUS[self.gpu].name}: arguments "
+                    f"{memory.arguments / 1e9:.1f} GB, temporaries {memory.temporaries / 1e9:.1f} GB, in all "
+                    f"{memory.total / 1e9:.1f} GB, {share:.0%} of it",
+                    flush=True,
+                )
+
+    def _program(self, program: str, config: ModelConfig, length: int) -> tuple[Any, ...]:
+        if program == "training":
+            return training_step(config, length, GatedModel(backend=self.backend))
+        if program == "prefill":
+            return prefill_chunk(config, length, self.sparsity, self.chunk, self.backend)
+        return decode(config, length, self.sparsity, self.backend)
 
 
 def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tuple[Any, ...]:
     """A step of `distill` with one sample, and the shapes of its arguments: nothing is allocated."""
-    recipe = Distill()
-
-    def shape(size: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype)
-
-    def build() -> Model:
-        return Model.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0)))
-
+    recipe, shape = Distill(), jax.ShapeDtypeStruct
     gates = shape((config.num_layers, config.num_kv_heads), jnp.float32)
     state = State(shape((), jnp.int32), gates, jax.eval_shape(recipe.optimizer().init, gates))
     # Ten passkeys of 32 words.
     labels = shape((1, 1, 2 * LABEL_MULTIPLE), jnp.int32)
     batch = Batch(shape((1, 1, length), jnp.int32), labels, shape(labels.shape, jnp.bool_))
     targets = shape((*labels.shape, config.embed_dim), jnp.float32)
-    return partial(step, recipe, attention), jax.eval_shape(build), state, batch, targets
+    return jax.jit(partial(step, recipe, attention)), _model(config), state, batch, targets
+
+
+def prefill_chunk(config: ModelConfig, length: int, sparsity: float, chunk: int, backend: str) -> tuple[Any, ...]:
+    """A chunk of one row's prompt, as `duo_jax.prefill` runs it, and the shapes of its arguments."""
+    shape = jax.ShapeDtypeStruct
+    tokens, counts = shape((1, chunk), jnp.int32), shape((1,), jnp.int32)
+    last = shape((1, config.embed_dim), jnp.dtype(config.dtype))
+    program = jax.jit(partial(phases.extend, backend=backend), donate_argnums=(2, 4))
+    return program, _model(config), tokens, _cache(config, length, sparsity), counts, last
+
+
+def decode(config: ModelConfig, length: int, sparsity: float, backend: str) -> tuple[Any, ...]:
+    """A step of decoding of one row, as `duo_jax.decode_step` runs it, and the shapes of its arguments."""
+    shape = jax.ShapeDtypeStruct
+    program = jax.jit(partial(phases.step, backend=backend), donate_argnums=2)
+    return program, _model(config), shape((1,), jnp.int32), _cache(config, length, sparsity), shape((1,), jnp.bool_)
+
+
+def _model(config: ModelConfig) -> Any:
+    def build() -> Model:
+        return Model.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0)))
+
+    return jax.eval_shape(build)
+
+
+def _cache(config: ModelConfig, length: int, sparsity: float) -> Any:
+    # Which heads stream is data; how many is the program's.
+    gates = np.random.default_rng(0).random((config.num_layers, config.num_kv_heads))
+    pattern = HeadPattern.from_gates(gates, sparsity=sparsity, sink_size=64, recent_size=256) if sparsity else None
+    return jax.eval_shape(partial(KVCache.init, config, pattern, 1, length))

@@ -3,12 +3,14 @@
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+import jax
+import jaxtyping
 import pytest
 
 from duo_jax import PRESETS
 from eval.compiled import GPUS, kernels_on, memory_on
 from eval.kernels import OPERATIONS, program
-from eval.memory import training_step
+from eval.memory import decode, prefill_chunk, training_step
 from train.gated import GatedModel
 
 try:
@@ -16,6 +18,14 @@ try:
 except PackageNotFoundError:
     PLUGIN = ""
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not PLUGIN, reason="needs jax's CUDA plugin: make test-aot")]
+
+
+@pytest.fixture(autouse=True)
+def shapes_for_arrays(monkeypatch):
+    """Shapes stand for arrays here, which the check of annotations would refuse; Flax's norms promote bfloat16."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def test_a_training_step_s_memory_is_linear_in_the_tokens():
@@ -27,6 +37,22 @@ def test_a_training_step_s_memory_is_linear_in_the_tokens():
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
     assert small.arguments == pytest.approx(2 * (2 * layer + 128256 * 4096), rel=0.01)
     assert large.total < GPUS["a100-80g"].memory_bytes
+
+
+@pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
+def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
+    """All 32 layers, half of the heads streaming, 256k tokens."""
+    config, length = replace(PRESETS["llama-3-8b"], dtype="bfloat16"), 1 << 18
+    heads = config.num_layers * config.num_kv_heads // 2
+    pools = 2 * 2 * config.head_dim * heads * (length + 64 + 256)
+    weights = 2 * config.num_parameters
+    found = memory_on(gpu, *decode(config, length, 0.5, "triton"))
+    assert found.arguments == pytest.approx(weights + pools, rel=1e-3)
+    # Its pools are written where they are: nothing of their size is made, and what is made is small.
+    assert found.aliased >= pools and found.temporaries < 0.01 * pools
+    chunk = memory_on(gpu, *prefill_chunk(config, length, 0.5, 8192, "triton"))
+    assert chunk.aliased >= pools and chunk.temporaries < 2e9
+    assert max(found.total, chunk.total) < GPUS[gpu].memory_bytes
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])

@@ -61,6 +61,23 @@ def test_prefill_and_decode_equal_the_golden_logits_at_every_position(golden, ki
     np.testing.assert_array_equal(cache.length, lengths + active)
 
 
+def test_a_bfloat16_model_and_cache_give_the_golden_logits_rounded():
+    model, arrays, pattern = load_golden("qwen3")
+    ids, expected = arrays["ids"], arrays["duo_logits"]
+    half = load_model(GOLDEN / "qwen3", dtype="bfloat16")
+    cache = KVCache.init(half.config, pattern, 2, ids.shape[1])
+    assert half.dtype == cache.dtype == jnp.bfloat16
+    found = []
+    logits, cache = prefill(half, ids[:, :90], cache, chunk_size=32)
+    for at in range(90, 96):
+        found.append(logits)
+        logits, cache = decode_step(half, ids[:, at], cache)
+    wanted = expected[:, 89:95].swapaxes(0, 1)
+    error = np.abs(np.asarray(found) - wanted)
+    assert found[0].dtype == jnp.float32
+    assert 0 < error.max() < 0.05 * np.abs(wanted).max() and error.mean() < 0.01 * np.abs(wanted).max()
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_chunk_size_and_split_gives_the_golden_logits(data):
