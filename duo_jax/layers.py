@@ -24,10 +24,10 @@ def linear(width_in: int, width_out: int, *, bias: bool, dtype: jnp.dtype, rngs:
 class RMSNorm(nnx.RMSNorm):
     """RMSNorm over the last axis; statistics in float32."""
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], mask: Array | None = None) -> Float[Array, "*B D"]:
         """Apply to every token. Flax promotes bfloat16 without saying so, which a strict configuration would refuse."""
         with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x)
+            return super().__call__(x, mask)
 
 
 def rms_norm(width: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -83,7 +84,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one Pallas kernel takes of a multiprocessor, as `ptxas` and the Triton compiler report it."""
+    """What one Pallas kernel takes of a multiprocessor, as `ptxas` and the Triton and Mosaic compilers report it."""
 
     name: str
     registers: int  # of each thread
@@ -119,23 +120,46 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
     ptxas = _ptxas()
     with tempfile.TemporaryDirectory() as dump:
         folder = Path(dump)
-        compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
-        shared, bits = {}, {}
+        with _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
+            compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
+        # By the name of its entry: shared memory, and bits of the widest address.
+        found: dict[str, tuple[int, int]] = {}
         for path in folder.glob("*.triton-to-llvm.txt"):
-            text, name = path.read_text(encoding="utf-8"), path.name.split(".")[1]
-            found = re.search(r"ttg\.shared = (\d+)", text)
-            shared[name] = int(found.group(1)) if found else 0
-            bits[name] = 64 if re.search(r"tt\.addptr\W[^\n]*xi64", text) else 32
-        kernels = []
+            text = path.read_text(encoding="utf-8")
+            shared = re.search(r"ttg\.shared = (\d+)", text)
+            wide = re.search(r"tt\.addptr\W[^\n]*xi64", text)
+            found[path.name.split(".")[1]] = int(shared.group(1)) if shared else 0, 64 if wide else 32
+        for path in folder.glob("*.mlir-passes.log"):
+            shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(encoding="utf-8"))
+            entry = re.sub(r"_\d+\.mlir-passes\.log$", "_mosaic_gpu_kernel", path.name)
+            # TMA's strides have 64 bits; the copies that it makes are named by index.
+            found[entry] = int(shared.group(1)) if shared else 0, 64
+        # Mosaic assembles its kernels itself, and reports on that.
+        reports = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.ptxas"))]
         for path in sorted(folder.glob("*.ptx")):
-            if not any(f".entry {name}(" in path.read_text(encoding="utf-8") for name in shared):
-                continue  # XLA's own kernels, whose constants are elsewhere.
+            text = path.read_text(encoding="utf-8")
+            if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in found):
+                continue  # Reported on, or one of XLA's own kernels, whose constants are elsewhere.
             major, minor = GPUS[gpu].capability
             arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
             command = [ptxas, "-v", arch, str(path), "-o", os.devnull]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            kernels += [Kernel(*use, shared[use[0]], bits[use[0]]) for use in _uses(said) if use[0] in shared]
-    return kernels
+            reports.append(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+    uses = [use for report in reports for use in _uses(report)]
+    return [Kernel(name, registers, spills, *found[name]) for name, registers, spills in uses if name in found]
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def compile_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, **options: Any) -> jax.stages.Compiled:

@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from eval.compiled import GPUS, kernels_on
+from eval.compiled import GPUS, Kernel, kernels_on
 from eval.record import provenance, write
 from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
 
@@ -21,8 +22,8 @@ class Kernels:
 
     gpus: tuple[str, ...] = ("a100-80g", "h200")
     """a100-80g, h100-80g or h200."""
-    backend: str = "triton"
-    """Whose kernels."""
+    backends: tuple[str, ...] = ("triton", "mosaic")
+    """Whose kernels; what a backend or a GPU cannot do is left out."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
@@ -39,25 +40,32 @@ class Kernels:
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
-        for gpu in self.gpus:
-            for dtype in self.dtypes:
-                for head_dim in self.head_dims:
-                    for operation in OPERATIONS:
-                        begin = time.perf_counter()
-                        function, shapes = program(operation, self.backend, head_dim=head_dim, dtype=dtype)
-                        about = {"gpu": gpu, "dtype": dtype, "head_dim": head_dim, "operation": operation}
-                        found = [asdict(kernel) for kernel in kernels_on(gpu, function, *shapes)]
-                        seconds = time.perf_counter() - begin
-                        record["results"].append(about | {"compile_seconds": seconds, "kernels": found})
-                        for kernel in found:
-                            print(
-                                f"{gpu}, {dtype}, head dim {head_dim}, {operation}: {kernel['name']}: "
-                                f"{kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, "
-                                f"{kernel['shared_memory'] / 1024:.0f} KiB shared memory",
-                                flush=True,
-                            )
-                        if self.out is not None:
-                            write(self.out, record)
+        for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS):
+            about: dict[str, Any] = dict(zip(("backend", "gpu", "dtype", "head_dim", "operation"), case, strict=True))
+            begin = time.perf_counter()
+            try:
+                found = self._kernels(**about)
+            except NotImplementedError as error:
+                print(f"{', '.join(map(str, case))}: {error}", flush=True)
+                continue
+            seconds = time.perf_counter() - begin
+            record["results"].append(
+                about | {"compile_seconds": seconds, "kernels": [asdict(kernel) for kernel in found]}
+            )
+            for kernel in found:
+                print(
+                    f"{', '.join(map(str, case))}: {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} "
+                    f"bytes spilled, {kernel.shared_memory / 1024:.0f} KiB shared memory",
+                    flush=True,
+                )
+            if self.out is not None:
+                write(self.out, record)
+
+    def _kernels(self, *, backend: str, gpu: str, dtype: str, head_dim: int, operation: str) -> list[Kernel]:
+        if backend == "mosaic" and GPUS[gpu].capability[0] != 9:
+            raise NotImplementedError("the mosaic backend is for Hopper GPUs")
+        function, shapes = program(operation, backend, head_dim=head_dim, dtype=dtype)
+        return kernels_on(gpu, function, *shapes)
 
 
 def program(

@@ -81,7 +81,8 @@ class MemoryTask:
 
 def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tuple[Any, ...]:
     """A step of `distill` with one sample, and the shapes of its arguments: nothing is allocated."""
-    recipe, shape = Distill(), jax.ShapeDtypeStruct
+    recipe = Distill()
+    shape: Any = jax.ShapeDtypeStruct
     gates = shape((config.num_layers, config.num_kv_heads), jnp.float32)
     state = State(shape((), jnp.int32), gates, jax.eval_shape(recipe.optimizer().init, gates))
     # Ten passkeys of 32 words.

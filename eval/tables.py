@@ -236,18 +236,21 @@ def kernels_table(path: Path) -> str:
     for result in record["results"]:
         for kernel in result["kernels"]:
             # A second launch of the same kernel has a number at its end.
-            name = kernel["name"].partition("__")[0]
-            key = result["operation"], name, result["dtype"], str(result["head_dim"])
+            name = kernel["name"].partition("__")[0].removesuffix("_mosaic_gpu_kernel")
+            key = result["backend"], result["operation"], name, result["dtype"], str(result["head_dim"])
             rows.setdefault(key, {}).setdefault(result["gpu"], []).append(kernel)
     lines = [
-        "| operation | kernel | type | head dim | "
+        "| backend | operation | kernel | type | head dim | "
         + " | ".join(f"registers, {gpu} | spilled bytes | shared KiB" for gpu in gpus)
         + " |",
-        "| --- | --- | --- " + "| --: " * (1 + 3 * len(gpus)) + "|",
+        "| --- | --- | --- | --- " + "| --: " * (1 + 3 * len(gpus)) + "|",
     ]
     for key, found in rows.items():
         cells = []
         for gpu in gpus:
+            if gpu not in found:
+                cells += ["", "", ""]
+                continue
             most = {
                 name: max(use[name] for use in found[gpu]) for name in ("registers", "spill_bytes", "shared_memory")
             }

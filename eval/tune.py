@@ -14,17 +14,17 @@ from duo_jax.files import write_text
 from eval.gpu_suite import layer
 from eval.gpu_suite.section import fastest, first_line, seconds_of_layer
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
-from pallas_kernels.tiles import KINDS, DecodeTiles, FlashTiles, device_kind, trying
+from pallas_kernels.tiles import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying
 
 TABLE = Path(__file__).parent.parent / "pallas_kernels" / "tiles.json"
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Try tile sizes of the Triton kernels on this GPU and write the fastest into the table."""
+    """Try tile sizes of the kernels on this GPU and write the fastest into the table."""
 
     kernels: tuple[str, ...] = ("flash", "decode", "backward")
-    """Kernels: flash, decode, backward."""
+    """Kernels: flash, decode, backward; mosaic_flash and mosaic_decode on Hopper."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
     dtypes: tuple[str, ...] = ("bfloat16",)
@@ -62,9 +62,10 @@ class Tune:
 
     def _timed(self, kernel: str, dtype: str, head_dim: int) -> Callable[[], float]:
         """Seconds of a layer of Llama-3-8B's heads, half of them streaming."""
-        length = self.context if kernel == "decode" else self.tokens
+        backend, _, task = kernel.rpartition("_")
+        length = self.context if task == "decode" else self.tokens
         made = layer.make(heads=(32, 8, head_dim), dtype=dtype, streaming=0.5, tokens=self.tokens, capacity=length)
-        sizes: dict[str, Any] = layer.SIZES | {"backend": "triton"}
+        sizes: dict[str, Any] = layer.SIZES | {"backend": backend or "triton"}
         count = jnp.full(1, length, jnp.int32)
 
         def prefill(q: jax.Array, *rest: Any) -> jax.Array:
@@ -77,9 +78,9 @@ class Tune:
             return gated_attention(q, k, v, jnp.full(8, 0.5, jnp.float32), **sizes).astype(jnp.float32).sum()
 
         # Made anew for each candidate: tiles are read while a program is traced.
-        if kernel == "flash":
+        if task == "flash":
             return lambda: seconds_of_layer(prefill, *made)
-        if kernel == "decode":
+        if task == "decode":
             return lambda: seconds_of_layer(decode, made.q[:, 0], made.pools, made.heads)
         return lambda: fastest(jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2))), made.q, made.k, made.v)
 
@@ -89,6 +90,12 @@ def candidates(kernel: str) -> Iterator[Any]:
     if kernel == "decode":
         for block, split, programs, warps, stages in product((32, 64, 128), (256, 512), (528, 1056), (2, 4), (2, 3)):
             yield DecodeTiles(block, split, programs, warps, stages)
+    elif kernel == "mosaic_decode":
+        for block, split, programs, stages in product((64, 128), (256, 512), (528, 1056), (2, 3, 4, 6)):
+            yield DecodeTiles(block, split, programs, num_warps=4, num_stages=stages)
+    elif kernel == "mosaic_flash":
+        for block, stages in product((64, 128), (2, 3, 4)):
+            yield PipelineTiles(block, stages)
     else:
         for block_q, block_k, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
             yield FlashTiles(block_q, block_k, warps, stages)

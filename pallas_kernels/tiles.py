@@ -41,9 +41,25 @@ class DecodeTiles:
     """Loads that are in flight while a tile is computed."""
 
 
+@dataclass(frozen=True)
+class PipelineTiles:
+    """Tiles of the Mosaic prefill kernel, whose tiles of queries have one size."""
+
+    block_k: int
+    """Keys of a tile."""
+    num_stages: int
+    """Tiles of keys and values that shared memory holds."""
+
+
 _TRIED: dict[str, Any] = {}
 
-KINDS: dict[str, type[Any]] = {"flash": FlashTiles, "backward": FlashTiles, "decode": DecodeTiles}
+KINDS: dict[str, type[Any]] = {
+    "flash": FlashTiles,
+    "backward": FlashTiles,
+    "decode": DecodeTiles,
+    "mosaic_flash": PipelineTiles,
+    "mosaic_decode": DecodeTiles,
+}
 
 
 def tiles_for(kernel: str, head_dim: int, itemsize: int) -> Any:
@@ -80,6 +96,10 @@ def device_kind() -> str:
 def _default(kernel: str, width: int, itemsize: int) -> Any:
     """Small enough for the registers and the shared memory of an A100, without spills."""
     small = width * itemsize <= 256
+    if kernel == "mosaic_flash":
+        return PipelineTiles(block_k=128, num_stages=2)
+    if kernel == "mosaic_decode":
+        return DecodeTiles(block_k=64, min_split=256, max_programs=1056, num_warps=4, num_stages=4)
     if kernel == "decode":
         return DecodeTiles(block_k=64 if small else 32, min_split=256, max_programs=1024, num_warps=4, num_stages=2)
     if kernel == "backward":

@@ -66,6 +66,16 @@ def test_no_kernel_spills_in_bfloat16(operation, head_dim, gpu):
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("operation", ["prefill", "decode"])
+def test_no_mosaic_kernel_spills(operation, head_dim):
+    function, shapes = program(operation, "mosaic", head_dim=head_dim)
+    (kernel,) = kernels_on("h200", function, *shapes)
+    assert kernel.name.startswith({"prefill": "flash", "decode": "decode"}[operation])
+    assert kernel.spill_bytes == 0 and 0 < kernel.registers <= 168
+    assert 64 * head_dim * 2 < kernel.shared_memory <= GPUS["h200"].shared_memory_per_core - 1024
+
+
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation):
     """128 slots of 4.2M tokens: an offset of 32 bits would reach the fourth slot. Compiled, not run."""

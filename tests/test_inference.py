@@ -62,7 +62,7 @@ def test_prefill_and_decode_equal_the_golden_logits_at_every_position(golden, ki
 
 
 def test_a_bfloat16_model_and_cache_give_the_golden_logits_rounded():
-    model, arrays, pattern = load_golden("qwen3")
+    _, arrays, pattern = load_golden("qwen3")
     ids, expected = arrays["ids"], arrays["duo_logits"]
     half = load_model(GOLDEN / "qwen3", dtype="bfloat16")
     cache = KVCache.init(half.config, pattern, 2, ids.shape[1])

@@ -23,7 +23,7 @@ KERNELS = {
 def launches(function, shapes):
     """Names of the kernels that a program for CUDA launches, in no order."""
     with use_abstract_mesh(H200):
-        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     return sorted(re.findall(r'name = "(\w+?_kernel)"', text))
 
 
@@ -38,10 +38,11 @@ def test_triton_kernels_lower_for_cuda_one_launch_for_both_head_types(operation,
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_mosaic_kernel_lowers_for_cuda(head_dim):
-    function, shapes = program("prefill", "mosaic", head_dim=head_dim, tokens=500, capacity=1000)
+@pytest.mark.parametrize("operation", ["prefill", "decode"])
+def test_the_mosaic_kernels_lower_for_cuda(operation, head_dim):
+    function, shapes = program(operation, "mosaic", head_dim=head_dim, tokens=500, capacity=1000)
     with use_abstract_mesh(H200):
-        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
 
 

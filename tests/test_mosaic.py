@@ -34,7 +34,7 @@ def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity
         # A pool's last tile partly filled and reaching over its end; sinks, window and diagonal of a streaming head.
         {"tokens": 128, "starts": (200,)},
         # A first chunk: nothing cached; padding to whole tiles; a row that ends early.
-        {"tokens": 150, "starts": (0, 9), "is_retrieval": (False,), "lengths": (150, 20)},
+        {"tokens": 150, "starts": (0,), "is_retrieval": (False,), "lengths": (140,)},
     ],
     ids=["after_a_cache", "first_chunk"],
 )
@@ -53,6 +53,19 @@ def test_prefill_equals_the_reference(case):
         np.testing.assert_allclose(found[row, :length], wanted[row, :length], rtol=0, atol=2e-2)
 
 
+@pytest.mark.slow
+def test_decode_equals_the_reference():
+    """Keys over several programs, of which the second row leaves some idle; a last tile partly filled; a full ring."""
+    q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=300)
+    lengths = jnp.asarray([300, 33], jnp.int32)
+
+    def attend(backend):
+        run = jax.jit(lambda *arrays: decode_attention(*arrays, lengths=lengths, **SIZES, backend=backend))
+        return np.asarray(run(q[:, 0], pools, heads), np.float32)
+
+    np.testing.assert_allclose(attend("mosaic"), attend("reference"), rtol=0, atol=1e-2)
+
+
 def test_says_what_it_cannot_do():
     count = jnp.ones(1, jnp.int32)
     rows = {"start": count, "lengths": count, **SIZES, "backend": "mosaic"}
@@ -61,8 +74,8 @@ def test_says_what_it_cannot_do():
     with pytest.raises(NotImplementedError, match="head dims of 64 or 128, got bfloat16 with 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), head_dim=80), **rows)
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
-    with pytest.raises(NotImplementedError, match="no decode kernel yet: use backend='triton'"):
-        decode_attention(q[:, 0], pools, heads, lengths=count, **SIZES, backend="mosaic")
+    with pytest.raises(NotImplementedError, match="up to 64 query heads a KV head, got 65"):
+        decode_attention(jnp.tile(q[:, 0], (1, 33, 1))[:, :130], pools, heads, lengths=count, **SIZES, backend="mosaic")
     with pytest.raises(NotImplementedError, match="no kernel for training: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="mosaic")
     with pytest.raises(NotImplementedError, match="at least 16 tokens, got 8"):

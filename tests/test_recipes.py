@@ -157,7 +157,7 @@ def test_prulong_reaches_the_sparsity_that_it_is_told(run):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_prulong_reaches_a_high_sparsity_soon_and_keeps_the_heads_that_matter(seed):
-    # Without a model: streaming a head costs a loss of its own, of very different sizes, on top of the recipe's penalty.
+    # Without a model: streaming a head costs a loss of its own, small or large, on top of the recipe's penalty.
     recipe = PruLong(steps=200, multiplier_rate=0.3)
     cost = jnp.asarray(np.exp(np.random.default_rng(seed).normal(-4, 2, (30, 3))), jnp.float32)
     params = recipe.init(jnp.ones((30, 3)))

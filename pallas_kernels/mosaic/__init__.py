@@ -1,25 +1,26 @@
 """Pallas kernels in the Mosaic flavour, for Hopper GPUs (sm_90a): TMA, wgmma, warpgroups with tasks of their own.
 
-Prefill so far. On a CPU the kernel is interpreted, for tests.
+Prefill and decode. On a CPU the kernels are interpreted, for tests.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.mosaic.decode import split_attention
 from pallas_kernels.mosaic.dialect import interpreter
 from pallas_kernels.mosaic.flash import BLOCK_Q, flash_attention
-from pallas_kernels.tiles import device_kind
+from pallas_kernels.mosaic.pipeline import ROWS
+from pallas_kernels.tiles import device_kind, tiles_for
 from pallas_kernels.types import Heads, Pools
 
 __all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-BLOCK_K = {64: 128, 128: 128}
-STAGES = 2
 
 
 def prefill_attention(
@@ -35,24 +36,34 @@ def prefill_attention(
     recent_size: int,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
-    _check(q, k, pools)
+    _check(q, pools)
     length = q.shape[1]
     # Whole tiles: TMA writes no part of one. The usual chunks are whole tiles, and are not copied here.
     pad = ((0, 0), (0, -length % BLOCK_Q), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, pad) if length % BLOCK_Q else x for x in (q, k, v))
-    block_k = min([BLOCK_K[q.shape[3]], *(_power_below(pool.shape[2]) for pool in pools if pool.shape[0])])
     sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
-    tiles: dict[str, Any] = {"block_k": block_k, "stages": STAGES}
-    # Not by `lax.platform_dependent`: the interpreter's side effects cannot stand in a branch that is not taken.
-    interpret = interpreter() if device_kind() == "cpu" else None
     rows: dict[str, Any] = {"start": start, "lengths": lengths}
-    out = flash_attention(q, k, v, pools, heads, **rows, **sizes, **tiles, interpret=interpret)
-    return out[:, :length]
+    tiles = _tiles("mosaic_flash", q, pools)
+    return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles, interpret=_interpret())[:, :length]
 
 
-def decode_attention(*args: Any, **options: Any) -> Float[Array, "B N H"]:
-    """Not there yet."""
-    raise NotImplementedError("the mosaic backend has no decode kernel yet: use backend='triton'")
+def decode_attention(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+) -> Float[Array, "B N H"]:
+    """See `pallas_kernels.decode_attention`."""
+    _check(q, pools)
+    group = q.shape[1] // heads.slot.shape[0]
+    if group > ROWS:
+        raise NotImplementedError(f"the mosaic backend takes up to {ROWS} query heads a KV head, got {group}")
+    del sink_size, recent_size  # A ring of them holds what is visible.
+    tiles = _tiles("mosaic_decode", q, pools)
+    return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, interpret=_interpret())
 
 
 def gated_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
@@ -65,12 +76,12 @@ def full_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
     raise NotImplementedError("the mosaic backend has no kernel for training: use backend='triton'")
 
 
-def _check(q: Array, k: Array, pools: Pools) -> None:
-    types = {q.dtype.name, k.dtype.name, *(pool.dtype.name for pool in pools)}
-    if len(types) > 1 or types - set(DTYPES) or q.shape[3] not in HEAD_DIMS:
+def _check(q: Array, pools: Pools) -> None:
+    types = {q.dtype.name, *(pool.dtype.name for pool in pools)}
+    if len(types) > 1 or types - set(DTYPES) or q.shape[-1] not in HEAD_DIMS:
         raise NotImplementedError(
             f"the mosaic backend takes {' or '.join(DTYPES)}, one of them for queries and cache, and head dims of "
-            f"{' or '.join(map(str, HEAD_DIMS))}, got {', '.join(sorted(types))} with {q.shape[3]}: use 'triton'"
+            f"{' or '.join(map(str, HEAD_DIMS))}, got {', '.join(sorted(types))} with {q.shape[-1]}: use 'triton'"
         )
     smallest = min((pool.shape[2] for pool in pools if pool.shape[0]), default=BLOCK_Q)
     if smallest < 16:
@@ -82,5 +93,13 @@ def _check(q: Array, k: Array, pools: Pools) -> None:
         raise NotImplementedError(f"the mosaic backend is for Hopper GPUs, this is {device.device_kind}")
 
 
-def _power_below(size: int) -> int:
-    return 1 << (size.bit_length() - 1)
+def _tiles(kernel: str, q: Array, pools: Pools) -> Any:
+    """Tiles of a kernel, no larger than a slot of any pool."""
+    tiles = tiles_for(kernel, q.shape[-1], q.dtype.itemsize)
+    powers = [1 << (pool.shape[2].bit_length() - 1) for pool in pools if pool.shape[0]]
+    return replace(tiles, block_k=min([tiles.block_k, *powers]))
+
+
+def _interpret() -> Any:
+    # Not by `lax.platform_dependent`: the interpreter's side effects cannot stand in a branch that is not taken.
+    return interpreter() if device_kind() == "cpu" else None

@@ -4,8 +4,7 @@ A program computes one tile of queries of one head with three warpgroups: one fe
 two multiply half of the queries each. Which keys come follows from the head's type, which all of them look up.
 """
 
-import math
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import MASKED, cdiv, div, rem
-from pallas_kernels.mosaic import dialect
+from pallas_kernels.blocks import cdiv, div, rem
 from pallas_kernels.mosaic.dialect import Dialect, Ref
+from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty, finish, tile_memory
 from pallas_kernels.positions import position_at
+from pallas_kernels.tiles import PipelineTiles
 from pallas_kernels.types import Heads, Pools
 
-LOG2_E = math.log2(math.e)
 COMPUTE = 2  # warpgroups that multiply
-ROWS = 64  # queries of each: what one wgmma takes
 BLOCK_Q = COMPUTE * ROWS  # queries of a program
 # Registers of a thread that multiplies, and of one that fetches: 65536 of a multiprocessor, shared out.
 COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40
@@ -138,8 +136,7 @@ def flash_attention(
     lengths: Int32[Array, "B"],
     sink_size: int,
     recent_size: int,
-    block_k: int,
-    stages: int,
+    tiles: PipelineTiles,
     interpret: Any = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of a chunk whose length is a multiple of the tiles'."""
@@ -147,24 +144,17 @@ def flash_attention(
     order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
     count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
-    tile = jnp.zeros((1, batch, block_k, head_dim), q.dtype)
+    tile = jnp.zeros((1, batch, tiles.block_k, head_dim), q.dtype)
     full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in pools)
     arrays = Arrays(q, k, v, full_k, full_v, ring_k, ring_v, order, heads.slot, count, start, lengths)
-    settings = {"sink_size": sink_size, "recent_size": recent_size, "block_k": block_k, "stages": stages}
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)
+    settings = {"sink_size": sink_size, "recent_size": recent_size, "block_k": tiles.block_k}
     return plgpu.kernel(
-        partial(flash_kernel, **settings, interpreted=bool(interpret)),
+        update_wrapper(partial(flash_kernel, **settings, interpreted=bool(interpret)), flash_kernel),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=[
-            smem((COMPUTE, ROWS, head_dim)),
-            smem((stages, block_k, head_dim)),
-            smem((stages, block_k, head_dim)),
+            tile_memory((COMPUTE, ROWS, head_dim), q.dtype),
             plgpu.Barrier(num_barriers=COMPUTE),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            *Pipeline.scratch(tiles.num_stages, tiles.block_k, head_dim, q.dtype, consumers=COMPUTE),
         ],
         grid=(num_heads * (length // BLOCK_Q), batch),
         grid_names=("tile", "row"),
@@ -175,12 +165,11 @@ def flash_attention(
     )(*arrays)
 
 
-def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: int, interpreted: bool = False) -> None:
+def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, interpreted: bool = False) -> None:
     """One tile of queries of one head."""
     inputs = len(Arrays._fields)
-    arrays, (out_ref, qo_smem, k_smem, v_smem, *barriers) = Arrays(*refs[:inputs]), refs[inputs:]
-    q_here, k_here, v_here, k_free, v_free = barriers
-    speak = Dialect(interpreted)
+    arrays, (out_ref, qo_smem, q_here, *buffers) = Arrays(*refs[:inputs]), refs[inputs:]
+    pipeline, speak = Pipeline(*buffers), Dialect(interpreted)
     _, length, num_heads, head_dim = arrays.q.shape
     group = num_heads // arrays.k.shape[2]
     row, group_of_warps = lax.axis_index("row"), lax.axis_index("warpgroup")
@@ -197,25 +186,9 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
     def fetch() -> None:
         speak.registers(FETCH_REGISTERS, "decrease")
 
-        def free(step: Array) -> Array:
-            """The buffer of a step, once the tile that was in it has been used."""
-            buffer = rem(step, stages)
-
-            @pl.when(step >= stages)
-            def wait() -> None:
-                plgpu.barrier_wait(k_free.at[buffer])
-                plgpu.barrier_wait(v_free.at[buffer])
-
-            return buffer
-
-        def one(step: Array, _: None) -> None:
-            buffer = free(step)
+        def one(step: Array, copy: Copy) -> None:
             in_pool, in_ring, number = steps.source(step)
             keys = pl.ds(number * block_k, block_k)
-
-            def copy(k_ref: Ref, v_ref: Ref) -> None:
-                plgpu.copy_gmem_to_smem(k_ref, k_smem.at[buffer], k_here.at[buffer])
-                plgpu.copy_gmem_to_smem(v_ref, v_smem.at[buffer], v_here.at[buffer])
 
             @pl.when(in_pool)
             def from_pool() -> None:
@@ -229,11 +202,7 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
             def own() -> None:
                 copy(arrays.k.at[row, keys, kv_head], arrays.v.at[row, keys, kv_head])
 
-        lax.fori_loop(jnp.int32(0), count, one, None)
-        # No barrier is left with an arrival that nobody waited for.
-        lax.fori_loop(
-            jnp.maximum(count, jnp.int32(stages)), count + stages, lambda step, _: (free(step), None)[1], None
-        )
+        pipeline.fetch(count, one)
 
     @pl.when(group_of_warps < COMPUTE)
     def compute() -> None:
@@ -244,9 +213,6 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
         own_q: Ref = arrays.q.at[row, rows, head]
         plgpu.copy_gmem_to_smem(own_q, qo, q_here.at[group_of_warps])
         plgpu.barrier_wait(q_here.at[group_of_warps])
-        maximum = speak.full((ROWS,), MASKED, dialect.ROWS)
-        total = speak.full((ROWS,), 0.0, dialect.ROWS)
-        values = speak.full((ROWS, head_dim), 0.0, dialect.TILE)
 
         def kept(step: Array) -> Array:
             """Which keys of a step's tile each query sees."""
@@ -259,32 +225,8 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, stages: 
             seen = (k_pos >= 0) & (index < end) & (k_pos <= q_pos)
             return seen & (is_retrieval | (k_pos < sink_size) | (k_pos > q_pos - recent_size))
 
-        def one(step: Array, carry, *, masked: bool):
-            values, maximum, total = carry
-            buffer = rem(step, stages)
-            plgpu.barrier_wait(k_here.at[buffer])
-
-            scores = speak.product_t(qo, k_smem.at[buffer])
-            plgpu.barrier_arrive(k_free.at[buffer])
-            scores = scores * (head_dim**-0.5 * LOG2_E)
-            if masked:
-                scores = jnp.where(kept(step), scores, MASKED)
-            new = jnp.maximum(maximum, scores.max(axis=1))
-            decay = jnp.exp2(maximum - new)
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))
-            total = total * decay + weights.sum(axis=1)
-            values = values * lax.broadcast_in_dim(decay, values.shape, [0])
-            narrow = weights.astype(out_ref.dtype)
-            plgpu.barrier_wait(v_here.at[buffer])
-
-            values = speak.add_product(values, narrow, v_smem.at[buffer])
-            plgpu.barrier_arrive(v_free.at[buffer])
-            return values, new, total
-
-        carry = values, maximum, total
-        carry = lax.fori_loop(jnp.int32(0), unmasked, partial(one, masked=False), carry)
-        values, maximum, total = lax.fori_loop(unmasked, count, partial(one, masked=True), carry)
-        values = values / lax.broadcast_in_dim(jnp.maximum(total, 1e-30), values.shape, [0])
+        state = pipeline.use(speak, qo, jnp.int32(0), unmasked, empty(speak, head_dim))
+        values, _ = finish(pipeline.use(speak, qo, unmasked, count, state, kept))
         qo[...] = values.astype(out_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qo, out_ref.at[row, rows, head])

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import MASKED, cdiv, div
+from pallas_kernels import splits
+from pallas_kernels.blocks import cdiv, div
 from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Softmax
@@ -42,37 +43,24 @@ def split_attention(
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    longest = max(pools.retrieval_k.shape[2] if pools.retrieval_k.shape[0] else 0, pools.streaming_k.shape[2])
-    splits = min(-(-longest // tiles.min_split), max(1, tiles.max_programs // (batch * num_kv_heads)))
-    present = tile.present(pools)
-    arrays = Arrays(q, present, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
-    parts = batch, num_kv_heads, splits, group
+    room = splits.capacities(pools)
+    count = splits.count(room, batch * num_kv_heads, tiles)
+    arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
+    parts = batch, num_kv_heads, count, group
     out = [
         jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
         jax.ShapeDtypeStruct(parts, jnp.float32),
     ]
-    kernel = partial(decode_kernel, splits=splits, tiles=tiles)
+    kernel = partial(decode_kernel, room=room, count=count, tiles=tiles)
     values, log_total = tile.call(
-        kernel, out, arrays, grid=(splits, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
+        kernel, out, arrays, grid=(count, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
     )
-    # Programs that had no key wrote nothing.
-    size = _size(present, heads.is_retrieval[None, :], lengths[:, None])
-    begin = jnp.arange(splits, dtype=jnp.int32)[None, None, :] * _split(size, splits, tiles)[:, :, None]
-    used = begin < size[:, :, None]
-    return merge(values, log_total, used).reshape(q.shape).astype(q.dtype)
+    return splits.merge(values, log_total, room, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
 
 
-def merge(
-    values: Float[Array, "B K P G H"], log_total: Float[Array, "B K P G"], used: Bool[Array, "B K P"]
-) -> Float[Array, "B K G H"]:
-    """One softmax out of those over parts of the keys; parts that are not used may hold anything."""
-    log_total = jnp.where(used[..., None], log_total, MASKED)
-    weights = jnp.exp2(log_total - log_total.max(axis=2, keepdims=True))
-    weights = weights / weights.sum(axis=2, keepdims=True)
-    return (jnp.where(used[..., None, None], values, 0.0) * weights[..., None]).sum(axis=2)
-
-
-def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: int, tiles: DecodeTiles) -> None:
+def decode_kernel(
+    arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, room: tuple[int, int], count: int, tiles: DecodeTiles
+) -> None:
     """One part of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
     block_k = tiles.block_k
     _, num_heads, head_dim = arrays.q.shape
@@ -81,10 +69,10 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
     split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
     is_retrieval = arrays.is_retrieval[kv_head] == 1
-    size = _size(arrays.pools, is_retrieval, length)
-    per_split = _split(size, splits, tiles)
-    begin = split * per_split
-    end = jnp.minimum(begin + per_split, size)
+    size = splits.held(room, is_retrieval, length)
+    share = splits.share(size, count, tiles)
+    begin = split * share
+    end = jnp.minimum(begin + share, size)
 
     @pl.when(begin < end)
     def compute() -> None:
@@ -120,14 +108,3 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
         values, log_total = tile.finish(state)
         tile.store(out_ref.at[row, kv_head, split, pl.ds(0, rows), columns], values, in_group, head_dim)
         tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_total, in_group)
-
-
-def _size(pools: tile.Present, is_retrieval: Array, length: Array) -> Array:
-    """Tokens that a head's slot holds; never more than it has room for, which would be another slot's."""
-    full, ring = (0 if pool is None else pool.shape[2] for pool in (pools.retrieval_k, pools.streaming_k))
-    return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(full), jnp.int32(ring)))
-
-
-def _split(size: Array, splits: int, tiles: DecodeTiles) -> Array:
-    """Keys of each program: an even share in whole tiles, but enough to be worth it."""
-    return jnp.maximum(cdiv(cdiv(size, splits), tiles.block_k) * tiles.block_k, jnp.int32(tiles.min_split))

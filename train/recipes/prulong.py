@@ -37,7 +37,7 @@ class PruLong(Learned):
     learning_rate: float = 1.0
     """Peak learning rate of the gates' log-odds."""
     weight_decay: float = 0.2
-    """Pull of the log-odds toward 0. Without it they drift to where the sigmoid is flat, and gates decided too early stay."""
+    """Pull of the log-odds toward 0: else they drift to where the sigmoid is flat, and gates decided too early stay."""
     multiplier_rate: float = 1.0
     """Learning rate of the two multipliers, which go uphill."""
     target_sparsity: float = 0.7

@@ -1,0 +1,51 @@
+"""How a decode kernel spreads the keys of a head over programs, and makes one softmax out of theirs."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.blocks import MASKED, cdiv
+from pallas_kernels.tiles import DecodeTiles
+from pallas_kernels.types import Heads, Pools
+
+
+def capacities(pools: Pools) -> tuple[int, int]:
+    """Tokens that a slot of either pool has room for; 0 for a pool without slots."""
+    retrieval, streaming = pools.retrieval_k, pools.streaming_k
+    return (retrieval.shape[2] if retrieval.shape[0] else 0), (streaming.shape[2] if streaming.shape[0] else 0)
+
+
+def count(room: tuple[int, int], programs: int, tiles: DecodeTiles) -> int:
+    """Programs for each head of each row, of which there are `programs`; how many have work is seen on the device."""
+    return min(-(-max(room) // tiles.min_split), max(1, tiles.max_programs // programs))
+
+
+def held(room: tuple[int, int], is_retrieval: Array, length: Array) -> Array:
+    """Tokens that a head's slot holds; never more than it has room for, which would be another slot's."""
+    return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(room[0]), jnp.int32(room[1])))
+
+
+def share(size: Array, splits: int, tiles: DecodeTiles) -> Array:
+    """Keys of each program: an even share in whole tiles, but enough to be worth it."""
+    return jnp.maximum(cdiv(cdiv(size, splits), tiles.block_k) * tiles.block_k, jnp.int32(tiles.min_split))
+
+
+def merge(
+    values: Float[Array, "B K P G H"],
+    log_total: Float[Array, "B K P G"],
+    room: tuple[int, int],
+    heads: Heads,
+    lengths: Int32[Array, "B"],
+    tiles: DecodeTiles,
+) -> Float[Array, "B K G H"]:
+    """One softmax out of those over parts of the keys; what programs without a key left may be anything.
+
+    `log_total` is the logarithm of the sum of a part's weights, to the base of two.
+    """
+    parts = values.shape[2]
+    size = held(room, heads.is_retrieval[None, :], lengths[:, None])
+    begin = jnp.arange(parts, dtype=jnp.int32)[None, None, :] * share(size, parts, tiles)[:, :, None]
+    used = begin < size[:, :, None]
+    log_total = jnp.where(used[..., None], log_total, MASKED)
+    weights = jnp.exp2(log_total - log_total.max(axis=2, keepdims=True))
+    weights = weights / weights.sum(axis=2, keepdims=True)
+    return (jnp.where(used[..., None, None], values, 0.0) * weights[..., None]).sum(axis=2)
