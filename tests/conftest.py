@@ -1,7 +1,8 @@
 """Shared by all tests: strict arithmetic, the golden checkpoints, and the small real model."""
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -34,6 +35,19 @@ TINY = ModelConfig(
     dtype="float32",
     eos_ids=(2,),
 )
+
+
+# Memory mappings of a process, of which compiled programs take some each. Linux allows 65530; beyond, XLA aborts.
+MAPPINGS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs between files, once there are many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_text(encoding="utf-8").count("\n") > 10_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
