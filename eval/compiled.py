@@ -117,7 +117,6 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
         ValueError: an unknown GPU.
         NotImplementedError: the CUDA plugin or `ptxas` is not installed.
     """
-    ptxas = _ptxas()
     with tempfile.TemporaryDirectory() as dump:
         folder = Path(dump)
         with _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
@@ -135,17 +134,25 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
             # TMA's strides have 64 bits; the copies that it makes are named by index.
             found[entry] = int(shared.group(1)) if shared else 0, 64
         # Mosaic assembles its kernels itself, and reports on that.
-        reports = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.ptxas"))]
+        uses = [use for path in sorted(folder.glob("*.ptxas")) for use in _uses(path.read_text(encoding="utf-8"))]
         for path in sorted(folder.glob("*.ptx")):
             text = path.read_text(encoding="utf-8")
             if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in found):
                 continue  # Reported on, or one of XLA's own kernels, whose constants are elsewhere.
-            major, minor = GPUS[gpu].capability
-            arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
-            command = [ptxas, "-v", arch, str(path), "-o", os.devnull]
-            reports.append(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
-    uses = [use for report in reports for use in _uses(report)]
+            uses += assemble(gpu, path)
     return [Kernel(name, registers, spills, *found[name]) for name, registers, spills in uses if name in found]
+
+
+def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each kernel in a file of PTX.
+
+    Raises:
+        NotImplementedError: `ptxas` is not installed.
+    """
+    major, minor = GPUS[gpu].capability
+    arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
+    command = [_ptxas(), "-v", arch, str(path), "-o", os.devnull]
+    return _uses(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
 @contextlib.contextmanager

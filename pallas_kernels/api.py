@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.tiles import device_kind
 from pallas_kernels.types import Heads, Pools
 
-BACKENDS = ("reference", "xla", "triton", "mosaic")
+BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
 
 # Kinds of device (`jax.devices()[0].device_kind`) and the best backend whose numerics were verified there, by committed
 # results of `python -m eval.gpu_suite`. Without an entry: `xla`.

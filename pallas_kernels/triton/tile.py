@@ -104,10 +104,22 @@ def t_dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    # A GPU would otherwise round float32 to TF32, which has the mantissa of float16.
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+    if a.dtype != jnp.float32:
+        return product(a, b)
+    # A GPU's matrix units round float32 to TF32, which has the mantissa of float16: they get what that keeps, and the
+    # rest, in turn. (Exact products, without those units, take minutes to compile and more registers than there are.)
+    (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
+    return product(a, b) + (product(a, b_rest) + product(a_rest, b))
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The part of float32 numbers that TF32 can hold, and what is left of them."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFE000)
+    most = lax.bitcast_convert_type(bits, jnp.float32)
+    return most, x - most
 
 
 def indices(begin: jax.Array | int, count: int) -> jax.Array:
