@@ -19,6 +19,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
+# Attention backends that do everything on a CPU, in no long time.
+ON_CPU = ("reference", "xla", "triton")
 FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
 
 # A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import BACKENDS, Heads, Pools, api, tiles, xla
+from pallas_kernels import Heads, Pools, api, tiles, xla
 from pallas_kernels.positions import ring_index, ring_positions, visible
 from pallas_kernels.tiles import DecodeTiles, FlashTiles
+from tests.conftest import ON_CPU
 
 SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}
 SMALL_TILES = {
@@ -27,7 +28,7 @@ SMALL_TILES = {
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 OPERATIONS = {"prefill": pallas_kernels.prefill_attention, "decode": pallas_kernels.decode_attention}
 # Mosaic takes larger shapes than these: tests/test_mosaic.py.
-backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "mosaic"])
+backends = pytest.mark.parametrize("backend", ON_CPU)
 
 
 class Case(NamedTuple):

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-import pallas_kernels
 from duo_jax import load_model
 from pallas_kernels import api, full_attention, gated_attention, tiles, xla_gated
 from pallas_kernels.tiles import FlashTiles
+from tests.conftest import ON_CPU
 from train.gated import GatedModel
 
 # Mosaic has no kernel for training.
-BACKENDS = [name for name in pallas_kernels.BACKENDS if name != "mosaic"]
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", ON_CPU)
 # tokens, query heads, KV heads, head dim, sinks, window
 SHAPES = {
     "gqa_3": (37, 6, 2, 16, 3, 9),
@@ -74,7 +73,7 @@ def test_mixes_the_two_kinds_of_attention(shape, backend):
     np.testing.assert_allclose(out, gate * np.asarray(given) + (1 - gate) * streaming, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
 @pytest.mark.parametrize("shape", ["gqa_3", "shorter_than_the_sinks", "window_longer_than_the_text", "head_dim_256"])
 def test_gradients_equal_those_of_the_dense_reference(shape, backend):
     q, k, v, gates, sizes = inputs(SHAPES[shape])

@@ -14,6 +14,7 @@ import pytest
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
 from duo_jax.chat import Chat
+from duo_jax.cli import doctor
 from duo_jax.detokenize import Detokenizer
 from duo_jax.lm import LM
 
@@ -291,11 +292,14 @@ def test_inspect_refuses(duo, flags, word):
 
 def test_doctor_tries_every_backend(duo):
     found = json.loads(duo("doctor", "--json").out)
-    mosaic = found["backends"].pop("mosaic")
-    assert mosaic["is_right"] is None and "bfloat16 or float16" in mosaic["why_not"]
-    assert all(backend["is_right"] for backend in found["backends"].values())
+    rest = dict(found["backends"])
+    for name, why_not in (("mosaic", "bfloat16 or float16"), ("jax_triton", "runs on NVIDIA GPUs alone")):
+        decode = rest.pop(name)["decode"]
+        assert decode["is_right"] is None and why_not in decode["why_not"]
+    assert rest.keys() == {"reference", "xla", "triton"}
+    assert all(tried["is_right"] for backend in rest.values() for tried in backend.values())
     assert found["default_backend"] == "xla" and found["packages"]["jax"]
-    assert "xla: right" in duo("doctor").out
+    assert "xla, the default here\n  prefill     right, differs" in doctor._text(found)
 
 
 def test_a_repetition_penalty_counts_what_is_cached(chat_lm):
