@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from duo_jax import HeadPattern
+from duo_jax.pattern import GATES_FILE
 from tests.text_models import assert_refused
 from train.identify import PRESETS, RUN_FILE
 from train.needles import Needles
@@ -41,7 +42,9 @@ def test_writes_a_pattern_that_loads_with_all_that_made_it(identify, tmp_path, t
     training = pattern.metadata["training"]
     assert training["recipe"] == "distill" and training["settings"]["steps"] == 3
     assert training["data"]["num_passkeys"] == 2 and training["attention"]["sink_size"] == 4
-    assert json.loads((folder / RUN_FILE).read_text()) == {k: v for k, v in training.items() if k != "duo_jax"}
+    begun = json.loads((folder / RUN_FILE).read_text())
+    assert begun.pop("contents").keys() == {"weights", "text", "start"}
+    assert begun == {k: v for k, v in training.items() if k != "duo_jax"}
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     # The gates go on to what uses them, and a finished run may be resumed.
     assert duo("inspect", "--model", text_model, "--pattern", folder, "--sparsity", "0.5").code == 0
@@ -139,6 +142,18 @@ def test_a_disk_that_takes_no_more_is_said_in_a_line_and_the_run_goes_on_later(i
     assert not (out / "full_attention_heads.tsv").exists()
     assert identify("--resume", *prulong).code == 0
     assert HeadPattern.load(out).gates.shape == (2, 4)
+
+
+def test_a_resume_with_another_text_under_the_same_name_is_refused(identify, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Nothing of note happened that day. " * 200)
+    options = ("--data.haystack", text, "--recipe", "attention-profile", "--attention-profile.length", "40")
+    assert identify(*options).code == 0
+    (tmp_path / "run" / GATES_FILE).unlink()  # As if it had been stopped.
+    before = contents(tmp_path / "run")
+    text.write_text("Something of note happened that day. " * 200)
+    assert_refused(identify(*options, "--resume"), "begun with other settings: contents.text was")
+    assert contents(tmp_path / "run") == before
 
 
 def test_presets_are_what_they_say():

@@ -1,6 +1,7 @@
 """`duo identify`: find the retrieval heads of a model. Settings, presets, the output folder; recipes do the finding."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 import warnings
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 from jaxtyping import Float
@@ -90,9 +92,11 @@ class Identify:
             print(f"{self.out} holds the finished run")
             return
         run = self.prepare()
+        config = self.resolved() | {"contents": contents(run)}
+        check_folder(self.out, config, resume=self.resume)
         # Nothing is written before everything that can be checked was.
         if not (self.out / RUN_FILE).exists():
-            write_text(self.out / RUN_FILE, json.dumps(self.resolved(), indent=1) + "\n")
+            write_text(self.out / RUN_FILE, json.dumps(config, indent=1) + "\n")
         with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True) as bar:
             try:
                 gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
@@ -141,8 +145,20 @@ class Identify:
         return HeadPattern.from_gates(gates, sink_size=self.sink_size, recent_size=self.recent_size, metadata=metadata)
 
 
+def contents(run: Run) -> dict[str, str | None]:
+    """Fingerprints of what settings only name: a file may be another one when a run is resumed."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(run.model):
+        weights.update(np.asarray(leaf.ravel()[:1024]).tobytes())
+    return {
+        "weights": weights.hexdigest()[:16],
+        "text": hashlib.sha256(run.data.text.tobytes()).hexdigest()[:16],
+        "start": None if run.start is None else hashlib.sha256(run.start.tobytes()).hexdigest()[:16],
+    }
+
+
 def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """See that a run may write to the folder.
+    """See that a run may write to the folder; `config` may lack the fingerprints of contents.
 
     Raises:
         ValueError: the folder holds something else, or a run with another configuration.
@@ -155,7 +171,7 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}; choose another folder") from None
-        different = differences(found, config)
+        different = differences({name: found[name] for name in found if name in config or name != "contents"}, config)
         if different:
             raise ValueError(
                 f"{folder} was begun with other settings: {'; '.join(different)}. Give the same ones, or another folder"
