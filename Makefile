@@ -56,7 +56,7 @@ test-fast: $(STAMP) ## run the tests that need neither the real model nor minute
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 # The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
-test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 240 MB)
+test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 430 MB)
 	@$(MAKE) --no-print-directory venv VENV=.venv-aot
 	@version=$$(.venv-aot/bin/python -c 'import jax; print(jax.__version__)'); \
 	  .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12 "jax-triton>=0.3.1,<0.4" "triton>=3.6,<3.7"

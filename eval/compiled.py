@@ -21,13 +21,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.tiles import CAPABILITIES
+
 
 @dataclass(frozen=True)
 class Gpu:
     """What the compiler asks about a GPU."""
 
     name: str
-    capability: tuple[int, int]
     cores: int
     memory_bytes: int
     bandwidth: int
@@ -38,7 +39,7 @@ class Gpu:
     @property
     def config(self) -> str:
         """A `GpuTargetConfigProto` as text."""
-        major, minor = self.capability
+        major, minor = CAPABILITIES[self.name]
         features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
         return f"""
             gpu_device_info {{
@@ -61,9 +62,9 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 80 << 30, 2_039_000_000_000, 167_936, 40 << 20, 1.41),
-    "h100-80g": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 80 << 30, 3_350_000_000_000, 233_472, 50 << 20, 1.98),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 141 << 30, 4_800_000_000_000, 233_472, 50 << 20, 1.98),
+    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 108, 80 << 30, 2_039_000_000_000, 167_936, 40 << 20, 1.41),
+    "h100-80g": Gpu("NVIDIA H100 80GB HBM3", 132, 80 << 30, 3_350_000_000_000, 233_472, 50 << 20, 1.98),
+    "h200": Gpu("NVIDIA H200", 132, 141 << 30, 4_800_000_000_000, 233_472, 50 << 20, 1.98),
 }
 
 
@@ -90,7 +91,7 @@ class Kernel:
     registers: int  # of each thread
     spill_bytes: int  # registers that did not fit, stored and loaded again
     shared_memory: int  # bytes of each program
-    address_bits: int  # of the widest offset into an array
+    address_bits: int | None  # of the widest offset into an array; None: not looked at, as in Mosaic's
 
 
 def memory_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> Memory:
@@ -122,7 +123,7 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
         with _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
             compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
         # By the name of its entry: shared memory, and bits of the widest address.
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, tuple[int, int | None]] = {}
         for path in folder.glob("*.triton-to-llvm.txt"):
             text = path.read_text(encoding="utf-8")
             shared = re.search(r"ttg\.shared = (\d+)", text)
@@ -131,8 +132,7 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
         for path in folder.glob("*.mlir-passes.log"):
             shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(encoding="utf-8"))
             entry = re.sub(r"_\d+\.mlir-passes\.log$", "_mosaic_gpu_kernel", path.name)
-            # TMA's strides have 64 bits; the copies that it makes are named by index.
-            found[entry] = int(shared.group(1)) if shared else 0, 64
+            found[entry] = int(shared.group(1)) if shared else 0, None
         # Mosaic assembles its kernels itself, and reports on that.
         uses = [use for path in sorted(folder.glob("*.ptxas")) for use in _uses(path.read_text(encoding="utf-8"))]
         for path in sorted(folder.glob("*.ptx")):
@@ -140,7 +140,10 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
             if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in found):
                 continue  # Reported on, or one of XLA's own kernels, whose constants are elsewhere.
             uses += assemble(gpu, path)
-    return [Kernel(name, registers, spills, *found[name]) for name, registers, spills in uses if name in found]
+    kernels = [Kernel(name, registers, spills, *found[name]) for name, registers, spills in uses if name in found]
+    if not kernels:
+        raise ValueError("the program holds no Pallas kernel")
+    return kernels
 
 
 def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
@@ -149,7 +152,7 @@ def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
     Raises:
         NotImplementedError: `ptxas` is not installed.
     """
-    major, minor = GPUS[gpu].capability
+    major, minor = CAPABILITIES[GPUS[gpu].name]
     arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
     command = [_ptxas(), "-v", arch, str(path), "-o", os.devnull]
     return _uses(subprocess.run(command, capture_output=True, text=True, check=True).stderr)

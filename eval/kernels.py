@@ -4,14 +4,14 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from eval.compiled import GPUS, Kernel, kernels_on
 from eval.record import provenance, write
-from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
 
 OPERATIONS = ("prefill", "decode", "training")
 
@@ -22,7 +22,7 @@ class Kernels:
 
     gpus: tuple[str, ...] = ("a100-80g", "h200")
     """a100-80g, h100-80g or h200."""
-    backends: tuple[str, ...] = ("triton", "mosaic")
+    backends: tuple[Literal["triton", "mosaic"], ...] = ("triton", "mosaic")
     """Whose kernels; what a backend or a GPU cannot do is left out."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
@@ -45,7 +45,7 @@ class Kernels:
             begin = time.perf_counter()
             try:
                 found = self._kernels(**about)
-            except NotImplementedError as error:
+            except Unsupported as error:
                 print(f"{', '.join(map(str, case))}: {error}", flush=True)
                 continue
             seconds = time.perf_counter() - begin
@@ -60,10 +60,10 @@ class Kernels:
                 )
             if self.out is not None:
                 write(self.out, record)
+        if not record["results"]:
+            raise ValueError("nothing could be compiled")
 
     def _kernels(self, *, backend: str, gpu: str, dtype: str, head_dim: int, operation: str) -> list[Kernel]:
-        if backend == "mosaic" and GPUS[gpu].capability[0] != 9:
-            raise NotImplementedError("the mosaic backend is for Hopper GPUs")
         function, shapes = program(operation, backend, head_dim=head_dim, dtype=dtype)
         return kernels_on(gpu, function, *shapes)
 

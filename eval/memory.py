@@ -52,6 +52,8 @@ class MemoryTask:
             raise ValueError(f"unknown shape {self.model!r}; there are {', '.join(PRESETS)}")
         if not self.lengths or min(*self.lengths, self.chunk) < 1:
             raise ValueError(f"lengths and chunk must be at least 1, got {self.lengths=}, {self.chunk=}")
+        if "prefill" in self.programs and self.chunk > min(self.lengths):
+            raise ValueError(f"a chunk must fit into the cache, got {self.chunk=} and {self.lengths=}")
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}

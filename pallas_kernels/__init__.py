@@ -1,6 +1,15 @@
 """Attention over arrays, for heads of two types; knows nothing of models, caches, patterns or Flax."""
 
 from pallas_kernels.api import BACKENDS, decode_attention, full_attention, gated_attention, prefill_attention
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Pools, Unsupported
 
-__all__ = ["BACKENDS", "Heads", "Pools", "decode_attention", "full_attention", "gated_attention", "prefill_attention"]
+__all__ = [
+    "BACKENDS",
+    "Heads",
+    "Pools",
+    "Unsupported",
+    "decode_attention",
+    "full_attention",
+    "gated_attention",
+    "prefill_attention",
+]

@@ -55,7 +55,7 @@ def prefill_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
-        NotImplementedError: a named backend that cannot do this.
+        Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check(q.shape[0], q.shape[2:], pools, heads, sink_size, recent_size)
     if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
@@ -91,7 +91,7 @@ def decode_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
-        NotImplementedError: a named backend that cannot do this.
+        Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check(q.shape[0], q.shape[1:], pools, heads, sink_size, recent_size)
     with jax.named_scope("decode_attention"):
@@ -127,7 +127,7 @@ def gated_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
-        NotImplementedError: a named backend that cannot do this.
+        Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check_training(q, k, v)
     if gates.shape != k.shape[2:3]:
@@ -155,7 +155,7 @@ def full_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
-        NotImplementedError: a named backend that cannot do this.
+        Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check_training(q, k, v)
     with jax.named_scope("full_attention"):

@@ -7,6 +7,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+# Kernels take powers of two: a GPU has no other exponential.
+LOG2_E = 1.4426950408889634
+
 # Finite, so that a block with no visible key leaves no NaN: its weights vanish at the first visible one.
 MASKED = -1e30
 

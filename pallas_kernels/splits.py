@@ -8,23 +8,23 @@ from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
 
-def capacities(pools: Pools) -> tuple[int, int]:
+def capacities_of(pools: Pools) -> tuple[int, int]:
     """Tokens that a slot of either pool has room for; 0 for a pool without slots."""
     retrieval, streaming = pools.retrieval_k, pools.streaming_k
     return (retrieval.shape[2] if retrieval.shape[0] else 0), (streaming.shape[2] if streaming.shape[0] else 0)
 
 
-def count(room: tuple[int, int], programs: int, tiles: DecodeTiles) -> int:
+def num_splits(capacities: tuple[int, int], programs: int, tiles: DecodeTiles) -> int:
     """Programs for each head of each row, of which there are `programs`; how many have work is seen on the device."""
-    return min(-(-max(room) // tiles.min_split), max(1, tiles.max_programs // programs))
+    return min(-(-max(capacities) // tiles.min_split), max(1, tiles.max_programs // programs))
 
 
-def held(room: tuple[int, int], is_retrieval: Array, length: Array) -> Array:
+def filled(capacities: tuple[int, int], is_retrieval: Array, length: Array) -> Array:
     """Tokens that a head's slot holds; never more than it has room for, which would be another slot's."""
-    return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(room[0]), jnp.int32(room[1])))
+    return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(capacities[0]), jnp.int32(capacities[1])))
 
 
-def share(size: Array, splits: int, tiles: DecodeTiles) -> Array:
+def split_size(size: Array, splits: int, tiles: DecodeTiles) -> Array:
     """Keys of each program: an even share in whole tiles, but enough to be worth it."""
     return jnp.maximum(cdiv(cdiv(size, splits), tiles.block_k) * tiles.block_k, jnp.int32(tiles.min_split))
 
@@ -32,7 +32,7 @@ def share(size: Array, splits: int, tiles: DecodeTiles) -> Array:
 def merge(
     values: Float[Array, "B K P G H"],
     log_total: Float[Array, "B K P G"],
-    room: tuple[int, int],
+    capacities: tuple[int, int],
     heads: Heads,
     lengths: Int32[Array, "B"],
     tiles: DecodeTiles,
@@ -42,8 +42,8 @@ def merge(
     `log_total` is the logarithm of the sum of a part's weights, to the base of two.
     """
     parts = values.shape[2]
-    size = held(room, heads.is_retrieval[None, :], lengths[:, None])
-    begin = jnp.arange(parts, dtype=jnp.int32)[None, None, :] * share(size, parts, tiles)[:, :, None]
+    size = filled(capacities, heads.is_retrieval[None, :], lengths[:, None])
+    begin = jnp.arange(parts, dtype=jnp.int32)[None, None, :] * split_size(size, parts, tiles)[:, :, None]
     used = begin < size[:, :, None]
     log_total = jnp.where(used[..., None], log_total, MASKED)
     weights = jnp.exp2(log_total - log_total.max(axis=2, keepdims=True))

@@ -36,7 +36,7 @@ class DecodeTiles:
     max_programs: int
     """Programs to spread a layer's keys over: a few for every multiprocessor."""
     num_warps: int
-    """Warps of a program."""
+    """Warps of a program; the Mosaic kernel has the four of a warpgroup that multiply."""
     num_stages: int
     """Loads that are in flight while a tile is computed."""
 
@@ -85,6 +85,19 @@ def trying(kernel: str, tiles: Any) -> Iterator[None]:
         yield
     finally:
         del _TRIED[kernel]
+
+
+# Of GPUs that programs are compiled for where they need not be: a kind of device does not tell.
+CAPABILITIES = {"NVIDIA A100-SXM4-80GB": (8, 0), "NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA H200": (9, 0)}
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """That of the GPU that programs are made for, as in (9, 0); None on another kind of device, or an unknown one."""
+    device = jax.devices()[0]
+    if device.device_kind != device_kind():
+        return CAPABILITIES.get(device_kind())
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def device_kind() -> str:

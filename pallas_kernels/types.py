@@ -22,6 +22,10 @@ class Pools(NamedTuple):
     streaming_v: Float[Array, "Ps B R H"]
 
 
+class Unsupported(NotImplementedError):
+    """A backend says that it cannot do what it was asked; a NotImplementedError from elsewhere is a fault."""
+
+
 class Heads(NamedTuple):
     """One layer's row of the head table: which pool, and which slot of it, holds each KV head. Traced, not static."""
 

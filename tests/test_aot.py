@@ -3,7 +3,6 @@
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
-import jax
 import jaxtyping
 import pytest
 
@@ -22,10 +21,8 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(not PLUGIN, reason="needs jax'
 
 @pytest.fixture(autouse=True)
 def shapes_for_arrays(monkeypatch):
-    """Shapes stand for arrays here, which the check of annotations would refuse; Flax's norms promote bfloat16."""
+    """Shapes stand for arrays here, which the check of annotations would refuse."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_a_training_step_s_memory_is_linear_in_the_tokens():

@@ -4,33 +4,38 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 import pallas_kernels
-from eval.gpu_suite import numerics
+from eval.gpu_suite import __main__ as command
+from eval.gpu_suite import numerics, worker
 from eval.gpu_suite.__main__ import SECTIONS, Suite
+from eval.gpu_suite.worker import Worker
 
 
 @pytest.mark.slow
 def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, "-m", "eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
+    suite = [sys.executable, "-m", "eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    stopped = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, env=environment)
+    stopped = subprocess.run([*suite, "--minutes", "0"], capture_output=True, text=True, env=environment)
     assert stopped.returncode == 75 and "call again" in stopped.stdout
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(suite, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SECTIONS}
     results = [result for record in records.values() for result in record["results"]]
     assert not [result for result in results if "failed" in result]
-    assert all(result["is_right"] for result in records["numerics"]["results"])
-    assert {result["case"]["operation"] for result in records["numerics"]["results"]} == {
+    judged = [result for result in records["numerics"]["results"] if "cannot" not in result]
+    assert all(result["is_right"] for result in judged)
+    assert {result["case"]["backend"] for result in judged} == {"triton"}
+    assert {result["case"]["operation"] for result in judged} == {
         "prefill",
         "decode",
         "training",
     }
     assert records["ceilings"]["device"] == "cpu" and records["ceilings"]["machine"]["versions"]["jax"]
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    again = subprocess.run(suite, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and again.stdout == ""
 
 
@@ -49,12 +54,33 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
         assert not numerics.measure(case)["is_right"]
 
 
+class Here(Worker):
+    """The worker's work, in this process."""
+
+    def device(self):
+        return worker.device()
+
+    def measured(self, section, case):
+        return worker.measured(section, case)
+
+
+def test_a_case_that_hangs_or_breaks_its_process_costs_no_more_than_itself():
+    hanging, dying = Worker(1.0), Worker(120.0)
+    with pytest.raises(ChildProcessError, match="gave no answer for 1 s"):
+        hanging._call(time.sleep, 600)
+    with pytest.raises(ChildProcessError, match="ended with exit code 3"):
+        dying._call(os._exit, 3)
+    assert dying.device() == {"device": "cpu", "is_gpu": False}
+    dying.stop()
+
+
 def test_what_cannot_be_is_refused_or_written_down(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown sections speed; there are ceilings"):
         Suite(tmp_path, sections=("speed",)).run()
     with pytest.raises(ValueError, match="no GPU here"):
         Suite(tmp_path, sections=("ceilings",)).run()
     suite = Suite(tmp_path, sections=("ceilings",), smoke=True)
+    monkeypatch.setattr(command, "Worker", Here)
     monkeypatch.setattr(SECTIONS["ceilings"], "measure", lambda case: 1 / 0)
     with pytest.raises(ArithmeticError, match=r"2 results in .* are wrong or failed"):
         suite.run()

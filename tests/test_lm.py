@@ -299,7 +299,7 @@ def test_doctor_tries_every_backend(duo):
     assert rest.keys() == {"reference", "xla", "triton"}
     assert all(tried["is_right"] for backend in rest.values() for tried in backend.values())
     assert found["default_backend"] == "xla" and found["packages"]["jax"]
-    assert "xla, the default here\n  prefill     right, differs" in doctor._text(found)
+    assert "xla, the default here\n  prefill     right, error" in doctor._text(found)
 
 
 def test_a_repetition_penalty_counts_what_is_cached(chat_lm):

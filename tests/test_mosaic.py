@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+from pallas_kernels.tiles import DecodeTiles, trying
 
 SIZES = {"sink_size": 16, "recent_size": 64}
 
 
-def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity=250, dtype=jnp.bfloat16):
+def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity=248, dtype=jnp.bfloat16):
     """Two query heads a KV head, pools with one slot more than are used."""
     rng = np.random.default_rng(0)
 
@@ -54,16 +55,19 @@ def test_prefill_equals_the_reference(case):
 
 
 @pytest.mark.slow
-def test_decode_equals_the_reference():
-    """Keys over several programs, of which the second row leaves some idle; a last tile partly filled; a full ring."""
-    q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=300)
-    lengths = jnp.asarray([300, 33], jnp.int32)
+@pytest.mark.parametrize("is_retrieval", [(True, False), (False,)], ids=["both", "streaming_alone"])
+def test_decode_equals_the_reference(is_retrieval):
+    """Keys over two programs, of which the second row leaves one idle; buffers used again; a last tile partly filled."""
+    q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=304, is_retrieval=is_retrieval)
+    lengths = jnp.asarray([299, 33], jnp.int32)
 
     def attend(backend):
         run = jax.jit(lambda *arrays: decode_attention(*arrays, lengths=lengths, **SIZES, backend=backend))
         return np.asarray(run(q[:, 0], pools, heads), np.float32)
 
-    np.testing.assert_allclose(attend("mosaic"), attend("reference"), rtol=0, atol=1e-2)
+    with trying("mosaic_decode", DecodeTiles(block_k=32, min_split=160, max_programs=8, num_warps=4, num_stages=2)):
+        found = attend("mosaic")
+    np.testing.assert_allclose(found, attend("reference"), rtol=0, atol=1e-2)
 
 
 def test_says_what_it_cannot_do():
@@ -78,5 +82,7 @@ def test_says_what_it_cannot_do():
         decode_attention(jnp.tile(q[:, 0], (1, 33, 1))[:, :130], pools, heads, lengths=count, **SIZES, backend="mosaic")
     with pytest.raises(NotImplementedError, match="no kernel for training: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="at least 16 tokens, got 8"):
+    with pytest.raises(NotImplementedError, match="multiples of 8, and at least 16, got 8, 8, 80, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)
+    with pytest.raises(NotImplementedError, match=r"multiples of 8.* got 300"):
+        prefill_attention(*problem(tokens=4, starts=(0,), capacity=300), **rows)

@@ -7,7 +7,7 @@ import pytest
 from eval import tune
 from eval.tune import Tune
 from pallas_kernels import tiles
-from pallas_kernels.tiles import DecodeTiles, tiles_for, trying
+from pallas_kernels.tiles import DecodeTiles, PipelineTiles, tiles_for, trying
 
 
 def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
@@ -29,6 +29,13 @@ def test_tiles_on_trial_are_used_within_alone():
     with trying("decode", mine):
         assert tiles_for("decode", 128, 2) is mine
     assert tiles_for("decode", 128, 2) == before
+
+
+def test_what_a_kernel_refuses_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "candidates", lambda kernel: [PipelineTiles(16, 2)])
+    with pytest.raises(ValueError, match="no tiles of mosaic_flash run here"):
+        Tune(kernels=("mosaic_flash",), head_dims=(256,), tokens=16, context=300, out=tmp_path / "tiles.json").run()
+    assert "Unsupported: the mosaic backend takes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [{"kernels": ("matmul",)}, {"context": 0}])

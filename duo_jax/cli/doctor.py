@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import BACKENDS, Heads, Pools, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import BACKENDS, Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.api import VERIFIED
 from pallas_kernels.tiles import device_kind
 
@@ -27,9 +27,9 @@ PACKAGES = (
     "jax-triton",
 )
 
-# Type of what is tried, and the largest difference from the dense reference that counts as right. The fastest kernels
-# for GPUs take no float32.
-TRIED = {"cpu": ("float32", 1e-4), "gpu": ("bfloat16", 3e-2)}
+# Type of what is tried, and the error relative to the dense reference that counts as right. The fastest kernels for
+# GPUs take no float32.
+TRIED = {"cpu": ("float32", 1e-4), "gpu": ("bfloat16", 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Doctor:
         print(json.dumps(record) if self.json else _text(record))
         tried = [found for backend in record["backends"].values() for found in backend.values()]
         if any(found["is_right"] is False for found in tried):
-            raise ValueError("a backend computes wrong numbers on this machine: do not use it, and please report this")
+            raise ValueError("a backend fails or computes wrong numbers here: do not use it, and please report this")
 
 
 def examine() -> dict:
@@ -65,15 +65,19 @@ def examine() -> dict:
 
 def _try(operation: str, backend: str) -> dict:
     """Compare a backend with the reference on a small random case."""
-    dtype, tolerance = TRIED["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    name, tolerance = TRIED["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    dtype = jnp.dtype(name)
     try:
-        # GPUs otherwise multiply float32 with fewer bits.
-        with jax.default_matmul_precision("highest"):
-            right, found = (OPERATIONS[operation](jnp.dtype(dtype), name) for name in ("reference", backend))
-    except NotImplementedError as error:
+        found = OPERATIONS[operation](dtype, backend).astype(jnp.float32)
+    except Unsupported as error:
         return {"is_right": None, "why_not": str(error)}
-    worst = float(jnp.abs(right.astype(jnp.float32) - found.astype(jnp.float32)).max())
-    return {"is_right": bool(worst < tolerance), "max_error": worst}
+    except Exception as error:  # Whatever a compiler or a driver may say: the other backends are still tried.
+        return {"is_right": False, "failed": (str(error).splitlines() or [type(error).__name__])[0]}
+    # GPUs otherwise multiply float32 with fewer bits.
+    with jax.default_matmul_precision("highest"):
+        right = OPERATIONS[operation](dtype, "reference").astype(jnp.float32)
+    worst = float(jnp.linalg.norm(right - found) / jnp.linalg.norm(right))
+    return {"is_right": worst < tolerance, "error": worst}
 
 
 SIZES: dict[str, Any] = {"sink_size": 16, "recent_size": 32}
@@ -84,20 +88,20 @@ def _draw(seed: int, dtype: jnp.dtype, *shape: int) -> jax.Array:
 
 
 def _cache(dtype: jnp.dtype) -> tuple[Pools, Heads]:
-    shapes = ((1, 1, 300, 64),) * 2 + ((1, 1, 48, 64),) * 2
+    shapes = ((1, 1, 640, 64),) * 2 + ((1, 1, 48, 64),) * 2
     pools = Pools(*(_draw(seed, dtype, *shape) for seed, shape in enumerate(shapes)))
     return pools, Heads(jnp.array([True, False]), jnp.zeros(2, jnp.int32))
 
 
 def _prefill(dtype: jnp.dtype, backend: str) -> jax.Array:
-    q, k, v = (_draw(4 + i, dtype, 1, 128, count, 64) for i, count in enumerate((4, 2, 2)))
-    rows: dict[str, Any] = {"start": jnp.array([200], jnp.int32), "lengths": jnp.array([128], jnp.int32)}
+    q, k, v = (_draw(4 + i, dtype, 1, 150, count, 64) for i, count in enumerate((4, 2, 2)))
+    rows: dict[str, Any] = {"start": jnp.array([200], jnp.int32), "lengths": jnp.array([150], jnp.int32)}
     pools, heads = _cache(dtype)
     return prefill_attention(q, k, v, pools, heads, **rows, **SIZES, backend=backend)
 
 
 def _decode(dtype: jnp.dtype, backend: str) -> jax.Array:
-    lengths = jnp.array([200], jnp.int32)
+    lengths = jnp.array([600], jnp.int32)
     return decode_attention(_draw(4, dtype, 1, 4, 64), *_cache(dtype), lengths=lengths, **SIZES, backend=backend)
 
 
@@ -129,9 +133,11 @@ def _text(record: dict) -> str:
         default = ", the default here" if name == record["default_backend"] else ""
         lines.append(f"backend       {name}{default}")
         for operation, found in operations.items():
-            verdict = f"cannot run here: {found.get('why_not')}"
-            if found["is_right"] is not None:
-                right = "right" if found["is_right"] else "WRONG"
-                verdict = f"{right}, differs from the reference by {found['max_error']:.1e}"
+            if "why_not" in found:
+                verdict = f"cannot run here: {found['why_not']}"
+            elif "failed" in found:
+                verdict = f"FAILED: {found['failed']}"
+            else:
+                verdict = f"{'right' if found['is_right'] else 'WRONG'}, error {found['error']:.1e}"
             lines.append(f"  {operation:<12}{verdict}")
     return "\n".join(lines)

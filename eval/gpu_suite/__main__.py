@@ -8,20 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 
-from eval.gpu_suite import ceilings, decode, model, numerics, prefill
-from eval.gpu_suite.section import Case, Section, first_line
+from eval.gpu_suite.section import Case
+from eval.gpu_suite.worker import SECTIONS, Worker
 from eval.record import provenance, write
-
-SECTIONS: dict[str, Section] = {
-    "ceilings": ceilings,
-    "numerics": numerics,
-    "prefill": prefill,
-    "decode": decode,
-    "model": model,
-}
 
 
 @dataclass(frozen=True)
@@ -32,10 +23,12 @@ class Suite:
     """Folder of results, a file a section; what is there already is not measured again."""
     sections: tuple[str, ...] = tuple(SECTIONS)
     """Sections, in this order."""
-    backends: tuple[str, ...] = ("triton", "mosaic")
+    backends: tuple[str, ...] = ("triton", "mosaic", "jax_triton")
     """Attention backends; what one says it cannot do is written down, and is no failure."""
     minutes: float = 6.0
     """No case is begun after so long; call again to go on."""
+    case_seconds: float = 150.0
+    """A case that takes longer is given up: a kernel may hang."""
     smoke: bool = False
     """Toy sizes: does it run? On a CPU too."""
 
@@ -49,12 +42,19 @@ class Suite:
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"unknown sections {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-        if jax.default_backend() != "gpu" and not self.smoke:
-            raise ValueError(f"no GPU here, only {jax.devices()[0].device_kind}: --smoke tries the suite at toy sizes")
-        begin, bad = time.monotonic(), 0
+        worker = Worker(self.case_seconds)
+        try:
+            return self._measure(worker)
+        finally:
+            worker.stop()
+
+    def _measure(self, worker: Worker) -> bool:
+        begin, bad, here = time.monotonic(), 0, worker.device()
+        if not here["is_gpu"] and not self.smoke:
+            raise ValueError(f"no GPU here, only {here['device']}: --smoke tries the suite at toy sizes")
         for name in self.sections:
             path = self.out / f"{name}.json"
-            record = self._open(path)
+            record = self._open(path, here["device"])
             record["results"] = [result for result in record["results"] if "failed" not in result]
             done = [result["case"] for result in record["results"]]
             for case in self._cases(name):
@@ -63,7 +63,7 @@ class Suite:
                 if time.monotonic() - begin > 60 * self.minutes:
                     print(f"{self.minutes:g} minutes are over: call again to go on with {name}")
                     return False
-                result = _measured(SECTIONS[name], case)
+                result = worker.measured(name, case)
                 record["results"].append(result)
                 write(path, record)
                 said = result.get("failed") or result.get("cannot") or SECTIONS[name].line(case, result)
@@ -80,10 +80,12 @@ class Suite:
             cases = [case | {"backend": backend} for case in cases for backend in self.backends]
         return json.loads(json.dumps(cases))
 
-    def _open(self, path: Path) -> dict[str, Any]:
+    def _open(self, path: Path, device: str) -> dict[str, Any]:
         """The section's record, begun if there is none."""
-        about = provenance(asdict(self) | {"sections": None, "minutes": None}, program="python -m eval.gpu_suite")
-        about |= {"device": jax.devices()[0].device_kind, "code": _code()}
+        about = provenance(
+            asdict(self) | {"sections": None, "minutes": None, "case_seconds": None}, program="python -m eval.gpu_suite"
+        )
+        about |= {"device": device, "code": _code()}
         if not path.exists():
             return about | {"results": []}
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -99,16 +101,6 @@ def _code() -> str:
         for path in sorted((root / folder).rglob("*.py")):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
-
-
-def _measured(section: Section, case: Case) -> dict[str, Any]:
-    """The case with what was found; a case that fails (out of memory, say) does not end the suite."""
-    try:
-        return {"case": case, **section.measure(case)}
-    except NotImplementedError as error:
-        return {"case": case, "cannot": first_line(error)}
-    except Exception as error:
-        return {"case": case, "failed": first_line(error)}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from duo_jax.phases import extend, step
 from eval.costs import decode_bytes
 from eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
 from eval.gpu_suite.section import Case, fastest
+from eval.memory import decode as decode_step
+from eval.memory import prefill_chunk
 
 TOY = ModelConfig("llama", 61, 2, 32, 4, 2, 16, 48, max_positions=4096, dtype="float32", eos_ids=(2,))
 STEPS = 16
@@ -35,6 +37,12 @@ def cases(*, smoke: bool) -> Iterator[Case]:
 def measure(case: Case) -> dict[str, Any]:
     """Milliseconds a token; seconds of the last chunk before the context; memory of both programs."""
     config = TOY if case["model"] == "toy" else replace(PRESETS[case["model"]], dtype="bfloat16")
+    # What the backend cannot do, it says before weights are made.
+    for function, *shapes in (
+        prefill_chunk(config, case["context"], case["streaming"], case["chunk"], case["backend"]),
+        decode_step(config, case["context"], case["streaming"], case["backend"]),
+    ):
+        function.trace(*shapes)
     model = Model.random(config, seed=0)
     shape = config.num_layers, config.num_kv_heads
     gates = np.random.default_rng(0).random(shape)

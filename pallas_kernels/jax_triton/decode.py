@@ -1,6 +1,5 @@
 """Attention of one new token a row: the kernel of `pallas_kernels.triton.decode`, in Triton's own language."""
 
-import math
 from typing import no_type_check
 
 import jax
@@ -11,11 +10,10 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import splits
-from pallas_kernels.blocks import MASKED
+from pallas_kernels.blocks import LOG2_E, MASKED
 from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
-LOG2_E = math.log2(math.e)
 # A matrix product has at least so many rows and columns.
 MIN_ROWS = 16
 
@@ -27,14 +25,14 @@ def split_attention(
     *,
     lengths: Int32[Array, "B"],
     tiles: DecodeTiles,
-    capability: int | None,
+    capability: int,
 ) -> Float[Array, "B N H"]:
     """Attention of one token a row over pools that hold it already."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    room = splits.capacities(pools)
-    count = splits.count(room, batch * num_kv_heads, tiles)
+    capacities = splits.capacities_of(pools)
+    count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
     # A pool without a slot is never read; the queries stand for it, since an argument cannot be empty.
     present = (pool if pool.shape[0] else q for pool in pools)
     parts = batch, num_kv_heads, count, group
@@ -54,13 +52,19 @@ def split_attention(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
-        **sizes(group, head_dim, batch, num_kv_heads, room, count, tiles),
+        **sizes(group, head_dim, batch, num_kv_heads, capacities, count, tiles),
     )
-    return splits.merge(values, log_total, room, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
+    return splits.merge(values, log_total, capacities, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
 
 
 def sizes(
-    group: int, head_dim: int, batch: int, num_kv_heads: int, room: tuple[int, int], count: int, tiles: DecodeTiles
+    group: int,
+    head_dim: int,
+    batch: int,
+    num_kv_heads: int,
+    capacities: tuple[int, int],
+    count: int,
+    tiles: DecodeTiles,
 ) -> dict[str, int | float]:
     """What the kernel is compiled with."""
     return {
@@ -70,8 +74,8 @@ def sizes(
         "head_dim": head_dim,
         "rows": max(MIN_ROWS, triton.next_power_of_2(group)),
         "width": max(MIN_ROWS, triton.next_power_of_2(head_dim)),
-        "full_room": room[0],
-        "ring_room": room[1],
+        "full_capacity": capacities[0],
+        "ring_capacity": capacities[1],
         "count": count,
         "block_k": tiles.block_k,
         "min_split": tiles.min_split,
@@ -99,8 +103,8 @@ def decode_kernel(
     head_dim: tl.constexpr,
     rows: tl.constexpr,
     width: tl.constexpr,
-    full_room: tl.constexpr,
-    ring_room: tl.constexpr,
+    full_capacity: tl.constexpr,
+    ring_capacity: tl.constexpr,
     count: tl.constexpr,
     block_k: tl.constexpr,
     min_split: tl.constexpr,
@@ -112,11 +116,11 @@ def decode_kernel(
     is_retrieval = tl.load(is_retrieval_ptr + kv_head) == 1
     # Pools may have more than 2 ** 31 elements.
     slot = tl.load(slot_ptr + kv_head).to(tl.int64)
-    room = tl.where(is_retrieval, full_room, ring_room)
-    size = tl.minimum(tl.load(length_ptr + row), room)
-    share = tl.maximum(tl.cdiv(tl.cdiv(size, count), block_k) * block_k, min_split)
-    begin = split * share
-    end = tl.minimum(begin + share, size)
+    capacity = tl.where(is_retrieval, full_capacity, ring_capacity)
+    size = tl.minimum(tl.load(length_ptr + row), capacity)
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(size, count), block_k) * block_k, min_split)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, size)
     if begin < end:
         if is_retrieval:
             k_ptr = full_k_ptr
@@ -129,7 +133,7 @@ def decode_kernel(
         query = (row * num_kv_heads + kv_head) * group + in_group
         here = (in_group < group)[:, None] & (column < head_dim)[None, :]
         q = tl.load(q_ptr + query[:, None] * head_dim + column[None, :], mask=here, other=0.0)
-        first = (slot * batch + row) * room
+        first = (slot * batch + row) * capacity
         maximum = tl.full((rows,), masked, tl.float32)
         total = tl.zeros((rows,), tl.float32)
         values = tl.zeros((rows, width), tl.float32)

@@ -6,7 +6,6 @@ Prefill and decode. On a CPU the kernels are interpreted, for tests.
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -14,8 +13,8 @@ from pallas_kernels.mosaic.decode import split_attention
 from pallas_kernels.mosaic.dialect import interpreter
 from pallas_kernels.mosaic.flash import BLOCK_Q, flash_attention
 from pallas_kernels.mosaic.pipeline import ROWS
-from pallas_kernels.tiles import device_kind, tiles_for
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.tiles import compute_capability, device_kind, tiles_for
+from pallas_kernels.types import Heads, Pools, Unsupported
 
 __all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
 
@@ -60,7 +59,7 @@ def decode_attention(
     _check(q, pools)
     group = q.shape[1] // heads.slot.shape[0]
     if group > ROWS:
-        raise NotImplementedError(f"the mosaic backend takes up to {ROWS} query heads a KV head, got {group}")
+        raise Unsupported(f"the mosaic backend takes up to {ROWS} query heads a KV head, got {group}")
     del sink_size, recent_size  # A ring of them holds what is visible.
     tiles = _tiles("mosaic_decode", q, pools)
     return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, interpret=_interpret())
@@ -68,29 +67,30 @@ def decode_attention(
 
 def gated_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
     """Not there yet."""
-    raise NotImplementedError("the mosaic backend has no kernel for training: use backend='triton'")
+    raise Unsupported("the mosaic backend has no kernel for training: use backend='triton'")
 
 
 def full_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
     """Not there yet."""
-    raise NotImplementedError("the mosaic backend has no kernel for training: use backend='triton'")
+    raise Unsupported("the mosaic backend has no kernel for training: use backend='triton'")
 
 
 def _check(q: Array, pools: Pools) -> None:
     types = {q.dtype.name, *(pool.dtype.name for pool in pools)}
     if len(types) > 1 or types - set(DTYPES) or q.shape[-1] not in HEAD_DIMS:
-        raise NotImplementedError(
+        raise Unsupported(
             f"the mosaic backend takes {' or '.join(DTYPES)}, one of them for queries and cache, and head dims of "
             f"{' or '.join(map(str, HEAD_DIMS))}, got {', '.join(sorted(types))} with {q.shape[-1]}: use 'triton'"
         )
-    smallest = min((pool.shape[2] for pool in pools if pool.shape[0]), default=BLOCK_Q)
-    if smallest < 16:
-        raise NotImplementedError(
-            f"the mosaic backend needs pools and rings of at least 16 tokens, got {smallest}: use backend='triton'"
+    lengths = [pool.shape[2] for pool in pools if pool.shape[0]]
+    if any(length < 16 or length % 8 for length in lengths):
+        raise Unsupported(
+            "the mosaic backend needs a cache length and sink_size + recent_size that are multiples of 8, and at least "
+            f"16, got {', '.join(map(str, lengths))}: use backend='triton'"
         )
-    device = jax.devices()[0]
-    if device.platform == "gpu" and not str(getattr(device, "compute_capability", "")).startswith("9."):
-        raise NotImplementedError(f"the mosaic backend is for Hopper GPUs, this is {device.device_kind}")
+    capability = compute_capability()
+    if device_kind() != "cpu" and (capability is None or capability[0] != 9):
+        raise Unsupported(f"the mosaic backend is for Hopper GPUs, this is {device_kind()}")
 
 
 def _tiles(kernel: str, q: Array, pools: Pools) -> Any:

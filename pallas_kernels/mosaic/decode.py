@@ -22,7 +22,6 @@ from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
 COMPUTE, FETCH = 0, 1  # warpgroups
-PART_ROWS = 8  # the fewest rows that leave shared memory together
 
 
 class Arrays(NamedTuple):
@@ -51,20 +50,21 @@ def split_attention(
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    room = splits.capacities(pools)
-    count = splits.count(room, batch * num_kv_heads, tiles)
+    capacities = splits.capacities_of(pools)
+    count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
     grouped = q.reshape(batch, num_kv_heads, group, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
     tile = jnp.zeros((1, batch, tiles.block_k, head_dim), q.dtype)
     full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in pools)
     arrays = Arrays(grouped, full_k, full_v, ring_k, ring_v, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
-    kept = -(-group // PART_ROWS) * PART_ROWS
     parts = batch, num_kv_heads, count
     values, log_total = plgpu.kernel(
-        update_wrapper(partial(decode_kernel, tiles=tiles, room=room, interpreted=bool(interpret)), decode_kernel),
+        update_wrapper(
+            partial(decode_kernel, tiles=tiles, capacities=capacities, interpreted=bool(interpret)), decode_kernel
+        ),
         out_type=(
-            jax.ShapeDtypeStruct((*parts, kept, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, group, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*parts, ROWS), jnp.float32),
         ),
         scratch_types=[
@@ -81,11 +81,11 @@ def split_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
-    merged = splits.merge(values[..., :group, :], log_total[..., :group], room, heads, lengths, tiles)
+    merged = splits.merge(values, log_total[..., :group], capacities, heads, lengths, tiles)
     return merged.reshape(q.shape).astype(q.dtype)
 
 
-def decode_kernel(*refs, tiles: DecodeTiles, room: tuple[int, int], interpreted: bool = False) -> None:
+def decode_kernel(*refs, tiles: DecodeTiles, capacities: tuple[int, int], interpreted: bool = False) -> None:
     """One part of the keys of a KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, ROWS]`."""
     inputs = len(Arrays._fields)
     arrays, (out_ref, log_ref, *own) = Arrays(*refs[:inputs]), refs[inputs:]
@@ -95,10 +95,10 @@ def decode_kernel(*refs, tiles: DecodeTiles, room: tuple[int, int], interpreted:
     split, kv_head, row = (lax.axis_index(name) for name in ("split", "kv_head", "row"))
     warpgroup = lax.axis_index("warpgroup")
     slot, is_retrieval = arrays.slot[kv_head], arrays.is_retrieval[kv_head] == 1
-    size = splits.held(room, is_retrieval, arrays.lengths[row])
-    share = splits.share(size, out_ref.shape[2], tiles)
-    begin = split * share
-    keys_here = jnp.minimum(begin + share, size) - begin
+    size = splits.filled(capacities, is_retrieval, arrays.lengths[row])
+    per_split = splits.split_size(size, out_ref.shape[2], tiles)
+    begin = split * per_split
+    keys_here = jnp.minimum(begin + per_split, size) - begin
 
     @pl.when((keys_here > 0) & (warpgroup == FETCH))
     def fetch() -> None:

@@ -16,8 +16,8 @@ from jaxtyping import Array
 # A reference to memory of the GPU, or to a multiprocessor's; Pallas has no public name for its type.
 Ref = Any
 # How a warpgroup holds the result of a product, and sums or maxima of its rows.
-TILE = plgpu.Layout.WGMMA
-ROWS = plgpu.Layout.WGMMA.reduce(1)
+TILE_LAYOUT = plgpu.Layout.WGMMA
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Dialect:
         """Indices along an axis of a tile, int32."""
         if self.interpreted:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE_LAYOUT)
 
     def product_t(self, a: Ref, b: Ref) -> Array:
         """`a @ b.T` of two matrices in shared memory, float32."""

@@ -4,7 +4,6 @@ A buffer holds a tile of keys and one of values. Its barriers say when each has 
 it. Steps are numbered; step `s` lies in buffer `s % stages`.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,11 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.blocks import MASKED, rem
+from pallas_kernels.blocks import LOG2_E, MASKED, rem
 from pallas_kernels.mosaic import dialect
 from pallas_kernels.mosaic.dialect import Dialect, Ref
 
-LOG2_E = math.log2(math.e)
 # Queries of a warpgroup: what one wgmma takes.
 ROWS = 64
 
@@ -119,9 +117,9 @@ class Pipeline(NamedTuple):
 def empty(speak: Dialect, head_dim: int) -> Softmax:
     """A softmax over no key yet."""
     return Softmax(
-        speak.full((ROWS, head_dim), 0.0, dialect.TILE),
-        speak.full((ROWS,), MASKED, dialect.ROWS),
-        speak.full((ROWS,), 0.0, dialect.ROWS),
+        speak.full((ROWS, head_dim), 0.0, dialect.TILE_LAYOUT),
+        speak.full((ROWS,), MASKED, dialect.ROW_LAYOUT),
+        speak.full((ROWS,), 0.0, dialect.ROW_LAYOUT),
     )
 
 

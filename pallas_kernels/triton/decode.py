@@ -43,23 +43,23 @@ def split_attention(
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    room = splits.capacities(pools)
-    count = splits.count(room, batch * num_kv_heads, tiles)
+    capacities = splits.capacities_of(pools)
+    count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
     arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
     parts = batch, num_kv_heads, count, group
     out = [
         jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
         jax.ShapeDtypeStruct(parts, jnp.float32),
     ]
-    kernel = partial(decode_kernel, room=room, count=count, tiles=tiles)
+    kernel = partial(decode_kernel, capacities=capacities, count=count, tiles=tiles)
     values, log_total = tile.call(
         kernel, out, arrays, grid=(count, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
     )
-    return splits.merge(values, log_total, room, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
+    return splits.merge(values, log_total, capacities, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
 
 
 def decode_kernel(
-    arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, room: tuple[int, int], count: int, tiles: DecodeTiles
+    arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, capacities: tuple[int, int], count: int, tiles: DecodeTiles
 ) -> None:
     """One part of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
     block_k = tiles.block_k
@@ -69,10 +69,10 @@ def decode_kernel(
     split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
     is_retrieval = arrays.is_retrieval[kv_head] == 1
-    size = splits.held(room, is_retrieval, length)
-    share = splits.share(size, count, tiles)
-    begin = split * share
-    end = jnp.minimum(begin + share, size)
+    size = splits.filled(capacities, is_retrieval, length)
+    per_split = splits.split_size(size, count, tiles)
+    begin = split * per_split
+    end = jnp.minimum(begin + per_split, size)
 
     @pl.when(begin < end)
     def compute() -> None:

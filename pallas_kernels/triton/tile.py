@@ -10,11 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import MASKED, compute_dtype
-from pallas_kernels.types import Pools
+from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype
+from pallas_kernels.types import Pools, Unsupported
 
-# Weights are powers of two: the GPU has no other exponential.
-LOG2_E = 1.4426950408889634
 # A matrix product has at least so many rows.
 MIN_ROWS = 16
 
@@ -52,11 +50,11 @@ def check(*arrays: jax.Array) -> None:
     """Refuse what the kernels cannot do.
 
     Raises:
-        NotImplementedError: a type or head dim (the last axis) that they were not made for.
+        Unsupported: a type or head dim (the last axis) that they were not made for.
     """
     for array in arrays:
         if array.dtype.name not in DTYPES or array.shape[-1] > MAX_HEAD_DIM:
-            raise NotImplementedError(
+            raise Unsupported(
                 f"the triton backend takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got "
                 f"{array.dtype.name} with {array.shape[-1]}: use backend='xla'"
             )
@@ -105,7 +103,9 @@ def t_dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+        # Not what the user's configuration asks for: that is for XLA.
+        precision, axes = lax.Precision.DEFAULT, (((a_axis,), (b_axis,)), ((), ()))
+        return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
     if a.dtype != jnp.float32:
         return product(a, b)
