@@ -57,7 +57,7 @@ def test_prefill_equals_the_reference(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("is_retrieval", [(True, False), (False,)], ids=["both", "streaming_alone"])
 def test_decode_equals_the_reference(is_retrieval):
-    """Keys over two programs, of which the second row leaves one idle; buffers used again; a last tile partly filled."""
+    """Two programs, of which the second row leaves one idle; buffers used again; a last tile partly filled."""
     q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=304, is_retrieval=is_retrieval)
     lengths = jnp.asarray([299, 33], jnp.int32)
 
