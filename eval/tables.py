@@ -217,14 +217,14 @@ def training_table(path: Path) -> str:
 
 
 def memory_table(path: Path) -> str:
-    """What a training step takes of a GPU's memory."""
+    """What programs take of a GPU's memory."""
     record = json.loads(path.read_text(encoding="utf-8"))
     settings = record["settings"]
-    lines = ["| tokens | weights and gates, GB | temporary, GB | in all, GB |", "| --: | --: | --: | --: |"]
+    lines = ["| program | tokens | arguments, GB | temporary, GB | in all, GB |", "| --- | --: | --: | --: | --: |"]
     for result in record["results"]:
         sizes = " | ".join(f"{result[name] / 1e9:.1f}" for name in ("arguments", "temporaries", "total"))
-        lines.append(f"| {result['tokens']} | {sizes} |")
-    about = f"{settings['model']}, {settings['dtype']}, one sample, compiled for {GPUS[settings['gpu']].name}; not run."
+        lines.append(f"| {result['program']} | {result['tokens']} | {sizes} |")
+    about = f"{settings['model']}, {settings['dtype']}, one row, compiled for {GPUS[settings['gpu']].name}; not run."
     return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
 
 
@@ -271,6 +271,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
+    "serving": (COMPILED / "serving.json", memory_table),
     "kernels": (COMPILED / "kernels.json", kernels_table),
 }
 
