@@ -122,6 +122,12 @@ def test_a_signal_saves_and_leaves(start, whole, tmp_path, number, error):
     np.testing.assert_array_equal(start(tmp_path, resume=True), whole[1])
 
 
+def test_a_signal_in_the_last_step_loses_nothing(start, whole, tmp_path):
+    last = len(metrics(whole[0])) - 1
+    gates = start(tmp_path, report=stop_at(last, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    np.testing.assert_array_equal(gates, whole[1])
+
+
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_resumes_to_the_same_gates(whole, tmp_path, text_model):
     script = textwrap.dedent(f"""

@@ -83,8 +83,11 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
                 state = new
                 figures |= {"seconds": time.perf_counter() - begin, "tokens": batch.tokens.size}
                 metrics.write({"step": number + 1, **figures})
-                leaving = bool(caught)  # Asked once: a signal from here on waits for the next step, and its checkpoint.
-                last = leaving or number + 1 == recipe.steps
+                finished = number + 1 == recipe.steps
+                # Asked once: a signal from here on waits for the next step, and its checkpoint. After the last step the
+                # gates are as good as written.
+                leaving = bool(caught) and not finished
+                last = leaving or finished
                 if last or (number + 1) % run.checkpoint_every == 0:
                     _save(checkpoints, state, force=last)
                 run.report(number + 1, recipe.steps, figures)

@@ -131,6 +131,8 @@ def _text(record: dict) -> str:
         )
     for name, operations in record["backends"].items():
         default = ", the default here" if name == record["default_backend"] else ""
+        if name == "triton" and record["devices"][0]["platform"] == "cpu":
+            default = ", interpreted: a kernel for GPUs"
         lines.append(f"backend       {name}{default}")
         for operation, found in operations.items():
             if "why_not" in found:
