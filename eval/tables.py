@@ -223,7 +223,7 @@ def memory_table(path: Path) -> str:
     lines = ["| program | tokens | arguments, GB | temporary, GB | in all, GB |", "| --- | --: | --: | --: | --: |"]
     for result in record["results"]:
         sizes = " | ".join(f"{result[name] / 1e9:.1f}" for name in ("arguments", "temporaries", "total"))
-        lines.append(f"| {result['program']} | {result['tokens']} | {sizes} |")
+        lines.append(f"| {result.get('program', 'training')} | {result['tokens']} | {sizes} |")
     about = f"{settings['model']}, {settings['dtype']}, one row, compiled for {GPUS[settings['gpu']].name}; not run."
     return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
 
@@ -271,7 +271,6 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
-    "serving": (COMPILED / "serving.json", memory_table),
     "kernels": (COMPILED / "kernels.json", kernels_table),
 }
 
