@@ -271,6 +271,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
+    "serving": (COMPILED / "serving.json", memory_table),
     "kernels": (COMPILED / "kernels.json", kernels_table),
 }
 
