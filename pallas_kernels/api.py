@@ -1,19 +1,19 @@
 """The operations: they validate, pick a backend, or raise for a named one that cannot.
 
-A backend is a module of this package with the operations as functions; a new one is a file beside its siblings and its
-name in `BACKENDS`. It is imported when it is first used: some need what not every machine has.
+A backend is a module of this package with the operations that it has as functions; a new one is a file beside its
+siblings and its name in `BACKENDS`. It is imported when it is first used: some need what not every machine has.
 """
 
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 
 import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.tiles import device_kind
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Pools, Unsupported
 
 BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
 
@@ -63,7 +63,7 @@ def prefill_attention(
     # As the cache will hold them: otherwise results would depend on where a chunk begins.
     k, v = k.astype(pools.retrieval_k.dtype), v.astype(pools.retrieval_v.dtype)
     with jax.named_scope("prefill_attention"):
-        return _module(backend).prefill_attention(
+        return _operation(backend, "prefill_attention")(
             q, k, v, pools, heads, start=start, lengths=lengths, sink_size=sink_size, recent_size=recent_size
         )
 
@@ -95,7 +95,7 @@ def decode_attention(
     """
     _check(q.shape[0], q.shape[1:], pools, heads, sink_size, recent_size)
     with jax.named_scope("decode_attention"):
-        return _module(backend).decode_attention(
+        return _operation(backend, "decode_attention")(
             q, pools, heads, lengths=lengths, sink_size=sink_size, recent_size=recent_size
         )
 
@@ -135,7 +135,9 @@ def gated_attention(
     if full is not None and full.shape != q.shape:
         raise ValueError(f"full must have the queries' shape, got {full.shape=} beside {q.shape=}")
     with jax.named_scope("gated_attention"):
-        return _module(backend).gated_attention(q, k, v, gates, sink_size=sink_size, recent_size=recent_size, full=full)
+        return _operation(backend, "gated_attention")(
+            q, k, v, gates, sink_size=sink_size, recent_size=recent_size, full=full
+        )
 
 
 def full_attention(
@@ -159,7 +161,7 @@ def full_attention(
     """
     _check_training(q, k, v)
     with jax.named_scope("full_attention"):
-        return _module(backend).full_attention(q, k, v)
+        return _operation(backend, "full_attention")(q, k, v)
 
 
 def _check_training(q: Array, k: Array, v: Array) -> None:
@@ -181,11 +183,14 @@ def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sin
         )
 
 
-def _module(backend: str | None) -> ModuleType:
+def _operation(backend: str | None, operation: str) -> Callable[..., Array]:
     name = _default_backend(device_kind()) if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
-    return importlib.import_module(f"pallas_kernels.{name}")
+    found = getattr(importlib.import_module(f"pallas_kernels.{name}"), operation, None)
+    if found is None:
+        raise Unsupported(f"the {name} backend has no {operation}: use backend='triton'")
+    return found
 
 
 @cache

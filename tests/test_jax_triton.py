@@ -133,9 +133,9 @@ def test_says_what_it_cannot_do():
     count = jnp.ones(1, jnp.int32)
     rows = {"start": count, "lengths": count, **SIZES, "backend": "jax_triton"}
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
-    with pytest.raises(NotImplementedError, match="decode alone: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="has no prefill_attention: use backend='triton'"):
         prefill_attention(q, k, v, pools, heads, **rows)
-    with pytest.raises(NotImplementedError, match="decode alone: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="has no gated_attention: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="jax_triton")
     with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs alone"):
         decode_attention(q[:, 0], pools, heads, lengths=count, **SIZES, backend="jax_triton")

@@ -80,7 +80,7 @@ def test_says_what_it_cannot_do():
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
     with pytest.raises(NotImplementedError, match="up to 64 query heads a KV head, got 65"):
         decode_attention(jnp.tile(q[:, 0], (1, 33, 1))[:, :130], pools, heads, lengths=count, **SIZES, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="no kernel for training: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="the mosaic backend has no gated_attention: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="mosaic")
     with pytest.raises(NotImplementedError, match="multiples of 8, and at least 16, got 8, 8, 80, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)

@@ -12,7 +12,7 @@ from pallas_kernels.blocks import compute_dtype
 from pallas_kernels.tiles import compute_capability, tiles_for
 from pallas_kernels.types import Heads, Pools, Unsupported
 
-__all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
+__all__ = ["decode_attention"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -47,18 +47,3 @@ def decode_attention(
         "capability": 10 * capability[0] + capability[1],
     }
     return decode.split_attention(q, pools, heads, lengths=lengths, **settings)
-
-
-def prefill_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
-    """Not made."""
-    raise Unsupported("the jax_triton backend has decode alone: use backend='triton'")
-
-
-def gated_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
-    """Not made."""
-    raise Unsupported("the jax_triton backend has decode alone: use backend='triton'")
-
-
-def full_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
-    """Not made."""
-    raise Unsupported("the jax_triton backend has decode alone: use backend='triton'")

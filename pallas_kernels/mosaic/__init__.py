@@ -16,7 +16,7 @@ from pallas_kernels.mosaic.pipeline import ROWS
 from pallas_kernels.tiles import compute_capability, device_kind, tiles_for
 from pallas_kernels.types import Heads, Pools, Unsupported
 
-__all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
+__all__ = ["decode_attention", "prefill_attention"]
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -63,16 +63,6 @@ def decode_attention(
     del sink_size, recent_size  # A ring of them holds what is visible.
     tiles = _tiles("mosaic_decode", q, pools)
     return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, interpret=_interpret())
-
-
-def gated_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
-    """Not there yet."""
-    raise Unsupported("the mosaic backend has no kernel for training: use backend='triton'")
-
-
-def full_attention(*args: Any, **options: Any) -> Float[Array, "B T N H"]:
-    """Not there yet."""
-    raise Unsupported("the mosaic backend has no kernel for training: use backend='triton'")
 
 
 def _check(q: Array, pools: Pools) -> None:
