@@ -223,7 +223,7 @@ def memory_table(path: Path) -> str:
     lines = ["| program | tokens | arguments, GB | temporary, GB | in all, GB |", "| --- | --: | --: | --: | --: |"]
     for result in record["results"]:
         sizes = " | ".join(f"{result[name] / 1e9:.1f}" for name in ("arguments", "temporaries", "total"))
-        lines.append(f"| {result.get('program', 'training')} | {result['tokens']} | {sizes} |")
+        lines.append(f"| {result['program']} | {result['tokens']} | {sizes} |")
     about = f"{settings['model']}, {settings['dtype']}, one row, compiled for {GPUS[settings['gpu']].name}; not run."
     return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
 
