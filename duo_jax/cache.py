@@ -6,7 +6,9 @@ one compiled program. Attention itself is in `pallas_kernels`.
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,12 @@ from duo_jax.config import ModelConfig
 from duo_jax.pattern import HeadPattern
 from pallas_kernels import Heads, Pools
 from pallas_kernels.positions import consecutive, ring_index, ring_positions
+from pallas_kernels.quantized import BITS, Stored, empty, store
+
+T = TypeVar("T")
+
+# How keys and values may be stored.
+KV_DTYPES = ("float32", "bfloat16", "float16", *BITS)
 
 
 @functools.partial(
@@ -54,31 +62,42 @@ class KVCache:
         max_length: int,
         *,
         dtype: str | jnp.dtype | None = None,
+        streaming_dtype: str | jnp.dtype | None = None,
     ) -> "KVCache":
         """An empty cache for `batch_size` sequences of up to `max_length` tokens.
 
-        Without a pattern every head is a retrieval head. `dtype` defaults to the configuration's.
+        Args:
+            config: the model's.
+            pattern: which heads stream; None: every head is a retrieval head.
+            batch_size: sequences.
+            max_length: tokens of each, at most.
+            dtype: of retrieval heads: float32, bfloat16, float16, int8 or int4; by default the configuration's. int8
+                and int4 are asymmetric, one scale and zero for each token of each head (paper section 3.4).
+            streaming_dtype: of streaming heads, whose rings are small; by default `dtype`, or the configuration's
+                where that is int8 or int4.
 
         Raises:
-            ValueError: a pattern of another model, or sizes below 1.
+            ValueError: a pattern of another model, sizes below 1, or an unknown data type.
         """
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        dtype = jnp.dtype(config.dtype if dtype is None else dtype)
         is_retrieval = _table(config, pattern)
         # Slots are numbered within each type, layer by layer.
         flat = is_retrieval.ravel()
         slot = np.where(flat, flat.cumsum(), (~flat).cumsum()).reshape(is_retrieval.shape) - 1
         sink_size, recent_size = (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
-        retrieval, streaming = _pool_shapes(is_retrieval, sink_size + recent_size, batch_size, max_length, config)
+        shapes = _pool_shapes(is_retrieval, sink_size + recent_size, batch_size, max_length, config)
+        dtypes = pool_dtypes(config, dtype, streaming_dtype)
         try:
-            pools = Pools(*(jnp.zeros(shape, dtype) for shape in (retrieval, retrieval, streaming, streaming)))
+            pools = _empty_pools(shapes, dtypes)
         except RuntimeError as error:
-            wanted = cls.bytes_for(config, pattern, batch_size, max_length, dtype=dtype)
+            wanted = cls.bytes_for(
+                config, pattern, batch_size, max_length, dtype=dtype, streaming_dtype=streaming_dtype
+            )
             raise ValueError(
                 f"a cache of {wanted / 1e9:.1f} GB (batch {batch_size}, {max_length} tokens) does not fit into memory: "
-                "ask for fewer tokens or rows, or stream more heads"
+                "ask for fewer tokens or rows, stream more heads, or store them in int8 or int4"
             ) from error
         return cls(
             pools=pools,
@@ -97,17 +116,21 @@ class KVCache:
         max_length: int,
         *,
         dtype: str | jnp.dtype | None = None,
+        streaming_dtype: str | jnp.dtype | None = None,
     ) -> int:
-        """Bytes of keys and values that `init` allocates: `2 * H * bytes * B * (Pr * S + Ps * (sink + recent))`."""
+        """Bytes of keys and values that `init` allocates: `2 * row * B * (Pr * S + Ps * (sink + recent))`.
+
+        A row of `H` numbers takes their bytes, and 4 more for scale and zero where they are quantized.
+        """
         ring = pattern.sink_size + pattern.recent_size if pattern else 0
         shapes = _pool_shapes(_table(config, pattern), ring, batch_size, max_length, config)
-        itemsize = jnp.dtype(config.dtype if dtype is None else dtype).itemsize
-        return sum(2 * int(np.prod(shape, dtype=np.int64)) * itemsize for shape in shapes)
+        dtypes = pool_dtypes(config, dtype, streaming_dtype)
+        return _nbytes(jax.eval_shape(lambda: _empty_pools(shapes, dtypes)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
-        return sum(pool.size * pool.dtype.itemsize for pool in self.pools)
+        return _nbytes(self.pools)
 
     @property
     def batch_size(self) -> int:
@@ -121,8 +144,13 @@ class KVCache:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Data type of keys and values."""
+        """Data type of retrieval heads' keys and values: uint8 and uint4 where they are quantized."""
         return self.pools.retrieval_k.dtype
+
+    @property
+    def streaming_dtype(self) -> jnp.dtype:
+        """Data type of streaming heads' keys and values."""
+        return self.pools.streaming_k.dtype
 
     def heads(self, layer: int) -> Heads:
         """One layer's row of the head table."""
@@ -187,8 +215,8 @@ class KVCache:
         """Remember this point: a copy of rings and lengths only, so that one prefilled text can be asked many times."""
         self.check_alive()
         return Mark(
-            streaming_k=jnp.copy(self.pools.streaming_k),
-            streaming_v=jnp.copy(self.pools.streaming_v),
+            streaming_k=_copy(self.pools.streaming_k),
+            streaming_v=_copy(self.pools.streaming_v),
             length=jnp.copy(self.length),
             is_retrieval=jnp.copy(self.is_retrieval),
             sink_size=self.sink_size,
@@ -214,13 +242,13 @@ class KVCache:
                 "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
                 "tokens were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
             )
-        rings = {"streaming_k": jnp.copy(mark.streaming_k), "streaming_v": jnp.copy(mark.streaming_v)}
+        rings = {"streaming_k": _copy(mark.streaming_k), "streaming_v": _copy(mark.streaming_v)}
         return replace(self, pools=self.pools._replace(**rings), length=jnp.copy(mark.length))
 
     def fork(self) -> "KVCache":
         """A real copy, which lives on when this cache is donated."""
         self.check_alive()
-        return jax.tree.map(jnp.copy, self)
+        return _copy(self)
 
     @property
     def is_alive(self) -> bool:
@@ -246,13 +274,46 @@ class KVCache:
 class Mark:
     """A point to rewind to. `fingerprint` is a hash of the retrieval keys so far: it tells a stale mark."""
 
-    streaming_k: Float[Array, "Ps B R H"]
-    streaming_v: Float[Array, "Ps B R H"]
+    streaming_k: Stored
+    streaming_v: Stored
     length: Int32[Array, "B"]
     is_retrieval: Bool[Array, "L K"]
     fingerprint: UInt32[Array, "B"]
     sink_size: int
     recent_size: int
+
+
+def pool_dtypes(
+    config: ModelConfig, dtype: str | jnp.dtype | None, streaming_dtype: str | jnp.dtype | None
+) -> tuple[str, str]:
+    """Names of the data types of retrieval and streaming heads.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    retrieval = _dtype_name(config.dtype if dtype is None else dtype)
+    usual = config.dtype if retrieval in BITS else retrieval
+    return retrieval, _dtype_name(usual if streaming_dtype is None else streaming_dtype)
+
+
+def _dtype_name(dtype: str | jnp.dtype) -> str:
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in KV_DTYPES:
+        raise ValueError(f"keys and values are stored as {', '.join(KV_DTYPES)}, not as {name!r}")
+    return name
+
+
+def _empty_pools(shapes: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[str, str]) -> Pools:
+    retrieval, streaming = zip(shapes, dtypes, strict=True)
+    return Pools(empty(*retrieval), empty(*retrieval), empty(*streaming), empty(*streaming))
+
+
+def _nbytes(pools: Pools) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pools))
+
+
+def _copy(tree: T) -> T:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
@@ -284,26 +345,30 @@ def _streaming_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
     return jnp.where(heads.is_retrieval, pools.streaming_k.shape[0], heads.slot)
 
 
-def _scatter(pool: Array, index: tuple[Array, Array, Array], new: Array) -> Array:
-    return pool.at[index].set(new.astype(pool.dtype), mode="drop")
+def _scatter(pool: Stored, index: tuple[Array, Array, Array], new: Float[Array, "*index H"]) -> Stored:
+    return jax.tree.map(lambda x, new: x.at[index].set(new, mode="drop"), pool, store(new, pool))
 
 
-def _refill(
-    pool: Float[Array, "Ps B R H"], heads: Heads, source: Int32[Array, "B R"], chunk: Float[Array, "B T K H"]
-) -> Float[Array, "Ps B R H"]:
+def _refill(pool: Stored, heads: Heads, source: Int32[Array, "B R"], chunk: Float[Array, "B T K H"]) -> Stored:
     """Rings after a chunk: index r takes chunk token `source[b, r]`, or stays where that is negative."""
     slots = jnp.where(heads.is_retrieval, 0, heads.slot)
-    new = jnp.take_along_axis(chunk, jnp.maximum(source, 0)[:, :, None, None], axis=1).astype(pool.dtype)
-    rings = jnp.where((source >= 0)[None, :, :, None], new.transpose(2, 0, 1, 3), pool[slots])
-    return pool.at[jnp.where(heads.is_retrieval, pool.shape[0], heads.slot)].set(rings, mode="drop")
+    written = jnp.where(heads.is_retrieval, pool.shape[0], heads.slot)
+    new = jnp.take_along_axis(chunk, jnp.maximum(source, 0)[:, :, None, None], axis=1).transpose(2, 0, 1, 3)
+
+    def refill(pool: Array, new: Array) -> Array:
+        is_new = (source >= 0).reshape(1, *source.shape, *(1,) * (pool.ndim - 3))
+        return pool.at[written].set(jnp.where(is_new, new, pool[slots]), mode="drop")
+
+    return jax.tree.map(refill, pool, store(new, pool))
 
 
 @jax.jit
-def _fingerprint(pool: Float[Array, "Pr B S H"], length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+def _fingerprint(pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
     """Hash of each row's first `length` keys in the deepest retrieval slot, which depend on all layers before it."""
     if not pool.shape[0]:
         return jnp.zeros(length.shape, jnp.uint32)  # Rings are copied whole: nothing can be stale.
-    keys = pool[-1]
+    # Of quantized keys, the words: equal ones of other keys differ in all but a few channels.
+    keys = jax.tree.leaves(pool)[0][-1]
     bits = lax.bitcast_convert_type(keys, jnp.dtype(f"uint{8 * keys.dtype.itemsize}")).astype(jnp.uint32)
     # A random odd factor for every position and channel: sums of other keys, or of the same in another order, differ.
     index = jnp.arange(keys.shape[1] * keys.shape[2], dtype=jnp.uint32).reshape(1, *keys.shape[1:])

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from functools import cache
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.quantized import Stored, read, store
 from pallas_kernels.tiles import device_kind
 from pallas_kernels.types import Heads, Pools, Unsupported
 
@@ -60,8 +63,8 @@ def prefill_attention(
     _check(q.shape[0], q.shape[2:], pools, heads, sink_size, recent_size)
     if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] beside {q.shape=}, got {k.shape=}, {v.shape=}")
-    # As the cache will hold them: otherwise results would depend on where a chunk begins.
-    k, v = k.astype(pools.retrieval_k.dtype), v.astype(pools.retrieval_v.dtype)
+    k = _as_held(k, pools.retrieval_k, pools.streaming_k, heads, q.dtype)
+    v = _as_held(v, pools.retrieval_v, pools.streaming_v, heads, q.dtype)
     with jax.named_scope("prefill_attention"):
         return _operation(backend, "prefill_attention")(
             q, k, v, pools, heads, start=start, lengths=lengths, sink_size=sink_size, recent_size=recent_size
@@ -162,6 +165,19 @@ def full_attention(
     _check_training(q, k, v)
     with jax.named_scope("full_attention"):
         return _operation(backend, "full_attention")(q, k, v)
+
+
+def _as_held(
+    x: Float[Array, "B T K H"], retrieval: Stored, streaming: Stored, heads: Heads, dtype: jnp.dtype
+) -> Float[Array, "B T K H"]:
+    """A chunk's keys or values as the cache will hold them: otherwise results would depend on where a chunk begins."""
+    kinds = [pool for pool in (retrieval, streaming) if pool.shape[0]]
+    held = [read(store(x, pool), dtype) for pool in kinds]
+    if len(kinds) == 2 and (kinds[0].dtype != kinds[1].dtype):
+        common = np.promote_types(held[0].dtype, held[1].dtype)
+        of_type = heads.is_retrieval[None, None, :, None]
+        return jnp.where(of_type, held[0].astype(common), held[1].astype(common))
+    return held[0]
 
 
 def _check_training(q: Array, k: Array, v: Array) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.quantized import Stored, read_dtype
+
 # Kernels take powers of two: a GPU has no other exponential.
 LOG2_E = 1.4426950408889634
 
@@ -42,9 +44,10 @@ def accumulate(
     return Softmax(maximum, total, state.values * decay[:, :, None] + values)
 
 
-def compute_dtype(q: Array, k: Array) -> np.dtype:
+def compute_dtype(q: Array, k: Stored) -> np.dtype:
     """Type of the products of queries and keys: theirs if they agree, else one that holds both, float32 at least."""
-    return q.dtype if q.dtype == k.dtype else np.promote_types(np.promote_types(np.float32, q.dtype), k.dtype)
+    theirs = read_dtype(k, q.dtype)
+    return q.dtype if q.dtype == theirs else np.promote_types(np.promote_types(np.float32, q.dtype), theirs)
 
 
 def empty(batch: int, rows: int, head_dim: int) -> Softmax:

@@ -1,5 +1,7 @@
 """Dense attention, obviously right: the oracle of every test. Memory grows with T times S; use it on small inputs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.mixing import mix
 from pallas_kernels.positions import consecutive, ring_positions, visible
+from pallas_kernels.quantized import read, read_dtype
 from pallas_kernels.types import Heads, Pools
 
 
@@ -49,7 +52,8 @@ def decode_attention(
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`: the same dense attention, with the newest token already in the pools."""
     batch, _, head_dim = q.shape
-    nothing = jnp.zeros((batch, 0, heads.slot.shape[0], head_dim), pools.retrieval_k.dtype)
+    dtypes = (read_dtype(pool, q.dtype) for pool in (pools.retrieval_k, pools.streaming_k) if pool.shape[0])
+    nothing = jnp.zeros((batch, 0, heads.slot.shape[0], head_dim), functools.reduce(np.promote_types, dtypes))
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
     own = lengths[:, None] - 1
     pool_pos = jnp.arange(pools.retrieval_k.shape[2], dtype=jnp.int32)[None, :]
@@ -98,10 +102,15 @@ def _causal(q, k, v, sizes):
 
 def _join(pool_k, pool_v, slot, pool_pos, k_h, v_h, own):
     """One head's cached and own keys, values and their positions, end to end."""
-    cached_k = pool_k[slot] if pool_k.shape[0] else k_h[:, :0]
-    cached_v = pool_v[slot] if pool_v.shape[0] else v_h[:, :0]
+    cached_k = _slot(pool_k, slot, k_h.dtype) if pool_k.shape[0] else k_h[:, :0]
+    cached_v = _slot(pool_v, slot, v_h.dtype) if pool_v.shape[0] else v_h[:, :0]
     pos = jnp.concatenate([pool_pos[:, : cached_k.shape[1]], own], axis=1)
     return jnp.concatenate([cached_k, k_h], axis=1), jnp.concatenate([cached_v, v_h], axis=1), pos
+
+
+def _slot(pool, slot, dtype):
+    """Keys or values of one slot."""
+    return read(jax.tree.map(lambda x: x[slot], pool), dtype).astype(dtype)
 
 
 def _attend(q_h, cached, q_pos, sizes):

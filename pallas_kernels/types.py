@@ -8,18 +8,22 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.quantized import Quantized
+
 
 class Pools(NamedTuple):
     """Keys and values of the whole model, split by head type; a slot holds one KV head of one layer.
+
+    Either pair may be quantized.
 
     A streaming head's slot is a ring: position `p` lies at index `p` while `p < sink_size`, and at
     `sink_size + (p - sink_size) % recent_size` after that. Keys are stored after RoPE at their absolute position.
     """
 
-    retrieval_k: Float[Array, "Pr B S H"]
-    retrieval_v: Float[Array, "Pr B S H"]
-    streaming_k: Float[Array, "Ps B R H"]
-    streaming_v: Float[Array, "Ps B R H"]
+    retrieval_k: Float[Array, "Pr B S H"] | Quantized
+    retrieval_v: Float[Array, "Pr B S H"] | Quantized
+    streaming_k: Float[Array, "Ps B R H"] | Quantized
+    streaming_v: Float[Array, "Ps B R H"] | Quantized
 
 
 class Unsupported(NotImplementedError):

@@ -6,12 +6,14 @@ that the head table stays data: two loops with trip counts read from it, and no 
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import accumulate, block_at, cdiv, empty, finish
 from pallas_kernels.positions import consecutive, ring_index, visible
+from pallas_kernels.quantized import Stored, read
 from pallas_kernels.types import Heads, Pools
 from pallas_kernels.xla_gated import full_attention, gated_attention
 
@@ -49,8 +51,9 @@ def prefill_attention(
         return _prefill_retrieval(*args, start=start, longest=longest)
 
     def streaming(head: Array) -> Array:
-        ring_k, ring_v = pools.streaming_k[heads.slot[head]], pools.streaming_v[heads.slot[head]]
-        args = q_heads[head], k_heads[head], v_heads[head], ring_k, ring_v
+        slot, whole = heads.slot[head], jnp.int32(0)
+        rings = (_load(pool, slot, whole, pool.shape[2], q.dtype).astype(k.dtype) for pool in pools[2:])
+        args = q_heads[head], k_heads[head], v_heads[head], *rings
         return _prefill_streaming(*args, start=start, longest=longest, sink_size=sink_size, recent_size=recent_size)
 
     out = _over_heads(retrieval, streaming, pools, heads, jnp.zeros_like(q_heads))
@@ -116,7 +119,7 @@ def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, *, start, longest):
         def past(j, state):
             begin, index = block_at(j, pool_block, pool_k.shape[2])
             keep = (index >= j * pool_block) & (index < start[:, None])
-            keys, values = _load(pool_k, slot, begin, pool_block), _load(pool_v, slot, begin, pool_block)
+            keys, values = (_load(pool, slot, begin, pool_block, q.dtype) for pool in (pool_k, pool_v))
             return accumulate(state, rows, keys, values, keep[:, None, :])
 
         def own(j, state):
@@ -173,8 +176,8 @@ def _prefill_streaming(q, k, v, ring_k, ring_v, *, start, longest, sink_size, re
 
 def _decode_pool(
     q: Float[Array, "B G H"],
-    pool_k: Float[Array, "P B S H"],
-    pool_v: Float[Array, "P B S H"],
+    pool_k: Stored,
+    pool_v: Stored,
     slot: Int32[Array, ""],
     lengths: Int32[Array, "B"],
 ) -> Float[Array, "B G H"]:
@@ -185,18 +188,22 @@ def _decode_pool(
     def one_block(j, state):
         begin, index = block_at(j, block, size)
         keep = (index >= j * block) & (index < lengths[:, None])
-        keys, values = _load(pool_k, slot, begin, block), _load(pool_v, slot, begin, block)
+        keys, values = (_load(pool, slot, begin, block, q.dtype) for pool in (pool_k, pool_v))
         return accumulate(state, q, keys, values, keep[:, None, :])
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
     return finish(lax.fori_loop(jnp.int32(0), num_blocks, one_block, empty(*q.shape)), q.dtype)
 
 
-def _load(pool: Float[Array, "P B S H"], slot: Array, begin: Array, size: int) -> Float[Array, "B size H"]:
-    """One block of one slot. Retrieval pools are read here alone: how they are stored matters nowhere else."""
-    _, batch, _, head_dim = pool.shape
-    zero = jnp.int32(0)
-    return lax.dynamic_slice(pool, (slot, zero, begin, zero), (1, batch, size, head_dim))[0]
+def _load(pool: Stored, slot: Array, begin: Array, size: int, dtype: jnp.dtype) -> Float[Array, "B size H"]:
+    """One block of one slot. Pools are read here alone: how they are stored matters nowhere else."""
+
+    def block(x: Array) -> Array:
+        zero = jnp.int32(0)
+        start = slot, zero, begin, *(zero,) * (x.ndim - 3)
+        return lax.dynamic_slice(x, start, (1, x.shape[1], size, *x.shape[3:]))[0]
+
+    return read(jax.tree.map(block, pool), dtype)
 
 
 def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Array, "B I H"]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import pallas_kernels
 from pallas_kernels import Heads, Pools, api, tiles, xla
 from pallas_kernels.positions import ring_index, ring_positions, visible
+from pallas_kernels.quantized import BITS, empty, read, store
 from pallas_kernels.tiles import DecodeTiles, FlashTiles
 from tests.conftest import ON_CPU
 
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     recent_size: int = 8
     dtype: str = "float32"
     pool_dtype: str | None = None
+    ring_dtype: str | None = None
     blocks: str = "small"
 
 
@@ -61,6 +63,12 @@ CASES = {
     "head_dim_256": Case((False, True), group=1, head_dim=256),
     "head_dim_256_bfloat16": Case((False, True), group=1, head_dim=256, dtype="bfloat16"),
     "bfloat16_cache_of_a_float32_model": Case(MIXED, pool_dtype="bfloat16"),
+    "bfloat16_cache_with_float32_rings": Case(MIXED, pool_dtype="bfloat16", ring_dtype="float32"),
+    "int8_cache": Case(MIXED, pool_dtype="int8"),
+    "int4_cache_head_dim_64_bfloat16": Case(MIXED, head_dim=64, dtype="bfloat16", pool_dtype="int4"),
+    "int4_cache_head_dim_80": Case(MIXED, group=1, head_dim=80, pool_dtype="int4", ring_dtype="int8"),
+    "int8_cache_head_dim_256": Case((True, True), group=1, head_dim=256, pool_dtype="int8"),
+    "int4_rings": Case((False, False), ring_dtype="int4"),
     "one_token": Case(MIXED, tokens=1, lengths=(1, 1, 1), starts=(0, 1, 60)),
     "fewer_tokens_than_sinks": Case(MIXED, tokens=4, lengths=(4, 2, 3), starts=(0, 1, 2), sink_size=7),
     "chunk_longer_than_the_ring_and_an_empty_row": Case(MIXED, tokens=29, lengths=(29, 0, 3), starts=(0, 9, 32)),
@@ -98,12 +106,14 @@ class Problem:
         batch, num_kv_heads = len(case.starts), len(case.is_retrieval)
         total = max(case.starts) + case.tokens
         self.sizes = {"sink_size": case.sink_size, "recent_size": case.recent_size}
-        pool_dtype = jnp.dtype(case.pool_dtype or case.dtype)
+        ring_dtype = case.ring_dtype or (case.dtype if case.pool_dtype in BITS else case.pool_dtype)
+        like = [empty((1, case.head_dim), dtype or case.dtype) for dtype in (ring_dtype, case.pool_dtype)]
+        self.like = {bool(kind): like for kind, like in enumerate(like)}
         normal = functools.partial(rng.normal, size=(batch, total, num_kv_heads, case.head_dim))
         q = rng.normal(size=(batch, total, num_kv_heads * case.group, case.head_dim))
         self.q, self.k, self.v = (x.astype(jnp.dtype(case.dtype)) for x in (q, normal(), normal()))
         # What the pools hold is rounded to their type, the chunk's own keys included.
-        self.kept_k, self.kept_v = self.k.astype(pool_dtype), self.v.astype(pool_dtype)
+        self.kept = {kind: [self.kept_as(x, kind) for x in (self.k, self.v)] for kind in (True, False)}
         # This layer's slots lie among those of other layers, in no order.
         self.is_retrieval, self.slot = np.array(case.is_retrieval), np.zeros(num_kv_heads, np.int32)
         ring = case.sink_size + case.recent_size
@@ -113,7 +123,10 @@ class Problem:
             count = len(here) + 2 if len(here) else 0
             self.slot[here] = rng.permutation(count)[: len(here)]
             shape = (count, batch, size, case.head_dim)
-            self.pools += [(rng.normal(size=shape) * garbage).astype(pool_dtype) for _ in "kv"]
+            self.pools += [(rng.normal(size=shape) * garbage).astype(jnp.dtype(case.dtype)) for _ in "kv"]
+
+    def kept_as(self, x: np.ndarray, is_retrieval: bool) -> np.ndarray:
+        return np.asarray(read(store(jnp.asarray(x), self.like[is_retrieval]), jnp.dtype(self.case.dtype)))
 
     def fill(self, counts: np.ndarray) -> tuple[Pools, Heads]:
         """The pools once `counts[b]` tokens are in, each token put where a plain loop says."""
@@ -124,9 +137,10 @@ class Problem:
             for row, count in enumerate(counts):
                 for p in range(count):
                     index = p if retrieves or p < sink else sink + (p - sink) % recent
-                    pool_k[self.slot[head], row, index] = self.kept_k[row, p, head]
-                    pool_v[self.slot[head], row, index] = self.kept_v[row, p, head]
-        return Pools(*map(jnp.asarray, pools)), Heads(jnp.asarray(self.is_retrieval), jnp.asarray(self.slot))
+                    pool_k[self.slot[head], row, index] = self.k[row, p, head]
+                    pool_v[self.slot[head], row, index] = self.v[row, p, head]
+        stored = (store(jnp.asarray(pool), self.like[i < 2]) for i, pool in enumerate(pools))
+        return Pools(*stored), Heads(jnp.asarray(self.is_retrieval), jnp.asarray(self.slot))
 
     def expected(self, row: int, position: int) -> np.ndarray:
         """Output `[N, H]` of one token: a softmax over the keys that each head may see, in float64."""
@@ -136,7 +150,8 @@ class Problem:
             kv_head = head // self.case.group
             every, window = range(position + 1), range(max(0, position + 1 - recent), position + 1)
             keys = every if self.is_retrieval[kv_head] else sorted({*range(min(sink, position + 1)), *window})
-            k, v = (x[row, list(keys), kv_head].astype(np.float64) for x in (self.kept_k, self.kept_v))
+            kept = self.kept[bool(self.is_retrieval[kv_head])]
+            k, v = (x[row, list(keys), kv_head].astype(np.float64) for x in kept)
             scores = k @ self.q[row, position, head].astype(np.float64) / np.sqrt(self.case.head_dim)
             weights = np.exp(scores - scores.max())
             out.append(weights @ v / weights.sum())

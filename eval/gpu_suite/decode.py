@@ -37,7 +37,7 @@ def measure(case: Case) -> dict[str, Any]:
         return decode_attention(q, *rest, lengths=lengths, **layer.SIZES, backend=case["backend"])
 
     seconds = seconds_of_layer(attend, made.q[:, 0], made.pools, made.heads)
-    size = sum(pool.nbytes for pool in made.pools)
+    size = sum(x.nbytes for x in jax.tree.leaves(made.pools))
     return {"seconds": seconds, "bytes": size, "bytes_per_second": size / seconds}
 
 

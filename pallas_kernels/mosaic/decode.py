@@ -18,6 +18,7 @@ from pallas_kernels import splits
 from pallas_kernels.blocks import cdiv, div
 from pallas_kernels.mosaic.dialect import Dialect, Ref
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty, finish, tile_memory
+from pallas_kernels.quantized import plain
 from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
@@ -56,7 +57,7 @@ def split_attention(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
     tile = jnp.zeros((1, batch, tiles.block_k, head_dim), q.dtype)
-    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in pools)
+    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in plain(pools))
     arrays = Arrays(grouped, full_k, full_v, ring_k, ring_v, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
     parts = batch, num_kv_heads, count
     values, log_total = plgpu.kernel(

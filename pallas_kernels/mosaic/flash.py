@@ -18,6 +18,7 @@ from pallas_kernels.blocks import cdiv, div, rem
 from pallas_kernels.mosaic.dialect import Dialect, Ref
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty, finish, tile_memory
 from pallas_kernels.positions import position_at
+from pallas_kernels.quantized import plain
 from pallas_kernels.tiles import PipelineTiles
 from pallas_kernels.types import Heads, Pools
 
@@ -145,7 +146,7 @@ def flash_attention(
     count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
     tile = jnp.zeros((1, batch, tiles.block_k, head_dim), q.dtype)
-    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in pools)
+    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in plain(pools))
     arrays = Arrays(q, k, v, full_k, full_v, ring_k, ring_v, order, heads.slot, count, start, lengths)
     settings = {"sink_size": sink_size, "recent_size": recent_size, "block_k": tiles.block_k}
     return plgpu.kernel(

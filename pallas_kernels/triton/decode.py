@@ -82,8 +82,8 @@ def decode_kernel(
 
         def over(pool_k, pool_v, runs: Array, state: Softmax) -> Softmax:
             def visit(begin: Array, exists: Array | None, state: Softmax) -> Softmax:
-                at = slot, row, pl.ds(begin, block_k), columns
-                keys, values = (tile.load(pool.at[*at], exists, head_dim) for pool in (pool_k, pool_v))
+                at = slot, row, begin, block_k, exists, q.dtype
+                keys, values = (tile.load_keys(pool, *at) for pool in (pool_k, pool_v))
                 keep = None if exists is None else exists[None, :]
                 return tile.accumulate(state, q, keys, values, keep, head_dim**-0.5)
 

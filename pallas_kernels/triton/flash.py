@@ -85,34 +85,33 @@ def flash_kernel(
         seen = visible(q_pos[:, None], k_pos[None, :], sink_size=sink_size, recent_size=recent_size)
         return seen | (is_retrieval & (k_pos[None, :] <= q_pos[:, None]))
 
-    def visit(state: Softmax, source: tuple[Ref, Ref], exists: Array | None, keep: Array | None) -> Softmax:
-        keys, values = (tile.load(ref, exists, head_dim) for ref in source)
-        return tile.accumulate(state, q, keys, values, keep, head_dim**-0.5)
+    def visit(state: Softmax, keys_values: tuple[Array, Array], keep: Array | None) -> Softmax:
+        return tile.accumulate(state, q, *keys_values, keep, head_dim**-0.5)
 
-    def cached(pool_k: Ref, pool_v: Ref, begin: Array) -> tuple[Ref, Ref]:
-        at = slot, row, pl.ds(begin, block_k), columns
-        return pool_k.at[*at], pool_v.at[*at]
+    def cached(pool_k: Ref, pool_v: Ref, begin: Array, exists: Array | None) -> tuple[Array, Array]:
+        at = slot, row, begin, block_k, exists, q.dtype
+        return tile.load_keys(pool_k, *at), tile.load_keys(pool_v, *at)
 
     def over(begin: Array, end: Array, one, state: Softmax) -> Softmax:
         return lax.fori_loop(begin, jnp.where(is_live, end, begin), one, state)
 
     state, zero = tile.empty(block_q, width), jnp.int32(0)
     if arrays.pools.retrieval_k is not None:
-        pool = arrays.pools.retrieval_k, arrays.pools.retrieval_v
+        pool: tuple[Ref, Ref] = arrays.pools.retrieval_k, arrays.pools.retrieval_v
         filled = jnp.minimum(start, jnp.int32(pool[0].shape[2]))  # beyond its end lies another slot
         whole = jnp.where(is_retrieval, div(filled, block_k), zero)
         every = jnp.where(is_retrieval, cdiv(filled, block_k), zero)
 
         def inside(j: Array, state: Softmax) -> Softmax:
-            return visit(state, cached(*pool, j * block_k), None, None)
+            return visit(state, cached(*pool, j * block_k, None), None)
 
         def last(j: Array, state: Softmax) -> Softmax:
             exists = tile.indices(j * block_k, block_k) < filled
-            return visit(state, cached(*pool, j * block_k), exists, exists[None, :])
+            return visit(state, cached(*pool, j * block_k, exists), exists[None, :])
 
         state = over(whole, every, last, over(zero, whole, inside, state))
     if arrays.pools.streaming_k is not None:
-        ring = arrays.pools.streaming_k, arrays.pools.streaming_v
+        ring: tuple[Ref, Ref] = arrays.pools.streaming_k, arrays.pools.streaming_v
         # Beyond the window's reach only the sinks are left to see.
         reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
         blocks = jnp.where(is_retrieval, zero, cdiv(jnp.minimum(start, reach), block_k))
@@ -121,7 +120,7 @@ def flash_kernel(
             index = tile.indices(j * block_k, block_k)
             k_pos = position_at(index, start, sink_size=sink_size, recent_size=recent_size)
             held = k_pos >= 0
-            return visit(state, cached(*ring, j * block_k), held, held[None, :] & sees(k_pos))
+            return visit(state, cached(*ring, j * block_k, held), held[None, :] & sees(k_pos))
 
         state = over(zero, blocks, in_ring, state)
 
@@ -133,19 +132,19 @@ def flash_kernel(
     inner = jnp.clip(inner, left, end)
     diagonal = jnp.clip(div(first + 1, block_k), inner, end)
 
-    def own(j: Array) -> tuple[Ref, Ref]:
+    def own(j: Array, exists: Array | None) -> tuple[Array, Array]:
         at = row, pl.ds(j * block_k, block_k), kv_head, columns
-        return arrays.k.at[*at], arrays.v.at[*at]
+        return tile.load(arrays.k.at[*at], exists, head_dim), tile.load(arrays.v.at[*at], exists, head_dim)
 
     def at_edge(i: Array, state: Softmax) -> Softmax:
         # Tiles 0 to sinks, left to inner, diagonal to end, counted through.
         j = jnp.where(i < sinks, i, left + i - sinks)
         j = jnp.where(j < inner, j, diagonal + j - inner)
         index = tile.indices(j * block_k, block_k)
-        return visit(state, own(j), index < length, sees(start + index))
+        return visit(state, own(j, index < length), sees(start + index))
 
     def in_sight(j: Array, state: Softmax) -> Softmax:
-        return visit(state, own(j), None, None)
+        return visit(state, own(j, None), None)
 
     state = over(inner, diagonal, in_sight, state)
     # Last, so that every query has met a key it sees: weights of a tile without one vanish then.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype
+from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype, div, rem
+from pallas_kernels.quantized import Quantized, Stored, scaled
 from pallas_kernels.types import Pools, Unsupported
 
 # A matrix product has at least so many rows.
@@ -27,10 +27,10 @@ Ref = Any
 class Present(NamedTuple):
     """The pools that have a slot; a kernel is compiled without the others."""
 
-    retrieval_k: Float[Array, "Pr B S H"] | None
-    retrieval_v: Float[Array, "Pr B S H"] | None
-    streaming_k: Float[Array, "Ps B R H"] | None
-    streaming_v: Float[Array, "Ps B R H"] | None
+    retrieval_k: Stored | None
+    retrieval_v: Stored | None
+    streaming_k: Stored | None
+    streaming_v: Stored | None
 
 
 def present(pools: Pools | None) -> Present:
@@ -46,14 +46,15 @@ class Softmax(NamedTuple):
     total: jax.Array  # [M]
 
 
-def check(*arrays: jax.Array) -> None:
+def check(*arrays: Stored) -> None:
     """Refuse what the kernels cannot do.
 
     Raises:
         Unsupported: a type or head dim (the last axis) that they were not made for.
     """
     for array in arrays:
-        if array.dtype.name not in DTYPES or array.shape[-1] > MAX_HEAD_DIM:
+        known = isinstance(array, Quantized) or array.dtype.name in DTYPES
+        if not known or array.shape[-1] > MAX_HEAD_DIM:
             raise Unsupported(
                 f"the triton backend takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got "
                 f"{array.dtype.name} with {array.shape[-1]}: use backend='xla'"
@@ -135,6 +136,28 @@ def width(head_dim: int) -> int:
 def load(ref: Ref, rows: jax.Array | None, head_dim: int) -> jax.Array:
     """A tile `[M, width(H)]` of `ref`, zero beyond the head dim and where `rows [M]` is false; None: all rows exist."""
     return plgpu.load(ref, mask=(mask := _mask(ref.shape, rows, head_dim)), other=None if mask is None else 0.0)
+
+
+def load_keys(
+    pool: Ref, slot: jax.Array, row: jax.Array, begin: jax.Array, rows: int, exists: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """A tile `[rows, width(H)]` of keys or values of a slot; quantized ones become numbers of `dtype` in registers."""
+    here, columns = pl.ds(begin, rows), width(pool.shape[-1])
+    if not isinstance(pool, Quantized):
+        at = slot, row, here, pl.ds(0, columns)
+        return load(pool.at[*at], exists, pool.shape[-1])
+    # A channel's word, and where in it: every word is loaded as often as it holds channels, but once from memory.
+    words = pool.words.shape[-1]
+    channel = indices(0, columns)
+    index = jnp.broadcast_to(indices(begin, rows)[:, None], (rows, columns))
+    word = jnp.broadcast_to(rem(channel, words)[None, :], index.shape)
+    mask = _mask(index.shape, exists, pool.head_dim)
+    packed = plgpu.load(pool.words.at[slot, row, index, word], mask=mask, other=None if mask is None else 0)
+    shift = jnp.broadcast_to((div(channel, words) * pool.bits)[None, :], index.shape)
+    numbers = (packed.astype(jnp.int32) >> shift) & (2**pool.bits - 1)
+    other = None if exists is None else 0.0
+    scale, zero = (plgpu.load(ref.at[slot, row, here], mask=exists, other=other) for ref in (pool.scale, pool.zero))
+    return scaled(numbers, scale[:, None], zero[:, None], dtype)
 
 
 def store(ref: Ref, value: jax.Array, rows: jax.Array, head_dim: int) -> None:

@@ -1,0 +1,138 @@
+"""Keys and values in 8 or 4 bits: how a pool stores them, and how blocks of one are read back. Knows no attention.
+
+Asymmetric, one scale and one zero for each token of each head (the paper's 4-bit cache, section 3.4): a number is
+`scale * n + zero`, n from 0 to `2 ** bits - 1`. Zeros are rounded down and scales up, so that the grid always covers
+the row; both are bfloat16, which neither overflows nor vanishes where float32 does not.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+# Numbers are packed into words of 16 bits, not bytes: Pallas's Triton lowering counts in 32-bit numbers up to 2 ** 32
+# bytes, and so cannot address more than 2 ** 31 elements of one byte.
+WORD_BITS = 16
+
+BITS = {"int8": 8, "int4": 4}
+
+# The smallest scale: below it, bfloat16 loses bits, and processors that flush such numbers to zero lose all of them.
+TINY = float(jnp.finfo(jnp.bfloat16).tiny)
+# The largest number: the whole range of a row must be a float32 too.
+HUGE = float(jnp.finfo(jnp.bfloat16).max) / 4
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["words", "scale", "zero"], meta_fields=["head_dim", "bits"]
+)
+@dataclass(frozen=True)
+class Quantized:
+    """Rows `[..., H]` of numbers in few bits; a pool of them, a part of one, or a kernel's references to one.
+
+    Attributes:
+        words: `[..., W]` uint16; channel h lies in word `h % W` at bit `bits * (h // W)`, where `W` words hold a row.
+        scale: `[...]` bfloat16, of each row.
+        zero: `[...]` bfloat16, of each row.
+        head_dim: H (static).
+        bits: 8 or 4 (static).
+    """
+
+    # Arrays, or what stands for them: shapes before a compilation, references inside a kernel.
+    words: Any
+    scale: Any
+    zero: Any
+    head_dim: int
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return (*self.words.shape[:-1], self.head_dim)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the numbers as stored."""
+        return jnp.dtype(f"uint{self.bits}")
+
+
+Stored = Float[Array, "..."] | Quantized
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> Stored:
+    """Rows of zeros; `dtype` is one of jax's or a name in `BITS`.
+
+    Raises:
+        ValueError: rows that do not fill whole words.
+    """
+    if dtype not in BITS:
+        return jnp.zeros(shape, jnp.dtype(dtype))
+    bits, head_dim = BITS[dtype], shape[-1]
+    if head_dim * bits % WORD_BITS:
+        raise ValueError(f"{dtype} needs a head dim that is a multiple of {WORD_BITS // bits}, got {head_dim}")
+    words = jnp.zeros((*shape[:-1], head_dim * bits // WORD_BITS), jnp.uint16)
+    metadata = jnp.zeros(shape[:-1], jnp.bfloat16)
+    return Quantized(words, metadata, metadata.copy(), head_dim, bits)
+
+
+def plain(pools: Iterable[Stored]) -> list[Float[Array, "..."]]:
+    """Pools of a kernel that takes no quantized ones, which its backend has refused."""
+    arrays = [pool for pool in pools if not isinstance(pool, Quantized)]
+    assert len(arrays) == 4
+    return arrays
+
+
+def store(x: Float[Array, "*rows H"], like: Stored) -> Stored:
+    """`x` as `like` stores it."""
+    return quantize(x, like.bits) if isinstance(like, Quantized) else x.astype(like.dtype)
+
+
+def read(stored: Stored, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
+    """What is stored, for use beside numbers of `dtype`: quantized numbers in that type, others as they are."""
+    return dequantize(stored, dtype) if isinstance(stored, Quantized) else stored
+
+
+def read_dtype(stored: Stored, dtype: jnp.dtype) -> jnp.dtype:
+    """The type that `read` returns."""
+    return dtype if isinstance(stored, Quantized) else stored.dtype
+
+
+def quantize(x: Float[Array, "*rows H"], bits: int) -> Quantized:
+    """Round every row to its own grid; numbers beyond `HUGE` count as that."""
+    x = jnp.clip(x.astype(jnp.float32), -HUGE, HUGE)
+    most = 2**bits - 1
+    zero = _rounded(x.min(-1), up=False)
+    scale = jnp.maximum(_rounded((x.max(-1) - zero) / most, up=True), TINY)
+    steps = jnp.round((x - zero[..., None]) / scale[..., None])
+    numbers = jnp.clip(steps, 0, most).astype(jnp.uint16)
+    parts = WORD_BITS // bits
+    numbers = numbers.reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
+    words = functools.reduce(jnp.bitwise_or, (numbers[..., i, :] << jnp.uint16(i * bits) for i in range(parts)))
+    return Quantized(words, scale.astype(jnp.bfloat16), zero.astype(jnp.bfloat16), x.shape[-1], bits)
+
+
+def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
+    """The numbers, computed in float32 and rounded to `dtype`."""
+    parts = WORD_BITS // q.bits
+    words = jnp.broadcast_to(q.words[..., None, :], (*q.words.shape[:-1], parts, q.words.shape[-1]))
+    shifts = lax.broadcasted_iota(jnp.uint16, words.shape, words.ndim - 2) * jnp.uint16(q.bits)
+    numbers = (words >> shifts) & jnp.uint16(2**q.bits - 1)
+    return scaled(numbers.reshape(q.shape), q.scale[..., None], q.zero[..., None], dtype)
+
+
+def scaled(numbers: Shaped[Array, "*n"], scale: Array, zero: Array, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """`scale * n + zero`; scale and zero broadcast."""
+    f32 = jnp.float32
+    return (numbers.astype(f32) * scale.astype(f32) + zero.astype(f32)).astype(dtype)
+
+
+def _rounded(x: Float[Array, "*n"], *, up: bool) -> Float[Array, "*n"]:
+    """Float32 numbers rounded to ones that bfloat16 holds, up or down."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    away = ((bits & jnp.uint32(0xFFFF)) != 0) & ((x > 0) == up)
+    bits = (bits & jnp.uint32(0xFFFF0000)) + jnp.where(away, jnp.uint32(0x10000), jnp.uint32(0))
+    return lax.bitcast_convert_type(bits, jnp.float32)
