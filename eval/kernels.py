@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from eval.compiled import GPUS, Kernel, kernels_on
 from eval.record import provenance, write
 from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
+from pallas_kernels.quantized import empty
 
 OPERATIONS = ("prefill", "decode", "training")
 
@@ -28,6 +29,8 @@ class Kernels:
     """Head dims."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """Data types of queries, keys and values."""
+    caches: tuple[Literal["same", "int8", "int4"], ...] = ("same", "int8", "int4")
+    """Data types of retrieval heads' cached keys and values; same: that of the queries."""
     out: Path | None = None
     """File to write."""
 
@@ -40,8 +43,11 @@ class Kernels:
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
-        for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS):
-            about: dict[str, Any] = dict(zip(("backend", "gpu", "dtype", "head_dim", "operation"), case, strict=True))
+        names = "backend", "gpu", "dtype", "head_dim", "operation", "cache"
+        for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
+            about: dict[str, Any] = dict(zip(names, case, strict=True))
+            if about["operation"] == "training" and about["cache"] != "same":
+                continue  # Training has no cache.
             begin = time.perf_counter()
             try:
                 found = self._kernels(**about)
@@ -63,8 +69,8 @@ class Kernels:
         if not record["results"]:
             raise ValueError("nothing could be compiled")
 
-    def _kernels(self, *, backend: str, gpu: str, dtype: str, head_dim: int, operation: str) -> list[Kernel]:
-        function, shapes = program(operation, backend, head_dim=head_dim, dtype=dtype)
+    def _kernels(self, *, gpu: str, operation: str, backend: str, **settings: Any) -> list[Kernel]:
+        function, shapes = program(operation, backend, **settings)
         return kernels_on(gpu, function, *shapes)
 
 
@@ -74,11 +80,15 @@ def program(
     *,
     head_dim: int = 128,
     dtype: str = "bfloat16",
+    cache: str = "same",
     tokens: int = 2048,
     capacity: int = 65536,
     slots: int = 128,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
-    """An operation, jitted, and the shapes of its arguments: heads as in Llama-3-8B, one row."""
+    """An operation, jitted, and the shapes of its arguments: heads as in Llama-3-8B, one row.
+
+    `cache` is one of `Kernels.caches`.
+    """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     batch, num_heads, num_kv_heads = 1, 32, 8
@@ -97,7 +107,9 @@ def program(
         return gated_attention(q, k, v, gates, **sizes).astype(jnp.float32).sum()
 
     q, kv = shape(batch, tokens, num_heads, head_dim), shape(batch, tokens, num_kv_heads, head_dim)
-    pool, ring = shape(slots, batch, capacity, head_dim), shape(slots, batch, 320, head_dim)
+    stored = dtype if cache == "same" else cache
+    pool = jax.eval_shape(lambda: empty((slots, batch, capacity, head_dim), stored))
+    ring = shape(slots, batch, 320, head_dim)
     pools = Pools(pool, pool, ring, ring)
     heads = Heads(shape(num_kv_heads, dtype=bool), shape(num_kv_heads, dtype=jnp.int32))
     count = shape(batch, dtype=jnp.int32)

@@ -79,6 +79,11 @@ def empty(shape: tuple[int, ...], dtype: str) -> Stored:
     return Quantized(words, metadata, metadata.copy(), head_dim, bits)
 
 
+def any_quantized(pools: Iterable[Stored]) -> bool:
+    """Whether a pool is quantized."""
+    return any(isinstance(pool, Quantized) for pool in pools)
+
+
 def plain(pools: Iterable[Stored]) -> list[Float[Array, "..."]]:
     """Pools of a kernel that takes no quantized ones, which its backend has refused."""
     arrays = [pool for pool in pools if not isinstance(pool, Quantized)]

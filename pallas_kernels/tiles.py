@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -62,19 +62,21 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
-def tiles_for(kernel: str, head_dim: int, itemsize: int) -> Any:
+def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = False) -> Any:
     """Tiles of a kernel on the device that programs run on, from `tiles.json`, else ones that fit any GPU.
 
     Args:
         kernel: a name in `KINDS`.
         head_dim: of the model, rounded up to a power of two by the kernels.
         itemsize: bytes of a number: float32 tiles are half as large.
+        quantized: whether the cache is; its keys take more registers while they are unpacked.
     """
     if kernel in _TRIED:
         return _TRIED[kernel]
     width = max(16, 1 << (head_dim - 1).bit_length())
-    found = _table().get(device_kind(), {}).get(kernel, {}).get(f"{width}x{itemsize}")
-    return KINDS[kernel](**found) if found else _default(kernel, width, itemsize)
+    name = f"{width}x{itemsize}" + "q" * quantized
+    found = _table().get(device_kind(), {}).get(kernel, {}).get(name)
+    return KINDS[kernel](**found) if found else _default(kernel, width, itemsize, quantized)
 
 
 @contextmanager
@@ -106,9 +108,13 @@ def device_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def _default(kernel: str, width: int, itemsize: int) -> Any:
+def _default(kernel: str, width: int, itemsize: int, quantized: bool) -> Any:
     """Small enough for the registers and the shared memory of an A100, without spills."""
     small = width * itemsize <= 256
+    if quantized:
+        tiles = _default(kernel, width, itemsize, False)
+        smaller = {"block_k": 32 if small else 16} | ({"block_q": 32} if kernel == "flash" and not small else {})
+        return replace(tiles, **smaller)
     if kernel == "mosaic_flash":
         return PipelineTiles(block_k=128, num_stages=2)
     if kernel == "mosaic_decode":

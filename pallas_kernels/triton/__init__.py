@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import compute_dtype
+from pallas_kernels.quantized import any_quantized
 from pallas_kernels.tiles import tiles_for
 from pallas_kernels.triton.decode import split_attention
 from pallas_kernels.triton.flash import flash_attention
@@ -30,7 +31,7 @@ def prefill_attention(
     """See `pallas_kernels.prefill_attention`."""
     check(q, k, *pools)
     sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
-    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize)
+    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize, quantized=any_quantized(pools))
     rows: dict[str, Any] = {"start": start, "lengths": lengths}
     return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles)[0]
 
@@ -47,5 +48,6 @@ def decode_attention(
     """See `pallas_kernels.decode_attention`."""
     check(q, *pools)
     del sink_size, recent_size  # A ring of them holds what is visible.
-    tiles = tiles_for("decode", q.shape[-1], compute_dtype(q, pools.retrieval_k).itemsize)
+    itemsize = compute_dtype(q, pools.retrieval_k).itemsize
+    tiles = tiles_for("decode", q.shape[-1], itemsize, quantized=any_quantized(pools))
     return split_attention(q, pools, heads, lengths=lengths, tiles=tiles)

@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype, div, rem
-from pallas_kernels.quantized import Quantized, Stored, scaled
+from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype
+from pallas_kernels.quantized import WORD_BITS, Quantized, Stored, scaled
 from pallas_kernels.types import Pools, Unsupported
 
 # A matrix product has at least so many rows.
@@ -52,6 +52,12 @@ def check(*arrays: Stored) -> None:
     Raises:
         Unsupported: a type or head dim (the last axis) that they were not made for.
     """
+    for array in arrays:
+        if isinstance(array, Quantized) and width(array.head_dim) != array.head_dim:
+            raise Unsupported(
+                "the triton backend takes quantized caches of head dims that are powers of two, at least "
+                f"{MIN_ROWS}, got {array.head_dim}: use backend='xla'"
+            )
     for array in arrays:
         known = isinstance(array, Quantized) or array.dtype.name in DTYPES
         if not known or array.shape[-1] > MAX_HEAD_DIM:
@@ -146,16 +152,12 @@ def load_keys(
     if not isinstance(pool, Quantized):
         at = slot, row, here, pl.ds(0, columns)
         return load(pool.at[*at], exists, pool.shape[-1])
-    # A channel's word, and where in it: every word is loaded as often as it holds channels, but once from memory.
-    words = pool.words.shape[-1]
-    channel = indices(0, columns)
-    index = jnp.broadcast_to(indices(begin, rows)[:, None], (rows, columns))
-    word = jnp.broadcast_to(rem(channel, words)[None, :], index.shape)
-    mask = _mask(index.shape, exists, pool.head_dim)
-    packed = plgpu.load(pool.words.at[slot, row, index, word], mask=mask, other=None if mask is None else 0)
-    shift = jnp.broadcast_to((div(channel, words) * pool.bits)[None, :], index.shape)
-    numbers = (packed.astype(jnp.int32) >> shift) & (2**pool.bits - 1)
-    other = None if exists is None else 0.0
+    words, parts = pool.words.shape[-1], WORD_BITS // pool.bits
+    mask, other = _mask((rows, words), exists, words), None if exists is None else 0
+    packed = plgpu.load(pool.words.at[slot, row, here, pl.ds(0, words)], mask=mask, other=other)
+    packed = jnp.broadcast_to(packed.astype(jnp.int32)[:, None, :], (rows, parts, words))
+    shift = lax.broadcasted_iota(jnp.int32, packed.shape, 1) * pool.bits
+    numbers = ((packed >> shift) & (2**pool.bits - 1)).reshape(rows, columns)
     scale, zero = (plgpu.load(ref.at[slot, row, here], mask=exists, other=other) for ref in (pool.scale, pool.zero))
     return scaled(numbers, scale[:, None], zero[:, None], dtype)
 
