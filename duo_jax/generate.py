@@ -77,6 +77,7 @@ def generate(
     eos_ids: tuple[int, ...] = (),
     key: Array | int | None = None,
     cache: KVCache | None = None,
+    kv_dtype: str | None = None,
     history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -93,6 +94,7 @@ def generate(
         eos_ids: tokens that end a row; `model.config.eos_ids` has the model's own.
         key: a `jax.random` key or a seed; needed by a random sampler. Row b depends on (key, b) alone.
         cache: a cache to go on from; it is donated. Without one, one of the right size is made.
+        kv_dtype: data type of the cache that is made, as in `KVCache.init`; the weights' by default.
         history: `[B, n]` token ids that a repetition penalty should count beside the prompt: those in `cache`.
         chunk_size: prompt tokens computed at a time; by default chosen by the prompt's length.
         backend: attention backend; None takes the best one verified on this device.
@@ -101,7 +103,7 @@ def generate(
         ValueError: anything in the arguments that cannot be right, before any compute.
     """
     prompt, counts, seen, cache, keys = _prepare(
-        model, tokens, lengths, pattern, cache, history, max_new_tokens, sampler, eos_ids, key
+        model, tokens, lengths, pattern, cache, kv_dtype, history, max_new_tokens, sampler, eos_ids, key
     )
     length = prompt.shape[1]
     width = chunk_width(length, chunk_size)
@@ -121,6 +123,7 @@ def stream(
     eos_ids: tuple[int, ...] = (),
     key: Array | int | None = None,
     cache: KVCache | None = None,
+    kv_dtype: str | None = None,
     history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
@@ -131,7 +134,7 @@ def stream(
     The prompt is computed here, before the first step; `progress` is called as in `prefill`.
     """
     prompt, counts, seen, cache, keys = _prepare(
-        model, tokens, lengths, pattern, cache, history, max_new_tokens, sampler, eos_ids, key
+        model, tokens, lengths, pattern, cache, kv_dtype, history, max_new_tokens, sampler, eos_ids, key
     )
     logits, cache = prefill(
         model, prompt, cache, chunk_size=chunk_size, lengths=counts, backend=backend, progress=progress
@@ -181,6 +184,7 @@ def _prepare(
     lengths: ArrayLike | None,
     pattern: HeadPattern | None,
     cache: KVCache | None,
+    kv_dtype: str | None,
     history: ArrayLike | None,
     max_new_tokens: int,
     sampler: Sampler,
@@ -192,6 +196,8 @@ def _prepare(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if pattern is not None and cache is not None:
         raise ValueError("a cache has its pattern already: give pattern or cache, not both")
+    if kv_dtype is not None and cache is not None:
+        raise ValueError("a cache has its data type already: give kv_dtype or cache, not both")
     if sampler.is_random and key is None:
         raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
     if not isinstance(eos_ids, tuple | list):
@@ -203,7 +209,7 @@ def _prepare(
     tokens = tokens[:, :longest]
     if cache is None:
         room = bucket(longest + max_new_tokens)
-        cache = KVCache.init(model.config, pattern, tokens.shape[0], room, dtype=model.dtype)
+        cache = KVCache.init(model.config, pattern, tokens.shape[0], room, dtype=kv_dtype)
     check_cache(model.config, cache, tokens.shape[0])
     check_room(model.config, cache, np.asarray(lengths) + max_new_tokens)
     key = jax.random.key(0 if key is None else key) if key is None or isinstance(key, int) else key

@@ -48,6 +48,7 @@ def load(
     *,
     pattern: HeadPattern | str | Path | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
     progress: bool | None = None,
     **pattern_options: Any,
 ) -> "LM":
@@ -57,6 +58,7 @@ def load(
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         pattern: which heads stream: a `HeadPattern`, a published name or a folder; None for full attention.
         dtype: data type of weights and cache; by default the checkpoint's, and float32 on a CPU.
+        kv_dtype: data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values.
         progress: show a progress bar while loading; by default only in a terminal.
         **pattern_options: as for `HeadPattern.load` (`sparsity=`, `threshold=`, ...), where `pattern` is a name.
 
@@ -72,7 +74,7 @@ def load(
     model = load_model(source, dtype=dtype, progress=progress)
     if chosen is not None:
         chosen.check(model.config)
-    return LM(model, load_tokenizer(source), chosen)
+    return LM(model, load_tokenizer(source), chosen, kv_dtype)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class LM:
     model: Model
     tokenizer: PreTrainedTokenizerBase
     pattern: HeadPattern | None = None
+    kv_dtype: str | None = None
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> "Reply | list[Reply]":
         """Continue a text, or several at once; `options` as for `stream`."""
@@ -233,6 +236,7 @@ class TextStream(Iterator[str]):
             lm.model,
             tokens,
             pattern=None if cache is not None else lm.pattern,
+            kv_dtype=None if cache is not None else lm.kv_dtype,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             lengths=lengths,
@@ -296,7 +300,7 @@ class Document:
             )
         self._lm, self._tokens, self.num_tokens = lm, tokens, len(tokens)
         model = lm.model
-        cache = KVCache.init(model.config, lm.pattern, 1, max_length or bucket(needed), dtype=model.dtype)
+        cache = KVCache.init(model.config, lm.pattern, 1, max_length or bucket(needed), dtype=lm.kv_dtype)
         _, cache = prefill(model, np.asarray(tokens, np.int32)[None], cache)
         cache.length.block_until_ready()  # The work is done here, not in the first question.
         self._mark = cache.mark()

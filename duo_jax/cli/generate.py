@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.cli.options import ModelOptions, PatternOptions, SamplingOptions
+from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, SamplingOptions
 from duo_jax.cli.timed import Timings, timed_stream
 from duo_jax.detokenize import Detokenizer
 
@@ -31,6 +31,7 @@ class Generate:
     max_new_tokens: int = 128
     """Most tokens generated."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    cache: tyro.conf.OmitArgPrefixes[CacheOptions] = CacheOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     json: bool = False
     """Print one JSON object instead of text."""
@@ -52,6 +53,7 @@ class Generate:
             tokens,
             timings,
             pattern=pattern,
+            kv_dtype=self.cache.kv_dtype,
             max_new_tokens=self.max_new_tokens,
             sampler=sampler,
             eos_ids=model.config.eos_ids,

@@ -63,6 +63,14 @@ class PatternOptions:
 
 
 @dataclass(frozen=True)
+class CacheOptions:
+    """The KV cache."""
+
+    kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
+    """Data type of the cache, where not the weights'; int8 and int4 quantize keys and values of retrieval heads."""
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are chosen."""
 

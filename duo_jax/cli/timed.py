@@ -44,6 +44,7 @@ def timed_stream(
     timings: Timings,
     *,
     pattern: HeadPattern | None,
+    kv_dtype: str | None = None,
     max_new_tokens: int,
     sampler: Sampler = Greedy(),
     eos_ids: tuple[int, ...] = (),
@@ -57,9 +58,9 @@ def timed_stream(
     """
     length = len(tokens)
     room = bucket(length + max_new_tokens)
-    cache = KVCache.init(model.config, pattern, 1, room, dtype=model.dtype)
+    cache = KVCache.init(model.config, pattern, 1, room, dtype=kv_dtype)
     timings.prompt_tokens, timings.kv_bytes = length, cache.nbytes
-    timings.kv_bytes_full = KVCache.bytes_for(model.config, None, 1, room, dtype=model.dtype)
+    timings.kv_bytes_full = KVCache.bytes_for(model.config, None, 1, room)
     options: dict[str, Any] = {"sampler": sampler, "eos_ids": eos_ids, "key": key}
 
     status("compiling")
