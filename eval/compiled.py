@@ -21,51 +21,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from duo_jax.gpus import GPUS, Gpu, find_gpu
 from pallas_kernels.tiles import CAPABILITIES
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the compiler asks about a GPU."""
-
-    name: str
-    cores: int
-    memory_bytes: int
-    bandwidth: int
-    shared_memory_per_core: int
-    l2_bytes: int
-    clock_ghz: float
-
-    @property
-    def config(self) -> str:
-        """A `GpuTargetConfigProto` as text."""
-        major, minor = CAPABILITIES[self.name]
-        features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
-        return f"""
-            gpu_device_info {{
-              name: "{self.name}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
-              cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
-              core_count: {self.cores} fpus_per_core: 128 clock_rate_ghz: {self.clock_ghz}
-              device_memory_size: {self.memory_bytes} memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2_bytes}
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-              shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory_per_core}
-              shared_memory_per_block_optin: {self.shared_memory_per_core - 1024}
-              registers_per_core_limit: 65536 registers_per_block_limit: 65536
-              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-              driver_version: "12.8.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
-              dnn_version: "9.12.0"
-            }}
-            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
-            runtime_version {{ major: 12 minor: 8 patch: 0 }} device_description_str: "{self.name}"
-        """
-
-
-GPUS: dict[str, Gpu] = {
-    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 108, 80 << 30, 2_039_000_000_000, 167_936, 40 << 20, 1.41),
-    "h100-80g": Gpu("NVIDIA H100 80GB HBM3", 132, 80 << 30, 3_350_000_000_000, 233_472, 50 << 20, 1.98),
-    "h200": Gpu("NVIDIA H200", 132, 141 << 30, 4_800_000_000_000, 233_472, 50 << 20, 1.98),
-}
 
 
 @dataclass(frozen=True)
@@ -174,11 +131,9 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def compile_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, **options: Any) -> jax.stages.Compiled:
     """Compile a jitted function for one GPU, with XLA's options; see `memory_on`."""
-    if gpu not in GPUS:
-        raise ValueError(f"unknown GPU {gpu!r}; there are {', '.join(GPUS)}")
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=gpu, target_config=GPUS[gpu].config, topology="1x1x1"
+            platform="cuda", topology_name=gpu, target_config=_target_config(find_gpu(gpu)), topology="1x1x1"
         )
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -197,6 +152,30 @@ def compile_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, **options:
             return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def _target_config(gpu: Gpu) -> str:
+    """What the compiler asks about a GPU, a `GpuTargetConfigProto` as text."""
+    major, minor = CAPABILITIES[gpu.name]
+    features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+        gpu_device_info {{
+          name: "{gpu.name}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
+          cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
+          core_count: {gpu.cores} fpus_per_core: 128 clock_rate_ghz: {gpu.clock_ghz}
+          device_memory_size: {gpu.memory_bytes} memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2_bytes}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_memory_per_core}
+          shared_memory_per_block_optin: {gpu.shared_memory_per_core - 1024}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          driver_version: "12.8.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+          dnn_version: "9.12.0"
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+        runtime_version {{ major: 12 minor: 8 patch: 0 }} device_description_str: "{gpu.name}"
+    """
 
 
 def _uses(said: str) -> list[tuple[str, int, int]]:

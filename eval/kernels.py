@@ -9,7 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from eval.compiled import GPUS, Kernel, kernels_on
+from duo_jax.gpus import GPUS
+from eval.compiled import Kernel, kernels_on
 from eval.record import provenance, write
 from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import empty

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from duo_jax import PRESETS, HeadPattern, KVCache, Model, ModelConfig, phases
+from duo_jax import PRESETS, KVCache, Model, ModelConfig, phases
+from duo_jax.gpus import GPUS
 from duo_jax.model import Decoder
-from eval.compiled import GPUS, memory_on
+from duo_jax.plan import Plan, any_pattern
+from eval.compiled import memory_on
 from eval.record import provenance, write
 from train.batches import LABEL_MULTIPLE, Batch
 from train.gated import GatedModel
@@ -36,11 +37,13 @@ class MemoryTask:
     chunk: int = 8192
     """Tokens of a chunk of the prompt."""
     gpu: str = "a100-80g"
-    """a100-80g, h100-80g or h200."""
+    """a100-80g, h100-80g, h200, b200 or rtx-4090."""
     layers: int | None = None
     """Layers; all of the model's by default."""
     dtype: str = "bfloat16"
     """Data type of weights, activations and cache."""
+    kv_dtype: str | None = None
+    """Data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values."""
     backend: str = "triton"
     """Attention backend."""
     out: Path | None = None
@@ -76,9 +79,9 @@ class MemoryTask:
     def _program(self, program: str, config: ModelConfig, length: int) -> tuple[Any, ...]:
         if program == "training":
             return training_step(config, length, GatedModel(backend=self.backend))
-        if program == "prefill":
-            return prefill_chunk(config, length, self.sparsity, self.chunk, self.backend)
-        return decode(config, length, self.sparsity, self.backend)
+        pattern = any_pattern(config, self.sparsity) if self.sparsity else None
+        plan = Plan(config, pattern, chunk_size=self.chunk, kv_dtype=self.kv_dtype)
+        return (prefill_chunk if program == "prefill" else decode)(plan, length, self.backend)
 
 
 def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tuple[Any, ...]:
@@ -94,20 +97,21 @@ def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tu
     return jax.jit(partial(step, recipe, attention)), _model(config), state, batch, targets
 
 
-def prefill_chunk(config: ModelConfig, length: int, sparsity: float, chunk: int, backend: str) -> tuple[Any, ...]:
-    """A chunk of one row's prompt, as `duo_jax.prefill` runs it, and the shapes of its arguments."""
-    shape = jax.ShapeDtypeStruct
-    tokens, counts = shape((1, chunk), jnp.int32), shape((1,), jnp.int32)
-    last = shape((1, config.embed_dim), jnp.dtype(config.dtype))
-    program = jax.jit(partial(phases.extend, backend=backend), donate_argnums=(2, 4))
-    return program, _model(config), tokens, _cache(config, length, sparsity), counts, last
+def prefill_chunk(plan: Plan, length: int, backend: str) -> tuple[Any, ...]:
+    """A chunk of a prompt, as `duo_jax.prefill` runs it, and the shapes of its arguments."""
+    shape, rows = jax.ShapeDtypeStruct, plan.batch_size
+    tokens, counts = shape((rows, plan.chunk_size), jnp.int32), shape((rows,), jnp.int32)
+    last = shape((rows, plan.config.embed_dim), jnp.dtype(plan.config.dtype))
+    # Weights that this program does not read, those of the head, lie in the device's memory all the same.
+    program = jax.jit(partial(phases.extend, backend=backend), donate_argnums=(2, 4), keep_unused=True)
+    return program, _model(plan.config), tokens, _cache(plan, length), counts, last
 
 
-def decode(config: ModelConfig, length: int, sparsity: float, backend: str) -> tuple[Any, ...]:
-    """A step of decoding of one row, as `duo_jax.decode_step` runs it, and the shapes of its arguments."""
-    shape = jax.ShapeDtypeStruct
+def decode(plan: Plan, length: int, backend: str) -> tuple[Any, ...]:
+    """A step of decoding, as `duo_jax.decode_step` runs it, and the shapes of its arguments."""
+    shape, rows = jax.ShapeDtypeStruct, (plan.batch_size,)
     program = jax.jit(partial(phases.step, backend=backend), donate_argnums=2)
-    return program, _model(config), shape((1,), jnp.int32), _cache(config, length, sparsity), shape((1,), jnp.bool_)
+    return program, _model(plan.config), shape(rows, jnp.int32), _cache(plan, length), shape(rows, jnp.bool_)
 
 
 def _model(config: ModelConfig) -> Any:
@@ -117,8 +121,6 @@ def _model(config: ModelConfig) -> Any:
     return jax.eval_shape(build)
 
 
-def _cache(config: ModelConfig, length: int, sparsity: float) -> Any:
-    # Which heads stream is data; how many is the program's.
-    gates = np.random.default_rng(0).random((config.num_layers, config.num_kv_heads))
-    pattern = HeadPattern.from_gates(gates, sparsity=sparsity, sink_size=64, recent_size=256) if sparsity else None
-    return jax.eval_shape(partial(KVCache.init, config, pattern, 1, length))
+def _cache(plan: Plan, length: int) -> Any:
+    dtypes = {"dtype": plan.kv_dtype, "streaming_dtype": plan.streaming_dtype}
+    return jax.eval_shape(partial(KVCache.init, plan.config, plan.pattern, plan.batch_size, length, **dtypes))

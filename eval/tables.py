@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.compiled import GPUS
+from duo_jax.gpus import GPUS
 from eval.costs import saving_realized
 from eval.intervals import Estimate, ratio
 from eval.recall import FULL, RANDOM, STREAMING, read

@@ -90,7 +90,13 @@ def trying(kernel: str, tiles: Any) -> Iterator[None]:
 
 
 # Of GPUs that programs are compiled for where they need not be: a kind of device does not tell.
-CAPABILITIES = {"NVIDIA A100-SXM4-80GB": (8, 0), "NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA H200": (9, 0)}
+CAPABILITIES = {
+    "NVIDIA A100-SXM4-80GB": (8, 0),
+    "NVIDIA GeForce RTX 4090": (8, 9),
+    "NVIDIA H100 80GB HBM3": (9, 0),
+    "NVIDIA H200": (9, 0),
+    "NVIDIA B200": (10, 0),
+}
 
 
 def compute_capability() -> tuple[int, int] | None:

@@ -7,7 +7,9 @@ import jaxtyping
 import pytest
 
 from duo_jax import PRESETS
-from eval.compiled import GPUS, kernels_on, memory_on
+from duo_jax.gpus import GPUS
+from duo_jax.plan import Plan, any_pattern
+from eval.compiled import kernels_on, memory_on
 from eval.kernels import OPERATIONS, program
 from eval.memory import decode, prefill_chunk, training_step
 from train.gated import GatedModel
@@ -43,11 +45,12 @@ def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
     heads = config.num_layers * config.num_kv_heads // 2
     pools = 2 * 2 * config.head_dim * heads * (length + 64 + 256)
     weights = 2 * config.num_parameters
-    found = memory_on(gpu, *decode(config, length, 0.5, "triton"))
+    plan = Plan(config, any_pattern(config, 0.5), chunk_size=8192)
+    found = memory_on(gpu, *decode(plan, length, "triton"))
     assert found.arguments == pytest.approx(weights + pools, rel=1e-3)
     # Its pools are written where they are: nothing of their size is made, and what is made is small.
     assert found.aliased >= pools and found.temporaries < 0.01 * pools
-    chunk = memory_on(gpu, *prefill_chunk(config, length, 0.5, 8192, "triton"))
+    chunk = memory_on(gpu, *prefill_chunk(plan, length, "triton"))
     assert chunk.aliased >= pools and chunk.temporaries < 2e9
     assert max(found.total, chunk.total) < GPUS[gpu].memory_bytes
 

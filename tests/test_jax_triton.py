@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import jax.numpy as jnp
 import pytest
 
-from eval.compiled import GPUS, assemble, compile_for
+from duo_jax.gpus import GPUS
+from eval.compiled import assemble, compile_for
 from eval.kernels import program
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.tiles import tiles_for

@@ -19,7 +19,7 @@ from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.table import Weight, ignorable, weight_table
-from duo_jax.config import ModelConfig
+from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.model import Decoder, Model
 
 
@@ -65,6 +65,12 @@ def load_model(source: str | Path, *, dtype: str | None = None, progress: bool |
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; `source` as for `load_model`."""
     return open_source(source, weights=False).tokenizer()
+
+
+def open_config(source: str | Path) -> ModelConfig:
+    """The configuration of a model or of a preset, without its weights; a path goes before a preset's name."""
+    preset = None if Path(source).exists() else PRESETS.get(str(source).lower())
+    return preset or open_source(source, weights=False).config
 
 
 def open_source(source: str | Path, *, weights: bool = True) -> Source:

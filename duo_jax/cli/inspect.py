@@ -10,9 +10,9 @@ import numpy as np
 import tyro
 
 from duo_jax.cache import KVCache
-from duo_jax.checkpoint.load import open_source
+from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
-from duo_jax.config import PRESETS, ModelConfig
+from duo_jax.config import ModelConfig
 from duo_jax.pattern import HeadPattern
 
 LENGTHS = (4096, 32768, 131072, 1048576)
@@ -40,8 +40,7 @@ class Inspect:
         """Read the configuration, count, print."""
         if self.batch_size < 1 or not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"--batch-size and --lengths must be at least 1, got {self.batch_size} and {self.lengths}")
-        preset = None if Path(self.model).exists() else PRESETS.get(self.model.lower())
-        config = preset or open_source(self.model, weights=False).config
+        config = open_config(self.model)
         config = replace(config, dtype=self.dtype or config.dtype)
         pattern = self.pattern.load(max(self.lengths))
         record = describe(config, pattern, self.batch_size, self.lengths)

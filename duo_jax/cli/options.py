@@ -1,5 +1,6 @@
 """Flags that several commands share: which model, which heads stream, how tokens are chosen."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,21 @@ class CacheOptions:
 
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
     """Data type of the cache, where not the weights'; int8 and int4 quantize keys and values of retrieval heads."""
+
+
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 80GB (80e9 bytes), 79.1GiB or a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found.group(2).upper() not in UNITS or not float(found.group(1)):
+        raise ValueError(f"a size is a number above 0 and a unit, such as 80GB or 79.1GiB, got {text!r}")
+    return int(float(found.group(1)) * UNITS[found.group(2).upper()])
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from duo_jax import PRESETS, HeadPattern, KVCache, Model, ModelConfig
+from duo_jax import PRESETS, KVCache, Model, ModelConfig
 from duo_jax.phases import extend, step
+from duo_jax.plan import Plan, any_pattern
 from eval.costs import decode_bytes
 from eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
 from eval.gpu_suite.section import Case, fastest
@@ -37,19 +37,15 @@ def cases(*, smoke: bool) -> Iterator[Case]:
 def measure(case: Case) -> dict[str, Any]:
     """Milliseconds a token; seconds of the last chunk before the context; memory of both programs."""
     config = TOY if case["model"] == "toy" else replace(PRESETS[case["model"]], dtype="bfloat16")
-    # What the backend cannot do, it says before weights are made.
-    for function, *shapes in (
-        prefill_chunk(config, case["context"], case["streaming"], case["chunk"], case["backend"]),
-        decode_step(config, case["context"], case["streaming"], case["backend"]),
-    ):
-        function.trace(*shapes)
-    model = Model.random(config, seed=0)
-    shape = config.num_layers, config.num_kv_heads
-    gates = np.random.default_rng(0).random(shape)
     pattern = None
     if case["streaming"]:
-        sizes: dict[str, Any] = {"sink_size": SINK_SIZE, "recent_size": RECENT_SIZE}
-        pattern = HeadPattern.from_gates(gates, sparsity=case["streaming"], **sizes)
+        pattern = any_pattern(config, case["streaming"], sink_size=SINK_SIZE, recent_size=RECENT_SIZE)
+    plan = Plan(config, pattern, chunk_size=case["chunk"])
+    # What the backend cannot do, it says before weights are made.
+    for program in (prefill_chunk, decode_step):
+        function, *shapes = program(plan, case["context"], case["backend"])
+        function.trace(*shapes)
+    model = Model.random(config, seed=0)
     cache = KVCache.init(config, pattern, 1, case["context"])
     tokens = jnp.ones((1, case["chunk"]), jnp.int32)
 

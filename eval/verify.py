@@ -1,0 +1,38 @@
+"""A plan held against the compiler: the programs of inference compiled for a GPU, and what they really take."""
+
+from typing import Any
+
+from duo_jax.plan import Plan
+from eval.compiled import memory_on
+from eval.memory import decode, prefill_chunk
+
+# How far a plan may be off what the compiler says.
+TOLERANCE = 0.03
+
+
+def verify(plan: Plan, length: int, gpu: str, backend: str = "triton") -> dict[str, Any]:
+    """Compile a chunk of prefill and a decode step with a cache of `length` tokens; all sizes are in bytes.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: a backend that cannot, or no compiler for GPUs here.
+    """
+    programs = {}
+    for name, program in (("prefill", prefill_chunk), ("decode", decode)):
+        memory = memory_on(gpu, *program(plan, length, backend))
+        programs[name] = {
+            "arguments": memory.arguments,
+            "outputs": memory.outputs,
+            "aliased": memory.aliased,
+            "temporaries": memory.temporaries,
+            "total": memory.total,
+        }
+    total = max(found["total"] for found in programs.values())
+    planned = plan.total(length)
+    found = {"gpu": gpu, "backend": backend, "context": length, "programs": programs}
+    return found | {"total": total, "planned": planned, "deviation": planned / total - 1}
+
+
+def is_close(found: dict[str, Any]) -> bool:
+    """Whether a plan was within `TOLERANCE` of the compiler's figure."""
+    return abs(found["deviation"]) <= TOLERANCE
