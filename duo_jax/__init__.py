@@ -8,6 +8,7 @@ from duo_jax.lm import LM, Document, Reply, TextStream, load
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern, published_patterns
 from duo_jax.phases import Scores, decode_step, prefill, score
+from duo_jax.plan import Plan
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "MinP",
     "Model",
     "ModelConfig",
+    "Plan",
     "RepetitionPenalty",
     "Reply",
     "Scores",

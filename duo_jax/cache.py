@@ -6,23 +6,31 @@ one compiled program. Attention itself is in `pallas_kernels`.
 """
 
 import functools
+import json
 import math
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
+from numpy.typing import ArrayLike
 
+from duo_jax import saved
 from duo_jax.config import ModelConfig
+from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from pallas_kernels import Heads, Pools
 from pallas_kernels.positions import consecutive, ring_index, ring_positions
 from pallas_kernels.quantized import BITS, Stored, empty, store
 
 T = TypeVar("T")
+
+# Positions are int32.
+MOST_TOKENS = 2**31 - 1
 
 # How keys and values may be stored.
 KV_DTYPES = ("float32", "bfloat16", "float16", *BITS)
@@ -59,10 +67,11 @@ class KVCache:
         config: ModelConfig,
         pattern: HeadPattern | None,
         batch_size: int,
-        max_length: int,
+        max_length: int | None = None,
         *,
         dtype: str | jnp.dtype | None = None,
         streaming_dtype: str | jnp.dtype | None = None,
+        memory: int | None = None,
     ) -> "KVCache":
         """An empty cache for `batch_size` sequences of up to `max_length` tokens.
 
@@ -70,22 +79,27 @@ class KVCache:
             config: the model's.
             pattern: which heads stream; None: every head is a retrieval head.
             batch_size: sequences.
-            max_length: tokens of each, at most.
+            max_length: tokens of each, at most; where it is left out, as many as `memory` holds.
             dtype: of retrieval heads: float32, bfloat16, float16, int8 or int4; by default the configuration's. int8
                 and int4 are asymmetric, one scale and zero for each token of each head (paper section 3.4).
             streaming_dtype: of streaming heads, whose rings are small; by default `dtype`, or the configuration's
                 where that is int8 or int4.
+            memory: bytes that keys and values may take; `duo_jax.Plan` says what weights and activations leave. What
+                does not fit is refused before anything is allocated.
 
         Raises:
-            ValueError: a pattern of another model, sizes below 1, or an unknown data type.
+            ValueError: a pattern of another model, sizes below 1, an unknown data type, or more than `memory` holds.
         """
+        if memory is not None:
+            max_length = _fitting(
+                config, pattern, batch_size, max_length, memory, dtype=dtype, streaming_dtype=streaming_dtype
+            )
+        if max_length is None:
+            raise ValueError("give max_length, the tokens of a sequence, or memory, the bytes that the cache may take")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         is_retrieval = _table(config, pattern)
-        # Slots are numbered within each type, layer by layer.
-        flat = is_retrieval.ravel()
-        slot = np.where(flat, flat.cumsum(), (~flat).cumsum()).reshape(is_retrieval.shape) - 1
         sink_size, recent_size = (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
         shapes = _pool_shapes(is_retrieval, sink_size + recent_size, batch_size, max_length, config)
         dtypes = pool_dtypes(config, dtype, streaming_dtype)
@@ -102,7 +116,7 @@ class KVCache:
         return cls(
             pools=pools,
             is_retrieval=jnp.asarray(is_retrieval),
-            slot=jnp.asarray(slot, jnp.int32),
+            slot=jnp.asarray(_slots(is_retrieval)),
             length=jnp.zeros((batch_size,), jnp.int32),
             sink_size=int(sink_size),
             recent_size=int(recent_size),
@@ -126,6 +140,26 @@ class KVCache:
         shapes = _pool_shapes(_table(config, pattern), ring, batch_size, max_length, config)
         dtypes = pool_dtypes(config, dtype, streaming_dtype)
         return _nbytes(jax.eval_shape(lambda: _empty_pools(shapes, dtypes)))
+
+    @staticmethod
+    def length_for(
+        config: ModelConfig,
+        pattern: HeadPattern | None,
+        batch_size: int,
+        memory: int,
+        *,
+        dtype: str | jnp.dtype | None = None,
+        streaming_dtype: str | jnp.dtype | None = None,
+    ) -> int:
+        """The largest `max_length` whose keys and values fit into `memory` bytes; 0: not even one token does."""
+        one, two = (
+            KVCache.bytes_for(config, pattern, batch_size, n, dtype=dtype, streaming_dtype=streaming_dtype)
+            for n in (1, 2)
+        )
+        if memory < one:
+            return 0
+        # Streaming heads alone hold any length: positions end where an int32 does.
+        return min(MOST_TOKENS, 1 + (memory - one) // (two - one)) if two > one else MOST_TOKENS
 
     @property
     def nbytes(self) -> int:
@@ -250,6 +284,104 @@ class KVCache:
         self.check_alive()
         return _copy(self)
 
+    def save(self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None) -> None:
+        """Write the cache to a folder: what is filled of it, with a checksum of every array.
+
+        The folder appears under its name when everything is on disk. The host's memory must hold one copy.
+
+        Args:
+            path: a folder that is not there yet.
+            model: the weights that computed it; `load` then refuses others.
+            tokens: `[B, T]` token ids in the cache, kept beside it for whoever loads it.
+
+        Raises:
+            ValueError: a cache that was donated, or holds nothing.
+            FileExistsError: the path exists.
+        """
+        self.check_alive()
+        saved.free(path)
+        filled = int(self.length.max())
+        if not 0 < filled <= self.max_length:
+            raise ValueError(f"a cache of {filled} tokens and {self.max_length=} has nothing to save: prefill it first")
+        arrays = {}
+        for name, leaf in _parts(self.pools).items():
+            # Slots beyond the length hold nothing; a pool without slots is not stored.
+            if leaf.size:
+                arrays[name] = np.asarray(leaf)[:, :, :filled] if name.startswith("retrieval") else np.asarray(leaf)
+        about = {
+            "is_retrieval": np.asarray(self.is_retrieval).astype(int).tolist(),
+            "sink_size": self.sink_size,
+            "recent_size": self.recent_size,
+            "length": np.asarray(self.length).tolist(),
+            "max_length": self.max_length,
+            "head_dim": self.pools.retrieval_k.shape[3],
+            "dtypes": [_stored_as(self.pools.retrieval_k), _stored_as(self.pools.streaming_k)],
+            "model": model and _identity(model),
+            "tokens": None if tokens is None else np.asarray(tokens).tolist(),
+        }
+        saved.write(path, arrays, about)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Model | None = None,
+        *,
+        pattern: HeadPattern | None = None,
+        dtype: str | jnp.dtype | None = None,
+        max_length: int | None = None,
+    ) -> "KVCache":
+        """Read a cache that `save` wrote; generation goes on as it would have, bit for bit.
+
+        Args:
+            path: the folder.
+            model: the weights to go on with: they must be those that computed the cache.
+            pattern: which heads stream, where the caller minds; by default as saved.
+            dtype: data type of retrieval heads, where the caller minds; by default as saved.
+            max_length: tokens that each sequence may grow to; by default as saved.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: a cache of another model, pattern or data type, one that is incomplete or was altered, or one
+                that is longer than `max_length`.
+        """
+        about = saved.read_about(path)
+        retrieval, streaming = about["dtypes"]
+        is_retrieval = np.asarray(about["is_retrieval"], bool)
+        sizes = {name: about[name] for name in ("sink_size", "recent_size")}
+        if model is not None:
+            _check_identity(path, about["model"], _identity(model))
+        if dtype is not None and _dtype_name(dtype) != retrieval:
+            raise ValueError(f"{path} holds keys and values in {retrieval}, not in {_dtype_name(dtype)}: prefill again")
+        if pattern is not None:
+            theirs = (
+                HeadPattern(is_retrieval, **sizes, gates=is_retrieval.astype(float)) if sizes["recent_size"] else None
+            )
+            if pattern != theirs:
+                raise ValueError(
+                    f"{path} was made with {_heads(is_retrieval, **sizes)}, the pattern has "
+                    f"{_heads(pattern.is_retrieval, pattern.sink_size, pattern.recent_size)}, or others of them: "
+                    "leave the pattern out, or prefill again"
+                )
+        filled, batch, max_length = max(about["length"]), len(about["length"]), max_length or about["max_length"]
+        if filled > max_length:
+            raise ValueError(f"{path} holds {filled} tokens, more than {max_length=}: make it at least that long")
+        arrays = saved.read_arrays(path, about["checksums"])
+        count, ring, head_dim = int(is_retrieval.sum()), sum(sizes.values()), about["head_dim"]
+        shapes = (count, batch, max_length, head_dim), (is_retrieval.size - count, batch, ring, head_dim)
+        pools = _empty_pools(shapes, (retrieval, streaming))
+        flat, tree = jax.tree.flatten(pools)
+        flat = [
+            _filled(leaf, arrays[name]) if leaf.size else leaf for name, leaf in zip(_parts(pools), flat, strict=True)
+        ]
+        return cls(
+            pools=jax.tree.unflatten(tree, flat),
+            is_retrieval=jnp.asarray(is_retrieval),
+            slot=jnp.asarray(_slots(is_retrieval)),
+            length=jnp.asarray(about["length"], jnp.int32),
+            **sizes,
+        )
+
     @property
     def is_alive(self) -> bool:
         """Whether this cache can still be used: False once it, or a cache that shares its pools, was donated."""
@@ -296,6 +428,28 @@ def pool_dtypes(
     return retrieval, _dtype_name(usual if streaming_dtype is None else streaming_dtype)
 
 
+def _fitting(
+    config: ModelConfig,
+    pattern: HeadPattern | None,
+    batch_size: int,
+    max_length: int | None,
+    memory: int,
+    **dtypes: str | jnp.dtype | None,
+) -> int:
+    """`max_length` if it fits into `memory` bytes; the largest that does if it is None."""
+    most = KVCache.length_for(config, pattern, batch_size, memory, **dtypes)
+    if max_length is not None and max_length <= most:
+        return max_length
+    if max_length is None and most:
+        return most
+    wanted = KVCache.bytes_for(config, pattern, batch_size, max_length or 1, **dtypes)
+    way = f"ask for up to {most} tokens" if most else "give more memory"
+    raise ValueError(
+        f"a cache of {max_length or 1} tokens (batch {batch_size}) takes {wanted / 1e9:.3f} GB, more than "
+        f"memory={memory / 1e9:.3f} GB: {way}, stream more heads, or store them in int8 or int4"
+    )
+
+
 def _dtype_name(dtype: str | jnp.dtype) -> str:
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in KV_DTYPES:
@@ -321,6 +475,58 @@ def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
         return np.ones((config.num_layers, config.num_kv_heads), bool)
     pattern.check(config)
     return pattern.is_retrieval
+
+
+def _slots(is_retrieval: np.ndarray) -> np.ndarray:
+    """Slots are numbered within each type, layer by layer."""
+    flat = is_retrieval.ravel()
+    slot = np.where(flat, flat.cumsum(), (~flat).cumsum()).reshape(is_retrieval.shape) - 1
+    return slot.astype(np.int32)
+
+
+def _parts(pools: Pools) -> dict[str, Array]:
+    """The arrays that pools are made of, by name."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="_"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(pools)
+    }
+
+
+def _stored_as(pool: Stored) -> str:
+    """The name of a pool's data type, as `init` takes it."""
+    return pool.dtype.name.replace("uint", "int")
+
+
+def _filled(pool: Array, new: np.ndarray) -> Array:
+    """The pool with rows of `new` at its beginning, slot by slot: no second copy of it is on the device."""
+    for slot in range(len(new)):
+        pool = _fill(pool, new[slot : slot + 1], np.int32(slot))
+    return pool
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(pool: Shaped[Array, "P *rows"], new: Shaped[Array, "1 *filled"], slot: Int32[Array, ""]) -> Array:
+    return lax.dynamic_update_slice(pool, new, (slot, *(jnp.int32(0),) * (pool.ndim - 1)))
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What tells a model: everything of its configuration that its arithmetic depends on, and its weights."""
+    config = {name: value for name, value in asdict(model.config).items() if name != "eos_ids"}
+    return json.loads(json.dumps(config | {"weights": model.fingerprint}))
+
+
+def _check_identity(path: str | Path, theirs: dict[str, Any] | None, ours: dict[str, Any]) -> None:
+    if theirs is None:
+        raise ValueError(f"{path} was saved without a model, so that it cannot be told whether this one made it")
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if names:
+        said = ", ".join(f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names)
+        raise ValueError(f"{path} was made by another model: {said}; prefill again with this one")
+
+
+def _heads(is_retrieval: np.ndarray, sink_size: int, recent_size: int) -> str:
+    sizes = f" ({sink_size} sinks, a window of {recent_size})" if recent_size else ""
+    return f"{int(is_retrieval.sum())} retrieval heads of {is_retrieval.size}{sizes}"
 
 
 def _pool_shapes(

@@ -15,9 +15,6 @@ from duo_jax.config import ModelConfig
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import CHUNK_SIZE
 
-# The last position that an int32 counts.
-MOST_TOKENS = 2**31 - 1
-
 # Numbers that one scale of an int4 weight stands for, at most and by default.
 WEIGHT_GROUP = 128
 
@@ -105,13 +102,13 @@ class Plan:
     def activations(self) -> int:
         """Bytes that a chunk of the prompt needs beside weights and cache; a decode step needs far less.
 
-        The most is needed inside the MLP: the residual, gate and up projections together, and as much again for their
-        product and what the compiler keeps beside it; and the keys and values of the chunk as they are stored.
-        Attention adds nothing of the context's length: its kernels work on tiles.
+        The most is needed inside the MLP: the residual and its norm, the gate and up projections, as much again for
+        their product and what the compiler keeps beside it; and the chunk's keys and values, on their way into the
+        cache. Attention adds nothing of the context's length: its kernels work on tiles.
         """
         config = self.config
         keys = 2 * config.num_kv_heads * config.head_dim
-        numbers = 4 * config.mlp_dim + config.embed_dim + keys
+        numbers = 4 * config.mlp_dim + 2 * config.embed_dim + keys
         return self.batch_size * self.chunk_size * numbers * jnp.dtype(config.dtype).itemsize
 
     def total(self, length: int) -> int:
@@ -120,10 +117,9 @@ class Plan:
 
     def max_context(self, memory: int) -> int:
         """Most tokens that each sequence can have in `memory` bytes, prompt and answer together; 0: not even one."""
-        left = memory - self.total(1)
-        if left < 0:
-            return 0
-        return min(MOST_TOKENS, 1 + left // self.kv_per_token) if self.kv_per_token else MOST_TOKENS
+        left = memory - self.weights - self.activations
+        dtypes = {"dtype": self.kv_dtype, "streaming_dtype": self.streaming_dtype}
+        return KVCache.length_for(self.config, self.pattern, self.batch_size, left, **dtypes)
 
     def check(self, length: int, memory: int) -> None:
         """Raise ValueError if contexts of `length` tokens do not fit into `memory` bytes: the numbers, the way out."""

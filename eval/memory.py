@@ -122,5 +122,5 @@ def _model(config: ModelConfig) -> Any:
 
 
 def _cache(plan: Plan, length: int) -> Any:
-    dtypes = {"dtype": plan.kv_dtype, "streaming_dtype": plan.streaming_dtype}
-    return jax.eval_shape(partial(KVCache.init, plan.config, plan.pattern, plan.batch_size, length, **dtypes))
+    empty = partial(KVCache.init, dtype=plan.kv_dtype, streaming_dtype=plan.streaming_dtype)
+    return jax.eval_shape(partial(empty, plan.config, plan.pattern, plan.batch_size, length))

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import tyro
 
+from duo_jax.cache import MOST_TOKENS
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
 from duo_jax.gpus import find_gpu
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import CHUNK_SIZE
-from duo_jax.plan import MOST_TOKENS, Plan, any_pattern
+from duo_jax.plan import Plan, any_pattern
 from eval.verify import TOLERANCE, is_close, verify
 
 KvDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
