@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt32
 
 # Numbers are packed into words of 16 bits, not bytes: Pallas's Triton lowering counts in 32-bit numbers up to 2 ** 32
 # bytes, and so cannot address more than 2 ** 31 elements of one byte.
@@ -27,25 +27,21 @@ TINY = float(jnp.finfo(jnp.bfloat16).tiny)
 HUGE = float(jnp.finfo(jnp.bfloat16).max) / 4
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["words", "scale", "zero"], meta_fields=["head_dim", "bits"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "grid"], meta_fields=["head_dim", "bits"])
 @dataclass(frozen=True)
 class Quantized:
     """Rows `[..., H]` of numbers in few bits; a pool of them, a part of one, or a kernel's references to one.
 
     Attributes:
         words: `[..., W]` uint16; channel h lies in word `h % W` at bit `bits * (h // W)`, where `W` words hold a row.
-        scale: `[...]` bfloat16, of each row.
-        zero: `[...]` bfloat16, of each row.
+        grid: `[...]` uint32; of each row, the scale in the upper half and the zero in the lower one, as bfloat16.
         head_dim: H (static).
         bits: 8 or 4 (static).
     """
 
     # Arrays, or what stands for them: shapes before a compilation, references inside a kernel.
     words: Any
-    scale: Any
-    zero: Any
+    grid: Any
     head_dim: int
     bits: int
 
@@ -75,8 +71,7 @@ def empty(shape: tuple[int, ...], dtype: str) -> Stored:
     if head_dim * bits % WORD_BITS:
         raise ValueError(f"{dtype} needs a head dim that is a multiple of {WORD_BITS // bits}, got {head_dim}")
     words = jnp.zeros((*shape[:-1], head_dim * bits // WORD_BITS), jnp.uint16)
-    metadata = jnp.zeros(shape[:-1], jnp.bfloat16)
-    return Quantized(words, metadata, metadata.copy(), head_dim, bits)
+    return Quantized(words, jnp.zeros(shape[:-1], jnp.uint32), head_dim, bits)
 
 
 def any_quantized(pools: Iterable[Stored]) -> bool:
@@ -117,7 +112,8 @@ def quantize(x: Float[Array, "*rows H"], bits: int) -> Quantized:
     parts = WORD_BITS // bits
     numbers = numbers.reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
     words = functools.reduce(jnp.bitwise_or, (numbers[..., i, :] << jnp.uint16(i * bits) for i in range(parts)))
-    return Quantized(words, scale.astype(jnp.bfloat16), zero.astype(jnp.bfloat16), x.shape[-1], bits)
+    grid = lax.bitcast_convert_type(scale, jnp.uint32) | lax.bitcast_convert_type(zero, jnp.uint32) >> jnp.uint32(16)
+    return Quantized(words, grid, x.shape[-1], bits)
 
 
 def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
@@ -126,13 +122,22 @@ def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
     words = jnp.broadcast_to(q.words[..., None, :], (*q.words.shape[:-1], parts, q.words.shape[-1]))
     shifts = lax.broadcasted_iota(jnp.uint16, words.shape, words.ndim - 2) * jnp.uint16(q.bits)
     numbers = (words >> shifts) & jnp.uint16(2**q.bits - 1)
-    return scaled(numbers.reshape(q.shape), q.scale[..., None], q.zero[..., None], dtype)
+    return on_grid(numbers.reshape(q.shape), q.grid, dtype)
 
 
-def scaled(numbers: Shaped[Array, "*n"], scale: Array, zero: Array, dtype: jnp.dtype) -> Float[Array, "..."]:
-    """`scale * n + zero`; scale and zero broadcast."""
-    f32 = jnp.float32
-    return (numbers.astype(f32) * scale.astype(f32) + zero.astype(f32)).astype(dtype)
+def on_grid(
+    numbers: Shaped[Array, "*rows H"], grid: UInt32[Array, "*rows"], dtype: jnp.dtype
+) -> Float[Array, "*rows H"]:
+    """`scale * n + zero` of each row."""
+    scale, zero = scale_and_zero(grid)
+    return (numbers.astype(jnp.float32) * scale[..., None] + zero[..., None]).astype(dtype)
+
+
+def scale_and_zero(grid: UInt32[Array, "*rows"]) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """A row's scale and zero: a bfloat16 is the upper half of a float32."""
+    halves = grid & jnp.uint32(0xFFFF0000), grid << jnp.uint32(16)
+    scale, zero = (lax.bitcast_convert_type(half, jnp.float32) for half in halves)
+    return scale, zero
 
 
 def _rounded(x: Float[Array, "*n"], *, up: bool) -> Float[Array, "*n"]:

@@ -271,15 +271,19 @@ def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stage
     return _generate.lower(model, ids, one, seen, cache, keys, 8, Greedy(), (), tokens, None).compile()
 
 
-@pytest.mark.parametrize("phase", ["extend", "step", "generate"])
-def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, tiny, half, phase):
-    """Neither a second cache nor logits of every position."""
+@pytest.mark.parametrize(
+    ("phase", "dtype"), [("extend", None), ("step", None), ("generate", None), ("extend", "int4"), ("step", "int4")]
+)
+def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, tiny, half, phase, dtype):
+    """Neither a second cache, in any precision, nor logits of every position."""
     tokens, vocabulary = 272, tiny.config.vocab_size  # 272 and 61 occur nowhere else.
-    cache = KVCache.init(tiny.config, half, 1, 65536)
+    cache = KVCache.init(tiny.config, half, 1, 1 << (19 if dtype else 16), dtype=dtype)
     program = compiled(phase, tiny, cache, tokens)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
-    assert memory.temp_size_in_bytes < cache.nbytes / 4  # One pool is a half.
+    assert memory.temp_size_in_bytes < cache.nbytes / (
+        8 if dtype else 4
+    )  # One pool is a half; of int4, a sixth its grid.
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < cache.nbytes / 4
     shapes = [set(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", program.as_text())]
     assert any(tokens in shape for shape in shapes) == (phase != "step")

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype
-from pallas_kernels.quantized import WORD_BITS, Quantized, Stored, scaled
+from pallas_kernels.quantized import WORD_BITS, Quantized, Stored, on_grid
 from pallas_kernels.types import Pools, Unsupported
 
 # A matrix product has at least so many rows.
@@ -158,8 +158,7 @@ def load_keys(
     packed = jnp.broadcast_to(packed.astype(jnp.int32)[:, None, :], (rows, parts, words))
     shift = lax.broadcasted_iota(jnp.int32, packed.shape, 1) * pool.bits
     numbers = ((packed >> shift) & (2**pool.bits - 1)).reshape(rows, columns)
-    scale, zero = (plgpu.load(ref.at[slot, row, here], mask=exists, other=other) for ref in (pool.scale, pool.zero))
-    return scaled(numbers, scale[:, None], zero[:, None], dtype)
+    return on_grid(numbers, plgpu.load(pool.grid.at[slot, row, here], mask=exists, other=other), dtype)
 
 
 def store(ref: Ref, value: jax.Array, rows: jax.Array, head_dim: int) -> None:
