@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.context import ContextTask
 from eval.kernels import Kernels
 from eval.memory import MemoryTask
 from eval.recall import Recall
@@ -19,6 +20,7 @@ class Eval:
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+        | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]
         | Annotated[Tune, tyro.conf.subcommand("tune", prefix_name=False)],
