@@ -133,23 +133,11 @@ class LM:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation in the model's chat template, up to where the answer begins."""
         self._need_template()
-        return self._tokens(self._render(messages))
+        return self._tokens(_render(self.tokenizer, messages))
 
     def chat_frame(self) -> tuple[list[int], str] | None:
         """What comes before a user's message (token ids) and after it (text); None without a chat template."""
-        if not self.tokenizer.chat_template:
-            return None
-        hole = "<<user>>"
-        parts = self._render([{"role": "user", "content": hole}]).split(hole)
-        if len(parts) != 2:
-            raise ValueError("this model's chat template does not show a message once: use plain text instead")
-        return self._tokens(parts[0]), parts[1]
-
-    def _render(self, messages: Sequence[Message]) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+        return chat_frame(self.tokenizer)
 
     def _need_template(self) -> None:
         if not self.tokenizer.chat_template:
@@ -168,6 +156,24 @@ class LM:
         for _ in running:
             pass
         return running.replies
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str] | None:
+    """What comes before a user's message (token ids) and after it (text); None without a chat template."""
+    if not tokenizer.chat_template:
+        return None
+    hole = "<<user>>"
+    parts = _render(tokenizer, [{"role": "user", "content": hole}]).split(hole)
+    if len(parts) != 2:
+        raise ValueError("this model's chat template does not show a message once: use plain text instead")
+    return tokenizer.encode(parts[0], add_special_tokens=False), parts[1]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses these messages: {error}") from None
 
 
 class _Row:

@@ -10,8 +10,9 @@ from rich.status import Status
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax import HeadPattern, Model, load_model, load_tokenizer
+from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer
 from duo_jax.cli.timed import Timings, timed_stream
+from duo_jax.phases import bucket
 from eval.passkey import Passkey, passkey
 from train.haystack import DEFAULT, load_haystack
 
@@ -89,7 +90,7 @@ class Demo:
             model,
             task.tokens,
             timings,
-            pattern=pattern,
+            cache=KVCache.init(model.config, pattern, 1, bucket(len(task.tokens) + self.max_new_tokens)),
             max_new_tokens=self.max_new_tokens,
             eos_ids=model.config.eos_ids,
             status=status,

@@ -38,7 +38,7 @@ def load_model(source: str | Path, *, dtype: str | None = None, progress: bool |
     """
     found = open_source(source)
     config = found.config
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
+    dtype = usual_dtype(config, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     config = replace(config, dtype=dtype)
@@ -65,6 +65,11 @@ def load_model(source: str | Path, *, dtype: str | None = None, progress: bool |
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; `source` as for `load_model`."""
     return open_source(source, weights=False).tokenizer()
+
+
+def usual_dtype(config: ModelConfig, dtype: str | None = None) -> str:
+    """The data type asked for; by default the checkpoint's, and float32 on a CPU, which has no fast bfloat16."""
+    return dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
 
 
 def open_config(source: str | Path) -> ModelConfig:

@@ -1,14 +1,21 @@
 """Flags that several commands share: which model, which heads stream, how tokens are chosen."""
 
+import os
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
 
+import jax
+import tyro
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
+from duo_jax.checkpoint.load import open_config, usual_dtype
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from duo_jax.phases import bucket
+from duo_jax.plan import Plan
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
 
 
@@ -24,6 +31,12 @@ class ModelOptions:
     def load(self) -> Model:
         """The weights."""
         return load_model(self.model, dtype=self.dtype)
+
+    def plan(self, pattern: HeadPattern | None, chunk_size: int) -> Plan:
+        """What this model takes of memory, before its weights are read."""
+        config = open_config(self.model)
+        config = replace(config, dtype=usual_dtype(config, self.dtype))
+        return Plan(config, pattern, chunk_size=chunk_size)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
@@ -69,6 +82,45 @@ class CacheOptions:
 
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
     """Data type of the cache, where not the weights'; int8 and int4 quantize keys and values of retrieval heads."""
+
+
+@dataclass(frozen=True)
+class RoomOptions:
+    """The length of the KV cache."""
+
+    max_context: Annotated[int | Literal["max"] | None, tyro.conf.arg(metavar="INT|max")] = None
+    """Tokens that the KV cache holds, prompt and answer together; max: as many as fit. As many as needed by default."""
+    memory: str | None = None
+    """Memory that weights, KV cache and activations share, such as 80GB; by default the device's, of a CPU what is
+    free. What does not fit is refused before anything is allocated."""
+
+    def tokens(self, plan: Plan, needed: int) -> int:
+        """Tokens that the cache is made for.
+
+        Raises:
+            ValueError: fewer than are needed, or more than fit.
+        """
+        memory = device_memory() if self.memory is None else parse_bytes(self.memory)
+        if self.max_context == "max":
+            plan.check(needed, memory)
+            return plan.max_context(memory)
+        if self.max_context is not None and self.max_context < needed:
+            raise ValueError(f"prompt and answer may take {needed} tokens, more than --max-context {self.max_context}")
+        room = self.max_context or bucket(needed)
+        plan.check(room, memory)
+        return room
+
+
+def device_memory() -> int:
+    """Bytes that programs may take of the default device; of the host what is free now, where that is the device."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -1,5 +1,6 @@
 """Generation as commands show it: compile, prefill and decode apart, each with its time, on one cache."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,8 +11,7 @@ import numpy as np
 from duo_jax.cache import KVCache
 from duo_jax.generate import stream
 from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
-from duo_jax.phases import bucket, chunk_width
+from duo_jax.phases import chunk_width
 from duo_jax.sampling import Greedy, Sampler
 
 
@@ -43,8 +43,8 @@ def timed_stream(
     tokens: np.ndarray,
     timings: Timings,
     *,
-    pattern: HeadPattern | None,
-    kv_dtype: str | None = None,
+    cache: KVCache,
+    history: np.ndarray | None = None,
     max_new_tokens: int,
     sampler: Sampler = Greedy(),
     eos_ids: tuple[int, ...] = (),
@@ -53,15 +53,16 @@ def timed_stream(
 ) -> Iterator[tuple[int, float]]:
     """Token ids and log-probabilities of one continuation, one by one; `status` hears what is going on.
 
+    `cache` is empty, or holds the text before the prompt, whose tokens are `history`.
+
     Both programs are compiled first, on the head of the prompt, and the cache is rewound: the times that follow are
     of the work alone.
     """
     length = len(tokens)
-    room = bucket(length + max_new_tokens)
-    cache = KVCache.init(model.config, pattern, 1, room, dtype=kv_dtype)
     timings.prompt_tokens, timings.kv_bytes = length, cache.nbytes
-    timings.kv_bytes_full = KVCache.bytes_for(model.config, None, 1, room)
+    timings.kv_bytes_full = KVCache.bytes_for(model.config, None, 1, cache.max_length)
     options: dict[str, Any] = {"sampler": sampler, "eos_ids": eos_ids, "key": key}
+    options["history"] = None if history is None else history[None]
 
     status("compiling")
     begin = time.perf_counter()
@@ -93,3 +94,9 @@ def timed_stream(
         timings.decode_seconds += time.perf_counter() - begin
         timings.new_tokens += 1
         yield int(step.token[0]), float(step.logprob[0])
+
+
+def show_status(text: str) -> None:
+    """Show what is going on, in place, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

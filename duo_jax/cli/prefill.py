@@ -1,0 +1,61 @@
+"""`duo prefill`: read a long text once and keep its KV cache on disk, for `duo generate --cache` to ask many times."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from duo_jax import saved
+from duo_jax.cache import KVCache
+from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions
+from duo_jax.cli.prompt import PromptOptions
+from duo_jax.cli.timed import show_status
+from duo_jax.phases import chunk_width, prefill
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Read a text once and write its KV cache to a folder, to be asked many times with duo generate --cache."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions]
+    out: Path
+    """Folder to write; it must not be there yet."""
+    prompt: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
+    chunk: int | None = None
+    """Tokens computed at a time; by default chosen by the text's length."""
+    room: tyro.conf.OmitArgPrefixes[RoomOptions] = RoomOptions()
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    kv: tyro.conf.OmitArgPrefixes[CacheOptions] = CacheOptions()
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> None:
+        """Check the flags, load, prefill, write, report."""
+        saved.free(self.out)
+        text = self.prompt.text()
+        tokens = self.prompt.encode_document(self.model.tokenizer(), text)
+        length, width = len(tokens), chunk_width(len(tokens), self.chunk)
+        pattern = self.pattern.load(length)
+        plan = replace(self.model.plan(pattern, width), kv_dtype=self.kv.kv_dtype)
+        room = self.room.tokens(plan, length)
+        model = self.model.load()
+        cache = KVCache.init(model.config, pattern, 1, room, dtype=self.kv.kv_dtype)
+        begin = time.perf_counter()
+        _, cache = prefill(
+            model,
+            tokens[None],
+            cache,
+            chunk_size=width,
+            progress=lambda done: show_status(f"prefill {done}/{length} tokens"),
+        )
+        cache.length.block_until_ready()
+        seconds = time.perf_counter() - begin
+        show_status("writing")
+        cache.save(self.out, model, tokens=tokens[None])
+        size = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
+        show_status("")
+        record = {"out": str(self.out), "tokens": length, "prefill_seconds": seconds, "bytes": size}
+        said = f"{length} tokens in {seconds:.1f} s, compilation included; {size / 1e6:.1f} MB in {self.out}"
+        print(json.dumps(record) if self.json else said)

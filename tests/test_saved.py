@@ -1,0 +1,178 @@
+"""Caches on disk: they go on bit for bit, are refused where they do not belong, and tell when they were damaged."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from duo_jax import HeadPattern, KVCache, Model, generate, prefill, saved
+from tests.conftest import TINY
+from tests.text_models import assert_refused
+
+TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24)).astype(np.int32)
+DTYPES = ("float32", "int4")
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def filled(request, tiny, half):
+    """A ragged batch in a cache with room left."""
+    cache = KVCache.init(tiny.config, half, 2, 48, dtype=request.param)
+    return prefill(tiny, TOKENS, cache, lengths=[24, 15])[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, half, tmp_path_factory):
+    """A cache on disk, in int4."""
+    cache = prefill(tiny, TOKENS, KVCache.init(tiny.config, half, 2, 48, dtype="int4"), lengths=[24, 15])[1]
+    path = tmp_path_factory.mktemp("saved") / "cache"
+    cache.save(path, tiny, tokens=TOKENS)
+    return path
+
+
+def test_generation_goes_on_bit_for_bit(filled, tiny, half, tmp_path):
+    filled.save(tmp_path / "cache", tiny)
+    loaded = KVCache.load(tmp_path / "cache", tiny, pattern=half)
+    assert (loaded.nbytes, loaded.max_length, loaded.dtype) == (filled.nbytes, 48, filled.dtype)
+    ours, theirs = (generate(tiny, TOKENS[:, :4], cache=x, max_new_tokens=5) for x in (filled.fork(), loaded))
+    for one, other in zip(jax.tree.leaves(ours[:3]), jax.tree.leaves(theirs[:3]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_cache_grows_when_it_is_loaded(filled, tiny, tmp_path):
+    filled.save(tmp_path / "cache", tiny)
+    longer = KVCache.load(tmp_path / "cache", tiny, max_length=60)
+    assert longer.max_length == 60
+    for ours, theirs in zip(jax.tree.leaves(filled.pools), jax.tree.leaves(longer.pools), strict=True):
+        count = min(24, ours.shape[2])
+        np.testing.assert_array_equal(ours[:, :, :count], theirs[:, :, :count])
+    with pytest.raises(ValueError, match="24 tokens, more than max_length=20"):
+        KVCache.load(tmp_path / "cache", tiny, max_length=20)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_a_pool_may_have_no_slot(tiny, sparsity, tmp_path):
+    pattern = HeadPattern.from_gates(np.ones((2, 2)), sparsity=sparsity, sink_size=3, recent_size=8)
+    cache = KVCache.init(tiny.config, pattern, 1, 16)
+    cache = prefill(tiny, TOKENS[:1, :9], cache)[1]
+    cache.save(tmp_path / "cache")
+    loaded = KVCache.load(tmp_path / "cache")
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(loaded), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(cache.pools.streaming_v, loaded.pools.streaming_v)
+
+
+def test_a_large_cache_takes_its_own_size_on_disk(tmp_path):
+    """Of 4096 tokens: what is stored beside keys and values is small."""
+    pattern = HeadPattern.from_gates(np.eye(2), sink_size=3, recent_size=8)
+    cache = KVCache.init(TINY, pattern, 4, 4096)
+    noise = jax.random.normal(jax.random.key(0), cache.pools.retrieval_k.shape)
+    pools = cache.pools._replace(retrieval_k=noise, retrieval_v=noise + 1)
+    cache = jax.tree.unflatten(jax.tree.structure(cache), jax.tree.leaves((pools, *jax.tree.leaves(cache)[4:])))
+    cache.advance(jax.numpy.full(4, 4096, jax.numpy.int32)).save(tmp_path / "cache")
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert abs(size / cache.nbytes - 1) < 0.02
+
+
+def test_another_model_pattern_or_data_type_is_refused_with_both_sides_named(folder, tiny, half):
+    with pytest.raises(ValueError, match=r"another model: weights '\w+' there and '\w+' here"):
+        KVCache.load(folder, Model.random(TINY, seed=2))
+    wider = HeadPattern.from_gates(half.gates, sink_size=4, recent_size=8)
+    with pytest.raises(ValueError, match=r"3 sinks, a window of 8\), the pattern has 2 .* \(4 sinks"):
+        KVCache.load(folder, tiny, pattern=wider)
+    other = HeadPattern.from_gates(1 - half.gates, sink_size=3, recent_size=8)
+    with pytest.raises(ValueError, match="or others of them"):
+        KVCache.load(folder, tiny, pattern=other)
+    with pytest.raises(ValueError, match="in int4, not in float32"):
+        KVCache.load(folder, tiny, dtype="float32")
+
+
+def test_a_cache_without_a_model_cannot_be_matched(tiny, half, tmp_path):
+    cache = prefill(tiny, TOKENS[:1, :9], KVCache.init(tiny.config, half, 1, 16))[1]
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="saved without a model"):
+        KVCache.load(tmp_path / "cache", tiny)
+
+
+def test_what_is_there_is_not_overwritten_and_nothing_is_not_saved(folder, tiny, half, tmp_path):
+    cache = KVCache.init(tiny.config, half, 1, 16)
+    with pytest.raises(ValueError, match="nothing to save"):
+        cache.save(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="exists already"):
+        cache.save(folder)
+    with pytest.raises(FileNotFoundError, match="not a folder that was saved"):
+        KVCache.load(tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="cannot be read"):
+        KVCache.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
+def test_damage_to_any_large_file_is_detected(folder, damage, tmp_path):
+    data = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1000]
+    assert data
+    for number, name in enumerate(data):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy)
+        content = bytearray((copy / name).read_bytes())
+        if damage == "removed":
+            (copy / name).unlink()
+        else:
+            content[len(content) // 2] ^= 1
+            (copy / name).write_bytes(content if damage == "altered" else content[: len(content) // 2])
+        with pytest.raises(ValueError, match=r"incomplete or was altered|was altered after"):
+            KVCache.load(copy)
+
+
+def test_a_description_that_was_altered_is_detected(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / saved.ABOUT / "metadata"
+    record = json.loads(path.read_text())
+    record["about"]["length"] = [24, 16]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="description has another checksum"):
+        KVCache.load(copy)
+
+
+def test_a_write_that_is_interrupted_leaves_nothing_under_the_name(filled, tiny, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.finalize", killed)
+    with pytest.raises(KeyboardInterrupt):
+        filled.save(tmp_path / "cache", tiny)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_book_is_prefilled_once_and_asked_twice(chat_model, duo, tmp_path):
+    """In two commands as in one: the same tokens."""
+    book, question = "A needle is thin. The key is 7134.", " What is the key?"
+    options = ("--model", chat_model, "--pattern", chat_model / "pattern", "--sparsity", 0.5, "--kv-dtype", "int8")
+    done = duo("prefill", *options, "--prompt", book, "--out", tmp_path / "book", "--json")
+    assert done.code == 0, done
+    assert json.loads(done.out)["tokens"] == len(book)
+    new = ("--max-new-tokens", 6, "--json")
+    whole = json.loads(duo("generate", *options, "--prompt", book + question, *new).out)
+    for _ in range(2):
+        asked = duo("generate", *options, "--cache", tmp_path / "book", "--prompt", question, *new)
+        assert asked.code == 0, asked
+        found = json.loads(asked.out)
+        assert found["prompt_tokens"] == len(question)
+        assert found["tokens"] == whole["tokens"]
+    refused = duo("generate", *options[:-1], "int4", "--cache", tmp_path / "book", "--prompt", question)
+    assert_refused(refused, "in int8, not in int4")
+    refused = duo("generate", *options, "--cache", tmp_path / "book", "--prompt", question, "--chat")
+    assert_refused(refused, "without --chat")
+    assert_refused(duo("prefill", *options, "--prompt", book, "--out", tmp_path / "book"), "exists already")
+
+
+def test_a_document_may_begin_a_message(chat_model, duo, tmp_path):
+    book, question = "A needle is thin.", "Is it?"
+    done = duo("prefill", "--model", chat_model, "--prompt", book, "--chat", "--out", tmp_path / "book")
+    assert done.code == 0, done
+    options = ("--model", chat_model, "--max-new-tokens", 4, "--chat", "--json")
+    asked = duo("generate", *options, "--cache", tmp_path / "book", "--prompt", question)
+    whole = duo("generate", *options, "--prompt", f"{book}\n\n{question}")
+    assert json.loads(asked.out)["tokens"] == json.loads(whole.out)["tokens"]
