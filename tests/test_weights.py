@@ -34,12 +34,11 @@ def test_a_kernel_is_rounded_to_half_a_step_of_its_group(weight_dtype):
 @formats
 def test_products_are_those_of_the_rounded_numbers(weight_dtype):
     how, q = WEIGHT_FORMATS[weight_dtype], quantize_kernel(jnp.asarray(KERNEL), weight_dtype)
-    rounded = multiply(jnp.eye(128), q, dynamic=False)
-    x = X
-    if how.dynamic:
-        step = np.abs(X).max(-1, keepdims=True) / 127
-        x = np.round(X / step) * step
-    np.testing.assert_allclose(multiply(jnp.asarray(X), q, dynamic=how.dynamic), x @ np.asarray(rounded), atol=0.05)
+    rounded = np.asarray(multiply(jnp.eye(128), q, dynamic=False))
+    error = np.abs(np.asarray(multiply(jnp.asarray(X), q, dynamic=how.dynamic)) - X @ rounded)
+    # Activations are rounded to half a step of their token, where they are.
+    half_step = np.abs(X).max(-1, keepdims=True) / 127 / 2 * how.dynamic
+    assert (error <= half_step * np.abs(rounded).sum(0) + 1e-4).all()
 
 
 def test_a_bias_is_added():
