@@ -56,14 +56,14 @@ def _needle(head: dict[str, Any], records: list[dict[str, Any]]) -> Any:
 
     cells = summarized(records, "method", "budget", "length", "depth")
     lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
-    maps = {}
+    maps: dict[str, dict[str, np.ndarray]] = {}
     for method, budget in dict.fromkeys(key[:2] for key in cells):
-        means = [[cells.get((method, budget, length, depth), [np.nan]) for length in lengths] for depth in depths]
+        means = [[np.mean(cells.get((method, budget, n, depth), [np.nan])) for n in lengths] for depth in depths]
         name = method if budget == 1 else f"{method} at {budget:g}"
-        maps[name] = np.array([[np.mean(scores) for scores in row] for row in means], float)
+        maps.setdefault(method, {})[name] = np.array(means, float)
     about, most = head["about"], max(len(scores) for scores in cells.values())
     title = f"{Path(about['model']).name}, needle: {about['style']}, {most} in a cell; fractions of full attention's KV"
-    return heatmaps(maps, lengths, depths, title)
+    return heatmaps(list(maps.values()), lengths, depths, title)
 
 
 FIGURES: dict[str, Callable[[dict[str, Any], list[dict[str, Any]]], Any]] = {"needle": _needle}
