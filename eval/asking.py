@@ -129,6 +129,7 @@ class Asking:
         jobs: Iterable[J],
         question: Callable[[J], Question],
         *,
+        data: Mapping[str, str] | None = None,
         longest: int,
         shortest: int | None,
     ) -> None:
@@ -139,6 +140,7 @@ class Asking:
             task: what the file is about, beside the model.
             jobs: in an order in which every stage is a usable result.
             question: makes the prompt of a job; the same for every method and budget.
+            data: fingerprints of files that questions are made of, by name.
             longest: tokens of the longest prompt and answer.
             shortest: about the tokens of the shortest prompt: budgets that no method can meet there are refused at
                 once. None: not known. A single prompt too short for a budget gets a record without a score.
@@ -154,7 +156,7 @@ class Asking:
             if isinstance(found, Duo)
         }
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        ledger = Ledger.open(out, {**task, **own}, gates)
+        ledger = Ledger.open(out, {**task, **own}, gates | dict(data or {}))
         missing = ledger.missing(jobs)
         if not missing:
             print(f"{out} had all of it")

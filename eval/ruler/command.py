@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from eval.asking import Asking, Job, Question, summarized
-from eval.ledger import read
+from eval.ledger import read, sha256
 from eval.lm_eval_files import tasks_folder
 from eval.prompt import prompt
 from eval.ruler.kind import Example, Material, fitted
@@ -69,15 +69,14 @@ class RulerTask:
         tasks_folder("ruler")
         settings = asdict(self)
         shared = {name: settings[name] for name in ("haystack", "haystack_chars", "seed")}
-        files: dict[str, str | None] = {
-            style: None if (path := getattr(self, style)) is None else path.name for style in FILES.values()
-        }
-        _ = self._questions
+        _ = self._questions  # Files that are not what they should be are refused first.
+        data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
         self.asking.ask(
             self.out,
-            {"task": "ruler", **shared, **files},
+            {"task": "ruler", **shared},
             self._jobs(),
             self._question,
+            data=data,
             longest=max(self.lengths),
             shortest=max(1, 3 * min(self.lengths) // 4),
         )
@@ -126,11 +125,11 @@ class RulerTask:
         """Enough words of the haystack: no token is shorter than a character."""
         return tuple(load_haystack(self.haystack, max_chars=self.haystack_chars).split())
 
+    @property
+    def _files(self) -> dict[str, Literal["squad", "hotpot"]]:
+        """Tasks with a file that are asked, and its format."""
+        return {name: style for name, style in FILES.items() if name in self._chosen}
+
     @cached_property
     def _questions(self) -> dict[str, Questions]:
-        found = {}
-        for name, style in FILES.items():
-            path = getattr(self, style)
-            if path is not None and name in self._chosen:
-                found[name] = load(path, style)
-        return found
+        return {name: load(getattr(self, style), style) for name, style in self._files.items()}
