@@ -77,14 +77,10 @@ class Asking:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
 
-    def check(self, longest: int) -> None:
-        """Raise ValueError if `longest` tokens are more than the model was trained for; no weights are read."""
-        trained = open_source(self.model, weights=False).config.trained_positions
-        if longest > trained:
-            raise ValueError(
-                f"{longest} tokens of prompt and answer are more than the {trained} that {self.model} was trained for: "
-                "ask for less"
-            )
+    @cached_property
+    def trained_positions(self) -> int:
+        """Tokens that the model was trained for; no weights are read."""
+        return open_source(self.model, weights=False).config.trained_positions
 
     def cells(self) -> tuple[tuple[str, float], ...]:
         """Every method at every budget that it can have.
@@ -148,7 +144,11 @@ class Asking:
         Raises:
             ValueError: anything in flags or file that cannot be right, before anything is computed.
         """
-        self.check(longest)
+        if longest > self.trained_positions:
+            raise ValueError(
+                f"{longest} tokens of prompt and answer are more than the {self.trained_positions} that {self.model} "
+                "was trained for: ask for less"
+            )
         methods = self.resolved()
         gates = {
             name: fingerprint(HeadPattern.load(found.pattern))

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from eval.kernels import Kernels
+from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
@@ -23,6 +24,7 @@ class Eval:
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
+        | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
