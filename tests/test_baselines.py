@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from duo_jax import Model, generate, load_tokenizer, phases
+from duo_jax import Model, load_tokenizer, phases
 from duo_jax.phases import bucket
 from eval.baselines import eviction, fastgen, profile, snapkv
 from eval.baselines.fastgen import EVERYTHING, FREQUENT, LOCAL, PUNCTUATION
@@ -15,9 +15,8 @@ from tests import dense_rules
 from tests.conftest import TINY
 from tests.dense_rules import blocks, dense, heaviest
 
-LENGTH, NEW, BLOCK = 50, 7, 16
-# One for most tests, so that they share compiled programs.
-BUDGET = 0.5
+# Half the budget for a prompt takes as many slots as all of it for a short one: both run the same programs.
+LENGTH, SHORT, NEW, BLOCK, BUDGET = 120, 50, 7, 16, 0.5
 TOKENS = np.random.default_rng(5).integers(3, 61, LENGTH + NEW).astype(np.int32)
 RULES = {
     "streamingllm": dense_rules.streamingllm,
@@ -50,10 +49,18 @@ def pattern(half, tmp_path_factory):
     return folder
 
 
+def all_logits(model, tokens):
+    """Full attention's logits at every position, densely; always of one length, for which small programs are there."""
+    size = len(TOKENS)
+    padded = np.append(tokens, TOKENS[len(tokens) :]).astype(np.int32)
+    parts = blocks(size, size, size, lambda _: size)
+    return dense(model, padded, parts, lambda _, every, *__: every)[0][: len(tokens)]
+
+
 @pytest.fixture(scope="module")
 def full_logits(tiny):
     """Full attention's logits at every position."""
-    return dense(tiny, TOKENS, blocks(1, len(TOKENS), 1, lambda _: len(TOKENS)), lambda _, every, *__: every)[0]
+    return all_logits(tiny, TOKENS[: SHORT + NEW])
 
 
 def held(state):
@@ -83,16 +90,16 @@ def test_snapkv_holds_what_the_prompts_last_queries_chose_and_all_that_follows(t
     check(tiny, make("snapkv", None), BUDGET, *dense(tiny, TOKENS, parts, RULES["snapkv"]))
 
 
-def attention_received(model, tokens):
-    """Full attention of a text, the mean over a group: `[L K T T]`."""
+def attention_paid(model):
+    """Full attention of the prompt, the mean over a group: `[L K T T]`."""
     found = []
 
     def everything(part, candidates, weights, memory):
         found.append(weights.mean(1))
         return candidates
 
-    dense(model, tokens, blocks(len(tokens), len(tokens), len(tokens), lambda _: len(tokens)), everything)
-    return np.array(found)
+    dense(model, TOKENS, blocks(len(TOKENS), len(TOKENS), len(TOKENS), lambda _: len(TOKENS)), everything)
+    return np.array(found)[:, :, :LENGTH, :LENGTH]
 
 
 def policies_by_hand(weights, is_special, is_punctuation, budget):
@@ -128,7 +135,7 @@ def test_fastgen_chooses_policies_by_recovery_and_holds_what_they_say(tiny):
     special = np.isin(TOKENS, KINDS["special"])
     special[0] = True
     pointed = np.isin(TOKENS, KINDS["punctuation"])
-    weights = attention_received(tiny, TOKENS[:LENGTH])
+    weights = attention_paid(tiny)
     chosen = policies_by_hand(weights, special[:LENGTH], pointed[:LENGTH], int(BUDGET * weights.shape[0] * 2 * LENGTH))
     assert len({policy for policy, *_ in chosen.values()}) > 1
 
@@ -178,14 +185,14 @@ def test_fastgen_chooses_policies_by_recovery_and_holds_what_they_say(tiny):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_of_one_is_full_attention(tiny, pattern, full_logits, name):
-    logits, state = make(name, pattern).begin(tiny, TOKENS[:LENGTH], room=NEW, budget=1.0)
+    logits, state = make(name, pattern).begin(tiny, TOKENS[:SHORT], room=NEW, budget=1.0)
     entry = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
-    assert state.memory.held_nbytes == LENGTH * entry
-    for position in range(LENGTH - 1, LENGTH + NEW - 1):
+    assert state.memory.held_nbytes == SHORT * entry
+    for position in range(SHORT - 1, SHORT + NEW - 1):
         np.testing.assert_allclose(logits, full_logits[position], rtol=0, atol=1e-4)
         logits, state = make(name, pattern).step(tiny, int(TOKENS[position + 1]), state)
     np.testing.assert_allclose(logits, full_logits[-1], rtol=0, atol=1e-4)
-    assert state.memory.held_nbytes == (LENGTH + NEW) * entry
+    assert state.memory.held_nbytes == (SHORT + NEW) * entry
 
 
 def buffers(state):
@@ -230,7 +237,8 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing(tiny, pattern, name):
         greedy(make(name, pattern), tiny, TOKENS[:length], max_new_tokens=3, budget=budget)
         return [function._cache_size() for function in functions]
 
-    assert run(LENGTH) == run(LENGTH + 2)
+    length = SHORT if name == "full" else LENGTH
+    assert run(length) == run(length + 2)
 
 
 def test_snapkv_takes_a_prompt_shorter_than_its_window_whole(tiny, full_logits):
@@ -248,19 +256,20 @@ def test_renumbered_positions_are_those_inside_the_cache():
     tokens = TOKENS[:40]
     logits, _ = rule.begin(shallow, tokens, room=1, budget=0.5)
     cut = np.concatenate([tokens[:4], tokens[14:40]])
-    expected, _ = dense(shallow, cut, blocks(len(cut), len(cut), len(cut), lambda _: 99), lambda _, every, *__: every)
+    expected = all_logits(shallow, cut)
     np.testing.assert_allclose(logits, expected[-1], rtol=0, atol=1e-4)
     other, _ = plain.begin(shallow, tokens, room=1, budget=0.5)
     assert np.abs(np.asarray(other) - expected[-1]).max() > 1e-3
 
 
 def test_greedy_takes_the_likeliest_token_and_stops_at_an_eos_id(tiny):
-    prompt = TOKENS[:LENGTH]
-    expected = generate(tiny, prompt[None], max_new_tokens=NEW).tokens[0].tolist()
+    prompt = TOKENS[:SHORT]
     tokens, memory = greedy(method("full"), tiny, prompt, max_new_tokens=NEW)
-    assert tokens == expected and memory.held_nbytes == 2 * 4 * LENGTH * 16 * 4
-    end = expected.index(expected[-1]) + 1
-    assert greedy(method("full"), tiny, prompt, max_new_tokens=NEW, eos_ids=expected[-1:])[0] == expected[:end]
+    likeliest = all_logits(tiny, [*prompt, *tokens]).argmax(-1)
+    assert tokens == likeliest[SHORT - 1 : -1].tolist() and len(tokens) == NEW
+    assert memory.held_nbytes == 2 * 4 * SHORT * 16 * 4
+    end = tokens.index(tokens[-1]) + 1
+    assert greedy(method("full"), tiny, prompt, max_new_tokens=NEW, eos_ids=tokens[-1:])[0] == tokens[:end]
 
 
 @pytest.mark.parametrize(
