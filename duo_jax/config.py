@@ -8,11 +8,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from duo_jax.rope import ROPES, Llama3Rope, Rope
+from duo_jax.weights import check_weight_dtype
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP."""
+    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP.
+
+    `dtype` is that of activations and, without `weight_dtype`, of all weights; with it, a name in
+    `weights.WEIGHT_FORMATS`, the linear maps of the layers are quantized.
+    """
 
     family: str
     vocab_size: int
@@ -31,6 +36,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     dtype: str = "bfloat16"
+    weight_dtype: str | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -44,6 +50,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
+        if self.weight_dtype is not None:
+            check_weight_dtype(self.weight_dtype, self.embed_dim, self.num_heads * self.head_dim, self.mlp_dim)
 
     @property
     def num_parameters(self) -> int:
@@ -89,13 +97,17 @@ class ModelConfig:
             tied_head=bool(config.get("tie_word_embeddings")),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            **{flag: bool(value(config) if callable(value) else value) for flag, value in FAMILIES[name].items()},
+            **_flags(config, FAMILIES[name]),
         )
 
     @property
     def trained_positions(self) -> int:
         """Tokens of context that the model was trained for."""
         return self.rope.trained_positions(self.max_positions)
+
+
+def _flags(config: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, Any]:
+    return {flag: bool(value(config) if callable(value) else value) for flag, value in family.items()}
 
 
 def _flag(name: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -1,7 +1,8 @@
 """The blocks of the decoder, as Flax NNX modules. Attention itself is a function that the caller passes in."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,38 @@ from jaxtyping import Array, Float
 
 from duo_jax.config import ModelConfig
 from duo_jax.rope import rotate
+from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
 
 State = TypeVar("State")
 # (state, layer, q [B T N H], k [B T K H], v [B T K H]) -> attention output [B T N H] and the new state.
 Attend = Callable[[State, int, Array, Array, Array], tuple[Array, State]]
 
 
-def linear(width_in: int, width_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear map with weights `[in, out]`, stored and computed in one data type."""
-    return nnx.Linear(width_in, width_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+class Linear(nnx.Linear):
+    """A linear map with weights `[in, out]`, in the data type that it computes in, or quantized."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        weight_dtype: str | None = None,
+    ) -> None:
+        """Build with random weights; `checkpoint` fills them in."""
+        super().__init__(width_in, width_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.weight_dtype = weight_dtype
+        if weight_dtype is not None:
+            self.kernel.set_value(quantize_kernel(self.kernel.get_value(), weight_dtype))
+
+    def __call__(self, inputs: Float[Array, "*B I"], out_sharding: Any = None) -> Float[Array, "*B O"]:
+        """Apply to every token."""
+        if self.weight_dtype is None:
+            return super().__call__(inputs, out_sharding)
+        y = multiply(inputs, self.kernel.get_value(), dynamic=WEIGHT_FORMATS[self.weight_dtype].dynamic)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias.get_value(), y.shape)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -42,8 +66,9 @@ class Attention(nnx.Module):
         """Build with random weights; `checkpoint` fills them in."""
         self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv = linear(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.out = linear(queries, config.embed_dim, bias=config.out_bias, dtype=dtype, rngs=rngs)
+        build = partial(Linear, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
+        self.qkv = build(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias)
+        self.out = build(queries, config.embed_dim, bias=config.out_bias)
         if config.qk_norm:
             self.q_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
             self.k_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
@@ -67,8 +92,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        self.gate_up = linear(config.embed_dim, 2 * config.mlp_dim, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.down = linear(config.mlp_dim, config.embed_dim, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
+        self.gate_up = build(config.embed_dim, 2 * config.mlp_dim)
+        self.down = build(config.mlp_dim, config.embed_dim)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""

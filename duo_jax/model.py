@@ -15,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
-from duo_jax.layers import Attend, Layer, linear, rms_norm
+from duo_jax.layers import Attend, Layer, Linear, rms_norm
 from duo_jax.rope import rotation
+from duo_jax.weights import nbytes
 
 State = TypeVar("State")
 
@@ -31,7 +32,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
-            self.head = linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
     def hidden(
         self,
@@ -73,9 +74,11 @@ class Model:
     params: nnx.State
 
     @classmethod
-    def random(cls, config: ModelConfig, *, seed: int = 0, dtype: str | None = None) -> "Model":
-        """A model with random weights, for tests and for measuring; `dtype` defaults to the configuration's."""
-        config = replace(config, dtype=dtype or config.dtype)
+    def random(
+        cls, config: ModelConfig, *, seed: int = 0, dtype: str | None = None, weight_dtype: str | None = None
+    ) -> "Model":
+        """A model with random weights, for tests and for measuring; data types default to the configuration's."""
+        config = replace(config, dtype=dtype or config.dtype, weight_dtype=weight_dtype or config.weight_dtype)
         return cls.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(seed)))
 
     @classmethod
@@ -107,4 +110,4 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+        return sum(nbytes(leaf) for leaf in jax.tree.leaves(self.params))

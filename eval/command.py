@@ -7,8 +7,12 @@ import tyro
 
 from eval.context import ContextTask
 from eval.kernels import Kernels
+from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
+from eval.needle.command import NeedleTask
+from eval.plot import PlotTask
 from eval.recall import Recall
+from eval.ruler.command import RulerTask
 from eval.training import Training
 from eval.tune import Tune
 
@@ -19,6 +23,10 @@ class Eval:
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
+        | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
+        | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
+        | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from jaxtyping import Int32
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
@@ -13,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer
 from duo_jax.cli.timed import Timings, timed_stream
 from duo_jax.phases import bucket
-from eval.passkey import Passkey, passkey
+from eval.needle.hide import hide
+from eval.needle.styles import digits
 from train.haystack import DEFAULT, load_haystack
+from train.needles import encode
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Demo:
         begin = time.perf_counter()
         console, progress = Console(), Console(stderr=True)
         tokenizer = load_tokenizer(self.model)
-        task = passkey(tokenizer, load_haystack(self.haystack), length=self.length, depth=self.depth, seed=self.seed)
+        rng = np.random.default_rng(self.seed)
+        needle = digits(rng)
+        hay = np.asarray(encode(tokenizer, load_haystack(self.haystack)), np.int32)
+        hidden = hide(tokenizer, hay, needle, rng, length=self.length, depth=self.depth)
         some = HeadPattern.load(self.pattern, sparsity=self.sparsity)
         none = HeadPattern.load(self.pattern, sparsity=1.0)
         model = load_model(self.model)
         console.print(
-            f"{self.model}: the passkey {task.key} lies at token {task.position} of {len(task.tokens)}; "
+            f"{self.model}: the passkey {needle.key[0]} lies at token {hidden.position} of {len(hidden.tokens)}; "
             f"streaming heads see the first {some.sink_size} and the last {some.recent_size} tokens."
         )
         runs = {
@@ -63,8 +70,8 @@ class Demo:
             with progress.status(name) as spinner:
                 timings = Timings()
                 show = partial(_show, spinner, name)
-                answer = self._ask(model, tokenizer, task, pattern, timings, show)
-            verdict = "right" if task.is_right(answer) else "wrong"
+                answer = self._ask(model, tokenizer, hidden.tokens, pattern, timings, show)
+            verdict = "right" if needle.score(answer, needle.key) else "wrong"
             table.add_row(
                 name,
                 verdict,
@@ -81,16 +88,16 @@ class Demo:
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
-        task: Passkey,
+        tokens: Int32[np.ndarray, "T"],
         pattern: HeadPattern | None,
         timings: Timings,
         status: Callable[[str], None],
     ) -> str:
         steps = timed_stream(
             model,
-            task.tokens,
+            tokens,
             timings,
-            cache=KVCache.init(model.config, pattern, 1, bucket(len(task.tokens) + self.max_new_tokens)),
+            cache=KVCache.init(model.config, pattern, 1, bucket(len(tokens) + self.max_new_tokens)),
             max_new_tokens=self.max_new_tokens,
             eos_ids=model.config.eos_ids,
             status=status,

@@ -34,3 +34,15 @@ def ratio(
     residuals = (totals - mean * counts) / counts.mean()
     half = stats.t.ppf(0.975, number - 1) * residuals.std(ddof=1) / np.sqrt(number)
     return Estimate(float(mean), float(mean - half), float(mean + half))
+
+
+def of_scores(scores: Float[np.ndarray, "S"]) -> Estimate:
+    """The mean of independent scores in [0, 1]: Wilson's interval where each is right or wrong, else Student's.
+
+    Student's would be a point where all are right.
+    """
+    if not np.isin(scores, (0.0, 1.0)).all():
+        found = ratio(scores, np.ones_like(scores))
+        return Estimate(found.mean, max(found.low, 0.0), min(found.high, 1.0))
+    low, high = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
+    return Estimate(float(scores.mean()), float(low), float(high))

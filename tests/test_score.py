@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
-from eval.intervals import ratio
+from eval.intervals import Estimate, of_scores, ratio
 from eval.recall import UNSEEN, fit, score_sample
 from eval.tables import prose_table, recall_details, recall_table
 from tests.conftest import GOLDEN
@@ -103,7 +103,7 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
     for table in (recall_table, recall_details, prose_table):
         text = table(out)
         assert "mine" in text and "nan" not in text
-    assert_refused(run("--patterns", "mine=smollm2-135m-instruct"), "other gates under the name of mine")
+    assert_refused(run("--patterns", "mine=smollm2-135m-instruct"), "other gates or data under the name of mine")
     assert_refused(run("--patterns", pattern, "--recent-size", "17"), "other settings")
     assert_refused(run("--patterns", "random=x"), "NAME=FOLDER")
     assert out.read_text() == whole
@@ -125,6 +125,15 @@ def test_intervals_are_of_samples_and_differences_are_paired():
     assert paired.low < -0.1 < paired.high and paired.high - paired.low < (alone.high - alone.low) / 5
     # The interval of a mean of normal values is known.
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * full.std() / 10 / 50**0.5, rel=0.1)
+
+
+def test_scores_that_are_all_right_leave_room_for_doubt():
+    # Wilson's interval of 10 of 10: z² / (10 + z²) below 1.
+    sure = of_scores(np.ones(10))
+    assert sure.mean == sure.high == 1.0 and sure.low == pytest.approx(1 - 1.96**2 / (10 + 1.96**2), abs=1e-3)
+    parts = np.array([0.4, 0.4, 0.6])
+    assert of_scores(parts) == ratio(parts, np.ones(3))
+    assert of_scores(np.array([0.2, 1.0])) == Estimate(0.6, 0.0, 1.0), "no score lies beyond"
 
 
 def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):

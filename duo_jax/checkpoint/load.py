@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
+from qwix import QArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -21,14 +22,19 @@ from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.table import Weight, ignorable, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.model import Decoder, Model
+from duo_jax.weights import quantize_kernel
 
 
-def load_model(source: str | Path, *, dtype: str | None = None, progress: bool | None = None) -> Model:
+def load_model(
+    source: str | Path, *, dtype: str | None = None, weight_dtype: str | None = None, progress: bool | None = None
+) -> Model:
     """Load pretrained weights, tensor by tensor, onto the default device.
 
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         dtype: data type of the weights; by default the checkpoint's, and float32 on a CPU, which has no fast bfloat16.
+        weight_dtype: quantize the linear maps of the layers, each as soon as it is read: int8, w8a8 (int8, activations
+            too), int4 (a scale for every 64 input channels), int4-32 or int4-128. Embeddings and head stay as they are.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
@@ -41,7 +47,7 @@ def load_model(source: str | Path, *, dtype: str | None = None, progress: bool |
     dtype = usual_dtype(config, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    config = replace(config, dtype=dtype)
+    config = replace(config, dtype=dtype, weight_dtype=weight_dtype)
     table = weight_table(config)
     _check_tensors(found, config, table, str(source))
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
@@ -57,7 +63,8 @@ def load_model(source: str | Path, *, dtype: str | None = None, progress: bool |
     )
     with bar:
         for path, weight in _in_file_order(table, found):
-            flat[path] = flat[path].replace(_place(found, weight, jnp.dtype(dtype)))
+            format_of = weight_dtype if path[0] == "layers" and weight.is_kernel else None
+            flat[path] = flat[path].replace(_place(found, weight, jnp.dtype(dtype), format_of))
             bar.update(sum(int(np.prod(shape)) for shape in weight.shapes))
     return Model(config, graphdef, nnx.from_flat_state(flat.items()))
 
@@ -120,15 +127,16 @@ def _in_file_order(
     yield from sorted(table.items(), key=lambda row: order[row[1].names[0]])
 
 
-def _place(found: Source, weight: Weight, dtype: jnp.dtype) -> Array:
+def _place(found: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None) -> Array | QArray:
     parts = [found.read(name) for name in weight.names]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return _convert(whole, dtype, weight.is_kernel)
+    return _convert(whole, dtype, weight.is_kernel, weight_dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(x: Array, dtype: jnp.dtype, transpose: bool) -> Array:
-    return (x.T if transpose else x).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _convert(x: Array, dtype: jnp.dtype, transpose: bool, weight_dtype: str | None) -> Array | QArray:
+    placed = (x.T if transpose else x).astype(dtype)
+    return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype)
 
 
 def _some(names: list[str]) -> str:

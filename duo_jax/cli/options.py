@@ -26,11 +26,14 @@ class ModelOptions:
     model: str
     """Hugging Face folder, .gguf file, packaged model (smollm2-135m-instruct) or hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
+    """Data type of activations, weights and cache; the checkpoint's own by default, float32 on a CPU."""
+
+    weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
+    """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
 
     def load(self) -> Model:
         """The weights."""
-        return load_model(self.model, dtype=self.dtype)
+        return load_model(self.model, dtype=self.dtype, weight_dtype=self.weight_dtype)
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int) -> Plan:
         """What this model takes of memory, before its weights are read."""

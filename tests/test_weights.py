@@ -1,0 +1,92 @@
+"""Weights in few bits: error bounds of a kernel, models of them, loading tensor by tensor."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from duo_jax import KVCache, Model, load_model, prefill, score
+from duo_jax.layers import Linear
+from duo_jax.weights import WEIGHT_FORMATS, multiply, nbytes, quantize_kernel
+from tests.conftest import GOLDEN
+
+formats = pytest.mark.parametrize("weight_dtype", WEIGHT_FORMATS)
+KERNEL = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)
+X = np.random.default_rng(1).normal(size=(2, 5, 128)).astype(np.float32)
+TEXT = np.random.default_rng(2).integers(0, 61, (2, 24))
+
+
+@formats
+def test_a_kernel_is_rounded_to_half_a_step_of_its_group(weight_dtype):
+    how = WEIGHT_FORMATS[weight_dtype]
+    q = quantize_kernel(jnp.asarray(KERNEL), weight_dtype)
+    groups = KERNEL.reshape(-1, how.group or 128, 48)
+    steps = np.abs(groups).max(1) / (127 if how.qtype == "int8" else 7)
+    np.testing.assert_allclose(q.scale, steps, rtol=0.07)
+    error = np.abs(np.asarray(multiply(jnp.eye(128), q, dynamic=False)) - KERNEL).reshape(groups.shape)
+    assert (error <= np.asarray(q.scale)[:, None] * 0.5001).all()
+    assert error.max() > 0
+
+
+@formats
+def test_products_are_those_of_the_rounded_numbers(weight_dtype):
+    how, q = WEIGHT_FORMATS[weight_dtype], quantize_kernel(jnp.asarray(KERNEL), weight_dtype)
+    rounded = np.asarray(multiply(jnp.eye(128), q, dynamic=False))
+    error = np.abs(np.asarray(multiply(jnp.asarray(X), q, dynamic=how.dynamic)) - X @ rounded)
+    # Activations are rounded to half a step of their token, where they are.
+    half_step = np.abs(X).max(-1, keepdims=True) / 127 / 2 * how.dynamic
+    assert (error <= half_step * np.abs(rounded).sum(0) + 1e-4).all()
+
+
+def test_a_bias_is_added():
+    linear = Linear(128, 48, bias=True, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0), weight_dtype="int8")
+    without = linear(jnp.asarray(X))
+    linear.bias.set_value(jnp.arange(48.0))
+    np.testing.assert_allclose(
+        linear(jnp.asarray(X)) - without, np.broadcast_to(np.arange(48.0), (2, 5, 48)), atol=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def wide(tiny) -> Model:
+    """The tiny model, with widths that groups of 32 divide."""
+    return Model.random(dataclasses.replace(tiny.config, mlp_dim=64, num_heads=4), seed=1)
+
+
+@pytest.mark.parametrize(("weight_dtype", "error"), [("int8", 0.02), ("w8a8", 0.05), ("int4-32", 0.5)])
+def test_a_model_of_them_is_close_to_its_own(wide, half, weight_dtype, error):
+    quantized = Model.random(wide.config, seed=1, weight_dtype=weight_dtype)
+    exact, _ = score(wide, TEXT, KVCache.init(wide.config, half, 2, 32))
+    found, cache = score(quantized, TEXT, KVCache.init(quantized.config, half, 2, 32, dtype="int8"))
+    difference = np.abs(np.asarray(exact.logprobs - found.logprobs)).mean()
+    assert 0 < difference < error
+    assert cache.length.tolist() == [24, 24]
+    assert quantized.nbytes < wide.nbytes / 1.9
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4-32"])
+def test_loaded_weights_are_those_of_the_checkpoint_quantized(weight_dtype):
+    plain, found = load_model(GOLDEN / "llama"), load_model(GOLDEN / "llama", weight_dtype=weight_dtype)
+    for layer, other in zip(plain.decoder.layers, found.decoder.layers, strict=True):
+        for path in (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down")):
+            kernel, q = (getattr(getattr(x, path[0]), path[1]).kernel.get_value() for x in (layer, other))
+            expected = quantize_kernel(kernel, weight_dtype)
+            np.testing.assert_array_equal(q.qvalue, expected.qvalue)
+            np.testing.assert_array_equal(q.scale, expected.scale)
+    assert found.decoder.embed.embedding.dtype == plain.decoder.embed.embedding.dtype
+    logits, _ = prefill(found, TEXT[:1], KVCache.init(found.config, None, 1, 32))
+    assert np.isfinite(np.asarray(logits)).all()
+
+
+def test_numbers_of_four_bits_take_half_a_byte():
+    assert nbytes(jax.ShapeDtypeStruct((3, 64), jnp.dtype("int4"))) == 96
+
+
+def test_what_cannot_be_is_refused(wide):
+    with pytest.raises(ValueError, match=r"weight_dtype must be one of int8, .*got 'int3'"):
+        Model.random(wide.config, weight_dtype="int3")
+    with pytest.raises(ValueError, match="int4-128 has groups of 128 input channels, which do not divide"):
+        load_model(GOLDEN / "llama", weight_dtype="int4-128")
