@@ -130,11 +130,11 @@ class Plan:
             return
         most = self.max_context(memory)
         parts = {"weights": self.weights, "KV cache": self.kv(length), "activations": self.activations}
-        said = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
+        said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
         ways = [f"up to {most} tokens" if most else "", self._nearest(length, memory)]
-        found = " or ".join(filter(None, ways)) or f"at least {self.total(1) / 1e9:.2f} GB of memory for a first token"
+        found = " or ".join(filter(None, ways)) or f"at least {_size(self.total(1))} of memory for a first token"
         raise ValueError(
-            f"{length} tokens of context need {needed / 1e9:.2f} GB ({said}), but there are {memory / 1e9:.2f} GB; "
+            f"{length} tokens of context need {_size(needed)} ({said}), but there are {_size(memory)}; "
             f"what would fit: {found}"
         )
 
@@ -154,6 +154,10 @@ class Plan:
             if fits:
                 return " and ".join(f"{name}={value}" for name, value in change.items())
         return ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
 
 
 # What to try where something does not fit, from what costs least to what costs most.

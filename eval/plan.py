@@ -151,7 +151,7 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
         f"{plan.chunk_size} tokens" + (f", {memory / 1e9:.2f} GB" if memory else ""),
         f"{'':<22}" + "".join(f"{name:>16}" for name in columns),
     ]
-    rows: list[tuple[str, str, float]] = [("weights, GB", "weights", 1e9), ("activations, GB", "activations", 1e9)]
+    rows: list[tuple[str, str, int | float]] = [("weights, GB", "weights", 1e9), ("activations, GB", "activations", 1e9)]
     rows += [("KV bytes a token", "kv_per_token", 1), ("KV cache, GB", "kv", 1e9), ("in all, GB", "total", 1e9)]
     rows += [("longest context", "max_context", 1)] if memory is not None else []
     for label, name, unit in rows:
@@ -164,7 +164,7 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cell(value: int | None, unit: float) -> str:
+def _cell(value: int | None, unit: int | float) -> str:
     if value is None:
         return f"{'-':>16}"
     if value == MOST_TOKENS and unit == 1:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, KVCache, Model, generate, prefill, saved
+from duo_jax import HeadPattern, KVCache, Model, decode_step, load_tokenizer, prefill, saved
+from duo_jax.cli.prompt import PromptOptions
 from tests.conftest import TINY
 from tests.text_models import assert_refused
 
@@ -35,9 +38,11 @@ def test_generation_goes_on_bit_for_bit(filled, tiny, half, tmp_path):
     filled.save(tmp_path / "cache", tiny)
     loaded = KVCache.load(tmp_path / "cache", tiny, pattern=half)
     assert (loaded.nbytes, loaded.max_length, loaded.dtype) == (filled.nbytes, 48, filled.dtype)
-    ours, theirs = (generate(tiny, TOKENS[:, :4], cache=x, max_new_tokens=5) for x in (filled.fork(), loaded))
-    for one, other in zip(jax.tree.leaves(ours[:3]), jax.tree.leaves(theirs[:3]), strict=True):
-        np.testing.assert_array_equal(one, other)
+    ours, theirs = filled.fork(), loaded
+    for token in TOKENS[:, :4].T:
+        expected, ours = decode_step(tiny, token, ours)
+        found, theirs = decode_step(tiny, token, theirs)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_cache_grows_when_it_is_loaded(filled, tiny, tmp_path):
@@ -55,7 +60,8 @@ def test_a_cache_grows_when_it_is_loaded(filled, tiny, tmp_path):
 def test_a_pool_may_have_no_slot(tiny, sparsity, tmp_path):
     pattern = HeadPattern.from_gates(np.ones((2, 2)), sparsity=sparsity, sink_size=3, recent_size=8)
     cache = KVCache.init(tiny.config, pattern, 1, 16)
-    cache = prefill(tiny, TOKENS[:1, :9], cache)[1]
+    pools = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), cache.pools)
+    cache = replace(cache, pools=pools, length=jnp.full(1, 16, jnp.int32))
     cache.save(tmp_path / "cache")
     loaded = KVCache.load(tmp_path / "cache")
     for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(loaded), strict=True):
@@ -69,8 +75,7 @@ def test_a_large_cache_takes_its_own_size_on_disk(tmp_path):
     cache = KVCache.init(TINY, pattern, 4, 4096)
     noise = jax.random.normal(jax.random.key(0), cache.pools.retrieval_k.shape)
     pools = cache.pools._replace(retrieval_k=noise, retrieval_v=noise + 1)
-    cache = jax.tree.unflatten(jax.tree.structure(cache), jax.tree.leaves((pools, *jax.tree.leaves(cache)[4:])))
-    cache.advance(jax.numpy.full(4, 4096, jax.numpy.int32)).save(tmp_path / "cache")
+    replace(cache, pools=pools, length=jnp.full(4, 4096, jnp.int32)).save(tmp_path / "cache")
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert abs(size / cache.nbytes - 1) < 0.02
 
@@ -89,8 +94,7 @@ def test_another_model_pattern_or_data_type_is_refused_with_both_sides_named(fol
 
 
 def test_a_cache_without_a_model_cannot_be_matched(tiny, half, tmp_path):
-    cache = prefill(tiny, TOKENS[:1, :9], KVCache.init(tiny.config, half, 1, 16))[1]
-    cache.save(tmp_path / "cache")
+    replace(KVCache.init(tiny.config, half, 1, 16), length=jnp.full(1, 9, jnp.int32)).save(tmp_path / "cache")
     with pytest.raises(ValueError, match="saved without a model"):
         KVCache.load(tmp_path / "cache", tiny)
 
@@ -108,10 +112,13 @@ def test_what_is_there_is_not_overwritten_and_nothing_is_not_saved(folder, tiny,
         KVCache.load(tmp_path / "other")
 
 
+# Orbax reads arrays side by side; those that are not done when one fails find its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
-def test_damage_to_any_large_file_is_detected(folder, damage, tmp_path):
+def test_no_damage_goes_unnoticed(folder, damage, tmp_path):
+    """Files that only Orbax's own book-keeping needs may be hurt: what is loaded is then what was saved."""
+    expected, refused = KVCache.load(folder), 0
     data = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1000]
-    assert data
     for number, name in enumerate(data):
         copy = tmp_path / str(number)
         shutil.copytree(folder, copy)
@@ -121,8 +128,15 @@ def test_damage_to_any_large_file_is_detected(folder, damage, tmp_path):
         else:
             content[len(content) // 2] ^= 1
             (copy / name).write_bytes(content if damage == "altered" else content[: len(content) // 2])
-        with pytest.raises(ValueError, match=r"incomplete or was altered|was altered after"):
-            KVCache.load(copy)
+        try:
+            found = KVCache.load(copy)
+        except ValueError as error:
+            assert "altered" in str(error)
+            refused += 1
+            continue
+        for ours, theirs in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert refused
 
 
 def test_a_description_that_was_altered_is_detected(folder, tmp_path):
@@ -146,33 +160,27 @@ def test_a_write_that_is_interrupted_leaves_nothing_under_the_name(filled, tiny,
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_book_is_prefilled_once_and_asked_twice(chat_model, duo, tmp_path):
+def test_a_book_is_prefilled_once_and_asked_later(chat_model, duo, tmp_path):
     """In two commands as in one: the same tokens."""
     book, question = "A needle is thin. The key is 7134.", " What is the key?"
-    options = ("--model", chat_model, "--pattern", chat_model / "pattern", "--sparsity", 0.5, "--kv-dtype", "int8")
+    options = ("--model", chat_model, "--pattern", chat_model / "pattern", "--sparsity", 0.5)
     done = duo("prefill", *options, "--prompt", book, "--out", tmp_path / "book", "--json")
     assert done.code == 0, done
     assert json.loads(done.out)["tokens"] == len(book)
     new = ("--max-new-tokens", 6, "--json")
     whole = json.loads(duo("generate", *options, "--prompt", book + question, *new).out)
-    for _ in range(2):
-        asked = duo("generate", *options, "--cache", tmp_path / "book", "--prompt", question, *new)
-        assert asked.code == 0, asked
-        found = json.loads(asked.out)
-        assert found["prompt_tokens"] == len(question)
-        assert found["tokens"] == whole["tokens"]
-    refused = duo("generate", *options[:-1], "int4", "--cache", tmp_path / "book", "--prompt", question)
-    assert_refused(refused, "in int8, not in int4")
-    refused = duo("generate", *options, "--cache", tmp_path / "book", "--prompt", question, "--chat")
-    assert_refused(refused, "without --chat")
+    cached = ("--cache", tmp_path / "book", "--prompt", question)
+    found = json.loads(duo("generate", *options, *cached, *new).out)
+    assert found["prompt_tokens"] == len(question)
+    assert found["tokens"] == whole["tokens"]
+    assert_refused(duo("generate", *options, *cached, "--kv-dtype", "int4"), "in float32, not in int4")
+    assert_refused(duo("generate", *options, *cached, "--chat"), "without --chat")
     assert_refused(duo("prefill", *options, "--prompt", book, "--out", tmp_path / "book"), "exists already")
 
 
-def test_a_document_may_begin_a_message(chat_model, duo, tmp_path):
-    book, question = "A needle is thin.", "Is it?"
-    done = duo("prefill", "--model", chat_model, "--prompt", book, "--chat", "--out", tmp_path / "book")
-    assert done.code == 0, done
-    options = ("--model", chat_model, "--max-new-tokens", 4, "--chat", "--json")
-    asked = duo("generate", *options, "--cache", tmp_path / "book", "--prompt", question)
-    whole = duo("generate", *options, "--prompt", f"{book}\n\n{question}")
-    assert json.loads(asked.out)["tokens"] == json.loads(whole.out)["tokens"]
+def test_a_document_and_a_question_are_one_message(chat_model):
+    tokenizer, flags = load_tokenizer(chat_model), PromptOptions(chat=True)
+    document = flags.encode_document(tokenizer, "A needle.")
+    question = flags.encode_question(tokenizer, "Is it?", document)
+    whole = flags.encode(tokenizer, "A needle.\n\nIs it?")
+    np.testing.assert_array_equal(np.concatenate([document, question]), whole)

@@ -1,0 +1,161 @@
+"""The planner: exact where bytes are exact, monotone, and clear about what does not fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from duo_jax import PRESETS, KVCache, Model, Plan
+from duo_jax.cli.options import RoomOptions, parse_bytes
+from duo_jax.gpus import GPUS
+from duo_jax.plan import any_pattern, weight_bytes
+from eval.context import ContextTask, planned
+from pallas_kernels.tiles import CAPABILITIES
+from tests.conftest import TINY
+from tests.text_models import assert_refused
+
+LLAMA = PRESETS["llama-3-8b"]
+HALF = any_pattern(LLAMA, 0.5)
+
+
+def test_the_paper_s_setting_passes_four_million_tokens():
+    """17,408 bytes a token, as METHOD's arithmetic has it; the paper has 3.30M and 1.84M tokens."""
+    duo = Plan(LLAMA, HALF, chunk_size=4096, kv_dtype="int4", weight_dtype="int8")
+    assert duo.kv_per_token == 17_408
+    assert duo.max_context(80 * 10**9) > 4_000_000
+    assert replace(duo, pattern=None).max_context(80 * 10**9) > 1_840_000
+    assert duo.max_context(GPUS["h200"].usable_bytes) > 7_000_000
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("sparsity", [None, 0.25, 1.0])
+def test_the_longest_context_fits_and_one_token_more_does_not(kv_dtype, sparsity):
+    pattern = None if sparsity is None else any_pattern(LLAMA, sparsity)
+    plan = Plan(LLAMA, pattern, batch_size=3, kv_dtype=kv_dtype)
+    most = plan.max_context(80 * 10**9)
+    assert plan.total(most) <= 80 * 10**9
+    if sparsity == 1.0:
+        assert most == 2**31 - 1
+    else:
+        assert plan.total(most + 1) > 80 * 10**9
+        with pytest.raises(ValueError, match=rf"what would fit: up to {most} tokens"):
+            plan.check(most + 1, 80 * 10**9)
+    plan.check(most, 80 * 10**9)
+    assert plan.max_context(plan.weights) == 0
+
+
+def test_weights_are_counted_as_they_are():
+    assert weight_bytes(TINY) == Model.random(TINY).nbytes
+    high = 2 * (2 * LLAMA.vocab_size * LLAMA.embed_dim)
+    linear = LLAMA.num_parameters - high / 2
+    for dtype, bytes_each in (("int8", 1), ("int4", 0.5)):
+        found = weight_bytes(LLAMA, dtype)
+        assert found == pytest.approx(high + linear * bytes_each, rel=0.02)
+        assert found > high + (linear - 1e6) * bytes_each
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_would():
+    plan = Plan(LLAMA, HALF)
+    with pytest.raises(ValueError, match=r"need \d+\.\d+ GB \(weights .*, KV cache .*, activations .*kv_dtype=int8"):
+        plan.check(1_500_000, 80 * 10**9)
+    with pytest.raises(ValueError, match="kv_dtype=int4 and weight_dtype=int8"):
+        plan.check(4_000_000, 80 * 10**9)
+    with pytest.raises(ValueError, match=r"at least 16\.\d+ GB of memory for a first token"):
+        plan.check(1_500_000, 4 * 10**9)
+    with pytest.raises(ValueError, match="chunk_size=1024"):
+        replace(plan, chunk_size=32_768).check(65_536, 23 * 10**9)
+
+
+def test_a_cache_takes_what_memory_holds_and_no_more(tiny, half):
+    memory = 100_000
+    cache = KVCache.init(tiny.config, half, 2, memory=memory)
+    assert cache.nbytes <= memory < KVCache.bytes_for(tiny.config, half, 2, cache.max_length + 1)
+    assert KVCache.init(tiny.config, half, 2, 7, memory=memory).max_length == 7
+    with pytest.raises(ValueError, match=f"up to {cache.max_length} tokens, stream more heads"):
+        KVCache.init(tiny.config, half, 2, cache.max_length + 1, memory=memory)
+    with pytest.raises(ValueError, match="give more memory"):
+        KVCache.init(tiny.config, half, 2, memory=100)
+    with pytest.raises(ValueError, match="give max_length"):
+        KVCache.init(tiny.config, half, 2)
+
+
+def test_sizes_are_read_as_they_are_written():
+    assert parse_bytes("80GB") == 80 * 10**9 and parse_bytes("1.5 GiB") == 3 << 29 and parse_bytes("100") == 100
+    for wrong in ("80 apples", "GB", "-1GB", "0"):
+        with pytest.raises(ValueError, match="such as 80GB"):
+            parse_bytes(wrong)
+
+
+def test_every_gpu_has_a_capability_and_less_than_is_sold():
+    for gpu in GPUS.values():
+        assert gpu.name in CAPABILITIES
+        assert 0.9 < gpu.usable_bytes / gpu.memory_bytes < 1
+
+
+def test_the_command_plans_in_text_and_json(duo):
+    options = ("plan", "--model", "llama-3-8b", "--sparsity", 0.5, "--kv-dtype", "int4", "--weight-dtype", "int8")
+    text = duo(*options, "--memory", "80GB", "--chunk", 4096)
+    assert text.code == 0 and "50% stream" in text.out and "longest context" in text.out
+    found = json.loads(duo(*options, "--memory", "80GB", "--chunk", 4096, "--json").out)
+    plan = Plan(LLAMA, HALF, chunk_size=4096, kv_dtype="int4", weight_dtype="int8")
+    assert found["max_context"] == plan.max_context(80 * 10**9) > found["full_attention"]["max_context"]
+    assert found["total"] == plan.total(found["max_context"]) == found["weights"] + found["kv"] + found["activations"]
+    by_gpu = json.loads(duo(*options, "--gpu", "A100-80G", "--json").out)
+    assert by_gpu["memory"] == GPUS["a100-80g"].usable_bytes
+    smallest = json.loads(duo(*options, "--context", 1_000_000, "--json").out)
+    assert smallest["total"] == replace(plan, chunk_size=1024).total(1_000_000)
+
+
+def test_the_command_refuses_what_does_not_fit_or_make_sense(duo):
+    options = ("plan", "--model", "llama-3-8b")
+    assert_refused(duo(*options, "--memory", "80GB", "--context", 2_000_000), "what would fit", "kv_dtype=int4")
+    assert_refused(duo(*options, "--memory", "10GB"), "at least")
+    assert_refused(duo(*options), "--memory 80GB or --gpu")
+    assert_refused(duo(*options, "--gpu", "a100"), "unknown GPU", "a100-80g")
+    assert_refused(duo(*options, "--memory", "80GB", "--verify"), "give --gpu")
+
+
+def test_a_plan_that_is_off_is_said_and_fails(duo, monkeypatch):
+    def off(plan, length, gpu, backend):
+        return {"gpu": gpu, "backend": backend, "context": length, "programs": {}, "total": 100, "planned": 104} | {
+            "deviation": 0.04
+        }
+
+    monkeypatch.setattr("eval.plan.verify", off)
+    result = duo("plan", "--model", "llama-3-8b", "--gpu", "h200", "--verify")
+    assert_refused(result, "+4.0% off what the compiler says, more than 3%")
+
+
+def test_generate_refuses_before_it_loads(text_model, duo):
+    options = ("generate", "--model", text_model, "--prompt", "Hello", "--max-new-tokens", 4)
+    assert_refused(duo(*options, "--memory", "20KB"), "of context need", "what would fit")
+    assert_refused(duo(*options, "--max-context", 5), "more than --max-context 5")
+    assert_refused(duo(*options, "--max-context", 10**11), "of context need", "GB")
+
+
+def test_room_is_what_is_asked_for_or_what_fits():
+    plan = Plan(TINY, chunk_size=16)
+    assert RoomOptions(max_context="max", memory="1MB").tokens(plan, 8) == plan.max_context(10**6) > 1000
+    assert RoomOptions(max_context=100, memory="1MB").tokens(plan, 8) == 100
+    with pytest.raises(ValueError, match="what would fit"):
+        RoomOptions(max_context="max", memory="1MB").tokens(plan, 10**6)
+
+
+def test_the_table_keeps_what_was_compiled(monkeypatch, tmp_path):
+    """A cell that was compiled with the same plan is not compiled again."""
+    calls = []
+
+    def compiled(plan, length, gpu):
+        calls.append(length)
+        return {"planned": plan.total(length), "total": plan.total(length), "deviation": 0.0}
+
+    monkeypatch.setattr("eval.context.verify", compiled)
+    task = ContextTask(models=("llama-3-8b",), dtypes=("bf16", "KV4"), out=tmp_path / "plan.json")
+    task.run()
+    task.run()
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert len(calls) == 4 == len(record["results"])
+    duo = planned("llama-3-8b", "KV4", True, 4096)
+    assert record["results"][-1]["context"] == duo.max_context(GPUS["a100-80g"].usable_bytes)
+    (saving,) = record["savings"]
+    assert saving["saving"] >= saving["goal"] - 0.1 and saving["goal_passed_at"] > 1000
