@@ -1,8 +1,8 @@
 """Programs compiled for GPUs that are not there; needs jax's CUDA plugin: `make test-aot`."""
 
 from dataclasses import replace
-from itertools import product
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 
 import jaxtyping
 import pytest
