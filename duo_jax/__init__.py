@@ -1,7 +1,7 @@
 """DuoAttention for JAX: long contexts in which only retrieval heads keep a full KV cache (arXiv 2410.10819)."""
 
 from duo_jax.cache import KVCache
-from duo_jax.checkpoint import load_model, load_tokenizer
+from duo_jax.checkpoint import load_model, load_tokenizer, save_model
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.generate import Generation, Step, Stream, generate, stream
 from duo_jax.lm import LM, Document, Reply, TextStream, load
@@ -42,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "prefill",
     "published_patterns",
+    "save_model",
     "score",
     "stream",
 ]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 
 import jaxtyping
 import pytest
@@ -57,9 +58,12 @@ def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_no_kernel_spills_in_bfloat16(operation, head_dim, gpu):
-    function, shapes = program(operation, "triton", head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("operation", "cache"),
+    [*((operation, "same") for operation in OPERATIONS), *product(("prefill", "decode"), ("int8", "int4"))],
+)
+def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
+    function, shapes = program(operation, "triton", head_dim=head_dim, cache=cache)
     kernels = kernels_on(gpu, function, *shapes)
     assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
@@ -76,9 +80,9 @@ def test_no_mosaic_kernel_spills(operation, head_dim):
     assert 64 * head_dim * 2 < kernel.shared_memory <= GPUS["h200"].shared_memory_per_core - 1024
 
 
-@pytest.mark.parametrize("operation", ["prefill", "decode"])
-def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation):
+@pytest.mark.parametrize(("operation", "cache"), [("prefill", "same"), ("decode", "same"), ("decode", "int4")])
+def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation, cache):
     """128 slots of 4.2M tokens: an offset of 32 bits would reach the fourth slot. Compiled, not run."""
     for capacity, bits in ((1024, 32), (1 << 22, 64)):
-        function, shapes = program(operation, "triton", capacity=capacity)
+        function, shapes = program(operation, "triton", capacity=capacity, cache=cache)
         assert [kernel.address_bits for kernel in kernels_on("h200", function, *shapes)] == [bits]

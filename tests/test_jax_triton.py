@@ -35,8 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from triton.runtime import interpreter
 
-from pallas_kernels import decode_attention
+from pallas_kernels import Pools, decode_attention
 from pallas_kernels.jax_triton import decode
+from pallas_kernels.quantized import empty, store
 from pallas_kernels.tiles import DecodeTiles
 from tests.test_mosaic import SIZES, problem
 
@@ -50,7 +51,7 @@ class Int(metaclass=OfInt):
 
 
 interpreter.int = Int
-NAMES = {"float32": "fp32", "float16": "fp16", "int32": "i32"}
+NAMES = {"float32": "fp32", "float16": "fp16", "int32": "i32", "uint16": "u16", "uint32": "u32"}
 
 
 class Buffer:
@@ -76,11 +77,20 @@ def triton_call(*args, kernel, out_shape, grid, name, num_warps, num_stages, com
 
 
 decode.jax_triton.triton_call = triton_call
-cases = (64, "float32", (True, False)), (40, "float16", (False,)), (16, "float32", (True,))
-for head_dim, dtype, is_retrieval in cases:
+cases = (
+    (64, "float32", (True, False), None, None),
+    (40, "float16", (False,), None, None),
+    (16, "float32", (True,), None, None),
+    (64, "float32", (True, False), "int4", None),
+    (32, "float32", (False, True), "int8", "int4"),
+)
+for head_dim, dtype, is_retrieval, kept, kept_in_rings in cases:
     q, _, _, pools, heads = problem(
         tokens=1, starts=(0, 0), capacity=600, head_dim=head_dim, is_retrieval=is_retrieval, dtype=jnp.dtype(dtype)
     )
+    names = (kept, kept, kept_in_rings, kept_in_rings)
+    like = [empty((1, head_dim), name or dtype) for name in names]
+    pools = Pools(*(store(pool, kind) if pool.shape[0] else pool for pool, kind in zip(pools, like, strict=True)))
     lengths = jnp.asarray([600, 33], jnp.int32)
     tiles = DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)
     found = decode.split_attention(q[:, 0], pools, heads, lengths=lengths, tiles=tiles, capability=90)
@@ -98,8 +108,20 @@ def test_decode_equals_the_reference():
 
 @needs_triton
 @pytest.mark.parametrize(("gpu", "capability"), [("a100-80g", 80), ("h200", 90)])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 128)])
-def test_the_kernel_compiles_without_spills(dtype, head_dim, gpu, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "bits"),
+    [
+        ("bf16", 64, 0),
+        ("bf16", 128, 0),
+        ("fp16", 256, 0),
+        ("fp32", 128, 0),
+        ("bf16", 128, 8),
+        ("bf16", 64, 4),
+        ("bf16", 128, 4),
+        ("bf16", 256, 4),
+    ],
+)
+def test_the_kernel_compiles_without_spills(dtype, head_dim, bits, gpu, capability, tmp_path, monkeypatch):
     """Llama-3-8B's heads, and pools of more than 2 ** 31 elements."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -107,9 +129,10 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, gpu, capability, tm
     from pallas_kernels.jax_triton.decode import decode_kernel, sizes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # jax_triton unsets it.
-    tiles = tiles_for("decode", head_dim, 4 if dtype == "fp32" else 2)
-    settings = sizes(4, head_dim, 1, 8, (1 << 22, 320), 128, tiles)
-    types = [f"*{dtype}"] * 5 + ["*i32"] * 3 + ["*fp32"] * 2
+    tiles = tiles_for("decode", head_dim, 4 if dtype == "fp32" else 2, quantized=bits > 0)
+    settings = sizes(4, head_dim, 1, 8, (1 << 22, 320), (bits, 0), 128, tiles)
+    full = ["*u16", "*u32"] if bits else [f"*{dtype}"] * 2
+    types = [f"*{dtype}", *full, *full, *[f"*{dtype}"] * 4, *["*i32"] * 3, *["*fp32"] * 2]
     signature = dict(zip(decode_kernel.arg_names, types, strict=False)) | dict.fromkeys(settings, "constexpr")
     # jax_triton promises as much of every array.
     attributes = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}

@@ -36,6 +36,15 @@ def test_triton_kernels_lower_for_cuda_one_launch_for_both_head_types(operation,
     assert found == sorted(KERNELS[operation])
 
 
+@pytest.mark.parametrize(
+    ("operation", "dtype", "head_dim", "cache"),
+    [("prefill", "bfloat16", 128, "int4"), ("decode", "float16", 64, "int8")],
+)
+def test_quantized_caches_lower_for_cuda(operation, dtype, head_dim, cache):
+    shapes = {"dtype": dtype, "head_dim": head_dim, "cache": cache, "tokens": 500, "capacity": 1000}
+    assert launches(*program(operation, "triton", **shapes)) == sorted(KERNELS[operation])
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_the_mosaic_kernels_lower_for_cuda(operation, head_dim):

@@ -1,6 +1,7 @@
 """Weights in few bits: error bounds of a kernel, models of them, loading tensor by tensor."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from duo_jax import KVCache, Model, load_model, prefill, score
+from duo_jax import KVCache, Model, load_model, load_tokenizer, prefill, save_model, score
+from duo_jax.checkpoint import saved
 from duo_jax.layers import Linear
 from duo_jax.weights import WEIGHT_FORMATS, multiply, nbytes, quantize_kernel
 from tests.conftest import GOLDEN
@@ -90,3 +92,54 @@ def test_what_cannot_be_is_refused(wide):
         Model.random(wide.config, weight_dtype="int3")
     with pytest.raises(ValueError, match="int4-128 has groups of 128 input channels, which do not divide"):
         load_model(GOLDEN / "llama", weight_dtype="int4-128")
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"weight_dtype": "w8a8"}, {"weight_dtype": "int4-32"}])
+def test_a_saved_model_is_the_same_bit_for_bit(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "SHARD_BYTES", 50_000)
+    model = load_model(GOLDEN / "llama31", **settings)
+    save_model(model, tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
+    again = load_model(tmp_path / "saved")
+    assert again.config == model.config
+    for one, other in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    caches = (KVCache.init(model.config, None, 1, 32) for _ in range(2))
+    np.testing.assert_array_equal(*(prefill(x, TEXT[:1], c)[0] for x, c in zip((model, again), caches, strict=True)))
+
+
+def test_a_model_is_quantized_from_the_command_line(duo, text_model, tmp_path):
+    out = tmp_path / "small"
+    result = duo("quantize", "--model", text_model, "--weight-dtype", "int8", "--out", out)
+    assert result.code == 0 and "MB of weights in int8" in result.out
+    prompt = ("--prompt", "the a", "--max-new-tokens", 4, "--json")
+    once = duo("generate", "--model", out, *prompt)
+    again = duo("generate", "--model", text_model, "--weight-dtype", "int8", *prompt)
+    assert once.code == again.code == 0
+    assert json.loads(once.out)["tokens"] == json.loads(again.out)["tokens"]
+    assert load_tokenizer(out).get_vocab() == load_tokenizer(text_model).get_vocab()
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    refused = duo("quantize", "--model", text_model, "--weight-dtype", "int4-32", "--out", out)
+    assert refused.code == 2 and "choose another --out" in refused.err
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert "give --weight-dtype" in duo("quantize", "--model", text_model, "--out", tmp_path / "x").err
+
+
+def test_a_saved_model_that_is_not_whole_is_refused(tmp_path):
+    model = load_model(GOLDEN / "llama", weight_dtype="int8")
+    save_model(model, tmp_path / "a")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        save_model(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="which cannot be changed to"):
+        load_model(tmp_path / "a", weight_dtype="int4-32")
+    (path,) = (tmp_path / "a").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is truncated"):
+        load_model(tmp_path / "a")
+    save_model(model, tmp_path / "b")
+    config = tmp_path / "b" / "duo_model.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"num_layers": values["num_layers"] + 1}))
+    with pytest.raises(ValueError, match="the arrays are not those of its configuration, as layers"):
+        load_model(tmp_path / "b")

@@ -30,7 +30,7 @@ class Folder(Source):
     @cached_property
     def config(self) -> ModelConfig:
         """From `config.json`; EOS ids from `generation_config.json` too, where chat models keep the end of a turn."""
-        raw = _json(self.path / "config.json")
+        raw = read_json(self.path / "config.json")
         if raw.get("model_type") is None:
             raise ValueError(f"{self.path / 'config.json'} has no model_type: it is not a Hugging Face configuration")
         try:
@@ -42,7 +42,7 @@ class Folder(Source):
             values = raw
         generation = self.path / "generation_config.json"
         if generation.is_file():
-            values["eos_token_id"] = _json(generation).get("eos_token_id", values.get("eos_token_id"))
+            values["eos_token_id"] = read_json(generation).get("eos_token_id", values.get("eos_token_id"))
         return ModelConfig.from_hf(values)
 
     @cached_property
@@ -89,7 +89,8 @@ class Folder(Source):
         }
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a file of JSON, or a ValueError with the path."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -100,7 +101,7 @@ def _json(path: Path) -> dict:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = _json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{path} has no weight_map from tensors to shards; download it again")
     return weight_map

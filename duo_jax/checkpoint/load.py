@@ -18,6 +18,7 @@ from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
+from duo_jax.checkpoint.saved import Saved
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.table import Weight, ignorable, weight_table
 from duo_jax.config import PRESETS, ModelConfig
@@ -43,6 +44,12 @@ def load_model(
         ValueError: missing, extra, misshapen or truncated tensors, by name.
     """
     found = open_source(source)
+    if isinstance(found, Saved):
+        saved = {"dtype": found.config.dtype, "weight_dtype": found.config.weight_dtype}
+        asked = {name: value for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)) if value is not None}
+        if not asked.items() <= saved.items():
+            raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
+        return found.load(progress=progress)
     config = found.config
     dtype = usual_dtype(config, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -89,7 +96,7 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return Folder(path)
+        return Saved(path) if Saved.is_here(path) else Folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is neither a folder nor a .gguf file; for safetensors give the folder around it")

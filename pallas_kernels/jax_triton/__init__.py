@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import compute_dtype
+from pallas_kernels.quantized import any_quantized, read_dtype
 from pallas_kernels.tiles import compute_capability, tiles_for
 from pallas_kernels.types import Heads, Pools, Unsupported
 
@@ -28,11 +28,17 @@ def decode_attention(
     recent_size: int,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
-    types = {q.dtype.name, *(pool.dtype.name for pool in pools)}
-    if len(types) > 1 or types - set(DTYPES) or q.shape[-1] > MAX_HEAD_DIM:
+    types = {q.dtype.name, *(read_dtype(pool, q.dtype).name for pool in pools)}
+    head_dim, quantized = q.shape[-1], any_quantized(pools)
+    if len(types) > 1 or types - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         raise Unsupported(
             f"the jax_triton backend takes {', '.join(DTYPES)}, one of them for queries and cache, and head dims up to "
-            f"{MAX_HEAD_DIM}, got {', '.join(sorted(types))} with {q.shape[-1]}: use backend='triton'"
+            f"{MAX_HEAD_DIM}, got {', '.join(sorted(types))} with {head_dim}: use backend='triton'"
+        )
+    if quantized and (head_dim < 16 or head_dim.bit_count() > 1):
+        raise Unsupported(
+            "the jax_triton backend takes quantized caches of head dims that are powers of two, at least 16, got "
+            f"{head_dim}: use backend='xla'"
         )
     capability = compute_capability()
     if capability is None:
@@ -43,7 +49,7 @@ def decode_attention(
         raise Unsupported(f"the jax_triton backend needs jax-triton and triton: {error}") from None
     del sink_size, recent_size  # A ring of them holds what is visible.
     settings: dict[str, Any] = {
-        "tiles": tiles_for("decode", q.shape[-1], compute_dtype(q, pools.retrieval_k).itemsize),
+        "tiles": tiles_for("decode", head_dim, q.dtype.itemsize, quantized=quantized),
         "capability": 10 * capability[0] + capability[1],
     }
     return decode.split_attention(q, pools, heads, lengths=lengths, **settings)

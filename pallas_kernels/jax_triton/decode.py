@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import splits
 from pallas_kernels.blocks import LOG2_E, MASKED
+from pallas_kernels.quantized import Quantized, Stored
 from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
@@ -33,8 +34,9 @@ def split_attention(
     group = num_heads // num_kv_heads
     capacities = splits.capacities_of(pools)
     count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
-    # A pool without a slot is never read; the queries stand for it, since an argument cannot be empty.
-    present = (pool if pool.shape[0] else q for pool in pools)
+    # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries stand for them,
+    # since an argument cannot be empty.
+    present = (x for pool in pools for x in _leaves(pool, q))
     parts = batch, num_kv_heads, count, group
     values, log_total = jax_triton.triton_call(
         q,
@@ -52,9 +54,21 @@ def split_attention(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
-        **sizes(group, head_dim, batch, num_kv_heads, capacities, count, tiles),
+        **sizes(group, head_dim, batch, num_kv_heads, capacities, _bits(pools), count, tiles),
     )
     return splits.merge(values, log_total, capacities, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
+
+
+def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:
+    if not pool.shape[0]:
+        return other, other
+    return (pool.words, pool.grid) if isinstance(pool, Quantized) else (pool, other)
+
+
+def _bits(pools: Pools) -> tuple[int, int]:
+    """Bits of a retrieval and of a streaming head's numbers; 0: they are not quantized."""
+    retrieval, streaming = (pool.bits if isinstance(pool, Quantized) else 0 for pool in pools[::2])
+    return retrieval, streaming
 
 
 def sizes(
@@ -63,6 +77,7 @@ def sizes(
     batch: int,
     num_kv_heads: int,
     capacities: tuple[int, int],
+    bits: tuple[int, int],
     count: int,
     tiles: DecodeTiles,
 ) -> dict[str, int | float]:
@@ -76,6 +91,8 @@ def sizes(
         "width": max(MIN_ROWS, triton.next_power_of_2(head_dim)),
         "full_capacity": capacities[0],
         "ring_capacity": capacities[1],
+        "full_bits": bits[0],
+        "ring_bits": bits[1],
         "count": count,
         "block_k": tiles.block_k,
         "min_split": tiles.min_split,
@@ -85,13 +102,91 @@ def sizes(
 
 
 @triton.jit
-@no_type_check  # Triton reads the function itself, which no check of annotations may wrap.
+@no_type_check  # Triton reads the functions themselves, which no check of annotations may wrap.
+def load_rows(
+    ptr,  # [rows of the pool, H], or [..., W] words
+    grid_ptr,  # [rows of the pool]
+    row,  # [M]
+    exists,  # [M]
+    head_dim: tl.constexpr,
+    width: tl.constexpr,
+    bits: tl.constexpr,
+    rows: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Keys or values of some tokens; quantized ones become numbers of `dtype` in registers."""
+    if bits == 0:
+        column = tl.arange(0, width)
+        mask = exists[:, None] & (column < head_dim)[None, :]
+        loaded = tl.load(ptr + row[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
+    else:
+        parts: tl.constexpr = 16 // bits
+        words: tl.constexpr = width // parts
+        at = row[:, None] * words + tl.arange(0, words)[None, :]
+        packed = tl.load(ptr + at, mask=exists[:, None], other=0).to(tl.int32)
+        shift = tl.arange(0, parts) * bits
+        numbers = (packed[:, None, :] >> shift[None, :, None]) & ((1 << bits) - 1)
+        numbers = tl.reshape(numbers, (rows, width)).to(tl.float32)
+        grid = tl.load(grid_ptr + row, mask=exists, other=0)
+        # The scale is the upper half of a float32, and so is the zero once it is moved there.
+        scale = ((grid >> 16) << 16).to(tl.float32, bitcast=True)
+        zero = (grid << 16).to(tl.float32, bitcast=True)
+        loaded = (numbers * scale[:, None] + zero[:, None]).to(dtype)
+    return loaded
+
+
+@triton.jit
+@no_type_check
+def over_keys(
+    q,  # [G, H]
+    k_ptr,  # of the pool
+    k_grid_ptr,
+    v_ptr,
+    v_grid_ptr,
+    first,  # row of the slot's first token in the pool
+    begin,
+    end,
+    head_dim: tl.constexpr,
+    rows: tl.constexpr,
+    width: tl.constexpr,
+    bits: tl.constexpr,
+    block_k: tl.constexpr,
+    scale: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """Running softmax over the keys from `begin` to `end`: the weighted values, the maximum and the weights' sum."""
+    maximum = tl.full((rows,), masked, tl.float32)
+    total = tl.zeros((rows,), tl.float32)
+    values = tl.zeros((rows, width), tl.float32)
+    for key in range(begin, end, block_k):
+        index = key + tl.arange(0, block_k)
+        exists = index < end
+        k = load_rows(k_ptr, k_grid_ptr, first + index, exists, head_dim, width, bits, block_k, q.dtype)
+        v = load_rows(v_ptr, v_grid_ptr, first + index, exists, head_dim, width, bits, block_k, q.dtype)
+        # "tf32x3": float32 is not rounded to TF32, but split into two such numbers.
+        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+        scores = tl.where(exists[None, :], scores, masked)
+        newest = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - newest[:, None])
+        decay = tl.exp2(maximum - newest)
+        values = values * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
+        total = total * decay + tl.sum(weights, axis=1)
+        maximum = newest
+    return values, maximum, total
+
+
+@triton.jit
+@no_type_check
 def decode_kernel(
     q_ptr,  # [B, N, H]
-    full_k_ptr,  # [Pr, B, S, H]
+    full_k_ptr,  # [Pr, B, S, H], or [Pr, B, S, W] words
+    full_k_grid_ptr,  # [Pr, B, S]
     full_v_ptr,
-    ring_k_ptr,  # [Ps, B, R, H]
+    full_v_grid_ptr,
+    ring_k_ptr,  # [Ps, B, R, H], or [Ps, B, R, W] words
+    ring_k_grid_ptr,  # [Ps, B, R]
     ring_v_ptr,
+    ring_v_grid_ptr,
     is_retrieval_ptr,  # [K]
     slot_ptr,  # [K]
     length_ptr,  # [B]
@@ -105,6 +200,8 @@ def decode_kernel(
     width: tl.constexpr,
     full_capacity: tl.constexpr,
     ring_capacity: tl.constexpr,
+    full_bits: tl.constexpr,
+    ring_bits: tl.constexpr,
     count: tl.constexpr,
     block_k: tl.constexpr,
     min_split: tl.constexpr,
@@ -122,37 +219,22 @@ def decode_kernel(
     begin = split * per_split
     end = tl.minimum(begin + per_split, size)
     if begin < end:
-        if is_retrieval:
-            k_ptr = full_k_ptr
-            v_ptr = full_v_ptr
-        else:
-            k_ptr = ring_k_ptr
-            v_ptr = ring_v_ptr
         in_group = tl.arange(0, rows)
         column = tl.arange(0, width)
         query = (row * num_kv_heads + kv_head) * group + in_group
         here = (in_group < group)[:, None] & (column < head_dim)[None, :]
         q = tl.load(q_ptr + query[:, None] * head_dim + column[None, :], mask=here, other=0.0)
         first = (slot * batch + row) * capacity
-        maximum = tl.full((rows,), masked, tl.float32)
-        total = tl.zeros((rows,), tl.float32)
-        values = tl.zeros((rows, width), tl.float32)
-        for key in range(begin, end, block_k):
-            index = key + tl.arange(0, block_k)
-            exists = index < end
-            at = (first + index)[:, None] * head_dim + column[None, :]
-            mask = exists[:, None] & (column < head_dim)[None, :]
-            k = tl.load(k_ptr + at, mask=mask, other=0.0)
-            v = tl.load(v_ptr + at, mask=mask, other=0.0)
-            # "tf32x3": float32 is not rounded to TF32, but split into two such numbers.
-            scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-            scores = tl.where(exists[None, :], scores, masked)
-            newest = tl.maximum(maximum, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - newest[:, None])
-            decay = tl.exp2(maximum - newest)
-            values = values * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
-            total = total * decay + tl.sum(weights, axis=1)
-            maximum = newest
+        if is_retrieval:
+            values, maximum, total = over_keys(
+                q, full_k_ptr, full_k_grid_ptr, full_v_ptr, full_v_grid_ptr, first, begin, end,
+                head_dim, rows, width, full_bits, block_k, scale, masked,
+            )  # fmt: skip
+        else:
+            values, maximum, total = over_keys(
+                q, ring_k_ptr, ring_k_grid_ptr, ring_v_ptr, ring_v_grid_ptr, first, begin, end,
+                head_dim, rows, width, ring_bits, block_k, scale, masked,
+            )  # fmt: skip
         part = ((row * num_kv_heads + kv_head) * count + split) * group + in_group
         values = values / total[:, None]
         tl.store(out_ptr + part[:, None] * head_dim + column[None, :], values, mask=here)

@@ -1,0 +1,29 @@
+"""`duo quantize`: a model's weights in few bits, in a folder of their own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from duo_jax.checkpoint import save_model
+from duo_jax.cli.options import ModelOptions
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize a model's weights once and save them: such a folder is a model like any other, and loads faster."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions]
+    out: Path
+    """Folder to write, new or empty."""
+
+    def run(self) -> None:
+        """Load tensor by tensor, save."""
+        if self.model.weight_dtype is None:
+            raise ValueError("which format? give --weight-dtype int8, w8a8, int4, int4-32 or int4-128")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise FileExistsError(f"{self.out} is there and not an empty folder: choose another --out")
+        tokenizer = self.model.tokenizer()
+        model = self.model.load()
+        save_model(model, self.out, tokenizer)
+        print(f"{self.out}: {model.nbytes / 1e6:.1f} MB of weights in {self.model.weight_dtype}")
