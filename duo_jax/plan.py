@@ -4,19 +4,20 @@ Arithmetic alone: nothing is allocated, no device is asked, no weights are read.
 the compiler's own figures.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from duo_jax.cache import KVCache
 from duo_jax.config import ModelConfig
+from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import CHUNK_SIZE
-
-# Numbers that one scale of an int4 weight stands for, at most and by default.
-WEIGHT_GROUP = 128
+from duo_jax.weights import nbytes
 
 
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:
@@ -25,28 +26,16 @@ def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, re
     return HeadPattern.from_gates(gates, sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
 
 
-def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
-    """Bytes of all weights; in int8 and int4 those of linear layers, while embeddings, head, norms and biases stay."""
-    dtype = dtype or config.dtype
-    high = jnp.dtype(config.dtype).itemsize
-    if dtype not in WEIGHT_BITS:
-        return config.num_parameters * jnp.dtype(dtype).itemsize
-    maps = _linear_shapes(config)
-    numbers = config.num_layers * sum(width_in * width_out for width_in, width_out in maps)
-    # int8 has a scale for each output, int4 one for each output and group of inputs.
-    groups = [1 if WEIGHT_BITS[dtype] == 8 else -(-width_in // WEIGHT_GROUP) for width_in, _ in maps]
-    scales = config.num_layers * sum(count * shape[1] for count, shape in zip(groups, maps, strict=True))
-    return (config.num_parameters - numbers) * high + numbers * WEIGHT_BITS[dtype] // 8 + scales * high
+@functools.cache
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of all weights as `load_model` places them, counted in one and two layers: each takes as much."""
 
+    def bytes_of(layers: int) -> int:
+        shapes = jax.eval_shape(functools.partial(Model.random, replace(config, num_layers=layers)))
+        return sum(nbytes(leaf) for leaf in jax.tree.leaves(shapes))
 
-WEIGHT_BITS = {"int8": 8, "int8-w8a8": 8, "int4": 4}
-
-
-def _linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of a layer's linear maps, fused as they are stored."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    wide = config.embed_dim
-    return [(wide, queries + 2 * keys), (queries, wide), (wide, 2 * config.mlp_dim), (config.mlp_dim, wide)]
+    one, two = bytes_of(1), bytes_of(2)
+    return one + (config.num_layers - 1) * (two - one)
 
 
 @dataclass(frozen=True)
@@ -54,13 +43,12 @@ class Plan:
     """A model and how it is served; every size is in bytes.
 
     Attributes:
-        config: the model's; activations are of its data type.
+        config: the model's, with the data types of weights and activations.
         pattern: which heads stream; None: every head keeps all tokens.
         batch_size: sequences.
         chunk_size: tokens of each sequence's prompt that are computed at a time.
         kv_dtype: data type of the cache, as in `KVCache.init`.
         streaming_dtype: of streaming heads, as in `KVCache.init`.
-        weight_dtype: data type of the weights; the configuration's by default.
     """
 
     config: ModelConfig
@@ -69,7 +57,6 @@ class Plan:
     chunk_size: int = CHUNK_SIZE
     kv_dtype: str | None = None
     streaming_dtype: str | None = None
-    weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no run can have."""
@@ -80,7 +67,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Bytes of the weights."""
-        return weight_bytes(self.config, self.weight_dtype)
+        return weight_bytes(self.config)
 
     def kv(self, length: int) -> int:
         """Bytes of a cache of `length` tokens a sequence."""
@@ -100,16 +87,19 @@ class Plan:
 
     @property
     def activations(self) -> int:
-        """Bytes that a chunk of the prompt needs beside weights and cache; a decode step needs far less.
+        """Bytes that a chunk of the prompt needs beside weights and cache; a decode step needs less.
 
         The most is needed inside the MLP: the residual and its norm, the gate and up projections, as much again for
         their product and what the compiler keeps beside it; and the chunk's keys and values, on their way into the
-        cache. Attention adds nothing of the context's length: its kernels work on tiles.
+        cache. Attention adds nothing of the context's length: its kernels work on tiles. Where weights are quantized,
+        the compiler writes out one kernel at a time, the largest is counted, before it multiplies.
         """
         config = self.config
         keys = 2 * config.num_kv_heads * config.head_dim
-        numbers = 4 * config.mlp_dim + 2 * config.embed_dim + keys
-        return self.batch_size * self.chunk_size * numbers * jnp.dtype(config.dtype).itemsize
+        numbers = self.batch_size * self.chunk_size * (4 * config.mlp_dim + 2 * config.embed_dim + keys)
+        if config.weight_dtype is not None:
+            numbers += 2 * config.mlp_dim * config.embed_dim
+        return numbers * jnp.dtype(config.dtype).itemsize
 
     def total(self, length: int) -> int:
         """Bytes of everything, for contexts of `length` tokens."""
@@ -138,18 +128,22 @@ class Plan:
             f"what would fit: {found}"
         )
 
+    def _with(self, *, sparsity: float | None = None, weight_dtype: str | None = None, **changes: Any) -> "Plan":
+        if sparsity is not None:
+            changes["pattern"] = any_pattern(self.config, sparsity)
+        if weight_dtype is not None:
+            changes["config"] = replace(self.config, weight_dtype=weight_dtype)
+        return replace(self, **changes)
+
     def _nearest(self, length: int, memory: int) -> str:
         """The least change of data types, chunk or heads that makes it fit; empty if none of these does."""
         for change in CHANGES:
-            if "sparsity" in change:
-                if self.pattern is not None:
-                    continue
-                other = replace(self, pattern=any_pattern(self.config, change["sparsity"]))
-            else:
-                other = replace(self, **change)
+            if "sparsity" in change and self.pattern is not None:
+                continue
             try:
+                other = self._with(**change)
                 fits = other.total(length) <= min(memory, self.total(length) - 1)
-            except ValueError:  # A head dim that this data type cannot pack.
+            except ValueError:  # Widths that this data type cannot pack.
                 continue
             if fits:
                 return " and ".join(f"{name}={value}" for name, value in change.items())

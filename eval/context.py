@@ -91,11 +91,11 @@ class ContextTask:
 
 def planned(model: str, dtypes: str, duo: bool, chunk: int) -> Plan:
     """One cell of the table."""
-    config = replace(PRESETS[model], dtype="bfloat16")
+    weight_dtype, kv_dtype = DTYPES[dtypes]
+    config = replace(PRESETS[model], dtype="bfloat16", weight_dtype=weight_dtype)
     # The paper's sizes where it measures efficiency.
     pattern = any_pattern(config, MODELS[model][0], sink_size=128, recent_size=256) if duo else None
-    weight_dtype, kv_dtype = DTYPES[dtypes]
-    return Plan(config, pattern, chunk_size=chunk, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
+    return Plan(config, pattern, chunk_size=chunk, kv_dtype=kv_dtype)
 
 
 def _saving(model: str) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class MemoryTask:
     """Layers; all of the model's by default."""
     dtype: str = "bfloat16"
     """Data type of weights, activations and cache."""
+    weight_dtype: str | None = None
+    """Quantize the weights of linear maps, in prefill and decode: int8, w8a8, int4, int4-32 or int4-128."""
     kv_dtype: str | None = None
     """Data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values."""
     backend: str = "triton"
@@ -80,7 +82,9 @@ class MemoryTask:
         if program == "training":
             return training_step(config, length, GatedModel(backend=self.backend))
         pattern = any_pattern(config, self.sparsity) if self.sparsity else None
-        plan = Plan(config, pattern, chunk_size=self.chunk, kv_dtype=self.kv_dtype)
+        plan = Plan(
+            replace(config, weight_dtype=self.weight_dtype), pattern, chunk_size=self.chunk, kv_dtype=self.kv_dtype
+        )
         return (prefill_chunk if program == "prefill" else decode)(plan, length, self.backend)
 
 

@@ -39,10 +39,10 @@ class PlanCommand:
     """Data type of the cache; int8 and int4 quantize keys and values of retrieval heads."""
     streaming_kv_dtype: KvDtype | None = None
     """Data type of streaming heads' keys and values, which are few."""
-    weight_dtype: Literal["float32", "bfloat16", "float16", "int8", "int8-w8a8", "int4"] | None = None
-    """Data type of the weights; the checkpoint's by default. Embeddings and head are never quantized here."""
+    weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
+    """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type of activations, and of what is not quantized; the checkpoint's by default."""
+    """Data type of activations, and of weights and cache that are not quantized; the checkpoint's by default."""
     batch: int = 1
     """Sequences."""
     chunk: int = CHUNK_SIZE
@@ -88,7 +88,9 @@ class PlanCommand:
 
     def _plan(self) -> Plan:
         config = open_config(self.model)
-        config = replace(config, dtype=self.dtype or config.dtype)
+        config = replace(
+            config, dtype=self.dtype or config.dtype, weight_dtype=self.weight_dtype or config.weight_dtype
+        )
         return Plan(
             config,
             self._pattern(config),
@@ -96,7 +98,6 @@ class PlanCommand:
             chunk_size=min(self.chunk, self.context or self.chunk),
             kv_dtype=self.kv_dtype,
             streaming_dtype=self.streaming_kv_dtype,
-            weight_dtype=self.weight_dtype,
         )
 
     def _pattern(self, config: ModelConfig) -> HeadPattern | None:
@@ -119,7 +120,7 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
             "streaming_heads": plan.pattern.num_streaming if plan.pattern else 0,
             "dtype": plan.config.dtype,
             "kv_dtype": plan.kv_dtype or plan.config.dtype,
-            "weight_dtype": plan.weight_dtype or plan.config.dtype,
+            "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
         },
         "memory": memory,
         "context": context,
@@ -151,7 +152,10 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
         f"{plan.chunk_size} tokens" + (f", {memory / 1e9:.2f} GB" if memory else ""),
         f"{'':<22}" + "".join(f"{name:>16}" for name in columns),
     ]
-    rows: list[tuple[str, str, int | float]] = [("weights, GB", "weights", 1e9), ("activations, GB", "activations", 1e9)]
+    rows: list[tuple[str, str, int | float]] = [
+        ("weights, GB", "weights", 1e9),
+        ("activations, GB", "activations", 1e9),
+    ]
     rows += [("KV bytes a token", "kv_per_token", 1), ("KV cache, GB", "kv", 1e9), ("in all, GB", "total", 1e9)]
     rows += [("longest context", "max_context", 1)] if memory is not None else []
     for label, name, unit in rows:

@@ -38,7 +38,8 @@ class ModelOptions:
     def plan(self, pattern: HeadPattern | None, chunk_size: int) -> Plan:
         """What this model takes of memory, before its weights are read."""
         config = open_config(self.model)
-        config = replace(config, dtype=usual_dtype(config, self.dtype))
+        dtype, weights = usual_dtype(config, self.dtype), self.weight_dtype or config.weight_dtype
+        config = replace(config, dtype=dtype, weight_dtype=weights)
         return Plan(config, pattern, chunk_size=chunk_size)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
