@@ -63,10 +63,10 @@ class PlanCommand:
             raise ValueError("--verify compiles for a GPU: give --gpu too")
         plan = self._plan()
         record = describe(plan, memory, self.context) | {"model": self.model, "gpu": self.gpu}
-        if not self.json:
-            print("\n".join(_lines(plan, record)))
         if memory is not None:
             plan.check(self.context or 1, memory)
+        if not self.json:
+            print("\n".join(_lines(plan, record)))
         if self.verify:
             assert self.gpu is not None
             length = self.context or record["max_context"]
