@@ -29,7 +29,7 @@ def fastest(function: Callable[[], Any], times: int) -> float:
     return min(seconds(lambda: jax.block_until_ready(function())) for _ in range(times))
 
 
-def flops_per_second(dtype: str | jnp.dtype, *, times: int = 5) -> float:
+def flops_per_second(dtype: str | jnp.dtype, *, times: int = 3) -> float:
     """Operations a second of a large matrix product."""
     side = MATMUL if jax.default_backend() == "cpu" else MATMUL_ON_GPU
     square = jnp.ones((side, side), dtype)
@@ -37,7 +37,7 @@ def flops_per_second(dtype: str | jnp.dtype, *, times: int = 5) -> float:
     return 2 * side**3 / fastest(lambda: multiply(square, square), times)
 
 
-def bytes_per_second(*, times: int = 5) -> float:
+def bytes_per_second(*, times: int = 3) -> float:
     """Bytes a second that are read from memory: by a product with a vector, as in a decode step, or by a sum."""
     size = READ if jax.default_backend() == "cpu" else READ_ON_GPU
     matrix = jnp.ones((size // 4 // 2048, 2048), jnp.float32)

@@ -96,7 +96,7 @@ class Efficiency:
     def run(self) -> None:
         """Measure what the file lacks, point by point; each is saved as it ends."""
         self._check()
-        record = self._record(_ask("device", None))
+        record = self._record()
         # What did not fit may fit now.
         record["results"] = [result for result in record["results"] if "cannot" not in result]
         done = [result["point"] for result in record["results"]]
@@ -145,20 +145,27 @@ class Efficiency:
         here = {"transformers": find_spec("torch") is not None, "cudnn": platform == "gpu"}
         return [name for name in PEERS if self.peer and here[name]]
 
-    def _record(self, device: dict[str, Any]) -> dict[str, Any]:
-        about = provenance() | device
-        if not self.out.exists():
+    def _record(self) -> dict[str, Any]:
+        """What the file has, or a new record."""
+        known = self._known()
+        about = provenance() | _ask("device", None)
+        if known is None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if self.peer and find_spec("torch") is None:
                 print("transformers is left out: it needs torch (pip install 'duo-jax[bench]')")
             return about | {"results": []}
+        if any(known.get(name) != about[name] for name in ("machine", "device")):
+            raise ValueError(f"{self.out} was measured on another machine, versions or commit; choose another --out")
+        return known
+
+    def _known(self) -> dict[str, Any] | None:
+        if not self.out.exists():
+            return None
         try:
             record = json.loads(self.out.read_text(encoding="utf-8"))
-            known = record["machine"], record.get("device"), [result["point"] for result in record["results"]]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            [(record["machine"], result["point"]) for result in record["results"]]
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.out} is not a result of this command; choose another --out") from None
-        if known[:2] != (about["machine"], about["device"]):
-            raise ValueError(f"{self.out} was measured on another machine, versions or commit; choose another --out")
         return record
 
 
