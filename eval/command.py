@@ -8,6 +8,8 @@ import tyro
 from eval.efficiency import Efficiency
 from eval.kernels import Kernels
 from eval.memory import MemoryTask
+from eval.needle.command import NeedleTask
+from eval.plot import PlotTask
 from eval.recall import Recall
 from eval.training import Training
 from eval.tune import Tune
@@ -20,6 +22,8 @@ class Eval:
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
+        | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
+        | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from jaxtyping import Int32
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
@@ -12,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.cli.timed import Timings, timed_stream
-from eval.passkey import Passkey, passkey
+from eval.needle.hide import hide
+from eval.needle.styles import digits
 from train.haystack import DEFAULT, load_haystack
+from train.needles import encode
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,15 @@ class Demo:
         begin = time.perf_counter()
         console, progress = Console(), Console(stderr=True)
         tokenizer = load_tokenizer(self.model)
-        task = passkey(tokenizer, load_haystack(self.haystack), length=self.length, depth=self.depth, seed=self.seed)
+        rng = np.random.default_rng(self.seed)
+        needle = digits(rng)
+        hay = np.asarray(encode(tokenizer, load_haystack(self.haystack)), np.int32)
+        hidden = hide(tokenizer, hay, needle, rng, length=self.length, depth=self.depth)
         some = HeadPattern.load(self.pattern, sparsity=self.sparsity)
         none = HeadPattern.load(self.pattern, sparsity=1.0)
         model = load_model(self.model)
         console.print(
-            f"{self.model}: the passkey {task.key} lies at token {task.position} of {len(task.tokens)}; "
+            f"{self.model}: the passkey {needle.key[0]} lies at token {hidden.position} of {len(hidden.tokens)}; "
             f"streaming heads see the first {some.sink_size} and the last {some.recent_size} tokens."
         )
         runs = {
@@ -62,8 +69,8 @@ class Demo:
             with progress.status(name) as spinner:
                 timings = Timings()
                 show = partial(_show, spinner, name)
-                answer = self._ask(model, tokenizer, task, pattern, timings, show)
-            verdict = "right" if task.is_right(answer) else "wrong"
+                answer = self._ask(model, tokenizer, hidden.tokens, pattern, timings, show)
+            verdict = "right" if needle.score(answer, needle.key) else "wrong"
             table.add_row(
                 name,
                 verdict,
@@ -80,14 +87,14 @@ class Demo:
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
-        task: Passkey,
+        tokens: Int32[np.ndarray, "T"],
         pattern: HeadPattern | None,
         timings: Timings,
         status: Callable[[str], None],
     ) -> str:
         steps = timed_stream(
             model,
-            task.tokens,
+            tokens,
             timings,
             pattern=pattern,
             max_new_tokens=self.max_new_tokens,

@@ -1,0 +1,115 @@
+"""`duo eval needle`: which lengths and depths, what is hidden there, and the map of what was found."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from jaxtyping import Int32
+
+from eval.asking import Asking, Job, Question, summarized
+from eval.ledger import read
+from eval.needle.hide import hide
+from eval.needle.styles import STYLES
+from eval.plot import draw
+from train.haystack import DEFAULT, load_haystack
+from train.needles import encode
+
+
+@dataclass(frozen=True)
+class Cell(Job):
+    """One needle, asked for with one method."""
+
+    length: int
+    depth: float
+    sample: int
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """Hide a sentence at many depths of long texts, ask for it with several methods, draw a map (paper section 3.2)."""
+
+    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    out: Path = Path("needle.jsonl")
+    """File to append to; what it has already is not computed again. The maps lie beside it."""
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Tokens of prompt and answer."""
+    depths: int = 10
+    """Depths of the needle, evenly spaced from the start of the text to its end."""
+    samples: int = 1
+    """Needles in each cell: other keys, other stretches of text."""
+    style: Literal["original", "digits", "words"] = "digits"
+    """The sentence about San Francisco, scored by its key words; a passkey of five digits, right or wrong; one of five
+    words, scored by how many come."""
+    haystack: str = DEFAULT
+    """Text to hide it in: pydoc (Python's own reference pages), essays (fetched by pip), a text or .jsonl[.zst] file, a
+    folder of them, or a hub data set such as hub:kmfoda/booksum:chapter. A text that is too short is repeated."""
+    haystack_chars: int | None = 20_000_000
+    """Characters of the haystack to read at most."""
+    seed: int = 0
+    """Decides keys and stretches of text."""
+
+    def run(self) -> None:
+        """Ask for what the file lacks, cell by cell; draw."""
+        if not self.lengths or min(*self.lengths, self.samples) < 1 or self.depths < 2:
+            raise ValueError(
+                f"need lengths and samples of at least 1 and 2 depths, got {self.lengths=}, {self.samples=}, "
+                f"{self.depths=}"
+            )
+        settings = asdict(self)
+        shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "seed")}
+        room = self._room
+        self.asking.ask(
+            self.out,
+            {"task": "needle", **shared},
+            self._jobs(),
+            self._question,
+            longest=max(self.lengths),
+            shortest=max(min(self.lengths) - room, 1),
+        )
+        for (method, budget), scores in summarized(read(self.out)[1], "method", "budget").items():
+            print(f"{method} at {budget:g} of the KV bytes: {np.mean(scores):.3f} over {len(scores)} needles")
+        for path in draw(self.out):
+            print(path)
+
+    def _jobs(self) -> Iterator[Cell]:
+        """Whole maps one after the other, each from its shortest length on, with all methods side by side."""
+        for sample in range(self.samples):
+            for length in sorted(self.lengths):
+                for depth in np.linspace(0, 1, self.depths).round(4).tolist():
+                    for method, budget in self.asking.cells():
+                        yield Cell(method, budget, length, depth, sample)
+
+    @property
+    def _room(self) -> int:
+        """Tokens of the answer."""
+        return STYLES[self.style](np.random.default_rng(0)).max_new_tokens
+
+    def _question(self, job: Cell) -> Question:
+        """The same needle in the same text for every method."""
+        rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
+        needle = STYLES[self.style](rng)
+        hidden = hide(
+            self.asking.tokenizer,
+            self._hay,
+            needle,
+            rng,
+            length=job.length - needle.max_new_tokens,
+            depth=job.depth,
+            use_chat=self.asking.chat,
+        )
+        facts: dict[str, Any] = {"key": " ".join(needle.key), "position": hidden.position}
+        return Question(hidden.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts)
+
+    @cached_property
+    def _hay(self) -> Int32[np.ndarray, "S"]:
+        """Tokens of the haystack, again and again if it is shorter than the longest prompt."""
+        text = load_haystack(self.haystack, max_chars=self.haystack_chars)
+        hay, longest = np.asarray(encode(self.asking.tokenizer, text), np.int32), max(self.lengths)
+        if len(hay) < longest:
+            print(f"{self.haystack!r} has {len(hay)} tokens: repeated up to {longest}")
+            hay = np.resize(hay, longest)
+        return hay

@@ -1,0 +1,81 @@
+"""`duo eval needle` on a small model: cells, records, maps, resuming, and what is refused."""
+
+import json
+
+import pytest
+
+from eval.ledger import read
+from tests.text_models import assert_refused
+
+# One length and few depths: each bucket of lengths is two programs to compile.
+QUICK = ("--lengths", "400", "--depths", "3", "--haystack-chars", "9000", "--sink-size", "4", "--recent-size", "16")
+
+
+@pytest.fixture
+def needle(duo, chat_model, tmp_path):
+    out = tmp_path / "needle.jsonl"
+    methods = ("--methods", "full", f"duo={chat_model / 'pattern'}")
+    return out, lambda *args: duo(
+        "eval", "needle", "--model", chat_model, "--out", out, *methods, "--budgets", "0.5", *QUICK, *args
+    )
+
+
+def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
+    out, run = needle
+    done = run()
+    assert done.code == 0, done
+    head, records = read(out)
+    assert head["about"]["task"] == "needle" and len(head["gates"]) == 1
+    assert [(record["job"]["depth"], record["job"]["budget"]) for record in records] == [
+        (depth, budget) for depth in (0.0, 0.5, 1.0) for budget in (1.0, 0.5)
+    ]
+    for full, half in zip(records[::2], records[1::2], strict=True):
+        # The same question, all of it and the answer within the length, and half of the bytes.
+        assert full["key"] == half["key"] and full["position"] == half["position"]
+        assert full["tokens"] + 12 == 400 and full["new_tokens"] <= 12 and full["score"] in (0.0, 1.0)
+        assert half["held_bytes"] <= 0.5 * full["held_bytes"] and half["kv_bytes"] < full["kv_bytes"]
+    assert len({record["key"] for record in records}) == 3
+    for kind in ("png", "svg"):
+        assert out.with_suffix(f".{kind}").stat().st_size > 5000
+    # A kill in the middle of a line: the rest is done, nothing twice.
+    whole = out.read_text()
+    out.write_text(whole[:-300])
+    left = len(read(out)[1])
+    assert run().code == 0
+    again = read(out)[1]
+    assert left < len(again) == len(records)
+    assert [{**a, "seconds": 0} for a in again] == [{**b, "seconds": 0} for b in records]
+    assert "had all of it" in run().out
+    # More cells join the same file.
+    assert run("--lengths", "400", "390").code == 0
+    assert len(read(out)[1]) == 2 * len(records)
+    # The figure can be had again, elsewhere.
+    assert duo("eval", "plot", out, "--out", out.parent / "maps").code == 0
+    assert "duo=" in out.with_name("maps.svg").read_text()
+
+
+def test_needle_refuses_what_cannot_be_right(needle, tmp_path):
+    out, run = needle
+    assert_refused(run("--lengths", "100000"), "100000 tokens", "trained for")
+    assert_refused(run("--methods", "full", "abacus"), "unknown method 'abacus'", "full, duo")
+    assert_refused(run("--methods", "duo"), "no published pattern")
+    assert_refused(run("--methods", "full", "full"), "each of them once")
+    assert_refused(run("--budgets", "1.5"), "in (0, 1]")
+    assert_refused(run("--depths", "1"), "2 depths")
+    assert_refused(run("--lengths", "60"), "leaves -")
+    assert_refused(run("--haystack", tmp_path / "nothing"), "no haystack")
+    assert not out.exists()
+    assert_refused(run("--budgets", "0.01"), "streaming heads alone keep")
+    out.write_text(json.dumps({"about": {"task": "needle", "style": "words"}, "runs": []}) + "\n")
+    before = out.read_text()
+    assert_refused(run(), "made with other settings", "style was 'words', now 'digits'")
+    assert out.read_text() == before
+
+
+def test_a_figure_of_something_else_is_refused(duo, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"about": {"task": "chess"}, "runs": []}\n')
+    assert_refused(duo("eval", "plot", path), "'chess'", "needle")
+    path.write_text('{"about": {"task": "needle"}, "runs": []}\n')
+    assert_refused(duo("eval", "plot", path), "no finished job")
+    assert_refused(duo("eval", "plot", tmp_path / "none"), "none")
