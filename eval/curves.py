@@ -1,0 +1,158 @@
+"""Results as curves: accuracy against KV budget and sizes, time and memory against context. Reads; `figures` draws.
+
+A figure comes with what it shows in words, for those who do not see it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duo_jax import HeadPattern
+from eval.asking import summarized
+from eval.cells import Cell, Key, full, recall_cells
+from eval.efficiency_tables import engine, place
+from eval.figures import Line, lines_figure
+from eval.intervals import Estimate, ratio
+from eval.ledger import read
+from eval.recall import FULL
+from train.figures import curves_figure, gates_figure
+from train.plot import read_metrics
+from train.recipes.base import METRICS_FILE
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A figure, its file's name, and what it shows."""
+
+    name: str
+    figure: Any
+    alt: str
+
+
+def recall_curves(path: Path) -> Iterator[Drawn]:
+    """Accuracy against KV budget; where sizes were compared, against those too (paper's ablations, section 3.5)."""
+    _, cells = recall_cells(path)
+    for length in sorted({key.length for key in cells}):
+        here = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL}
+        about: dict[str, Any] = {"y": "token accuracy, %", "level": _level(FULL, cells[full(length)].accuracy)}
+        if len({key[3:] for key in here}) > 1:
+            yield from _against_sizes(length, here, about)
+        elif here:
+            lines = _lines(here, lambda key: key.method, lambda key: 100 * key.kv_fraction)
+            x = "KV tokens kept, % of full attention's"
+            yield _drawn(f"budget-{length}", lines, title=f"Recall at {length:,} tokens", x=x, **about)
+
+
+def _against_sizes(length: int, cells: dict[Key, Cell], about: dict[str, Any]) -> Iterator[Drawn]:
+    """For each method and sparsity: accuracy against the window, a curve for each number of sinks."""
+    for method, sparsity in sorted({key[1:3] for key in cells}):
+        here = {key: cell for key, cell in cells.items() if key[1:3] == (method, sparsity)}
+        lines = _lines(here, lambda key: f"{key.sink_size} sinks", lambda key: key.recent_size)
+        lines.sort(key=lambda line: int(line.name.split()[0]))
+        title = f"Recall at {length:,} tokens: {method}, {sparsity:.0%} stream"
+        name = f"sizes-{length}-{method}-{round(100 * sparsity)}".replace(" ", "-")
+        yield _drawn(name, lines, title=title, x="recent tokens", **about)
+
+
+def score_curves(path: Path) -> Iterator[Drawn]:
+    """Scores against the KV bytes really held, all methods in one figure, for each length that was asked."""
+    _, records = read(path)
+    scored = [record for record in records if record.get("score") is not None and "held_bytes" in record]
+    for length in sorted({record["job"].get("length", 0) for record in scored}):
+        here = [record for record in scored if record["job"].get("length", 0) == length]
+        kept: dict[tuple[Any, ...], list[float]] = {}
+        for record in here:
+            key = record["job"]["method"], record["job"]["budget"]
+            kept.setdefault(key, []).append(record["held_bytes"] / 1e6)
+        found = {key: _mean(scores) for key, scores in summarized(here, "method", "budget").items()}
+        lines = []
+        for method in dict.fromkeys(key[0] for key in found):
+            keys = [key for key in found if key[0] == method]
+            lines.append(_line(method, [float(np.mean(kept[key])) for key in keys], [found[key] for key in keys]))
+        title = f"Score at {length:,} tokens" if length else "Score"
+        yield _drawn(f"score-{length}", lines, title=title, x="KV held after the prompt, MB", y="score, %")
+
+
+def efficiency_curves(path: Path) -> Iterator[Drawn]:
+    """Prefill, decode and memory against context length, floors dashed."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    done = [result for result in record["results"] if "cannot" not in result]
+    for model, batch in dict.fromkeys(place(result)[:2] for result in done):
+        groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+        for result in done:
+            if place(result)[:2] == (model, batch):
+                groups.setdefault((engine(result), place(result)[3]), []).append(result)
+        for name, field, floor, unit, scale in (
+            ("prefill", "prefill_seconds", "prefill_floor_seconds", "seconds", 1.0),
+            ("decode", "decode_ms", "decode_floor_ms", "ms a token", 1.0),
+            ("memory", "peak_memory_bytes", None, "GB", 1e-9),
+        ):
+            lines = []
+            for (label, chunk), results in groups.items():
+                x = [result["point"]["context"] for result in results]
+                shown = label if chunk is None else f"{label}, chunks of {chunk}"
+                lines.append(Line(shown, x, [scale * result[field] for result in results]))
+                if floor is not None and all(floor in result for result in results) and chunk == _first(groups):
+                    lines.append(Line(f"{label}: floor", x, [result[floor] for result in results], is_floor=True))
+            title = f"{name.capitalize()}: {model}, batch {batch}"
+            yield _drawn(f"{name}-{model}-{batch}", lines, title=title, x="tokens of context", y=unit)
+
+
+def pattern_figures(folder: Path) -> Iterator[Drawn]:
+    """Gates of a pattern, and how training went where it says so."""
+    pattern = HeadPattern.load(folder)
+    gates = pattern.gates.clip(0, 1)
+    about = f"{pattern.num_layers} layers × {pattern.num_kv_heads} KV heads"
+    title = f"{about}\n{(gates > 0.5).sum()} of {gates.size} gates above 0.5, mean {gates.mean():.2f}"
+    alt = f"Gates of {folder.name}: {title}".replace("\n", ", ")
+    yield Drawn("gates", gates_figure(pattern.gates, None, title), f"{alt}.")
+    if (folder / METRICS_FILE).exists():
+        metrics = read_metrics(folder / METRICS_FILE)
+        ends = "; ".join(f"{name} {values[0]:.3g} to {values[-1]:.3g}" for name, values in metrics.items())
+        title = f"{folder.name}, up to step {metrics['step'].max():,.0f}"
+        yield Drawn("training", curves_figure(metrics, title), f"Training of {title}: {ends}.")
+
+
+def _first(groups: dict[tuple[str, int | None], Any]) -> int | None:
+    """The chunk size whose floors are drawn: they are the same for all."""
+    return next((chunk for label, chunk in groups if label == "full"), None)
+
+
+def _lines(cells: dict[Key, Cell], name: Callable[[Key], str], x: Callable[[Key], float]) -> list[Line]:
+    """A curve for each name."""
+    groups: dict[str, list[Key]] = {}
+    for key in cells:
+        groups.setdefault(name(key), []).append(key)
+    return [
+        _line(label, [x(key) for key in keys], [cells[key].accuracy for key in keys]) for label, keys in groups.items()
+    ]
+
+
+def _line(name: str, x: list[float], found: list[Estimate]) -> Line:
+    """In percent; an interval of one sample alone has no ends."""
+    mean, low, high = (np.array([getattr(estimate, end) for estimate in found]) for end in ("mean", "low", "high"))
+    low, high = (np.where(np.isfinite(ends), ends, mean) for ends in (low, high))
+    return Line(name, x, list(100 * mean), list(100 * low), list(100 * high))
+
+
+def _level(name: str, found: Estimate) -> Line:
+    return _line(name, [0.0], [found])
+
+
+def _mean(scores: list[float]) -> Estimate:
+    return ratio(np.array(scores, np.float64), np.ones(len(scores)))
+
+
+def _drawn(name: str, lines: list[Line], *, title: str, x: str, y: str, level: Line | None = None) -> Drawn:
+    """The figure, and its first and last points in words."""
+    said = [f"{level.name} {level.y[0]:.3g}"] if level else []
+    for line in lines:
+        order = np.argsort(line.x)
+        ends = [f"{line.y[index]:.3g} at {line.x[index]:.4g}" for index in dict.fromkeys((order[0], order[-1]))]
+        said.append(f"{line.name} {' to '.join(ends)}")
+    alt = f"{title}. {y} by {x}: {'; '.join(said)}."
+    return Drawn(name, lines_figure(lines, title=title, x=x, y=y, level=level), alt)
