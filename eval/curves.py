@@ -16,7 +16,7 @@ from eval.asking import summarized
 from eval.cells import Cell, Key, full, recall_cells
 from eval.efficiency_tables import engine, place
 from eval.figures import Line, lines_figure
-from eval.intervals import Estimate, ratio
+from eval.intervals import Estimate, mean_score
 from eval.ledger import read
 from eval.recall import FULL
 from train.figures import curves_figure, gates_figure
@@ -68,7 +68,10 @@ def score_curves(path: Path) -> Iterator[Drawn]:
         for record in here:
             key = record["job"]["method"], record["job"]["budget"]
             kept.setdefault(key, []).append(record["held_bytes"] / 1e6)
-        found = {key: _mean(scores) for key, scores in summarized(here, "method", "budget").items()}
+        found = {
+            key: mean_score(np.array(scores, np.float64))
+            for key, scores in summarized(here, "method", "budget").items()
+        }
         lines = []
         for method in dict.fromkeys(key[0] for key in found):
             keys = [key for key in found if key[0] == method]
@@ -134,17 +137,13 @@ def _lines(cells: dict[Key, Cell], name: Callable[[Key], str], x: Callable[[Key]
 
 def _line(name: str, x: list[float], found: list[Estimate]) -> Line:
     """In percent; an interval of one sample alone has no ends."""
-    mean, low, high = (np.array([getattr(estimate, end) for estimate in found]) for end in ("mean", "low", "high"))
-    low, high = (np.where(np.isfinite(ends), ends, mean) for ends in (low, high))
-    return Line(name, x, list(100 * mean), list(100 * low), list(100 * high))
+    found = [estimate.scaled(100) for estimate in found]
+    ends = [np.array([getattr(estimate, end) for estimate in found]) for end in ("mean", "low", "high")]
+    return Line(name, x, *(np.where(np.isfinite(values), values, ends[0]).tolist() for values in ends))
 
 
 def _level(name: str, found: Estimate) -> Line:
     return _line(name, [0.0], [found])
-
-
-def _mean(scores: list[float]) -> Estimate:
-    return ratio(np.array(scores, np.float64), np.ones(len(scores)))
 
 
 def _drawn(name: str, lines: list[Line], *, title: str, x: str, y: str, level: Line | None = None) -> Drawn:

@@ -15,6 +15,10 @@ class Estimate:
     low: float
     high: float
 
+    def scaled(self, factor: float) -> "Estimate":
+        """In another unit, such as percent."""
+        return Estimate(factor * self.mean, factor * self.low, factor * self.high)
+
     def format(self, spec: str) -> str:
         """`mean (low to high)`."""
         return f"{self.mean:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
@@ -34,3 +38,14 @@ def ratio(
     residuals = (totals - mean * counts) / counts.mean()
     half = stats.t.ppf(0.975, number - 1) * residuals.std(ddof=1) / np.sqrt(number)
     return Estimate(float(mean), float(mean - half), float(mean + half))
+
+
+def mean_score(scores: Float[np.ndarray, "S"]) -> Estimate:
+    """The mean of scores between 0 and 1, with Wilson's interval, which stays there.
+
+    It is made for scores that are 0 or 1, which vary the most: of others it is wide rather than short.
+    """
+    number, mean, z = len(scores), scores.mean(), stats.norm.ppf(0.975)
+    centre, scale = mean + z**2 / (2 * number), 1 + z**2 / number
+    half = z * np.sqrt(mean * (1 - mean) / number + z**2 / (4 * number**2))
+    return Estimate(float(mean), float(max(0, centre - half) / scale), float(min(scale, centre + half) / scale))

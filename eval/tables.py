@@ -67,7 +67,7 @@ def recall_details(path: Path) -> str:
         "| --: | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for key, cell in _ordered(cells):
-        points = [_scaled(estimate).format(".1f") for estimate in (cell.accuracy, cell.accuracy_difference)]
+        points = [estimate.scaled(100).format(".1f") for estimate in (cell.accuracy, cell.accuracy_difference)]
         nats = [estimate.format(".3f") for estimate in (cell.nll, cell.nll_difference)]
         values = [points[0], points[1], nats[0], nats[1]]
         sizes = f"{key.sink_size}, {key.recent_size}"
@@ -97,10 +97,6 @@ def _of(accuracy: Estimate, full: Estimate) -> str:
     """In percent, and as a fraction of full attention's."""
     fraction = f" ({accuracy.mean / full.mean:.0%})" if full.mean else ""
     return f"{100 * accuracy.mean:.1f}{fraction}"
-
-
-def _scaled(estimate: Estimate) -> Estimate:
-    return Estimate(100 * estimate.mean, 100 * estimate.low, 100 * estimate.high)
 
 
 def _about_recall(head: dict[str, Any], cells: dict[Key, Cell]) -> list[str]:
