@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
+from duo_jax.validation import check_vocabulary
 from eval.baselines.pools import Duo, Pooled
-from eval.ledger import Ledger
+from eval.ledger import Ledger, read
 from eval.methods import METHODS, Method, greedy, method
 from eval.recall import fingerprint
 
@@ -128,6 +129,7 @@ class Asking:
         jobs: Iterable[J],
         question: Callable[[J], Question],
         *,
+        data: Mapping[str, str] | None = None,
         longest: int,
         shortest: int | None,
     ) -> None:
@@ -138,9 +140,10 @@ class Asking:
             task: what the file is about, beside the model.
             jobs: in an order in which every stage is a usable result.
             question: makes the prompt of a job; the same for every method and budget.
+            data: fingerprints of files that questions are made of, by name.
             longest: tokens of the longest prompt and answer.
-            shortest: tokens of the shortest prompt, at which every budget must be one that the method can meet. None:
-                not known; a prompt too short for a budget gets a record that says so, without a score.
+            shortest: about the tokens of the shortest prompt: budgets that no method can meet there are refused at
+                once. None: not known. A single prompt too short for a budget gets a record without a score.
 
         Raises:
             ValueError: anything in flags or file that cannot be right, before anything is computed.
@@ -153,7 +156,7 @@ class Asking:
             if isinstance(found, Duo)
         }
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        ledger = Ledger.open(out, {**task, **own}, gates)
+        ledger = Ledger.open(out, {**task, **own}, gates | dict(data or {}))
         missing = ledger.missing(jobs)
         if not missing:
             print(f"{out} had all of it")
@@ -170,14 +173,14 @@ class Asking:
                 asked = replace(job, method="", budget=0.0)
                 if made is None or made[0] != asked:
                     made = asked, question(job)
+                check_vocabulary(model.config, made[1].tokens)
                 try:
                     record = answered(made[1], methods[job.method], job.budget, model, self.tokenizer)
-                except ValueError as error:
-                    if shortest is not None:
-                        raise
+                except ValueError as error:  # What can be wrong now is the budget alone.
                     record = {"score": None, "refused": str(error), "tokens": len(made[1].tokens)}
                 append(job, record)
-        print(f"{out} has all of it")
+        refused = [record["refused"] for record in read(out)[1] if "refused" in record]
+        print(f"{out} has all of it" + (f", {len(refused)} without a score: {refused[0]}" if refused else ""))
 
 
 def answered(

@@ -11,6 +11,7 @@ from eval.memory import MemoryTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
 from eval.recall import Recall
+from eval.ruler.command import RulerTask
 from eval.training import Training
 from eval.tune import Tune
 
@@ -23,6 +24,7 @@ class Eval:
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
+        | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]

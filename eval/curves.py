@@ -55,7 +55,7 @@ def _against_sizes(length: int, cells: dict[Key, Cell], about: dict[str, Any]) -
         lines.sort(key=lambda line: int(line.name.split()[0]))
         title = f"Recall at {length:,} tokens: {method}, {sparsity:.0%} stream"
         name = f"sizes-{length}-{method}-{round(100 * sparsity)}".replace(" ", "-")
-        yield _drawn(name, lines, title=title, x="recent tokens", **about)
+        yield _drawn(name, lines, title=title, x="recent tokens", x_is_tokens=True, **about)
 
 
 def score_curves(path: Path) -> Iterator[Drawn]:
@@ -102,7 +102,7 @@ def efficiency_curves(path: Path) -> Iterator[Drawn]:
                 if floor is not None and all(floor in result for result in results) and chunk == _first(groups):
                     lines.append(Line(f"{label}: floor", x, [result[floor] for result in results], is_floor=True))
             title = f"{name.capitalize()}: {model}, batch {batch}"
-            yield _drawn(f"{name}-{model}-{batch}", lines, title=title, x="tokens of context", y=unit)
+            yield _drawn(f"{name}-{model}-{batch}", lines, title=title, x="tokens of context", y=unit, x_is_tokens=True)
 
 
 def pattern_figures(folder: Path) -> Iterator[Drawn]:
@@ -146,7 +146,9 @@ def _level(name: str, found: Estimate) -> Line:
     return _line(name, [0.0], [found])
 
 
-def _drawn(name: str, lines: list[Line], *, title: str, x: str, y: str, level: Line | None = None) -> Drawn:
+def _drawn(
+    name: str, lines: list[Line], *, title: str, x: str, y: str, level: Line | None = None, x_is_tokens: bool = False
+) -> Drawn:
     """The figure, and its first and last points in words."""
     said = [f"{level.name} {level.y[0]:.3g}"] if level else []
     for line in lines:
@@ -154,4 +156,4 @@ def _drawn(name: str, lines: list[Line], *, title: str, x: str, y: str, level: L
         ends = [f"{line.y[index]:.3g} at {line.x[index]:.4g}" for index in dict.fromkeys((order[0], order[-1]))]
         said.append(f"{line.name} {' to '.join(ends)}")
     alt = f"{title}. {y} by {x}: {'; '.join(said)}."
-    return Drawn(name, lines_figure(lines, title=title, x=x, y=y, level=level), alt)
+    return Drawn(name, lines_figure(lines, title=title, x=x, y=y, level=level, x_is_tokens=x_is_tokens), alt)

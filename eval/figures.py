@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 # Beyond, numbers in cells would not be readable.
 MOST_NUMBERS = 14
 COLUMNS = 3
+MOST_TICKS = 7
 # Told apart by all kinds of colour vision, on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7570b3", "#56b4e9", "#a0522d")
 MARKERS = "osD^vPX*"
@@ -67,10 +68,12 @@ class Line:
     is_floor: bool = False
 
 
-def lines_figure(lines: Sequence[Line], *, title: str, x: str, y: str, level: Line | None = None) -> Figure:
+def lines_figure(
+    lines: Sequence[Line], *, title: str, x: str, y: str, level: Line | None = None, x_is_tokens: bool = False
+) -> Figure:
     """Curves with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
 
-    Axes are logarithmic where their values span more than a factor of eight (x) or fifty (y).
+    Axes are logarithmic where numbers of tokens span more than a factor of eight (x), or values one of fifty (y).
     """
     figure = Figure(figsize=(4.6, 3.5 + 0.1 * len(lines)), layout="constrained")
     axes = figure.subplots()
@@ -92,12 +95,17 @@ def lines_figure(lines: Sequence[Line], *, title: str, x: str, y: str, level: Li
         axes.axhline(level.y[0], color="#808080", linewidth=1.0, linestyle=":", label=level.name)
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low[0], level.high[0], color="#808080", alpha=0.2, linewidth=0)
-    for axis, found, most in (("x", [line.x for line in lines], 8), ("y", [line.y for line in lines], 50)):
-        values = np.concatenate([np.asarray(part, float) for part in found])
-        if values.min() > 0 and values.max() > most * values.min():
-            getattr(axes, f"set_{axis}scale")("log")
-        elif axis == "y" and values.min() >= 0:
-            axes.set_ylim(bottom=0)
+    x_values, y_values = (np.concatenate(parts) for parts in ([line.x for line in lines], [line.y for line in lines]))
+    if x_is_tokens and x_values.min() > 0 and x_values.max() > 8 * x_values.min():
+        axes.set_xscale("log")
+        # Where the points are, not at powers of ten.
+        ticks = np.unique(x_values)[:: -(-len(np.unique(x_values)) // MOST_TICKS)]
+        axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
+        axes.set_xticks([], minor=True)
+    if y_values.min() > 0 and y_values.max() > 50 * y_values.min():
+        axes.set_yscale("log")
+    elif y_values.min() >= 0:
+        axes.set_ylim(bottom=0)
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)

@@ -15,6 +15,7 @@ from eval.efficiency_tables import efficiency_table
 from eval.ledger import read
 from eval.score_table import score_table
 from eval.tables import (
+    harness_table,
     kernels_table,
     memory_table,
     prose_table,
@@ -86,6 +87,11 @@ KINDS: tuple[Kind, ...] = (
         lambda first: isinstance(first.get("about"), dict) and "task" in first["about"],
         {"Scores": score_table},
         "eval.curves:score_curves",
+    ),
+    Kind(
+        "Tasks of lm-evaluation-harness",
+        lambda first: {"about", "results", "n-shot", "n-samples"} <= set(first),
+        {"Scores": harness_table},
     ),
     Kind(
         "Time and memory",

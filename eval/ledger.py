@@ -4,6 +4,7 @@ Knows no task: a job is any dataclass, and its record holds it under "job".
 """
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ class Ledger:
 
     Attributes:
         path: the file, there or not.
-        head: its first line: what it is ("about"), which gates stand behind a name ("gates"), and every run so far.
+        head: its first line: what it is ("about"), what stands behind a name ("gates"), and every run so far.
         records: one for each finished job, in the order in which they were finished.
     """
 
@@ -39,10 +40,10 @@ class Ledger:
         Args:
             path: the file.
             about: the settings that all of its records share.
-            gates: fingerprints by name: later runs may add names, but not give one another meaning.
+            gates: fingerprints of gates and data by name: later runs may add names, but not give one another meaning.
 
         Raises:
-            ValueError: not a file of results, or one with other settings or other gates under a name.
+            ValueError: not a file of results, or one with other settings, or other gates or data under a name.
         """
         about = json.loads(json.dumps(about))
         gates = dict(gates or {})
@@ -57,7 +58,7 @@ class Ledger:
         known = head.get("gates", {})
         changed = [name for name in gates if known.get(name, gates[name]) != gates[name]]
         if changed:
-            raise ValueError(f"{path} was made with other gates under the name of {', '.join(changed)}")
+            raise ValueError(f"{path} was made with other gates or data under the name of {', '.join(changed)}")
         return cls(path, head | {"gates": known | gates}, records)
 
     def missing(self, jobs: Iterable[J]) -> list[J]:
@@ -132,6 +133,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not found:
         raise ValueError(f"{path} is empty, not a result of this command; choose another --out")
     return found[0], list({_key(record["job"]): record for record in found[1:]}.values())
+
+
+def sha256(content: bytes) -> str:
+    """A fingerprint."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _key(job: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ scored given what stands before it. That uses every token of a small model's ans
 would use one bit. Text, words and seed are other than those that gates are trained on.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
-from eval.ledger import Ledger
+from eval.ledger import Ledger, sha256
 from train.needles import NeedleData, Needles, Sample
 from train.vocabulary import HELD_OUT
 
@@ -210,4 +209,4 @@ def score_prose(
 
 def fingerprint(pattern: HeadPattern) -> str:
     """Tells gates of the same name apart."""
-    return hashlib.sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes()).hexdigest()[:16]
+    return sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes())

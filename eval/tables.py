@@ -29,13 +29,19 @@ def recall_table(path: Path) -> str:
     lines = []
     for length in sorted({key.length for key in cells}):
         base = cells[full(length)]
-        for sizes in sorted({key[3:] for key in cells if key.length == length and key.method != FULL}):
-            here = {key: cell for key, cell in cells.items() if key.length == length and key[3:] == sizes}
+        here = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL}
+        sizes = {key[3:] for key in here}
+        about = f"Full attention {100 * base.accuracy.mean:.1f}"
+        if len(sizes) > 1:
+            for method, sparsity in sorted({key[1:3] for key in here}):
+                lines += [f"{length} tokens, {method}, {sparsity:.0%} stream:", ""]
+                lines += [*_size_rows({key: here[key] for key in here if key[1:3] == (method, sparsity)}, base), ""]
+        elif sizes:
             lines += [*_recall_rows(length, here, base), ""]
-            streaming = here.get(Key(length, STREAMING, 1.0, *sizes))
-            about = f"Full attention {100 * base.accuracy.mean:.1f}"
+            streaming = next((cell for key, cell in here.items() if key.method == STREAMING), None)
             about += f", every head streaming {100 * streaming.accuracy.mean:.1f}" if streaming else ""
-            lines += [f"{about}; sink {sizes[0]}, recent {sizes[1]}.\n"]
+            about += "; sink {}, recent {}".format(*sizes.pop())
+        lines += [f"{about}.\n"]
     return "\n".join([*lines, *_about_recall(head, cells)])
 
 
@@ -55,6 +61,20 @@ def _recall_rows(length: int, cells: dict[Key, Cell], base: Cell) -> list[str]:
             for sparsity in sparsities
         ]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return lines
+
+
+def _size_rows(cells: dict[Key, Cell], base: Cell) -> list[str]:
+    """One table: sinks by windows."""
+    found = {key[3:]: cell.accuracy for key, cell in cells.items()}
+    windows = sorted({recent for _, recent in found})
+    lines = [
+        "| sinks | " + " | ".join(f"{recent} recent" for recent in windows) + " |",
+        "| --: " * (1 + len(windows)) + "|",
+    ]
+    for sinks in sorted({sink for sink, _ in found}):
+        row = [_of(found[sinks, recent], base.accuracy) if (sinks, recent) in found else "" for recent in windows]
+        lines.append(f"| {sinks} | " + " | ".join(row) + " |")
     return lines
 
 
@@ -81,6 +101,8 @@ def recall_details(path: Path) -> str:
 def prose_table(path: Path) -> str:
     """Next-token loss on the text itself."""
     _, cells = recall_cells(path, prose=True)
+    if not cells:
+        return ""
     lines = ["| method | stream | loss, nats a token | difference to full attention |", "| --- | --: | --: | --: |"]
     for key, cell in _ordered(cells):
         difference = "" if key.method == FULL else cell.nll_difference.format(".3f")
@@ -188,6 +210,22 @@ def suite_table(path: Path) -> str:
         said = result.get("failed") or result.get("cannot") or section.line(result["case"], result)
         lines.append(f"| {said} |")
     return "\n".join([*lines, "", f"{record['device']}, commit {record['machine']['commit']}; `{record['command']}`."])
+
+
+def harness_table(path: Path) -> str:
+    """What lm-eval found, task by task: each metric with its standard error."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | shots | n | metric | value | standard error |", "| --- | --: | --: | --- | --: | --: |"]
+    for task, metrics in record["results"].items():
+        shots, number = record["n-shot"].get(task, ""), record["n-samples"].get(task, {}).get("effective", "")
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                label = metric if filtered in ("", "none") else f"{metric}, {filtered}"
+                lines.append(f"| {task} | {shots} | {number} | {label} | {value:.4f} | {shown} |")
+    return "\n".join(lines)
 
 
 def _compiled_with(record: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def test_a_file_of_another_run_is_refused(tmp_path):
         Ledger.open(path, ABOUT | {"sizes": (1, 3)})
     with Ledger.open(path, ABOUT, {"mine": "1234"}).writing():
         pass
-    with pytest.raises(ValueError, match="other gates under the name of mine"):
+    with pytest.raises(ValueError, match="other gates or data under the name of mine"):
         Ledger.open(path, ABOUT, {"mine": "5678"})
     assert Ledger.open(path, ABOUT, {"yours": "5678"}).head["gates"] == {"mine": "1234", "yours": "5678"}
 

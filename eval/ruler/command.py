@@ -1,0 +1,135 @@
+"""`duo eval ruler`: which tasks at which lengths, and their scores."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from eval.asking import Asking, Job, Question, summarized
+from eval.ledger import read, sha256
+from eval.lm_eval_files import tasks_folder
+from eval.prompt import prompt
+from eval.ruler.kind import Example, Material, fitted
+from eval.ruler.qa import Questions, load
+from eval.ruler.tasks import TASKS, score
+from train.haystack import load_haystack
+
+# Tasks that need a file, and its format.
+FILES: dict[str, Literal["squad", "hotpot"]] = {"qa_squad": "squad", "qa_hotpot": "hotpot"}
+
+
+@dataclass(frozen=True)
+class Entry(Job):
+    """One example of a task, put to one method."""
+
+    task: str
+    length: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class RulerTask:
+    """Ask the questions of RULER (arXiv 2404.06654), generated here at any length for any tokenizer."""
+
+    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    out: Path = Path("ruler.jsonl")
+    """File to append to; what it has already is not computed again."""
+    tasks: tuple[str, ...] = ()
+    """Some of niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_squad,
+    qa_hotpot; by default all, but for the last two where their files are not given."""
+    lengths: tuple[int, ...] = (2048, 4096)
+    """Tokens of prompt and answer."""
+    samples: int = 20
+    """Examples of each task at each length."""
+    haystack: str = "essays"
+    """Text for needles, as in `duo eval needle`; RULER's own are these essays."""
+    haystack_chars: int | None = 20_000_000
+    """Characters of the haystack to read at most."""
+    squad: Path | None = None
+    """File in SQuAD's format, for qa_squad."""
+    hotpot: Path | None = None
+    """File in HotpotQA's format, for qa_hotpot."""
+    seed: int = 0
+    """Example i of a task depends on this, its length, and i alone."""
+
+    def run(self) -> None:
+        """Ask for what the file lacks; print the means."""
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            raise ValueError(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+        for name, style in FILES.items():
+            if name in self.tasks and getattr(self, style) is None:
+                raise ValueError(f"{name} needs a file: give --{style}, or leave it out of --tasks")
+        if not self.lengths or min(*self.lengths, self.samples) < 1:
+            raise ValueError(f"need lengths and samples of at least 1, got {self.lengths=}, {self.samples=}")
+        tasks_folder("ruler")
+        settings = asdict(self)
+        shared = {name: settings[name] for name in ("haystack", "haystack_chars", "seed")}
+        _ = self._questions  # Files that are not what they should be are refused first.
+        data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
+        self.asking.ask(
+            self.out,
+            {"task": "ruler", **shared},
+            self._jobs(),
+            self._question,
+            data=data,
+            longest=max(self.lengths),
+            shortest=max(1, 3 * min(self.lengths) // 4),
+        )
+        cells = summarized(read(self.out)[1], "method", "budget", "length", "task")
+        for method, budget, length in dict.fromkeys(key[:3] for key in cells):
+            scores = {key[3]: np.mean(found) for key, found in cells.items() if key[:3] == (method, budget, length)}
+            each = ", ".join(f"{name} {mean:.2f}" for name, mean in scores.items())
+            mean = np.mean(list(scores.values()))
+            print(f"{method} at {budget:g} of the KV bytes, {length} tokens: {mean:.3f} ({each})")
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
+        return self.tasks or tuple(
+            name for name in TASKS if name not in FILES or getattr(self, FILES[name]) is not None
+        )
+
+    def _jobs(self) -> Iterator[Entry]:
+        """One example of everything first, then the next; all methods side by side."""
+        for sample in range(self.samples):
+            for length in sorted(self.lengths):
+                for task in self._chosen:
+                    for method, budget in self.asking.cells():
+                        yield Entry(method, budget, task, length, sample)
+
+    def _question(self, job: Entry) -> Question:
+        kind = TASKS[job.task]
+
+        def tokens(example: Example) -> list[int]:
+            return prompt(
+                self.asking.tokenizer, example.text, example.answer, use_chat=self.asking.chat, joint=kind.joint
+            )
+
+        material = Material(self._words, self._questions.get(job.task), job.length)
+        example, size = fitted(
+            kind, (self.seed, job.task, job.length, job.sample), material, lambda made: len(tokens(made))
+        )
+        return Question(
+            np.asarray(tokens(example), np.int32),
+            kind.max_new_tokens,
+            lambda answer: score(kind, example, answer),
+            {"outputs": example.outputs, "size": size},
+        )
+
+    @cached_property
+    def _words(self) -> tuple[str, ...]:
+        """Enough words of the haystack: no token is shorter than a character."""
+        return tuple(load_haystack(self.haystack, max_chars=self.haystack_chars).split())
+
+    @property
+    def _files(self) -> dict[str, Literal["squad", "hotpot"]]:
+        """Tasks with a file that are asked, and its format."""
+        return {name: style for name, style in FILES.items() if name in self._chosen}
+
+    @cached_property
+    def _questions(self) -> dict[str, Questions]:
+        return {name: load(getattr(self, style), style) for name, style in self._files.items()}
