@@ -51,7 +51,7 @@ def _against_sizes(length: int, cells: dict[Key, Cell], about: dict[str, Any]) -
     """For each method and sparsity: accuracy against the window, a curve for each number of sinks."""
     for method, sparsity in sorted({key[1:3] for key in cells}):
         here = {key: cell for key, cell in cells.items() if key[1:3] == (method, sparsity)}
-        lines = _lines(here, lambda key: f"{key.sink_size} sinks", lambda key: key.recent_size)
+        lines = _lines(here, lambda key: f"{key.sink_size} sinks", lambda key: float(key.recent_size))
         lines.sort(key=lambda line: int(line.name.split()[0]))
         title = f"Recall at {length:,} tokens: {method}, {sparsity:.0%} stream"
         name = f"sizes-{length}-{method}-{round(100 * sparsity)}".replace(" ", "-")
@@ -81,28 +81,36 @@ def score_curves(path: Path) -> Iterator[Drawn]:
 
 
 def efficiency_curves(path: Path) -> Iterator[Drawn]:
-    """Prefill, decode and memory against context length, floors dashed."""
+    """Prefill, decode and memory against context length, this library's floors dashed."""
     record = json.loads(path.read_text(encoding="utf-8"))
     done = [result for result in record["results"] if "cannot" not in result]
     for model, batch in dict.fromkeys(place(result)[:2] for result in done):
-        groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
-        for result in done:
-            if place(result)[:2] == (model, batch):
-                groups.setdefault((engine(result), place(result)[3]), []).append(result)
+        here = [result for result in done if place(result)[:2] == (model, batch)]
         for name, field, floor, unit, scale in (
             ("prefill", "prefill_seconds", "prefill_floor_seconds", "seconds", 1.0),
             ("decode", "decode_ms", "decode_floor_ms", "ms a token", 1.0),
             ("memory", "peak_memory_bytes", None, "GB", 1e-9),
         ):
-            lines = []
-            for (label, chunk), results in groups.items():
-                x = [result["point"]["context"] for result in results]
-                shown = label if chunk is None else f"{label}, chunks of {chunk}"
-                lines.append(Line(shown, x, [scale * result[field] for result in results]))
-                if floor is not None and all(floor in result for result in results) and chunk == _first(groups):
-                    lines.append(Line(f"{label}: floor", x, [result[floor] for result in results], is_floor=True))
+            lines = _against_context(here, field, floor, scale)
             title = f"{name.capitalize()}: {model}, batch {batch}"
             yield _drawn(f"{name}-{model}-{batch}", lines, title=title, x="tokens of context", y=unit, x_is_tokens=True)
+
+
+def _against_context(results: list[dict[str, Any]], field: str, floor: str | None, scale: float) -> list[Line]:
+    """A curve for each engine and chunk size; floors are the same for all chunk sizes, and drawn once."""
+    groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((engine(result), place(result)[3]), []).append(result)
+    lines, with_floor = [], set()
+    for (label, chunk), found in groups.items():
+        x = [float(result["point"]["context"]) for result in found]
+        shown = label if chunk is None else f"{label}, chunks of {chunk}"
+        lines.append(Line(shown, x, [float(scale * result[field]) for result in found]))
+        is_ours = all(result["point"]["engine"] == "duo" and floor in result for result in found)
+        if floor is not None and is_ours and label not in with_floor:
+            with_floor.add(label)
+            lines.append(Line(f"{label}: floor", x, [float(result[floor]) for result in found], is_floor=True))
+    return lines
 
 
 def pattern_figures(folder: Path) -> Iterator[Drawn]:
@@ -118,11 +126,6 @@ def pattern_figures(folder: Path) -> Iterator[Drawn]:
         ends = "; ".join(f"{name} {values[0]:.3g} to {values[-1]:.3g}" for name, values in metrics.items())
         title = f"{folder.name}, up to step {metrics['step'].max():,.0f}"
         yield Drawn("training", curves_figure(metrics, title), f"Training of {title}: {ends}.")
-
-
-def _first(groups: dict[tuple[str, int | None], Any]) -> int | None:
-    """The chunk size whose floors are drawn: they are the same for all."""
-    return next((chunk for label, chunk in groups if label == "full"), None)
 
 
 def _lines(cells: dict[Key, Cell], name: Callable[[Key], str], x: Callable[[Key], float]) -> list[Line]:

@@ -92,7 +92,7 @@ def lines_figure(
         marker = MARKERS[number % len(MARKERS)]
         axes.errorbar(np.asarray(line.x, float)[order], values, marker=marker, markersize=4, **style)
     if level is not None:
-        axes.axhline(level.y[0], color="#808080", linewidth=1.0, linestyle=":", label=level.name)
+        axes.axhline(level.y[0], color="#808080", linewidth=1.4, linestyle=":", label=level.name)
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low[0], level.high[0], color="#808080", alpha=0.2, linewidth=0)
     x_values, y_values = (np.concatenate(parts) for parts in ([line.x for line in lines], [line.y for line in lines]))

@@ -15,7 +15,7 @@ class Estimate:
     low: float
     high: float
 
-    def scaled(self, factor: float) -> "Estimate":
+    def scaled(self, factor: float | int) -> "Estimate":
         """In another unit, such as percent."""
         return Estimate(factor * self.mean, factor * self.low, factor * self.high)
 

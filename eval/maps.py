@@ -21,6 +21,8 @@ def needle_poster(path: Path) -> Any:
 
 def needle_maps(path: Path) -> Iterator[Drawn]:
     """A figure for every method and budget."""
+    if not read(path)[1]:
+        return
     maps, lengths, depths, title = _maps(path)
     for row in maps:
         for name, scores in row.items():

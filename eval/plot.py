@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 import tyro
 
 from eval.kinds import KINDS, kind_of
+from eval.ledger import read
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def draw(file: Path, out: Path | None = None) -> list[Path]:
         known = ", ".join(kind.title.lower() for kind in KINDS if kind.figures)
         what = "no result that is known here" if kind is None else f"about {kind.title.lower()}"
         raise ValueError(f"{file} is {what}, which has no figure; there are figures of {known}")
+    if file.suffix == ".jsonl" and not read(file)[1]:
+        raise ValueError(f"{file} has no finished job yet")
     require_matplotlib()
     from train.figures import save
 

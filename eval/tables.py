@@ -26,6 +26,8 @@ PAGES = (
 def recall_table(path: Path) -> str:
     """Token accuracy of held-out passkeys, and that as a percentage of full attention's: recipe by sparsity."""
     head, cells = recall_cells(path)
+    if not cells:
+        return "No job is finished yet."
     lines = []
     for length in sorted({key.length for key in cells}):
         base = cells[full(length)]
