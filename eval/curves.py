@@ -158,5 +158,5 @@ def _drawn(
         order = np.argsort(line.x)
         ends = [f"{line.y[index]:.3g} at {line.x[index]:.4g}" for index in dict.fromkeys((order[0], order[-1]))]
         said.append(f"{line.name} {' to '.join(ends)}")
-    alt = f"{title}. {y} by {x}: {'; '.join(said)}."
+    alt = f"{title}: {y}, against {x}. {'; '.join(said)}."
     return Drawn(name, lines_figure(lines, title=title, x=x, y=y, level=level, x_is_tokens=x_is_tokens), alt)
