@@ -4,7 +4,7 @@ Knows no task: it says which jobs there are, what is asked in one, and how an an
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 from duo_jax.validation import check_vocabulary
 from eval.baselines.pools import Duo, Pooled
-from eval.ledger import Ledger, read
+from eval.intervals import of_scores
+from eval.ledger import Ledger, fingerprint, read, sha256
 from eval.methods import METHODS, Method, greedy, method
-from eval.recall import fingerprint
 
 # Holds every token whatever the budget.
 FULL = "full"
@@ -77,14 +77,10 @@ class Asking:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
 
-    def check(self, longest: int) -> None:
-        """Raise ValueError if `longest` tokens are more than the model was trained for; no weights are read."""
-        trained = open_source(self.model, weights=False).config.trained_positions
-        if longest > trained:
-            raise ValueError(
-                f"{longest} tokens of prompt and answer are more than the {trained} that {self.model} was trained for: "
-                "ask for less"
-            )
+    @cached_property
+    def trained_positions(self) -> int:
+        """Tokens that the model was trained for; no weights are read."""
+        return open_source(self.model, weights=False).config.trained_positions
 
     def cells(self) -> tuple[tuple[str, float], ...]:
         """Every method at every budget that it can have.
@@ -148,15 +144,15 @@ class Asking:
         Raises:
             ValueError: anything in flags or file that cannot be right, before anything is computed.
         """
-        self.check(longest)
+        if longest > self.trained_positions:
+            raise ValueError(
+                f"{longest} tokens of prompt and answer are more than the {self.trained_positions} that {self.model} "
+                "was trained for: ask for less"
+            )
         methods = self.resolved()
-        gates = {
-            name: fingerprint(HeadPattern.load(found.pattern))
-            for name, found in methods.items()
-            if isinstance(found, Duo)
-        }
+        behind = {name: _behind(found) for name, found in methods.items()}
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        ledger = Ledger.open(out, {**task, **own}, gates | dict(data or {}))
+        ledger = Ledger.open(out, {**task, **own}, behind | dict(data or {}))
         missing = ledger.missing(jobs)
         if not missing:
             print(f"{out} had all of it")
@@ -181,6 +177,11 @@ class Asking:
                 append(job, record)
         refused = [record["refused"] for record in read(out)[1] if "refused" in record]
         print(f"{out} has all of it" + (f", {len(refused)} without a score: {refused[0]}" if refused else ""))
+
+
+def _behind(method: Method) -> str:
+    """What a name stands for: gates, or settings, which a later version may change."""
+    return fingerprint(HeadPattern.load(method.pattern)) if isinstance(method, Duo) else sha256(repr(method).encode())
 
 
 def answered(
@@ -218,3 +219,9 @@ def summarized(records: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[
         if record["score"] is not None:
             found.setdefault(tuple(record["job"][name] for name in names), []).append(record["score"])
     return found
+
+
+def with_interval(scores: Sequence[float]) -> str:
+    """Their mean, its 95 % interval, and how many there are."""
+    estimate = of_scores(np.array(scores, float))
+    return f"{estimate.format('.3f') if len(scores) > 1 else f'{estimate.mean:.3f}'}, n = {len(scores)}"

@@ -7,6 +7,7 @@ import tyro
 
 from eval.efficiency import Efficiency
 from eval.kernels import Kernels
+from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
@@ -25,6 +26,7 @@ class Eval:
         | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
+        | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]

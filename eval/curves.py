@@ -16,7 +16,7 @@ from eval.asking import summarized
 from eval.cells import Cell, Key, full, recall_cells
 from eval.efficiency_tables import engine, place
 from eval.figures import Line, lines_figure
-from eval.intervals import Estimate, mean_score
+from eval.intervals import Estimate, of_scores
 from eval.ledger import read
 from eval.recall import FULL
 from train.figures import curves_figure, gates_figure
@@ -69,8 +69,7 @@ def score_curves(path: Path) -> Iterator[Drawn]:
             key = record["job"]["method"], record["job"]["budget"]
             kept.setdefault(key, []).append(record["held_bytes"] / 1e6)
         found = {
-            key: mean_score(np.array(scores, np.float64))
-            for key, scores in summarized(here, "method", "budget").items()
+            key: of_scores(np.array(scores, np.float64)) for key, scores in summarized(here, "method", "budget").items()
         }
         lines = []
         for method in dict.fromkeys(key[0] for key in found):

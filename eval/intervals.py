@@ -40,12 +40,12 @@ def ratio(
     return Estimate(float(mean), float(mean - half), float(mean + half))
 
 
-def mean_score(scores: Float[np.ndarray, "S"]) -> Estimate:
-    """The mean of scores between 0 and 1, with Wilson's interval, which stays there.
+def of_scores(scores: Float[np.ndarray, "S"]) -> Estimate:
+    """The mean of independent scores in [0, 1]: Wilson's interval where each is right or wrong, else Student's.
 
-    It is made for scores that are 0 or 1, which vary the most: of others it is wide rather than short.
+    Student's would be a point where all are right.
     """
-    number, mean, z = len(scores), scores.mean(), stats.norm.ppf(0.975)
-    centre, scale = mean + z**2 / (2 * number), 1 + z**2 / number
-    half = z * np.sqrt(mean * (1 - mean) / number + z**2 / (4 * number**2))
-    return Estimate(float(mean), float(max(0, centre - half) / scale), float(min(scale, centre + half) / scale))
+    if not np.isin(scores, (0.0, 1.0)).all():
+        return ratio(scores, np.ones_like(scores))
+    low, high = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
+    return Estimate(float(scores.mean()), float(low), float(high))

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import numpy as np
+
+from duo_jax import HeadPattern
 from duo_jax.files import write_text
 from eval.record import provenance
 from train.identify import differences
@@ -62,9 +65,10 @@ class Ledger:
         return cls(path, head | {"gates": known | gates}, records)
 
     def missing(self, jobs: Iterable[J]) -> list[J]:
-        """The jobs without a record, in their order."""
+        """The jobs without a record, in their order, each once."""
         done = {_key(record["job"]) for record in self.records}
-        return [job for job in jobs if _key(asdict(job)) not in done]  # type: ignore[call-overload]
+        wanted = {_key(asdict(job)): job for job in jobs}  # type: ignore[call-overload]
+        return [job for key, job in wanted.items() if key not in done]
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
@@ -133,6 +137,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not found:
         raise ValueError(f"{path} is empty, not a result of this command; choose another --out")
     return found[0], list({_key(record["job"]): record for record in found[1:]}.values())
+
+
+def fingerprint(pattern: HeadPattern) -> str:
+    """Tells gates of the same name apart."""
+    return sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes())
 
 
 def sha256(content: bytes) -> str:

@@ -13,8 +13,13 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax import Model
+from eval.baselines.fastgen import FastGen
+from eval.baselines.h2o import H2O
 from eval.baselines.method import Memory, Method, State
 from eval.baselines.pools import Duo, Full, RandomHeads
+from eval.baselines.snapkv import SnapKV
+from eval.baselines.streamingllm import StreamingLLM
+from eval.baselines.tova import TOVA
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method"]
 
@@ -23,6 +28,11 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "duo": Duo,
     "random-heads": RandomHeads,
+    "streamingllm": StreamingLLM,
+    "h2o": H2O,
+    "tova": TOVA,
+    "snapkv": SnapKV,
+    "fastgen": FastGen,
 }
 
 

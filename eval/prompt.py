@@ -23,8 +23,34 @@ def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[list[i
 
 
 def prompt(
-    tokenizer: PreTrainedTokenizerBase, text: str, answer: str = "", *, use_chat: bool, joint: str = "\n"
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    answer: str = "",
+    *,
+    use_chat: bool,
+    joint: str = "\n",
+    limit: int | None = None,
 ) -> list[int]:
-    """The tokens of a question; `answer` is what its answer begins with, after `joint` where there is no template."""
+    """The tokens of a question.
+
+    Args:
+        tokenizer: the model's.
+        text: what is asked.
+        answer: what its answer begins with.
+        use_chat: ask in the chat template, where there is one.
+        joint: comes before `answer` where there is none.
+        limit: most tokens. Of a longer text the middle is left out, as LongBench does: what is asked is at its ends.
+
+    Raises:
+        ValueError: a limit that leaves no room for any text.
+    """
     before, after = frame(tokenizer, use_chat=use_chat)
-    return before + encode(tokenizer, text + (joint if after is None else after) + answer)
+    ending = (joint if after is None else after) + answer
+    tokens = before + encode(tokenizer, text + ending)
+    if limit is None or len(tokens) <= limit:
+        return tokens
+    body, tail = encode(tokenizer, text), encode(tokenizer, ending)
+    room = limit - len(before) - len(tail)
+    if room < 2:
+        raise ValueError(f"{limit} tokens leave {room} for a text beside {len(before) + len(tail)} of its frame")
+    return [*before, *body[: room - room // 2], *body[len(body) - room // 2 :], *tail]

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
-from eval.ledger import Ledger, sha256
+from eval.ledger import Ledger, fingerprint
 from train.needles import NeedleData, Needles, Sample
 from train.vocabulary import HELD_OUT
 
@@ -205,8 +205,3 @@ def score_prose(
         "hits": [int(scores.is_top.sum())],
         "nll": [-float(np.asarray(scores.logprobs, np.float64).sum())],
     }
-
-
-def fingerprint(pattern: HeadPattern) -> str:
-    """Tells gates of the same name apart."""
-    return sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes())

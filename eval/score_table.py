@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from eval.asking import summarized
-from eval.intervals import mean_score
+from eval.intervals import of_scores
 from eval.ledger import read
 
 # Fields of a job that make a row of their own, where a job has them.
@@ -28,7 +28,8 @@ def score_table(path: Path) -> str:
         key = tuple(record["job"][name] for name in (*names, "method", "budget"))
         held.setdefault(key, []).append(record.get("held_bytes", np.nan) / 1e6)
     for key, scores in sorted(summarized(records, *names, "method", "budget").items(), key=lambda item: str(item[0])):
-        shown = mean_score(np.array(scores, np.float64)).scaled(100).format(".1f")
+        found = of_scores(np.array(scores, np.float64)).scaled(100)
+        shown = found.format(".1f") if np.isfinite(found.low) else f"{found.mean:.1f}"
         kept = np.nanmean(held[key]) if np.isfinite(held[key]).any() else None
         cells = [*map(str, key[:-1]), f"{key[-1]:g}", str(len(scores)), shown, "" if kept is None else f"{kept:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")

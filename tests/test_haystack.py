@@ -86,8 +86,8 @@ def test_a_data_set_may_name_its_field(hub):
 def test_no_more_of_a_data_set_is_read_than_asked_for(monkeypatch):
     read = []
 
-    def endless(name, *, split, streaming):
-        assert (name, split, streaming) == ("owner/name", "train", True)
+    def endless(name, subset, *, split, streaming):
+        assert (name, subset, split, streaming) == ("owner/name", None, "train", True)
         return ({"text": f"text {read.append(number) or number}"} for number in itertools.count())
 
     monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", endless)

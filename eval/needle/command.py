@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from jaxtyping import Int32
 
-from eval.asking import Asking, Job, Question, summarized
+from eval.asking import Asking, Job, Question, summarized, with_interval
 from eval.ledger import read
 from eval.needle.hide import hide
 from eval.needle.styles import STYLES
@@ -71,7 +71,7 @@ class NeedleTask:
             shortest=max(min(self.lengths) - room, 1),
         )
         for (method, budget), scores in summarized(read(self.out)[1], "method", "budget").items():
-            print(f"{method} at {budget:g} of the KV bytes: {np.mean(scores):.3f} over {len(scores)} needles")
+            print(f"{method} at {budget:g} of the KV bytes: {with_interval(scores)}")
         for path in draw(self.out):
             print(path)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from eval.asking import Asking, Job, Question, summarized
+from eval.asking import Asking, Job, Question, summarized, with_interval
 from eval.ledger import read, sha256
 from eval.lm_eval_files import tasks_folder
 from eval.prompt import prompt
@@ -82,10 +82,10 @@ class RulerTask:
         )
         cells = summarized(read(self.out)[1], "method", "budget", "length", "task")
         for method, budget, length in dict.fromkeys(key[:3] for key in cells):
-            scores = {key[3]: np.mean(found) for key, found in cells.items() if key[:3] == (method, budget, length)}
-            each = ", ".join(f"{name} {mean:.2f}" for name, mean in scores.items())
-            mean = np.mean(list(scores.values()))
-            print(f"{method} at {budget:g} of the KV bytes, {length} tokens: {mean:.3f} ({each})")
+            here = {key[3]: found for key, found in cells.items() if key[:3] == (method, budget, length)}
+            each = ", ".join(f"{name} {np.mean(found):.2f}" for name, found in here.items())
+            mean = with_interval([score for found in here.values() for score in found])
+            print(f"{method} at {budget:g} of the KV bytes, {length} tokens: {mean} ({each})")
 
     @property
     def _chosen(self) -> tuple[str, ...]:

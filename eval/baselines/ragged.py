@@ -1,0 +1,83 @@
+"""A cache whose heads hold different numbers of tokens, end to end in one array. Knows no rule.
+
+Slots of a head lie together, heads in the order of layers; what is left over at the end belongs to no head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.blocks import Softmax, accumulate, cdiv, empty, finish, log_sum_exp
+
+# Slots read at a time.
+BLOCK = 256
+
+
+class Ragged(NamedTuple):
+    """`M` slots of `P = L * K` heads."""
+
+    k: Float[Array, "M H"]
+    v: Float[Array, "M H"]
+    position: Int32[Array, "M"]  # -1: an empty slot
+    score: Float[Array, "M"]  # attention that a token received so far
+    kind: Int32[Array, "M"]  # what kind of token it is
+    head: Int32[Array, "M"]  # whose slot it is; P: nobody's
+    offset: Int32[Array, "P"]  # first slot of each head
+    size: Int32[Array, "P"]  # slots of each head
+
+
+def goes(priority: Float[Array, "M"], cache: Ragged) -> Int32[Array, "P"]:
+    """Slot of each head for a new token: an empty one, else that of the lowest priority, of equals the oldest."""
+    heads = cache.offset.shape[0]
+
+    def least(values: Array) -> Array:
+        return jax.ops.segment_min(values, cache.head, num_segments=heads + 1, indices_are_sorted=True)
+
+    none = np.iinfo(np.int32).max
+    priority = jnp.where(cache.position < 0, -jnp.inf, priority)
+    lowest = priority == least(priority)[cache.head]
+    oldest = least(jnp.where(lowest, cache.position, none))[cache.head]
+    slots = jnp.arange(priority.shape[0], dtype=jnp.int32)
+    return least(jnp.where(lowest & (cache.position == oldest), slots, none))[:heads]
+
+
+def attend_one(q: Float[Array, "K G H"], cache: Ragged, first: int) -> tuple[Float[Array, "K G H"], Float[Array, "M"]]:
+    """One token over the heads from `first` on: the output, and the scores with its weights added, a group's mean."""
+    num_heads, group, head_dim = q.shape
+    block = min(BLOCK, cache.k.shape[0])
+
+    def one_head(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, score = carry
+        begin, size = cache.offset[first + i], cache.size[first + i]
+        queries = q[i][None]
+
+        def load(j: Array) -> tuple[Array, Array, Array]:
+            wanted = begin + j * block
+            at = jnp.minimum(wanted, cache.k.shape[0] - block)
+            index = at + jnp.arange(block, dtype=jnp.int32)
+            held = lax.dynamic_slice_in_dim(cache.position, at, block) >= 0
+            return at, lax.dynamic_slice_in_dim(cache.k, at, block), held & (index >= wanted) & (index < begin + size)
+
+        def add(j: Array, state: Softmax) -> Softmax:
+            at, keys, seen = load(j)
+            values = lax.dynamic_slice_in_dim(cache.v, at, block)
+            return accumulate(state, queries, keys[None], values[None], seen[None, None, :])
+
+        blocks = cdiv(size, block)
+        state = lax.fori_loop(jnp.int32(0), blocks, add, empty(1, group, head_dim))
+        total = log_sum_exp(state)[0]
+
+        def remember(j: Array, score: Array) -> Array:
+            at, keys, seen = load(j)
+            logits = jnp.einsum("gh,sh->gs", q[i], keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+            weights = jnp.where(seen, jnp.exp(logits - total[:, None]).mean(0), 0.0)
+            return lax.dynamic_update_slice_in_dim(score, lax.dynamic_slice_in_dim(score, at, block) + weights, at, 0)
+
+        score = lax.fori_loop(jnp.int32(0), blocks, remember, score)
+        return lax.dynamic_update_index_in_dim(out, finish(state, q.dtype)[0], i, 0), score
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(num_heads), one_head, (jnp.zeros_like(q), cache.score))
