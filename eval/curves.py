@@ -4,6 +4,7 @@ A figure comes with what it shows in words, for those who do not see it.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,16 @@ from train.recipes.base import METRICS_FILE
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A figure, its file's name, and what it shows."""
+    """A figure, its name (letters, digits and dashes), and what it shows."""
 
     name: str
     figure: Any
     alt: str
+
+
+def file_name(text: str) -> str:
+    """Text as a part of a file's name."""
+    return re.sub(r"\W+", "-", text).strip("-")
 
 
 def recall_curves(path: Path) -> Iterator[Drawn]:
@@ -54,29 +60,46 @@ def _against_sizes(length: int, cells: dict[Key, Cell], about: dict[str, Any]) -
         lines = _lines(here, lambda key: f"{key.sink_size} sinks", lambda key: float(key.recent_size))
         lines.sort(key=lambda line: int(line.name.split()[0]))
         title = f"Recall at {length:,} tokens: {method}, {sparsity:.0%} stream"
-        name = f"sizes-{length}-{method}-{round(100 * sparsity)}".replace(" ", "-")
+        name = f"sizes-{length}-{method}-{round(100 * sparsity)}"
         yield _drawn(name, lines, title=title, x="recent tokens", x_is_tokens=True, **about)
 
 
 def score_curves(path: Path) -> Iterator[Drawn]:
-    """Scores against the KV bytes really held, all methods in one figure, for each length that was asked."""
+    """Scores against the KV bytes really held, all methods in one figure; of a few lengths, one each too."""
     _, records = read(path)
     scored = [record for record in records if record.get("score") is not None and "held_bytes" in record]
-    for length in sorted({record["job"].get("length", 0) for record in scored}):
+    if not scored:
+        return
+    # What full attention holds of the same question.
+    whole = {_asked(record): record["held_bytes"] for record in scored if record["job"]["budget"] == 1}
+    lengths = sorted({record["job"].get("length", 0) for record in scored})
+    yield _scores("score", "Score", scored, whole)
+    for length in lengths if 1 < len(lengths) <= 4 else ():
         here = [record for record in scored if record["job"].get("length", 0) == length]
-        kept: dict[tuple[Any, ...], list[float]] = {}
-        for record in here:
-            key = record["job"]["method"], record["job"]["budget"]
-            kept.setdefault(key, []).append(record["held_bytes"] / 1e6)
-        found = {
-            key: of_scores(np.array(scores, np.float64)) for key, scores in summarized(here, "method", "budget").items()
-        }
-        lines = []
-        for method in dict.fromkeys(key[0] for key in found):
-            keys = [key for key in found if key[0] == method]
-            lines.append(_line(method, [float(np.mean(kept[key])) for key in keys], [found[key] for key in keys]))
-        title = f"Score at {length:,} tokens" if length else "Score"
-        yield _drawn(f"score-{length}", lines, title=title, x="KV held after the prompt, MB", y="score, %")
+        yield _scores(f"score-{length}", f"Score at {length:,} tokens", here, whole)
+
+
+def _asked(record: dict[str, Any]) -> str:
+    """Which question, to whomever."""
+    return json.dumps({name: value for name, value in record["job"].items() if name not in ("method", "budget")})
+
+
+def _scores(name: str, title: str, records: list[dict[str, Any]], whole: dict[str, int]) -> Drawn:
+    """A curve for each method; where full attention was not asked, the budget stands for what was held."""
+    kept: dict[tuple[str, float], list[float]] = {}
+    for record in records:
+        job, full_bytes = record["job"], whole.get(_asked(record))
+        fraction = record["held_bytes"] / full_bytes if full_bytes else job["budget"]
+        kept.setdefault((job["method"], job["budget"]), []).append(100 * fraction)
+    found = {
+        key: of_scores(np.array(values, np.float64)) for key, values in summarized(records, "method", "budget").items()
+    }
+    lines = []
+    for method in dict.fromkeys(key[0] for key in found):
+        keys = [key for key in found if key[0] == method]
+        x = [float(np.mean(kept[method, budget])) for _, budget in keys]
+        lines.append(_line(method, x, [found[method, budget] for _, budget in keys]))
+    return _drawn(name, lines, title=title, x="KV held, % of full attention's", y="score, %")
 
 
 def efficiency_curves(path: Path) -> Iterator[Drawn]:
@@ -158,4 +181,4 @@ def _drawn(
         ends = [f"{line.y[index]:.3g} at {line.x[index]:.4g}" for index in dict.fromkeys((order[0], order[-1]))]
         said.append(f"{line.name} {' to '.join(ends)}")
     alt = f"{title}: {y}, against {x}. {'; '.join(said)}."
-    return Drawn(name, lines_figure(lines, title=title, x=x, y=y, level=level, x_is_tokens=x_is_tokens), alt)
+    return Drawn(file_name(name), lines_figure(lines, title=title, x=x, y=y, level=level, x_is_tokens=x_is_tokens), alt)

@@ -34,19 +34,20 @@ class Kind:
         title: of its part of a report.
         holds: whether a file is of this kind, by its first JSON value.
         tables: functions of the path, in Markdown, by caption.
-        figures: "module:function" of the path, which yields figures, each small enough for a phone.
-        poster: "module:function" of the path, which gives all in one figure; without it, `duo eval plot` writes each.
+        figures: "module:function" of the path, each yields figures, small enough for a phone.
+        poster: "module:function" of the path, which gives all that the first of `figures` yields in one figure.
     """
 
     title: str
     holds: Callable[[dict[str, Any]], bool]
     tables: Mapping[str, Callable[[Path], str]] = field(default_factory=dict)
-    figures: str | None = None
+    figures: tuple[str, ...] = ()
     poster: str | None = None
 
-    def draw(self, path: Path) -> Iterator[Any]:
-        """The figures of a file."""
-        yield from resolve_name(self.figures)(path) if self.figures else ()
+    def draw(self, path: Path, *, beside_poster: bool = False) -> Iterator[Any]:
+        """The figures of a file, or those that its poster lacks."""
+        for name in self.figures[1:] if beside_poster and self.poster else self.figures:
+            yield from resolve_name(name)(path)
 
 
 def _of_task(*names: str) -> Callable[[dict[str, Any]], bool]:
@@ -73,20 +74,20 @@ KINDS: tuple[Kind, ...] = (
         "Needle in a haystack",
         _of_task("needle"),
         {"Scores": score_table},
-        "eval.maps:needle_maps",
+        ("eval.maps:needle_maps", "eval.curves:score_curves"),
         poster="eval.maps:needle_poster",
     ),
     Kind(
         "Recall of passkeys",
         _is_recall,
         {"Token accuracy": recall_table, "Every cell": recall_details, "Loss on the text itself": prose_table},
-        "eval.curves:recall_curves",
+        ("eval.curves:recall_curves",),
     ),
     Kind(
         "Scores",
         lambda first: isinstance(first.get("about"), dict) and "task" in first["about"],
         {"Scores": score_table},
-        "eval.curves:score_curves",
+        ("eval.curves:score_curves",),
     ),
     Kind(
         "Tasks of lm-evaluation-harness",
@@ -97,7 +98,7 @@ KINDS: tuple[Kind, ...] = (
         "Time and memory",
         lambda first: _with("point", "prefill_seconds")(first) or _with("point", "cannot")(first),
         {"Every point": efficiency_table},
-        "eval.curves:efficiency_curves",
+        ("eval.curves:efficiency_curves",),
     ),
     Kind("GPU kernels and models", _with("case"), {"Measurements": suite_table}),
     Kind("A training step", _with("rematerialize"), {"Steps": training_table}),
@@ -107,7 +108,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 # A folder, not a file: gates, and what training says of them.
-PATTERN = Kind("Head pattern", lambda first: False, figures="eval.curves:pattern_figures")
+PATTERN = Kind("Head pattern", lambda first: False, figures=("eval.curves:pattern_figures",))
 
 
 def kind_of(path: Path) -> Kind | None:

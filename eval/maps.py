@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval.asking import summarized
-from eval.curves import Drawn
+from eval.curves import Drawn, file_name
 from eval.figures import heatmaps
 from eval.ledger import read
 
@@ -32,8 +32,7 @@ def needle_maps(path: Path) -> Iterator[Drawn]:
                 f"lengths from {lengths[0]:,} to {lengths[-1]:,} tokens; the lowest is {scores[worst]:.2f}, at "
                 f"{lengths[worst[1]]:,} tokens and a depth of {depths[worst[0]]:.0%}."
             )
-            stem = "".join(letter if letter.isalnum() else "-" for letter in name)
-            yield Drawn(f"map-{stem}", heatmaps([{name: scores}], lengths, depths, ""), alt)
+            yield Drawn(file_name(f"map-{name}"), heatmaps([{name: scores}], lengths, depths, ""), alt)
 
 
 def _maps(path: Path) -> tuple[list[dict[str, Float[np.ndarray, "D L"]]], list[int], list[float], str]:

@@ -33,7 +33,7 @@ def draw(file: Path, out: Path | None = None) -> list[Path]:
         NotImplementedError: matplotlib is missing.
     """
     kind = kind_of(file)
-    if kind is None or kind.figures is None:
+    if kind is None or not kind.figures:
         known = ", ".join(kind.title.lower() for kind in KINDS if kind.figures)
         what = "no result that is known here" if kind is None else f"about {kind.title.lower()}"
         raise ValueError(f"{file} is {what}, which has no figure; there are figures of {known}")
@@ -43,11 +43,9 @@ def draw(file: Path, out: Path | None = None) -> list[Path]:
     from train.figures import save
 
     stem = out or file.with_suffix("")
-    if kind.poster is not None:
-        return [*save(resolve_name(kind.poster)(file), stem)]
-    drawn = [
-        path for found in kind.draw(file) for path in save(found.figure, stem.with_name(f"{stem.name}-{found.name}"))
-    ]
+    drawn = [*save(resolve_name(kind.poster)(file), stem)] if kind.poster else []
+    for found in kind.draw(file, beside_poster=True):
+        drawn += save(found.figure, stem.with_name(f"{stem.name}-{found.name}"))
     if not drawn:
         raise ValueError(f"{file} has nothing to draw yet")
     return drawn
