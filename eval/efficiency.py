@@ -148,9 +148,9 @@ class Efficiency:
     def _record(self) -> dict[str, Any]:
         """What the file has, or a new record."""
         known = self._known()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         about = provenance() | _ask("device", None)
         if known is None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             if self.peer and find_spec("torch") is None:
                 print("transformers is left out: it needs torch (pip install 'duo-jax[bench]')")
             return about | {"results": []}
