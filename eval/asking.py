@@ -65,7 +65,7 @@ class Asking:
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     methods: tuple[str, ...] = (FULL, "duo")
     """Ways to hold the context: full, duo (the pattern published for the model), duo=FOLDER, duo=PUBLISHED-NAME,
-    random-heads, and what else `eval/methods.py` lists."""
+    random-heads, streamingllm, h2o, tova, snapkv, fastgen."""
     budgets: tuple[float, ...] = (0.5,)
     """Fractions of full attention's KV bytes at the prompt's length; full attention takes all of them once."""
     sink_size: int = 64

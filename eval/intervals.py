@@ -46,6 +46,7 @@ def of_scores(scores: Float[np.ndarray, "S"]) -> Estimate:
     Student's would be a point where all are right.
     """
     if not np.isin(scores, (0.0, 1.0)).all():
-        return ratio(scores, np.ones_like(scores))
+        found = ratio(scores, np.ones_like(scores))
+        return Estimate(found.mean, max(found.low, 0.0), min(found.high, 1.0))
     low, high = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
     return Estimate(float(scores.mean()), float(low), float(high))

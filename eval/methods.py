@@ -8,8 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Int32
+from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax import Model
@@ -61,7 +60,7 @@ def method(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **opt
 def greedy(
     method: Method,
     model: Model,
-    tokens: Int32[np.ndarray, "T"],
+    tokens: ArrayLike,
     *,
     max_new_tokens: int,
     eos_ids: Iterable[int] = (),

@@ -1,85 +1,114 @@
 """Rules of eviction stated densely: one pass over a whole text with a mask for every query, token by token in Python.
 
-Nothing is evicted here. A simulation says which positions each block and each later token would still hold, and
-attention runs over all keys with exactly that mask.
+Nothing is evicted here. A simulation says which positions each head would hold after each block of queries, and
+attention runs over all keys with exactly that mask. A rule looks at one layer, after a block: it takes the positions
+that each head could hold `[K]`, the block's weights `[K G T S]` and what it remembers `[K S]`, and returns those that
+stay.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-# (held positions in order, weights [G T S] of the block's queries, first and last + 1 of the block, limit) -> who stays
-Choose = Callable[["DenseLayer", int, list[int], np.ndarray, int, int, int], list[int]]
+
+@dataclass(frozen=True)
+class Block:
+    """Queries from `first` to `last - 1`, after which a head may hold `limit` tokens."""
+
+    first: int
+    last: int
+    limit: int
 
 
-@dataclass
-class DenseLayer:
-    """What a rule remembers of one layer, by KV head and position; and who was held after each block."""
-
-    memory: np.ndarray  # [K S]
-    held: list[list[list[int]]] = field(default_factory=list)  # block, head, positions
+Rule = Callable[[Block, list[list[int]], np.ndarray, np.ndarray], list[list[int]]]
 
 
-def dense(model, tokens, blocks, limits, choose):
-    """Logits `[S V]` at every position, and what each layer held after each block (`[first, last + 1)`)."""
-    layers = []
+def blocks(prompt: int, total: int, size: int, limit: Callable[[int], int]) -> list[Block]:
+    """A prompt in blocks of `size`, then token by token; `limit` by the tokens seen."""
+    firsts = [*range(0, prompt, size), *range(prompt, total)]
+    lasts = [min(first + size, prompt) if first < prompt else first + 1 for first in firsts]
+    return [Block(a, b, limit(max(prompt, b))) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def dense(model, tokens, parts, rule, *, before=None):
+    """Logits `[S V]` at every position; and by layer, block and head, the positions held after the block.
+
+    `before(layer, block, held, memory)` says what heads still hold ahead of a block.
+    """
     config = model.config
-    group = config.num_heads // config.num_kv_heads
+    heads, history = config.num_kv_heads, []
 
     def attend(state, layer, q, k, v):
         q, k, v = (np.asarray(x[0], np.float64) for x in (q, k, v))
-        size = len(q)
-        q = q.reshape(size, config.num_kv_heads, group, -1)
-        out = np.zeros_like(q)
-        found = DenseLayer(np.zeros((config.num_kv_heads, size)))
-        held = [[] for _ in range(config.num_kv_heads)]
-        for (first, last), limit in zip(blocks, limits, strict=True):
-            weights = []
-            for head in range(config.num_kv_heads):
-                mask = np.zeros((last - first, size), bool)
-                mask[:, held[head]] = True
-                for row in range(first, last):
-                    mask[row - first, first : row + 1] = True
-                logits = np.einsum("tgh,sh->gts", q[first:last, head], k[:, head]) / np.sqrt(q.shape[-1])
-                logits = np.where(mask, logits, -np.inf)
-                exp = np.exp(logits - logits.max(-1, keepdims=True))
-                weights.append(exp / exp.sum(-1, keepdims=True))
-                out[first:last, head] = np.einsum("gts,sh->tgh", weights[-1], v[:, head])
-            for head in range(config.num_kv_heads):
-                candidates = held[head] + list(range(first, last))
-                held[head] = sorted(choose(found, head, candidates, np.array(weights), first, last, limit))
-            found.held.append([list(one) for one in held])
-        layers.append(found)
-        return jnp.asarray(out.reshape(1, size, config.num_heads, -1), jnp.float32), state
+        q = q.reshape(len(q), heads, config.num_heads // heads, -1)
+        out, memory = np.zeros_like(q), np.zeros((heads, len(q)))
+        held: list[list[int]] = [[] for _ in range(heads)]
+        history.append([])
+        for part in parts:
+            if before:
+                held = before(layer, part, held, memory)
+            rows = np.arange(part.first, part.last)
+            mask = np.zeros((heads, len(rows), len(q)), bool)
+            for head in range(heads):
+                mask[head][:, held[head]] = True
+            mask |= (np.arange(len(q)) >= part.first) & (np.arange(len(q)) <= rows[:, None])
+            logits = np.einsum("tkgh,skh->kgts", q[rows], k) / np.sqrt(q.shape[-1])
+            exp = np.where(mask[:, None], np.exp(logits), 0.0)
+            weights = exp / exp.sum(-1, keepdims=True)
+            out[rows] = np.einsum("kgts,skh->tkgh", weights, v)
+            held = rule(part, [one + list(rows) for one in held], weights, memory)
+            history[-1].append([sorted(int(p) for p in one) for one in held])
+        return jnp.asarray(out.reshape(1, len(q), config.num_heads, -1), jnp.float32), state
 
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
     decoder = model.decoder
     hidden, _ = decoder.hidden(jnp.asarray(tokens)[None], positions, attend, None)
-    return np.asarray(decoder.logits(hidden[0])), layers
+    return np.asarray(decoder.logits(hidden[0])), history
 
 
-def streamingllm(found, head, candidates, weights, first, last, limit):
-    if len(candidates) <= limit:
-        return candidates
-    sinks = [p for p in candidates if p < 4]
-    return sinks + candidates[len(candidates) - (limit - len(sinks)) :]
+def heaviest(positions: list[int], weights: np.ndarray, count: int) -> list[int]:
+    """The `count` positions with the largest weights; of equals the younger."""
+    return sorted(positions, key=lambda p: (weights[p], p))[max(0, len(positions) - count) :]
 
 
-def h2o(found, head, candidates, weights, first, last, limit):
-    found.memory[head] += weights[head].mean(0).sum(0)
-    if len(candidates) <= limit:
-        return candidates
-    window = [p for p in candidates if p >= last - limit // 2]
-    rest = [p for p in candidates if p not in window]
-    heaviest = sorted(rest, key=lambda p: (found.memory[head, p], p))
-    return window + heaviest[len(rest) - (limit - len(window)) :]
+def streamingllm(part, candidates, weights, memory):
+    """Four sinks, and as many of the last as fit."""
+    stay = []
+    for positions in candidates:
+        sinks = [p for p in positions if p < 4]
+        rest = [p for p in positions if p >= 4]
+        stay.append(sinks + rest[max(0, len(rest) - (part.limit - len(sinks))) :])
+    return stay
 
 
-def tova(found, head, candidates, weights, first, last, limit):
+def h2o(part, candidates, weights, memory):
+    """Half of the limit for the last tokens, half for those with the largest sum of weights so far."""
+    memory += weights.mean(1).sum(1)
+    stay = []
+    for head, positions in enumerate(candidates):
+        window = [p for p in positions if p >= part.last - part.limit // 2]
+        rest = [p for p in positions if p not in window]
+        stay.append(window + heaviest(rest, memory[head], part.limit - len(window)))
+    return stay
+
+
+def tova(part, candidates, weights, memory):
+    """Those with the largest weights of the last query, averaged over all heads."""
     newest = weights[:, :, -1].mean((0, 1))
-    return sorted(candidates, key=lambda p: (newest[p], p))[max(0, len(candidates) - limit) :]
+    return [heaviest(positions, newest, part.limit) for positions in candidates]
 
 
-RULES = {"streamingllm": streamingllm, "h2o": h2o, "tova": tova}
+def snapkv(part, candidates, weights, memory, *, window=8, pool=7):
+    """After the prompt: its last tokens, and those with the most of their weights or beside one; then everything."""
+    if part.first > 0:
+        return candidates
+    first = part.last - window
+    stay = []
+    for head in range(len(candidates)):
+        votes = weights[head][:, first:].sum(1).mean(0)[:first]
+        near = pool // 2
+        pooled = np.array([votes[max(0, p - near) : p + near + 1].max() for p in range(first)])
+        stay.append([*heaviest(list(range(first)), pooled, part.limit - window), *range(first, part.last)])
+    return stay

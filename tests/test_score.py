@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
 from eval.cells import Key, recall_cells
-from eval.intervals import of_scores, ratio
+from eval.intervals import Estimate, of_scores, ratio
 from eval.recall import FULL, STREAMING, UNSEEN, fit, score_sample
 from eval.tables import prose_table, recall_details, recall_table
 from tests.conftest import GOLDEN
@@ -156,8 +156,9 @@ def test_scores_that_are_all_right_leave_room_for_doubt():
     # Wilson's interval of 10 of 10: z² / (10 + z²) below 1.
     sure = of_scores(np.ones(10))
     assert sure.mean == sure.high == 1.0 and sure.low == pytest.approx(1 - 1.96**2 / (10 + 1.96**2), abs=1e-3)
-    parts = np.array([0.2, 0.4, 0.6])
+    parts = np.array([0.4, 0.4, 0.6])
     assert of_scores(parts) == ratio(parts, np.ones(3))
+    assert of_scores(np.array([0.2, 1.0])) == Estimate(0.6, 0.0, 1.0), "no score lies beyond"
 
 
 def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):

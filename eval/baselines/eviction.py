@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
+from numpy.typing import ArrayLike
 
 from duo_jax import Model, ModelConfig
 from duo_jax.phases import bucket
@@ -106,7 +107,7 @@ class Eviction(Method):
         return int(budget * max(prompt, length) + 1e-9)
 
     def begin(
-        self, model: Model, tokens: Int32[np.ndarray, "T"], *, room: int, budget: float
+        self, model: Model, tokens: ArrayLike, *, room: int, budget: float
     ) -> tuple[Float[Array, "V"], EvictedState]:
         """See `Method.begin`."""
         tokens = check_arguments(model, tokens, room, budget)

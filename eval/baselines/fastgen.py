@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
+from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax import Model
@@ -106,7 +107,7 @@ class FastGen(Method):
         return cls(**options)
 
     def begin(
-        self, model: Model, tokens: Int32[np.ndarray, "T"], *, room: int, budget: float
+        self, model: Model, tokens: ArrayLike, *, room: int, budget: float
     ) -> tuple[Float[Array, "V"], FastGenState]:
         """See `Method.begin`."""
         tokens = check_arguments(model, tokens, room, budget)

@@ -61,14 +61,12 @@ class Method(ABC):
         return cls(**options)
 
     @abstractmethod
-    def begin(
-        self, model: Model, tokens: Int32[np.ndarray, "T"], *, room: int, budget: float
-    ) -> tuple[Float[Array, "V"], Any]:
+    def begin(self, model: Model, tokens: ArrayLike, *, room: int, budget: float) -> tuple[Float[Array, "V"], Any]:
         """Take in a whole prompt, all of it through the method.
 
         Args:
             model: the weights.
-            tokens: token ids of one sequence.
+            tokens: `[T]` token ids of one sequence.
             room: tokens that may still be appended.
             budget: fraction of the KV bytes that full attention holds after `T` tokens, in (0, 1].
 

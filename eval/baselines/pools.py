@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, prefill
@@ -52,7 +53,7 @@ class Pooled(Method):
         raise NotImplementedError
 
     def begin(
-        self, model: Model, tokens: Int32[np.ndarray, "T"], *, room: int, budget: float
+        self, model: Model, tokens: ArrayLike, *, room: int, budget: float
     ) -> tuple[Float[Array, "V"], PooledState]:
         """See `Method.begin`."""
         tokens = check_arguments(model, tokens, room, budget)

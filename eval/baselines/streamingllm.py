@@ -58,6 +58,4 @@ class StreamingLLM(Eviction):
         cos, sin = rotation(config.rope, config.head_dim, moved)
         # A key was scaled when it was first rotated: turn it further, no more.
         factor = config.rope.attention_factor
-        return rotate(
-            held.k.swapaxes(0, 1)[None], cos.transpose(2, 1, 0, 3) / factor, sin.transpose(2, 1, 0, 3) / factor
-        )[0].swapaxes(0, 1)
+        return rotate(held.k[:, :, None], cos / factor, sin / factor)[:, :, 0]
