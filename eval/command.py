@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.efficiency import Efficiency
 from eval.kernels import Kernels
 from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
@@ -22,6 +23,7 @@ class Eval:
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
