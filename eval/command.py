@@ -11,6 +11,7 @@ from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
+from eval.precision import Precision
 from eval.recall import Recall
 from eval.ruler.command import RulerTask
 from eval.training import Training
@@ -27,6 +28,7 @@ class Eval:
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
+        | Annotated[Precision, tyro.conf.subcommand("precision", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]

@@ -13,6 +13,7 @@ from typing import Any
 from duo_jax.pattern import GATES_FILE
 from eval.efficiency_tables import efficiency_table
 from eval.ledger import read
+from eval.precision import precision_table
 from eval.score_table import score_table
 from eval.tables import (
     harness_table,
@@ -77,6 +78,7 @@ KINDS: tuple[Kind, ...] = (
         ("eval.maps:needle_maps", "eval.curves:score_curves"),
         poster="eval.maps:needle_poster",
     ),
+    Kind("Fewer bits", _of_task("precision"), {"Beside float32": precision_table}),
     Kind(
         "Recall of passkeys",
         _is_recall,

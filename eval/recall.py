@@ -176,10 +176,12 @@ def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
     return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
 
 
-def score_sample(model: Model, sample: Sample, length: int, pattern: HeadPattern | None) -> dict[str, Any]:
+def score_sample(
+    model: Model, sample: Sample, length: int, pattern: HeadPattern | None, *, kv_dtype: str | None = None
+) -> dict[str, Any]:
     """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
     tokens = jnp.asarray(sample.tokens)[None]
-    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]))
+    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]), dtype=kv_dtype)
     # The last token before the questions is scored with them: every token of an answer then has one before it.
     begin = sample.tail - 1
     _, cache = prefill(model, tokens[:, :begin], cache)
@@ -194,12 +196,18 @@ def score_sample(model: Model, sample: Sample, length: int, pattern: HeadPattern
 
 
 def score_prose(
-    model: Model, data: NeedleData, length: int, number: int, pattern: HeadPattern | None
+    model: Model,
+    data: NeedleData,
+    length: int,
+    number: int,
+    pattern: HeadPattern | None,
+    *,
+    kv_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Next-token loss on a stretch of the text, nothing hidden in it."""
     begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
     tokens = jnp.asarray(data.text[begin : begin + length])[None]
-    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length))
+    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))
     return {
         "tokens": [length - 1],
         "hits": [int(scores.is_top.sum())],

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
 from eval.cells import Key, recall_cells
 from eval.intervals import Estimate, of_scores, ratio
+from eval.kinds import kind_of
+from eval.precision import precision_table
 from eval.recall import FULL, STREAMING, UNSEEN, fit, score_sample
 from eval.tables import prose_table, recall_details, recall_table
 from tests.conftest import GOLDEN
@@ -114,6 +116,27 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
         out.write_text(foreign)
         assert run("--patterns", pattern).code == 2
         assert out.read_text() == foreign
+
+
+def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
+    gates = tmp_path / "gates"
+    HeadPattern.from_gates(np.array([[1.0, 0.0], [0.0, 1.0]]), sink_size=4, recent_size=16).save(gates)
+    out, needles = tmp_path / "precision.jsonl", QUICK[QUICK.index("--sink-size") :]
+    command = ("eval", "precision", "--model", text_model, "--pattern", gates, "--out", out, *needles)
+    command += ("--lengths", 300, "--samples", 2, "--prose", 1, "--caches", "int4", "--weights", "int8", "--both")
+    assert_refused(duo(*command, "--caches", "int3"), "caches float32, bfloat16", "with 'int3'")
+    assert duo(*command).code == 0
+    table = precision_table(out)
+    assert kind_of(out).title == "Fewer bits"
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| 300")]
+    assert [row[1:4] for row in rows] == [
+        [stream, *pair]
+        for pair in (["float32", "float32"], ["float32", "int4"], ["int8", "float32"])
+        for stream in ("0%", "50%")
+    ]
+    assert [bool(row[5].strip()) for row in rows] == [False, False, True, True, True, True]
+    before = out.read_text()
+    assert "had all of it" in duo(*command).out and out.read_text() == before
 
 
 def test_recall_compares_sizes(duo, text_model, tmp_path):
