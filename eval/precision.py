@@ -77,6 +77,8 @@ class Precision:
         with ledger.writing() as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
             for weights, group in groupby(jobs, lambda job: job.weights):
                 model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
+                for chosen in filter(None, patterns.values()):
+                    chosen.check(model.config)
                 for job in group:
                     pattern, data = patterns[job.sparsity], sets[job.length]
                     if job.prose:

@@ -120,7 +120,7 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
 
 def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
     gates = tmp_path / "gates"
-    HeadPattern.from_gates(np.array([[1.0, 0.0], [0.0, 1.0]]), sink_size=4, recent_size=16).save(gates)
+    HeadPattern.from_gates(np.array([[1.0, 0.0] * 2, [0.0, 1.0] * 2]), sink_size=4, recent_size=16).save(gates)
     out, needles = tmp_path / "precision.jsonl", QUICK[QUICK.index("--sink-size") :]
     command = ("eval", "precision", "--model", text_model, "--pattern", gates, "--out", out, *needles)
     command += ("--lengths", 300, "--samples", 2, "--prose", 1, "--caches", "int4", "--weights", "int8", "--both")
