@@ -6,11 +6,13 @@ from typing import Annotated
 import tyro
 
 from eval.context import ContextTask
+from eval.efficiency import Efficiency
 from eval.kernels import Kernels
 from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
+from eval.precision import Precision
 from eval.recall import Recall
 from eval.ruler.command import RulerTask
 from eval.training import Training
@@ -23,9 +25,11 @@ class Eval:
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
+        | Annotated[Precision, tyro.conf.subcommand("precision", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]

@@ -1,6 +1,7 @@
 """Figures of evaluations, drawn with matplotlib: arrays in, `Figure` out. Knows no files, no tasks and no pyplot."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ from matplotlib.figure import Figure
 # Beyond, numbers in cells would not be readable.
 MOST_NUMBERS = 14
 COLUMNS = 3
+MOST_TICKS = 7
+# Told apart by all kinds of colour vision, on white and on black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7570b3", "#56b4e9", "#a0522d")
+MARKERS = "osD^vPX*"
 
 
 def heatmaps(
@@ -47,6 +52,65 @@ def heatmaps(
                 _numbers(axes, scores)
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.colorbar(image, ax=grid, label="score", ticks=[0, 0.5, 1], aspect=30, pad=0.02)
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One curve: a name, points, and the ends of their intervals where they have any."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    # A floor: dashed, in the colour of the curve before it.
+    is_floor: bool = False
+
+
+def lines_figure(
+    lines: Sequence[Line], *, title: str, x: str, y: str, level: Line | None = None, x_is_tokens: bool = False
+) -> Figure:
+    """Curves with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
+
+    Axes are logarithmic where numbers of tokens span more than a factor of eight (x), or values one of fifty (y).
+    """
+    figure = Figure(figsize=(4.6, 3.5 + 0.1 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    number = -1
+    for line in lines:
+        number += not line.is_floor
+        order = np.argsort(line.x)
+        values = np.asarray(line.y, float)[order]
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": line.name, "linewidth": 1.4}
+        if line.is_floor:
+            axes.plot(np.asarray(line.x)[order], values, linestyle="--", **style | {"linewidth": 1.0})
+            continue
+        if line.low is not None and line.high is not None:
+            ends = np.stack([values - np.asarray(line.low)[order], np.asarray(line.high)[order] - values])
+            style |= {"yerr": ends, "capsize": 2, "elinewidth": 0.8}
+        marker = MARKERS[number % len(MARKERS)]
+        axes.errorbar(np.asarray(line.x, float)[order], values, marker=marker, markersize=4, **style)
+    if level is not None:
+        axes.axhline(level.y[0], color="#808080", linewidth=1.4, linestyle=":", label=level.name)
+        if level.low is not None and level.high is not None:
+            axes.axhspan(level.low[0], level.high[0], color="#808080", alpha=0.2, linewidth=0)
+    x_values, y_values = (np.concatenate(parts) for parts in ([line.x for line in lines], [line.y for line in lines]))
+    if x_is_tokens and x_values.min() > 0 and x_values.max() > 8 * x_values.min():
+        axes.set_xscale("log")
+        # Where the points are, not at powers of ten.
+        ticks = np.unique(x_values)[:: -(-len(np.unique(x_values)) // MOST_TICKS)]
+        axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
+        axes.set_xticks([], minor=True)
+    if y_values.min() > 0 and y_values.max() > 50 * y_values.min():
+        axes.set_yscale("log")
+    elif y_values.min() >= 0:
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

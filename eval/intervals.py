@@ -15,6 +15,10 @@ class Estimate:
     low: float
     high: float
 
+    def scaled(self, factor: float | int) -> "Estimate":
+        """In another unit, such as percent."""
+        return Estimate(factor * self.mean, factor * self.low, factor * self.high)
+
     def format(self, spec: str) -> str:
         """`mean (low to high)`."""
         return f"{self.mean:{spec}} ({self.low:{spec}} to {self.high:{spec}})"

@@ -1,17 +1,12 @@
-"""`duo eval plot`: results as figures, PNG and SVG. Reads; `figures` draws.
+"""`duo eval plot`: a file of results as figures, PNG and SVG. Which figures, `kinds` says."""
 
-What a file is about, its first line says: a figure of another task is a function here and its row in `FIGURES`.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
-import numpy as np
 import tyro
 
-from eval.asking import summarized
+from eval.kinds import KINDS, kind_of
 from eval.ledger import read
 
 
@@ -22,7 +17,7 @@ class PlotTask:
     file: tyro.conf.Positional[Path]
     """What an evaluation wrote, finished or not."""
     out: Path | None = None
-    """Name of the figure, without an ending; that of the file by default."""
+    """Name of the figure, without an ending; that of the file by default. Of several, each name begins with it."""
 
     def run(self) -> None:
         """Draw, print where."""
@@ -30,40 +25,35 @@ class PlotTask:
             print(path)
 
 
-def draw(file: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """The figure of a file of results, as PNG and SVG.
+def draw(file: Path, out: Path | None = None) -> list[Path]:
+    """The figures of a file of results, each as PNG and SVG.
 
     Raises:
-        ValueError: not a file of results, or of a task that has no figure.
+        ValueError: not a file of results, or of a kind that has no figure.
         NotImplementedError: matplotlib is missing.
     """
-    head, records = read(file)
-    task = head["about"].get("task")
-    if task not in FIGURES:
-        raise ValueError(f"{file} is about {task!r}, which has no figure; there are figures of {', '.join(FIGURES)}")
-    if not records:
+    kind = kind_of(file)
+    if kind is None or not kind.figures:
+        known = ", ".join(kind.title.lower() for kind in KINDS if kind.figures)
+        what = "no result that is known here" if kind is None else f"about {kind.title.lower()}"
+        raise ValueError(f"{file} is {what}, which has no figure; there are figures of {known}")
+    if file.suffix == ".jsonl" and not read(file)[1]:
         raise ValueError(f"{file} has no finished job yet")
+    require_matplotlib()
+    from train.figures import save
+
+    stem = out or file.with_suffix("")
+    drawn = [*save(resolve_name(kind.poster)(file), stem)] if kind.poster else []
+    for found in kind.draw(file, beside_poster=True):
+        drawn += save(found.figure, stem.with_name(f"{stem.name}-{found.name}"))
+    if not drawn:
+        raise ValueError(f"{file} has nothing to draw yet")
+    return drawn
+
+
+def require_matplotlib() -> None:
+    """Raise NotImplementedError if it is not installed."""
     try:
-        from train.figures import save
+        import matplotlib  # noqa: F401
     except ImportError:
         raise NotImplementedError("figures need matplotlib: pip install 'duo-jax[eval]'") from None
-    return save(FIGURES[task](head, records), out or file.with_suffix(""))
-
-
-def _needle(head: dict[str, Any], records: list[dict[str, Any]]) -> Any:
-    """A map of depths by lengths for every method and budget."""
-    from eval.figures import heatmaps
-
-    cells = summarized(records, "method", "budget", "length", "depth")
-    lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
-    maps: dict[str, dict[str, np.ndarray]] = {}
-    for method, budget in dict.fromkeys(key[:2] for key in cells):
-        means = [[np.mean(cells.get((method, budget, n, depth), [np.nan])) for n in lengths] for depth in depths]
-        name = method if budget == 1 else f"{method} at {budget:g}"
-        maps.setdefault(method, {})[name] = np.array(means, float)
-    about, most = head["about"], max(len(scores) for scores in cells.values())
-    title = f"{Path(about['model']).name}, needle: {about['style']}, {most} in a cell; fractions of full attention's KV"
-    return heatmaps(list(maps.values()), lengths, depths, title)
-
-
-FIGURES: dict[str, Callable[[dict[str, Any], list[dict[str, Any]]], Any]] = {"needle": _needle}

@@ -5,8 +5,9 @@ scored given what stands before it. That uses every token of a small model's ans
 would use one bit. Text, words and seed are other than those that gates are trained on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ class Job:
 
 
 @dataclass(frozen=True)
+class SizedJob(Job):
+    """One sample under one pattern with other sizes than the file's own."""
+
+    sink_size: int = 0
+    recent_size: int = 0
+
+
+@dataclass(frozen=True)
 class Recall:
     """Score hidden passkeys under full attention, head patterns, random ones, and streaming heads only."""
 
@@ -62,6 +71,10 @@ class Recall:
     """First tokens that streaming heads keep."""
     recent_size: int = 256
     """Most recent tokens that streaming heads keep."""
+    sink_sizes: tuple[int, ...] = ()
+    """Sizes to compare (an ablation): each of these with each of --recent-sizes; --sink-size alone by default."""
+    recent_sizes: tuple[int, ...] = ()
+    """Likewise; --recent-size alone by default."""
     data: Needles = UNSEEN
 
     def run(self) -> None:
@@ -78,8 +91,9 @@ class Recall:
                 raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
             patterns[name] = source
         for source in patterns.values():
-            for sparsity in self.sparsity:
-                HeadPattern.load(source, sparsity=sparsity)  # What is wrong is refused before anything is measured.
+            for sparsity, (sink_size, recent_size) in product(self.sparsity, self._sizes):
+                # What is wrong is refused before anything is measured.
+                HeadPattern.load(source, sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
         ledger = self._ledger(patterns)
         jobs = ledger.missing(self._jobs(patterns))
         if not jobs:
@@ -100,24 +114,41 @@ class Recall:
                 append(job, scored)
         print(f"{self.out} has all of it")
 
+    @property
+    def _sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sinks and window, every pair to measure."""
+        return tuple(product(self.sink_sizes or (self.sink_size,), self.recent_sizes or (self.recent_size,)))
+
     def _jobs(self, patterns: dict[str, str]) -> Iterator[Job]:
         """In an order in which every stage is a usable result."""
         for length in self.lengths:
-            for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0)):
-                yield from (Job(method, sparsity, length, number) for number in range(self.samples))
-            for sparsity in self.sparsity:
-                for method in patterns:
-                    yield from (Job(method, sparsity, length, number) for number in range(self.samples))
-                for number in range(self.samples if self.random else 0):
-                    yield Job(f"{RANDOM} {number % self.random}", sparsity, length, number)
-        halves = [(name, 0.5) for name in patterns]
-        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *halves):
+            yield from (Job(FULL, 0.0, length, number) for number in range(self.samples))
+            for sizes in self._sizes:
+                yield from self._sized(sizes, (Job(STREAMING, 1.0, length, number) for number in range(self.samples)))
+                for sparsity in self.sparsity:
+                    yield from self._sized(sizes, self._of_sparsity(patterns, sparsity, length))
+        # At the file's own sizes.
+        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *((name, 0.5) for name in patterns)):
             yield from (Job(method, sparsity, self.prose_length, number, prose=True) for number in range(self.prose))
+
+    def _of_sparsity(self, patterns: dict[str, str], sparsity: float, length: int) -> Iterator[Job]:
+        for method in patterns:
+            yield from (Job(method, sparsity, length, number) for number in range(self.samples))
+        for number in range(self.samples if self.random else 0):
+            yield Job(f"{RANDOM} {number % self.random}", sparsity, length, number)
+
+    def _sized(self, sizes: tuple[int, int], jobs: Iterable[Job]) -> Iterator[Job]:
+        """The jobs at these sizes; they say so where the file's first line says others."""
+        if sizes == (self.sink_size, self.recent_size):
+            yield from jobs
+        else:
+            yield from (SizedJob(**asdict(job), sink_size=sizes[0], recent_size=sizes[1]) for job in jobs)
 
     def _pattern(self, job: Job, patterns: dict[str, str], shape: tuple[int, int]) -> HeadPattern | None:
         if job.method == FULL:
             return None
-        sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        at = job if isinstance(job, SizedJob) else self
+        sizes: dict[str, Any] = {"sink_size": at.sink_size, "recent_size": at.recent_size}
         if job.method in patterns:
             return HeadPattern.load(patterns[job.method], sparsity=job.sparsity, **sizes)
         seed = 0 if job.method == STREAMING else int(job.method.removeprefix(RANDOM))
@@ -145,10 +176,12 @@ def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
     return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
 
 
-def score_sample(model: Model, sample: Sample, length: int, pattern: HeadPattern | None) -> dict[str, Any]:
+def score_sample(
+    model: Model, sample: Sample, length: int, pattern: HeadPattern | None, *, kv_dtype: str | None = None
+) -> dict[str, Any]:
     """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
     tokens = jnp.asarray(sample.tokens)[None]
-    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]))
+    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]), dtype=kv_dtype)
     # The last token before the questions is scored with them: every token of an answer then has one before it.
     begin = sample.tail - 1
     _, cache = prefill(model, tokens[:, :begin], cache)
@@ -163,12 +196,18 @@ def score_sample(model: Model, sample: Sample, length: int, pattern: HeadPattern
 
 
 def score_prose(
-    model: Model, data: NeedleData, length: int, number: int, pattern: HeadPattern | None
+    model: Model,
+    data: NeedleData,
+    length: int,
+    number: int,
+    pattern: HeadPattern | None,
+    *,
+    kv_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Next-token loss on a stretch of the text, nothing hidden in it."""
     begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
     tokens = jnp.asarray(data.text[begin : begin + length])[None]
-    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length))
+    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))
     return {
         "tokens": [length - 1],
         "hits": [int(scores.is_top.sum())],

@@ -3,16 +3,13 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from duo_jax.gpus import GPUS
-from eval.costs import saving_realized
-from eval.intervals import Estimate, ratio
-from eval.ledger import read
+from eval.cells import Cell, Key, full, recall_cells
+from eval.efficiency_tables import bench_table
+from eval.intervals import Estimate
 from eval.recall import FULL, RANDOM, STREAMING
 
 ROOT = Path(__file__).parent.parent
@@ -26,150 +23,98 @@ PAGES = (
 )
 
 
-def bench_table(path: Path) -> str:
-    """Prefill and decode of every point, and how much of the promised saving was realized."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    points: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-    for result in record["results"]:
-        point = result["point"]
-        kind = point["engine"] if point["sparsity"] is None else f"{point['sparsity']:.0%}"
-        points.setdefault((point["batch_size"], point["context"]), {})[kind] = result
-    kinds = [kind for kind in ("transformers", "duo", "50%") if any(kind in row for row in points.values())]
-    names = {"transformers": "transformers", "duo": "full", "50%": "50 % streaming"}
-    lines = [
-        "| batch | tokens | "
-        + " | ".join(f"prefill s, {names[kind]}" for kind in kinds)
-        + " | saving realized | "
-        + " | ".join(f"decode ms, {names[kind]}" for kind in kinds)
-        + " | saving realized | KV MB | KV MB, 50 % |",
-        "| --: " * (2 + 2 * len(kinds) + 4) + "|",
-    ]
-    for (batch, context), row in sorted(points.items()):
-        full, half = row["duo"], row["50%"]
-        cells = [str(batch), str(context)]
-        for field, cost, spec in (("prefill_seconds", "prefill_flops", ".2f"), ("decode_ms", "decode_bytes", ".1f")):
-            cells += [f"{row[kind][field]:{spec}}" for kind in kinds]
-            cells.append(f"{saving_realized(full[field], half[field], full[cost], half[cost]):.2f}")
-        cells += [f"{result['kv_bytes'] / 1e6:.0f}" for result in (full, half)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_about(record)])
-
-
-def _about(record: dict[str, Any]) -> list[str]:
-    machine, results = record["machine"], record["results"]
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    compiled = [result["compile_seconds"] for result in results if result["compile_seconds"]]
-    prefill, decode = (max(times[phase] for times in compiled) for phase in ("prefill", "decode"))
-    peak = {
-        engine: max(r["peak_memory_bytes"] for r in results if r["point"]["engine"] == engine) / 1e9
-        for engine in sorted({r["point"]["engine"] for r in results})
-    }
-    memory = ", ".join(f"{engine} {size:.1f} GB" for engine, size in peak.items())
-    return [
-        f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}, "
-        f"commit {machine['commit']}. Medians; `{record['command']}`.",
-        f"Compilation took at most {prefill:.1f} s (prefill) and {decode:.1f} s (decode). "
-        f"Largest process memory: {memory}.",
-    ]
-
-
 def recall_table(path: Path) -> str:
     """Token accuracy of held-out passkeys, and that as a percentage of full attention's: recipe by sparsity."""
-    head, cells = _recall(path)
+    head, cells = recall_cells(path)
+    if not cells:
+        return "No job is finished yet."
     lines = []
-    for length in sorted({key[0] for key in cells}):
-        here = {key: cell for key, cell in cells.items() if key[0] == length}
-        sparsities = sorted({key[2] for key in here if key[1] not in (FULL, STREAMING)})
-        full = cells[length, FULL, 0.0]
-        lines += [
-            f"| {length} tokens | " + " | ".join(f"{sparsity:.0%} stream" for sparsity in sparsities) + " |",
-            "| --- " + "| --: " * len(sparsities) + "|",
-        ]
-        for method in _methods(here):
-            row = []
-            for sparsity in sparsities:
-                cell = cells.get((length, method, sparsity))
-                accuracy = cell and cell.accuracy
-                row.append(_of(accuracy, full.accuracy) if accuracy else "")
-            lines.append(f"| {method} | " + " | ".join(row) + " |")
-        streaming = cells.get((length, STREAMING, 1.0))
-        lines += ["", f"Full attention {100 * full.accuracy.mean:.1f}"]
-        lines[-1] += f", every head streaming {100 * streaming.accuracy.mean:.1f}.\n" if streaming else ".\n"
+    for length in sorted({key.length for key in cells}):
+        base = cells[full(length)]
+        here = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL}
+        sizes = {key[3:] for key in here}
+        about = f"Full attention {100 * base.accuracy.mean:.1f}"
+        if len(sizes) > 1:
+            for method, sparsity in sorted({key[1:3] for key in here}):
+                lines += [f"{length} tokens, {method}, {sparsity:.0%} stream:", ""]
+                lines += [*_size_rows({key: here[key] for key in here if key[1:3] == (method, sparsity)}, base), ""]
+        elif sizes:
+            lines += [*_recall_rows(length, here, base), ""]
+            streaming = next((cell for key, cell in here.items() if key.method == STREAMING), None)
+            about += f", every head streaming {100 * streaming.accuracy.mean:.1f}" if streaming else ""
+            about += "; sink {}, recent {}".format(*sizes.pop())
+        lines += [f"{about}.\n"]
     return "\n".join([*lines, *_about_recall(head, cells)])
+
+
+def _recall_rows(length: int, cells: dict[Key, Cell], base: Cell) -> list[str]:
+    """One table: methods by sparsities."""
+    found = {(key.method, key.sparsity): cell.accuracy for key, cell in cells.items()}
+    sparsities = sorted({key.sparsity for key in cells if key.method != STREAMING})
+    lines = [
+        f"| {length} tokens | " + " | ".join(f"{sparsity:.0%} stream" for sparsity in sparsities) + " |",
+        "| --- " + "| --: " * len(sparsities) + "|",
+    ]
+    # In the order in which they were measured, random patterns last.
+    names = dict.fromkeys(key.method for key in cells if key.method not in (STREAMING, RANDOM))
+    for method in [*names, *([RANDOM] if any(key.method == RANDOM for key in cells) else [])]:
+        row = [
+            _of(found[method, sparsity], base.accuracy) if (method, sparsity) in found else ""
+            for sparsity in sparsities
+        ]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return lines
+
+
+def _size_rows(cells: dict[Key, Cell], base: Cell) -> list[str]:
+    """One table: sinks by windows."""
+    found = {key[3:]: cell.accuracy for key, cell in cells.items()}
+    windows = sorted({recent for _, recent in found})
+    lines = [
+        "| sinks | " + " | ".join(f"{recent} recent" for recent in windows) + " |",
+        "| --: " * (1 + len(windows)) + "|",
+    ]
+    for sinks in sorted({sink for sink, _ in found}):
+        row = [_of(found[sinks, recent], base.accuracy) if (sinks, recent) in found else "" for recent in windows]
+        lines.append(f"| {sinks} | " + " | ".join(row) + " |")
+    return lines
 
 
 def recall_details(path: Path) -> str:
     """Every cell with its intervals, and the paired differences to full attention."""
-    _, cells = _recall(path)
+    _, cells = recall_cells(path)
     lines = [
-        "| tokens | method | stream | passkeys | accuracy, % | minus full attention | NLL, nats a token | minus full |",
-        "| --: | --- | --: | --: | --: | --: | --: | --: |",
+        "| tokens | method | stream | sink, recent | passkeys | accuracy, % | minus full attention "
+        "| NLL, nats a token | minus full |",
+        "| --: | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for (length, method, sparsity), cell in sorted(
-        cells.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])
-    ):
-        points = [_scaled(estimate).format(".1f") for estimate in (cell.accuracy, cell.accuracy_difference)]
+    for key, cell in _ordered(cells):
+        points = [estimate.scaled(100).format(".1f") for estimate in (cell.accuracy, cell.accuracy_difference)]
         nats = [estimate.format(".3f") for estimate in (cell.nll, cell.nll_difference)]
         values = [points[0], points[1], nats[0], nats[1]]
-        if method == FULL:
-            values[1] = values[3] = ""
-        lines.append(f"| {length} | {method} | {sparsity:.0%} | {cell.passkeys} | " + " | ".join(values) + " |")
+        sizes = f"{key.sink_size}, {key.recent_size}"
+        if key.method == FULL:
+            values[1] = values[3] = sizes = ""
+        about = f"| {key.length} | {key.method} | {key.sparsity:.0%} | {sizes} | {cell.passkeys} | "
+        lines.append(about + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
 def prose_table(path: Path) -> str:
     """Next-token loss on the text itself."""
-    _, cells = _recall(path, prose=True)
+    _, cells = recall_cells(path, prose=True)
+    if not cells:
+        return ""
     lines = ["| method | stream | loss, nats a token | difference to full attention |", "| --- | --: | --: | --: |"]
-    for (_, method, sparsity), cell in sorted(cells.items(), key=lambda item: (item[0][2], item[0][1])):
-        difference = "" if method == FULL else cell.nll_difference.format(".3f")
-        lines.append(f"| {method} | {sparsity:.0%} | {cell.nll.format('.3f')} | {difference} |")
+    for key, cell in _ordered(cells):
+        difference = "" if key.method == FULL else cell.nll_difference.format(".3f")
+        lines.append(f"| {key.method} | {key.sparsity:.0%} | {cell.nll.format('.3f')} | {difference} |")
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """One method at one sparsity and length."""
-
-    passkeys: int
-    accuracy: Estimate
-    accuracy_difference: Estimate
-    nll: Estimate
-    nll_difference: Estimate
-
-
-def _recall(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], dict[tuple[int, str, float], _Cell]]:
-    """The first line of a result, and its cells by (length, method, sparsity); random patterns are one method."""
-    head, records = read(path)
-    samples: dict[tuple[int, str, float], dict[int, dict[str, Any]]] = {}
-    for record in records:
-        job = record["job"]
-        if job["prose"] == prose:
-            method = RANDOM if job["method"].startswith(RANDOM) else job["method"]
-            samples.setdefault((job["length"], method, job["sparsity"]), {})[job["sample"]] = record
-    cells = {}
-    for key, found in samples.items():
-        full = samples[key[0], FULL, 0.0]
-        numbers = sorted(set(found) & set(full))
-        tokens, hits, nll = (_column(found, numbers, name) for name in ("tokens", "hits", "nll"))
-        cells[key] = _Cell(
-            sum(len(found[number]["tokens"]) for number in numbers),
-            ratio(hits, tokens),
-            ratio(hits, tokens, _column(full, numbers, "hits")),
-            ratio(nll, tokens),
-            ratio(nll, tokens, _column(full, numbers, "nll")),
-        )
-    return head, cells
-
-
-def _column(samples: dict[int, dict[str, Any]], numbers: list[int], name: str) -> np.ndarray:
-    return np.array([sum(samples[number][name]) for number in numbers], np.float64)
-
-
-def _methods(cells: dict[tuple[int, str, float], _Cell]) -> list[str]:
-    """In the order in which they were measured, random patterns last."""
-    names = dict.fromkeys(key[1] for key in cells if key[1] not in (FULL, STREAMING, RANDOM))
-    return [*names, RANDOM] if any(key[1] == RANDOM for key in cells) else [*names]
+def _ordered(cells: dict[Key, Cell]) -> list[tuple[Key, Cell]]:
+    """By length and sparsity, then by name."""
+    return sorted(cells.items(), key=lambda item: (item[0].length, item[0].sparsity, item[0].method, item[0][3:]))
 
 
 def _of(accuracy: Estimate, full: Estimate) -> str:
@@ -178,18 +123,14 @@ def _of(accuracy: Estimate, full: Estimate) -> str:
     return f"{100 * accuracy.mean:.1f}{fraction}"
 
 
-def _scaled(estimate: Estimate) -> Estimate:
-    return Estimate(100 * estimate.mean, 100 * estimate.low, 100 * estimate.high)
-
-
-def _about_recall(head: dict[str, Any], cells: dict[tuple[int, str, float], _Cell]) -> list[str]:
-    machine, about = head["runs"][-1]["machine"], head["about"]
+def _about_recall(head: dict[str, Any], cells: dict[Key, Cell]) -> list[str]:
+    machine = head["runs"][-1]["machine"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in head["runs"]))
     passkeys = sorted({cell.passkeys for cell in cells.values()})
     count = f"{passkeys[0]}" if len(passkeys) == 1 else f"{passkeys[0]} to {passkeys[-1]}"
     return [
-        f"{count} passkeys a cell, sink {about['sink_size']}, recent {about['recent_size']}. {machine['processor']}, "
+        f"{count} passkeys a cell. {machine['processor']}, "
         f"{machine['cores']} cores, float32, Python {machine['python']}, {versions}. "
         f"Measured by `duo eval recall`, piece by piece, at {commits}.",
     ]
@@ -258,6 +199,35 @@ def kernels_table(path: Path) -> str:
             cells += [str(most["registers"]), str(most["spill_bytes"]), f"{most['shared_memory'] / 1024:.0f}"]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join([*lines, "", f"The largest of an operation's launches. {_compiled_with(record)}"])
+
+
+def suite_table(path: Path) -> str:
+    """What `make gpu-suite` measured in one section, case by case."""
+    from eval.gpu_suite.worker import SECTIONS
+
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| measured |", "| --- |"]
+    for result in record["results"]:
+        section = SECTIONS[path.stem]
+        said = result.get("failed") or result.get("cannot") or section.line(result["case"], result)
+        lines.append(f"| {said} |")
+    return "\n".join([*lines, "", f"{record['device']}, commit {record['machine']['commit']}; `{record['command']}`."])
+
+
+def harness_table(path: Path) -> str:
+    """What lm-eval found, task by task: each metric with its standard error."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | shots | n | metric | value | standard error |", "| --- | --: | --: | --- | --: | --: |"]
+    for task, metrics in record["results"].items():
+        shots, number = record["n-shot"].get(task, ""), record["n-samples"].get(task, {}).get("effective", "")
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                label = metric if filtered in ("", "none") else f"{metric}, {filtered}"
+                lines.append(f"| {task} | {shots} | {number} | {label} | {value:.4f} | {shown} |")
+    return "\n".join(lines)
 
 
 def _compiled_with(record: dict[str, Any]) -> str:

@@ -1,25 +1,21 @@
 """`duo eval training`: seconds and memory of a training step, and how much of the device's matmul rate it reaches."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from duo_jax import HeadPattern, ModelConfig, load_model
+from eval.ceilings import fastest, flops_per_second
 from eval.costs import prefill_flops
 from eval.record import provenance, write
 from train.batches import LABEL_MULTIPLE, Batch
 from train.gated import GatedModel
 from train.loop import State, step
 from train.recipes import Distill
-
-# Sides of the square matrices whose product shows what the device can do.
-MATMUL = 2048
 
 
 @dataclass(frozen=True)
@@ -44,15 +40,13 @@ class Training:
         if not self.lengths or min(self.lengths) < 1 or self.steps < 1:
             raise ValueError(f"need lengths and steps of at least 1, got {self.lengths=}, {self.steps=}")
         model = load_model(self.model)
-        square = jnp.ones((MATMUL, MATMUL), model.dtype)
-        multiply = jax.jit(jnp.matmul)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
         for length in self.lengths:
             for rematerialize in (True, False):
                 attention = GatedModel(self.sink_size, self.recent_size, rematerialize=rematerialize)
                 found = self._measure(model, attention, length)
                 # Beside each measurement: machines are shared, and what they can do changes.
-                rate = 2 * MATMUL**3 / fastest(lambda: multiply(square, square), 5)
+                rate = flops_per_second(model.dtype)
                 flops = step_flops(model.config, attention, length)
                 found |= {"matmul_flops_per_second": rate, "flops": flops}
                 found["fraction_of_matmul_rate"] = flops / found["seconds"] / rate
@@ -102,14 +96,3 @@ def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
     body = prefill_flops(config, nothing, **costs) - own
     mixed = sum(prefill_flops(config, pattern, **costs) - body for pattern in (None, streaming))
     return round(2 * body + 3.5 * mixed)
-
-
-def fastest(function: Callable[[], Any], times: int) -> float:
-    """Seconds of the fastest of so many calls, after one that does not count."""
-    jax.block_until_ready(function())
-    found = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        jax.block_until_ready(function())
-        found.append(time.perf_counter() - begin)
-    return min(found)

@@ -1,10 +1,18 @@
+"""What phases must cost, the engines that are timed, and `duo bench` and `duo eval efficiency`, which time them."""
+
 import json
+from dataclasses import asdict
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from duo_jax import PRESETS, HeadPattern
+from eval import efficiency
 from eval.costs import decode_bytes, kv_bytes_read, prefill_flops, saving_realized, visible_pairs
+from eval.efficiency import Efficiency, Point
+from eval.engines import ENGINES, Subject
+from eval.engines.cudnn import Cudnn
 
 
 def _half() -> HeadPattern:
@@ -49,10 +57,94 @@ def test_bench_measures_and_resumes(text_model, duo, tmp_path):
     record = json.loads(out.read_text())
     kinds = [(point["point"]["engine"], point["point"]["sparsity"]) for point in record["results"]]
     assert kinds == [("duo", None), ("duo", 0.5)]
-    assert all(point["prefill_seconds"] > 0 and point["decode_ms"] > 0 for point in record["results"])
+    fields = ("prefill_seconds", "decode_ms", "prefill_floor_seconds", "decode_floor_ms", "decode_memory_bytes")
+    assert all(point[field] > 0 for point in record["results"] for field in fields)
     assert record["results"][0]["kv_bytes"] > record["results"][1]["kv_bytes"]
     again = duo("bench", *flags, "--no-peer", "--out", out)
     assert again.code == 0 and again.out == "" and json.loads(out.read_text()) == record
+
+
+class PlainCudnn(Cudnn):
+    """The same engine around jax's own attention."""
+
+    implementation = "xla"
+
+
+def test_engines_compute_the_same_logits(text_model):
+    subject = Subject(str(text_model))
+    tokens = np.random.default_rng(0).integers(3, subject.config.vocab_size, (2, 20)).astype(np.int32)
+    engines = [ENGINES["duo"], PlainCudnn] + ([ENGINES["transformers"]] if find_spec("torch") else [])
+    found = []
+    for kind in engines:
+        engine = kind(subject, None, room=4)
+        prompt = np.asarray(engine.prefill(tokens))
+        found.append([prompt, *(np.asarray(engine.decode(tokens[:, column])) for column in range(2))])
+        assert engine.kv_bytes > 0 and min(engine.memory().values()) > 0
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=2e-4)
+
+
+def test_engines_say_what_they_cannot_do(text_model):
+    subject = Subject(str(text_model))
+    with pytest.raises(NotImplementedError, match="GPU"):
+        Cudnn(subject, None, room=4)
+    with pytest.raises(NotImplementedError, match="no streaming heads"):
+        PlainCudnn(subject, subject.pattern(None, 0.5, None, None), room=4)
+
+
+def test_a_preset_is_cut_and_says_so():
+    subject = Subject("llama-3-8b", layers=2)
+    assert subject.config.num_layers == 2 and subject.name == "llama-3-8b, 2 of 32 layers"
+    random = subject.pattern(None, 0.5, None, None)
+    assert (random.num_streaming, random.sink_size, random.recent_size) == (8, 128, 256)
+    assert subject.pattern(None, 0.5, 0, 4).sink_size == 0
+    published = subject.pattern("llama-3-8b-instruct-gradient-1048k", 0.25, None, None)
+    whole = HeadPattern.load("llama-3-8b-instruct-gradient-1048k")
+    assert published.num_streaming == 4 and np.array_equal(published.gates, whole.gates[:2])
+    # Its last layers would fit this model, but it is another's.
+    with pytest.raises(ValueError, match="another model"):
+        Subject("llama-2-7b", layers=2).pattern("llama-3-8b-instruct-gradient-1048k", 0.5, None, None)
+
+
+def test_what_does_not_fit_is_said_before_weights_are_made():
+    point = Point("duo", "llama-3-70b", None, "float32", 1 << 30, 64)
+    found = efficiency._answer("point", asdict(point))
+    assert set(found) == {"cannot"} and "does not fit into memory: weights and cache take" in found["cannot"]
+
+
+def test_efficiency_goes_on_after_an_interrupt_and_after_what_does_not_fit(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def answer(what, point):
+        if what == "device":
+            return {"device": "a device", "platform": "cpu"}
+        asked.append(point)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"cannot": "does not fit into memory"} if point.context == 64 and len(asked) < 4 else dict(FOUND)
+
+    monkeypatch.setattr(efficiency, "_ask", answer)
+    task = Efficiency(("smollm2-135m",), 1, contexts=(64, 128), chunk_sizes=(32,), peer=False, out=tmp_path / "e.json")
+    with pytest.raises(KeyboardInterrupt):
+        task.run()
+    assert ["cannot" in result for result in json.loads(task.out.read_text())["results"]] == [True, True]
+    task.run()
+    results = json.loads(task.out.read_text())["results"]
+    assert [result["point"]["context"] for result in results] == [64, 64, 128, 128]
+    assert not any("cannot" in result for result in results)
+    assert {result["point"]["chunk_size"] for result in results} == {32}
+    said = capsys.readouterr().out
+    assert "smollm2-135m, 1 of 30 layers, duo 50% streaming: 64 tokens, batch 1, chunks of 32: does not fit" in said
+    assert "prefill 3.00 s (2.0 times its floor), decode 6.0 ms (3.0 times), 1.00 GB" in said
+
+
+FOUND = {
+    "prefill_seconds": 3.0,
+    "prefill_floor_seconds": 1.5,
+    "decode_ms": 6.0,
+    "decode_floor_ms": 2.0,
+    "peak_memory_bytes": 10**9,
+}
 
 
 def test_bench_refuses_what_it_cannot_do(text_model, duo, tmp_path):
@@ -61,6 +153,10 @@ def test_bench_refuses_what_it_cannot_do(text_model, duo, tmp_path):
         (("--contexts", "0"), "at least 1"),
         (("--out", tmp_path / "other.json"), "not a result of this command"),
         (("--out", tmp_path / "other.json" / "x.json"), "other.json"),
+        (("--layers", "1"), "cuts presets"),
+        (("--model", "llama-3-8b", "--pattern", "None", "--layers", "33"), "in [1, 32]"),
+        (("--backend", "cuda"), "--backend must be one of"),
+        (("--model", "nowhere"), "no model"),
     ):
-        result = duo("bench", "--model", text_model, *flags)
+        result = duo("bench", "--model", text_model, "--pattern", text_model / "pattern", *flags)
         assert result.code == 2 and word in result.err and "Traceback" not in result.err, result

@@ -71,10 +71,24 @@ def check_identify_heads(notebook) -> None:
     assert figures(notebook) == 4
 
 
+def check_evaluate(notebook) -> None:
+    text = printed(notebook)
+    assert "3.2M parameters" in text
+    for method in ("full at 1", "random-heads=1 at 0.5"):  # Random weights find nothing; the second call asks nothing.
+        assert text.count(f"{method} of the KV bytes: 0.000 (0.000 to 0.390), n = 6") == 2
+    assert "has all of it" in text and "had all of it" in text
+    assert "| 2048 tokens | 25% stream |" in text and "Recall at 2,048 tokens: token accuracy" in text
+    assert "1 result, 0 broken" in text
+    assert figures(notebook) == 3
+    shown = notebook.cells[-2].outputs[-1].data["text/html"]
+    assert "Needle in a haystack" in shown and "KV held, MB" in shown
+
+
 # File, most bytes with outputs, what its outputs must say.
 CASES = [
     pytest.param(NOTEBOOKS / "quickstart.ipynb", 200_000, check_quickstart, id="quickstart"),
     pytest.param(NOTEBOOKS / "identify_heads.ipynb", 400_000, check_identify_heads, id="identify_heads"),
+    pytest.param(NOTEBOOKS / "evaluate.ipynb", 300_000, check_evaluate, id="evaluate"),
 ]
 
 

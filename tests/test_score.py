@@ -9,8 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
+from eval.cells import Key, recall_cells
 from eval.intervals import Estimate, of_scores, ratio
-from eval.recall import UNSEEN, fit, score_sample
+from eval.kinds import kind_of
+from eval.precision import precision_table
+from eval.recall import FULL, STREAMING, UNSEEN, fit, score_sample
 from eval.tables import prose_table, recall_details, recall_table
 from tests.conftest import GOLDEN
 from tests.text_models import assert_refused
@@ -113,6 +116,51 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
         out.write_text(foreign)
         assert run("--patterns", pattern).code == 2
         assert out.read_text() == foreign
+
+
+def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
+    gates = tmp_path / "gates"
+    HeadPattern.from_gates(np.array([[1.0, 0.0] * 2, [0.0, 1.0] * 2]), sink_size=4, recent_size=16).save(gates)
+    out, needles = tmp_path / "precision.jsonl", QUICK[QUICK.index("--sink-size") :]
+    command = ("eval", "precision", "--model", text_model, "--pattern", gates, "--out", out, *needles)
+    command += ("--lengths", 300, "--samples", 2, "--prose", 1, "--caches", "int4", "--weights", "int8", "--both")
+    assert_refused(duo(*command, "--caches", "int3"), "caches float32, bfloat16", "with 'int3'")
+    assert duo(*command).code == 0
+    table = precision_table(out)
+    assert kind_of(out).title == "Fewer bits"
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| 300")]
+    assert [row[1:4] for row in rows] == [
+        [stream, *pair]
+        for pair in (["float32", "float32"], ["float32", "int4"], ["int8", "float32"])
+        for stream in ("0%", "50%")
+    ]
+    assert [bool(row[5].strip()) for row in rows] == [False, False, True, True, True, True]
+    before = out.read_text()
+    assert "had all of it" in duo(*command).out and out.read_text() == before
+
+
+def test_recall_compares_sizes(duo, text_model, tmp_path):
+    out = tmp_path / "sizes.jsonl"
+    sizes = ("--sink-size", "4", "--recent-size", "16", "--sparsity", "0.5", "--random", "0", "--prose", "0")
+    run = lambda *args: duo("eval", "recall", "--model", text_model, *QUICK, *sizes, "--out", out, *args)  # noqa: E731
+    pattern = ("--patterns", f"mine={text_model / 'pattern'}")
+    assert run(*pattern).code == 0
+    done = run(*pattern, "--recent-sizes", "16", "24")
+    assert done.code == 0, done
+    _, cells = recall_cells(out)
+    found = {(key.method, key.sink_size, key.recent_size) for key in cells}
+    assert found == {(FULL, 0, 0), *((method, 4, recent) for method in (STREAMING, "mine") for recent in (16, 24))}
+    assert "had all of it" in run(*pattern, "--sink-sizes", "4", "--recent-sizes", "24", "16").out
+    table = recall_table(out)
+    assert "| sinks | 16 recent | 24 recent |" in table and "nan" not in table + recall_details(out)
+    key = Key(300, "mine", 0.5, 4, 16)
+    assert key.kv_fraction == pytest.approx(0.5 + 0.5 * 20 / 300)
+    drawn = duo("eval", "plot", out)
+    assert drawn.code == 0 and [line.rsplit("/", 1)[1] for line in drawn.out.split()] == [
+        f"sizes-sizes-300-{name}.{kind}" for name in ("all-streaming-100", "mine-50") for kind in ("png", "svg")
+    ]
+    assert "4 sinks" in (tmp_path / "sizes-sizes-300-mine-50.svg").read_text()
+    assert_refused(run(*pattern, "--recent-sizes", "0"), "recent_size")
 
 
 def test_intervals_are_of_samples_and_differences_are_paired():

@@ -1,0 +1,49 @@
+"""Needle results as heat maps, depths by lengths: all of them in one figure, or one each. Reads; `figures` draws."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from eval.asking import summarized
+from eval.curves import Drawn, file_name
+from eval.figures import heatmaps
+from eval.ledger import read
+
+
+def needle_poster(path: Path) -> Any:
+    """A map for every method and budget, side by side."""
+    maps, lengths, depths, title = _maps(path)
+    return heatmaps(maps, lengths, depths, f"{title}; fractions of full attention's KV")
+
+
+def needle_maps(path: Path) -> Iterator[Drawn]:
+    """A figure for every method and budget."""
+    if not read(path)[1]:
+        return
+    maps, lengths, depths, title = _maps(path)
+    for row in maps:
+        for name, scores in row.items():
+            worst = np.unravel_index(np.nanargmin(scores), scores.shape)
+            alt = (
+                f"{title}. {name}: mean score {np.nanmean(scores):.2f} over {len(depths)} depths and {len(lengths)} "
+                f"lengths from {lengths[0]:,} to {lengths[-1]:,} tokens; the lowest is {scores[worst]:.2f}, at "
+                f"{lengths[worst[1]]:,} tokens and a depth of {depths[worst[0]]:.0%}."
+            )
+            yield Drawn(file_name(f"map-{name}"), heatmaps([{name: scores}], lengths, depths, ""), alt)
+
+
+def _maps(path: Path) -> tuple[list[dict[str, Float[np.ndarray, "D L"]]], list[int], list[float], str]:
+    """Maps of one method share a row; what was not asked yet is NaN."""
+    head, records = read(path)
+    cells = summarized(records, "method", "budget", "length", "depth")
+    lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
+    maps: dict[str, dict[str, np.ndarray]] = {}
+    for method, budget in dict.fromkeys(key[:2] for key in cells):
+        means = [[np.mean(cells.get((method, budget, n, depth), [np.nan])) for n in lengths] for depth in depths]
+        name = method if budget == 1 else f"{method} at {budget:g}"
+        maps.setdefault(method, {})[name] = np.array(means, float)
+    about, most = head["about"], max(len(scores) for scores in cells.values())
+    return [*maps.values()], lengths, depths, f"{Path(about['model']).name}, needle: {about['style']}, {most} in a cell"

@@ -1,0 +1,1 @@
+"""`duo report`: results as one page."""

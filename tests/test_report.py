@@ -1,0 +1,211 @@
+"""`duo report`: what a page shows of a folder of results, and how it lies in a real browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from eval.kinds import KINDS, kind_of
+from eval.tables import COMPILED, RESULTS
+
+pytest.importorskip("matplotlib", reason="needs the eval extra")
+MACHINE = {"processor": "a <processor>", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
+RUN = {"command": "duo eval something --out it", "machine": MACHINE}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def ledger(path, about, records):
+    head = {"about": about, "gates": {}, "runs": [RUN]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *records)))
+
+
+def needle_records():
+    for method, budget in (("full", 1.0), ("duo", 0.5)):
+        for length in (1024, 2048):
+            for depth in (0.0, 0.5, 1.0):
+                job = {"method": method, "budget": budget, "length": length, "depth": depth, "sample": 0}
+                score = 0.0 if (budget, length, depth) == (0.5, 2048, 0.5) else 1.0
+                yield {"job": job, "score": score, "held_bytes": int(1000 * budget * length)}
+
+
+def efficiency():
+    point = {"model": "llama-3-8b", "layers": 2, "dtype": "bfloat16", "batch_size": 1, "chunk_size": None}
+    results = []
+    for engine, sparsity in (("transformers", None), ("duo", None), ("duo", 0.5)):
+        for context in (4096, 65536):
+            here = {"point": point | {"engine": engine, "sparsity": sparsity, "context": context}}
+            if engine == "transformers" and context == 65536:
+                results.append(here | {"cannot": "does not fit into memory"})
+                continue
+            part = 1.0 if sparsity is None else 0.6
+            results.append(
+                here
+                | {
+                    "prefill_seconds": 2.0 * part * context,
+                    "prefill_floor_seconds": 1.0 * part * context,
+                    "prefill_flops": int(1000 * part * context),
+                    "decode_ms": 8.0 * part,
+                    "decode_floor_ms": 2.0 * part,
+                    "decode_bytes": int(1000 * part),
+                    "kv_bytes": int(1e9 * part),
+                    "compile_seconds": {"prefill": 1.0, "decode": 1.0} if engine == "duo" else {},
+                    "peak_memory_bytes": 2 * 10**9,
+                }
+            )
+    return RUN | {"device": "A large GPU", "results": results}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One result of most kinds, real ones and made-up ones, and what cannot be shown."""
+    folder = tmp_path_factory.mktemp("results")
+    for path in (RESULTS / "recall.jsonl", RESULTS / "training.json", COMPILED / "memory.json"):
+        shutil.copy(path, folder)
+    shutil.copytree(RESULTS / "patterns" / "kvzip", folder / "patterns" / "kvzip")
+    about = {"task": "needle", "model": "models/<b>tiny</b>", "style": "digits"}
+    ledger(folder / "needle.jsonl", about, needle_records())
+    ledger(
+        folder / "ruler.jsonl", {"task": "ruler"}, ({**r, "job": {"task": "vt", **r["job"]}} for r in needle_records())
+    )
+    ledger(folder / "begun.jsonl", about, [])
+    (folder / "efficiency.json").write_text(json.dumps(efficiency()))
+    (folder / "odd & new.json").write_text('{"hello": 1}')
+    (folder / "needle.png").write_text("a figure of what is here anyway")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(results):
+    from eval.report.page import Page
+
+    return Page.of(results).html()
+
+
+class Outline(HTMLParser):
+    """Headings, tags with their attributes, and ids of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def test_the_page_shows_every_result_and_names_the_rest(page):
+    outline = Outline(page)
+    text = " ".join(" ".join(outline.text).split())
+    for heading in ("Needle in a haystack", "Recall of passkeys", "Scores", "Time and memory", "A training step"):
+        assert re.search(rf"<h2[^>]*>{heading}</h2>", page), heading
+    assert "Not shown" in text and "odd & new.json" in text and "needle.png" not in text
+    assert "No job is finished yet." in text
+    # Where results come from.
+    assert text.count("abc1234") >= 4 and "a <processor>, 2 cores" in text and "A large GPU" in text
+    # Numbers: nothing is scaled or lost.
+    assert "llama-3-8b, 2 of 32 layers" in text and "does not fit into memory" in text
+    row = re.search(r"<tr>\s*<td>llama-3-8b, 2 of 32 layers</td>(?:(?!</tr>).)*50% streaming.*?</tr>", page, re.DOTALL)
+    cells = re.findall(r">([^<]*)</td>", row.group())
+    assert cells[5:11] == ["4915.20", "2.0", "1.00", "4.8", "4.0", "1.00"]
+    assert "66.7 (20.8 to 93.9)" in text  # two of three needles
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    outline = Outline(page)
+    links = [
+        value for _, attributes in outline.tags for name, value in attributes.items() if name.endswith(("href", "src"))
+    ]
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert not outline.all("script", "iframe", "object", "img")
+    assert "@import" not in page and not re.search(r"url\((?!#)", page) and "http" not in page
+
+
+def test_the_page_can_be_read_without_seeing_it(page):
+    outline = Outline(page)
+    figures, titles = outline.all("svg"), re.findall(r'<title id="([^"]+)">([^<]+)</title>', page)
+    assert [svg["aria-labelledby"] for svg in figures] == [name for name, _ in titles]
+    assert len(figures) == len(outline.all("figure")) >= 10 and all(svg["role"] == "img" for svg in figures)
+    said = unescape(" ".join(text for _, text in titles))
+    assert "duo at 0.5: mean score 0.83" in said and "at 2,048 tokens and a depth of 50%" in said
+    assert outline.all("th") and all(th["scope"] == "col" for th in outline.all("th"))
+    headings = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(headings))
+    ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert outline.all("html")[0]["lang"] == "en" and "width=device-width" in page
+    assert "<b>tiny</b>" not in page
+
+
+def test_a_broken_file_is_on_the_page_and_an_error(duo, results, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shutil.copy(results / "needle.jsonl", folder)
+    cut = json.loads((results / "efficiency.json").read_text())
+    del cut["results"][2]["kv_bytes"]
+    (folder / "cut.json").write_text(json.dumps(cut))
+    (folder / "torn.jsonl").write_text('{"about": {"task": "needle"}, "runs": []}\n{"job"\n{}\n')
+    (folder / "noise.json").write_bytes(b"\xff\xfe")
+    out = tmp_path / "report.html"
+    done = duo("report", "--results", folder, "--out", out)
+    assert done.code == 2 and "Traceback" not in done.err
+    for name, why in (("torn.jsonl", "2 is not JSON"), ("noise.json", "is not JSON"), ("cut.json", "kv_bytes")):
+        assert name in done.err and why in done.err
+    text = out.read_text()
+    assert "Could not be shown" in text and "torn.jsonl" in text and "Needle in a haystack" in text
+    for path in folder.iterdir():
+        path.unlink()
+    assert duo("report", "--results", folder, "--out", out).code == 0
+    assert "no result here" in out.read_text()
+    refused = duo("report", "--results", tmp_path / "none", "--out", out)
+    assert refused.code == 2 and "no folder" in refused.err
+
+
+def test_every_committed_result_is_of_a_known_kind():
+    for path in RESULTS.parent.rglob("*.json*"):
+        if "patterns" not in path.parts:
+            assert kind_of(path) in KINDS, path
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_lies_well_in_a_browser(page, width, tmp_path):
+    # A window has a least width, a frame has not.
+    measure = """<script>
+    const all = [...document.querySelectorAll("body *")], box = x => x.getBoundingClientRect();
+    const inside = x => x.closest(".wide, svg") === null;
+    parent.document.title = JSON.stringify({
+      width: innerWidth, needed: document.documentElement.scrollWidth,
+      beyond: all.filter(x => inside(x) && box(x).right > innerWidth + 1).map(x => x.tagName),
+      figures: [...document.querySelectorAll("svg")].map(x => [box(x).width, box(x).height]),
+      letters: parseFloat(getComputedStyle(document.querySelector("td")).fontSize),
+      text: document.body.innerText,
+    });
+    </script></body>"""
+    framed = escape(page.replace("</body>", measure))
+    wrapper = tmp_path / "page.html"
+    wrapper.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="width:{width}px;height:900px;border:0" srcdoc="{framed}">'
+    )
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
+    command = [CHROMIUM, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom"]
+    done = subprocess.run([*command, wrapper.as_uri()], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stderr
+    found = json.loads(unescape(title.group(1)))
+    assert width - 20 <= found["width"] <= width
+    assert found["needed"] <= found["width"] and not found["beyond"]
+    assert all(150 < wide <= found["width"] and high > 60 for wide, high in found["figures"])
+    assert found["letters"] >= 12
+    assert "Needle in a haystack" in found["text"] and "depth in %" in found["text"]
