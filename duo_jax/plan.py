@@ -124,7 +124,7 @@ class Plan:
         ways = [f"up to {most} tokens" if most else "", self._nearest(length, memory)]
         found = " or ".join(filter(None, ways)) or f"at least {_size(self.total(1))} of memory for a first token"
         raise ValueError(
-            f"{length} token{'s' * (length > 1)} of context need {_size(needed)} ({said}), but there are {_size(memory)}; "
+            f"a context of {length} needs {_size(needed)} ({said}), but there are {_size(memory)}; "
             f"what would fit: {found}"
         )
 

@@ -20,6 +20,7 @@ PAGES = (
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "guides" / "identify.md",
     ROOT / "docs" / "guides" / "kernels.md",
+    ROOT / "docs" / "guides" / "plan.md",
 )
 
 
@@ -170,6 +171,37 @@ def memory_table(path: Path) -> str:
     return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
 
 
+def plan_table(path: Path) -> str:
+    """The longest contexts by plan, and how far the compiler's figure is from the plan's."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| GPU | model | weights, cache | full attention, tokens | plan | duo, tokens | plan |",
+        "| --- | --- | --- | --: | --: | --: | --: |",
+    ]
+    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for cell in record["results"]:
+        rows.setdefault((cell["gpu"], cell["model"], cell["dtypes"]), {})[cell["heads"]] = cell
+    for key, found in rows.items():
+        cells = []
+        for heads in ("full", "duo"):
+            cell = found.get(heads)
+            verified = cell and cell["verified"]
+            cells.append(f"{cell['context']:,}" if cell else "")
+            cells.append(f"{verified['deviation']:+.2%}" if verified else "not compiled")
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
+    gpus = {cell["gpu"]: GPUS[cell["gpu"]] for cell in record["results"]}
+    usable = ", ".join(f"{gpu.name} {gpu.usable_bytes / 1e9:.2f} GB" for gpu in gpus.values())
+    savings = [
+        f"{saving['model']} at {saving['context']:,} tokens takes {saving['saving']:.2f} times less than with full "
+        f"attention (the paper: {saving['goal']}), and passes the paper's figure at {saving['goal_passed_at']:,}"
+        for saving in record["savings"]
+    ]
+    chunk = record["settings"]["chunk"]
+    about = f"Chunks of {chunk} tokens; usable: {usable}. *plan*: the plan's total beside the compiler's; not run."
+    decode = f"Decode memory in bfloat16, weights and cache: {'; '.join(savings)}."
+    return "\n".join([*lines, "", about, "", decode, "", _compiled_with(record)])
+
+
 def kernels_table(path: Path) -> str:
     """Registers, spills and shared memory of every kernel."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -243,6 +275,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
     "serving": (COMPILED / "serving.json", memory_table),
+    "plan": (COMPILED / "plan.json", plan_table),
     "kernels": (COMPILED / "kernels.json", kernels_table),
 }
 

@@ -13,6 +13,7 @@ from duo_jax.plan import Plan, any_pattern
 from eval.compiled import kernels_on, memory_on
 from eval.kernels import OPERATIONS, program
 from eval.memory import decode, prefill_chunk, training_step
+from eval.verify import is_close, verify
 from train.gated import GatedModel
 
 try:
@@ -54,6 +55,17 @@ def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
     chunk = memory_on(gpu, *prefill_chunk(plan, length, "triton"))
     assert chunk.aliased >= pools and chunk.temporaries < 2e9
     assert max(found.total, chunk.total) < GPUS[gpu].memory_bytes
+
+
+@pytest.mark.parametrize("weight_dtype", [None, "int8", "w8a8", "int4"])
+def test_a_plan_is_within_its_tolerance_and_quantized_pools_are_written_in_place(weight_dtype):
+    """Two layers of Llama-3-8B, 8M tokens in 4 bits; whole models were compiled once, see eval/results/aot."""
+    config = replace(PRESETS["llama-3-8b"], num_layers=2, dtype="bfloat16", weight_dtype=weight_dtype)
+    plan = Plan(config, any_pattern(config, 0.5), chunk_size=4096, kv_dtype="int4")
+    found = verify(plan, 1 << 23, "a100-80g")
+    assert is_close(found), found
+    for program in found["programs"].values():
+        assert program["aliased"] >= plan.kv(1 << 23) and program["temporaries"] < 0.15 * plan.kv(1 << 23)
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])

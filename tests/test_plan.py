@@ -58,7 +58,7 @@ def test_weights_are_counted_as_they_are():
 
 def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_would():
     plan = Plan(LLAMA, HALF)
-    with pytest.raises(ValueError, match=r"need \d+\.\d+ GB \(weights .*, KV cache .*, activations .*kv_dtype=int8"):
+    with pytest.raises(ValueError, match=r"needs \d+\.\d+ GB \(weights .*, KV cache .*, activations .*kv_dtype=int8"):
         plan.check(1_500_000, 80 * 10**9)
     with pytest.raises(ValueError, match="kv_dtype=int4 and weight_dtype=int8"):
         plan.check(4_000_000, 80 * 10**9)
@@ -132,9 +132,9 @@ def test_a_plan_that_is_off_is_said_and_fails(duo, monkeypatch):
 
 def test_generate_refuses_before_it_loads(text_model, duo):
     options = ("generate", "--model", text_model, "--prompt", "Hello", "--max-new-tokens", 4)
-    assert_refused(duo(*options, "--memory", "20KB"), "of context need", "what would fit")
+    assert_refused(duo(*options, "--memory", "20KB"), "a context of", "what would fit")
     assert_refused(duo(*options, "--max-context", 5), "more than --max-context 5")
-    assert_refused(duo(*options, "--max-context", 10**11), "of context need", "GB")
+    assert_refused(duo(*options, "--max-context", 10**11), "a context of", "GB")
 
 
 def test_room_is_what_is_asked_for_or_what_fits():
