@@ -217,10 +217,22 @@ class KVCache:
         rings = {"streaming_k": jnp.copy(mark.streaming_k), "streaming_v": jnp.copy(mark.streaming_v)}
         return replace(self, pools=self.pools._replace(**rings), length=jnp.copy(mark.length))
 
-    def fork(self) -> "KVCache":
-        """A real copy, which lives on when this cache is donated."""
+    def fork(self, batch_size: int | None = None) -> "KVCache":
+        """A real copy, which lives on when this cache is donated; of a single row, `batch_size` rows like it.
+
+        Raises:
+            ValueError: rows asked of a cache that has several, or a donated cache.
+        """
         self.check_alive()
-        return jax.tree.map(jnp.copy, self)
+        if batch_size is None:
+            return jax.tree.map(jnp.copy, self)
+        if self.batch_size != 1 or batch_size < 1:
+            raise ValueError(
+                f"a cache of one row becomes one or more, got {batch_size=} of a cache of {self.batch_size} rows"
+            )
+        pools = Pools(*(jnp.repeat(pool, batch_size, axis=1) for pool in self.pools))
+        table = {"is_retrieval": jnp.copy(self.is_retrieval), "slot": jnp.copy(self.slot)}
+        return replace(self, pools=pools, length=jnp.repeat(self.length, batch_size), **table)
 
     @property
     def is_alive(self) -> bool:
