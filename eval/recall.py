@@ -6,7 +6,6 @@ would use one bit. Text, words and seed are other than those that gates are trai
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
-from duo_jax.files import write_text
-from eval.record import provenance
-from train.identify import differences
+from eval.ledger import Ledger
 from train.needles import NeedleData, Needles, Sample
 from train.vocabulary import HELD_OUT
 
@@ -84,9 +81,8 @@ class Recall:
         for source in patterns.values():
             for sparsity in self.sparsity:
                 HeadPattern.load(source, sparsity=sparsity)  # What is wrong is refused before anything is measured.
-        head, records = self._begun(patterns)
-        done = {Job(**record["job"]) for record in records}
-        jobs = [job for job in self._jobs(patterns) if job not in done]
+        ledger = self._ledger(patterns)
+        jobs = ledger.missing(self._jobs(patterns))
         if not jobs:
             print(f"{self.out} had all of it")
             return
@@ -95,18 +91,14 @@ class Recall:
         shape = model.config.num_layers, model.config.num_kv_heads
         for source in patterns.values():
             HeadPattern.load(source).check(model.config)
-        # Written anew: a record that a kill cut off is left out.
-        head |= {"runs": [*head["runs"], provenance()]}
-        write_text(self.out, "".join(json.dumps(record) + "\n" for record in (head, *records)))
-        with self.out.open("a", encoding="utf-8") as file:
+        with ledger.writing() as append:
             for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
                 pattern = self._pattern(job, patterns, shape)
                 if job.prose:
                     scored = score_prose(model, sets[max(sets)], job.length, job.sample, pattern)
                 else:
                     scored = score_sample(model, sets[job.length][job.sample], job.length, pattern)
-                file.write(json.dumps({"job": asdict(job), **scored}) + "\n")
-                file.flush()
+                append(job, scored)
         print(f"{self.out} has all of it")
 
     def _jobs(self, patterns: dict[str, str]) -> Iterator[Job]:
@@ -133,41 +125,12 @@ class Recall:
         gates = np.random.default_rng(seed).random(shape)
         return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
 
-    def _begun(self, patterns: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The first line of the file, which says what it is, and what it has; of a new file too."""
+    def _ledger(self, patterns: dict[str, str]) -> Ledger:
+        """The file, with what it is and whose gates its names stand for."""
         settings = asdict(self)
-        about = json.loads(json.dumps({name: settings[name] for name in ("model", "sink_size", "recent_size", "data")}))
-        gates = {name: _fingerprint(HeadPattern.load(source)) for name, source in patterns.items()}
-        if not self.out.exists():
-            return {"about": about, "gates": gates, "runs": []}, []
-        head, records = read(self.out)
-        different = differences(head["about"], about)
-        if different:
-            raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
-        changed = [name for name in gates if head["gates"].get(name, gates[name]) != gates[name]]
-        if changed:
-            raise ValueError(f"{self.out} was made with other gates under the name of {', '.join(changed)}")
-        return head | {"gates": head["gates"] | gates}, records
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line of a result and its records, without a last line that a kill cut off.
-
-    Raises:
-        ValueError: not a result of this command, with the line.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines) > 1 and not line.endswith("\n"):
-                break
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-    if not records or not isinstance(records[0], dict) or "about" not in records[0]:
-        raise ValueError(f"{path} is not a result of this command; choose another --out")
-    return records[0], records[1:]
+        about = {name: settings[name] for name in ("model", "sink_size", "recent_size", "data")}
+        gates = {name: fingerprint(HeadPattern.load(source)) for name, source in patterns.items()}
+        return Ledger.open(self.out, about, gates)
 
 
 def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
@@ -214,5 +177,6 @@ def score_prose(
     }
 
 
-def _fingerprint(pattern: HeadPattern) -> str:
+def fingerprint(pattern: HeadPattern) -> str:
+    """Tells gates of the same name apart."""
     return hashlib.sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes()).hexdigest()[:16]

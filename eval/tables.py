@@ -12,7 +12,8 @@ import numpy as np
 from eval.compiled import GPUS
 from eval.costs import saving_realized
 from eval.intervals import Estimate, ratio
-from eval.recall import FULL, RANDOM, STREAMING, read
+from eval.ledger import read
+from eval.recall import FULL, RANDOM, STREAMING
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "cpu"

@@ -1,0 +1,138 @@
+"""A file of results that outlives a kill: a first line that says what it is, then a record for each finished job.
+
+Knows no task: a job is any dataclass, and its record holds it under "job".
+"""
+
+import fcntl
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from duo_jax.files import write_text
+from eval.record import provenance
+from train.identify import differences
+
+J = TypeVar("J")
+
+
+@dataclass(frozen=True, eq=False)
+class Ledger:
+    """What a file has, and how to go on with it.
+
+    Attributes:
+        path: the file, there or not.
+        head: its first line: what it is ("about"), which gates stand behind a name ("gates"), and every run so far.
+        records: one for each finished job, in the order in which they were finished.
+    """
+
+    path: Path
+    head: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, path: Path, about: Mapping[str, Any], gates: Mapping[str, str] | None = None) -> "Ledger":
+        """What the file has already, or nothing for a new one. Nothing is written yet.
+
+        Args:
+            path: the file.
+            about: the settings that all of its records share.
+            gates: fingerprints by name: later runs may add names, but not give one another meaning.
+
+        Raises:
+            ValueError: not a file of results, or one with other settings or other gates under a name.
+        """
+        about = json.loads(json.dumps(about))
+        gates = dict(gates or {})
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: --out names a file")
+        if not path.exists():
+            return cls(path, {"about": about, "gates": gates, "runs": []}, [])
+        head, records = read(path)
+        different = differences(head["about"], about)
+        if different:
+            raise ValueError(f"{path} was made with other settings: {'; '.join(different)}; choose another --out")
+        known = head.get("gates", {})
+        changed = [name for name in gates if known.get(name, gates[name]) != gates[name]]
+        if changed:
+            raise ValueError(f"{path} was made with other gates under the name of {', '.join(changed)}")
+        return cls(path, head | {"gates": known | gates}, records)
+
+    def missing(self, jobs: Iterable[J]) -> list[J]:
+        """The jobs without a record, in their order."""
+        done = {_key(record["job"]) for record in self.records}
+        return [job for job in jobs if _key(asdict(job)) not in done]  # type: ignore[call-overload]
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
+        """Note a new run, then append `(job, result)` as they come; each is on its way to the disk when the call ends.
+
+        Raises:
+            ValueError: another process writes to the file, or did since it was opened here.
+        """
+        file = self._begun()
+        try:
+
+            def append(job: Any, result: Mapping[str, Any]) -> None:
+                file.write(json.dumps({"job": asdict(job), **result}) + "\n")
+                file.flush()
+
+            yield append
+        finally:
+            file.close()
+
+    def _begun(self) -> TextIO:
+        """The file, open and locked, with this run in its first line."""
+        held = self.path.open("a", encoding="utf-8") if self.path.exists() else None
+        try:
+            if held is not None:
+                self._lock(held)
+                if len(read(self.path)[1]) != len(self.records):
+                    raise ValueError(f"{self.path} was written to in the meantime: start again")
+            # Written anew: a record that a kill cut off is left out.
+            head = self.head | {"runs": [*self.head["runs"], provenance()]}
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in (head, *self.records)))
+            file = self.path.open("a", encoding="utf-8")
+            self._lock(file)
+        finally:
+            if held is not None:
+                held.close()
+        return file
+
+    def _lock(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"another process writes to {self.path}: wait for it, or choose another --out") from None
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a result and its records, without a last line that a kill cut off, each job once.
+
+    Raises:
+        ValueError: not a file of results, with the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    found: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) > 1 and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+        if not isinstance(found[-1], dict) or ("about" if number == 1 else "job") not in found[-1]:
+            raise ValueError(f"{path}:{number} is not a result of this command; choose another --out")
+    if not found:
+        raise ValueError(f"{path} is empty, not a result of this command; choose another --out")
+    return found[0], list({_key(record["job"]): record for record in found[1:]}.values())
+
+
+def _key(job: Mapping[str, Any]) -> str:
+    return json.dumps(job, sort_keys=True)
