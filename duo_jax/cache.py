@@ -231,8 +231,9 @@ class KVCache:
                 f"a cache of one row becomes one or more, got {batch_size=} of a cache of {self.batch_size} rows"
             )
         pools = Pools(*(jnp.repeat(pool, batch_size, axis=1) for pool in self.pools))
-        table = {"is_retrieval": jnp.copy(self.is_retrieval), "slot": jnp.copy(self.slot)}
-        return replace(self, pools=pools, length=jnp.repeat(self.length, batch_size), **table)
+        heads = jnp.copy(self.is_retrieval), jnp.copy(self.slot)
+        length = jnp.repeat(self.length, batch_size)
+        return replace(self, pools=pools, is_retrieval=heads[0], slot=heads[1], length=length)
 
     @property
     def is_alive(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.harness.command import Harness
 from eval.kernels import Kernels
 from eval.memory import MemoryTask
 from eval.recall import Recall
@@ -18,6 +19,7 @@ class Eval:
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[Harness, tyro.conf.subcommand("harness", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]

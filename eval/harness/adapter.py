@@ -1,6 +1,6 @@
 """DuoLM: a model with a head pattern as lm-evaluation-harness sees it, text in, likelihoods and text out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -10,9 +10,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from duo_jax import LM, Categorical, Greedy, Sampler, Temperature, TopK, TopP
-from duo_jax.lm import TextStream
-from eval.harness.batches import Prefiller, Tokens, plan, width
+from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
+from duo_jax.sampling import Sampler
+from eval.harness.batches import Prefiller, Tokens
+from eval.harness.generation import continuations
 from eval.harness.scoring import Likelihood, likelihoods
 
 # A shorter context is computed again for every continuation: rows of a batch cost less than turns.
@@ -54,7 +55,7 @@ class DuoLM(TemplateLM):
         super().__init__()
         limit = lm.model.config.trained_positions
         if batch_size < 1 or (max_length is not None and max_length < 2):
-            raise ValueError(f"need batch_size of at least 1 and max_length of at least 2, got {batch_size}, {max_length}")
+            raise ValueError(f"need batch_size >= 1 and max_length >= 2, got {batch_size=}, {max_length=}")
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length must be at most the model's {limit} positions, got {max_length=}")
         self.lm, self.tokenizer, self.name = lm, lm.tokenizer, name
@@ -137,11 +138,11 @@ class DuoLM(TemplateLM):
             key = (context,) if len(context) >= MIN_ASKED_IN_TURNS else (context, index)
             asked.setdefault(key, {}).setdefault(continuation, []).append(index)
         contexts = [key[0] for key in asked]
-        continuations = [tuple(group) for group in asked.values()]
+        endings = [tuple(group) for group in asked.values()]
         answers: list[Likelihood | None] = [None] * len(requests)
         groups = list(asked.values())
         with self._bar("loglikelihood", len(requests), disable_tqdm) as bar:
-            running = likelihoods(self._prefiller, contexts, continuations, batch_size=self.batch_size)
+            running = likelihoods(self._prefiller, contexts, endings, batch_size=self.batch_size)
             for number, found in running:
                 for indices, answer in zip(groups[number].values(), found, strict=True):
                     for index in indices:
@@ -178,7 +179,8 @@ class DuoLM(TemplateLM):
         prepared = [self._generation(requests, indices) for indices in groups.values()]
         with self._bar("generate_until", len(requests), disable_tqdm) as bar:
             for indices, (contexts, options) in zip(groups.values(), prepared, strict=True):
-                for row, text in self._generate(contexts, options):
+                running = continuations(self.lm, self._prefiller, contexts, options, batch_size=self.batch_size)
+                for row, text in running:
                     request = requests[indices[row]]
                     texts[indices[row]] = text
                     self.cache_hook.add_partial("generate_until", request.args, text)
@@ -220,30 +222,11 @@ class DuoLM(TemplateLM):
         # A stop string that is a special token never shows up as text: it ends the row as a token.
         special = {text for text in stop if text in self.tokenizer.all_special_tokens}
         ids = {*self.lm.model.config.eos_ids, self.eot_token_id}
-        ids |= {int(self.tokenizer.convert_tokens_to_ids(text)) for text in special}
+        ids |= {int(self.tokenizer.get_vocab()[text]) for text in special}
         texts = tuple(text for text in stop if text and text not in special)
         return {
             "max_new_tokens": count, "sampler": sampler, "seed": seed, "stop": texts, "eos_ids": tuple(sorted(ids)),
         }  # fmt: skip
-
-    def _generate(self, contexts: Sequence[Tokens], options: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-        """Indices and texts, batch by batch."""
-        count = options["max_new_tokens"]
-        batches = plan(contexts, [count] * len(contexts), [1] * len(contexts), self.batch_size)
-        for number, batch in enumerate(batches):
-            cache, rests = self._prefiller.open(batch, contexts)
-            running = TextStream(
-                self.lm,
-                [list(rest) for rest in rests],
-                cache=cache,
-                history=contexts[batch.rows[0]][: batch.shared],
-                chunk_size=width(max(map(len, rests)), len(rests)),
-                backend=self._prefiller.backend,
-                **{**options, "seed": options["seed"] + number},
-            )
-            for _ in running:
-                pass
-            yield from zip(batch.rows, map(str, running.replies), strict=True)
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=what, disable=disable or not self._progress, dynamic_ncols=True)

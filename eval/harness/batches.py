@@ -112,7 +112,7 @@ class Prefiller:
 
 
 def _families(contexts: Sequence[Tokens]) -> list[tuple[list[int], int]]:
-    """Indices of contexts that begin alike, with how many tokens they share; the others make one family, sharing none."""
+    """Indices of contexts that begin alike, and how many tokens they share; all others are one family, sharing none."""
     order = sorted(range(len(contexts)), key=lambda row: contexts[row])
     families: list[tuple[list[int], int]] = []
     for row in order:

@@ -59,13 +59,9 @@ def _first(logits: Float[np.ndarray, "V"], total: float, token: int) -> Likeliho
     return Likelihood(float(logits[token] - total), bool(logits[token] >= logits.max()))
 
 
-def _rest(
-    prefiller: Prefiller, cache: KVCache, rows: Sequence[Tokens]
-) -> tuple[np.ndarray, np.ndarray, KVCache]:
+def _rest(prefiller: Prefiller, cache: KVCache, rows: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, KVCache]:
     """Log-probabilities of all tokens of each row but the first, and whether each was the likeliest."""
     size = width(max(map(len, rows)), len(rows))
     tokens, lengths = padded(rows, size)
-    scores, cache = score(
-        prefiller.model, tokens, cache, chunk_size=size, lengths=lengths, backend=prefiller.backend
-    )
+    scores, cache = score(prefiller.model, tokens, cache, chunk_size=size, lengths=lengths, backend=prefiller.backend)
     return np.asarray(scores.logprobs, np.float64), np.asarray(scores.is_top), cache
