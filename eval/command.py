@@ -9,6 +9,8 @@ from eval.harness.command import Harness
 from eval.kernels import Kernels
 from eval.memory import MemoryTask
 from eval.recall import Recall
+from eval.short.command import HumanEval, Mmlu
+from eval.short.mtbench import MtBench
 from eval.training import Training
 from eval.tune import Tune
 
@@ -20,6 +22,9 @@ class Eval:
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Harness, tyro.conf.subcommand("harness", prefix_name=False)]
+        | Annotated[HumanEval, tyro.conf.subcommand("humaneval", prefix_name=False)]
+        | Annotated[Mmlu, tyro.conf.subcommand("mmlu", prefix_name=False)]
+        | Annotated[MtBench, tyro.conf.subcommand("mtbench", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]

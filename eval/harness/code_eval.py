@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from eval.short.sandbox import Limits, run
 
-
-# What the sandbox says became of a program.
+# What the sandbox says of a program.
 Outcome = Literal["passed", "failed", "timed out"]
 
 

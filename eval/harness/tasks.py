@@ -9,7 +9,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.harness.code_eval import sandboxed
-from eval.harness.rows import read_rows
+from eval.short.rows import read_rows
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 

@@ -13,8 +13,9 @@ from typing import Any
 # sockets is not: some of the standard library does so without using them.
 REFUSED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile",
-    "os.kill", "pty.", "ctypes.", "signal.pthread_kill", "os.chmod", "os.chown", "os.link", "os.symlink", "os.putenv", "resource.",
-    "ftplib.", "http.", "smtplib.", "urllib.", "webbrowser.", "sys.settrace", "sys.setprofile", "mmap.", "shutil.",
+    "os.kill", "pty.", "ctypes.", "signal.pthread_kill", "os.chmod", "os.chown", "os.link", "os.symlink", "os.putenv",
+    "resource.", "ftplib.", "http.", "smtplib.", "urllib.", "webbrowser.", "sys.settrace", "sys.setprofile", "mmap.",
+    "shutil.",
 )  # fmt: skip
 # Events whose first arguments are paths: allowed in the working folder.
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.utime", "tempfile.")

@@ -2,17 +2,24 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def read_rows(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_rows(
+    path: Path, fields: Sequence[str] = (), wrong: Callable[[dict[str, Any]], str | None] = lambda row: None
+) -> list[dict[str, Any]]:
     """Rows of a `.jsonl` or `.jsonl.gz` file, in their order; blank lines are passed over.
+
+    Args:
+        path: the file.
+        fields: what every row must have.
+        wrong: what is wrong with a row, if anything.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no JSON object or lacks a field, with its number; or no rows at all.
+        ValueError: a line that is no JSON object, lacks a field or is wrong, with its number; or no rows at all.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {str(path)!r}")
@@ -34,6 +41,9 @@ def read_rows(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
         missing = [field for field in fields if field not in row]
         if missing:
             raise ValueError(f"{path}:{number}: no {', '.join(missing)}, only {', '.join(row)}")
+        complaint = wrong(row)
+        if complaint:
+            raise ValueError(f"{path}:{number}: {complaint}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows")
