@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.harness.code_eval import sandboxed
@@ -46,10 +48,11 @@ def load_tasks(
     configs: list[Any] = []
     with sandboxed():
         for name in names:
-            config = _config(name, manager)
-            _check_files(config)
+            _check_files(_config(name, manager))
             if name in rows:
-                config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+                config = _config(name, manager, resolve=True)
+                if "task" not in config:
+                    raise ValueError(f"{name} is a group of tasks: give data to one of them")
                 configs.append({**config, "custom_dataset": _given(config, rows[name])})
             else:
                 configs.append(name)
@@ -68,19 +71,23 @@ def leaves(loaded: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _manager(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
-    """An index of tasks: of `include` alone where that is enough, since reading lm-eval's own takes seconds."""
+    """An index of tasks: of few folders where that is enough, since reading all of lm-eval's takes many seconds."""
+    own = Path(lm_eval.tasks.__file__).parent
     paths = [str(folder) for folder in include]
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if all(name in manager.task_index or Path(name).is_file() for name in names):
+    likely = [str(own / name) for name in names if not Path(name).is_absolute() and (own / name).is_dir()]
+    manager = TaskManager(include_path=[*likely, *paths], include_defaults=False)
+    kinds = {name: manager.task_index[name].kind for name in names if name in manager.task_index}
+    # A group's tasks may lie elsewhere.
+    if all(Path(name).is_file() or kinds.get(name) is Kind.TASK for name in names):
         return manager
     return TaskManager(include_path=paths)
 
 
-def _config(name: str, manager: TaskManager) -> dict[str, Any]:
-    """A task's settings as they stand in its file; nothing for groups and tags."""
+def _config(name: str, manager: TaskManager, *, resolve: bool = False) -> dict[str, Any]:
+    """A task's settings from its file, with the functions that it names if asked to; nothing for tags."""
     entry = manager.task_index.get(name)
     path = entry.yaml_path if entry else Path(name)
-    return dict(load_yaml(path, resolve_func=False)) if path else {}
+    return dict(load_yaml(path, resolve_func=resolve)) if path else {}
 
 
 def _check_files(config: Mapping[str, Any]) -> None:

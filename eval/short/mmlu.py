@@ -65,7 +65,8 @@ def questions(path: Path | None = None, *, shots: int, count: int, seed: int) ->
         asked = [number for number in order if _text(rows[number]) not in texts]
         if len(held) < shots or not asked:
             raise ValueError(
-                f"{subject!r} has {len(numbers)} rows, too few for {shots} worked examples and a question: lower --shots"
+                f"{subject!r} has {len(numbers)} rows, too few for {shots} worked examples and a question: "
+                "lower --shots"
             )
         begin = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         begin += "".join(f"{_text(rows[number])} {rows[number]['correct_answer']}\n\n" for number in held)
