@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.harness.bench import HarnessBench
 from eval.harness.command import Harness
 from eval.kernels import Kernels
 from eval.memory import MemoryTask
@@ -22,6 +23,7 @@ class Eval:
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Harness, tyro.conf.subcommand("harness", prefix_name=False)]
+        | Annotated[HarnessBench, tyro.conf.subcommand("harness-bench", prefix_name=False)]
         | Annotated[HumanEval, tyro.conf.subcommand("humaneval", prefix_name=False)]
         | Annotated[Mmlu, tyro.conf.subcommand("mmlu", prefix_name=False)]
         | Annotated[MtBench, tyro.conf.subcommand("mtbench", prefix_name=False)]

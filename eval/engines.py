@@ -88,27 +88,7 @@ class Transformers:
         self.compile_seconds: dict[str, float] = {}
         self.kv_bytes = 0
         self._torch, self._cache_class = torch, transformers.DynamicCache
-        source = open_source(model)
-        config = source.config
-        hf = transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.embed_dim,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tied_head,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
-        )
-        self._model = transformers.LlamaForCausalLM(hf).eval()
-        weights = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
-        missing, unexpected = self._model.load_state_dict(weights, strict=False)
-        if unexpected or set(missing) - {"lm_head.weight"}:
-            raise NotImplementedError(f"only Llama models can be compared; {missing=}, {unexpected=}")
-        self._model.tie_weights()
+        self._model = torch_model(model)
         self._cache: Any = None
 
     def warm_up(self, tokens: np.ndarray) -> None:
@@ -130,6 +110,39 @@ class Transformers:
         ids = self._torch.from_numpy(np.array(tokens, np.int64))
         with self._torch.inference_mode():
             self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+
+
+def torch_model(model: str) -> Any:
+    """Torch's model with the weights that this library loads from the same file, float32.
+
+    Raises:
+        NotImplementedError: a model that is not a Llama.
+    """
+    import torch
+    import transformers
+
+    source = open_source(model)
+    config = source.config
+    hf = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.embed_dim,
+        intermediate_size=config.mlp_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied_head,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+    )
+    found = transformers.LlamaForCausalLM(hf).eval()
+    weights = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
+    missing, unexpected = found.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise NotImplementedError(f"only Llama models can be compared; {missing=}, {unexpected=}")
+    found.tie_weights()
+    return found
 
 
 ENGINES: dict[str, type] = {"duo": Duo, "transformers": Transformers}
