@@ -1,7 +1,7 @@
 """`duo eval harness-bench`: the adapter beside lm-eval's own for transformers, the same weights, the same requests.
 
-Each engine is a process of its own. A first call, which does not count, compiles all that the requests need; torch, which
-compiles nothing, gets one request.
+Each engine is a process of its own. A first call, which does not count, compiles all that the requests need;
+torch, which compiles nothing, gets one request.
 """
 
 import json
