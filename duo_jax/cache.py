@@ -279,10 +279,23 @@ class KVCache:
         rings = {"streaming_k": _copy(mark.streaming_k), "streaming_v": _copy(mark.streaming_v)}
         return replace(self, pools=self.pools._replace(**rings), length=jnp.copy(mark.length))
 
-    def fork(self) -> "KVCache":
-        """A real copy, which lives on when this cache is donated."""
+    def fork(self, batch_size: int | None = None) -> "KVCache":
+        """A real copy, which lives on when this cache is donated; of a single row, `batch_size` rows like it.
+
+        Raises:
+            ValueError: rows asked of a cache that has several, or a donated cache.
+        """
         self.check_alive()
-        return _copy(self)
+        if batch_size is None:
+            return _copy(self)
+        if self.batch_size != 1 or batch_size < 1:
+            raise ValueError(
+                f"a cache of one row becomes one or more, got {batch_size=} of a cache of {self.batch_size} rows"
+            )
+        pools = jax.tree.map(lambda x: jnp.repeat(x, batch_size, axis=1), self.pools)
+        heads = jnp.copy(self.is_retrieval), jnp.copy(self.slot)
+        length = jnp.repeat(self.length, batch_size)
+        return replace(self, pools=pools, is_retrieval=heads[0], slot=heads[1], length=length)
 
     def save(self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None) -> None:
         """Write the cache to a folder: what is filled of it, with a checksum of every array.

@@ -230,8 +230,10 @@ class TextStream(Iterator[str]):
         eos_ids: tuple[int, ...] | None = None,
         cache: KVCache | None = None,
         history: Sequence[int] = (),
+        chunk_size: int | None = None,
+        backend: str | None = None,
     ) -> None:
-        """See `LM.stream`; `history` are the tokens that `cache` holds, of the only row."""
+        """See `LM.stream` and `duo_jax.stream`; `history` are the tokens that every row of `cache` holds."""
         if not prompts:
             raise ValueError("no prompts were given; pass at least one")
         eos_ids = lm.model.config.eos_ids if eos_ids is None else tuple(eos_ids)
@@ -251,7 +253,9 @@ class TextStream(Iterator[str]):
             eos_ids=eos_ids,
             key=seed,
             cache=cache,
-            history=np.asarray(history, np.int32)[None] if len(history) else None,
+            history=np.tile(np.asarray(history, np.int32), (len(prompts), 1)) if len(history) else None,
+            chunk_size=chunk_size,
+            backend=backend,
         )
         self._is_done = False
 

@@ -7,6 +7,8 @@ import tyro
 
 from eval.context import ContextTask
 from eval.efficiency import Efficiency
+from eval.harness.bench import HarnessBench
+from eval.harness.command import Harness
 from eval.kernels import Kernels
 from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
@@ -15,6 +17,8 @@ from eval.plot import PlotTask
 from eval.precision import Precision
 from eval.recall import Recall
 from eval.ruler.command import RulerTask
+from eval.short.command import HumanEval, Mmlu
+from eval.short.mtbench import MtBench
 from eval.training import Training
 from eval.tune import Tune
 
@@ -31,6 +35,11 @@ class Eval:
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
         | Annotated[Precision, tyro.conf.subcommand("precision", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
+        | Annotated[Harness, tyro.conf.subcommand("harness", prefix_name=False)]
+        | Annotated[HarnessBench, tyro.conf.subcommand("harness-bench", prefix_name=False)]
+        | Annotated[HumanEval, tyro.conf.subcommand("humaneval", prefix_name=False)]
+        | Annotated[Mmlu, tyro.conf.subcommand("mmlu", prefix_name=False)]
+        | Annotated[MtBench, tyro.conf.subcommand("mtbench", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]

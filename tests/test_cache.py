@@ -189,6 +189,21 @@ def test_a_fork_lives_on_its_own(tiny, half):
     np.testing.assert_array_equal(after, decode_step(tiny, [5, 6], direct)[0])
 
 
+def test_a_fork_into_rows_goes_on_as_one_row_does(tiny, half):
+    text = np.arange(1, 21)[None]
+    _, cache = prefill(tiny, text, KVCache.init(TINY, half, 1, 32))
+    rows = cache.fork(3)
+    assert rows.length.tolist() == [20, 20, 20] and rows.nbytes == 3 * cache.nbytes
+    alone, cache = decode_step(tiny, [7], cache)
+    together, rows = decode_step(tiny, [7, 8, 7], rows)
+    np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
+    np.testing.assert_allclose(together[2], alone[0], atol=1e-5)
+    assert np.abs(np.asarray(together[1] - alone[0])).max() > 1e-3
+    for count, of in ((2, rows), (0, cache)):
+        with pytest.raises(ValueError, match="one row becomes"):
+            of.fork(count)
+
+
 USES = {
     "prefill": lambda model, cache: prefill(model, TEXT, cache),
     "decode_step": lambda model, cache: decode_step(model, [1, 2], cache),

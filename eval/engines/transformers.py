@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from duo_jax import HeadPattern, ModelConfig
+from duo_jax.checkpoint.source import Source
 from eval.ceilings import seconds
 from eval.engines import memory
 from eval.engines.subject import Subject
@@ -27,16 +28,7 @@ class Transformers:
         self.kv_bytes = 0
         self._torch, self._cache_class = torch, transformers.DynamicCache
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        hf = transformers.AutoConfig.for_model(subject.config.family, **_fields(subject.config))
-        with self._device:
-            self._model = transformers.AutoModelForCausalLM.from_config(hf, dtype=getattr(torch, subject.dtype)).eval()
-        source = subject.source()
-        if source is not None:
-            weights = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
-            missing, unexpected = self._model.load_state_dict(weights, strict=False)
-            if unexpected or set(missing) - {"lm_head.weight"}:
-                raise NotImplementedError(f"transformers has other weights for this model; {missing=}, {unexpected=}")
-            self._model.tie_weights()
+        self._model = torch_model(subject.config, subject.source(), dtype=subject.dtype, device=self._device)
         self._cache: Any = None
 
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
@@ -69,6 +61,27 @@ class Transformers:
         if self._device.type != "cpu":
             self._torch.cuda.synchronize()
         return logits.float().cpu().numpy()
+
+
+def torch_model(config: ModelConfig, source: Source | None, *, dtype: str, device: Any) -> Any:
+    """The model class of transformers with the weights of a checkpoint, or random ones.
+
+    Raises:
+        NotImplementedError: weights that it has no place for.
+    """
+    import torch
+    import transformers
+
+    hf = transformers.AutoConfig.for_model(config.family, **_fields(config))
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(hf, dtype=getattr(torch, dtype)).eval()
+    if source is not None:
+        weights = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise NotImplementedError(f"transformers has other weights for this model; {missing=}, {unexpected=}")
+        model.tie_weights()
+    return model
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:

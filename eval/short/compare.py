@@ -1,0 +1,135 @@
+"""Items under full attention and head patterns: which methods there are, what is left to do, how they compare.
+
+Knows no task: an item is a name, a record says what was answered and whether that was right.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from duo_jax import LM, HeadPattern
+from duo_jax.cli.options import ModelOptions
+from eval.harness.batches import Prefiller
+from eval.intervals import ratio
+from eval.ledger import Ledger
+from eval.recall import fingerprint
+
+FULL = "full"
+# Items that all methods answer before the next: the file is a usable result after each stage.
+STAGE = 200
+
+
+@dataclass(frozen=True)
+class Job:
+    """One item under one method."""
+
+    method: str
+    item: str
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Which head patterns are compared with full attention."""
+
+    pattern: str = "smollm2-135m-instruct"
+    """Head pattern: a published name or a folder."""
+    sparsity: tuple[float, ...] = (0.5,)
+    """Fractions of KV heads that stream."""
+    sizes: tuple[str, ...] = ("32/128", "16/64")
+    """Sinks and recent tokens of streaming heads, SINK/RECENT; each with each sparsity."""
+
+    def load(self) -> dict[str, HeadPattern | None]:
+        """Patterns by name; the first is full attention.
+
+        Raises:
+            ValueError: sizes that are not SINK/RECENT, and what `HeadPattern.load` refuses.
+        """
+        found: dict[str, HeadPattern | None] = {FULL: None}
+        for size in self.sizes:
+            sink, given, recent = size.partition("/")
+            if not given or not sink.isdigit() or not recent.isdigit():
+                raise ValueError(f"--sizes takes SINK/RECENT, such as 32/128, got {size!r}")
+            for sparsity in self.sparsity:
+                chosen = HeadPattern.load(self.pattern, sparsity=sparsity, sink_size=int(sink), recent_size=int(recent))
+                found[f"{sparsity:g} {size}"] = chosen
+        return found
+
+
+# From a model with a pattern and some items to (item, record) pairs, as they are answered.
+Answer = Callable[[LM, Prefiller, Sequence[str]], Iterator[tuple[str, Mapping[str, Any]]]]
+
+
+def run(
+    out: Path,
+    about: Mapping[str, Any],
+    items: Sequence[str],
+    answer: Answer,
+    *,
+    model: ModelOptions,
+    patterns: Patterns,
+    backend: str | None,
+) -> None:
+    """Answer what the file lacks, stage by stage, then print how the methods compare.
+
+    Raises:
+        ValueError: a file with other settings, or a pattern of another model.
+    """
+    methods = patterns.load()
+    gates = {patterns.pattern: fingerprint(HeadPattern.load(patterns.pattern))}
+    ledger = Ledger.open(out, {"model": model.model, "dtype": model.dtype, **about}, gates)
+    stages = [items[begin : begin + STAGE] for begin in range(0, len(items), STAGE)]
+    jobs = [Job(method, item) for stage in stages for method in methods for item in stage]
+    missing = ledger.missing(jobs)
+    if missing:
+        weights, tokenizer = model.load(), model.tokenizer()
+        for chosen in methods.values():
+            if chosen is not None:
+                chosen.check(weights.config)
+        with ledger.writing() as append, tqdm(total=len(missing), unit="item", dynamic_ncols=True) as bar:
+            for stage in stages:
+                for name, chosen in methods.items():
+                    left = {job.item for job in missing if job.method == name} & set(stage)
+                    if left:
+                        prefiller = Prefiller(weights, chosen, backend=backend)
+                        asked = [item for item in stage if item in left]
+                        for item, record in answer(LM(weights, tokenizer, chosen), prefiller, asked):
+                            append(Job(name, item), record)
+                            bar.update(1)
+        ledger = Ledger.open(out, ledger.head["about"], gates)
+    wanted = set(items)
+    Console().print(table(records for records in ledger.records if records["job"]["item"] in wanted))
+    print(f"{out} has all of it")
+
+
+def table(records: Iterator[Mapping[str, Any]]) -> Table:
+    """How each method did on the items that full attention answered too: score, agreement, paired difference, n."""
+    by_method: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for record in records:
+        by_method.setdefault(record["job"]["method"], {})[record["job"]["item"]] = record
+    full = by_method.get(FULL, {})
+    found = Table("method", "n", "right, %", "same answer, %", "both right or both wrong, %", "minus full, points")
+    for method, answered in by_method.items():
+        pairs = [(full[item], record) for item, record in answered.items() if item in full]
+        if not pairs:
+            continue
+        ones = np.ones(len(pairs))
+        theirs, ours = (np.array([float(pair[side]["correct"]) for pair in pairs]) for side in (0, 1))
+        same = np.array([float(one["answer"] == other["answer"]) for one, other in pairs])
+        score, agreed = ratio(100 * ours, ones), ratio(100 * same, ones)
+        verdict, difference = ratio(100.0 * (ours == theirs), ones), ratio(100 * ours, ones, 100 * theirs)
+        cells = [score, agreed, verdict, difference] if method != FULL else [score]
+        shown = [cell.format("+.1f" if cell is difference else ".1f") for cell in cells]
+        found.add_row(method, str(len(pairs)), *shown)
+    return found
+
+
+def digest(path: Path) -> str:
+    """What tells one data file from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,228 @@
+"""Short tasks: their data, their comparison item by item, resuming, and what is refused; on small checkpoints."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import duo_jax
+from duo_jax.chat import Chat
+from eval.harness import batches
+from eval.short import humaneval, mmlu
+from eval.short.compare import table
+from tests.text_models import assert_refused, make_model
+
+SUBJECTS = ("sums", "colours")
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk width and one length of cache: every other would be a program to compile."""
+    monkeypatch.setattr(batches, "WIDTHS", (64,))
+    monkeypatch.setattr(batches, "MIN_ROOM", 512)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer: each costs seconds of compilation in every program."""
+    return make_model(tmp_path_factory.mktemp("short") / "model", layers=1)
+
+
+def row(number: int, subject: str, answer: str = "B") -> dict:
+    choices = {f"answer_{letter}": f"{letter}{number}" for letter in "abcd"}
+    return {"question": f"What is {number} of {subject}?", **choices, "correct_answer": answer, "topic": subject}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+@pytest.fixture
+def mmlu_file(tmp_path: Path) -> Path:
+    header = {name: name for name in mmlu.FIELDS} | {"correct_answer": "answer", "topic": "sums"}
+    rows = [row(number, subject, "ABCD"[number % 4]) for number in range(4) for subject in SUBJECTS]
+    return write(tmp_path / "mmlu.jsonl", [header, *rows, rows[0]])  # One of the questions is there twice.
+
+
+def test_worked_examples_are_of_the_subject_and_never_asked(mmlu_file):
+    asked = mmlu.questions(mmlu_file, shots=2, count=100, seed=0)
+    assert 4 <= len(asked) <= 5  # of 9 questions, 2 of each subject are held out, and copies of these
+    for question in asked:
+        *examples, last = question.prompt.split("\n\n")[1:]
+        assert question.subject in question.prompt.split("\n\n")[0] and len(examples) == 2
+        assert last.endswith("Answer:") and all(example[-1] in mmlu.LETTERS for example in examples)
+        assert not {example[:-2] for example in examples} & {other.prompt.split("\n\n")[-1] for other in asked}
+    assert mmlu.questions(mmlu_file, shots=2, count=3, seed=0) == asked[:3]
+    assert mmlu.questions(mmlu_file, shots=2, count=100, seed=1) != asked
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["mmlu.jsonl:2", "not JSON"]),
+        ("[]", ["mmlu.jsonl:2", "list"]),
+        ('{"question": "?"}', ["mmlu.jsonl:2", "answer_a"]),
+        (json.dumps(row(1, "sums", "E")), ["mmlu.jsonl:2", "'E'"]),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, duo, line, words):
+    path = tmp_path / "mmlu.jsonl"
+    path.write_text(json.dumps(row(0, "sums")) + "\n" + line + "\n")
+    assert_refused(duo("eval", "mmlu", "--data", path, "--out", tmp_path / "out.jsonl"), *words)
+
+
+def test_missing_data_and_wrong_settings_are_refused(tmp_path, duo, mmlu_file):
+    out = ("--out", tmp_path / "out.jsonl")
+    assert_refused(duo("eval", "mmlu", "--data", tmp_path / "none.jsonl", *out), "no data file", "none.jsonl")
+    assert_refused(duo("eval", "mmlu", "--data", mmlu_file, "--shots", 9, *out), "too few", "--shots")
+    assert_refused(duo("eval", "mmlu", "--data", mmlu_file, "--shots", 1, "--sizes", "32-128", *out), "SINK/RECENT")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def run_mmlu(duo, folder: Path, data: Path, out: Path, *more):
+    pattern = ("--pattern", folder / "pattern", "--sparsity", 0.5, 0.0, "--sizes", "4/16")
+    return duo(
+        "eval",
+        "mmlu",
+        "--model",
+        folder,
+        *pattern,
+        "--data",
+        data,
+        "--shots",
+        1,
+        "--batch-size",
+        1,
+        "--out",
+        out,
+        *more,
+    )
+
+
+def test_mmlu_compares_item_by_item_and_goes_on_where_it_stopped(tmp_path, duo, model, mmlu_file):
+    out = tmp_path / "out.jsonl"
+    whole = run_mmlu(duo, model, mmlu_file, out)
+    assert whole.code == 0, whole
+    head, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    count = len(mmlu.questions(mmlu_file, shots=1, count=500, seed=0))
+    assert len(records) == 3 * count and head["about"]["shots"] == 1
+    by_job = {(one["job"]["method"], one["job"]["item"]): one for one in records}
+    for (method, item), record in by_job.items():
+        assert record["answer"] == "ABCD"[int(np.argmax(record["logprobs"]))]
+        full = by_job["full", item]["logprobs"]
+        # A pattern in which no head streams is full attention, one in which half stream is not.
+        assert np.allclose(record["logprobs"], full, atol=1e-4) is (method != "0.5 4/16")
+    # A run that was killed in the middle of a line ends with the same records.
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5]) + lines[5][:20])
+    again = run_mmlu(duo, model, mmlu_file, out)
+    assert again.code == 0 and again.out == whole.out
+    done = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    assert {(one["job"]["method"], one["job"]["item"]): one["answer"] for one in done} == {
+        job: one["answer"] for job, one in by_job.items()
+    }
+    assert len(done) == len(records)
+    assert_refused(run_mmlu(duo, model, mmlu_file, out, "--seed", 1), "seed was 0, now 1")
+
+
+def test_a_prompt_beyond_the_model_is_refused(tmp_path, duo, model):
+    rows = [row(number, "sums") | {"question": "x" * 300} for number in range(2)]
+    rows[1]["question"] += "y"
+    path = write(tmp_path / "mmlu.jsonl", rows)
+    assert_refused(run_mmlu(duo, model, path, tmp_path / "out.jsonl"), "beyond the model's 512")
+
+
+def test_the_table_is_of_pairs():
+    def record(method, item, answer, correct):
+        return {"job": {"method": method, "item": str(item)}, "answer": answer, "correct": correct}
+
+    records = [record("full", item, "A", item < 6) for item in range(10)]
+    records += [record("half", item, "A" if item < 8 else "B", item < 4 or item == 9) for item in range(10)]
+    records.append(record("half", 10, "A", True))  # without its pair
+    found = table(iter(records))
+    cells = [list(column.cells) for column in found.columns]
+    assert cells[0] == ["full", "half"] and cells[1] == ["10", "10"]
+    assert [one.split(" ")[0] for one in cells[2]] == ["60.0", "50.0"]
+    assert [column[1].split(" ")[0] for column in cells[3:]] == ["80.0", "70.0", "-10.0"]
+    # Student's interval of ten paired differences: two of -1, one of +1, the rest 0.
+    half = 2.2622 * 100 * np.std([-1, -1, 1, *[0] * 7], ddof=1) / np.sqrt(10)
+    low, high = cells[5][1].split("(")[1].rstrip(")").split(" to ")
+    assert (float(low), float(high)) == pytest.approx((-10 - half, -10 + half), abs=0.06)
+
+
+PROBLEM = {
+    "task_id": "Toy/0",
+    "prompt": "def add(a, b):\n",
+    "entry_point": "add",
+    "test": "def check(f):\n    assert f(2, 3) == 5\n",
+}
+
+
+def test_a_solution_is_judged_by_its_tests(tmp_path):
+    (problem,) = humaneval.problems(write(tmp_path / "p.jsonl", [PROBLEM]))
+    assert problem.judge("    return a + b\n").outcome == "passed"
+    assert problem.judge("    return a - b\n").reason.startswith("AssertionError")
+    assert problem.judge("").reason.startswith("IndentationError")
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: no prompt"):
+        humaneval.problems(write(tmp_path / "p.jsonl", [PROBLEM, {"task_id": "Toy/1"}]))
+
+
+def test_humaneval_writes_judges_and_compares(tmp_path, duo, model):
+    problems = [PROBLEM, PROBLEM | {"task_id": "Toy/1", "prompt": "def other(a, b):\n", "entry_point": "other"}]
+    data, out = write(tmp_path / "p.jsonl", problems), tmp_path / "out.jsonl"
+    pattern = ("--pattern", model / "pattern", "--sizes", "4/16")
+    flags = ("--model", model, *pattern, "--data", data, "--max-new-tokens", 4, "--out", out)
+    done = duo("eval", "humaneval", *flags)
+    assert done.code == 0, done
+    records = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    assert sorted(one["job"]["item"] for one in records) == ["Toy/0"] * 2 + ["Toy/1"] * 2
+    assert not any(one["correct"] for one in records) and all(one["verdict"] for one in records)
+    assert duo("eval", "humaneval", *flags).out == done.out
+    assert_refused(duo("eval", "humaneval", *flags[:-4], "--max-new-tokens", 5, "--out", out), "max_new_tokens was 4")
+
+
+def questions(path: Path, count: int) -> Path:
+    rows = [
+        {"question_id": 81 + number, "category": "math", "turns": [f"Question {number}?", "And then?"]}
+        for number in range(count)
+    ]
+    return write(path, rows)
+
+
+def test_mtbench_answers_are_a_conversation_in_fastchats_format(tmp_path, duo, chat_model):
+    asked, out = questions(tmp_path / "question.jsonl", 3), tmp_path / "answers" / "toy.jsonl"
+    flags = ("--model", chat_model, "--max-new-tokens", 6, "--max-length", 256, "--out", out)
+    assert duo("eval", "mtbench", *flags, "--questions", asked).code == 0
+    text = out.read_text()
+    answers = [json.loads(line) for line in text.splitlines()]
+    assert [one["question_id"] for one in answers] == [81, 82, 83]
+    assert all(set(one) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} for one in answers)
+    assert {one["model_id"] for one in answers} == {"chat"} and len({one["answer_id"] for one in answers}) == 3
+    chat = Chat(duo_jax.load(chat_model), max_length=256)
+    said = []
+    for turn in ("Question 1?", "And then?"):
+        running = chat.say(turn, max_new_tokens=6)
+        list(running)
+        said.append(str(running.reply).strip())
+    assert answers[1]["choices"] == [{"index": 0, "turns": said}]
+    # Cut off in the second answer: the first stays as it was, the others say the same again.
+    out.write_text(text[: text.index("\n") + 40])
+    assert duo("eval", "mtbench", *flags, "--questions", asked).code == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert again[0] == answers[0] and [one["choices"] for one in again] == [one["choices"] for one in answers]
+    assert "had all of it" in duo("eval", "mtbench", *flags, "--questions", asked).out
+    other = duo("eval", "mtbench", *flags, "--questions", asked, "--model-id", "other")
+    assert_refused(other, "model_id was 'chat', now 'other'")
+
+
+def test_mtbench_refuses_what_it_cannot_read(tmp_path, duo, chat_model):
+    asked = questions(tmp_path / "question.jsonl", 1)
+    asked.write_text(asked.read_text() + '{"question_id": 82, "category": "math", "turns": []}\n')
+    flags = ("--model", chat_model, "--out", tmp_path / "out.jsonl")
+    assert_refused(duo("eval", "mtbench", *flags, "--questions", asked), "question.jsonl:2", "turns")
+    assert_refused(duo("eval", "mtbench", *flags, "--questions", tmp_path / "none"), "no data file")
+    (tmp_path / "out.jsonl").write_text('{"some": "thing"}\n')
+    asked = questions(tmp_path / "question.jsonl", 1)
+    assert_refused(duo("eval", "mtbench", *flags, "--questions", asked), "out.jsonl:1", "question_id")
