@@ -64,8 +64,8 @@ def test_a_plan_is_within_its_tolerance_and_quantized_pools_are_written_in_place
     plan = Plan(config, any_pattern(config, 0.5), chunk_size=4096, kv_dtype="int4")
     found = verify(plan, 1 << 23, "a100-80g")
     assert is_close(found), found
-    for program in found["programs"].values():
-        assert program["aliased"] >= plan.kv(1 << 23) and program["temporaries"] < 0.15 * plan.kv(1 << 23)
+    for sizes in found["programs"].values():
+        assert sizes["aliased"] >= plan.kv(1 << 23) and sizes["temporaries"] < 0.15 * plan.kv(1 << 23)
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])

@@ -9,6 +9,8 @@ import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
+from duo_jax.gpus import MEMORY_FRACTION
+
 # What a caller can get wrong: said in a line, without a traceback.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
@@ -32,6 +34,7 @@ def _run(entry: EntryPoint) -> int:
     try:
         import tyro
 
+        _take_memory()
         _keep_compiled_programs()
         warnings.showwarning = functools.partial(_warn, entry.name)
         command, args = entry.load(), sys.argv[2:]
@@ -55,6 +58,12 @@ def _run(entry: EntryPoint) -> int:
 def _warn(name: str, message: Warning | str, *place: object) -> None:
     """A warning in a line, without the source code around it."""
     print(f"duo {name}: warning: {message}", file=sys.stderr)
+
+
+def _take_memory() -> None:
+    """Let jax take as much of a GPU as `duo plan` counts on, unless it was told otherwise."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
 
 
 def _keep_compiled_programs() -> None:
