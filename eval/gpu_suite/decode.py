@@ -1,6 +1,7 @@
 """Decode attention of one layer: bytes of keys and values that are read a second."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ HEADS = (32, 8, 128)
 
 
 def cases(*, smoke: bool) -> Iterator[Case]:
-    """Batch sizes, lengths, and fractions of the heads that stream."""
+    """Batch sizes, lengths, and fractions of the heads that stream; then quantized caches."""
     for batch in (1, 2) if smoke else (1, 8):
         for length in (500,) if smoke else (131_072, 524_288, 1_048_576):
             for streaming in (0.0, 0.5, 0.75):
@@ -24,13 +25,15 @@ def cases(*, smoke: bool) -> Iterator[Case]:
                     "streaming": streaming,
                     "heads": (8, 4, 16) if smoke else HEADS,
                 }
+    for batch, cache in () if smoke else product((1, 8), ("int8", "int4")):
+        yield {"batch": batch, "length": 524_288, "streaming": 0.5, "heads": HEADS, "cache": cache}
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Seconds, and bytes a second."""
     heads, length, batch = tuple(case["heads"]), case["length"], case["batch"]
     shape = {"streaming": case["streaming"], "batch": batch, "capacity": length}
-    made = layer.make(heads=heads, dtype="bfloat16", tokens=1, **shape)
+    made = layer.make(heads=heads, dtype="bfloat16", tokens=1, cache=case.get("cache"), **shape)
     lengths = jnp.full(batch, length, jnp.int32)
 
     def attend(q: jax.Array, *rest: Any) -> jax.Array:
@@ -44,4 +47,5 @@ def measure(case: Case) -> dict[str, Any]:
 def line(case: Case, found: dict[str, Any]) -> str:
     """In words."""
     about = f"{case['length']} tokens, batch {case['batch']}, {case['streaming']:.0%} streaming, {case['backend']}"
+    about += f", {case['cache']} cache" if "cache" in case else ""
     return f"{about}: {found['bytes_per_second'] / 1e12:.2f} TB/s, {1e6 * found['seconds']:.0f} us"

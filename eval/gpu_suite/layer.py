@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Heads, Pools
+from pallas_kernels.quantized import empty, store
 
 SINK_SIZE, RECENT_SIZE = 64, 256
 SIZES: dict[str, Any] = {"sink_size": SINK_SIZE, "recent_size": RECENT_SIZE}
@@ -30,8 +31,12 @@ def make(
     capacity: int,
     batch: int = 1,
     seed: int = 0,
+    cache: str | None = None,
 ) -> Layer:
-    """A layer of `heads = (query heads, KV heads, head dim)`, the given fraction of its KV heads streaming."""
+    """A layer of `heads = (query heads, KV heads, head dim)`, the given fraction of its KV heads streaming.
+
+    `cache` is the data type of retrieval heads in the pools; None: `dtype`.
+    """
     num_heads, num_kv_heads, head_dim = heads
     num_streaming = round(streaming * num_kv_heads)
     is_retrieval = jnp.arange(num_kv_heads) >= num_streaming
@@ -46,5 +51,8 @@ def make(
     q, k, v = (normal(batch, tokens, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads))
     ring = SINK_SIZE + RECENT_SIZE
     shapes = ((num_kv_heads - num_streaming, capacity),) * 2 + ((num_streaming, ring),) * 2
-    pools = Pools(*(normal(slots, batch, size, head_dim) for slots, size in shapes))
+    kept_as = [empty((1, head_dim), cache or dtype)] * 2 + [empty((1, head_dim), dtype)] * 2
+    pools = Pools(
+        *(store(normal(n, batch, size, head_dim), kind) for (n, size), kind in zip(shapes, kept_as, strict=True))
+    )
     return Layer(q, k, v, pools, Heads(is_retrieval, slot))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import jax
@@ -29,6 +30,11 @@ def cases(*, smoke: bool) -> Iterator[Case]:
         for dtype in ("bfloat16",) if smoke else TOLERANCE:
             for heads in shapes:
                 yield {"operation": operation, "dtype": dtype, "heads": heads, "streaming": 0.5, **size}
+    quantized = (
+        [("decode", (4, 2, 32), "int4")] if smoke else product(("prefill", "decode"), shapes[::2], ("int8", "int4"))
+    )
+    for operation, heads, cache in quantized:
+        yield {"operation": operation, "dtype": "bfloat16", "heads": heads, "streaming": 0.5, "cache": cache, **size}
     if smoke:
         return
     for operation in ("prefill", "decode"):
@@ -43,7 +49,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Error of the outputs, in training of the gradients too."""
     seed = time.time_ns() % (1 << 31)
     shape = {name: case[name] for name in ("dtype", "streaming", "tokens", "capacity", "batch")}
-    made = layer.make(heads=tuple(case["heads"]), seed=seed, **shape)
+    made = layer.make(heads=tuple(case["heads"]), seed=seed, cache=case.get("cache"), **shape)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, made)
     program = jax.jit(run, static_argnums=(1, 2, 3)).lower(made, case["operation"], case["backend"], seed).compile()
     poison()
@@ -112,4 +118,5 @@ def line(case: Case, found: dict[str, Any]) -> str:
     """In words."""
     verdict = "right" if found["is_right"] else "WRONG"
     about = f"{case['operation']}, {case['dtype']}, heads {tuple(case['heads'])}, {case['backend']}"
+    about += f", {case['cache']} cache" if "cache" in case else ""
     return f"{about}: {verdict}, error {max(found['errors'].values()):.1e}"
