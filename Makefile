@@ -14,13 +14,16 @@ PIN ?=
 PYTEST_ARGS ?=
 # Test processes. Most of the time is compilation, which one process does on one core.
 JOBS ?= 2
-# The tests compile much and compute little: without LLVM's optimizations that takes three quarters of the time.
-TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0
+# Most tests compile much and compute little: without LLVM's optimizations they take three quarters of the time.
+QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
 # Where gpu-suite writes.
 OUT ?= eval/results/gpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# What pytest says where no test was chosen.
+NOTHING := 5
 
 .PHONY: help venv demo model test test-fast test-aot gpu-suite check docs clean
 
@@ -51,11 +54,12 @@ model: $(STAMP) ## fetch the demo's model
 
 test: $(STAMP) ## run all tests, on the CPU
 	@echo "Running all tests"
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	@$(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS) || test $$? = $(NOTHING)
+	@$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? = $(NOTHING)
 
 test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
 	@echo "Running the fast tests"
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	@$(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
 test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 430 MB)

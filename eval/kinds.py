@@ -16,9 +16,11 @@ from eval.ledger import read
 from eval.precision import precision_table
 from eval.score_table import score_table
 from eval.tables import (
+    adapter_table,
     harness_table,
     kernels_table,
     memory_table,
+    plan_table,
     prose_table,
     recall_details,
     recall_table,
@@ -103,8 +105,10 @@ KINDS: tuple[Kind, ...] = (
         ("eval.curves:efficiency_curves",),
     ),
     Kind("GPU kernels and models", _with("case"), {"Measurements": suite_table}),
+    Kind("lm-eval's adapter beside transformers'", _with("max_difference", "speedup"), {"Requests": adapter_table}),
     Kind("A training step", _with("rematerialize"), {"Steps": training_table}),
     Kind("Memory, from the compiler", _with("program", "temporaries"), {"Programs": memory_table}),
+    Kind("Longest contexts, planned and compiled", _with("dtypes", "context"), {"On one GPU": plan_table}),
     Kind("Kernels, from the compiler", _with("kernels", "backend"), {"Kernels": kernels_table}),
 )
 

@@ -233,6 +233,22 @@ def kernels_table(path: Path) -> str:
     return "\n".join([*lines, "", f"The largest of an operation's launches. {_compiled_with(record)}"])
 
 
+def adapter_table(path: Path) -> str:
+    """Likelihoods and seconds of lm-eval's requests, beside transformers' own adapter."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| requests | of them | largest difference | seconds, duo | seconds, transformers | times as fast |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for found in record["results"]:
+        seconds = found["seconds"]
+        lines.append(
+            f"| {found['kind']} | {found['requests']} | {found['max_difference']:.1e} | {seconds['duo']:.1f} | "
+            f"{seconds['transformers']:.1f} | {found['speedup']:.1f} |"
+        )
+    return "\n".join([*lines, "", "The first calls, which compile, are left out."])
+
+
 def suite_table(path: Path) -> str:
     """What `make gpu-suite` measured in one section, case by case."""
     from eval.gpu_suite.worker import SECTIONS

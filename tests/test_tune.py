@@ -21,7 +21,7 @@ def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
     assert found["cpu"]["decode"].keys() == {"16x2"}
     monkeypatch.setattr(tiles, "_table", lambda: found)
     assert tiles_for("decode", 16, 2) in (wrong, right)
-    assert tiles_for("decode", 16, 4) == tiles._default("decode", 16, 4)
+    assert tiles_for("decode", 16, 4) == tiles._default("decode", 16, 4, False)
 
 
 def test_tiles_on_trial_are_used_within_alone():
