@@ -211,26 +211,28 @@ def kernels_table(path: Path) -> str:
         for kernel in result["kernels"]:
             # A second launch of the same kernel has a number at its end.
             name = kernel["name"].partition("__")[0].removesuffix("_mosaic_gpu_kernel")
-            key = result["backend"], result["operation"], name, result["dtype"], str(result["head_dim"])
+            cache = result.get("cache", "same").replace("same", "")
+            key = result["backend"], result["operation"], name, result["dtype"], cache, str(result["head_dim"])
             rows.setdefault(key, {}).setdefault(result["gpu"], []).append(kernel)
     lines = [
-        "| backend | operation | kernel | type | head dim | "
+        "| backend | operation | kernel | type | cache | head dim | "
         + " | ".join(f"registers, {gpu} | spilled bytes | shared KiB" for gpu in gpus)
         + " |",
-        "| --- | --- | --- | --- " + "| --: " * (1 + 3 * len(gpus)) + "|",
+        "| --- | --- | --- | --- | --- " + "| --: " * (1 + 3 * len(gpus)) + "|",
     ]
-    for key, found in rows.items():
+    for key, by_gpu in rows.items():
         cells = []
         for gpu in gpus:
-            if gpu not in found:
+            if gpu not in by_gpu:
                 cells += ["", "", ""]
                 continue
             most = {
-                name: max(use[name] for use in found[gpu]) for name in ("registers", "spill_bytes", "shared_memory")
+                name: max(use[name] for use in by_gpu[gpu]) for name in ("registers", "spill_bytes", "shared_memory")
             }
             cells += [str(most["registers"]), str(most["spill_bytes"]), f"{most['shared_memory'] / 1024:.0f}"]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
-    return "\n".join([*lines, "", f"The largest of an operation's launches. {_compiled_with(record)}"])
+    note = "The largest of an operation's launches; a cache that is not named has the type of the queries."
+    return "\n".join([*lines, "", f"{note} {_compiled_with(record)}"])
 
 
 def adapter_table(path: Path) -> str:
