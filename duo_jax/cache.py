@@ -6,34 +6,41 @@ one compiled program. Attention itself is in `pallas_kernels`.
 """
 
 import functools
-import json
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 from numpy.typing import ArrayLike
 
-from duo_jax import saved
+from duo_jax import saved_cache
 from duo_jax.config import ModelConfig
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from duo_jax.pools import (
+    empty_pools,
+    fingerprint,
+    nbytes,
+    number_slots,
+    pool_dtypes,
+    pool_shapes,
+    refill,
+    retrieval_slots,
+    rows,
+    scatter,
+    streaming_slots,
+)
 from pallas_kernels import Heads, Pools
 from pallas_kernels.positions import consecutive, ring_index, ring_positions
-from pallas_kernels.quantized import BITS, Stored, empty, store
+from pallas_kernels.quantized import Stored
 
 T = TypeVar("T")
 
 # Positions are int32.
 MOST_TOKENS = 2**31 - 1
-
-# How keys and values may be stored.
-KV_DTYPES = ("float32", "bfloat16", "float16", *BITS)
 
 
 @functools.partial(
@@ -100,11 +107,11 @@ class KVCache:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         is_retrieval = _table(config, pattern)
-        sink_size, recent_size = (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
-        shapes = _pool_shapes(is_retrieval, sink_size + recent_size, batch_size, max_length, config)
-        dtypes = pool_dtypes(config, dtype, streaming_dtype)
+        sink_size, recent_size = _sizes(pattern)
+        shapes = _shapes(config, pattern, batch_size, max_length)
+        dtypes = pool_dtypes(config.dtype, dtype, streaming_dtype)
         try:
-            pools = _empty_pools(shapes, dtypes)
+            pools = empty_pools(shapes, dtypes)
         except RuntimeError as error:
             wanted = cls.bytes_for(
                 config, pattern, batch_size, max_length, dtype=dtype, streaming_dtype=streaming_dtype
@@ -116,7 +123,7 @@ class KVCache:
         return cls(
             pools=pools,
             is_retrieval=jnp.asarray(is_retrieval),
-            slot=jnp.asarray(_slots(is_retrieval)),
+            slot=jnp.asarray(number_slots(is_retrieval)),
             length=jnp.zeros((batch_size,), jnp.int32),
             sink_size=int(sink_size),
             recent_size=int(recent_size),
@@ -136,10 +143,9 @@ class KVCache:
 
         A row of `H` numbers takes their bytes, and 4 more for scale and zero where they are quantized.
         """
-        ring = pattern.sink_size + pattern.recent_size if pattern else 0
-        shapes = _pool_shapes(_table(config, pattern), ring, batch_size, max_length, config)
-        dtypes = pool_dtypes(config, dtype, streaming_dtype)
-        return _nbytes(jax.eval_shape(lambda: _empty_pools(shapes, dtypes)))
+        shapes = _shapes(config, pattern, batch_size, max_length)
+        dtypes = pool_dtypes(config.dtype, dtype, streaming_dtype)
+        return nbytes(jax.eval_shape(lambda: empty_pools(shapes, dtypes)))
 
     @staticmethod
     def length_for(
@@ -164,7 +170,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
-        return _nbytes(self.pools)
+        return nbytes(self.pools)
 
     @property
     def batch_size(self) -> int:
@@ -201,20 +207,20 @@ class KVCache:
         position = consecutive(self.length, k.shape[1])
         valid = position < (self.length + lengths)[:, None]
         if pools.retrieval_k.shape[0]:
-            slot, row = _retrieval_slots(heads, pools)[:, None, None], _rows(self.batch_size)[None, :, None]
+            slot, row = retrieval_slots(heads, pools)[:, None, None], rows(self.batch_size)[None, :, None]
             # Out of bounds means dropped: padding, and heads of the other type.
             index = jnp.where(valid, position, self.max_length)[None]
             pools = pools._replace(
-                retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
-                retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
+                retrieval_k=scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
+                retrieval_v=scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
             )
         if pools.streaming_k.shape[0]:
             # The newest token of each ring index comes from the chunk if the chunk holds it, else it stays.
             newest = ring_positions(self.length + lengths, sink_size=self.sink_size, recent_size=self.recent_size)
             source = newest - self.length[:, None]
             pools = pools._replace(
-                streaming_k=_refill(pools.streaming_k, heads, source, k),
-                streaming_v=_refill(pools.streaming_v, heads, source, v),
+                streaming_k=refill(pools.streaming_k, heads, source, k),
+                streaming_v=refill(pools.streaming_v, heads, source, v),
             )
         return replace(self, pools=pools)
 
@@ -222,22 +228,22 @@ class KVCache:
         self, layer: int, k: Float[Array, "B K H"], v: Float[Array, "B K H"], active: Bool[Array, "B"]
     ) -> "KVCache":
         """Write one layer's key and value of a new token behind `length`, for the active rows."""
-        heads, pools, row = self.heads(layer), self.pools, _rows(self.batch_size)[None, :]
+        heads, pools, row = self.heads(layer), self.pools, rows(self.batch_size)[None, :]
         k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
         if pools.retrieval_k.shape[0]:
-            slot = _retrieval_slots(heads, pools)[:, None]
+            slot = retrieval_slots(heads, pools)[:, None]
             index = jnp.where(active, self.length, self.max_length)[None, :]
             pools = pools._replace(
-                retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k),
-                retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v),
+                retrieval_k=scatter(pools.retrieval_k, (slot, row, index), k),
+                retrieval_v=scatter(pools.retrieval_v, (slot, row, index), v),
             )
         if pools.streaming_k.shape[0]:
-            slot = _streaming_slots(heads, pools)[:, None]
+            slot = streaming_slots(heads, pools)[:, None]
             index = ring_index(self.length, sink_size=self.sink_size, recent_size=self.recent_size)
             index = jnp.where(active, index, pools.streaming_k.shape[2])[None, :]
             pools = pools._replace(
-                streaming_k=_scatter(pools.streaming_k, (slot, row, index), k),
-                streaming_v=_scatter(pools.streaming_v, (slot, row, index), v),
+                streaming_k=scatter(pools.streaming_k, (slot, row, index), k),
+                streaming_v=scatter(pools.streaming_v, (slot, row, index), v),
             )
         return replace(self, pools=pools)
 
@@ -255,7 +261,7 @@ class KVCache:
             is_retrieval=jnp.copy(self.is_retrieval),
             sink_size=self.sink_size,
             recent_size=self.recent_size,
-            fingerprint=_fingerprint(self.pools.retrieval_k, self.length),
+            fingerprint=fingerprint(self.pools.retrieval_k, self.length),
         )
 
     def rewind(self, mark: "Mark") -> "KVCache":
@@ -270,7 +276,7 @@ class KVCache:
         )
         if theirs != ours:
             raise ValueError("this mark is of another cache, with other heads, sizes or rows; take marks of this one")
-        found = _fingerprint(self.pools.retrieval_k, mark.length)
+        found = fingerprint(self.pools.retrieval_k, mark.length)
         if not np.array_equal(np.asarray(found), np.asarray(mark.fingerprint)):
             raise ValueError(
                 "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
@@ -312,27 +318,7 @@ class KVCache:
             FileExistsError: the path exists.
         """
         self.check_alive()
-        saved.free(path)
-        filled = int(self.length.max())
-        if not 0 < filled <= self.max_length:
-            raise ValueError(f"a cache of {filled} tokens and {self.max_length=} has nothing to save: prefill it first")
-        arrays = {}
-        for name, leaf in _parts(self.pools).items():
-            # Slots beyond the length hold nothing; a pool without slots is not stored.
-            if leaf.size:
-                arrays[name] = np.asarray(leaf)[:, :, :filled] if name.startswith("retrieval") else np.asarray(leaf)
-        about = {
-            "is_retrieval": np.asarray(self.is_retrieval).astype(int).tolist(),
-            "sink_size": self.sink_size,
-            "recent_size": self.recent_size,
-            "length": np.asarray(self.length).tolist(),
-            "max_length": self.max_length,
-            "head_dim": self.pools.retrieval_k.shape[3],
-            "dtypes": [_stored_as(self.pools.retrieval_k), _stored_as(self.pools.streaming_k)],
-            "model": model and _identity(model),
-            "tokens": None if tokens is None else np.asarray(tokens).tolist(),
-        }
-        saved.write(path, arrays, about)
+        saved_cache.save(path, vars(self), model, tokens)
 
     @classmethod
     def load(
@@ -358,42 +344,7 @@ class KVCache:
             ValueError: a cache of another model, pattern or data type, one that is incomplete or was altered, or one
                 that is longer than `max_length`.
         """
-        about = saved.read_about(path)
-        retrieval, streaming = about["dtypes"]
-        is_retrieval = np.asarray(about["is_retrieval"], bool)
-        sizes = {name: about[name] for name in ("sink_size", "recent_size")}
-        if model is not None:
-            _check_identity(path, about["model"], _identity(model))
-        if dtype is not None and _dtype_name(dtype) != retrieval:
-            raise ValueError(f"{path} holds keys and values in {retrieval}, not in {_dtype_name(dtype)}: prefill again")
-        if pattern is not None:
-            theirs = (
-                HeadPattern(is_retrieval, **sizes, gates=is_retrieval.astype(float)) if sizes["recent_size"] else None
-            )
-            if pattern != theirs:
-                raise ValueError(
-                    f"{path} was made with {_heads(is_retrieval, **sizes)}, the pattern has "
-                    f"{_heads(pattern.is_retrieval, pattern.sink_size, pattern.recent_size)}, or others of them: "
-                    "leave the pattern out, or prefill again"
-                )
-        filled, batch, max_length = max(about["length"]), len(about["length"]), max_length or about["max_length"]
-        if filled > max_length:
-            raise ValueError(f"{path} holds {filled} tokens, more than {max_length=}: make it at least that long")
-        arrays = saved.read_arrays(path, about["checksums"])
-        count, ring, head_dim = int(is_retrieval.sum()), sum(sizes.values()), about["head_dim"]
-        shapes = (count, batch, max_length, head_dim), (is_retrieval.size - count, batch, ring, head_dim)
-        pools = _empty_pools(shapes, (retrieval, streaming))
-        flat, tree = jax.tree.flatten(pools)
-        flat = [
-            _filled(leaf, arrays[name]) if leaf.size else leaf for name, leaf in zip(_parts(pools), flat, strict=True)
-        ]
-        return cls(
-            pools=jax.tree.unflatten(tree, flat),
-            is_retrieval=jnp.asarray(is_retrieval),
-            slot=jnp.asarray(_slots(is_retrieval)),
-            length=jnp.asarray(about["length"], jnp.int32),
-            **sizes,
-        )
+        return cls(**saved_cache.load(path, model, pattern=pattern, dtype=dtype, max_length=max_length))
 
     @property
     def is_alive(self) -> bool:
@@ -428,19 +379,6 @@ class Mark:
     recent_size: int
 
 
-def pool_dtypes(
-    config: ModelConfig, dtype: str | jnp.dtype | None, streaming_dtype: str | jnp.dtype | None
-) -> tuple[str, str]:
-    """Names of the data types of retrieval and streaming heads.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    retrieval = _dtype_name(config.dtype if dtype is None else dtype)
-    usual = config.dtype if retrieval in BITS else retrieval
-    return retrieval, _dtype_name(usual if streaming_dtype is None else streaming_dtype)
-
-
 def _fitting(
     config: ModelConfig,
     pattern: HeadPattern | None,
@@ -463,22 +401,6 @@ def _fitting(
     )
 
 
-def _dtype_name(dtype: str | jnp.dtype) -> str:
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    if name not in KV_DTYPES:
-        raise ValueError(f"keys and values are stored as {', '.join(KV_DTYPES)}, not as {name!r}")
-    return name
-
-
-def _empty_pools(shapes: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[str, str]) -> Pools:
-    retrieval, streaming = zip(shapes, dtypes, strict=True)
-    return Pools(empty(*retrieval), empty(*retrieval), empty(*streaming), empty(*streaming))
-
-
-def _nbytes(pools: Pools) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pools))
-
-
 def _copy(tree: T) -> T:
     return jax.tree.map(jnp.copy, tree)
 
@@ -490,107 +412,17 @@ def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
     return pattern.is_retrieval
 
 
-def _slots(is_retrieval: np.ndarray) -> np.ndarray:
-    """Slots are numbered within each type, layer by layer."""
-    flat = is_retrieval.ravel()
-    slot = np.where(flat, flat.cumsum(), (~flat).cumsum()).reshape(is_retrieval.shape) - 1
-    return slot.astype(np.int32)
+def _sizes(pattern: HeadPattern | None) -> tuple[int, int]:
+    return (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
 
 
-def _parts(pools: Pools) -> dict[str, Array]:
-    """The arrays that pools are made of, by name."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="_"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(pools)
-    }
-
-
-def _stored_as(pool: Stored) -> str:
-    """The name of a pool's data type, as `init` takes it."""
-    return pool.dtype.name.replace("uint", "int")
-
-
-def _filled(pool: Array, new: np.ndarray) -> Array:
-    """The pool with rows of `new` at its beginning, slot by slot: no second copy of it is on the device."""
-    for slot in range(len(new)):
-        pool = _fill(pool, new[slot : slot + 1], np.int32(slot))
-    return pool
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _fill(pool: Shaped[Array, "P *rows"], new: Shaped[Array, "1 *filled"], slot: Int32[Array, ""]) -> Array:
-    return lax.dynamic_update_slice(pool, new, (slot, *(jnp.int32(0),) * (pool.ndim - 1)))
-
-
-def _identity(model: Model) -> dict[str, Any]:
-    """What tells a model: everything of its configuration that its arithmetic depends on, and its weights."""
-    config = {name: value for name, value in asdict(model.config).items() if name != "eos_ids"}
-    return json.loads(json.dumps(config | {"weights": model.fingerprint}))
-
-
-def _check_identity(path: str | Path, theirs: dict[str, Any] | None, ours: dict[str, Any]) -> None:
-    if theirs is None:
-        raise ValueError(f"{path} was saved without a model, so that it cannot be told whether this one made it")
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    if names:
-        said = ", ".join(f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names)
-        raise ValueError(f"{path} was made by another model: {said}; prefill again with this one")
-
-
-def _heads(is_retrieval: np.ndarray, sink_size: int, recent_size: int) -> str:
-    sizes = f" ({sink_size} sinks, a window of {recent_size})" if recent_size else ""
-    return f"{int(is_retrieval.sum())} retrieval heads of {is_retrieval.size}{sizes}"
-
-
-def _pool_shapes(
-    is_retrieval: np.ndarray, ring: int, batch_size: int, max_length: int, config: ModelConfig
+def _shapes(
+    config: ModelConfig, pattern: HeadPattern | None, batch_size: int, max_length: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes `[Pr, B, S, H]` and `[Ps, B, R, H]`."""
-    num_retrieval = int(is_retrieval.sum())
-    num_streaming = is_retrieval.size - num_retrieval
-    return (num_retrieval, batch_size, max_length, config.head_dim), (num_streaming, batch_size, ring, config.head_dim)
-
-
-def _rows(batch_size: int) -> Int32[Array, "B"]:
-    return jnp.arange(batch_size, dtype=jnp.int32)
-
-
-def _retrieval_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
-    """Slots of the retrieval heads; out of bounds, and so never written, for the others."""
-    return jnp.where(heads.is_retrieval, heads.slot, pools.retrieval_k.shape[0])
-
-
-def _streaming_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
-    return jnp.where(heads.is_retrieval, pools.streaming_k.shape[0], heads.slot)
-
-
-def _scatter(pool: Stored, index: tuple[Array, Array, Array], new: Float[Array, "*index H"]) -> Stored:
-    return jax.tree.map(lambda x, new: x.at[index].set(new, mode="drop"), pool, store(new, pool))
-
-
-def _refill(pool: Stored, heads: Heads, source: Int32[Array, "B R"], chunk: Float[Array, "B T K H"]) -> Stored:
-    """Rings after a chunk: index r takes chunk token `source[b, r]`, or stays where that is negative."""
-    slots = jnp.where(heads.is_retrieval, 0, heads.slot)
-    written = jnp.where(heads.is_retrieval, pool.shape[0], heads.slot)
-    new = jnp.take_along_axis(chunk, jnp.maximum(source, 0)[:, :, None, None], axis=1).transpose(2, 0, 1, 3)
-
-    def refill(pool: Array, new: Array) -> Array:
-        is_new = (source >= 0).reshape(1, *source.shape, *(1,) * (pool.ndim - 3))
-        return pool.at[written].set(jnp.where(is_new, new, pool[slots]), mode="drop")
-
-    return jax.tree.map(refill, pool, store(new, pool))
-
-
-@jax.jit
-def _fingerprint(pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
-    """Hash of each row's first `length` keys in the deepest retrieval slot, which depend on all layers before it."""
-    if not pool.shape[0]:
-        return jnp.zeros(length.shape, jnp.uint32)  # Rings are copied whole: nothing can be stale.
-    # Of quantized keys, the words: equal ones of other keys differ in all but a few channels.
-    keys = jax.tree.leaves(pool)[0][-1]
-    bits = lax.bitcast_convert_type(keys, jnp.dtype(f"uint{8 * keys.dtype.itemsize}")).astype(jnp.uint32)
-    # A random odd factor for every position and channel: sums of other keys, or of the same in another order, differ.
-    index = jnp.arange(keys.shape[1] * keys.shape[2], dtype=jnp.uint32).reshape(1, *keys.shape[1:])
-    factor = (index * jnp.uint32(0x9E3779B1)) ^ (index >> 7) | jnp.uint32(1)
-    valid = _rows(keys.shape[1])[None, :] < length[:, None]
-    return jnp.where(valid[:, :, None], bits * factor, jnp.uint32(0)).sum((1, 2), dtype=jnp.uint32)
+    return pool_shapes(
+        _table(config, pattern),
+        batch_size=batch_size,
+        max_length=max_length,
+        ring=sum(_sizes(pattern)),
+        head_dim=config.head_dim,
+    )

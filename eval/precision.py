@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import HeadPattern, load_model, load_tokenizer
-from duo_jax.cache import KV_DTYPES
+from duo_jax.pools import KV_DTYPES
 from duo_jax.weights import WEIGHT_FORMATS
 from eval.intervals import Estimate, ratio
 from eval.ledger import Ledger, fingerprint, read
