@@ -15,7 +15,9 @@ from duo_jax.files import write_text
 
 def provenance(settings: Mapping[str, Any] | None = None, *, program: str = "duo") -> dict[str, Any]:
     """The command that runs, the machine, and the settings if they are given (but for where results go)."""
-    found: dict[str, Any] = {"command": " ".join([program, *sys.argv[1:]]), "machine": machine()}
+    # A notebook's kernel has a command line too, which is no way to make the result again.
+    command = "a notebook" if "ipykernel" in sys.modules else " ".join([program, *sys.argv[1:]])
+    found: dict[str, Any] = {"command": command, "machine": machine()}
     if settings is not None:
         found["settings"] = {name: value for name, value in settings.items() if name != "out"}
     return found
