@@ -4,11 +4,12 @@ from duo_jax.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer, save_model
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.generate import Generation, Step, Stream, generate, stream
-from duo_jax.lm import LM, Document, Reply, TextStream, load
+from duo_jax.lm import LM, Document, TextStream, load
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern, published_patterns
 from duo_jax.phases import Scores, decode_step, prefill, score
 from duo_jax.plan import Plan
+from duo_jax.reply import Reply
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
 
 __version__ = "0.1.0"

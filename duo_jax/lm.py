@@ -13,34 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.detokenize import Detokenizer
 from duo_jax.generate import stream
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import bucket, prefill
+from duo_jax.reply import Reply, Row
 from duo_jax.sampling import Greedy, Sampler
 
 Message = dict[str, str]
-
-
-class Reply(str):
-    """Generated text, with what is known of it.
-
-    Attributes:
-        tokens: token ids, the EOS or stop token included.
-        logprobs: log-probability of each under the model itself.
-        finish_reason: "eos", "stop" (a stop string came) or "length" (`max_new_tokens` ran out).
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-    def __new__(cls, text: str, tokens: list[int], logprobs: list[float], finish_reason: str) -> "Reply":
-        """Make a string that carries more."""
-        reply = super().__new__(cls, text)
-        reply.tokens, reply.logprobs, reply.finish_reason = tokens, logprobs, finish_reason
-        return reply
 
 
 def load(
@@ -178,43 +158,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
         raise ValueError(f"the model's chat template refuses these messages: {error}") from None
 
 
-class _Row:
-    """One reply in the making."""
-
-    def __init__(self, lm: LM, eos_ids: tuple[int, ...], stop: Sequence[str]) -> None:
-        self._text = Detokenizer(lm.tokenizer, stop)
-        self._eos_ids = eos_ids
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._finish_reason = "length"
-
-    def add(self, token: int, logprob: float) -> str:
-        """Append a token; the text that can be shown now."""
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        if token in self._eos_ids:
-            self._finish_reason = "eos"
-            return ""
-        new = self._text.add(token)
-        if self.stopped:
-            self._finish_reason = "stop"
-        return new
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string came."""
-        return self._text.stopped
-
-    def rest(self) -> str:
-        """Text held back until now."""
-        return self._text.rest()
-
-    @property
-    def reply(self) -> Reply:
-        """The text so far."""
-        return Reply(self._text.text, self._tokens, self._logprobs, self._finish_reason)
-
-
 class TextStream(Iterator[str]):
     """Pieces of a reply as they come. `replies` has what every row said so far, `reply` that of the only one."""
 
@@ -237,7 +180,7 @@ class TextStream(Iterator[str]):
         if not prompts:
             raise ValueError("no prompts were given; pass at least one")
         eos_ids = lm.model.config.eos_ids if eos_ids is None else tuple(eos_ids)
-        self._rows = [_Row(lm, eos_ids, stop) for _ in prompts]
+        self._rows = [Row(lm.tokenizer, eos_ids, stop) for _ in prompts]
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
         for row, prompt in enumerate(prompts):
