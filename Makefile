@@ -54,8 +54,10 @@ model: $(STAMP) ## fetch the demo's model
 
 test: $(STAMP) ## run all tests, on the CPU
 	@echo "Running all tests"
-	@$(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS) || test $$? = $(NOTHING)
-	@$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? = $(NOTHING)
+	@failed=0; \
+	  $(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
+	  $(PYTEST) -m slow $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
+	  exit $$failed
 
 test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
 	@echo "Running the fast tests"

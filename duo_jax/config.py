@@ -8,15 +8,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from duo_jax.rope import ROPES, Llama3Rope, Rope
-from duo_jax.weights import check_weight_dtype
+from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP.
 
-    `dtype` is that of activations and, without `weight_dtype`, of all weights; with it, a name in
-    `weights.WEIGHT_FORMATS`, the linear maps of the layers are quantized.
+    `dtype` is that of activations, and of all weights that are not quantized: with `weight_dtype`, a name in
+    `weights.WEIGHT_FORMATS`, the linear maps of the layers are; with `embed_dtype`, embeddings and head.
     """
 
     family: str
@@ -37,6 +37,7 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: str = "bfloat16"
     weight_dtype: str | None = None
+    embed_dtype: str | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,7 +52,15 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
         if self.weight_dtype is not None:
-            check_weight_dtype(self.weight_dtype, self.embed_dim, self.num_heads * self.head_dim, self.mlp_dim)
+            widths = self.embed_dim, self.num_heads * self.head_dim, self.mlp_dim
+            check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
+        if self.embed_dtype is not None:
+            check_format("embed_dtype", self.embed_dtype, EMBED_FORMATS, self.embed_dim)
+
+    def with_dtypes(self, **dtypes: str | None) -> "ModelConfig":
+        """This configuration with other data types, by the name of their field; None leaves one as it is."""
+        changes: dict[str, Any] = {name: value for name, value in dtypes.items() if value is not None}
+        return replace(self, **changes)
 
     @property
     def num_parameters(self) -> int:

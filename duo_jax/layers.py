@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
 from duo_jax.rope import rotate
-from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
+from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
 
 State = TypeVar("State")
 # (state, layer, q [B T N H], k [B T K H], v [B T K H]) -> attention output [B T N H] and the new state.
@@ -43,6 +43,25 @@ class Linear(nnx.Linear):
             return super().__call__(inputs, out_sharding)
         y = multiply(inputs, self.kernel.get_value(), dynamic=WEIGHT_FORMATS[self.weight_dtype].dynamic)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias.get_value(), y.shape)
+
+
+class Embed(nnx.Embed):
+    """Token embeddings `[vocabulary, width]`, in the data type that they give, or quantized."""
+
+    def __init__(
+        self, size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, weight_dtype: str | None = None
+    ) -> None:
+        """Build with random weights; `checkpoint` fills them in."""
+        super().__init__(size, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.weight_dtype = weight_dtype
+        if weight_dtype is not None:
+            self.embedding.set_value(quantize_kernel(self.embedding.get_value(), weight_dtype, input_axis=1))
+
+    def __call__(self, inputs: Int32[Array, "*B"], out_sharding: Any = None) -> Float[Array, "*B D"]:
+        """Look tokens up."""
+        if self.weight_dtype is None:
+            return super().__call__(inputs, out_sharding)
+        return look_up(self.embedding.get_value(), inputs)
 
 
 class RMSNorm(nnx.RMSNorm):

@@ -29,6 +29,7 @@ def load(
     pattern: HeadPattern | str | Path | None = None,
     dtype: str | None = None,
     weight_dtype: str | None = None,
+    embed_dtype: str | None = None,
     kv_dtype: str | None = None,
     progress: bool | None = None,
     **pattern_options: Any,
@@ -39,7 +40,8 @@ def load(
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         pattern: which heads stream: a `HeadPattern`, a published name or a folder; None for full attention.
         dtype: data type of weights and cache; by default the checkpoint's, and float32 on a CPU.
-        weight_dtype: quantize the weights, see `load_model`.
+        weight_dtype: quantize the linear maps of the layers, see `load_model`.
+        embed_dtype: quantize embeddings and head, see `load_model`.
         kv_dtype: data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values.
         progress: show a progress bar while loading; by default only in a terminal.
         **pattern_options: as for `HeadPattern.load` (`sparsity=`, `threshold=`, ...), where `pattern` is a name.
@@ -53,7 +55,7 @@ def load(
         chosen = pattern
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
-    model = load_model(source, dtype=dtype, weight_dtype=weight_dtype, progress=progress)
+    model = load_model(source, dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype, progress=progress)
     if chosen is not None:
         chosen.check(model.config)
     return LM(model, load_tokenizer(source), chosen, kv_dtype)

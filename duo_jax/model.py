@@ -5,8 +5,8 @@ The one thing that differs between inference, training and evaluation is attenti
 
 import functools
 import hashlib
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
-from duo_jax.layers import Attend, Layer, Linear, rms_norm
+from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
 from duo_jax.rope import rotation
-from duo_jax.weights import nbytes
+from duo_jax.weights import multiply, nbytes
 
 State = TypeVar("State")
 
@@ -28,11 +28,12 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """Build with random weights; `checkpoint` fills them in."""
         self.config = config
-        self.embed = nnx.Embed(config.vocab_size, config.embed_dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        settings: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "weight_dtype": config.embed_dtype}
+        self.embed = Embed(config.vocab_size, config.embed_dim, **settings)
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
-            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, **settings)
 
     def hidden(
         self,
@@ -60,8 +61,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32. Pass only the positions wanted: `[T, V]` of a long prompt is larger than it."""
         with jax.named_scope("head"):
-            weight = self.embed.embedding.get_value().T if self.config.tied_head else self.head.kernel.get_value()
-            return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+            tied = self.config.tied_head
+            weight = self.embed.embedding.get_value() if tied else self.head.kernel.get_value()
+            if self.config.embed_dtype is not None:
+                return multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
+            return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "graphdef"])
@@ -75,10 +79,16 @@ class Model:
 
     @classmethod
     def random(
-        cls, config: ModelConfig, *, seed: int = 0, dtype: str | None = None, weight_dtype: str | None = None
+        cls,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        dtype: str | None = None,
+        weight_dtype: str | None = None,
+        embed_dtype: str | None = None,
     ) -> "Model":
         """A model with random weights, for tests and for measuring; data types default to the configuration's."""
-        config = replace(config, dtype=dtype or config.dtype, weight_dtype=weight_dtype or config.weight_dtype)
+        config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
         return cls.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(seed)))
 
     @classmethod
@@ -94,8 +104,8 @@ class Model:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Data type of the weights."""
-        return self.decoder.embed.embedding.dtype
+        """Data type of activations, and of weights that are not quantized."""
+        return jnp.dtype(self.config.dtype)
 
     @property
     def fingerprint(self) -> str:

@@ -1,15 +1,17 @@
-"""Weights in few bits, through qwix: how the kernel of a linear map is stored and multiplied. Knows no model.
+"""Weights in few bits, through qwix: how kernels and embeddings are stored, multiplied and looked up. Knows no model.
 
 Symmetric integers, with a scale for each output channel or for each group of input channels of it.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import qwix
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,38 @@ WEIGHT_FORMATS = {
 }
 
 
-def quantize_kernel(kernel: Float[Array, "I O"], weight_dtype: str) -> qwix.QArray:
-    """A kernel in few bits; its scales have its own data type."""
+# Embeddings are looked up: nothing is multiplied there whose other factor could be rounded.
+EMBED_FORMATS = {name: how for name, how in WEIGHT_FORMATS.items() if not how.dynamic}
+
+
+def quantize_kernel(kernel: Float[Array, "n m"], weight_dtype: str, *, input_axis: int = 0) -> qwix.QArray:
+    """A kernel `[I, O]`, or a table `[O, I]` with `input_axis=1`, in few bits; its scales have its own data type."""
     how = WEIGHT_FORMATS[weight_dtype]
-    tiles = {} if how.group is None else {0: how.group}
-    return qwix.quantize(kernel, how.qtype, channelwise_axes=(1,), tiled_axes=tiles)
+    tiles = {} if how.group is None else {input_axis: how.group}
+    return qwix.quantize(kernel, how.qtype, channelwise_axes=(1 - input_axis,), tiled_axes=tiles)
 
 
-def multiply(x: Float[Array, "*B I"], kernel: qwix.QArray, *, dynamic: bool) -> Float[Array, "*B O"]:
-    """`x @ kernel`, in the type of `x`; with `dynamic`, of `x` rounded to int8, token by token."""
+def multiply(
+    x: Float[Array, "*B I"],
+    kernel: qwix.QArray,
+    *,
+    dynamic: bool = False,
+    input_axis: int = 0,
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "*B O"]:
+    """`x @ kernel`, in `dtype` or the type of `x`; with `dynamic`, of `x` rounded to int8, token by token."""
+    dimensions = (((x.ndim - 1,), (input_axis,)), ((), ()))
     # qwix promotes integers without saying so, which a strict configuration would refuse.
     with jax.numpy_dtype_promotion("standard"):
         left = qwix.quantize(x, "int8", channelwise_axes=range(x.ndim - 1)) if dynamic else x
-        return qwix.dot_general(left, kernel, (((x.ndim - 1,), (0,)), ((), ()))).astype(x.dtype)
+        return qwix.dot_general(left, kernel, dimensions, preferred_element_type=dtype).astype(dtype or x.dtype)
+
+
+def look_up(table: qwix.QArray, tokens: Int[Array, "*B"]) -> Float[Array, "*B I"]:
+    """Rows of a table that is stored in few bits, in the type of its scales."""
+    rows = jax.tree.map(lambda x: x[tokens], table)
+    with jax.numpy_dtype_promotion("standard"):
+        return qwix.dequantize(rows).astype(rows.scale.dtype)
 
 
 def nbytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
@@ -52,17 +73,17 @@ def nbytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape) // 2 if x.dtype.name in ("int4", "uint4") else math.prod(x.shape) * x.dtype.itemsize
 
 
-def check_weight_dtype(weight_dtype: str, *widths: int) -> None:
-    """Refuse an unknown format, or one whose groups do not fit `widths`, the inputs of the kernels.
+def check_format(setting: str, chosen: str, formats: Mapping[str, WeightFormat], *widths: int) -> None:
+    """Refuse a format that is not among `formats`, or one whose groups do not fit `widths`, the inputs of the kernels.
 
     Raises:
         ValueError: with what would fit.
     """
-    if weight_dtype not in WEIGHT_FORMATS:
-        raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_FORMATS)}, got {weight_dtype!r}")
-    fitting = [name for name, how in WEIGHT_FORMATS.items() if not any(width % (how.group or 1) for width in widths)]
-    if weight_dtype not in fitting:
+    if chosen not in formats:
+        raise ValueError(f"{setting} must be one of {', '.join(formats)}, got {chosen!r}")
+    fitting = [name for name, how in formats.items() if not any(width % (how.group or 1) for width in widths)]
+    if chosen not in fitting:
         raise ValueError(
-            f"{weight_dtype} has groups of {WEIGHT_FORMATS[weight_dtype].group} input channels, which do not divide "
+            f"{chosen} has groups of {formats[chosen].group} input channels, which do not divide "
             f"this model's {', '.join(map(str, sorted(set(widths))))}: choose one of {', '.join(fitting)}"
         )

@@ -41,6 +41,8 @@ class PlanCommand:
     """Data type of streaming heads' keys and values, which are few."""
     weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
+    embed_dtype: Literal["int8", "int4", "int4-32", "int4-128"] | None = None
+    """Quantize embeddings and head too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of activations, and of weights and cache that are not quantized; the checkpoint's by default."""
     batch: int = 1
@@ -88,9 +90,7 @@ class PlanCommand:
 
     def _plan(self) -> Plan:
         config = open_config(self.model)
-        config = replace(
-            config, dtype=self.dtype or config.dtype, weight_dtype=self.weight_dtype or config.weight_dtype
-        )
+        config = config.with_dtypes(dtype=self.dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(
             config,
             self._pattern(config),
@@ -121,6 +121,7 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
             "dtype": plan.config.dtype,
             "kv_dtype": plan.kv_dtype or plan.config.dtype,
             "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
+            "embed_dtype": plan.config.embed_dtype or plan.config.dtype,
         },
         "memory": memory,
         "context": context,

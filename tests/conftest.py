@@ -1,6 +1,7 @@
 """Shared by all tests: strict arithmetic, the golden checkpoints, and the small real model."""
 
 import gc
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from tests.text_models import Result, make_model
 # What a user's strict configuration would refuse must never be in this library.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A process that was started in the background ignores Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 # Attention backends that do everything on a CPU, in no long time.

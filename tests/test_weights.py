@@ -83,6 +83,25 @@ def test_loaded_weights_are_those_of_the_checkpoint_quantized(weight_dtype):
     assert np.isfinite(np.asarray(logits)).all()
 
 
+@pytest.mark.parametrize(("family", "is_tied"), [("llama", False), ("llama31", True)])
+def test_embeddings_and_head_are_quantized_if_asked(family, is_tied):
+    """A look-up and logits of rounded rows; the same rounding for a table as for the kernel that it is, turned."""
+    plain, found = (load_model(GOLDEN / family, embed_dtype=embed_dtype) for embed_dtype in (None, "int8"))
+    assert plain.config.tied_head == is_tied
+    table, rounded = plain.decoder.embed.embedding.get_value(), found.decoder.embed.embedding.get_value()
+    expected = quantize_kernel(table.T, "int8")
+    np.testing.assert_array_equal(rounded.qvalue, expected.qvalue.T)
+    rows = np.asarray(expected.qvalue.T, np.float32) * np.asarray(expected.scale.T)
+    tokens = jnp.asarray(TEXT, jnp.int32)
+    np.testing.assert_allclose(found.decoder.embed(tokens), rows[TEXT], rtol=1e-6)
+    head = rows if is_tied else np.asarray(multiply(jnp.eye(table.shape[1]), found.decoder.head.kernel.get_value())).T
+    hidden = np.random.default_rng(3).normal(size=(2, table.shape[1])).astype(np.float32)
+    np.testing.assert_allclose(found.decoder.logits(jnp.asarray(hidden)), hidden @ head.T, rtol=1e-4, atol=1e-5)
+    assert found.nbytes < plain.nbytes
+    exact, near = (score(x, TEXT, KVCache.init(x.config, None, 2, 32))[0].logprobs for x in (plain, found))
+    assert 0 < np.abs(np.asarray(exact - near)).mean() < 0.02
+
+
 def test_numbers_of_four_bits_take_half_a_byte():
     assert nbytes(jax.ShapeDtypeStruct((3, 64), jnp.dtype("int4"))) == 96
 
@@ -90,11 +109,16 @@ def test_numbers_of_four_bits_take_half_a_byte():
 def test_what_cannot_be_is_refused(wide):
     with pytest.raises(ValueError, match=r"weight_dtype must be one of int8, .*got 'int3'"):
         Model.random(wide.config, weight_dtype="int3")
+    with pytest.raises(ValueError, match="embed_dtype must be one of int8, int4, int4-32, int4-128, got 'w8a8'"):
+        Model.random(wide.config, embed_dtype="w8a8")
     with pytest.raises(ValueError, match="int4-128 has groups of 128 input channels, which do not divide"):
         load_model(GOLDEN / "llama", weight_dtype="int4-128")
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"weight_dtype": "w8a8"}, {"weight_dtype": "int4-32"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dtype": "bfloat16"}, {"weight_dtype": "w8a8"}, {"weight_dtype": "int4-32", "embed_dtype": "int4-32"}],
+)
 def test_a_saved_model_is_the_same_bit_for_bit(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(saved, "SHARD_BYTES", 50_000)
     model = load_model(GOLDEN / "llama31", **settings)

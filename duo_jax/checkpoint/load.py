@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -27,7 +26,12 @@ from duo_jax.weights import quantize_kernel
 
 
 def load_model(
-    source: str | Path, *, dtype: str | None = None, weight_dtype: str | None = None, progress: bool | None = None
+    source: str | Path,
+    *,
+    dtype: str | None = None,
+    weight_dtype: str | None = None,
+    embed_dtype: str | None = None,
+    progress: bool | None = None,
 ) -> Model:
     """Load pretrained weights, tensor by tensor, onto the default device.
 
@@ -35,7 +39,8 @@ def load_model(
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         dtype: data type of the weights; by default the checkpoint's, and float32 on a CPU, which has no fast bfloat16.
         weight_dtype: quantize the linear maps of the layers, each as soon as it is read: int8, w8a8 (int8, activations
-            too), int4 (a scale for every 64 input channels), int4-32 or int4-128. Embeddings and head stay as they are.
+            too), int4 (a scale for every 64 input channels), int4-32 or int4-128.
+        embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; they stay as they are by default.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
@@ -45,8 +50,9 @@ def load_model(
     """
     found = open_source(source)
     if isinstance(found, Saved):
-        saved = {"dtype": found.config.dtype, "weight_dtype": found.config.weight_dtype}
-        asked = {name: value for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)) if value is not None}
+        wanted = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
+        asked = {name: value for name, value in wanted.items() if value is not None}
+        saved = {name: getattr(found.config, name) for name in wanted}
         if not asked.items() <= saved.items():
             raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
         return found.load(progress=progress)
@@ -54,7 +60,7 @@ def load_model(
     dtype = usual_dtype(config, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    config = replace(config, dtype=dtype, weight_dtype=weight_dtype)
+    config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
     table = weight_table(config)
     _check_tensors(found, config, table, str(source))
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
@@ -70,7 +76,7 @@ def load_model(
     )
     with bar:
         for path, weight in _in_file_order(table, found):
-            format_of = weight_dtype if path[0] == "layers" and weight.is_kernel else None
+            format_of = embed_dtype if path[0] in ("embed", "head") else weight_dtype if weight.is_kernel else None
             flat[path] = flat[path].replace(_place(found, weight, jnp.dtype(dtype), format_of))
             bar.update(sum(int(np.prod(shape)) for shape in weight.shapes))
     return Model(config, graphdef, nnx.from_flat_state(flat.items()))
@@ -143,7 +149,7 @@ def _place(found: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _convert(x: Array, dtype: jnp.dtype, transpose: bool, weight_dtype: str | None) -> Array | QArray:
     placed = (x.T if transpose else x).astype(dtype)
-    return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype)
+    return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype, input_axis=int(not transpose))
 
 
 def _some(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,15 +31,18 @@ class ModelOptions:
     weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
 
+    embed_dtype: Literal["int8", "int4", "int4-32", "int4-128"] | None = None
+    """Quantize embeddings and head too, which keep their data type by default."""
+
     def load(self) -> Model:
         """The weights."""
-        return load_model(self.model, dtype=self.dtype, weight_dtype=self.weight_dtype)
+        return load_model(self.model, dtype=self.dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int) -> Plan:
         """What this model takes of memory, before its weights are read."""
         config = open_config(self.model)
-        dtype, weights = usual_dtype(config, self.dtype), self.weight_dtype or config.weight_dtype
-        config = replace(config, dtype=dtype, weight_dtype=weights)
+        dtype = usual_dtype(config, self.dtype)
+        config = config.with_dtypes(dtype=dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(config, pattern, chunk_size=chunk_size)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -19,11 +19,12 @@ class Quantize:
 
     def run(self) -> None:
         """Load tensor by tensor, save."""
-        if self.model.weight_dtype is None:
+        if self.model.weight_dtype is None and self.model.embed_dtype is None:
             raise ValueError("which format? give --weight-dtype int8, w8a8, int4, int4-32 or int4-128")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"{self.out} is there and not an empty folder: choose another --out")
         tokenizer = self.model.tokenizer()
         model = self.model.load()
         save_model(model, self.out, tokenizer)
-        print(f"{self.out}: {model.nbytes / 1e6:.1f} MB of weights in {self.model.weight_dtype}")
+        formats = self.model.weight_dtype or f"{model.config.dtype}, embeddings in {self.model.embed_dtype}"
+        print(f"{self.out}: {model.nbytes / 1e6:.1f} MB of weights in {formats}")

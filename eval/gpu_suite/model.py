@@ -81,7 +81,8 @@ def measure(case: Case) -> dict[str, Any]:
     chunk_seconds = fastest(one_chunk, least=0.0)
     step_seconds = fastest(some_steps, least=0.0) / STEPS
     # Every weight but the embedding, which is a look-up, and every key and value.
-    read = plan.weights - (0 if config.tied_head else nbytes(model.decoder.embed.embedding.get_value())) + cache.nbytes
+    embedding = 0 if config.tied_head else sum(map(nbytes, jax.tree.leaves(model.decoder.embed.embedding.get_value())))
+    read = plan.weights - embedding + cache.nbytes
     return {
         "chunk_seconds": chunk_seconds,
         "decode_ms": 1e3 * step_seconds,

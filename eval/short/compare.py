@@ -5,7 +5,7 @@ Knows no task: an item is a name, a record says what was answered and whether th
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def run(
     """
     methods = patterns.load()
     gates = {patterns.pattern: fingerprint(HeadPattern.load(patterns.pattern))}
-    ledger = Ledger.open(out, {"model": model.model, "dtype": model.dtype, **about}, gates)
+    ledger = Ledger.open(out, {**asdict(model), **about}, gates)
     stages = [items[begin : begin + STAGE] for begin in range(0, len(items), STAGE)]
     jobs = [Job(method, item) for stage in stages for method in methods for item in stage]
     missing = ledger.missing(jobs)
