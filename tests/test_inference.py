@@ -101,9 +101,9 @@ def test_any_chunk_size_and_split_gives_the_golden_logits(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_size", [2, 3, 7, 24, 28, 29, 64, 100, 160])
-def test_more_chunk_sizes(golden, chunk_size):
-    model, arrays, pattern = load_golden(golden.name)
+@pytest.mark.parametrize("chunk_size", [2, 7, 24, 29, 64, 160])
+def test_more_chunk_sizes(chunk_size):
+    model, arrays, pattern = load_golden("qwen3")
     ids = arrays["ids"]
     cache = KVCache.init(model.config, pattern, 2, ids.shape[1])
     logits, _ = prefill(model, ids, cache, chunk_size=chunk_size)
