@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
+from duo_jax.mesh import MeshSize
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import bucket
@@ -31,16 +33,16 @@ class ModelOptions:
     weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
 
-    def load(self) -> Model:
-        """The weights."""
-        return load_model(self.model, dtype=self.dtype, weight_dtype=self.weight_dtype)
+    def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
+        """The weights; on a mesh, where this pattern wants them."""
+        return load_model(self.model, dtype=self.dtype, weight_dtype=self.weight_dtype, mesh=mesh, pattern=pattern)
 
-    def plan(self, pattern: HeadPattern | None, chunk_size: int) -> Plan:
+    def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
         """What this model takes of memory, before its weights are read."""
         config = open_config(self.model)
         dtype, weights = usual_dtype(config, self.dtype), self.weight_dtype or config.weight_dtype
         config = replace(config, dtype=dtype, weight_dtype=weights)
-        return Plan(config, pattern, chunk_size=chunk_size)
+        return Plan(config, pattern, chunk_size=chunk_size, mesh=mesh)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
