@@ -34,7 +34,7 @@ class Collective:
 def collectives(program: jax.stages.Compiled) -> list[Collective]:
     """Every collective operation of a program. One inside a loop counts once."""
     found = []
-    for line in program.as_text().splitlines():
+    for line in (program.as_text() or "").splitlines():
         match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
         if match is None:
             continue

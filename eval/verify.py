@@ -21,7 +21,7 @@ def verify(plan: Plan, length: int, gpu: str, backend: str = "triton") -> dict[s
         ValueError: an unknown GPU.
         NotImplementedError: a backend that cannot, or no compiler for GPUs here.
     """
-    programs = {}
+    programs: dict[str, dict[str, Any]] = {}
     mesh = None if plan.mesh.devices == 1 else mesh_of(plan.mesh, gpus_like(gpu, plan.mesh.devices))
     for name, program in (("prefill", prefill_chunk), ("decode", decode)):
         compiled = compile_for(gpu, *program(plan, length, backend, mesh), mesh=mesh)

@@ -1,12 +1,16 @@
 """On eight devices as on one: run by `test_mesh.py`, in a process whose CPU is told to be eight devices."""
 
 import functools
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from duo_jax import (
     HeadPattern,
@@ -21,8 +25,13 @@ from duo_jax import (
     score,
 )
 from duo_jax.mesh import MeshSize
-from pallas_kernels.quantized import read
-from tests.conftest import FAMILIES, GOLDEN
+from duo_jax.plan import Plan, any_pattern
+from eval.collectives import collectives, summary
+from eval.compiled import memory_of
+from eval.memory import decode, prefill_chunk
+from pallas_kernels import Heads, Pools, Stripe, decode_attention, prefill_attention
+from pallas_kernels.quantized import empty, read, store
+from tests.conftest import FAMILIES, GOLDEN, ON_CPU, TINY
 from tests.text_models import make_model
 
 SIZES = [MeshSize(t, s, d) for t, s, d in product((1, 2, 4, 8), repeat=3) if t * s * d <= 8]
@@ -135,6 +144,96 @@ def test_generate(folder):
     wanted, found = (generate(model, prompt(folder)[:, :CHUNK], **options) for model in (load_model(folder), eight))
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "in_a_layer"),
+    [
+        (MeshSize(tensor=4, data=2), {"all-reduce": 2}),  # After attention, and after the MLP.
+        # The projection is shared once more, and partial outputs are merged: their weights, and they.
+        (MeshSize(tensor=2, sequence=4), {"all-gather": 1, "all-reduce": 4}),
+    ],
+)
+@pytest.mark.parametrize("program", [decode, prefill_chunk])
+def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, program, size, in_a_layer):
+    """And pools are written where they are."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.
+    config = replace(TINY, num_heads=8, num_kv_heads=4)
+    plan = Plan(config, any_pattern(config, 0.5, sink_size=2, recent_size=6), 2, chunk_size=8, mesh=size)
+    found, temporaries = {}, {}
+    for length in (4096, 16384):  # More than a block of each device.
+        function, *shapes = program(plan, length, "xla", mesh_of(size))
+        compiled = function.lower(*shapes).compile()
+        memory = memory_of(compiled)
+        assert memory.aliased >= plan.kv(length) > 0.9 * memory.aliased
+        temporaries[length], found[length] = memory.temporaries, collectives(compiled)
+    assert temporaries[16384] - temporaries[4096] < 0.01 * (plan.kv(16384) - plan.kv(4096))
+    assert found[4096] == found[16384]
+    about = summary(found[4096])
+    assert about["in_a_layer"] == in_a_layer
+    rows, tokens = 2 // size.data, 1 if program is decode else 8
+    sums = {"all-reduce": 2 * config.embed_dim}
+    if size.sequence > 1:
+        heads = config.num_heads // size.tensor
+        sums = {"all-reduce": sums["all-reduce"] + heads * (config.head_dim + 2)}
+        sums["all-gather"] = (heads + 2 * config.num_kv_heads // size.tensor) * config.head_dim
+    assert about["bytes_in_a_layer"] == 4 * rows * tokens * sum(sums.values())
+    # Logits, and nothing larger.
+    assert about["largest"]["nbytes"] <= max(4 * 2 * config.vocab_size, about["bytes_in_a_layer"])
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_attention_over_stripes_is_that_over_all_tokens(backend, dtype):
+    """Of retrieval and streaming heads, in rows of different lengths, one of them in its first token."""
+    batch, length, capacity, head_dim, ring = 3, 24, 64, 16, {"sink_size": 2, "recent_size": 6}
+    stripe, random = Stripe("sequence", 4), np.random.default_rng(0)
+    start, counts = jnp.asarray([50, 3, 0], jnp.int32), jnp.asarray([14, 24, 1], jnp.int32)
+
+    def numbers(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    q, k, v = numbers(batch, length, 8, head_dim), *(numbers(batch, length, 4, head_dim) for _ in "kv")
+    plain = [numbers(2, batch, capacity, head_dim) for _ in "kv"]
+    rings = [numbers(2, batch, 8, head_dim) for _ in "kv"]
+    heads = Heads(jnp.asarray([True, False, False, True]), jnp.asarray([1, 0, 1, 0], jnp.int32))
+    whole = Pools(*(store(x, empty(x.shape, dtype or "float32")) for x in plain), *rings)
+    # Token p on device p % 4, at p // 4.
+    order = np.arange(capacity).reshape(-1, 4).T.ravel()
+    striped = jax.tree.map(lambda x: x[:, :, order], whole[:2])
+    mesh = make_mesh(sequence=4)
+
+    def prefilled(stripe, retrieval):
+        return prefill_attention(
+            q,
+            k,
+            v,
+            Pools(*retrieval, *rings),
+            heads,
+            start=start,
+            lengths=counts,
+            stripe=stripe,
+            backend=backend,
+            **ring,
+        )
+
+    def decoded(stripe, retrieval):
+        pools = Pools(*retrieval, *rings)
+        return decode_attention(q[:, 0], pools, heads, lengths=start + 1, stripe=stripe, backend=backend, **ring)
+
+    for operation in (prefilled, decoded):
+        of_device = functools.partial(operation, stripe)
+        shared = jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=PartitionSpec(None, None, "sequence"),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        wanted, found = jax.jit(functools.partial(operation, None))(whole[:2]), jax.jit(shared)(striped)
+        for row, count in enumerate(counts):
+            real = slice(None) if operation is decoded else slice(0, int(count))
+            np.testing.assert_allclose(found[row][real], wanted[row][real], rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
