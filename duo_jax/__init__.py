@@ -5,6 +5,7 @@ from duo_jax.checkpoint import load_model, load_tokenizer, save_model
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.generate import Generation, Step, Stream, generate, stream
 from duo_jax.lm import LM, Document, TextStream, load
+from duo_jax.mesh import make_mesh
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern, published_patterns
 from duo_jax.phases import Scores, decode_step, prefill, score
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "make_mesh",
     "prefill",
     "published_patterns",
     "save_model",

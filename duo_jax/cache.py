@@ -8,23 +8,26 @@ one compiled program. Attention itself is in `pallas_kernels`.
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 from numpy.typing import ArrayLike
 
 from duo_jax import saved_cache
+from duo_jax.balance import balance
 from duo_jax.config import ModelConfig
+from duo_jax.mesh import MeshSize, constrain, place
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.pools import (
     empty_pools,
     fingerprint,
     nbytes,
-    number_slots,
+    pool_axes,
     pool_dtypes,
     pool_shapes,
     refill,
@@ -33,7 +36,7 @@ from duo_jax.pools import (
     scatter,
     streaming_slots,
 )
-from pallas_kernels import Heads, Pools
+from pallas_kernels import Heads, Pools, Stripe
 from pallas_kernels.positions import consecutive, ring_index, ring_positions
 from pallas_kernels.quantized import Stored
 
@@ -45,12 +48,16 @@ MOST_TOKENS = 2**31 - 1
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pools", "is_retrieval", "slot", "length"],
-    meta_fields=["sink_size", "recent_size"],
+    data_fields=["pools", "is_retrieval", "slot", "length", "order"],
+    meta_fields=["sink_size", "recent_size", "mesh"],
 )
 @dataclass(frozen=True)
 class KVCache:
     """The cache of a batch of sequences. Step functions donate it: the one passed in is gone, go on with the new one.
+
+    On a mesh every device has pools of its own, slots of its own and its own columns of the head table; token p of a
+    retrieval head lies on the device `p % sequence` of those that share it, at `p // sequence`. Inside `jax.shard_map`
+    a cache is one device's part.
 
     Attributes:
         pools: keys and values; `retrieval_* [Pr, B, S, H]` and `streaming_* [Ps, B, sink + recent, H]`.
@@ -59,6 +66,8 @@ class KVCache:
         length: tokens in the cache, per row.
         sink_size: first tokens that a streaming head keeps (static).
         recent_size: most recent tokens that a streaming head keeps (static).
+        mesh: the devices that share the cache (static); None: one has it.
+        order: on a mesh, the KV head of each column `C` of all devices' head tables, as `balance` has it.
     """
 
     pools: Pools
@@ -67,6 +76,8 @@ class KVCache:
     length: Int32[Array, "B"]
     sink_size: int
     recent_size: int
+    mesh: Mesh | None = None
+    order: Int32[Array, "L C"] | None = None
 
     @classmethod
     def init(
@@ -79,6 +90,7 @@ class KVCache:
         dtype: str | jnp.dtype | None = None,
         streaming_dtype: str | jnp.dtype | None = None,
         memory: int | None = None,
+        mesh: Mesh | None = None,
     ) -> "KVCache":
         """An empty cache for `batch_size` sequences of up to `max_length` tokens.
 
@@ -91,43 +103,80 @@ class KVCache:
                 and int4 are asymmetric, one scale and zero for each token of each head (paper section 3.4).
             streaming_dtype: of streaming heads, whose rings are small; by default `dtype`, or the configuration's
                 where that is int8 or int4.
-            memory: bytes that keys and values may take; `duo_jax.Plan` says what weights and activations leave. What
-                does not fit is refused before anything is allocated.
+            memory: bytes that keys and values may take of each device; `duo_jax.Plan` says what weights and activations
+                leave. What does not fit is refused before anything is allocated.
+            mesh: devices that share the cache, from `make_mesh`: those that share the model.
 
         Raises:
-            ValueError: a pattern of another model, sizes below 1, an unknown data type, or more than `memory` holds.
+            ValueError: a pattern of another model, sizes below 1, an unknown data type, more than `memory` holds, or a
+                model or batch that the mesh cannot share.
         """
+        size = MeshSize.of(mesh)
         if memory is not None:
-            max_length = _fitting(
-                config, pattern, batch_size, max_length, memory, dtype=dtype, streaming_dtype=streaming_dtype
-            )
+            dtypes = {"dtype": dtype, "streaming_dtype": streaming_dtype}
+            max_length = _fitting(config, pattern, batch_size, max_length, memory, mesh=size, **dtypes)
         if max_length is None:
             raise ValueError("give max_length, the tokens of a sequence, or memory, the bytes that the cache may take")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        is_retrieval = _table(config, pattern)
         sink_size, recent_size = _sizes(pattern)
-        shapes = _shapes(config, pattern, batch_size, max_length)
-        dtypes = pool_dtypes(config.dtype, dtype, streaming_dtype)
+        shapes = _shapes(config, pattern, batch_size, max_length, size)
         try:
-            pools = empty_pools(shapes, dtypes)
+            pools = empty_pools(shapes, pool_dtypes(config.dtype, dtype, streaming_dtype), mesh)
         except RuntimeError as error:
             wanted = cls.bytes_for(
-                config, pattern, batch_size, max_length, dtype=dtype, streaming_dtype=streaming_dtype
+                config, pattern, batch_size, max_length, dtype=dtype, streaming_dtype=streaming_dtype, mesh=size
             )
             raise ValueError(
                 f"a cache of {wanted / 1e9:.1f} GB (batch {batch_size}, {max_length} tokens) does not fit into memory: "
                 "ask for fewer tokens or rows, stream more heads, or store them in int8 or int4"
             ) from error
+        heads = balance(_table(config, pattern), size.tensor)
+        put = (lambda x, *axes: jnp.asarray(x)) if mesh is None else functools.partial(place, mesh)
         return cls(
             pools=pools,
-            is_retrieval=jnp.asarray(is_retrieval),
-            slot=jnp.asarray(number_slots(is_retrieval)),
-            length=jnp.zeros((batch_size,), jnp.int32),
+            is_retrieval=put(heads.is_retrieval, None, "tensor"),
+            slot=put(heads.slot, None, "tensor"),
+            length=put(np.zeros(batch_size, np.int32)),
             sink_size=int(sink_size),
             recent_size=int(recent_size),
+            mesh=mesh,
+            order=None if mesh is None else put(heads.order),
         )
+
+    @classmethod
+    def shapes(
+        cls,
+        config: ModelConfig,
+        pattern: HeadPattern | None,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: str | jnp.dtype | None = None,
+        streaming_dtype: str | jnp.dtype | None = None,
+        mesh: Mesh | None = None,
+    ) -> Any:
+        """What `init` makes, as shapes and where they lie: for compiling, on devices that need not be there."""
+        size, shape = MeshSize.of(mesh), jax.ShapeDtypeStruct
+        pools = _shapes(config, pattern, batch_size, max_length, size)
+        dtypes = pool_dtypes(config.dtype, dtype, streaming_dtype)
+        columns = (config.num_layers, size.kv_heads(config))
+        cache = cls(
+            jax.eval_shape(lambda: empty_pools(pools, dtypes)),
+            shape(columns, jnp.bool_),  # type: ignore[arg-type]
+            shape(columns, jnp.int32),  # type: ignore[arg-type]
+            shape((batch_size,), jnp.int32),  # type: ignore[arg-type]
+            *_sizes(pattern),
+            mesh,
+            None if mesh is None else shape(columns, jnp.int32),  # type: ignore[arg-type]
+        )
+        if mesh is None:
+            return cache
+        leaves, structure = jax.tree.flatten(cache)
+        places = [NamedSharding(mesh, axes) for axes in cache.axes()]
+        placed = [shape(x.shape, x.dtype, sharding=place) for x, place in zip(leaves, places, strict=True)]
+        return jax.tree.unflatten(structure, placed)
 
     @staticmethod
     def bytes_for(
@@ -138,14 +187,18 @@ class KVCache:
         *,
         dtype: str | jnp.dtype | None = None,
         streaming_dtype: str | jnp.dtype | None = None,
+        mesh: MeshSize = MeshSize(),
     ) -> int:
         """Bytes of keys and values that `init` allocates: `2 * row * B * (Pr * S + Ps * (sink + recent))`.
 
-        A row of `H` numbers takes their bytes, and 4 more for scale and zero where they are quantized.
+        A row of `H` numbers takes their bytes, and 4 more for scale and zero where they are quantized. On a mesh, of
+        each device: its slots, its rows of the batch, and its tokens of a retrieval head.
         """
-        shapes = _shapes(config, pattern, batch_size, max_length)
+        retrieval, streaming = _shapes(config, pattern, batch_size, max_length, mesh)
         dtypes = pool_dtypes(config.dtype, dtype, streaming_dtype)
-        return nbytes(jax.eval_shape(lambda: empty_pools(shapes, dtypes)))
+        pools = jax.eval_shape(lambda: empty_pools((retrieval, streaming), dtypes))
+        of_retrieval, of_streaming = nbytes(pools[:2]), nbytes(pools[2:])
+        return (of_retrieval // mesh.sequence + of_streaming) // (mesh.tensor * mesh.data)
 
     @staticmethod
     def length_for(
@@ -156,16 +209,20 @@ class KVCache:
         *,
         dtype: str | jnp.dtype | None = None,
         streaming_dtype: str | jnp.dtype | None = None,
+        mesh: MeshSize = MeshSize(),
     ) -> int:
-        """The largest `max_length` whose keys and values fit into `memory` bytes; 0: not even one token does."""
-        one, two = (
-            KVCache.bytes_for(config, pattern, batch_size, n, dtype=dtype, streaming_dtype=streaming_dtype)
-            for n in (1, 2)
-        )
+        """The largest `max_length` whose keys and values fit into `memory` bytes; 0: not even one token does.
+
+        On a mesh, into `memory` bytes of each device.
+        """
+        dtypes = {"dtype": dtype, "streaming_dtype": streaming_dtype}
+        # Tokens come in as many as there are devices to share them.
+        each = mesh.sequence
+        one, two = (KVCache.bytes_for(config, pattern, batch_size, n * each, mesh=mesh, **dtypes) for n in (1, 2))
         if memory < one:
             return 0
         # Streaming heads alone hold any length: positions end where an int32 does.
-        return min(MOST_TOKENS, 1 + (memory - one) // (two - one)) if two > one else MOST_TOKENS
+        return min(MOST_TOKENS, each * (1 + (memory - one) // (two - one))) if two > one else MOST_TOKENS
 
     @property
     def nbytes(self) -> int:
@@ -192,6 +249,20 @@ class KVCache:
         """Data type of streaming heads' keys and values."""
         return self.pools.streaming_k.dtype
 
+    @property
+    def stripe(self) -> Stripe | None:
+        """The devices that share the tokens of retrieval heads; None: one has all."""
+        count = MeshSize.of(self.mesh).sequence
+        return None if count == 1 else Stripe("sequence", count)
+
+    def axes(self) -> list[PartitionSpec]:
+        """The mesh axes along which each array is divided, in the order of `jax.tree.leaves`."""
+        retrieval, streaming = (len(jax.tree.leaves(pool)) for pool in (self.pools[:2], self.pools[2:]))
+        of_retrieval, of_streaming = pool_axes()
+        table = PartitionSpec(None, "tensor")
+        others = [table, table, PartitionSpec("data"), PartitionSpec()][: 3 if self.order is None else 4]
+        return [of_retrieval] * retrieval + [of_streaming] * streaming + others
+
     def heads(self, layer: int) -> Heads:
         """One layer's row of the head table."""
         return Heads(self.is_retrieval[layer], self.slot[layer])
@@ -208,8 +279,7 @@ class KVCache:
         valid = position < (self.length + lengths)[:, None]
         if pools.retrieval_k.shape[0]:
             slot, row = retrieval_slots(heads, pools)[:, None, None], rows(self.batch_size)[None, :, None]
-            # Out of bounds means dropped: padding, and heads of the other type.
-            index = jnp.where(valid, position, self.max_length)[None]
+            index = self._index(position, valid)[None]
             pools = pools._replace(
                 retrieval_k=scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
                 retrieval_v=scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
@@ -232,7 +302,7 @@ class KVCache:
         k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
         if pools.retrieval_k.shape[0]:
             slot = retrieval_slots(heads, pools)[:, None]
-            index = jnp.where(active, self.length, self.max_length)[None, :]
+            index = self._index(self.length, active)[None, :]
             pools = pools._replace(
                 retrieval_k=scatter(pools.retrieval_k, (slot, row, index), k),
                 retrieval_v=scatter(pools.retrieval_v, (slot, row, index), v),
@@ -247,9 +317,18 @@ class KVCache:
             )
         return replace(self, pools=pools)
 
+    def _index(self, position: Int32[Array, "*p"], valid: Bool[Array, "*p"]) -> Int32[Array, "*p"]:
+        """Where tokens lie in a retrieval slot of this device; out of bounds means dropped: padding, other devices'."""
+        stripe = self.stripe
+        if stripe is not None:
+            count = jnp.full_like(position, stripe.count)
+            valid &= jax.lax.rem(position, count) == stripe.index
+            position = jax.lax.div(position, count)
+        return jnp.where(valid, position, self.pools.retrieval_k.shape[2])
+
     def advance(self, count: Int32[Array, "B"]) -> "KVCache":
         """Count tokens that every layer has written."""
-        return replace(self, length=self.length + count)
+        return replace(self, length=constrain(self.length + count, self.mesh))
 
     def mark(self) -> "Mark":
         """Remember this point: a copy of rings and lengths only, so that one prefilled text can be asked many times."""
@@ -261,7 +340,7 @@ class KVCache:
             is_retrieval=jnp.copy(self.is_retrieval),
             sink_size=self.sink_size,
             recent_size=self.recent_size,
-            fingerprint=fingerprint(self.pools.retrieval_k, self.length),
+            fingerprint=self._fingerprint(self.length),
         )
 
     def rewind(self, mark: "Mark") -> "KVCache":
@@ -271,12 +350,10 @@ class KVCache:
             ValueError: a mark of another cache, or one whose tokens were overwritten after an earlier rewind.
         """
         self.check_alive()
-        theirs, ours = (
-            (x.sink_size, x.recent_size, x.length.shape, np.asarray(x.is_retrieval).tolist()) for x in (mark, self)
-        )
-        if theirs != ours:
+        theirs, ours = ((x.sink_size, x.recent_size, x.length.shape, x.is_retrieval.shape) for x in (mark, self))
+        if theirs != ours or not jnp.array_equal(mark.is_retrieval, self.is_retrieval):
             raise ValueError("this mark is of another cache, with other heads, sizes or rows; take marks of this one")
-        found = fingerprint(self.pools.retrieval_k, mark.length)
+        found = self._fingerprint(mark.length)
         if not np.array_equal(np.asarray(found), np.asarray(mark.fingerprint)):
             raise ValueError(
                 "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
@@ -294,17 +371,23 @@ class KVCache:
         self.check_alive()
         if batch_size is None:
             return _copy(self)
-        if self.batch_size != 1 or batch_size < 1:
+        if self.batch_size != 1 or batch_size < 1 or batch_size % MeshSize.of(self.mesh).data:
             raise ValueError(
                 f"a cache of one row becomes one or more, got {batch_size=} of a cache of {self.batch_size} rows"
             )
         pools = jax.tree.map(lambda x: jnp.repeat(x, batch_size, axis=1), self.pools)
-        heads = jnp.copy(self.is_retrieval), jnp.copy(self.slot)
-        length = jnp.repeat(self.length, batch_size)
-        return replace(self, pools=pools, is_retrieval=heads[0], slot=heads[1], length=length)
+        heads = {name: _copy(getattr(self, name)) for name in ("is_retrieval", "slot", "order")}
+        return replace(self, pools=pools, length=jnp.repeat(self.length, batch_size), **heads)
+
+    def _fingerprint(self, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+        """See `fingerprint`; on a mesh, the sum of every device's."""
+        pool = self.pools.retrieval_k
+        if self.mesh is None:
+            return fingerprint(pool, length)
+        return _fingerprints(self.mesh, self.stripe, pool, length)
 
     def save(self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None) -> None:
-        """Write the cache to a folder: what is filled of it, with a checksum of every array.
+        """Write the cache to a folder: what is filled of it, with a checksum of every array. Not of one on a mesh.
 
         The folder appears under its name when everything is on disk. The host's memory must hold one copy.
 
@@ -314,10 +397,12 @@ class KVCache:
             tokens: `[B, T]` token ids in the cache, kept beside it for whoever loads it.
 
         Raises:
-            ValueError: a cache that was donated, or holds nothing.
+            ValueError: a cache that was donated, holds nothing, or lies on a mesh.
             FileExistsError: the path exists.
         """
         self.check_alive()
+        if self.mesh is not None:
+            raise ValueError("a cache on a mesh cannot be saved: prefill on one device to save it")
         saved_cache.save(path, vars(self), model, tokens)
 
     @classmethod
@@ -385,15 +470,15 @@ def _fitting(
     batch_size: int,
     max_length: int | None,
     memory: int,
-    **dtypes: str | jnp.dtype | None,
+    **options: Any,
 ) -> int:
     """`max_length` if it fits into `memory` bytes; the largest that does if it is None."""
-    most = KVCache.length_for(config, pattern, batch_size, memory, **dtypes)
+    most = KVCache.length_for(config, pattern, batch_size, memory, **options)
     if max_length is not None and max_length <= most:
         return max_length
     if max_length is None and most:
         return most
-    wanted = KVCache.bytes_for(config, pattern, batch_size, max_length or 1, **dtypes)
+    wanted = KVCache.bytes_for(config, pattern, batch_size, max_length or 1, **options)
     way = f"ask for up to {most} tokens" if most else "give more memory"
     raise ValueError(
         f"a cache of {max_length or 1} tokens (batch {batch_size}) takes {wanted / 1e9:.3f} GB, more than "
@@ -403,6 +488,15 @@ def _fitting(
 
 def _copy(tree: T) -> T:
     return jax.tree.map(jnp.copy, tree)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fingerprints(mesh: Mesh, stripe: Stripe | None, pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+    def one(pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+        return jax.lax.psum(fingerprint(pool, length, stripe), ("tensor", "sequence"))
+
+    divided, rows = jax.tree.map(lambda _: pool_axes()[0], pool), PartitionSpec("data")
+    return jax.shard_map(one, mesh=mesh, in_specs=(divided, rows), out_specs=rows, check_vma=False)(pool, length)
 
 
 def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
@@ -417,12 +511,13 @@ def _sizes(pattern: HeadPattern | None) -> tuple[int, int]:
 
 
 def _shapes(
-    config: ModelConfig, pattern: HeadPattern | None, batch_size: int, max_length: int
+    config: ModelConfig, pattern: HeadPattern | None, batch_size: int, max_length: int, mesh: MeshSize
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return pool_shapes(
-        _table(config, pattern),
-        batch_size=batch_size,
-        max_length=max_length,
-        ring=sum(_sizes(pattern)),
-        head_dim=config.head_dim,
-    )
+    """Shapes `[Pr, B, S, H]` and `[Ps, B, R, H]` of all devices' pools together."""
+    mesh.check(config)
+    if batch_size % mesh.data:
+        raise ValueError(f"{batch_size=} rows cannot be divided among data={mesh.data} devices: take a multiple")
+    heads, ring = balance(_table(config, pattern), mesh.tensor), sum(_sizes(pattern))
+    tokens = -(-max_length // mesh.sequence) * mesh.sequence
+    slots = mesh.tensor * heads.retrieval_slots, mesh.tensor * heads.streaming_slots
+    return pool_shapes(*slots, batch_size=batch_size, max_length=tokens, ring=ring, head_dim=config.head_dim)

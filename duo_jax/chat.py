@@ -82,7 +82,9 @@ class Chat:
 
     def _allocate(self) -> tuple[KVCache, Mark]:
         model = self._lm.model
-        cache = KVCache.init(model.config, self._lm.pattern, 1, self.max_length, dtype=self._lm.kv_dtype)
+        cache = KVCache.init(
+            model.config, self._lm.pattern, 1, self.max_length, dtype=self._lm.kv_dtype, mesh=model.mesh
+        )
         return cache, cache.mark()
 
     def _restart(self) -> None:

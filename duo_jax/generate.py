@@ -209,8 +209,8 @@ def _prepare(
     tokens = tokens[:, :longest]
     if cache is None:
         room = bucket(longest + max_new_tokens)
-        cache = KVCache.init(model.config, pattern, tokens.shape[0], room, dtype=kv_dtype)
-    check_cache(model.config, cache, tokens.shape[0])
+        cache = KVCache.init(model.config, pattern, tokens.shape[0], room, dtype=kv_dtype, mesh=model.mesh)
+    check_cache(model, cache, tokens.shape[0])
     check_room(model.config, cache, np.asarray(lengths) + max_new_tokens)
     key = jax.random.key(0 if key is None else key) if key is None or isinstance(key, int) else key
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(tokens.shape[0]))

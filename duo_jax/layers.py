@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
+from duo_jax.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
 
@@ -79,13 +80,19 @@ def rms_norm(width: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rng
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: fused q/k/v projection, optional q/k-norm, RoPE, output projection."""
+    """Grouped-query attention: fused q/k/v projection, optional q/k-norm, RoPE, output projection.
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    On a mesh, the fused projection has the queries, keys and values of the first device's heads, then of the second's.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        self.config = config
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.config, self.mesh = config, mesh
+        size = MeshSize.of(mesh)
+        self.devices, self.num_kv_heads = size.tensor, size.kv_heads(config)
+        queries, keys = config.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         build = partial(Linear, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
+        self.divided = both(queries + 2 * keys, size)
         self.qkv = build(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias)
         self.out = build(queries, config.embed_dim, bias=config.out_bias)
         if config.qk_norm:
@@ -98,8 +105,13 @@ class Attention(nnx.Module):
         """Project, rotate, attend, project back."""
         config = self.config
         batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, -1, config.head_dim)
-        q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+        # Told in two steps: XLA would gather the weights of the devices that share a head's tokens, not what they give.
+        qkv = constrain(self.qkv(x), self.mesh, "data", None, self.divided)
+        qkv = constrain(qkv, self.mesh, "data", None, "tensor")
+        qkv = qkv.reshape(batch, length, self.devices, -1, config.head_dim)
+        queries, keys = config.num_heads // self.devices, self.num_kv_heads // self.devices
+        parts = jnp.split(qkv, [queries, queries + keys], axis=3)
+        q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attend(state, layer, rotate(q, *rotation), rotate(k, *rotation), v)
@@ -107,29 +119,31 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Gated SiLU MLP with gate and up projections fused: `down(silu(gate(x)) * up(x))`."""
+    """Gated SiLU MLP with gate and up projections fused: `down(silu(gate(x)) * up(x))`; on a mesh, device by device."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
+        self.devices = MeshSize.of(mesh).sharers
         build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
         self.gate_up = build(config.embed_dim, 2 * config.mlp_dim)
         self.down = build(config.mlp_dim, config.embed_dim)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        both = self.gate_up(x)
+        gate, up = jnp.split(both.reshape(*both.shape[:-1], self.devices, -1), 2, axis=-1)
+        return self.down((jax.nn.silu(gate) * up).reshape(*both.shape[:-1], -1))
 
 
 class Layer(nnx.Module):
     """One decoder layer: attention and MLP, each after an RMSNorm and beside a residual connection."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
         self.attention_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs, mesh=mesh)
         self.mlp_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config, dtype=dtype, rngs=rngs, mesh=mesh)
 
     def __call__(
         self, x: Float[Array, "B T D"], rotation: tuple[Array, Array], attend: Attend[State], state: State, layer: int

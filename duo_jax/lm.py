@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ def load(
     weight_dtype: str | None = None,
     embed_dtype: str | None = None,
     kv_dtype: str | None = None,
+    mesh: Mesh | None = None,
     progress: bool | None = None,
     **pattern_options: Any,
 ) -> "LM":
@@ -43,6 +45,7 @@ def load(
         weight_dtype: quantize the linear maps of the layers, see `load_model`.
         embed_dtype: quantize embeddings and head, see `load_model`.
         kv_dtype: data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values.
+        mesh: devices that share model and cache, from `make_mesh`.
         progress: show a progress bar while loading; by default only in a terminal.
         **pattern_options: as for `HeadPattern.load` (`sparsity=`, `threshold=`, ...), where `pattern` is a name.
 
@@ -55,7 +58,8 @@ def load(
         chosen = pattern
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
-    model = load_model(source, dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype, progress=progress)
+    dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
+    model = load_model(source, **dtypes, mesh=mesh, pattern=chosen, progress=progress)
     if chosen is not None:
         chosen.check(model.config)
     return LM(model, load_tokenizer(source), chosen, kv_dtype)
@@ -257,7 +261,9 @@ class Document:
             )
         self._lm, self._tokens, self.num_tokens = lm, tokens, len(tokens)
         model = lm.model
-        cache = KVCache.init(model.config, lm.pattern, 1, max_length or bucket(needed), dtype=lm.kv_dtype)
+        cache = KVCache.init(
+            model.config, lm.pattern, 1, max_length or bucket(needed), dtype=lm.kv_dtype, mesh=model.mesh
+        )
         _, cache = prefill(model, np.asarray(tokens, np.int32)[None], cache)
         cache.length.block_until_ready()  # The work is done here, not in the first question.
         self._mark = cache.mark()

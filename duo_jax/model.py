@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
+from duo_jax.mesh import AnyMesh, constrain
 from duo_jax.rope import rotation
 from duo_jax.weights import multiply, nbytes
 
@@ -25,12 +27,12 @@ State = TypeVar("State")
 class Decoder(nnx.Module):
     """Embedding, decoder layers, final norm, and the head to logits."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        """Build with random weights; `checkpoint` fills them in."""
-        self.config = config
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
+        """Build with random weights; `checkpoint` fills them in. Of a mesh, the order of heads and channels."""
+        self.config, self.mesh = config, mesh
         settings: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "weight_dtype": config.embed_dtype}
         self.embed = Embed(config.vocab_size, config.embed_dim, **settings)
-        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs, mesh=mesh) for _ in range(config.num_layers)])
         self.norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
             self.head = Linear(config.embed_dim, config.vocab_size, bias=False, **settings)
@@ -49,13 +51,14 @@ class Decoder(nnx.Module):
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
         third more time.
         """
-        x = self.embed(tokens)
+        x = constrain(self.embed(tokens), self.mesh, "data")
         angles = rotation(self.config.rope, self.config.head_dim, positions)
         for index, layer in enumerate(self.layers):
             plain = functools.partial(layer, attend=attend, layer=index)
             apply = jax.checkpoint(plain) if rematerialize else plain
             with jax.named_scope(f"layer_{index}"):
                 x, state = apply(x, angles, state=state)
+                x = constrain(x, self.mesh, "data")
         return self.norm(x), state
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -68,14 +71,23 @@ class Decoder(nnx.Module):
             return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "graphdef"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "order"],
+    meta_fields=["config", "graphdef", "mesh"],
+)
 @dataclass(frozen=True)
 class Model:
-    """A decoder's weights as a pytree: `params` are its leaves, everything else is static under jit."""
+    """A decoder's weights as a pytree: `params` are its leaves, everything else is static under jit.
+
+    On a mesh, `order` says which KV head each column of a head table is (see `balance`): caches must have the same.
+    """
 
     config: ModelConfig
     graphdef: nnx.GraphDef
     params: nnx.State
+    mesh: Mesh | None = None
+    order: Int32[Array, "L C"] | None = None
 
     @classmethod
     def random(

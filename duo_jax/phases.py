@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
+from duo_jax.layers import Attend
+from duo_jax.mesh import constrain
 from duo_jax.model import Model
 from duo_jax.validation import check_cache, check_prompt, check_room, check_step, is_traced
 from pallas_kernels import decode_attention, prefill_attention
@@ -61,7 +64,7 @@ def prefill(
         ValueError: an empty prompt, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
     tokens, lengths = check_prompt(model.config, tokens, lengths)
-    check_cache(model.config, cache, tokens.shape[0])
+    check_cache(model, cache, tokens.shape[0])
     check_room(model.config, cache, lengths)
     # Columns that are padding in every row cost nothing, where the lengths are known.
     longest = tokens.shape[1] if is_traced(lengths) else int(np.max(lengths))
@@ -95,7 +98,7 @@ def decode_step(
         ValueError: a token outside the vocabulary, a cache of another model, one that would overflow.
     """
     token, active = check_step(model.config, token, active)
-    check_cache(model.config, cache, token.shape[0])
+    check_cache(model, cache, token.shape[0])
     check_room(model.config, cache, active)
     return _step(model, token, cache, active, backend)
 
@@ -135,7 +138,7 @@ def score(
         ValueError: an empty text, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
     tokens, lengths = check_prompt(model.config, tokens, lengths)
-    check_cache(model.config, cache, tokens.shape[0])
+    check_cache(model, cache, tokens.shape[0])
     check_room(model.config, cache, lengths)
     width = chunk_width(tokens.shape[1], chunk_size)
     chunks = range(0, tokens.shape[1], width)
@@ -187,15 +190,17 @@ def _hidden(
     model: Model, tokens: Int32[Array, "B T"], cache: KVCache, lengths: Int32[Array, "B"], backend: str | None
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Append a chunk: the hidden states of all its tokens, and the cache."""
-    sizes: dict[str, Any] = {"sink_size": cache.sink_size, "recent_size": cache.recent_size, "backend": backend}
+    sizes = _sizes(cache, backend)
 
-    def attend(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+    def attend(
+        state: KVCache, layer: int, q: Array, k: Array, v: Array, lengths: Int32[Array, "B"]
+    ) -> tuple[Array, KVCache]:
         pools, heads = state.pools, state.heads(layer)
         out = prefill_attention(q, k, v, pools, heads, start=state.length, lengths=lengths, **sizes)
         return out, state.append_chunk(layer, k, v, _after(out, lengths))
 
     positions = consecutive(cache.length, tokens.shape[1])
-    hidden, new = model.decoder.hidden(tokens, positions, attend, cache)
+    hidden, new = model.decoder.hidden(tokens, positions, _on_devices(attend, lengths), cache)
     return hidden, new.advance(lengths)
 
 
@@ -226,23 +231,53 @@ def step(
     model: Model, token: Int32[Array, "B"], cache: KVCache, active: Bool[Array, "B"], backend: str | None
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Append one token to the active rows: the logits after it, and the cache."""
-    sizes: dict[str, Any] = {"sink_size": cache.sink_size, "recent_size": cache.recent_size, "backend": backend}
+    sizes = _sizes(cache, backend)
     lengths = cache.length + active.astype(jnp.int32)
 
-    def attend(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+    def attend(
+        state: KVCache, layer: int, q: Array, k: Array, v: Array, active: Bool[Array, "B"]
+    ) -> tuple[Array, KVCache]:
         state = state.append_token(layer, k[:, 0], v[:, 0], active)
+        lengths = state.length + active.astype(jnp.int32)
         out = decode_attention(q[:, 0], state.pools, state.heads(layer), lengths=lengths, **sizes)
         return out[:, None], state
 
-    decoder = model.decoder
-    hidden, new = decoder.hidden(token[:, None], cache.length[:, None], attend, cache)
-    logits = decoder.logits(hidden[:, 0])
+    hidden, new = model.decoder.hidden(token[:, None], cache.length[:, None], _on_devices(attend, active), cache)
+    logits = head(model, hidden[:, 0])
     return _poison(logits, lengths > cache.max_length), new.advance(active.astype(jnp.int32))
 
 
 def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    """Logits of one hidden state a row."""
-    return model.decoder.logits(last)
+    """Logits of one hidden state a row; on a mesh, every device has them."""
+    return constrain(model.decoder.logits(last), model.mesh)
+
+
+def _sizes(cache: KVCache, backend: str | None) -> dict[str, Any]:
+    sizes = {"sink_size": cache.sink_size, "recent_size": cache.recent_size}
+    return sizes | {"stripe": cache.stripe, "backend": backend}
+
+
+def _on_devices(
+    attend: Callable[[KVCache, int, Array, Array, Array, Array], tuple[Array, KVCache]], of_row: Array
+) -> Attend[KVCache]:
+    """Attention of every device over its own pools, heads and rows; `of_row [B]` is passed on to `attend`."""
+
+    def over(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+        if state.mesh is None:
+            return attend(state, layer, q, k, v, of_row)
+        leaves, structure = jax.tree.flatten(state)
+
+        def one(leaves: list[Array], q: Array, k: Array, v: Array, of_row: Array) -> tuple[Array, list[Array]]:
+            out, state = attend(jax.tree.unflatten(structure, leaves), layer, q, k, v, of_row)
+            return out, jax.tree.leaves(state)
+
+        heads, axes = PartitionSpec("data", None, "tensor"), state.axes()
+        specs = axes, heads, heads, heads, PartitionSpec("data")
+        divided = jax.shard_map(one, mesh=state.mesh, in_specs=specs, out_specs=(heads, axes), check_vma=False)
+        out, leaves = divided(leaves, q, k, v, of_row)
+        return out, jax.tree.unflatten(structure, leaves)
+
+    return over
 
 
 def _after(out: Float[Array, "B T N H"], lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:

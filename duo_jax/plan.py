@@ -14,9 +14,10 @@ import numpy as np
 
 from duo_jax.cache import KVCache
 from duo_jax.config import ModelConfig
-from duo_jax.model import Model
+from duo_jax.mesh import MeshSize, abstract_mesh
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import CHUNK_SIZE
+from duo_jax.placement import model_shapes
 from duo_jax.weights import nbytes
 
 
@@ -27,12 +28,18 @@ def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, re
 
 
 @functools.cache
-def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of all weights as `load_model` places them, counted in one and two layers: each takes as much."""
+def weight_bytes(config: ModelConfig, mesh: MeshSize = MeshSize()) -> int:
+    """Bytes of all weights as `load_model` places them, counted in one and two layers: each takes as much.
+
+    On a mesh, of each device.
+    """
 
     def bytes_of(layers: int) -> int:
-        shapes = jax.eval_shape(functools.partial(Model.random, replace(config, num_layers=layers)))
-        return sum(nbytes(leaf) for leaf in jax.tree.leaves(shapes))
+        fewer = replace(config, num_layers=layers)
+        if mesh.devices == 1:
+            return sum(nbytes(leaf) for leaf in jax.tree.leaves(model_shapes(fewer, None)))
+        leaves = jax.tree.leaves(model_shapes(fewer, abstract_mesh(mesh)).params)
+        return sum(nbytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in leaves)
 
     one, two = bytes_of(1), bytes_of(2)
     return one + (config.num_layers - 1) * (two - one)
@@ -49,6 +56,7 @@ class Plan:
         chunk_size: tokens of each sequence's prompt that are computed at a time.
         kv_dtype: data type of the cache, as in `KVCache.init`.
         streaming_dtype: of streaming heads, as in `KVCache.init`.
+        mesh: devices that share all of this; sizes are then of each of them.
     """
 
     config: ModelConfig
@@ -57,9 +65,11 @@ class Plan:
     chunk_size: int = CHUNK_SIZE
     kv_dtype: str | None = None
     streaming_dtype: str | None = None
+    mesh: MeshSize = MeshSize()
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no run can have."""
+        """Refuse sizes that no run can have, and models that this mesh cannot share."""
+        self.mesh.check(self.config)
         for name in ("batch_size", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -67,7 +77,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Bytes of the weights."""
-        return weight_bytes(self.config)
+        return weight_bytes(self.config, self.mesh)
 
     def kv(self, length: int) -> int:
         """Bytes of a cache of `length` tokens a sequence."""
@@ -78,12 +88,14 @@ class Plan:
             length,
             dtype=self.kv_dtype,
             streaming_dtype=self.streaming_dtype,
+            mesh=self.mesh,
         )
 
     @property
     def kv_per_token(self) -> int:
-        """Bytes of cache that one more token takes in every sequence."""
-        return self.kv(2) - self.kv(1)
+        """Bytes of cache that one more token takes in every sequence; of each device's, on average."""
+        each = self.mesh.sequence
+        return (self.kv(2 * each) - self.kv(each)) // each
 
     @property
     def activations(self) -> int:
@@ -94,11 +106,12 @@ class Plan:
         cache. Attention adds nothing of the context's length: its kernels work on tiles. Where weights are quantized,
         the compiler writes out one kernel at a time, the largest is counted, before it multiplies.
         """
-        config = self.config
-        keys = 2 * config.num_kv_heads * config.head_dim
-        numbers = self.batch_size * self.chunk_size * (4 * config.mlp_dim + 2 * config.embed_dim + keys)
+        config, mesh = self.config, self.mesh
+        keys = 2 * mesh.kv_heads(config) * config.head_dim // mesh.tensor
+        rows = -(-self.batch_size // mesh.data)
+        numbers = rows * self.chunk_size * (4 * config.mlp_dim // mesh.sharers + 2 * config.embed_dim + keys)
         if config.weight_dtype is not None:
-            numbers += 2 * config.mlp_dim * config.embed_dim
+            numbers += 2 * config.mlp_dim * config.embed_dim // mesh.sharers
         return numbers * jnp.dtype(config.dtype).itemsize
 
     def total(self, length: int) -> int:
@@ -108,8 +121,8 @@ class Plan:
     def max_context(self, memory: int) -> int:
         """Most tokens that each sequence can have in `memory` bytes, prompt and answer together; 0: not even one."""
         left = memory - self.weights - self.activations
-        dtypes = {"dtype": self.kv_dtype, "streaming_dtype": self.streaming_dtype}
-        return KVCache.length_for(self.config, self.pattern, self.batch_size, left, **dtypes)
+        options: dict[str, Any] = {"dtype": self.kv_dtype, "streaming_dtype": self.streaming_dtype, "mesh": self.mesh}
+        return KVCache.length_for(self.config, self.pattern, self.batch_size, left, **options)
 
     def check(self, length: int, memory: int) -> None:
         """Raise ValueError if contexts of `length` tokens do not fit into `memory` bytes: the numbers, the way out."""

@@ -3,15 +3,19 @@
 Knows neither models nor patterns: sizes and head tables come as numbers.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, UInt32
 
-from pallas_kernels import Heads, Pools
+from pallas_kernels import Heads, Pools, Stripe
 from pallas_kernels.quantized import BITS, Stored, empty, store
 
 # How keys and values may be stored.
@@ -42,18 +46,28 @@ def dtype_name(dtype: str | jnp.dtype) -> str:
 
 
 def pool_shapes(
-    is_retrieval: np.ndarray, *, batch_size: int, max_length: int, ring: int, head_dim: int
+    num_retrieval: int, num_streaming: int, *, batch_size: int, max_length: int, ring: int, head_dim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes `[Pr, B, S, H]` and `[Ps, B, R, H]`."""
-    num_retrieval = int(is_retrieval.sum())
-    num_streaming = is_retrieval.size - num_retrieval
     return (num_retrieval, batch_size, max_length, head_dim), (num_streaming, batch_size, ring, head_dim)
 
 
-def empty_pools(shapes: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[str, str]) -> Pools:
+def pool_axes() -> tuple[PartitionSpec, PartitionSpec]:
+    """Mesh axes along which retrieval and streaming pools are divided: slots, rows, of retrieval heads the tokens."""
+    return PartitionSpec("tensor", "data", "sequence"), PartitionSpec("tensor", "data")
+
+
+def empty_pools(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[str, str], mesh: Mesh | None = None
+) -> Pools:
     """Pools that hold nothing, of the shapes and data types of retrieval and streaming heads."""
-    retrieval, streaming = zip(shapes, dtypes, strict=True)
-    return Pools(empty(*retrieval), empty(*retrieval), empty(*streaming), empty(*streaming))
+    pools = []
+    for shape, dtype, axes in zip(shapes, dtypes, pool_axes(), strict=True):
+        make: Callable[[], Stored] = functools.partial(empty, shape, dtype)
+        if mesh is not None:
+            make = jax.jit(make, out_shardings=NamedSharding(mesh, axes))
+        pools += [make(), make()]
+    return Pools(*pools)
 
 
 def number_slots(is_retrieval: np.ndarray) -> np.ndarray:
@@ -63,7 +77,7 @@ def number_slots(is_retrieval: np.ndarray) -> np.ndarray:
     return slot.astype(np.int32)
 
 
-def nbytes(pools: Pools) -> int:
+def nbytes(pools: Any) -> int:
     """Bytes of all keys and values, of arrays or of their shapes alone."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pools))
 
@@ -114,8 +128,8 @@ def refill(pool: Stored, heads: Heads, source: Int32[Array, "B R"], chunk: Float
     return jax.tree.map(renew, pool, store(new, pool))
 
 
-@jax.jit
-def fingerprint(pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+@functools.partial(jax.jit, static_argnames="stripe")
+def fingerprint(pool: Stored, length: Int32[Array, "B"], stripe: Stripe | None = None) -> UInt32[Array, "B"]:
     """Hash of each row's first `length` keys in the deepest retrieval slot, which depend on all layers before it."""
     if not pool.shape[0]:
         return jnp.zeros(length.shape, jnp.uint32)  # Rings are copied whole: nothing can be stale.
@@ -125,5 +139,6 @@ def fingerprint(pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
     # A random odd factor for every position and channel: sums of other keys, or of the same in another order, differ.
     index = jnp.arange(keys.shape[1] * keys.shape[2], dtype=jnp.uint32).reshape(1, *keys.shape[1:])
     factor = (index * jnp.uint32(0x9E3779B1)) ^ (index >> 7) | jnp.uint32(1)
-    valid = rows(keys.shape[1])[None, :] < length[:, None]
+    held = length if stripe is None else stripe.held(length)
+    valid = rows(keys.shape[1])[None, :] < held[:, None]
     return jnp.where(valid[:, :, None], bits * factor, jnp.uint32(0)).sum((1, 2), dtype=jnp.uint32)

@@ -74,7 +74,8 @@ def load(
         raise ValueError(f"{path} holds {filled} tokens, more than {max_length=}: make it at least that long")
     arrays = saved.read_arrays(path, about["checksums"])
     shapes = pool_shapes(
-        is_retrieval,
+        int(is_retrieval.sum()),
+        int((~is_retrieval).sum()),
         batch_size=batch_size,
         max_length=max_length,
         ring=sum(sizes.values()),

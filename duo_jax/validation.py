@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike
 
 from duo_jax.cache import KVCache
 from duo_jax.config import ModelConfig
+from duo_jax.mesh import MeshSize
+from duo_jax.model import Model
 
 _warned: set[ModelConfig] = set()
 
@@ -84,15 +86,26 @@ def check_vocabulary(config: ModelConfig, tokens: np.ndarray) -> None:
         )
 
 
-def check_cache(config: ModelConfig, cache: KVCache, batch_size: int) -> None:
-    """Raise ValueError for a cache of another model or batch."""
-    expected = (config.num_layers, config.num_kv_heads, config.head_dim, batch_size)
+def check_cache(model: Model, cache: KVCache, batch_size: int) -> None:
+    """Raise ValueError for a cache of another model, batch or mesh."""
+    config = model.config
+    if cache.mesh != model.mesh:
+        theirs, ours = (MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh))
+        raise ValueError(f"the cache lies on {theirs}, the model on {ours}: give both the same mesh=")
+    expected = (config.num_layers, MeshSize.of(model.mesh).kv_heads(config), config.head_dim, batch_size)
     found = (*cache.is_retrieval.shape, cache.pools.retrieval_k.shape[3], cache.batch_size)
     if found != expected:
         raise ValueError(
             f"the cache was made for (layers, kv heads, head dim, batch) = {found}, model and prompt have {expected}; "
             "make one with KVCache.init(model.config, pattern, batch_size, max_length)"
         )
+    if model.mesh is not None and not is_traced(model, cache):
+        cache.check_alive()
+        if not np.array_equal(np.asarray(model.order), np.asarray(cache.order)):
+            raise ValueError(
+                "on this mesh, the model's heads lie where another pattern wants them than the cache's: load the model "
+                "for the pattern that it is to serve, load_model(..., mesh=mesh, pattern=pattern)"
+            )
 
 
 def check_room(config: ModelConfig, cache: KVCache, count: ArrayLike) -> None:

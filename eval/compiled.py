@@ -58,7 +58,12 @@ def memory_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> Memory:
         ValueError: an unknown GPU.
         NotImplementedError: the CUDA plugin is not installed.
     """
-    found = compile_for(gpu, function, *shapes).memory_analysis()
+    return memory_of(compile_for(gpu, function, *shapes))
+
+
+def memory_of(program: jax.stages.Compiled) -> Memory:
+    """What a compiled program needs of each device."""
+    found = program.memory_analysis()
     assert found is not None, "XLA's GPU compiler has this analysis"
     return Memory(
         found.argument_size_in_bytes,
@@ -129,11 +134,16 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def compile_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, **options: Any) -> jax.stages.Compiled:
-    """Compile a jitted function for one GPU, with XLA's options; see `memory_on`."""
+def gpus_like(gpu: str, count: int) -> list[Any]:
+    """GPUs that need not be there, to compile for.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: the CUDA plugin is not installed.
+    """
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=gpu, target_config=_target_config(find_gpu(gpu)), topology="1x1x1"
+            platform="cuda", topology_name=gpu, target_config=_target_config(find_gpu(gpu)), topology=f"1x1x{count}"
         )
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -141,9 +151,16 @@ def compile_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, **options:
             f"cannot compile for a GPU here: {first}. pip install jax-cuda12-plugin=={jax.__version__} "
             f"jax-cuda12-pjrt=={jax.__version__}"
         ) from None
-    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    return list(topology.devices)
+
+
+def compile_for(
+    gpu: str, function: jax.stages.Wrapped, *shapes: Any, mesh: Mesh | None = None, **options: Any
+) -> jax.stages.Compiled:
+    """Compile a jitted function for one GPU, or a mesh of `gpus_like` it, with XLA's options; see `memory_on`."""
+    mesh = mesh or Mesh(np.array(gpus_like(gpu, 1)), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     # An executable for a device that is not there can be written to the cache, and not read.
     jax.config.update("jax_enable_compilation_cache", False)

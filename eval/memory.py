@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import Mesh
 
-from duo_jax import PRESETS, KVCache, Model, ModelConfig, phases
+from duo_jax import PRESETS, KVCache, ModelConfig, phases
 from duo_jax.gpus import GPUS
-from duo_jax.model import Decoder
+from duo_jax.placement import model_shapes
 from duo_jax.plan import Plan, any_pattern
 from eval.compiled import memory_on
 from eval.record import provenance, write
@@ -98,33 +98,27 @@ def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tu
     labels = shape((1, 1, 2 * LABEL_MULTIPLE), jnp.int32)
     batch = Batch(shape((1, 1, length), jnp.int32), labels, shape(labels.shape, jnp.bool_))
     targets = shape((*labels.shape, config.embed_dim), jnp.float32)
-    return jax.jit(partial(step, recipe, attention)), _model(config), state, batch, targets
+    return jax.jit(partial(step, recipe, attention)), model_shapes(config, None), state, batch, targets
 
 
-def prefill_chunk(plan: Plan, length: int, backend: str) -> tuple[Any, ...]:
-    """A chunk of a prompt, as `duo_jax.prefill` runs it, and the shapes of its arguments."""
+def prefill_chunk(plan: Plan, length: int, backend: str, mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """A chunk of a prompt, as `duo_jax.prefill` runs it, and the shapes of its arguments; `mesh`: of `plan.mesh`."""
     shape, rows = jax.ShapeDtypeStruct, plan.batch_size
     tokens, counts = shape((rows, plan.chunk_size), jnp.int32), shape((rows,), jnp.int32)
     last = shape((rows, plan.config.embed_dim), jnp.dtype(plan.config.dtype))
     # Weights that this program does not read, those of the head, lie in the device's memory all the same.
     program = jax.jit(partial(phases.extend, backend=backend), donate_argnums=(2, 4), keep_unused=True)
-    return program, _model(plan.config), tokens, _cache(plan, length), counts, last
+    return program, model_shapes(plan.config, mesh), tokens, _cache(plan, length, mesh), counts, last
 
 
-def decode(plan: Plan, length: int, backend: str) -> tuple[Any, ...]:
-    """A step of decoding, as `duo_jax.decode_step` runs it, and the shapes of its arguments."""
+def decode(plan: Plan, length: int, backend: str, mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """A step of decoding, as `duo_jax.decode_step` runs it, and the shapes of its arguments; `mesh`: of `plan.mesh`."""
     shape, rows = jax.ShapeDtypeStruct, (plan.batch_size,)
     program = jax.jit(partial(phases.step, backend=backend), donate_argnums=2)
-    return program, _model(plan.config), shape(rows, jnp.int32), _cache(plan, length), shape(rows, jnp.bool_)
+    cache = _cache(plan, length, mesh)
+    return program, model_shapes(plan.config, mesh), shape(rows, jnp.int32), cache, shape(rows, jnp.bool_)
 
 
-def _model(config: ModelConfig) -> Any:
-    def build() -> Model:
-        return Model.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0)))
-
-    return jax.eval_shape(build)
-
-
-def _cache(plan: Plan, length: int) -> Any:
-    empty = partial(KVCache.init, dtype=plan.kv_dtype, streaming_dtype=plan.streaming_dtype)
-    return jax.eval_shape(partial(empty, plan.config, plan.pattern, plan.batch_size, length))
+def _cache(plan: Plan, length: int, mesh: Mesh | None) -> Any:
+    dtypes = {"dtype": plan.kv_dtype, "streaming_dtype": plan.streaming_dtype}
+    return KVCache.shapes(plan.config, plan.pattern, plan.batch_size, length, mesh=mesh, **dtypes)

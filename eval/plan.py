@@ -7,10 +7,13 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import tyro
 
+from duo_jax.balance import balance
 from duo_jax.cache import MOST_TOKENS
 from duo_jax.checkpoint.load import open_config
+from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
 from duo_jax.gpus import find_gpu
@@ -45,6 +48,7 @@ class PlanCommand:
     """Quantize embeddings and head too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of activations, and of weights and cache that are not quantized; the checkpoint's by default."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
     batch: int = 1
     """Sequences."""
     chunk: int = CHUNK_SIZE
@@ -98,6 +102,7 @@ class PlanCommand:
             chunk_size=min(self.chunk, self.context or self.chunk),
             kv_dtype=self.kv_dtype,
             streaming_dtype=self.streaming_kv_dtype,
+            mesh=self.devices.size,
         )
 
     def _pattern(self, config: ModelConfig) -> HeadPattern | None:
@@ -122,11 +127,30 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
             "kv_dtype": plan.kv_dtype or plan.config.dtype,
             "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
             "embed_dtype": plan.config.embed_dtype or plan.config.dtype,
+            "mesh": vars(plan.mesh),
         },
+        "devices": _devices(plan),
         "memory": memory,
         "context": context,
         **_sizes(plan, memory, context),
         "full_attention": _sizes(full, memory, context),
+    }
+
+
+def _devices(plan: Plan) -> dict[str, Any]:
+    """What each device along `tensor` holds of the heads, and what its pools are made for."""
+    config = plan.config
+    table = np.ones((config.num_layers, config.num_kv_heads), bool)
+    found = balance(table if plan.pattern is None else plan.pattern.is_retrieval, plan.mesh.tensor)
+    heads, real = found.order.size // plan.mesh.tensor, found.num_retrieval
+    return {
+        "retrieval_heads": real.tolist(),
+        "streaming_heads": (heads - real).tolist(),
+        "retrieval_slots": found.retrieval_slots,
+        "streaming_slots": found.streaming_slots,
+        "copies_of_a_head": plan.mesh.kv_heads(config) // config.num_kv_heads,
+        # What the fullest has more than the average: the others' slots are as many, and empty.
+        "imbalance": float(real.max() / real.mean() - 1) if real.any() else 0.0,
     }
 
 
@@ -144,7 +168,7 @@ def _sizes(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any
 
 
 def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
-    settings, memory = record["settings"], record["memory"]
+    settings, memory, mesh = record["settings"], record["memory"], plan.mesh
     columns = {"full attention": record["full_attention"]}
     if plan.pattern is not None:
         columns[f"{settings['streaming_heads'] / plan.pattern.is_retrieval.size:.0%} stream"] = record
@@ -162,11 +186,28 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     for label, name, unit in rows:
         cells = "".join(_cell(found[name], unit) for found in columns.values())
         lines.append(f"{label:<22}{cells}")
+    if mesh.devices > 1:
+        lines += _shared(plan, record["devices"])
     if record["context"] is None:
         lines.append("KV cache and total are at the longest context.")
     else:
         lines.append(f"KV cache and total are at {record['context']} tokens: the smallest memory that holds them.")
     return lines
+
+
+def _shared(plan: Plan, devices: dict[str, Any]) -> list[str]:
+    mesh = plan.mesh
+    lines = [
+        f"Each of {mesh.devices} devices (tensor {mesh.tensor}, sequence {mesh.sequence}, data {mesh.data}) takes this "
+        f"of its own; tokens are of each sequence.",
+        f"{'device along tensor':<22}" + "".join(f"{i:>6}" for i in range(mesh.tensor)),
+    ]
+    for kind in ("retrieval", "streaming"):
+        cells = "".join(f"{count:>6}" for count in devices[f"{kind}_heads"])
+        lines.append(f"{f'{kind} heads':<22}{cells}   of {devices[f'{kind}_slots']} slots")
+    if devices["copies_of_a_head"] > 1:
+        lines.append(f"Every KV head lies on {devices['copies_of_a_head']} of them.")
+    return [*lines, f"The fullest pool of retrieval heads has {devices['imbalance']:.1%} more than the average."]
 
 
 def _cell(value: int | None, unit: int | float) -> str:
@@ -185,5 +226,12 @@ def _verified(found: dict[str, Any]) -> list[str]:
             f"  {name}: arguments {sizes['arguments'] / 1e9:.3f} GB, output {output / 1e9:.3f} GB beside them, "
             f"temporaries {sizes['temporaries'] / 1e9:.3f} GB, in all {sizes['total'] / 1e9:.3f} GB"
         )
+        if "collectives" in sizes:
+            sent = sizes["collectives"]
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sent["in_a_layer"].items())
+            lines.append(
+                f"    collectives in a layer: {kinds}, {sent['bytes_in_a_layer'] / 1e6:.3f} MB; beside the layers "
+                f"{sent['bytes_elsewhere'] / 1e6:.3f} MB; the largest {sent['largest']['nbytes'] / 1e6:.3f} MB"
+            )
     lines.append(f"  planned {found['planned'] / 1e9:.3f} GB, {found['deviation']:+.2%}")
     return lines

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from duo_jax.mesh import mesh_of
 from duo_jax.plan import Plan
-from eval.compiled import memory_on
+from eval.collectives import collectives, summary
+from eval.compiled import compile_for, gpus_like, memory_of
 from eval.memory import decode, prefill_chunk
 
 # How far a plan may be off what the compiler says.
@@ -13,13 +15,17 @@ TOLERANCE = 0.03
 def verify(plan: Plan, length: int, gpu: str, backend: str = "triton") -> dict[str, Any]:
     """Compile a chunk of prefill and a decode step with a cache of `length` tokens; all sizes are in bytes.
 
+    On a mesh, of each device, and of what the devices send each other.
+
     Raises:
         ValueError: an unknown GPU.
         NotImplementedError: a backend that cannot, or no compiler for GPUs here.
     """
-    programs = {}
+    programs: dict[str, dict[str, Any]] = {}
+    mesh = None if plan.mesh.devices == 1 else mesh_of(plan.mesh, gpus_like(gpu, plan.mesh.devices))
     for name, program in (("prefill", prefill_chunk), ("decode", decode)):
-        memory = memory_on(gpu, *program(plan, length, backend))
+        compiled = compile_for(gpu, *program(plan, length, backend, mesh), mesh=mesh)
+        memory = memory_of(compiled)
         programs[name] = {
             "arguments": memory.arguments,
             "outputs": memory.outputs,
@@ -27,6 +33,8 @@ def verify(plan: Plan, length: int, gpu: str, backend: str = "triton") -> dict[s
             "temporaries": memory.temporaries,
             "total": memory.total,
         }
+        if mesh is not None:
+            programs[name] |= {"collectives": summary(collectives(compiled))}
     total = max(found["total"] for found in programs.values())
     planned = plan.total(length)
     found = {"gpu": gpu, "backend": backend, "context": length, "programs": programs}

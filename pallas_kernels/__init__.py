@@ -1,12 +1,13 @@
 """Attention over arrays, for heads of two types; knows nothing of models, caches, patterns or Flax."""
 
 from pallas_kernels.api import BACKENDS, decode_attention, full_attention, gated_attention, prefill_attention
-from pallas_kernels.types import Heads, Pools, Unsupported
+from pallas_kernels.types import Heads, Pools, Stripe, Unsupported
 
 __all__ = [
     "BACKENDS",
     "Heads",
     "Pools",
+    "Stripe",
     "Unsupported",
     "decode_attention",
     "full_attention",

@@ -8,6 +8,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.quantized import Stored, read, store
+from pallas_kernels.stripes import merge
 from pallas_kernels.tiles import device_kind
-from pallas_kernels.types import Heads, Pools, Unsupported
+from pallas_kernels.types import Heads, Pools, Stripe, Unsupported
 
 BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
 
@@ -36,6 +38,7 @@ def prefill_attention(
     lengths: Int32[Array, "B"],
     sink_size: int,
     recent_size: int,
+    stripe: Stripe | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of one chunk of a prompt, for one layer, over the cache as it was *before* the chunk and the chunk.
@@ -54,6 +57,8 @@ def prefill_attention(
         lengths: valid tokens of the chunk, per row; what follows is padding.
         sink_size: tokens at the start that streaming heads keep.
         recent_size: most recent tokens that streaming heads keep.
+        stripe: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
+            Each attends to what it holds, and their parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
     Raises:
@@ -65,10 +70,12 @@ def prefill_attention(
         raise ValueError(f"k and v must be [B, T, K, H] beside {q.shape=}, got {k.shape=}, {v.shape=}")
     k = _as_held(k, pools.retrieval_k, pools.streaming_k, heads, q.dtype)
     v = _as_held(v, pools.retrieval_v, pools.streaming_v, heads, q.dtype)
+    sizes = {"start": start, "lengths": lengths, "sink_size": sink_size, "recent_size": recent_size}
     with jax.named_scope("prefill_attention"):
-        return _operation(backend, "prefill_attention")(
-            q, k, v, pools, heads, start=start, lengths=lengths, sink_size=sink_size, recent_size=recent_size
-        )
+        if stripe is not None:
+            part = _operation(backend, "prefill_partial")(q, k, v, pools, heads, stripe=stripe, **sizes)
+            return merge(part, stripe.axis, q.dtype)
+        return _operation(backend, "prefill_attention")(q, k, v, pools, heads, **sizes)
 
 
 def decode_attention(
@@ -79,6 +86,7 @@ def decode_attention(
     lengths: Int32[Array, "B"],
     sink_size: int,
     recent_size: int,
+    stripe: Stripe | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B N H"]:
     """Attention of one new token a row, for one layer, over pools that hold its key and value already.
@@ -90,6 +98,8 @@ def decode_attention(
         lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
         sink_size: tokens at the start that streaming heads keep.
         recent_size: most recent tokens that streaming heads keep.
+        stripe: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
+            Each attends to what it holds, and their parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
     Raises:
@@ -97,10 +107,12 @@ def decode_attention(
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check(q.shape[0], q.shape[1:], pools, heads, sink_size, recent_size)
+    sizes = {"lengths": lengths, "sink_size": sink_size, "recent_size": recent_size}
     with jax.named_scope("decode_attention"):
-        return _operation(backend, "decode_attention")(
-            q, pools, heads, lengths=lengths, sink_size=sink_size, recent_size=recent_size
-        )
+        if stripe is not None:
+            part = _operation(backend, "decode_partial")(q, pools, heads, stripe=stripe, **sizes)
+            return merge(part, stripe.axis, q.dtype)
+        return _operation(backend, "decode_attention")(q, pools, heads, **sizes)
 
 
 def gated_attention(
@@ -199,7 +211,7 @@ def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sin
         )
 
 
-def _operation(backend: str | None, operation: str) -> Callable[..., Array]:
+def _operation(backend: str | None, operation: str) -> Callable[..., Any]:
     name = _default_backend(device_kind()) if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")

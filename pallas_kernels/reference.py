@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.blocks import MASKED
 from pallas_kernels.mixing import mix
 from pallas_kernels.positions import consecutive, ring_positions, visible
 from pallas_kernels.quantized import read, read_dtype
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Partial, Pools, Stripe
 
 
 def prefill_attention(
@@ -26,17 +27,39 @@ def prefill_attention(
     recent_size: int,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
+    return _prefill(q, k, v, pools, heads, None, start, lengths, sink_size, recent_size).out
+
+
+def prefill_partial(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    stripe: Stripe,
+    sink_size: int,
+    recent_size: int,
+) -> Partial:
+    """A device's part of `prefill_attention`: the tokens of its pools, and on the first of them the chunk."""
+    return _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size)
+
+
+def _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size):
+    """Attention of a chunk and its log-sum-exp."""
     del lengths  # Padding is at the end of a row: causality hides it from every real token.
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
     own = consecutive(start, q.shape[1])
-    pool_pos = jnp.arange(pools.retrieval_k.shape[2], dtype=jnp.int32)[None, :]
-    pool_pos = jnp.where(pool_pos < start[:, None], pool_pos, -1)
+    counted = own if stripe is None else jnp.where(stripe.index == 0, own, -1)
+    pool_pos = _pool_positions(pools, stripe, start)
     ring_pos = ring_positions(start, **sizes) if pools.streaming_k.shape[0] else pool_pos[:, :0]
 
     def one_head(q_h, k_h, v_h, is_retrieval, slot):
-        every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, own)
+        every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, counted)
         kept = _join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, own)
-        return jnp.where(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
+        return _choose(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
 
     return _over_heads(one_head, q, k, v, heads)
 
@@ -51,22 +74,51 @@ def decode_attention(
     recent_size: int,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`: the same dense attention, with the newest token already in the pools."""
+    return _decode(q, pools, heads, None, lengths, sink_size, recent_size).out
+
+
+def decode_partial(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    stripe: Stripe,
+    sink_size: int,
+    recent_size: int,
+) -> Partial:
+    """A device's part of `decode_attention`: the tokens of its pools."""
+    return _decode(q, pools, heads, stripe, lengths, sink_size, recent_size)
+
+
+def _decode(q, pools, heads, stripe, lengths, sink_size, recent_size):
+    """Attention of one token a row and its log-sum-exp."""
     batch, _, head_dim = q.shape
     dtypes = (read_dtype(pool, q.dtype) for pool in (pools.retrieval_k, pools.streaming_k) if pool.shape[0])
     nothing = jnp.zeros((batch, 0, heads.slot.shape[0], head_dim), functools.reduce(np.promote_types, dtypes))
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
     own = lengths[:, None] - 1
-    pool_pos = jnp.arange(pools.retrieval_k.shape[2], dtype=jnp.int32)[None, :]
-    pool_pos = jnp.where(pool_pos < lengths[:, None], pool_pos, -1)
+    pool_pos = _pool_positions(pools, stripe, lengths)
     ring_pos = ring_positions(lengths, **sizes) if pools.streaming_k.shape[0] else pool_pos[:, :0]
 
     def one_head(q_h, k_h, v_h, is_retrieval, slot):
         none = own[:, :0]
         every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, none)
         kept = _join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, none)
-        return jnp.where(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
+        return _choose(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
 
-    return _over_heads(one_head, q[:, None], nothing, nothing, heads)[:, 0]
+    return jax.tree.map(lambda x: x[:, 0], _over_heads(one_head, q[:, None], nothing, nothing, heads))
+
+
+def _pool_positions(pools, stripe, length):
+    """Position of the token in each entry of a retrieval slot once `length` tokens are in; -1 where there is none."""
+    position = jnp.arange(pools.retrieval_k.shape[2], dtype=jnp.int32)[None, :]
+    position = position if stripe is None else position * stripe.count + stripe.index
+    return jnp.where(position < length[:, None], position, -1)
+
+
+def _choose(is_retrieval, every, kept):
+    return jax.tree.map(lambda x, y: jnp.where(is_retrieval, x, y), every, kept)
 
 
 def gated_attention(
@@ -96,7 +148,7 @@ def _causal(q, k, v, sizes):
     own = consecutive(jnp.zeros(q.shape[0], jnp.int32), q.shape[1])
     batch, length, num_heads, head_dim = q.shape
     groups = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], head_dim)
-    attend = lambda q_h, k_h, v_h: _attend(q_h, (k_h, v_h, own), own, sizes)  # noqa: E731
+    attend = lambda q_h, k_h, v_h: _attend(q_h, (k_h, v_h, own), own, sizes).out  # noqa: E731
     return jax.vmap(attend, in_axes=2, out_axes=2)(groups, k, v).reshape(q.shape)
 
 
@@ -115,17 +167,19 @@ def _slot(pool, slot, dtype):
 
 def _attend(q_h, cached, q_pos, sizes):
     """Softmax attention of one KV head's query group `[B T G H]` over all keys `[B S H]`, masked by position."""
+    nothing = jnp.full(q_h.shape[:-1], MASKED, jnp.float32)
     keys, values, k_pos = cached
     q_pos, k_pos = q_pos[:, :, None], k_pos[:, None, :]
     seen: Bool[Array, "B T S"] = visible(q_pos, k_pos, **sizes) if sizes else k_pos <= q_pos
     seen = seen & (k_pos >= 0)
     if keys.shape[1] == 0:  # No key of this type at all: the caller discards this branch.
-        return jnp.zeros_like(q_h)
+        return Partial(jnp.zeros_like(q_h), nothing)
     compute = np.promote_types(np.promote_types(np.float32, q_h.dtype), keys.dtype)
     scores = jnp.einsum("btgh,bsh->btgs", q_h.astype(compute), keys.astype(compute)) * q_h.shape[-1] ** -0.5
     scores = jnp.where(seen[:, :, None, :], scores, -jnp.inf)
     weights = jnp.where(seen.any(-1)[:, :, None, None], jax.nn.softmax(scores, axis=-1), 0.0)
-    return jnp.einsum("btgs,bsh->btgh", weights, values.astype(compute)).astype(q_h.dtype)
+    log_sum = jnp.maximum(jax.nn.logsumexp(scores, axis=-1).astype(jnp.float32), nothing)
+    return Partial(jnp.einsum("btgs,bsh->btgh", weights, values.astype(compute)).astype(q_h.dtype), log_sum)
 
 
 def _over_heads(one_head, q, k, v, heads):
@@ -134,4 +188,4 @@ def _over_heads(one_head, q, k, v, heads):
     num_kv_heads = heads.slot.shape[0]
     groups = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = jax.vmap(one_head, in_axes=(2, 2, 2, 0, 0), out_axes=2)(groups, k, v, heads.is_retrieval, heads.slot)
-    return out.reshape(batch, length, num_heads, head_dim)
+    return jax.tree.map(lambda x: x.reshape(batch, length, num_heads, *x.shape[4:]), out)

@@ -36,16 +36,24 @@ def merge(
     heads: Heads,
     lengths: Int32[Array, "B"],
     tiles: DecodeTiles,
-) -> Float[Array, "B K G H"]:
+    held: Int32[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B K G H"], Float[Array, "B K G"]]:
     """One softmax out of those over parts of the keys; what programs without a key left may be anything.
 
-    `log_total` is the logarithm of the sum of a part's weights, to the base of two.
+    `log_total` is the logarithm of the sum of a part's weights, to the base of two; so is what is returned beside the
+    values. `held`: tokens of a retrieval slot, where they are not `lengths`.
     """
-    parts = values.shape[2]
-    size = filled(capacities, heads.is_retrieval[None, :], lengths[:, None])
+    parts, is_retrieval = values.shape[2], heads.is_retrieval[None, :]
+    length = lengths[:, None]
+    if held is not None:
+        length = jnp.where(is_retrieval, held[:, None], length)
+    size = filled(capacities, is_retrieval, length)
     begin = jnp.arange(parts, dtype=jnp.int32)[None, None, :] * split_size(size, parts, tiles)[:, :, None]
     used = begin < size[:, :, None]
     log_total = jnp.where(used[..., None], log_total, MASKED)
-    weights = jnp.exp2(log_total - log_total.max(axis=2, keepdims=True))
-    weights = weights / weights.sum(axis=2, keepdims=True)
-    return (jnp.where(used[..., None, None], values, 0.0) * weights[..., None]).sum(axis=2)
+    most = log_total.max(axis=2, keepdims=True)
+    weights = jnp.exp2(log_total - most)
+    total = weights.sum(axis=2, keepdims=True)
+    weights = weights / total
+    merged = (jnp.where(used[..., None, None], values, 0.0) * weights[..., None]).sum(axis=2)
+    return merged, (most + jnp.log2(total))[:, :, 0]

@@ -4,8 +4,10 @@ Axis letters: `B` batch, `T` query length, `S` key length, `N` query heads, `K` 
 `P` pool slots (`Pr` retrieval, `Ps` streaming), `R = sink_size + recent_size` ring slots.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.quantized import Quantized
@@ -35,3 +37,34 @@ class Heads(NamedTuple):
 
     is_retrieval: Bool[Array, "K"]
     slot: Int32[Array, "K"]
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """Where several devices share the tokens of a retrieval slot: token p lies on device `p % count`, at `p // count`.
+
+    Rings are not shared: every device holds all of each. Used inside `jax.shard_map`.
+
+    Attributes:
+        axis: the mesh axis along which the devices lie (static).
+        count: how many there are (static).
+    """
+
+    axis: str
+    count: int
+
+    @property
+    def index(self) -> Int32[Array, ""]:
+        """Which of them this device is."""
+        return lax.axis_index(self.axis)
+
+    def held(self, length: Int32[Array, "B"]) -> Int32[Array, "B"]:
+        """How many of the first `length` tokens lie on this device."""
+        return lax.div(length + (self.count - 1) - self.index, lax.full_like(length, self.count))
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys, to be merged with that over the others."""
+
+    out: Float[Array, "*rows H"]
+    log_sum: Float[Array, "*rows"]  # of the softmax's denominator, the natural logarithm

@@ -5,19 +5,28 @@ that the head table stays data: two loops with trip counts read from it, and no 
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import accumulate, block_at, cdiv, empty, finish
+from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, log_sum_exp
 from pallas_kernels.positions import consecutive, ring_index, visible
 from pallas_kernels.quantized import Stored, read
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Partial, Pools, Stripe
 from pallas_kernels.xla_gated import full_attention, gated_attention
 
-__all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
+__all__ = [
+    "decode_attention",
+    "decode_partial",
+    "full_attention",
+    "gated_attention",
+    "prefill_attention",
+    "prefill_partial",
+]
 
 # Tokens per block. Large enough for a matrix product to be worth its call, small enough that scores stay in cache.
 Q_BLOCK = 512
@@ -38,6 +47,29 @@ def prefill_attention(
     recent_size: int,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
+    close = partial(finish, dtype=q.dtype)
+    return _prefill(q, k, v, pools, heads, None, close, start, lengths, sink_size, recent_size)
+
+
+def prefill_partial(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    stripe: Stripe,
+    sink_size: int,
+    recent_size: int,
+) -> Partial:
+    """A device's part of `prefill_attention`: the tokens of its pools, and every so manieth block of the chunk."""
+    return _prefill(q, k, v, pools, heads, stripe, _part, start, lengths, sink_size, recent_size)
+
+
+def _prefill(q, k, v, pools, heads, stripe, close, start, lengths, sink_size, recent_size):
+    """Attention of a chunk; `close` makes of a finished softmax what is returned."""
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
@@ -46,18 +78,18 @@ def prefill_attention(
     k_heads, v_heads = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)
     longest = lengths.max()
 
-    def retrieval(head: Array) -> Array:
+    def retrieval(head: Array) -> Any:
         args = q_heads[head], k_heads[head], v_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head]
-        return _prefill_retrieval(*args, start=start, longest=longest)
+        return _prefill_retrieval(*args, stripe, close, start=start, longest=longest)
 
-    def streaming(head: Array) -> Array:
+    def streaming(head: Array) -> Any:
         slot, whole = heads.slot[head], jnp.int32(0)
         rings = (_load(pool, slot, whole, pool.shape[2], q.dtype).astype(k.dtype) for pool in pools[2:])
-        args = q_heads[head], k_heads[head], v_heads[head], *rings
+        args = q_heads[head], k_heads[head], v_heads[head], *rings, close
         return _prefill_streaming(*args, start=start, longest=longest, sink_size=sink_size, recent_size=recent_size)
 
-    out = _over_heads(retrieval, streaming, pools, heads, jnp.zeros_like(q_heads))
-    return out.transpose(1, 2, 0, 3, 4).reshape(q.shape)
+    out = _over_heads(retrieval, streaming, pools, heads, _blank(close, q_heads))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length, num_heads, *x.shape[4:]), out)
 
 
 def decode_attention(
@@ -70,30 +102,64 @@ def decode_attention(
     recent_size: int,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
+    return _decode(q, pools, heads, partial(finish, dtype=q.dtype), lengths, lengths)
+
+
+def decode_partial(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    stripe: Stripe,
+    sink_size: int,
+    recent_size: int,
+) -> Partial:
+    """A device's part of `decode_attention`: the tokens of its pools."""
+    return _decode(q, pools, heads, _part, stripe.held(lengths), lengths)
+
+
+def _decode(q, pools, heads, close, held, lengths):
+    """Attention of one token a row over the first `held` entries of a retrieval slot, or a ring of `lengths` tokens."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     q_heads = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 0, 2, 3)
 
-    def retrieval(head: Array) -> Array:
-        return _decode_pool(q_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head], lengths)
+    def retrieval(head: Array) -> Any:
+        return _decode_pool(q_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head], held, close)
 
-    def streaming(head: Array) -> Array:
+    def streaming(head: Array) -> Any:
         # A ring fills from its first index and then stays full: every index below `length` holds a visible token.
-        return _decode_pool(q_heads[head], pools.streaming_k, pools.streaming_v, heads.slot[head], lengths)
+        return _decode_pool(q_heads[head], pools.streaming_k, pools.streaming_v, heads.slot[head], lengths, close)
 
-    out = _over_heads(retrieval, streaming, pools, heads, jnp.zeros_like(q_heads))
-    return out.transpose(1, 0, 2, 3).reshape(q.shape)
+    out = _over_heads(retrieval, streaming, pools, heads, _blank(close, q_heads))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, num_heads, *x.shape[3:]), out)
+
+
+def _part(state: Softmax) -> Partial:
+    return Partial(finish(state, jnp.dtype(jnp.float32)), log_sum_exp(state))
+
+
+def _blank(close: Callable[[Softmax], Any], q: Float[Array, "*B H"]) -> Any:
+    """Zeros for what `close` makes of every query."""
+    made = jax.eval_shape(lambda: close(empty(1, 1, q.shape[-1])))
+    return jax.tree.map(lambda x: jnp.zeros((*q.shape[:-1], *x.shape[2:]), x.dtype), made)
 
 
 def _over_heads(
-    retrieval: Callable[[Array], Array], streaming: Callable[[Array], Array], pools: Pools, heads: Heads, out: Array
-) -> Array:
-    """Fill `out [K ...]`, each KV head by the function of its type."""
+    retrieval: Callable[[Array], Any], streaming: Callable[[Array], Any], pools: Pools, heads: Heads, out: Any
+) -> Any:
+    """Fill arrays `out [K ...]`, each KV head by the function of its type."""
     order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
     num_retrieval = heads.is_retrieval.sum(dtype=jnp.int32)
 
-    def run(function: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-        return lambda i, out: lax.dynamic_update_index_in_dim(out, function(order[i]), order[i], 0)
+    def run(function: Callable[[Array], Any]) -> Callable[[Array, Any], Any]:
+        def one(i: Array, out: Any) -> Any:
+            return jax.tree.map(
+                lambda x, new: lax.dynamic_update_index_in_dim(x, new, order[i], 0), out, function(order[i])
+            )
+
+        return one
 
     if pools.retrieval_k.shape[0]:
         out = lax.fori_loop(jnp.int32(0), num_retrieval, run(retrieval), out)
@@ -102,12 +168,13 @@ def _over_heads(
     return out
 
 
-def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, *, start, longest):
+def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, stripe, close, *, start, longest):
     """One retrieval head: query blocks over the filled key blocks of its slot, then over the chunk, causally."""
     batch, length, group, head_dim = q.shape
     q_block, own_block = min(Q_BLOCK, length), min(K_BLOCK, length)
     pool_block = min(K_BLOCK, pool_k.shape[2])
-    past_blocks = cdiv(start.max(), pool_block)
+    held = start if stripe is None else stripe.held(start)
+    past_blocks = cdiv(held.max(), pool_block)
 
     def one_q_block(i, out):
         first = jnp.minimum(i * q_block, length - q_block)
@@ -118,7 +185,7 @@ def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, *, start, longest):
 
         def past(j, state):
             begin, index = block_at(j, pool_block, pool_k.shape[2])
-            keep = (index >= j * pool_block) & (index < start[:, None])
+            keep = (index >= j * pool_block) & (index < held[:, None])
             keys, values = (_load(pool, slot, begin, pool_block, q.dtype) for pool in (pool_k, pool_v))
             return accumulate(state, rows, keys, values, keep[:, None, :])
 
@@ -130,14 +197,28 @@ def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, *, start, longest):
             return accumulate(state, rows, keys, values, keep[None])
 
         state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
-        state = lax.fori_loop(jnp.int32(0), cdiv(first + q_block, own_block), own, state)
-        block = finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
-        return lax.dynamic_update_slice_in_dim(out, block, first, 1)
+        own_blocks = cdiv(first + q_block, own_block)
+        if stripe is None:
+            state = lax.fori_loop(jnp.int32(0), own_blocks, own, state)
+        else:
+            mine = cdiv(own_blocks - stripe.index, stripe.count)
+            state = lax.fori_loop(jnp.int32(0), mine, lambda j, s: own(j * stripe.count + stripe.index, s), state)
+        return _write(out, close(state), first, q_block)
 
-    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
+    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, _blank(close, q))
 
 
-def _prefill_streaming(q, k, v, ring_k, ring_v, *, start, longest, sink_size, recent_size):
+def _write(out, block, first, q_block):
+    """Put what a block of queries gave, `[B q_block*G ...]`, into `out [B T G ...]`."""
+
+    def one(x, new):
+        new = new.reshape(x.shape[0], q_block, *x.shape[2:])
+        return lax.dynamic_update_slice_in_dim(x, new, first, 1)
+
+    return jax.tree.map(one, out, block)
+
+
+def _prefill_streaming(q, k, v, ring_k, ring_v, close, *, start, longest, sink_size, recent_size):
     """One streaming head: each query block sees the sinks and one contiguous band of keys, so work is linear in T."""
     batch, length, group, head_dim = q.shape
     sizes = {"sink_size": sink_size, "recent_size": recent_size}
@@ -168,10 +249,9 @@ def _prefill_streaming(q, k, v, ring_k, ring_v, *, start, longest, sink_size, re
         values = jnp.concatenate([sink_v, lax.dynamic_slice_in_dim(band_v, first, width, 1)], axis=1)
         keep = jnp.concatenate([sink_pos[:, None, :] <= q_pos, keep_band], axis=2)
         state = accumulate(empty(batch, q_block * group, head_dim), rows, keys, values, keep)
-        block = finish(state, out.dtype).reshape(batch, q_block, group, head_dim)
-        return lax.dynamic_update_slice_in_dim(out, block, first, 1)
+        return _write(out, close(state), first, q_block)
 
-    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, jnp.zeros_like(q))
+    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, _blank(close, q))
 
 
 def _decode_pool(
@@ -180,7 +260,8 @@ def _decode_pool(
     pool_v: Stored,
     slot: Int32[Array, ""],
     lengths: Int32[Array, "B"],
-) -> Float[Array, "B G H"]:
+    close: Callable[[Softmax], Any],
+) -> Any:
     """One head's query group over the filled blocks of its slot."""
     size = pool_k.shape[2]
     block = min(K_BLOCK, size)
@@ -192,7 +273,7 @@ def _decode_pool(
         return accumulate(state, q, keys, values, keep[:, None, :])
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
-    return finish(lax.fori_loop(jnp.int32(0), num_blocks, one_block, empty(*q.shape)), q.dtype)
+    return close(lax.fori_loop(jnp.int32(0), num_blocks, one_block, empty(*q.shape)))
 
 
 def _load(pool: Stored, slot: Array, begin: Array, size: int, dtype: jnp.dtype) -> Float[Array, "B size H"]:

@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from duo_jax import load_tokenizer
-from train.batches import stack
+from train.batches import Batch, stack, widths
 from train.needles import NeedleData, Needles
 from train.vocabulary import COMMON, HELD_OUT, NATO
 
@@ -117,11 +116,11 @@ def test_what_recall_asks_for_was_never_trained_on():
 
 def test_stacked_samples_keep_their_labels(plain):
     samples = [NeedleData(SMALL, plain)[i] for i in range(4)]
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    batch = stack(samples, accumulate=2, pad_multiple=128, sharding=place)
+    width, most = widths(samples, pad_multiple=128)
+    batch = Batch(*stack(samples, accumulate=2, width=width, most=most))
     assert batch.tokens.shape[:2] == (2, 2) and batch.tokens.shape[2] % 128 == 0 and batch.labels.shape[2] % 256 == 0
     for number, sample in enumerate(samples):
-        row = tuple(np.asarray(x)[number // 2, number % 2] for x in batch)
+        row = tuple(x[number // 2, number % 2] for x in batch)
         np.testing.assert_array_equal(row[0][: len(sample.tokens)], sample.tokens)
         np.testing.assert_array_equal(row[1][row[2]], np.flatnonzero(sample.labels))
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Int32
 
 from train.needles import Sample
@@ -22,11 +20,16 @@ class Batch(NamedTuple):
     valid: Bool[Array, "*A B M"]  # False where `labels` is padding
 
 
-def stack(samples: Sequence[Sample], *, accumulate: int, pad_multiple: int, sharding: Sharding) -> Batch:
-    """Arrays `[accumulate, len(samples) // accumulate, ...]`, padded at the right, where causality hides it."""
+def widths(samples: Sequence[Sample], *, pad_multiple: int) -> tuple[int, int]:
+    """Tokens and labels that samples are padded to."""
+    width = max(len(sample.tokens) for sample in samples)
+    most = max(int(np.count_nonzero(sample.labels)) for sample in samples)
+    return _round_up(width, pad_multiple), _round_up(most, LABEL_MULTIPLE)
+
+
+def stack(samples: Sequence[Sample], *, accumulate: int, width: int, most: int) -> tuple[np.ndarray, ...]:
+    """A `Batch` of the host, `[accumulate, len(samples) // accumulate, ...]`; causality hides the padding."""
     positions = [np.flatnonzero(sample.labels) for sample in samples]
-    width = _round_up(max(len(sample.tokens) for sample in samples), pad_multiple)
-    most = _round_up(max(len(found) for found in positions), LABEL_MULTIPLE)
     tokens = np.zeros((len(samples), width), np.int32)
     labels = np.zeros((len(samples), most), np.int32)
     valid = np.zeros((len(samples), most), bool)
@@ -35,8 +38,7 @@ def stack(samples: Sequence[Sample], *, accumulate: int, pad_multiple: int, shar
         labels[row, : len(found)] = found
         valid[row, : len(found)] = True
     split = (accumulate, len(samples) // accumulate)
-    host = (array.reshape(*split, array.shape[1]) for array in (tokens, labels, valid))
-    return Batch(*(jax.device_put(array, sharding) for array in host))
+    return tuple(array.reshape(*split, array.shape[1]) for array in (tokens, labels, valid))
 
 
 def _round_up(count: int, multiple: int) -> int:

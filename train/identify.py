@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,9 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 import duo_jax
+from duo_jax.cli.devices import ProcessOptions
 from duo_jax.cli.options import ModelOptions
+from duo_jax.distributed import check_alike, is_first
 from duo_jax.files import write_text
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from train.gated import GatedModel
@@ -28,8 +31,8 @@ from train.recipes import AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
 from train.vocabulary import COMMON
 
 RUN_FILE = "run.json"
-# What may differ when a run is resumed: where it writes and how often it saves change no gate.
-FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints")
+# What may differ when a run is resumed: where it writes, how often it saves and who computes change no gate.
+FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Identify:
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes]
     out: Path
     """Folder for the pattern, its configuration, metrics and checkpoints."""
+    processes: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = ProcessOptions()
     preset: Literal["paper", "smollm2-cpu", "debug"] = "paper"
     """Defaults of everything below: the paper's, a real small model on two CPU cores, or a run of seconds."""
     recipe: Literal["distill", "prulong", "attention-profile", "kvzip"] = "distill"
@@ -87,6 +91,10 @@ class Identify:
         Raises:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
+        self.processes.join()
+        versions = {package: version(package) for package in ("duo-jax", "jax", "jaxlib", "flax", "optax")}
+        saving = {name: getattr(self, name) for name in ("resume", "checkpoint_every", "keep_checkpoints")}
+        check_alike({"versions": versions, "settings": self.resolved() | saving})
         check_folder(self.out, self.resolved(), resume=self.resume)
         if self.resume and (self.out / GATES_FILE).exists():
             print(f"{self.out} holds the finished run")
@@ -94,15 +102,19 @@ class Identify:
         run = self.prepare()
         config = self.resolved() | {"contents": contents(run)}
         check_folder(self.out, config, resume=self.resume)
+        # All have looked at the folder before the first one writes.
+        check_alike(config)
         # Nothing is written before everything that can be checked was.
-        if not (self.out / RUN_FILE).exists():
+        if is_first() and not (self.out / RUN_FILE).exists():
             write_text(self.out / RUN_FILE, json.dumps(config, indent=1) + "\n")
-        with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True) as bar:
+        with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True, disable=not is_first()) as bar:
             try:
                 gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
             except (KeyboardInterrupt, SystemExit):
                 print(f"\n{self.out}: stopped; add --resume to go on", file=sys.stderr)
                 raise
+        if not is_first():
+            return
         self.pattern(gates).save(self.out)
         above = f"{int((gates > 0.5).sum())} of {gates.size} above 0.5"
         print(f"{self.out}: gates from {gates.min():.3g} to {gates.max():.3g}, {above}")

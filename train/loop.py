@@ -23,9 +23,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int32
 
+from duo_jax.distributed import check_alike, gather, is_first
 from duo_jax.files import write_text
 from duo_jax.model import Model
-from train.batches import Batch, stack
+from train.batches import Batch, stack, widths
 from train.gated import GatedModel
 from train.recipes.base import METRICS_FILE, Run
 from train.recipes.learned import Learned, Params
@@ -56,6 +57,7 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
     recipe.check(run)
     if not run.resume and (run.folder / METRICS_FILE).exists():
         raise ValueError(f"{run.folder} holds the metrics of a run: resume it, or choose another folder")
+    check_alike({"start": None if run.start is None else run.start.tolist(), "steps": recipe.steps})
     feed = _Feed(recipe, run)
     start = jnp.ones(run.shape, jnp.float32) if run.start is None else jnp.asarray(run.start, jnp.float32)
     params = recipe.init(start)
@@ -73,7 +75,7 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
         done = int(state.step)
         model = feed.everywhere(run.model)
-        with _Metrics(run.folder / METRICS_FILE, done) as metrics:
+        with _Metrics(run.folder / METRICS_FILE if is_first() else None, done) as metrics:
             for number in range(done, recipe.steps):
                 begin = time.perf_counter()
                 batch, targets = feed.batch(model, number)
@@ -85,14 +87,15 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
                 metrics.write({"step": number + 1, **figures})
                 finished = number + 1 == recipe.steps
                 # Asked once: a signal from here on waits for the next step, and its checkpoint. After the last step the
-                # gates are as good as written.
-                leaving = bool(caught) and not finished
+                # gates are as good as written. A signal to one process is one to all: they write checkpoints together.
+                signals = [number for row in gather(caught[:1] or [0]) for number in row if number]
+                leaving = bool(signals) and not finished
                 last = leaving or finished
                 if last or (number + 1) % run.checkpoint_every == 0:
                     _save(checkpoints, state, force=last)
                 run.report(number + 1, recipe.steps, figures)
                 if leaving:
-                    _leave(caught[0])
+                    _leave(signals[0])
     return np.asarray(jax.device_get(recipe.gates(state.params)), np.float64)
 
 
@@ -158,10 +161,13 @@ def _save(checkpoints: ocp.CheckpointManager, state: State, *, force: bool) -> N
 
 
 class _Feed:
-    """Batches by step, placed on the devices; and what the model alone gives the loss, computed once a sample."""
+    """Batches by step, placed on the devices; and what the model alone gives the loss, computed once a sample.
+
+    Of several processes, each draws the samples of its own devices: which they are depends on the step alone.
+    """
 
     def __init__(self, recipe: Learned, run: Run) -> None:
-        devices = jax.local_devices()
+        devices = jax.devices()
         self.recipe, self.run = recipe, run
         # Not a mesh of one: a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead of 6.6).
         self.whole: Sharding = SingleDeviceSharding(devices[0])
@@ -170,29 +176,49 @@ class _Feed:
             mesh = Mesh(np.asarray(devices), ("data",))
             self.whole, self.split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "data")))
         self.kept: dict[int, np.ndarray] = {}
+        # Rows of a micro-batch that lie on this process's devices.
+        each = recipe.batch_size // len(devices)
+        mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+        self.rows = [row for i in mine for row in range(i * each, (i + 1) * each)]
 
     def everywhere(self, tree: Any) -> Any:
         """A pytree on every device."""
-        return jax.device_put(tree, self.whole)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, self.whole)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.whole, np.asarray(x)), tree)
+
+    def _shared(self, rows: np.ndarray) -> Array:
+        """Rows of this process, `[A, rows, ...]`, as its part of those of all."""
+        shape = (rows.shape[0], self.recipe.batch_size, *rows.shape[2:])
+        return jax.make_array_from_process_local_data(self.split, rows, shape)
 
     def batch(self, model: Model, step: int) -> tuple[Batch, Float[Array, "A B M D"] | None]:
         """The batch of a step, counted from 0, and the recipe's targets for it."""
         recipe, config = self.recipe, self.run.data.config
-        count = recipe.batch_size * recipe.accumulate
-        numbers = range(step * count, (step + 1) * count)
+        first = step * recipe.batch_size * recipe.accumulate
+        numbers = [first + micro * recipe.batch_size + row for micro in range(recipe.accumulate) for row in self.rows]
         samples = [self.run.data[number] for number in numbers]
-        shape: dict[str, Any] = {"accumulate": recipe.accumulate, "pad_multiple": recipe.pad_multiple}
-        batch = stack(samples, sharding=self.split, **shape)
         ids = [number % config.num_samples for number in numbers] if config.num_samples else []
-        if ids and all(i in self.kept for i in ids):
-            most = batch.labels.shape[-1]
+        known = bool(ids) and all(i in self.kept for i in ids)
+        agreed = gather([*widths(samples, pad_multiple=recipe.pad_multiple), not known])
+        width, most, unknown = (max(column) for column in zip(*agreed, strict=True))
+        host = stack(samples, accumulate=recipe.accumulate, width=width, most=most)
+        batch = Batch(*map(self._shared, host))
+        if not unknown:
             kept = [np.resize(self.kept[i], (most, self.kept[i].shape[1])) for i in ids]
-            return batch, jax.device_put(np.stack(kept).reshape(*batch.labels.shape, -1), self.split)
+            return batch, self._shared(np.stack(kept).reshape(*host[1].shape, -1))
         targets = _targets(recipe, self.run.attention, model, batch)
         if targets is not None and ids and sum(row.nbytes for row in self.kept.values()) < KEPT_BYTES:
-            rows = np.asarray(targets).reshape(len(ids), *targets.shape[2:])
+            rows = self._mine(targets).reshape(len(ids), *targets.shape[2:])
             self.kept |= {i: row[: s.labels.sum()] for i, row, s in zip(ids, rows, samples, strict=True)}
         return batch, targets
+
+    def _mine(self, shared: Array) -> np.ndarray:
+        """The rows of this process."""
+        if jax.process_count() == 1:
+            return np.asarray(shared)
+        parts = {shard.index[1].start or 0: np.asarray(shard.data) for shard in shared.addressable_shards}
+        return np.concatenate([parts[begin] for begin in sorted(parts)], axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -201,9 +227,15 @@ def _targets(recipe: Learned, attention: GatedModel, model: Model, batch: Batch)
 
 
 class _Metrics:
-    """One JSON object a line and step. Lines after the checkpoint that a run goes on from are dropped."""
+    """One JSON object a line and step. Lines after the checkpoint that a run goes on from are dropped.
 
-    def __init__(self, path: Path, done: int) -> None:
+    Without a path, another process writes.
+    """
+
+    def __init__(self, path: Path | None, done: int) -> None:
+        self.file = None
+        if path is None:
+            return
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done))
         self.file = path.open("a", encoding="utf-8")
@@ -212,12 +244,14 @@ class _Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Append a line and hand it to the system at once."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
 
 def _check_finite(step: int, figures: Mapping[str, float | int], latest: int | None) -> None:

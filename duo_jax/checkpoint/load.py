@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 from qwix import QArray
 from tqdm import tqdm
@@ -21,7 +22,10 @@ from duo_jax.checkpoint.saved import Saved
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.table import Weight, ignorable, weight_table
 from duo_jax.config import PRESETS, ModelConfig
+from duo_jax.mesh import MeshSize
 from duo_jax.model import Decoder, Model
+from duo_jax.pattern import HeadPattern
+from duo_jax.placement import Placement, on_mesh
 from duo_jax.weights import quantize_kernel
 
 
@@ -31,9 +35,11 @@ def load_model(
     dtype: str | None = None,
     weight_dtype: str | None = None,
     embed_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    pattern: HeadPattern | None = None,
     progress: bool | None = None,
 ) -> Model:
-    """Load pretrained weights, tensor by tensor, onto the default device.
+    """Load pretrained weights, tensor by tensor, onto the default device or the devices of a mesh.
 
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
@@ -41,12 +47,17 @@ def load_model(
         weight_dtype: quantize the linear maps of the layers, each as soon as it is read: int8, w8a8 (int8, activations
             too), int4 (a scale for every 64 input channels), int4-32 or int4-128.
         embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; they stay as they are by default.
+        mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor as soon as it is read.
+        pattern: which heads are to stream, where there is a mesh: the devices then hold as many retrieval heads each,
+            in every layer up to one and over all layers up to one (see `duo_jax.balance`). Caches must have this
+            pattern, or another that wants the heads in the same places. None: caches of full attention.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
         FileNotFoundError, PermissionError: nothing there, or not for you; the message says what to do.
         NotImplementedError: an architecture, feature or quantization that is not supported, by name.
-        ValueError: missing, extra, misshapen or truncated tensors, by name.
+        ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model, or a
+            pattern of another.
     """
     found = open_source(source)
     if isinstance(found, Saved):
@@ -55,12 +66,13 @@ def load_model(
         saved = {name: getattr(found.config, name) for name in wanted}
         if not asked.items() <= saved.items():
             raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
-        return found.load(progress=progress)
+        return found.load(mesh=mesh, pattern=pattern, progress=progress)
     config = found.config
     dtype = usual_dtype(config, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
+    placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern)
     table = weight_table(config)
     _check_tensors(found, config, table, str(source))
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
@@ -77,8 +89,13 @@ def load_model(
     with bar:
         for path, weight in _in_file_order(table, found):
             format_of = embed_dtype if path[0] in ("embed", "head") else weight_dtype if weight.is_kernel else None
-            flat[path] = flat[path].replace(_place(found, weight, jnp.dtype(dtype), format_of))
+            value = _read(found, weight, jnp.dtype(dtype), format_of, on_host=mesh is not None)
+            if placement is not None and mesh is not None:
+                value = placement.put(path, value, mesh)
+            flat[path] = flat[path].replace(value)
             bar.update(sum(int(np.prod(shape)) for shape in weight.shapes))
+    if placement is not None and mesh is not None:
+        return on_mesh(flat, placement, mesh)
     return Model(config, graphdef, nnx.from_flat_state(flat.items()))
 
 
@@ -140,9 +157,14 @@ def _in_file_order(
     yield from sorted(table.items(), key=lambda row: order[row[1].names[0]])
 
 
-def _place(found: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None) -> Array | QArray:
+def _read(
+    found: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
+) -> Array | np.ndarray | QArray:
+    """A parameter as the decoder has it, on the default device, or on the host, from where a mesh takes its parts."""
     parts = [found.read(name) for name in weight.names]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if on_host and weight_dtype is None:
+        return (whole.T if weight.is_kernel else whole).astype(dtype)
     return _convert(whole, dtype, weight.is_kernel, weight_dtype)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 from safetensors.flax import save_file
 from tqdm import tqdm
@@ -22,7 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.checkpoint.folder import Folder, read_json
 from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
+from duo_jax.mesh import MeshSize
 from duo_jax.model import Decoder, Model
+from duo_jax.pattern import HeadPattern
+from duo_jax.placement import Placement, on_mesh
 from duo_jax.rope import ROPES
 from duo_jax.weights import nbytes
 
@@ -36,7 +40,10 @@ def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerB
 
     Raises:
         FileExistsError: the folder holds something.
+        ValueError: the model lies on a mesh.
     """
+    if model.mesh is not None:
+        raise ValueError("a model on a mesh has its weights in another order: save it from one device")
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder, nothing is overwritten")
@@ -75,8 +82,8 @@ class Saved(Folder):
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error}") from None
 
-    def load(self, *, progress: bool | None) -> Model:
-        """Every parameter as it was saved.
+    def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, progress: bool | None) -> Model:
+        """Every parameter as it was saved; on a mesh, placed for a pattern.
 
         Raises:
             ValueError: missing, extra, misshapen or truncated arrays, by name.
@@ -89,8 +96,17 @@ class Saved(Folder):
         if wrong:
             raise ValueError(f"{self.path}: the arrays are not those of its configuration, as {', '.join(wrong[:3])}")
         bar = tqdm(wanted.items(), desc="loading", unit=" arrays", disable=None if progress is None else not progress)
-        placed = [_unpacked(self.read(name), x.dtype) for name, x in bar]
-        return Model(self.config, graphdef, jax.tree.unflatten(jax.tree.structure(abstract), placed))
+        structure = jax.tree.structure(abstract)
+        if mesh is None:
+            placed = [_unpacked(self.read(name), x.dtype) for name, x in bar]
+            return Model(self.config, graphdef, jax.tree.unflatten(structure, placed))
+        placement = Placement.of(self.config, MeshSize.of(mesh), pattern)
+        paths = [path for path, variable in nnx.to_flat_state(abstract) for _ in jax.tree.leaves(variable)]
+        placed = [
+            placement.put(path, _unpacked(self.read(name), x.dtype), mesh)
+            for path, (name, x) in zip(paths, bar, strict=True)
+        ]
+        return on_mesh(dict(nnx.to_flat_state(jax.tree.unflatten(structure, placed))), placement, mesh)
 
 
 def _named(params: nnx.State) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from duo_jax.chat import Chat
+from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, SamplingOptions
 from duo_jax.lm import LM
 
@@ -26,6 +27,7 @@ class ChatCommand:
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
     cache: tyro.conf.OmitArgPrefixes[CacheOptions] = CacheOptions()
+    devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     system: str | None = None
     """System message; the template's own by default."""
@@ -39,7 +41,8 @@ class ChatCommand:
         if self.max_new_tokens < 1 or self.max_length < 1:
             raise ValueError(f"--max-new-tokens and --max-length must be at least 1, got {self}")
         sampler, pattern = self.sampling.sampler(), self.pattern.load(self.max_length)
-        lm = LM(self.model.load(), self.model.tokenizer(), pattern, self.cache.kv_dtype)
+        model = self.model.load(mesh=self.devices.make(), pattern=pattern)
+        lm = LM(model, self.model.tokenizer(), pattern, self.cache.kv_dtype)
         if pattern is not None:
             pattern.check(lm.model.config)
         chat = Chat(lm, max_length=self.max_length, system=self.system)

@@ -11,6 +11,7 @@ import tyro
 
 from duo_jax import saved
 from duo_jax.cache import KVCache
+from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timed import Timings, show_status, timed_stream
@@ -33,6 +34,7 @@ class Generate:
     room: tyro.conf.OmitArgPrefixes[RoomOptions] = RoomOptions()
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
     kv: tyro.conf.OmitArgPrefixes[CacheOptions] = CacheOptions()
+    devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     json: bool = False
     """Print one JSON object instead of text."""
@@ -41,6 +43,9 @@ class Generate:
         """Check the flags, load, generate, report."""
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        mesh = self.devices.make()
+        if mesh is not None and self.cache is not None:
+            raise ValueError("a saved cache lies on one device: leave out --mesh or --cache")
         prompt, sampler, before = self.prompt.text(), self.sampling.sampler(), self._saved()
         if self.pattern.kv_budget is None:
             self.pattern.load(1)  # A wrong pattern is told before the model is loaded.
@@ -52,9 +57,10 @@ class Generate:
             tokens = self.prompt.encode_question(tokenizer, prompt, history)
         needed = len(tokens) + self.max_new_tokens + (0 if history is None else len(history))
         pattern = self.pattern.load(needed)
-        plan = self.model.plan(pattern if before is None else _pattern_of(before), chunk_width(len(tokens)))
+        served = pattern if before is None else _pattern_of(before)
+        plan = self.model.plan(served, chunk_width(len(tokens)), self.devices.size)
         room = self.room.tokens(replace(plan, kv_dtype=before["dtypes"][0] if before else self.kv.kv_dtype), needed)
-        model = self.model.load()
+        model = self.model.load(mesh=mesh, pattern=pattern)
         timings, text, ids, logprobs = Timings(), Detokenizer(tokenizer, self.sampling.stop), [], []
         steps = timed_stream(
             model,
@@ -96,7 +102,7 @@ class Generate:
     def _cache(self, model: Model, pattern: HeadPattern | None, room: int) -> KVCache:
         dtype = self.kv.kv_dtype
         if self.cache is None:
-            return KVCache.init(model.config, pattern, 1, room, dtype=dtype)
+            return KVCache.init(model.config, pattern, 1, room, dtype=dtype, mesh=model.mesh)
         return KVCache.load(self.cache, model, pattern=pattern, dtype=dtype, max_length=room)
 
 

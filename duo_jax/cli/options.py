@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
+from duo_jax.mesh import MeshSize
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import bucket
@@ -34,16 +36,17 @@ class ModelOptions:
     embed_dtype: Literal["int8", "int4", "int4-32", "int4-128"] | None = None
     """Quantize embeddings and head too, which keep their data type by default."""
 
-    def load(self) -> Model:
-        """The weights."""
-        return load_model(self.model, dtype=self.dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
+    def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
+        """The weights; on a mesh, where this pattern wants them."""
+        dtypes = {"dtype": self.dtype, "weight_dtype": self.weight_dtype, "embed_dtype": self.embed_dtype}
+        return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern)
 
-    def plan(self, pattern: HeadPattern | None, chunk_size: int) -> Plan:
+    def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
         """What this model takes of memory, before its weights are read."""
         config = open_config(self.model)
         dtype = usual_dtype(config, self.dtype)
         config = config.with_dtypes(dtype=dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
-        return Plan(config, pattern, chunk_size=chunk_size)
+        return Plan(config, pattern, chunk_size=chunk_size, mesh=mesh)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""

@@ -56,7 +56,8 @@ def split_attention(
         compute_capability=capability,
         **sizes(group, head_dim, batch, num_kv_heads, capacities, _bits(pools), count, tiles),
     )
-    return splits.merge(values, log_total, capacities, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
+    merged, _ = splits.merge(values, log_total, capacities, heads, lengths, tiles)
+    return merged.reshape(q.shape).astype(q.dtype)
 
 
 def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:

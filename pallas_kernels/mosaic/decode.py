@@ -82,7 +82,7 @@ def split_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
-    merged = splits.merge(values, log_total[..., :group], capacities, heads, lengths, tiles)
+    merged, _ = splits.merge(values, log_total[..., :group], capacities, heads, lengths, tiles)
     return merged.reshape(q.shape).astype(q.dtype)
 
 

@@ -4,16 +4,23 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import compute_dtype
+from pallas_kernels.blocks import LOG2_E, compute_dtype
 from pallas_kernels.quantized import any_quantized
 from pallas_kernels.tiles import tiles_for
 from pallas_kernels.triton.decode import split_attention
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.triton.gated import full_attention, gated_attention
 from pallas_kernels.triton.tile import check
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Partial, Pools, Stripe
 
-__all__ = ["decode_attention", "full_attention", "gated_attention", "prefill_attention"]
+__all__ = [
+    "decode_attention",
+    "decode_partial",
+    "full_attention",
+    "gated_attention",
+    "prefill_attention",
+    "prefill_partial",
+]
 
 
 def prefill_attention(
@@ -29,11 +36,34 @@ def prefill_attention(
     recent_size: int,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
+    return _prefill(q, k, v, pools, heads, None, start, lengths, sink_size, recent_size)[0]
+
+
+def prefill_partial(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    stripe: Stripe,
+    sink_size: int,
+    recent_size: int,
+) -> Partial:
+    """A device's part of `prefill_attention`: the tokens of its pools, and on the first of them the chunk."""
+    out, log_total = _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size)
+    return Partial(out, log_total.swapaxes(1, 2) / LOG2_E)
+
+
+def _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size):
+    """Attention of a chunk and its log-sum-exp, to the base of two."""
     check(q, k, *pools)
     sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
     tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize, quantized=any_quantized(pools))
     rows: dict[str, Any] = {"start": start, "lengths": lengths}
-    return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles)[0]
+    return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles, stripe=stripe)
 
 
 def decode_attention(
@@ -46,8 +76,28 @@ def decode_attention(
     recent_size: int,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
-    check(q, *pools)
     del sink_size, recent_size  # A ring of them holds what is visible.
+    return _decode(q, pools, heads, None, lengths).out.astype(q.dtype)
+
+
+def decode_partial(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    stripe: Stripe,
+    sink_size: int,
+    recent_size: int,
+) -> Partial:
+    """A device's part of `decode_attention`: the tokens of its pools."""
+    del sink_size, recent_size  # A ring of them holds what is visible.
+    return _decode(q, pools, heads, stripe, lengths)
+
+
+def _decode(q, pools, heads, stripe, lengths):
+    """Attention of one token a row and its log-sum-exp."""
+    check(q, *pools)
     itemsize = compute_dtype(q, pools.retrieval_k).itemsize
     tiles = tiles_for("decode", q.shape[-1], itemsize, quantized=any_quantized(pools))
-    return split_attention(q, pools, heads, lengths=lengths, tiles=tiles)
+    return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, stripe=stripe)

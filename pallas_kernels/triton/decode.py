@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import splits
-from pallas_kernels.blocks import cdiv, div
+from pallas_kernels.blocks import LOG2_E, cdiv, div
 from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Softmax
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Partial, Pools, Stripe
 
 
 class Arrays(NamedTuple):
@@ -29,6 +29,7 @@ class Arrays(NamedTuple):
     is_retrieval: Int32[Array, "K"]
     slot: Int32[Array, "K"]
     lengths: Int32[Array, "B"]
+    held: Int32[Array, "B"] | None  # where devices share the tokens: how many of a retrieval slot's lie here
 
 
 def split_attention(
@@ -38,14 +39,16 @@ def split_attention(
     *,
     lengths: Int32[Array, "B"],
     tiles: DecodeTiles,
-) -> Float[Array, "B N H"]:
-    """Attention of one token a row over pools that hold it already."""
+    stripe: Stripe | None = None,
+) -> Partial:
+    """Attention of one token a row over pools that hold it already; with a stripe, this device's part of it."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
     capacities = splits.capacities_of(pools)
     count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
-    arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
+    held = None if stripe is None else stripe.held(lengths)
+    arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths, held)
     parts = batch, num_kv_heads, count, group
     out = [
         jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
@@ -55,7 +58,8 @@ def split_attention(
     values, log_total = tile.call(
         kernel, out, arrays, grid=(count, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
     )
-    return splits.merge(values, log_total, capacities, heads, lengths, tiles).reshape(q.shape).astype(q.dtype)
+    merged, log_total = splits.merge(values, log_total, capacities, heads, lengths, tiles, held)
+    return Partial(merged.reshape(q.shape), log_total.reshape(q.shape[:2]) / LOG2_E)
 
 
 def decode_kernel(
@@ -69,6 +73,8 @@ def decode_kernel(
     split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
     is_retrieval = arrays.is_retrieval[kv_head] == 1
+    if arrays.held is not None:
+        length = jnp.where(is_retrieval, arrays.held[row], length)
     size = splits.filled(capacities, is_retrieval, length)
     per_split = splits.split_size(size, count, tiles)
     begin = split * per_split

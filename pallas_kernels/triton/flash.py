@@ -18,7 +18,7 @@ from pallas_kernels.positions import position_at, visible
 from pallas_kernels.tiles import FlashTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Ref, Softmax
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Heads, Pools, Stripe
 
 
 class Arrays(NamedTuple):
@@ -33,6 +33,9 @@ class Arrays(NamedTuple):
     num_retrieval: Int32[Array, "1"]
     start: Int32[Array, "B"]
     lengths: Int32[Array, "B"]
+    # Where devices share the tokens: how many of a retrieval slot's lie here, and whether the chunk counts here.
+    held: Int32[Array, "B"] | None
+    counts: Int32[Array, "1"] | None
 
 
 def flash_attention(
@@ -47,13 +50,19 @@ def flash_attention(
     sink_size: int,
     recent_size: int,
     tiles: FlashTiles,
+    stripe: Stripe | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention of a chunk, and the logarithm (base 2) of each query's sum of weights; no pools: nothing before it."""
+    """Attention of a chunk, and the logarithm (base 2) of each query's sum of weights; no pools: nothing before it.
+
+    With a stripe, this device's part of it, in float32; the chunk's own keys are the first device's.
+    """
     batch, length, num_heads, _ = q.shape
     order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
     count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
-    arrays = Arrays(q, k, v, tile.present(pools), order, heads.slot, count, start, lengths)
-    out = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)]
+    shared = (None, None) if stripe is None else (stripe.held(start), (stripe.index == 0).astype(jnp.int32)[None])
+    arrays = Arrays(q, k, v, tile.present(pools), order, heads.slot, count, start, lengths, *shared)
+    dtype = q.dtype if stripe is None else jnp.float32
+    out = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)]
     kernel = partial(flash_kernel, sink_size=sink_size, recent_size=recent_size, tiles=tiles)
     grid = (num_heads * -(-length // tiles.block_q), batch)
     out, log_total = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
@@ -98,7 +107,8 @@ def flash_kernel(
     state, zero = tile.empty(block_q, width), jnp.int32(0)
     if arrays.pools.retrieval_k is not None:
         pool: tuple[Ref, Ref] = arrays.pools.retrieval_k, arrays.pools.retrieval_v
-        filled = jnp.minimum(start, jnp.int32(pool[0].shape[2]))  # beyond its end lies another slot
+        held = start if arrays.held is None else arrays.held[row]
+        filled = jnp.minimum(held, jnp.int32(pool[0].shape[2]))  # beyond its end lies another slot
         whole = jnp.where(is_retrieval, div(filled, block_k), zero)
         every = jnp.where(is_retrieval, cdiv(filled, block_k), zero)
 
@@ -126,6 +136,8 @@ def flash_kernel(
 
     # The chunk's own keys: sinks, the window's left edge, what every query of the tile sees, the diagonal.
     end = cdiv(jnp.minimum(first + block_q, length), block_k)
+    if arrays.counts is not None:
+        end = jnp.where(is_retrieval & (arrays.counts[0] == 0), zero, end)
     left = jnp.where(is_retrieval, zero, div(jnp.maximum(first + 1 - recent_size, zero), block_k))
     sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
     inner = jnp.where(is_retrieval, zero, cdiv(jnp.maximum(first + block_q - recent_size, zero), block_k))

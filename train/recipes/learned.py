@@ -56,7 +56,7 @@ class Learned(Recipe):
 
     def check(self, run: Run) -> None:
         """A batch that the devices can share."""
-        devices = jax.local_device_count()
+        devices = jax.device_count()
         if self.batch_size % devices:
             raise ValueError(
                 f"batch_size must be a multiple of the {devices} devices that share it, got {self.batch_size=}: raise "

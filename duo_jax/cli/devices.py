@@ -1,0 +1,57 @@
+"""Flags of commands that several devices, or several processes, can share."""
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from duo_jax.distributed import join
+from duo_jax.mesh import MeshSize, make_mesh
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Processes that do the work together."""
+
+    distributed: bool = False
+    """This process is one of several, each started with the same flags but --process-id, or by a cluster's launcher."""
+    coordinator: str | None = None
+    """host:port of the first process; by default, like the next two, from the environment of Slurm, Open MPI or
+    Kubernetes."""
+    processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+
+    def join(self) -> None:
+        """Meet the others, before any device is used.
+
+        Raises:
+            ValueError: flags of several processes without --distributed, or some of them only.
+        """
+        given = self.coordinator, self.processes, self.process_id
+        if self.distributed:
+            join(*given)
+        elif any(value is not None for value in given):
+            raise ValueError("--coordinator, --processes and --process-id are for several processes: add --distributed")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Devices that share model and cache."""
+
+    mesh: str | None = None
+    """Devices along each axis, such as tensor=4,sequence=2: tensor shares heads, sequence the tokens of retrieval
+    heads, data the rows of a batch. Without it, one device does all."""
+
+    @property
+    def size(self) -> MeshSize:
+        """How many devices share what."""
+        return MeshSize() if self.mesh is None else MeshSize.parse(self.mesh)
+
+    def make(self) -> Mesh | None:
+        """The devices; None: the default one.
+
+        Raises:
+            ValueError: text that is no mesh, or more devices than there are.
+        """
+        return None if self.mesh is None else make_mesh(**vars(self.size))

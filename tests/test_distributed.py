@@ -1,0 +1,111 @@
+"""Several processes on one machine, over the loopback: gates that one process finds, and what ends them all."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from duo_jax.distributed import check_alike, gather, join
+from train.recipes.base import METRICS_FILE
+
+# A batch of two samples of about 150 tokens; gates move in a few steps.
+FLAGS = (
+    *("--preset", "debug", "--distill.batch-size", "2", "--distill.learning-rate", "0.02", "--distill.reg-weight", "1"),
+    *("--distill.pad-multiple", "64", "--data.min-length", "60", "--data.max-length", "60", "--data.num-lengths", "1"),
+    *("--data.needle", "<{ordinal} {words}>", "--data.question", "{ordinal}?", "--data.answer", "{ordinal} {words}."),
+    *("--attention.sink-size", "2", "--attention.recent-size", "8", "--attention.no-rematerialize"),
+)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def begin(model, out, count, *flags, of_last=()):
+    """`duo identify` in so many processes, the last one with further flags."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", "from duo_jax.cli import main; main()", "identify", "--model", model, "--out", out]
+    command += [*FLAGS, *flags]
+    together = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", count]
+    commands = [[*command, *together, "--process-id", i] if count > 1 else command for i in range(count)]
+    commands[-1] += of_last
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return [subprocess.Popen([str(word) for word in one], **pipe) for one in commands]
+
+
+def end(started, timeout=200):
+    try:
+        return [(process.communicate(timeout=timeout), process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def gates_of(folder):
+    return np.loadtxt(folder / "full_attention_heads.tsv", delimiter="\t")
+
+
+@pytest.fixture(scope="module")
+def alone(text_model, tmp_path_factory):
+    """Gates of 20 steps of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    (((_, said), code),) = end(begin(text_model, folder, 1, "--distill.steps", 20))
+    assert code == 0, said
+    return gates_of(folder)
+
+
+def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path):
+    ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20))
+    assert [code for _, code in ended] == [0, 0], ended
+    np.testing.assert_allclose(gates_of(tmp_path / "out"), alone, rtol=0, atol=1e-5)
+    assert ((alone > 0) & (alone < 0.9)).any()
+    lines = (tmp_path / "out" / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+    assert ["gates from" in said for (said, _), _ in ended] == [True, False], "one of them speaks"
+
+
+def test_a_process_that_dies_ends_the_others_and_one_goes_on(text_model, alone, tmp_path):
+    out = tmp_path / "out"
+    started = begin(text_model, out, 2, "--distill.steps", 20)
+    deadline = time.monotonic() + 200
+    while not (out / METRICS_FILE).exists() or (out / METRICS_FILE).read_text().count("\n") < 5:
+        if started[0].poll() is not None or time.monotonic() > deadline:
+            pytest.fail(str(end(started, 1)))
+        time.sleep(0.05)
+    started[1].kill()
+    ((_, said), code), _ = end(started, 60)
+    assert code != 0 and said, "the other one has left within a minute, with an error"
+    assert not (out / "full_attention_heads.tsv").exists()
+    (((_, said), code),) = end(begin(text_model, out, 1, "--distill.steps", 20, "--resume"))
+    assert code == 0, said
+    np.testing.assert_allclose(gates_of(out), alone, rtol=0, atol=1e-5)
+
+
+def test_processes_that_were_started_with_different_settings_are_refused(text_model, tmp_path):
+    ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20, of_last=("--distill.warmup", "0.3")))
+    for (_, said), code in ended:
+        assert code == 2, said
+        assert "processes 0 and 1 were started with different settings: settings.settings.warmup is" in said
+        assert "0.3 in the other" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_agrees_with_itself():
+    check_alike({"a": 1})
+    assert gather([3, 4]) == [[3, 4]]
+
+
+def test_half_of_what_joining_needs_is_refused(duo, text_model, tmp_path):
+    with pytest.raises(ValueError, match=r"coordinator, processes and process_id.*\['process_id'\]"):
+        join("localhost:1", 2)
+    with pytest.raises(ValueError, match=r"process_id must be in \[0, 2\), got 2"):
+        join("localhost:1", 2, 2)
+    result = duo("identify", "--model", text_model, "--out", tmp_path / "out", "--processes", 2)
+    assert result.code == 2 and "add --distributed" in result.err

@@ -1,0 +1,120 @@
+"""Meshes: what needs no second device here, and `eight_devices.py`, which has eight, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duo_jax import PRESETS, HeadPattern, KVCache, make_mesh, published_patterns
+from duo_jax.balance import balance, query_heads
+from duo_jax.mesh import MeshSize
+from tests.conftest import TINY
+
+
+def run_on_eight_devices(*options: str) -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/eight_devices.py", *options]
+    ran = subprocess.run(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
+
+
+def test_eight_devices_give_the_results_of_one():
+    run_on_eight_devices("-m", "not slow")
+
+
+@pytest.mark.slow
+def test_every_legal_mesh_gives_the_results_of_one_device():
+    run_on_eight_devices("-m", "slow")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_every_device_holds_as_many_retrieval_heads_up_to_one(data):
+    """In each layer and over all of them; every head is somewhere, and the numbers of slots have no gap."""
+    layers, heads = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    tensor = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 8, 16) if max(n, heads) % min(n, heads) == 0]))
+    bits = data.draw(st.lists(st.booleans(), min_size=layers * heads, max_size=layers * heads))
+    table = np.asarray(bits).reshape(layers, heads)
+    found = balance(table, tensor)
+    by_device = np.split(found.is_retrieval, tensor, axis=1)
+    in_layers = np.stack([part.sum(1) for part in by_device])
+    assert np.ptp(in_layers, axis=0).max() <= 1 and np.ptp(in_layers.sum(1)) <= 1
+    assert found.retrieval_slots - in_layers.sum(1).min() <= 1
+    copies = max(1, tensor // heads)
+    np.testing.assert_array_equal(
+        np.sort(found.order, axis=1), np.tile(np.repeat(np.arange(heads), copies), (layers, 1))
+    )
+    np.testing.assert_array_equal(found.is_retrieval, np.take_along_axis(table, found.order, 1))
+    for part, slots in zip(by_device, np.split(found.slot, tensor, axis=1), strict=True):
+        np.testing.assert_array_equal(slots[part], np.arange(part.sum()))
+        np.testing.assert_array_equal(slots[~part], np.arange((~part).sum()))
+        assert (~part).sum() <= found.streaming_slots
+    num_heads = 2 * max(heads, tensor)
+    for order in found.order:
+        queries = query_heads(order, num_heads, heads)
+        np.testing.assert_array_equal(np.sort(queries), np.arange(num_heads))
+        np.testing.assert_array_equal(queries // (num_heads // heads), np.repeat(order, num_heads // len(order)))
+
+
+def test_one_device_keeps_the_order_of_heads(half):
+    found = balance(half.is_retrieval, 1)
+    np.testing.assert_array_equal(found.order, [[0, 1], [0, 1]])
+
+
+def test_published_patterns_waste_less_than_two_percent_on_eight_devices():
+    for name in published_patterns():
+        pattern = HeadPattern.load(name, sparsity=0.5)
+        if pattern.num_kv_heads % 8 == 0:
+            found = balance(pattern.is_retrieval, 8)
+            assert found.retrieval_slots * 8 / pattern.num_retrieval < 1.02
+
+
+def test_bytes_of_a_device(half):
+    """Its own slots, rows and tokens; a ring whole."""
+    sizes = MeshSize(tensor=2, sequence=2, data=2)
+    one = KVCache.bytes_for(TINY, half, 1, 32)
+    row = 2 * 4 * TINY.head_dim
+    assert one == row * (2 * 32 + 2 * 11)
+    assert KVCache.bytes_for(TINY, half, 2, 64, mesh=sizes) == row * (32 + 11)
+    assert KVCache.bytes_for(TINY, half, 2, 63, mesh=sizes) == row * (32 + 11)
+    most = KVCache.length_for(TINY, half, 2, 10_000, mesh=sizes)
+    assert KVCache.bytes_for(TINY, half, 2, most, mesh=sizes) <= 10_000
+    assert KVCache.bytes_for(TINY, half, 2, most + 1, mesh=sizes) > 10_000
+
+
+def test_what_no_mesh_can_share_is_refused():
+    llama = PRESETS["llama-3-8b"]
+    for tensor in (1, 2, 4, 8, 16, 32):
+        MeshSize(tensor=tensor).check(llama)
+    with pytest.raises(ValueError, match=r"8 KV heads and 32 query heads .* tensor=3 .*tensor may be 1, 2, 4, 8, 16"):
+        MeshSize(tensor=3).check(llama)
+    with pytest.raises(ValueError, match="tensor=64"):
+        MeshSize(tensor=64).check(llama)
+    with pytest.raises(ValueError, match=r"MLP of 48 channels .* = 5 devices"):
+        MeshSize(sequence=5).check(TINY)
+    with pytest.raises(ValueError, match=r"batch_size=3 rows .* data=2"):
+        KVCache.bytes_for(TINY, None, 3, 8, mesh=MeshSize(data=2))
+    with pytest.raises(ValueError, match=r"tensor=0"):
+        MeshSize(tensor=0)
+    with pytest.raises(ValueError, match=rf"has 1024 devices, but there are {jax.device_count()}"):
+        make_mesh(tensor=1024)
+
+
+def test_sizes_are_read_as_they_are_written():
+    assert MeshSize.parse("tensor=4,sequence=2") == MeshSize(4, 2, 1)
+    assert MeshSize.parse("data=3") == MeshSize(data=3)
+    for wrong in ("", "tensor", "tensor=x", "model=2", "tensor=2,tensor=2", "tensor=-1"):
+        with pytest.raises(ValueError, match="tensor=4,sequence=2"):
+            MeshSize.parse(wrong)
