@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -38,7 +38,11 @@ class ModelOptions:
 
     def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
         """The weights; on a mesh, where this pattern wants them."""
-        dtypes = {"dtype": self.dtype, "weight_dtype": self.weight_dtype, "embed_dtype": self.embed_dtype}
+        dtypes: dict[str, Any] = {
+            "dtype": self.dtype,
+            "weight_dtype": self.weight_dtype,
+            "embed_dtype": self.embed_dtype,
+        }
         return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern)
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
