@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 # Seconds without a sign of life after which a process counts as dead, and seconds that the others have to leave.
-HEARTBEAT, LEAVING = 20, 10
+HEARTBEAT, LEAVING = 15, 30
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`duo eval meshes`: large models on several GPUs, planned and held against the compiler; the GPUs need not be there."""
+"""`duo eval meshes`: large models on several GPUs, planned and held against the compiler. They need not be there."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

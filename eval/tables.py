@@ -208,8 +208,8 @@ def mesh_table(path: Path) -> str:
     """Large models on several GPUs: bytes of each from the compiler, and what they send each other in a layer."""
     record = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| GPUs | model | mesh | cache | heads that stream | tokens | of each, GB | plan | fullest pool above the mean |"
-        " decode, KB a layer | prefill, MB a layer |",
+        "| GPUs | model | mesh | cache | streaming | tokens | of each, GB | plan | fullest pool, above the mean "
+        "| decode, KB a layer | prefill, MB a layer |",
         "| --- | --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for cell in record["results"]:
@@ -229,7 +229,10 @@ def mesh_table(path: Path) -> str:
             f"{sent['prefill'] / 1e6:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    about = f"Weights and activations in bfloat16, one row, chunks of {record['settings']['chunk']} tokens; compiled, not run."
+    about = (
+        f"Weights and activations in bfloat16, one row, chunks of {record['settings']['chunk']} tokens. *Of each*: bytes "
+        "from the compiler; *plan*: the plan's beside them; *a layer*: what its collectives give each GPU. Not run."
+    )
     return "\n".join([*lines, "", about, "", _compiled_with(record)])
 
 

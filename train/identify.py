@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,10 +90,8 @@ class Identify:
         Raises:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
-        self.processes.join()
-        versions = {package: version(package) for package in ("duo-jax", "jax", "jaxlib", "flax", "optax")}
-        saving = {name: getattr(self, name) for name in ("resume", "checkpoint_every", "keep_checkpoints")}
-        check_alike({"versions": versions, "settings": self.resolved() | saving})
+        saving = {name: getattr(self, name) for name in ("out", "resume", "checkpoint_every", "keep_checkpoints")}
+        self.processes.join(self.resolved() | saving)
         check_folder(self.out, self.resolved(), resume=self.resume)
         if self.resume and (self.out / GATES_FILE).exists():
             print(f"{self.out} holds the finished run")

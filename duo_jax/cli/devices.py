@@ -1,10 +1,14 @@
 """Flags of commands that several devices, or several processes, can share."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 from jax.sharding import Mesh
 
-from duo_jax.distributed import join
+from duo_jax.distributed import check_alike, is_first, join
 from duo_jax.mesh import MeshSize, make_mesh
 
 
@@ -22,17 +26,25 @@ class ProcessOptions:
     process_id: int | None = None
     """Which of them this one is, from 0."""
 
-    def join(self) -> None:
-        """Meet the others, before any device is used.
+    def join(self, settings: Mapping[str, Any]) -> None:
+        """Meet the others, before any device is used, and see that they were started with the same settings.
 
         Raises:
-            ValueError: flags of several processes without --distributed, or some of them only.
+            ValueError: flags of several processes without --distributed, or some of them only; processes with other
+                settings or versions.
         """
         given = self.coordinator, self.processes, self.process_id
         if self.distributed:
             join(*given)
+            versions = {package: version(package) for package in ("duo-jax", "jax", "jaxlib", "flax", "optax")}
+            check_alike({"versions": versions, "settings": json.loads(json.dumps(settings, default=str))})
         elif any(value is not None for value in given):
             raise ValueError("--coordinator, --processes and --process-id are for several processes: add --distributed")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and prints; alone, it is."""
+        return not self.distributed or is_first()
 
 
 @dataclass(frozen=True)
