@@ -230,8 +230,8 @@ def mesh_table(path: Path) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     about = (
-        f"Weights and activations in bfloat16, one row, chunks of {record['settings']['chunk']} tokens. *Of each*: bytes "
-        "from the compiler; *plan*: the plan's beside them; *a layer*: what its collectives give each GPU. Not run."
+        f"Weights and activations in bfloat16, one row, chunks of {record['settings']['chunk']} tokens. *Of each*: "
+        "bytes from the compiler; *plan*: the plan beside them; *a layer*: what its collectives give each GPU. Not run."
     )
     return "\n".join([*lines, "", about, "", _compiled_with(record)])
 

@@ -1,7 +1,9 @@
 """Flags of commands that several devices, or several processes, can share."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -41,10 +43,14 @@ class ProcessOptions:
         elif any(value is not None for value in given):
             raise ValueError("--coordinator, --processes and --process-id are for several processes: add --distributed")
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process is the one that writes and prints; alone, it is."""
-        return not self.distributed or is_first()
+    @contextmanager
+    def first_speaks(self) -> Iterator[None]:
+        """Let the first process print, and no other; errors pass."""
+        if not self.distributed or is_first():
+            yield
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+            yield
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ class Generate:
     def run(self) -> None:
         """Check the flags, load, generate, report; of several processes, the first one speaks."""
         self.processes.join({name: value for name, value in asdict(self).items() if name != "processes"})
-        speaks = self.processes.is_first
-        with redirect_stdout(sys.stdout if speaks else None), redirect_stderr(sys.stderr if speaks else None):
+        with self.processes.first_speaks():
             self._run()
 
     def _run(self) -> None:
