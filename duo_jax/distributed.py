@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from duo_jax.settings import differing
+
 # Seconds without a sign of life after which a process counts as dead, and seconds that the others have to leave.
-HEARTBEAT, LEAVING = 20, 10
+HEARTBEAT, LEAVING = 15, 30
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
@@ -60,7 +62,10 @@ def check_alike(about: Mapping[str, Any]) -> None:
     said = [json.loads(bytes(row).rstrip(b"\0")) for row in rows]
     for number, theirs in enumerate(said):
         if theirs != said[0]:
-            found = "; ".join(_differences(said[0], theirs))
+            found = "; ".join(
+                f"{name} is {first!r} in the first, {other!r} in the other"
+                for name, first, other in differing(said[0], theirs)
+            )
             raise ValueError(f"processes 0 and {number} were started with different settings: {found}")
 
 
@@ -70,15 +75,3 @@ def gather(numbers: Sequence[int]) -> list[list[int]]:
         return [list(numbers)]
     found = multihost_utils.process_allgather(np.asarray(numbers, np.int32))
     return [[int(number) for number in row] for row in found]
-
-
-def _differences(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two nested settings differ in, a phrase for each."""
-    found = []
-    for name in sorted({*first, *other}):
-        ours, theirs = first.get(name), other.get(name)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            found += _differences(ours, theirs, f"{prefix}{name}.")
-        elif ours != theirs:
-            found.append(f"{prefix}{name} is {ours!r} in the first, {theirs!r} in the other")
-    return found

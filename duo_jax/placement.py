@@ -133,12 +133,22 @@ def place_model(model: Model, mesh: Mesh, pattern: HeadPattern | None = None) ->
     return on_mesh(flat, placement, mesh)
 
 
-def model_shapes(config: ModelConfig, mesh: AnyMesh | None) -> Any:
-    """A model as shapes and where they lie: nothing is read or allocated, and the devices need not be there."""
+def model_shapes(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """A model as shapes and where they lie: for compiling, on devices that need not be there."""
+    graphdef, params = parameter_shapes(config, mesh)
+    if mesh is None:
+        return Model(config, graphdef, params)
+    columns = (config.num_layers, MeshSize.of(mesh).kv_heads(config))
+    order: Any = jax.ShapeDtypeStruct(columns, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return Model(config, graphdef, params, mesh, order)
+
+
+def parameter_shapes(config: ModelConfig, mesh: AnyMesh | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """A decoder's static part, and the shapes of its parameters and where they lie: nothing is read or allocated."""
     build = lambda: Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0), mesh=mesh)  # noqa: E731
     graphdef, params = nnx.split(nnx.eval_shape(build))
     if mesh is None:
-        return Model(config, graphdef, params)
+        return graphdef, params
     placement = Placement.of(config, MeshSize.of(mesh), None)
 
     def placed(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -149,8 +159,7 @@ def model_shapes(config: ModelConfig, mesh: AnyMesh | None) -> Any:
         path: jax.tree.map(lambda leaf, path=path: placed(path, leaf), variable)
         for path, variable in nnx.to_flat_state(params)
     }
-    order: Any = jax.ShapeDtypeStruct(placement.order.shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return Model(config, graphdef, nnx.from_flat_state(flat.items()), mesh, order)  # type: ignore[arg-type]
+    return graphdef, nnx.from_flat_state(flat.items())
 
 
 def on_mesh(flat: dict[Path, Any], placement: Placement, mesh: Mesh) -> Model:

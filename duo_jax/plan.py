@@ -17,7 +17,7 @@ from duo_jax.config import ModelConfig
 from duo_jax.mesh import MeshSize, abstract_mesh
 from duo_jax.pattern import HeadPattern
 from duo_jax.phases import CHUNK_SIZE
-from duo_jax.placement import model_shapes
+from duo_jax.placement import parameter_shapes
 from duo_jax.weights import nbytes
 
 
@@ -36,9 +36,7 @@ def weight_bytes(config: ModelConfig, mesh: MeshSize = MeshSize()) -> int:
 
     def bytes_of(layers: int) -> int:
         fewer = replace(config, num_layers=layers)
-        if mesh.devices == 1:
-            return sum(nbytes(leaf) for leaf in jax.tree.leaves(model_shapes(fewer, None)))
-        leaves = jax.tree.leaves(model_shapes(fewer, abstract_mesh(mesh)).params)
+        leaves = jax.tree.leaves(parameter_shapes(fewer, abstract_mesh(mesh))[1])
         return sum(nbytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in leaves)
 
     one, two = bytes_of(1), bytes_of(2)

@@ -12,6 +12,7 @@ from eval.harness.command import Harness
 from eval.kernels import Kernels
 from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
+from eval.meshes import MeshesTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
 from eval.precision import Precision
@@ -42,6 +43,7 @@ class Eval:
         | Annotated[MtBench, tyro.conf.subcommand("mtbench", prefix_name=False)]
         | Annotated[Kernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]
+        | Annotated[MeshesTask, tyro.conf.subcommand("meshes", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]
         | Annotated[Tune, tyro.conf.subcommand("tune", prefix_name=False)],

@@ -16,8 +16,8 @@ import numpy as np
 
 from duo_jax import HeadPattern
 from duo_jax.files import write_text
+from duo_jax.settings import changes
 from eval.record import provenance
-from train.identify import differences
 
 J = TypeVar("J")
 
@@ -55,7 +55,7 @@ class Ledger:
         if not path.exists():
             return cls(path, {"about": about, "gates": gates, "runs": []}, [])
         head, records = read(path)
-        different = differences(head["about"], about)
+        different = changes(head["about"], about)
         if different:
             raise ValueError(f"{path} was made with other settings: {'; '.join(different)}; choose another --out")
         known = head.get("gates", {})

@@ -1,6 +1,7 @@
 """Tables of the pages, made from committed results: `python -m eval.tables` rewrites them between their markers."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ COMPILED = ROOT / "eval" / "results" / "aot"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "results.md",
+    ROOT / "docs" / "guides" / "devices.md",
     ROOT / "docs" / "guides" / "identify.md",
     ROOT / "docs" / "guides" / "kernels.md",
     ROOT / "docs" / "guides" / "plan.md",
@@ -202,6 +204,38 @@ def plan_table(path: Path) -> str:
     return "\n".join([*lines, "", about, "", decode, "", _compiled_with(record)])
 
 
+def mesh_table(path: Path) -> str:
+    """Large models on several GPUs: bytes of each from the compiler, and what they send each other in a layer."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| GPUs | model | mesh | cache | streaming | tokens | of each, GB | plan | fullest pool, above the mean "
+        "| decode, KB a layer | prefill, MB a layer |",
+        "| --- | --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for cell in record["results"]:
+        found, devices = cell["verified"], math.prod(cell["settings"]["mesh"].values())
+        sent = {name: of["collectives"]["bytes_in_a_layer"] for name, of in found["programs"].items()}
+        cells = [
+            f"{devices} x {cell['gpu']}",
+            cell["model"],
+            cell["mesh"],
+            cell["settings"]["kv_dtype"],
+            f"{cell['sparsity'] or 0:.0%}",
+            f"{found['context']:,}",
+            f"{found['total'] / 1e9:.2f}",
+            f"{found['deviation']:+.2%}",
+            f"{cell['devices']['imbalance']:.1%}",
+            f"{sent['decode'] / 1e3:.1f}",
+            f"{sent['prefill'] / 1e6:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    about = (
+        f"Weights and activations in bfloat16, one row, chunks of {record['settings']['chunk']} tokens. *Of each*: "
+        "bytes from the compiler; *plan*: the plan beside them; *a layer*: what its collectives give each GPU. Not run."
+    )
+    return "\n".join([*lines, "", about, "", _compiled_with(record)])
+
+
 def kernels_table(path: Path) -> str:
     """Registers, spills and shared memory of every kernel."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -294,6 +328,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "memory": (COMPILED / "memory.json", memory_table),
     "serving": (COMPILED / "serving.json", memory_table),
     "plan": (COMPILED / "plan.json", plan_table),
+    "mesh": (COMPILED / "mesh.json", mesh_table),
     "kernels": (COMPILED / "kernels.json", kernels_table),
 }
 

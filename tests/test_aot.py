@@ -9,6 +9,7 @@ import pytest
 
 from duo_jax import PRESETS
 from duo_jax.gpus import GPUS
+from duo_jax.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from eval.compiled import kernels_on, memory_on
 from eval.kernels import OPERATIONS, program
@@ -66,6 +67,20 @@ def test_a_plan_is_within_its_tolerance_and_quantized_pools_are_written_in_place
     assert is_close(found), found
     for sizes in found["programs"].values():
         assert sizes["aliased"] >= plan.kv(1 << 23) and sizes["temporaries"] < 0.15 * plan.kv(1 << 23)
+
+
+@pytest.mark.parametrize("mesh", [MeshSize(tensor=8), MeshSize(tensor=4, sequence=2)], ids=str)
+def test_eight_gpus_take_what_is_planned_and_send_nothing_of_the_cache(mesh):
+    """Two layers of Llama-3-70B; all 80 were compiled once, see eval/results/aot."""
+    config = replace(PRESETS["llama-3-70b"], num_layers=2, dtype="bfloat16")
+    plan = Plan(config, any_pattern(config, 0.5), chunk_size=2048, mesh=mesh)
+    found = verify(plan, 1 << 22, "h100-80g")
+    assert is_close(found), found
+    for sizes in found["programs"].values():
+        assert sizes["aliased"] >= plan.kv(1 << 22) and sizes["temporaries"] < 0.1 * plan.kv(1 << 22)
+        assert sizes["collectives"]["largest"]["nbytes"] < 0.02 * plan.kv(1 << 22)
+    # An embedding that is looked up is not gathered: a step sends a token's numbers, and its logits.
+    assert found["programs"]["decode"]["collectives"]["bytes_elsewhere"] < 6 * config.vocab_size
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])

@@ -30,9 +30,12 @@ def free_port() -> int:
 
 def begin(model, out, count, *flags, of_last=()):
     """`duo identify` in so many processes, the last one with further flags."""
+    return processes(count, "identify", "--model", model, "--out", out, *FLAGS, *flags, of_last=of_last)
+
+
+def processes(count, *words, of_last=()):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", "from duo_jax.cli import main; main()", "identify", "--model", model, "--out", out]
-    command += [*FLAGS, *flags]
+    command = [sys.executable, "-c", "from duo_jax.cli import main; main()", *words]
     together = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", count]
     commands = [[*command, *together, "--process-id", i] if count > 1 else command for i in range(count)]
     commands[-1] += of_last
@@ -95,6 +98,16 @@ def test_processes_that_were_started_with_different_settings_are_refused(text_mo
         assert "processes 0 and 1 were started with different settings: settings.settings.warmup is" in said
         assert "0.3 in the other" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_share_a_model_and_its_cache(text_model, duo):
+    words = ("generate", "--model", text_model, "--prompt", "The sky is", "--max-new-tokens", 4, "--json")
+    wanted = json.loads(duo(*words).out)
+    (((out, said), code), ((other, _), code_of_other)) = end(processes(2, *words, "--mesh", "sequence=2"))
+    assert (code, code_of_other) == (0, 0), said
+    found = json.loads(out.splitlines()[-1])
+    assert found["tokens"] == wanted["tokens"] and "tokens" not in other
+    np.testing.assert_allclose(found["logprobs"], wanted["logprobs"], rtol=0, atol=1e-5)
 
 
 def test_one_process_agrees_with_itself():

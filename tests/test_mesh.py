@@ -1,5 +1,6 @@
 """Meshes: what needs no second device here, and `eight_devices.py`, which has eight, in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from duo_jax import PRESETS, HeadPattern, KVCache, make_mesh, published_patterns
 from duo_jax.balance import balance, query_heads
 from duo_jax.mesh import MeshSize
+from duo_jax.placement import place_model
 from tests.conftest import TINY
+from tests.test_train import DATA
+from train.gated import GatedModel
+from train.needles import NeedleData
+from train.recipes import Run
 
 
 def run_on_eight_devices(*options: str) -> None:
@@ -110,6 +117,30 @@ def test_what_no_mesh_can_share_is_refused():
         MeshSize(tensor=0)
     with pytest.raises(ValueError, match=rf"has 1024 devices, but there are {jax.device_count()}"):
         make_mesh(tensor=1024)
+
+
+def test_training_refuses_a_model_on_a_mesh(tiny, half, text_model, tmp_path):
+    placed = place_model(tiny, make_mesh(), half)
+    data = NeedleData(DATA, AutoTokenizer.from_pretrained(text_model))
+    with pytest.raises(ValueError, match="load the model without mesh="):
+        Run(placed, data, GatedModel(), tmp_path)
+    with pytest.raises(ValueError, match="lies on a mesh already"):
+        place_model(placed, make_mesh(), half)
+
+
+def test_the_plan_is_of_each_device(duo):
+    """Half of the weights, of the cache and of the heads' slots; copies of KV heads are said."""
+    options = ("plan", "--model", "llama-3-8b", "--memory", "80GB", "--sparsity", 0.5, "--json")
+    one, two = (json.loads(duo(*options, *more).out) for more in ((), ("--mesh", "tensor=2")))
+    assert two["kv_per_token"] * 2 == one["kv_per_token"] and two["max_context"] > 2 * one["max_context"]
+    assert one["weights"] / 2 < two["weights"] < 1.001 * one["weights"] / 2
+    assert two["devices"]["retrieval_heads"] == [64, 64] and two["devices"]["retrieval_slots"] == 64
+    both = json.loads(duo(*options, "--mesh", "tensor=2,sequence=2").out)
+    assert both["kv_per_token"] * 4 == one["kv_per_token"]
+    said = duo(*options[:-1], "--mesh", "tensor=16")
+    assert "Every KV head lies on 2 of them" in said.out and "of 16 slots" in said.out
+    refused = duo(*options, "--mesh", "tensor=3")
+    assert refused.code == 2 and "tensor may be 1, 2, 4, 8" in refused.err
 
 
 def test_sizes_are_read_as_they_are_written():

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +24,7 @@ from duo_jax.cli.options import ModelOptions
 from duo_jax.distributed import check_alike, is_first
 from duo_jax.files import write_text
 from duo_jax.pattern import GATES_FILE, HeadPattern
+from duo_jax.settings import changes
 from train.gated import GatedModel
 from train.needles import NeedleData, Needles
 from train.recipes import AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
@@ -91,10 +91,8 @@ class Identify:
         Raises:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
-        self.processes.join()
-        versions = {package: version(package) for package in ("duo-jax", "jax", "jaxlib", "flax", "optax")}
-        saving = {name: getattr(self, name) for name in ("resume", "checkpoint_every", "keep_checkpoints")}
-        check_alike({"versions": versions, "settings": self.resolved() | saving})
+        saving = {name: getattr(self, name) for name in ("out", "resume", "checkpoint_every", "keep_checkpoints")}
+        self.processes.join(self.resolved() | saving)
         check_folder(self.out, self.resolved(), resume=self.resume)
         if self.resume and (self.out / GATES_FILE).exists():
             print(f"{self.out} holds the finished run")
@@ -183,25 +181,14 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}; choose another folder") from None
-        different = differences({name: found[name] for name in found if name in config or name != "contents"}, config)
+        before = {name: found[name] for name in found if name in config or name != "contents"}
+        different = changes(before, config)
         if different:
             raise ValueError(
                 f"{folder} was begun with other settings: {'; '.join(different)}. Give the same ones, or another folder"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run: choose another folder")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two nested settings differ in, a phrase for each."""
-    found = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append(f"{prefix}{name} was {before!r}, now {after!r}")
-    return found
 
 
 def _show(bar: Any, done: int, total: int, figures: Mapping[str, float | int]) -> None:

@@ -1,10 +1,16 @@
 """Flags of commands that several devices, or several processes, can share."""
 
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 from jax.sharding import Mesh
 
-from duo_jax.distributed import join
+from duo_jax.distributed import check_alike, is_first, join
 from duo_jax.mesh import MeshSize, make_mesh
 
 
@@ -22,17 +28,29 @@ class ProcessOptions:
     process_id: int | None = None
     """Which of them this one is, from 0."""
 
-    def join(self) -> None:
-        """Meet the others, before any device is used.
+    def join(self, settings: Mapping[str, Any]) -> None:
+        """Meet the others, before any device is used, and see that they were started with the same settings.
 
         Raises:
-            ValueError: flags of several processes without --distributed, or some of them only.
+            ValueError: flags of several processes without --distributed, or some of them only; processes with other
+                settings or versions.
         """
         given = self.coordinator, self.processes, self.process_id
         if self.distributed:
             join(*given)
+            versions = {package: version(package) for package in ("duo-jax", "jax", "jaxlib", "flax", "optax")}
+            check_alike({"versions": versions, "settings": json.loads(json.dumps(settings, default=str))})
         elif any(value is not None for value in given):
             raise ValueError("--coordinator, --processes and --process-id are for several processes: add --distributed")
+
+    @contextmanager
+    def first_speaks(self) -> Iterator[None]:
+        """Let the first process print, and no other; errors pass."""
+        if not self.distributed or is_first():
+            yield
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+            yield
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import tyro
 
 from duo_jax import saved
 from duo_jax.cache import KVCache
-from duo_jax.cli.devices import DeviceOptions
+from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timed import Timings, show_status, timed_stream
@@ -35,12 +35,18 @@ class Generate:
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
     kv: tyro.conf.OmitArgPrefixes[CacheOptions] = CacheOptions()
     devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = ProcessOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     json: bool = False
     """Print one JSON object instead of text."""
 
     def run(self) -> None:
-        """Check the flags, load, generate, report."""
+        """Check the flags, load, generate, report; of several processes, the first one speaks."""
+        self.processes.join({name: value for name, value in asdict(self).items() if name != "processes"})
+        with self.processes.first_speaks():
+            self._run()
+
+    def _run(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         mesh = self.devices.make()

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
+from duo_jax.distributed import gather
 from duo_jax.mesh import MeshSize
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
@@ -126,8 +127,15 @@ class RoomOptions:
 
 
 def device_memory() -> int:
-    """Bytes that programs may take of the default device; of the host what is free now, where that is the device."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    """Bytes that programs may take of the default device; of the host what is free now, where that is the device.
+
+    Of several processes, what the one with the least has: they must decide alike.
+    """
+    return min(row[0] for row in gather([_memory_here() >> 20])) << 20 if jax.process_count() > 1 else _memory_here()
+
+
+def _memory_here() -> int:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(limit)
     try:

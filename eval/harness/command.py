@@ -11,8 +11,8 @@ import tyro
 
 from duo_jax import LM
 from duo_jax.cli.options import ModelOptions, PatternOptions
+from duo_jax.settings import changes
 from eval.record import provenance, write
-from train.identify import differences
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Harness:
             old = json.loads(self.out.read_text(encoding="utf-8"))["about"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.out} is not a result of this command; choose another --out") from None
-        different = differences(old, about)
+        different = changes(old, about)
         if different:
             raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
 

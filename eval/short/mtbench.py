@@ -17,9 +17,9 @@ from duo_jax import LM, Categorical, Greedy, Temperature
 from duo_jax.chat import Chat
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.files import write_text
+from duo_jax.settings import changes
 from eval.record import provenance, write
 from eval.short.rows import read_rows
-from train.identify import differences
 
 QUESTION_FIELDS = ("question_id", "category", "turns")
 ANSWER_FIELDS = ("question_id", "answer_id", "model_id", "choices", "tstamp")
@@ -108,7 +108,7 @@ class MtBench:
         old: dict[str, Any] = {}
         if self._about_path.exists():
             old = json.loads(self._about_path.read_text(encoding="utf-8"))["about"]
-        different = differences(old, self._about()) if old else ["nothing says with which settings"] if done else []
+        different = changes(old, self._about()) if old else ["nothing says with which settings"] if done else []
         if different:
             raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
         return done

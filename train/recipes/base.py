@@ -49,6 +49,11 @@ class Run:
     keep_checkpoints: int = 2
     report: Report = quiet
 
+    def __post_init__(self) -> None:
+        """Refuse a model whose heads lie elsewhere than its gates would."""
+        if self.model.mesh is not None:
+            raise ValueError("training shares batches, not models: load the model without mesh=")
+
     @property
     def shape(self) -> tuple[int, int]:
         """Layers and KV heads."""
