@@ -25,7 +25,7 @@ PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # What pytest says where no test was chosen.
 NOTHING := 5
 
-.PHONY: help venv demo model test test-fast test-aot gpu-suite check docs clean
+.PHONY: help venv demo model test test-fast test-meshes test-aot gpu-suite check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,13 +55,17 @@ model: $(STAMP) ## fetch the demo's model
 test: $(STAMP) ## run all tests, on the CPU
 	@echo "Running all tests"
 	@failed=0; \
-	  $(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
+	  $(QUICKLY) $(PYTEST) -m "not slow and not meshes" $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
 	  $(PYTEST) -m slow $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
 	  exit $$failed
 
 test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
 	@echo "Running the fast tests"
-	@$(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	@$(QUICKLY) $(PYTEST) -m "not slow and not meshes" $(PYTEST_ARGS)
+
+test-meshes: $(STAMP) ## run every legal mesh of up to eight devices (half an hour)
+	@echo "Running every mesh"
+	@$(QUICKLY) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m meshes $(PYTEST_ARGS)
 
 # The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
 test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 430 MB)

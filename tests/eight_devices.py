@@ -305,7 +305,7 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.meshes
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mesh_and_cache(family, size):

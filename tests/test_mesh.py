@@ -38,12 +38,17 @@ def run_on_eight_devices(*options: str) -> None:
 
 
 def test_eight_devices_give_the_results_of_one():
-    run_on_eight_devices("-m", "not slow")
+    run_on_eight_devices("-m", "not slow and not meshes")
 
 
 @pytest.mark.slow
-def test_every_legal_mesh_gives_the_results_of_one_device():
+def test_more_on_eight_devices():
     run_on_eight_devices("-m", "slow")
+
+
+@pytest.mark.meshes
+def test_every_legal_mesh_gives_the_results_of_one_device():
+    run_on_eight_devices("-m", "meshes")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
