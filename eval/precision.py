@@ -15,6 +15,7 @@ from duo_jax.weights import WEIGHT_FORMATS
 from eval.intervals import Estimate, ratio
 from eval.ledger import Ledger, fingerprint, read
 from eval.recall import UNSEEN, fit, score_prose, score_sample
+from eval.record import origin
 from train.needles import Needles
 
 FLOAT = "float32"
@@ -121,7 +122,7 @@ class Precision:
 
 def precision_table(path: Path) -> str:
     """Accuracy and likelihood of passkeys, and next-token loss, beside float32 by paired differences."""
-    _, records = read(path)
+    head, records = read(path)
     found: dict[tuple, dict[int, dict[str, float]]] = defaultdict(dict)
     for record in records:
         job = record["job"]
@@ -139,7 +140,7 @@ def precision_table(path: Path) -> str:
         columns += [_change(found, (length, sparsity, kind), weights, cache) for kind in (False, True)]
         lines.append(f"| {' | '.join(columns)} | {len(needles)} |")
     note = "Likelihoods: nats more than with float32 on the same samples; in brackets 95 % intervals over samples."
-    return "\n".join(lines) + f"\n\n{note}\n"
+    return "\n".join([*lines, "", note, origin(head["runs"], "duo eval precision")]) + "\n"
 
 
 def _change(found: Mapping[tuple, dict[int, dict[str, float]]], at: tuple, weights: str, cache: str) -> str:

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,17 @@ def machine() -> dict[str, Any]:
         "versions": {name: found for name in packages if (found := _version(name))},
         "commit": _commit(),
     }
+
+
+def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
+    """Where a file comes from that several runs of a command wrote, in a line: machine, versions, commits."""
+    machine = runs[-1]["machine"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in runs))
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}. "
+        f"Measured by `{command}`, piece by piece, at {commits}."
+    )
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

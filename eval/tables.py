@@ -11,7 +11,9 @@ from duo_jax.gpus import GPUS
 from eval.cells import Cell, Key, full, recall_cells
 from eval.efficiency_tables import bench_table
 from eval.intervals import Estimate
+from eval.precision import precision_table
 from eval.recall import FULL, RANDOM, STREAMING
+from eval.record import origin
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "cpu"
@@ -23,6 +25,7 @@ PAGES = (
     ROOT / "docs" / "guides" / "identify.md",
     ROOT / "docs" / "guides" / "kernels.md",
     ROOT / "docs" / "guides" / "plan.md",
+    ROOT / "docs" / "guides" / "quantize.md",
 )
 
 
@@ -127,16 +130,9 @@ def _of(accuracy: Estimate, full: Estimate) -> str:
 
 
 def _about_recall(head: dict[str, Any], cells: dict[Key, Cell]) -> list[str]:
-    machine = head["runs"][-1]["machine"]
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in head["runs"]))
     passkeys = sorted({cell.passkeys for cell in cells.values()})
     count = f"{passkeys[0]}" if len(passkeys) == 1 else f"{passkeys[0]} to {passkeys[-1]}"
-    return [
-        f"{count} passkeys a cell. {machine['processor']}, "
-        f"{machine['cores']} cores, float32, Python {machine['python']}, {versions}. "
-        f"Measured by `duo eval recall`, piece by piece, at {commits}.",
-    ]
+    return [f"{count} passkeys a cell. {origin(head['runs'], 'duo eval recall')}"]
 
 
 def training_table(path: Path) -> str:
@@ -328,6 +324,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "memory": (COMPILED / "memory.json", memory_table),
     "serving": (COMPILED / "serving.json", memory_table),
     "plan": (COMPILED / "plan.json", plan_table),
+    "precision": (RESULTS / "precision.jsonl", precision_table),
     "mesh": (COMPILED / "mesh.json", mesh_table),
     "kernels": (COMPILED / "kernels.json", kernels_table),
 }
