@@ -8,12 +8,13 @@ around it that checks its arguments and runs it jitted, donating the cache.
 
 import functools
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 from numpy.typing import ArrayLike
 
@@ -265,17 +266,25 @@ def _on_devices(
     def over(state: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
         if state.mesh is None:
             return attend(state, layer, q, k, v, of_row)
-        leaves, structure = jax.tree.flatten(state)
+        mesh, (whole, structure), every = state.mesh, jax.tree.flatten(state), state.axes()
+        # Each device makes empty pools for itself: the compiler of jax 0.11 ends the process where one is handed over.
+        is_held = [leaf.size > 0 for leaf in whole]
+        own = [NamedSharding(mesh, axes).shard_shape(leaf.shape) for leaf, axes in zip(whole, every, strict=True)]
 
         def one(leaves: list[Array], q: Array, k: Array, v: Array, of_row: Array) -> tuple[Array, list[Array]]:
-            out, state = attend(jax.tree.unflatten(structure, leaves), layer, q, k, v, of_row)
-            return out, jax.tree.leaves(state)
+            held, shapes = iter(leaves), zip(whole, own, is_held, strict=True)
+            mine = [next(held) if given else jnp.zeros(shape, leaf.dtype) for leaf, shape, given in shapes]
+            out, state = attend(jax.tree.unflatten(structure, mine), layer, q, k, v, of_row)
+            return out, list(compress(jax.tree.leaves(state), is_held))
 
-        heads, axes = PartitionSpec("data", None, "tensor"), state.axes()
+        heads, axes = PartitionSpec("data", None, "tensor"), list(compress(every, is_held))
         specs = axes, heads, heads, heads, PartitionSpec("data")
-        divided = jax.shard_map(one, mesh=state.mesh, in_specs=specs, out_specs=(heads, axes), check_vma=False)
-        out, leaves = divided(leaves, q, k, v, of_row)
-        return out, jax.tree.unflatten(structure, leaves)
+        divided = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=(heads, axes), check_vma=False)
+        out, leaves = divided(list(compress(whole, is_held)), q, k, v, of_row)
+        new = iter(leaves)
+        return out, jax.tree.unflatten(
+            structure, [next(new) if given else leaf for leaf, given in zip(whole, is_held, strict=True)]
+        )
 
     return over
 
