@@ -30,14 +30,10 @@ from duo_jax.pools import (
     pool_axes,
     pool_dtypes,
     pool_shapes,
-    refill,
-    retrieval_slots,
-    rows,
-    scatter,
-    streaming_slots,
+    write_chunk,
+    write_token,
 )
 from pallas_kernels import Heads, Pools, Stripe
-from pallas_kernels.positions import consecutive, ring_index, ring_positions
 from pallas_kernels.quantized import Stored
 
 T = TypeVar("T")
@@ -274,57 +270,20 @@ class KVCache:
 
         `length` stays: a chunk counts as appended with `advance`, once every layer has written it.
         """
-        heads, pools = self.heads(layer), self.pools
-        position = consecutive(self.length, k.shape[1])
-        valid = position < (self.length + lengths)[:, None]
-        if pools.retrieval_k.shape[0]:
-            slot, row = retrieval_slots(heads, pools)[:, None, None], rows(self.batch_size)[None, :, None]
-            index = self._index(position, valid)[None]
-            pools = pools._replace(
-                retrieval_k=scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
-                retrieval_v=scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
-            )
-        if pools.streaming_k.shape[0]:
-            # The newest token of each ring index comes from the chunk if the chunk holds it, else it stays.
-            newest = ring_positions(self.length + lengths, sink_size=self.sink_size, recent_size=self.recent_size)
-            source = newest - self.length[:, None]
-            pools = pools._replace(
-                streaming_k=refill(pools.streaming_k, heads, source, k),
-                streaming_v=refill(pools.streaming_v, heads, source, v),
-            )
+        pools = write_chunk(self.pools, self.heads(layer), k, v, start=self.length, lengths=lengths, **self._where)
         return replace(self, pools=pools)
 
     def append_token(
         self, layer: int, k: Float[Array, "B K H"], v: Float[Array, "B K H"], active: Bool[Array, "B"]
     ) -> "KVCache":
         """Write one layer's key and value of a new token behind `length`, for the active rows."""
-        heads, pools, row = self.heads(layer), self.pools, rows(self.batch_size)[None, :]
-        k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-        if pools.retrieval_k.shape[0]:
-            slot = retrieval_slots(heads, pools)[:, None]
-            index = self._index(self.length, active)[None, :]
-            pools = pools._replace(
-                retrieval_k=scatter(pools.retrieval_k, (slot, row, index), k),
-                retrieval_v=scatter(pools.retrieval_v, (slot, row, index), v),
-            )
-        if pools.streaming_k.shape[0]:
-            slot = streaming_slots(heads, pools)[:, None]
-            index = ring_index(self.length, sink_size=self.sink_size, recent_size=self.recent_size)
-            index = jnp.where(active, index, pools.streaming_k.shape[2])[None, :]
-            pools = pools._replace(
-                streaming_k=scatter(pools.streaming_k, (slot, row, index), k),
-                streaming_v=scatter(pools.streaming_v, (slot, row, index), v),
-            )
+        pools = write_token(self.pools, self.heads(layer), k, v, start=self.length, active=active, **self._where)
         return replace(self, pools=pools)
 
-    def _index(self, position: Int32[Array, "*p"], valid: Bool[Array, "*p"]) -> Int32[Array, "*p"]:
-        """Where tokens lie in a retrieval slot of this device; out of bounds means dropped: padding, other devices'."""
-        stripe = self.stripe
-        if stripe is not None:
-            count = jnp.full_like(position, stripe.count)
-            valid &= jax.lax.rem(position, count) == stripe.index
-            position = jax.lax.div(position, count)
-        return jnp.where(valid, position, self.pools.retrieval_k.shape[2])
+    @property
+    def _where(self) -> dict[str, Any]:
+        """What decides where a token lies."""
+        return {"sink_size": self.sink_size, "recent_size": self.recent_size, "stripe": self.stripe}
 
     def advance(self, count: Int32[Array, "B"]) -> "KVCache":
         """Count tokens that every layer has written."""

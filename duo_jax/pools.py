@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import Heads, Pools, Stripe
+from pallas_kernels.positions import consecutive, ring_index, ring_positions
 from pallas_kernels.quantized import BITS, Stored, empty, store
 
 # How keys and values may be stored.
@@ -95,27 +96,102 @@ def stored_as(pool: Stored) -> str:
     return pool.dtype.name.replace("uint", "int")
 
 
-def rows(batch_size: int) -> Int32[Array, "B"]:
+def write_chunk(
+    pools: Pools,
+    heads: Heads,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+    stripe: Stripe | None,
+) -> Pools:
+    """Pools with one layer's keys and values of a chunk from position `start` on; padding beyond `lengths` is left out."""
+    position = consecutive(start, k.shape[1])
+    if pools.retrieval_k.shape[0]:
+        slot, row = _retrieval_slots(heads, pools)[:, None, None], _rows(len(start))[None, :, None]
+        index = _index(pools, position, position < (start + lengths)[:, None], stripe)[None]
+        pools = pools._replace(
+            retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
+            retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
+        )
+    if pools.streaming_k.shape[0]:
+        # The newest token of each ring index comes from the chunk if the chunk holds it, else it stays.
+        newest = ring_positions(start + lengths, sink_size=sink_size, recent_size=recent_size)
+        source = newest - start[:, None]
+        pools = pools._replace(
+            streaming_k=_refill(pools.streaming_k, heads, source, k),
+            streaming_v=_refill(pools.streaming_v, heads, source, v),
+        )
+    return pools
+
+
+def write_token(
+    pools: Pools,
+    heads: Heads,
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    *,
+    start: Int32[Array, "B"],
+    active: Bool[Array, "B"],
+    sink_size: int,
+    recent_size: int,
+    stripe: Stripe | None,
+) -> Pools:
+    """Pools with one layer's key and value of a token at position `start`, for the active rows."""
+    row, k, v = _rows(len(start))[None, :], k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+    if pools.retrieval_k.shape[0]:
+        slot = _retrieval_slots(heads, pools)[:, None]
+        index = _index(pools, start, active, stripe)[None, :]
+        pools = pools._replace(
+            retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k),
+            retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v),
+        )
+    if pools.streaming_k.shape[0]:
+        slot = _streaming_slots(heads, pools)[:, None]
+        index = ring_index(start, sink_size=sink_size, recent_size=recent_size)
+        index = jnp.where(active, index, pools.streaming_k.shape[2])[None, :]
+        pools = pools._replace(
+            streaming_k=_scatter(pools.streaming_k, (slot, row, index), k),
+            streaming_v=_scatter(pools.streaming_v, (slot, row, index), v),
+        )
+    return pools
+
+
+def _rows(batch_size: int) -> Int32[Array, "B"]:
     """Row indices."""
     return jnp.arange(batch_size, dtype=jnp.int32)
 
 
-def retrieval_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
+def _retrieval_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
     """Slots of the retrieval heads; out of bounds, and so never written, for the others."""
     return jnp.where(heads.is_retrieval, heads.slot, pools.retrieval_k.shape[0])
 
 
-def streaming_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
+def _streaming_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
     """Slots of the streaming heads; out of bounds, and so never written, for the others."""
     return jnp.where(heads.is_retrieval, pools.streaming_k.shape[0], heads.slot)
 
 
-def scatter(pool: Stored, index: tuple[Array, Array, Array], new: Float[Array, "*index H"]) -> Stored:
+def _index(
+    pools: Pools, position: Int32[Array, "*p"], valid: Bool[Array, "*p"], stripe: Stripe | None
+) -> Int32[Array, "*p"]:
+    """Where tokens lie in a retrieval slot of this device; out of bounds means dropped: padding, other devices'."""
+    if stripe is not None:
+        count = jnp.full_like(position, stripe.count)
+        valid &= lax.rem(position, count) == stripe.index
+        position = lax.div(position, count)
+    return jnp.where(valid, position, pools.retrieval_k.shape[2])
+
+
+def _scatter(pool: Stored, index: tuple[Array, Array, Array], new: Float[Array, "*index H"]) -> Stored:
     """Write tokens at (slot, row, position); what is out of bounds is dropped."""
     return jax.tree.map(lambda x, new: x.at[index].set(new, mode="drop"), pool, store(new, pool))
 
 
-def refill(pool: Stored, heads: Heads, source: Int32[Array, "B R"], chunk: Float[Array, "B T K H"]) -> Stored:
+def _refill(pool: Stored, heads: Heads, source: Int32[Array, "B R"], chunk: Float[Array, "B T K H"]) -> Stored:
     """Rings after a chunk: index r takes chunk token `source[b, r]`, or stays where that is negative."""
     slots = jnp.where(heads.is_retrieval, 0, heads.slot)
     written = jnp.where(heads.is_retrieval, pool.shape[0], heads.slot)
@@ -140,5 +216,5 @@ def fingerprint(pool: Stored, length: Int32[Array, "B"], stripe: Stripe | None =
     index = jnp.arange(keys.shape[1] * keys.shape[2], dtype=jnp.uint32).reshape(1, *keys.shape[1:])
     factor = (index * jnp.uint32(0x9E3779B1)) ^ (index >> 7) | jnp.uint32(1)
     held = length if stripe is None else stripe.held(length)
-    valid = rows(keys.shape[1])[None, :] < held[:, None]
+    valid = _rows(keys.shape[1])[None, :] < held[:, None]
     return jnp.where(valid[:, :, None], bits * factor, jnp.uint32(0)).sum((1, 2), dtype=jnp.uint32)
