@@ -139,13 +139,19 @@ def place(mesh: Mesh, array: np.ndarray, *axes: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def divides_heads(config: ModelConfig, devices: int) -> bool:
+    """Whether so many devices can share the heads: they divide the KV heads, or several have each of them."""
+    keys = config.num_kv_heads
+    return max(keys, devices) % min(keys, devices) == 0 and config.num_heads % devices == 0
+
+
 def _problem(config: ModelConfig, size: MeshSize) -> str | None:
     """Why a model cannot be divided so; None: it can."""
-    keys, queries = config.num_kv_heads, config.num_heads
-    if max(keys, size.tensor) % min(keys, size.tensor) or queries % size.tensor:
+    if not divides_heads(config, size.tensor):
         return (
-            f"{keys} KV heads and {queries} query heads cannot be divided among tensor={size.tensor} devices: it must "
-            "divide the KV heads, or be a multiple of them that divides the query heads"
+            f"{config.num_kv_heads} KV heads and {config.num_heads} query heads cannot be divided among "
+            f"tensor={size.tensor} devices: it must divide the KV heads, or be a multiple of them that divides the "
+            "query heads"
         )
     if config.mlp_dim % size.sharers:
         return f"an MLP of {config.mlp_dim} channels cannot be divided among tensor * sequence = {size.sharers} devices"

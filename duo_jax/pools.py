@@ -108,7 +108,7 @@ def write_chunk(
     recent_size: int,
     stripe: Stripe | None,
 ) -> Pools:
-    """Pools with one layer's keys and values of a chunk from position `start` on; padding beyond `lengths` is left out."""
+    """Pools with one layer's keys and values of a chunk from position `start` on, but for padding beyond `lengths`."""
     position = consecutive(start, k.shape[1])
     if pools.retrieval_k.shape[0]:
         slot, row = _retrieval_slots(heads, pools)[:, None, None], _rows(len(start))[None, :, None]

@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_jax import PRESETS, KVCache, ModelConfig, phases
 from duo_jax.gpus import GPUS
+from duo_jax.mesh import MeshSize, mesh_of
 from duo_jax.placement import model_shapes
 from duo_jax.plan import Plan, any_pattern
-from eval.compiled import memory_on
+from eval.compiled import compile_for, gpus_like, memory_of
 from eval.record import provenance, write
 from train.batches import LABEL_MULTIPLE, Batch
+from train.devices import BY_TOKEN, Sharing
 from train.gated import GatedModel
 from train.loop import State, step
 from train.recipes import Distill
@@ -48,6 +50,8 @@ class MemoryTask:
     """Data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values."""
     backend: str = "triton"
     """Attention backend."""
+    mesh: str | None = None
+    """GPUs that share a training step, such as data=2,sequence=4; what is reported is of each."""
     out: Path | None = None
     """File to write."""
 
@@ -59,13 +63,17 @@ class MemoryTask:
             raise ValueError(f"lengths and chunk must be at least 1, got {self.lengths=}, {self.chunk=}")
         if "prefill" in self.programs and self.chunk > min(self.lengths):
             raise ValueError(f"a chunk must fit into the cache, got {self.chunk=} and {self.lengths=}")
+        size = MeshSize() if self.mesh is None else MeshSize.parse(self.mesh)
+        if size.devices > 1 and self.programs != ("training",):
+            raise ValueError("--mesh is for the training program; duo plan --mesh --verify has prefill and decode")
+        mesh = mesh_of(size, gpus_like(self.gpu, size.devices))
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
         for program in self.programs:
             for length in self.lengths:
                 begin = time.perf_counter()
-                memory = memory_on(self.gpu, *self._program(program, config, length))
+                memory = memory_of(compile_for(self.gpu, *self._program(program, config, length, mesh), mesh=mesh))
                 found = {"program": program, "tokens": length, **asdict(memory), "total": memory.total}
                 record["results"].append(found | {"compile_seconds": time.perf_counter() - begin})
                 if self.out is not None:
@@ -78,9 +86,9 @@ class MemoryTask:
                     flush=True,
                 )
 
-    def _program(self, program: str, config: ModelConfig, length: int) -> tuple[Any, ...]:
+    def _program(self, program: str, config: ModelConfig, length: int, mesh: Mesh) -> tuple[Any, ...]:
         if program == "training":
-            return training_step(config, length, GatedModel(backend=self.backend))
+            return training_step(config, length, GatedModel(backend=self.backend), mesh if mesh.size > 1 else None)
         pattern = any_pattern(config, self.sparsity) if self.sparsity else None
         plan = Plan(
             replace(config, weight_dtype=self.weight_dtype), pattern, chunk_size=self.chunk, kv_dtype=self.kv_dtype
@@ -88,16 +96,24 @@ class MemoryTask:
         return (prefill_chunk if program == "prefill" else decode)(plan, length, self.backend)
 
 
-def training_step(config: ModelConfig, length: int, attention: GatedModel) -> tuple[Any, ...]:
-    """A step of `distill` with one sample, and the shapes of its arguments: nothing is allocated."""
+def training_step(config: ModelConfig, length: int, attention: GatedModel, mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """A step of `distill` with one sample, or one for each group of devices, and the shapes of its arguments."""
     recipe = Distill()
-    shape: Any = jax.ShapeDtypeStruct
-    gates = shape((config.num_layers, config.num_kv_heads), jnp.float32)
+    if mesh is not None:
+        attention = Sharing(mesh).model(attention)
+
+    def shape(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
+        )
+
+    gates, rows = shape((config.num_layers, config.num_kv_heads), jnp.float32), MeshSize.of(mesh).data
     state = State(shape((), jnp.int32), gates, jax.eval_shape(recipe.optimizer().init, gates))
     # Ten passkeys of 32 words.
-    labels = shape((1, 1, 2 * LABEL_MULTIPLE), jnp.int32)
-    batch = Batch(shape((1, 1, length), jnp.int32), labels, shape(labels.shape, jnp.bool_))
-    targets = shape((*labels.shape, config.embed_dim), jnp.float32)
+    labels, by_row = (1, rows, 2 * LABEL_MULTIPLE), (None, "data")
+    tokens = shape((1, rows, length), jnp.int32, None, *BY_TOKEN)
+    batch = Batch(tokens, shape(labels, jnp.int32, *by_row), shape(labels, jnp.bool_, *by_row))
+    targets = shape((*labels, config.embed_dim), jnp.float32, *by_row)
     return jax.jit(partial(step, recipe, attention)), model_shapes(config, None), state, batch, targets
 
 

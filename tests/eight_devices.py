@@ -1,6 +1,7 @@
 """On eight devices as on one: run by `test_mesh.py`, in a process whose CPU is told to be eight devices."""
 
 import functools
+import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from transformers import AutoTokenizer
 
 from duo_jax import (
     HeadPattern,
@@ -28,11 +30,16 @@ from duo_jax.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from eval.collectives import collectives, summary
 from eval.compiled import memory_of
-from eval.memory import decode, prefill_chunk
+from eval.memory import decode, prefill_chunk, training_step
 from pallas_kernels import Heads, Pools, Stripe, decode_attention, prefill_attention
 from pallas_kernels.quantized import empty, read, store
 from tests.conftest import FAMILIES, GOLDEN, ON_CPU, TINY
+from tests.test_train import ATTENTION, DATA, RECIPE
 from tests.text_models import make_model
+from train.gated import GatedModel
+from train.needles import NeedleData
+from train.recipes import KVzip, PruLong, Run
+from train.recipes.base import METRICS_FILE
 
 SIZES = [MeshSize(t, s, d) for t, s, d in product((1, 2, 4, 8), repeat=3) if t * s * d <= 8]
 CHUNK = 16
@@ -303,6 +310,61 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
         for model in (one, models[0])
     )
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "recipe", "changed"),
+    [
+        (MeshSize(sequence=4, data=2), replace(RECIPE, reg_weight=1e-4), {"rematerialize": True}),
+        # Each of four KV heads lies on two devices.
+        pytest.param(
+            MeshSize(sequence=8), replace(RECIPE, reg_weight=1e-4), {"mixing": "teacher"}, marks=pytest.mark.slow
+        ),
+        pytest.param(MeshSize(sequence=2), PruLong(pad_multiple=64), {}, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size, recipe, changed):
+    model, data = load_model(folder), NeedleData(DATA, AutoTokenizer.from_pretrained(folder))
+    attention, recipe = replace(ATTENTION, **changed), replace(recipe, steps=4, learning_rate=0.02, batch_size=2)
+    gates, losses = [], []
+    for mesh in (make_mesh(), mesh_of(size)):
+        run = Run(model, data, attention, tmp_path / str(len(gates)), start=np.full((2, 4), 0.5), mesh=mesh)
+        run.folder.mkdir()
+        gates.append(recipe.find(run))
+        lines = (run.folder / METRICS_FILE).read_text().splitlines()
+        losses.append([json.loads(line)[recipe.loss_name] for line in lines])
+    np.testing.assert_allclose(gates[1], gates[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3, atol=1e-9)
+    assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-3
+
+
+def test_a_training_step_on_devices_that_share_tokens(monkeypatch):
+    """Takes a fraction of the memory, and only attention's arrays are exchanged: never those of all tokens."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.
+    config, length = replace(TINY, num_heads=8, num_kv_heads=4), 4096
+    temporaries = {}
+    for count in (1, 4):
+        attention = GatedModel(sink_size=16, recent_size=64, backend="xla")
+        function, *shapes = training_step(config, length, attention, make_mesh(sequence=count))
+        compiled = function.lower(*shapes).compile()
+        temporaries[count], found = memory_of(compiled).temporaries, collectives(compiled)
+    assert temporaries[4] < 0.35 * temporaries[1]
+    exchanged = [one.nbytes for one in found if one.kind == "all-to-all"]
+    # A device's part of q or the output; of k and v.
+    assert set(exchanged) == {4 * length // 4 * heads * config.head_dim for heads in (8, 4)}
+    assert max(one.nbytes for one in found if one.kind != "all-to-all") < 1024 * 4 * config.embed_dim
+
+
+def test_what_devices_cannot_share_in_training_is_refused(folder, tmp_path):
+    model, data = load_model(folder), NeedleData(DATA, AutoTokenizer.from_pretrained(folder))
+    for mesh, recipe, said in (
+        (make_mesh(sequence=3), RECIPE, "4 KV heads and 8 query heads cannot be divided among sequence=3"),
+        (make_mesh(tensor=2), RECIPE, r"not weights: .*tensor=2"),
+        (make_mesh(data=3), RECIPE, r"a multiple of the 3 devices .*batch_size=1"),
+        (make_mesh(sequence=2), KVzip(length=64), "KVzip trains nothing and takes one device"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recipe.find(Run(model, data, ATTENTION, tmp_path, mesh=mesh))
 
 
 @pytest.mark.meshes

@@ -64,8 +64,9 @@ def alone(text_model, tmp_path_factory):
     return gates_of(folder)
 
 
-def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path):
-    ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20))
+@pytest.mark.parametrize("mesh", [(), ("--mesh", "sequence=2")], ids=["samples", "tokens"])
+def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh):
+    ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20, *mesh))
     assert [code for _, code in ended] == [0, 0], ended
     np.testing.assert_allclose(gates_of(tmp_path / "out"), alone, rtol=0, atol=1e-5)
     assert ((alone > 0) & (alone < 0.9)).any()

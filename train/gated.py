@@ -1,7 +1,9 @@
 """Forward passes for training: the full model (teacher) and the gated model (student). No cache, no data, no loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -10,6 +12,7 @@ from duo_jax.model import Model
 from pallas_kernels import full_attention, gated_attention
 from pallas_kernels.positions import consecutive
 
+T = TypeVar("T")
 # Each layer's output of full attention, on its own input.
 LayerOutputs = tuple[Float[Array, "B T N H"], ...]
 
@@ -39,7 +42,7 @@ class GatedModel:
         """Final-norm hidden states under full attention, and every layer's attention output."""
 
         def attend(outputs: LayerOutputs, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, LayerOutputs]:
-            out = full_attention(q, k, v, backend=self.backend)
+            out = self.attend(partial(full_attention, backend=self.backend), q, k, v)
             return out, (*outputs, out)
 
         return model.decoder.hidden(tokens, _positions(tokens), attend, ())
@@ -52,22 +55,31 @@ class GatedModel:
         full: LayerOutputs | None = None,
     ) -> Float[Array, "B T D"]:
         """Final-norm hidden states of the gated model, differentiable in `gates`; `full` as `teacher` returns it."""
+        sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
 
         def attend(state: Array, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            out = gated_attention(
-                q,
-                k,
-                v,
-                state[layer],
-                sink_size=self.sink_size,
-                recent_size=self.recent_size,
-                full=None if full is None else full[layer],
-                backend=self.backend,
-            )
-            return out, state
+            attention = partial(gated_attention, **sizes, backend=self.backend)
+            return self.attend(attention, q, k, v, state[layer], None if full is None else full[layer]), state
 
         positions = _positions(tokens)
         return model.decoder.hidden(tokens, positions, attend, gates, rematerialize=self.rematerialize)[0]
+
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        gates: Float[Array, "K"] | None = None,
+        full: Float[Array, "B T N H"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Attention of one layer: where it is computed. `attention` takes what is given of the arrays, by name."""
+        given = {"gates": gates, "full": full}
+        return attention(q, k, v, **{name: x for name, x in given.items() if x is not None})
+
+    def divided(self, tree: T, *axes: Any) -> T:
+        """A pytree, divided along these axes of a mesh: one device has all of it."""
+        return tree
 
 
 def _positions(tokens: Int32[Array, "B T"]) -> Int32[Array, "B T"]:

@@ -23,6 +23,7 @@ from duo_jax.cli.devices import ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.distributed import check_alike, is_first
 from duo_jax.files import write_text
+from duo_jax.mesh import MeshSize, make_mesh
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_jax.settings import changes
 from train.gated import GatedModel
@@ -32,7 +33,7 @@ from train.vocabulary import COMMON
 
 RUN_FILE = "run.json"
 # What may differ when a run is resumed: where it writes, how often it saves and who computes change no gate.
-FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes")
+FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Identify:
     out: Path
     """Folder for the pattern, its configuration, metrics and checkpoints."""
     processes: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = ProcessOptions()
+    mesh: str | None = None
+    """Devices along each axis, such as data=4,sequence=2: data shares the samples of a batch, sequence the tokens of
+    each sample. All devices share the samples by default."""
     preset: Literal["paper", "smollm2-cpu", "debug"] = "paper"
     """Defaults of everything below: the paper's, a real small model on two CPU cores, or a run of seconds."""
     recipe: Literal["distill", "prulong", "attention-profile", "kvzip"] = "distill"
@@ -91,7 +95,8 @@ class Identify:
         Raises:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
-        saving = {name: getattr(self, name) for name in ("out", "resume", "checkpoint_every", "keep_checkpoints")}
+        apart = ("out", "resume", "checkpoint_every", "keep_checkpoints", "mesh")
+        saving = {name: getattr(self, name) for name in apart}
         self.processes.join(self.resolved() | saving)
         check_folder(self.out, self.resolved(), resume=self.resume)
         if self.resume and (self.out / GATES_FILE).exists():
@@ -125,6 +130,7 @@ class Identify:
                 f"need checkpoint_every >= 1 and keep_checkpoints >= 1, got {self.checkpoint_every=}, "
                 f"{self.keep_checkpoints=}"
             )
+        mesh = None if self.mesh is None else make_mesh(**vars(MeshSize.parse(self.mesh)))
         model = self.model.load()
         data = NeedleData(self.data, self.model.tokenizer())
         trained = model.config.trained_positions
@@ -145,6 +151,7 @@ class Identify:
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
+            mesh=mesh,
         )
         self.chosen.check(run)
         return run

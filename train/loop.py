@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.distributed import check_alike, gather, is_first
 from duo_jax.files import write_text
 from duo_jax.model import Model
 from train.batches import Batch, stack, widths
+from train.devices import Sharing
 from train.gated import GatedModel
 from train.recipes.base import METRICS_FILE, Run
 from train.recipes.learned import Learned, Params
@@ -58,10 +58,11 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
     if not run.resume and (run.folder / METRICS_FILE).exists():
         raise ValueError(f"{run.folder} holds the metrics of a run: resume it, or choose another folder")
     check_alike({"start": None if run.start is None else run.start.tolist(), "steps": recipe.steps})
-    feed = _Feed(recipe, run)
+    sharing = Sharing(run.mesh)
+    feed = _Feed(recipe, run, sharing)
     start = jnp.ones(run.shape, jnp.float32) if run.start is None else jnp.asarray(run.start, jnp.float32)
     params = recipe.init(start)
-    state = feed.everywhere(State(jnp.int32(0), params, recipe.optimizer().init(params)))
+    state = sharing.everywhere(State(jnp.int32(0), params, recipe.optimizer().init(params)))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=run.keep_checkpoints, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
@@ -74,12 +75,12 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
                 raise ValueError(f"{run.folder} holds checkpoints of a run: resume it, or choose another folder")
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
         done = int(state.step)
-        model = feed.everywhere(run.model)
+        model = sharing.everywhere(run.model)
         with _Metrics(run.folder / METRICS_FILE if is_first() else None, done) as metrics:
             for number in range(done, recipe.steps):
                 begin = time.perf_counter()
                 batch, targets = feed.batch(model, number)
-                new, figures = step(recipe, run.attention, model, state, batch, targets)
+                new, figures = step(recipe, feed.attention, model, state, batch, targets)
                 figures = {name: float(value) for name, value in figures.items()}
                 _check_finite(number + 1, figures, checkpoints.latest_step())
                 state = new
@@ -141,7 +142,7 @@ def step(
         "learning_rate": recipe.schedule(state.step),
         **figures,
     }
-    return State(state.step + 1, params, optimizer), figures
+    return attention.divided((State(state.step + 1, params, optimizer), figures))
 
 
 def _save(checkpoints: ocp.CheckpointManager, state: State, *, force: bool) -> None:
@@ -166,31 +167,14 @@ class _Feed:
     Of several processes, each draws the samples of its own devices: which they are depends on the step alone.
     """
 
-    def __init__(self, recipe: Learned, run: Run) -> None:
-        devices = jax.devices()
-        self.recipe, self.run = recipe, run
-        # Not a mesh of one: a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead of 6.6).
-        self.whole: Sharding = SingleDeviceSharding(devices[0])
-        self.split: Sharding = SingleDeviceSharding(devices[0])
-        if len(devices) > 1:
-            mesh = Mesh(np.asarray(devices), ("data",))
-            self.whole, self.split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "data")))
+    def __init__(self, recipe: Learned, run: Run, sharing: Sharing) -> None:
+        self.recipe, self.run, self.sharing = recipe, run, sharing
+        self.attention = sharing.model(run.attention)
+        self.rows = sharing.rows(recipe.batch_size)
         self.kept: dict[int, np.ndarray] = {}
-        # Rows of a micro-batch that lie on this process's devices.
-        each = recipe.batch_size // len(devices)
-        mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
-        self.rows = [row for i in mine for row in range(i * each, (i + 1) * each)]
 
-    def everywhere(self, tree: Any) -> Any:
-        """A pytree on every device."""
-        if jax.process_count() == 1:
-            return jax.device_put(tree, self.whole)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.whole, np.asarray(x)), tree)
-
-    def _shared(self, rows: np.ndarray) -> Array:
-        """Rows of this process, `[A, rows, ...]`, as its part of those of all."""
-        shape = (rows.shape[0], self.recipe.batch_size, *rows.shape[2:])
-        return jax.make_array_from_process_local_data(self.split, rows, shape)
+    def _put(self, rows: np.ndarray, *, tokens: bool = False) -> Array:
+        return self.sharing.put(rows, self.recipe.batch_size, tokens=tokens)
 
     def batch(self, model: Model, step: int) -> tuple[Batch, Float[Array, "A B M D"] | None]:
         """The batch of a step, counted from 0, and the recipe's targets for it."""
@@ -200,30 +184,24 @@ class _Feed:
         samples = [self.run.data[number] for number in numbers]
         ids = [number % config.num_samples for number in numbers] if config.num_samples else []
         known = bool(ids) and all(i in self.kept for i in ids)
-        agreed = gather([*widths(samples, pad_multiple=recipe.pad_multiple), not known])
+        multiple = math.lcm(recipe.pad_multiple, self.sharing.size.sequence)
+        agreed = gather([*widths(samples, pad_multiple=multiple), not known])
         width, most, unknown = (max(column) for column in zip(*agreed, strict=True))
-        host = stack(samples, accumulate=recipe.accumulate, width=width, most=most)
-        batch = Batch(*map(self._shared, host))
+        tokens, labels, valid = stack(samples, accumulate=recipe.accumulate, width=width, most=most)
+        batch = Batch(self._put(tokens, tokens=True), self._put(labels), self._put(valid))
         if not unknown:
             kept = [np.resize(self.kept[i], (most, self.kept[i].shape[1])) for i in ids]
-            return batch, self._shared(np.stack(kept).reshape(*host[1].shape, -1))
-        targets = _targets(recipe, self.run.attention, model, batch)
+            return batch, self._put(np.stack(kept).reshape(*labels.shape, -1))
+        targets = _targets(recipe, self.attention, model, batch)
         if targets is not None and ids and sum(row.nbytes for row in self.kept.values()) < KEPT_BYTES:
-            rows = self._mine(targets).reshape(len(ids), *targets.shape[2:])
+            rows = self.sharing.mine(targets).reshape(len(ids), *targets.shape[2:])
             self.kept |= {i: row[: s.labels.sum()] for i, row, s in zip(ids, rows, samples, strict=True)}
         return batch, targets
-
-    def _mine(self, shared: Array) -> np.ndarray:
-        """The rows of this process."""
-        if jax.process_count() == 1:
-            return np.asarray(shared)
-        parts = {shard.index[1].start or 0: np.asarray(shard.data) for shard in shared.addressable_shards}
-        return np.concatenate([parts[begin] for begin in sorted(parts)], axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _targets(recipe: Learned, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "A B M D"] | None:
-    return jax.lax.map(lambda micro: recipe.targets(attention, model, micro), batch)
+    return attention.divided(jax.lax.map(lambda micro: recipe.targets(attention, model, micro), batch), None, "data")
 
 
 class _Metrics:

@@ -32,6 +32,7 @@ class AttentionProfile(Recipe):
 
     def check(self, run: Run) -> None:
         """Something to average over."""
+        super().check(run)
         if self.num_samples < 1 or self.length < 2:
             raise ValueError(f"need num_samples >= 1 and length >= 2, got {self.num_samples=}, {self.length=}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from duo_jax.model import Model
@@ -36,6 +37,7 @@ class Run:
         resume: go on from the last checkpoint in `folder`, if there is one.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of them are kept.
+        mesh: devices that share samples (`data`) and the tokens of each (`sequence`); None: all share the samples.
         report: called after every step.
     """
 
@@ -47,12 +49,13 @@ class Run:
     resume: bool = False
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    mesh: Mesh | None = None
     report: Report = quiet
 
     def __post_init__(self) -> None:
         """Refuse a model whose heads lie elsewhere than its gates would."""
         if self.model.mesh is not None:
-            raise ValueError("training shares batches, not models: load the model without mesh=")
+            raise ValueError("training shares samples and tokens, not models: load the model without mesh=")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,7 +68,8 @@ class Recipe(abc.ABC):
 
     def check(self, run: Run) -> None:
         """Raise ValueError if this recipe cannot do with what the run gives it; `find` has not begun yet."""
-        return
+        if run.mesh is not None:
+            raise ValueError(f"{type(self).__name__} trains nothing and takes one device: leave the mesh out")
 
     @abc.abstractmethod
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:

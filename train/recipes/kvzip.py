@@ -36,6 +36,7 @@ class KVzip(Recipe):
 
     def check(self, run: Run) -> None:
         """Contexts longer than the sinks, and a text longer than they."""
+        super().check(run)
         sinks, text = run.attention.sink_size, run.data.text
         if self.num_samples < 1 or self.length <= sinks:
             raise ValueError(f"need num_samples >= 1 and length > {sinks} (sinks), got {vars(self)}")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from duo_jax.model import Model
 from train.batches import Batch
+from train.devices import Sharing
 from train.gated import GatedModel
 from train.recipes.base import Recipe, Run
 
@@ -35,7 +36,7 @@ class Learned(Recipe):
     cooldown: float = 0.2
     """Fraction of the steps in which the rate falls to a tenth of the peak."""
     batch_size: int = 1
-    """Samples computed at a time, over all devices; a multiple of their number."""
+    """Samples computed at a time, over all devices; a multiple of those that share samples."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
     pad_multiple: int = 128
@@ -55,13 +56,8 @@ class Learned(Recipe):
             )
 
     def check(self, run: Run) -> None:
-        """A batch that the devices can share."""
-        devices = jax.device_count()
-        if self.batch_size % devices:
-            raise ValueError(
-                f"batch_size must be a multiple of the {devices} devices that share it, got {self.batch_size=}: raise "
-                "it, or hide devices (CUDA_VISIBLE_DEVICES)"
-            )
+        """A batch, and a model, that the devices can share."""
+        Sharing(run.mesh).check(run.model.config, self.batch_size)
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Train; see `train.loop.train`."""
