@@ -3,6 +3,7 @@
 Three axes. `data` shares rows of a batch; `tensor` shares heads, and the weights that belong to them; `sequence` shares
 the tokens of retrieval heads, and the same weights once more (Helix parallelism, arXiv 2507.07120): a device holds
 `1 / (tensor * sequence)` of the weights, `1 / tensor` of the heads and `1 / sequence` of a retrieval head's tokens.
+Where gates are trained, which takes no cache, `sequence` shares all tokens and no weights (`train.devices`).
 """
 
 from dataclasses import dataclass, fields
@@ -81,20 +82,26 @@ class MeshSize:
 
         A vocabulary that the devices do not divide is no obstacle: its head is then shared by channel.
         """
-        if _problem(config, self) is None:
-            return
-        fitting = [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16) if _problem(config, MeshSize(n, self.sequence)) is None]
-        way = f"tensor may be {', '.join(map(str, fitting))}" if fitting else f"another than sequence={self.sequence}"
-        raise ValueError(f"{_problem(config, self)}; beside sequence={self.sequence}, {way}")
+        check_heads(config, "tensor", self.tensor)
+        if config.mlp_dim % self.sharers:
+            fitting = [n for n in _sizes(config) if config.mlp_dim % (n * self.sequence) == 0]
+            way = (
+                f"tensor may be {', '.join(map(str, fitting))}" if fitting else f"another than sequence={self.sequence}"
+            )
+            raise ValueError(
+                f"an MLP of {config.mlp_dim} channels cannot be divided among tensor * sequence = {self.sharers} "
+                f"devices; beside sequence={self.sequence}, {way}"
+            )
 
 
 def make_mesh(*, tensor: int = 1, sequence: int = 1, data: int = 1) -> Mesh:
-    """A mesh of the first `tensor * sequence * data` devices, to pass to `load_model` and `KVCache.init`.
+    """A mesh of the first `tensor * sequence * data` devices, for `load_model` and `KVCache.init`, or for training.
 
     Args:
         tensor: devices that share the heads, and the weights that belong to them. It divides the KV heads, or is a
             multiple of them: each KV head then lies on several devices.
-        sequence: devices that share the tokens of every retrieval head, and the weights once more.
+        sequence: devices that share the tokens of every retrieval head, and the weights once more; in training, the
+            tokens of a sample.
         data: devices, or groups of them, that share the rows of a batch; each has all weights.
 
     Raises:
@@ -139,23 +146,27 @@ def place(mesh: Mesh, array: np.ndarray, *axes: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def divides_heads(config: ModelConfig, devices: int) -> bool:
-    """Whether so many devices can share the heads: they divide the KV heads, or several have each of them."""
+def check_heads(config: ModelConfig, axis: str, devices: int) -> None:
+    """Raise ValueError where so many devices along an axis cannot share the heads, with numbers that can.
+
+    They divide the KV heads, or several of them have each.
+    """
+    if not _divides_heads(config, devices):
+        raise ValueError(
+            f"{config.num_kv_heads} KV heads and {config.num_heads} query heads cannot be divided among "
+            f"{axis}={devices} devices: it must divide the KV heads, or be a multiple of them that divides the query "
+            f"heads; {axis} may be {', '.join(map(str, _sizes(config)))}"
+        )
+
+
+def _divides_heads(config: ModelConfig, devices: int) -> bool:
     keys = config.num_kv_heads
     return max(keys, devices) % min(keys, devices) == 0 and config.num_heads % devices == 0
 
 
-def _problem(config: ModelConfig, size: MeshSize) -> str | None:
-    """Why a model cannot be divided so; None: it can."""
-    if not divides_heads(config, size.tensor):
-        return (
-            f"{config.num_kv_heads} KV heads and {config.num_heads} query heads cannot be divided among "
-            f"tensor={size.tensor} devices: it must divide the KV heads, or be a multiple of them that divides the "
-            "query heads"
-        )
-    if config.mlp_dim % size.sharers:
-        return f"an MLP of {config.mlp_dim} channels cannot be divided among tensor * sequence = {size.sharers} devices"
-    return None
+def _sizes(config: ModelConfig) -> list[int]:
+    """Usual numbers of devices that can share the heads."""
+    return [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16) if _divides_heads(config, n)]
 
 
 def both(dim: int, size: MeshSize) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_jax.gpus import GPUS, Gpu, find_gpu
+from duo_jax.mesh import MeshSize
 from pallas_kernels.tiles import CAPABILITIES
 
 
@@ -49,16 +50,6 @@ class Kernel:
     spill_bytes: int  # registers that did not fit, stored and loaded again
     shared_memory: int  # bytes of each program
     address_bits: int | None  # of the widest offset into an array; None: not looked at, as in Mosaic's
-
-
-def memory_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> Memory:
-    """Compile a jitted function for one GPU and read what it needs; `shapes` are pytrees of `jax.ShapeDtypeStruct`.
-
-    Raises:
-        ValueError: an unknown GPU.
-        NotImplementedError: the CUDA plugin is not installed.
-    """
-    return memory_of(compile_for(gpu, function, *shapes))
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory:
@@ -154,10 +145,31 @@ def gpus_like(gpu: str, count: int) -> list[Any]:
     return list(topology.devices)
 
 
+def gpus_of(gpu: str, mesh: str | None) -> str:
+    """What was compiled for, in words; `mesh` as on the command line."""
+    size = MeshSize() if mesh is None else MeshSize.parse(mesh)
+    if size.devices == 1:
+        return f"one row, compiled for {GPUS[gpu].name}"
+    rows = "one row" if size.data == 1 else f"{size.data} rows"
+    return f"{rows}, each of {size.devices} x {GPUS[gpu].name} ({mesh})"
+
+
 def compile_for(
     gpu: str, function: jax.stages.Wrapped, *shapes: Any, mesh: Mesh | None = None, **options: Any
 ) -> jax.stages.Compiled:
-    """Compile a jitted function for one GPU, or a mesh of `gpus_like` it, with XLA's options; see `memory_on`."""
+    """Compile a jitted function for one GPU, or a mesh of `gpus_like` it, with XLA's options.
+
+    Args:
+        gpu: its name, see `duo_jax.gpus`.
+        function: the program.
+        shapes: its arguments, pytrees of `jax.ShapeDtypeStruct`.
+        mesh: where arrays lie that do not say so themselves; by default one GPU.
+        options: XLA's.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: the CUDA plugin is not installed.
+    """
     mesh = mesh or Mesh(np.array(gpus_like(gpu, 1)), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_jax import PRESETS, KVCache, ModelConfig, phases
+from duo_jax.cli.devices import DeviceOptions
 from duo_jax.gpus import GPUS
 from duo_jax.mesh import MeshSize, mesh_of
 from duo_jax.placement import model_shapes
 from duo_jax.plan import Plan, any_pattern
-from eval.compiled import compile_for, gpus_like, memory_of
+from eval.compiled import compile_for, gpus_like, gpus_of, memory_of
 from eval.record import provenance, write
 from train.batches import LABEL_MULTIPLE, Batch
-from train.devices import BY_TOKEN, Sharing
+from train.devices import BY_TOKEN, Sharding
 from train.gated import GatedModel
 from train.loop import State, step
 from train.recipes import Distill
@@ -63,10 +64,13 @@ class MemoryTask:
             raise ValueError(f"lengths and chunk must be at least 1, got {self.lengths=}, {self.chunk=}")
         if "prefill" in self.programs and self.chunk > min(self.lengths):
             raise ValueError(f"a chunk must fit into the cache, got {self.chunk=} and {self.lengths=}")
-        size = MeshSize() if self.mesh is None else MeshSize.parse(self.mesh)
+        size = DeviceOptions(self.mesh).size
         if size.devices > 1 and self.programs != ("training",):
             raise ValueError("--mesh is for the training program; duo plan --mesh --verify has prefill and decode")
+        if any(length % size.sequence for length in self.lengths):
+            raise ValueError(f"lengths must be multiples of sequence={size.sequence}, got {self.lengths=}")
         mesh = mesh_of(size, gpus_like(self.gpu, size.devices))
+        Sharding(mesh).check(PRESETS[self.model], size.data)
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
@@ -80,7 +84,7 @@ class MemoryTask:
                     write(self.out, record)
                 share = memory.total / GPUS[self.gpu].memory_bytes
                 print(
-                    f"{self.model}, {program}, {length} tokens on {GPUS[self.gpu].name}: arguments "
+                    f"{self.model}, {program}, {length} tokens, {gpus_of(self.gpu, self.mesh)}: arguments "
                     f"{memory.arguments / 1e9:.1f} GB, temporaries {memory.temporaries / 1e9:.1f} GB, in all "
                     f"{memory.total / 1e9:.1f} GB, {share:.0%} of it",
                     flush=True,
@@ -88,7 +92,7 @@ class MemoryTask:
 
     def _program(self, program: str, config: ModelConfig, length: int, mesh: Mesh) -> tuple[Any, ...]:
         if program == "training":
-            return training_step(config, length, GatedModel(backend=self.backend), mesh if mesh.size > 1 else None)
+            return training_step(config, length, GatedModel(backend=self.backend), mesh)
         pattern = any_pattern(config, self.sparsity) if self.sparsity else None
         plan = Plan(
             replace(config, weight_dtype=self.weight_dtype), pattern, chunk_size=self.chunk, kv_dtype=self.kv_dtype
@@ -100,12 +104,11 @@ def training_step(config: ModelConfig, length: int, attention: GatedModel, mesh:
     """A step of `distill` with one sample, or one for each group of devices, and the shapes of its arguments."""
     recipe = Distill()
     if mesh is not None:
-        attention = Sharing(mesh).model(attention)
+        attention = Sharding(mesh).model(attention)
 
-    def shape(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
-        return jax.ShapeDtypeStruct(
-            shape, dtype, sharding=None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
-        )
+    def shape(sizes: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+        where = None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
     gates, rows = shape((config.num_layers, config.num_kv_heads), jnp.float32), MeshSize.of(mesh).data
     state = State(shape((), jnp.int32), gates, jax.eval_shape(recipe.optimizer().init, gates))

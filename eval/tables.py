@@ -9,6 +9,7 @@ from typing import Any
 
 from duo_jax.gpus import GPUS
 from eval.cells import Cell, Key, full, recall_cells
+from eval.compiled import gpus_of
 from eval.efficiency_tables import bench_table
 from eval.intervals import Estimate
 from eval.precision import precision_table
@@ -165,7 +166,7 @@ def memory_table(path: Path) -> str:
     for result in record["results"]:
         sizes = " | ".join(f"{result[name] / 1e9:.1f}" for name in ("arguments", "temporaries", "total"))
         lines.append(f"| {result['program']} | {result['tokens']} | {sizes} |")
-    about = f"{settings['model']}, {settings['dtype']}, one row, compiled for {GPUS[settings['gpu']].name}; not run."
+    about = f"{settings['model']}, {settings['dtype']}, {gpus_of(settings['gpu'], settings.get('mesh'))}; not run."
     return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
 
 
@@ -322,6 +323,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
+    "shared training": (COMPILED / "training-mesh.json", memory_table),
     "serving": (COMPILED / "serving.json", memory_table),
     "plan": (COMPILED / "plan.json", plan_table),
     "precision": (RESULTS / "precision.jsonl", precision_table),

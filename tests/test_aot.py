@@ -11,7 +11,7 @@ from duo_jax import PRESETS
 from duo_jax.gpus import GPUS
 from duo_jax.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
-from eval.compiled import kernels_on, memory_on
+from eval.compiled import compile_for, kernels_on, memory_of
 from eval.kernels import OPERATIONS, program
 from eval.memory import decode, prefill_chunk, training_step
 from eval.verify import is_close, verify
@@ -33,7 +33,9 @@ def shapes_for_arrays(monkeypatch):
 def test_a_training_step_s_memory_is_linear_in_the_tokens():
     """Two layers of Llama-3-8B; all 32 at 32k tokens were compiled once, see eval/results/aot."""
     config = replace(PRESETS["llama-3-8b"], num_layers=2, dtype="bfloat16")
-    small, large = (memory_on("a100-80g", *training_step(config, length, GatedModel())) for length in (4096, 8192))
+    small, large = (
+        memory_of(compile_for("a100-80g", *training_step(config, length, GatedModel()))) for length in (4096, 8192)
+    )
     assert large.temporaries < 2.1 * small.temporaries
     # The weights that are used: all but the head.
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
@@ -49,11 +51,11 @@ def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
     pools = 2 * 2 * config.head_dim * heads * (length + 64 + 256)
     weights = 2 * config.num_parameters
     plan = Plan(config, any_pattern(config, 0.5), chunk_size=8192)
-    found = memory_on(gpu, *decode(plan, length, "triton"))
+    found = memory_of(compile_for(gpu, *decode(plan, length, "triton")))
     assert found.arguments == pytest.approx(weights + pools, rel=1e-3)
     # Its pools are written where they are: nothing of their size is made, and what is made is small.
     assert found.aliased >= pools and found.temporaries < 0.01 * pools
-    chunk = memory_on(gpu, *prefill_chunk(plan, length, "triton"))
+    chunk = memory_of(compile_for(gpu, *prefill_chunk(plan, length, "triton")))
     assert chunk.aliased >= pools and chunk.temporaries < 2e9
     assert max(found.total, chunk.total) < GPUS[gpu].memory_bytes
 

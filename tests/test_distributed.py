@@ -19,6 +19,7 @@ FLAGS = (
     *("--distill.pad-multiple", "64", "--data.min-length", "60", "--data.max-length", "60", "--data.num-lengths", "1"),
     *("--data.needle", "<{ordinal} {words}>", "--data.question", "{ordinal}?", "--data.answer", "{ordinal} {words}."),
     *("--attention.sink-size", "2", "--attention.recent-size", "8", "--attention.no-rematerialize"),
+    *("--data.num-samples", "8"),  # A sample's targets are used again.
 )
 
 
@@ -28,13 +29,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def begin(model, out, count, *flags, of_last=()):
+def begin(model, out, count, *flags, of_last=(), devices=1):
     """`duo identify` in so many processes, the last one with further flags."""
-    return processes(count, "identify", "--model", model, "--out", out, *FLAGS, *flags, of_last=of_last)
+    words = ("identify", "--model", model, "--out", out, *FLAGS, *flags)
+    return processes(count, *words, of_last=of_last, devices=devices)
 
 
-def processes(count, *words, of_last=()):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+def processes(count, *words, of_last=(), devices=1):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", "from duo_jax.cli import main; main()", *words]
     together = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", count]
     commands = [[*command, *together, "--process-id", i] if count > 1 else command for i in range(count)]
@@ -64,9 +67,11 @@ def alone(text_model, tmp_path_factory):
     return gates_of(folder)
 
 
-@pytest.mark.parametrize("mesh", [(), ("--mesh", "sequence=2")], ids=["samples", "tokens"])
-def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh):
-    ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20, *mesh))
+@pytest.mark.parametrize(
+    ("mesh", "devices"), [((), 1), (("--mesh", "data=2,sequence=2"), 2)], ids=["samples", "samples and tokens"]
+)
+def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh, devices):
+    ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20, *mesh, devices=devices))
     assert [code for _, code in ended] == [0, 0], ended
     np.testing.assert_allclose(gates_of(tmp_path / "out"), alone, rtol=0, atol=1e-5)
     assert ((alone > 0) & (alone < 0.9)).any()
@@ -76,8 +81,9 @@ def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh):
 
 
 def test_a_process_that_dies_ends_the_others_and_one_goes_on(text_model, alone, tmp_path):
+    """They share each sample's tokens, and it does not."""
     out = tmp_path / "out"
-    started = begin(text_model, out, 2, "--distill.steps", 20)
+    started = begin(text_model, out, 2, "--distill.steps", 20, "--mesh", "sequence=2")
     deadline = time.monotonic() + 200
     while not (out / METRICS_FILE).exists() or (out / METRICS_FILE).read_text().count("\n") < 5:
         if started[0].poll() is not None or time.monotonic() > deadline:

@@ -113,6 +113,8 @@ def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
         (("--start", "no-such-pattern"), ("no published pattern",)),
         (("--start", "smollm2-135m-instruct"), ("made for another model",)),
         (("--recipe", "prulong", "--attention.mixing", "teacher"), ("no teacher",)),
+        (("--recipe", "kvzip", "--mesh", "data=1"), ("takes one device",)),
+        (("--mesh", "sequence=3"), ("3 devices, but there are",)),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_leaves_nothing(identify, tmp_path, args, words):

@@ -1,25 +1,23 @@
 """How devices share a training step: the samples of a batch along `data`, the tokens of each along `sequence`.
 
 Every device has all weights. Outside attention it works on its part of the tokens, inside on all tokens of its part of
-the heads (Ulysses, arXiv 2309.14509): two exchanges a layer, the same work for every device in spite of causality, and
-any attention backend as on one device.
+the heads (Ulysses, arXiv 2309.14509): the same work for every device in spite of causality, by any attention backend.
+Queries, keys, values and the output are exchanged for it; nothing else is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from duo_jax.config import ModelConfig
-from duo_jax.mesh import MeshSize, constrain, divides_heads, make_mesh
+from duo_jax.mesh import MeshSize, check_heads, constrain, make_mesh
 from train.gated import GatedModel
-
-T = TypeVar("T")
 
 BY_TOKEN = "data", "sequence"
 # The last axis has one device, and is named because gradients would be summed over an axis that is not.
@@ -27,7 +25,7 @@ BY_HEAD = "data", None, ("sequence", "tensor")
 
 
 @dataclass(frozen=True)
-class SharedModel(GatedModel):
+class ShardedModel(GatedModel):
     """A gated model on the devices of a mesh."""
 
     mesh: Mesh | None = None
@@ -45,99 +43,87 @@ class SharedModel(GatedModel):
         """Attention of every device over all tokens of its heads."""
         copies = max(1, MeshSize.of(self.mesh).sequence // k.shape[2])  # a KV head's queries may need several devices
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        gates = None if gates is None else jnp.repeat(gates, copies)
         of_tokens = {"q": q, "k": k, "v": v, "full": full}
         given = {name: constrain(x, self.mesh, *BY_TOKEN) for name, x in of_tokens.items() if x is not None}
         specs = dict.fromkeys(given, PartitionSpec(*BY_HEAD))
         if gates is not None:
-            given["gates"], specs["gates"] = gates, PartitionSpec(BY_HEAD[2])
+            given["gates"], specs["gates"] = jnp.repeat(gates, copies), PartitionSpec(BY_HEAD[2])
 
         def of_device(mine: dict[str, Array]) -> Array:
-            return super(SharedModel, self).attend(attention, **mine)
+            return super(ShardedModel, self).attend(attention, **mine)
 
         over = jax.shard_map(
             of_device, mesh=self.mesh, in_specs=(specs,), out_specs=PartitionSpec(*BY_HEAD), check_vma=False
         )
         return constrain(over(given), self.mesh, *BY_TOKEN)
 
-    def divided(self, tree: T, *axes: Any) -> T:
-        """A pytree, divided along these axes of the mesh; without axes, every device has it."""
-        return constrain(tree, self.mesh, *axes)
 
-
-class Sharing:
+class Sharding:
     """Where the arrays of a training run lie, and which rows of a batch this process draws.
 
-    Without a mesh, all devices share the samples. One device has no mesh: a program over a mesh uses one core of a CPU
+    Without a mesh, all devices share the samples. One device is no mesh: a program over a mesh uses one core of a CPU
     (10.5 s a step of SmolLM2 instead of 6.6).
     """
 
     def __init__(self, mesh: Mesh | None) -> None:
-        devices = jax.devices()
-        self.mesh = make_mesh(data=len(devices)) if mesh is None and len(devices) > 1 else mesh
-        self.size = MeshSize.of(self.mesh)
+        mesh = make_mesh(data=jax.device_count()) if mesh is None else mesh
+        self.size, self.devices = MeshSize.of(mesh), mesh.devices
+        self.mesh = None if self.size.devices == 1 else mesh
 
     def check(self, config: ModelConfig, batch_size: int) -> None:
         """Raise ValueError for a batch, or a model, that the devices cannot share."""
         if self.size.tensor > 1:
-            raise ValueError(f"training shares samples (data) and tokens (sequence), not weights: {self.size.tensor=}")
+            raise ValueError(
+                f"training shares samples and tokens, not weights, got tensor={self.size.tensor}: use data and sequence"
+            )
         if batch_size % self.size.data:
             raise ValueError(
                 f"batch_size must be a multiple of the {self.size.data} devices that share it, or groups of them, got "
                 f"{batch_size=}: raise it, give more devices to each sample (sequence), or hide some "
                 "(CUDA_VISIBLE_DEVICES)"
             )
-        if not divides_heads(config, self.size.sequence):
-            raise ValueError(
-                f"{config.num_kv_heads} KV heads and {config.num_heads} query heads cannot be divided among "
-                f"sequence={self.size.sequence} devices: it must divide the KV heads, or be a multiple of them that "
-                "divides the query heads"
-            )
+        check_heads(config, "sequence", self.size.sequence)
 
     def model(self, attention: GatedModel) -> GatedModel:
         """The gated model on these devices."""
-        return attention if self.mesh is None else SharedModel(**vars(attention), mesh=self.mesh)
+        return attention if self.mesh is None else ShardedModel(**vars(attention), mesh=self.mesh)
 
-    def everywhere(self, tree: Any) -> Any:
+    def replicate(self, tree: Any) -> Any:
         """A pytree on every device."""
-        whole = self._sharding()
+        whole = self._of()
         if jax.process_count() == 1:
             return jax.device_put(tree, whole)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), tree)
 
     def rows(self, batch_size: int) -> list[int]:
         """Rows of a batch of which some tokens lie on this process's devices."""
-        if self.mesh is None:
-            return list(range(batch_size))
         each = batch_size // self.size.data
-        groups = self.mesh.devices.reshape(self.size.data, -1)
-        mine = [i for i, group in enumerate(groups) if any(_is_mine(device) for device in group)]
-        return [row for i in mine for row in range(i * each, (i + 1) * each)]
+        mine = jax.process_index()
+        groups = enumerate(self.devices.reshape(self.size.data, -1))
+        held = [i for i, group in groups if any(device.process_index == mine for device in group)]
+        return [row for i in held for row in range(i * each, (i + 1) * each)]
 
     def put(self, rows: np.ndarray, batch_size: int, *, tokens: bool = False) -> Array:
         """This process's rows, `[A, rows, ...]`, as its part of a batch's; `tokens`: the next axis is shared too."""
         axes = (None, *BY_TOKEN) if tokens else (None, "data")
-        first = self.rows(batch_size)[0]
+        held = self.rows(batch_size)
 
         def part(index: Any) -> np.ndarray:
             begin, end, _ = index[1].indices(batch_size)
-            return rows[index[0], begin - first : end - first, *index[2:]]
+            first = held.index(begin)
+            return rows[index[0], first : first + end - begin, *index[2:]]
 
         shape = (rows.shape[0], batch_size, *rows.shape[2:])
-        return jax.make_array_from_callback(shape, self._sharding(*axes), part)
+        return jax.make_array_from_callback(shape, self._of(*axes), part)
 
-    def mine(self, shared: Array) -> np.ndarray:
+    def local_rows(self, shared: Array) -> np.ndarray:
         """The rows of this process of an array that is divided by rows."""
         if jax.process_count() == 1:
             return np.asarray(shared)
         parts = {shard.index[1].start or 0: np.asarray(shard.data) for shard in shared.addressable_shards}
         return np.concatenate([parts[begin] for begin in sorted(parts)], axis=1)
 
-    def _sharding(self, *axes: str | None) -> Sharding:
+    def _of(self, *axes: Any) -> jax.sharding.Sharding:
         if self.mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
+            return SingleDeviceSharding(self.devices.item())
         return NamedSharding(self.mesh, PartitionSpec(*axes))
-
-
-def _is_mine(device: jax.Device) -> bool:
-    return device.process_index == jax.process_index()

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.model import Model
 from pallas_kernels import full_attention, gated_attention
 from pallas_kernels.positions import consecutive
 
-T = TypeVar("T")
 # Each layer's output of full attention, on its own input.
 LayerOutputs = tuple[Float[Array, "B T N H"], ...]
 
@@ -37,6 +37,11 @@ class GatedModel:
         """Check the sizes."""
         if self.sink_size < 0 or self.recent_size < 1:
             raise ValueError(f"need sink_size >= 0 and recent_size >= 1, got {self.sink_size=}, {self.recent_size=}")
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices that share the work; None: one does all."""
+        return None
 
     def teacher(self, model: Model, tokens: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], LayerOutputs]:
         """Final-norm hidden states under full attention, and every layer's attention output."""
@@ -76,10 +81,6 @@ class GatedModel:
         """Attention of one layer: where it is computed. `attention` takes what is given of the arrays, by name."""
         given = {"gates": gates, "full": full}
         return attention(q, k, v, **{name: x for name, x in given.items() if x is not None})
-
-    def divided(self, tree: T, *axes: Any) -> T:
-        """A pytree, divided along these axes of a mesh: one device has all of it."""
-        return tree
 
 
 def _positions(tokens: Int32[Array, "B T"]) -> Int32[Array, "B T"]:

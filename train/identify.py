@@ -19,11 +19,11 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 import duo_jax
-from duo_jax.cli.devices import ProcessOptions
+from duo_jax.checkpoint.load import open_config
+from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.distributed import check_alike, is_first
 from duo_jax.files import write_text
-from duo_jax.mesh import MeshSize, make_mesh
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_jax.settings import changes
 from train.gated import GatedModel
@@ -46,7 +46,7 @@ class Identify:
     processes: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = ProcessOptions()
     mesh: str | None = None
     """Devices along each axis, such as data=4,sequence=2: data shares the samples of a batch, sequence the tokens of
-    each sample. All devices share the samples by default."""
+    each sample; recipes that train nothing take one device. All devices share the samples by default."""
     preset: Literal["paper", "smollm2-cpu", "debug"] = "paper"
     """Defaults of everything below: the paper's, a real small model on two CPU cores, or a run of seconds."""
     recipe: Literal["distill", "prulong", "attention-profile", "kvzip"] = "distill"
@@ -95,9 +95,8 @@ class Identify:
         Raises:
             ValueError: settings that do not fit together, or a folder that holds another run.
         """
-        apart = ("out", "resume", "checkpoint_every", "keep_checkpoints", "mesh")
-        saving = {name: getattr(self, name) for name in apart}
-        self.processes.join(self.resolved() | saving)
+        free = {name: getattr(self, name) for name in FREE if name not in ("processes", "preset")}
+        self.processes.join(self.resolved() | free)
         check_folder(self.out, self.resolved(), resume=self.resume)
         if self.resume and (self.out / GATES_FILE).exists():
             print(f"{self.out} holds the finished run")
@@ -130,7 +129,8 @@ class Identify:
                 f"need checkpoint_every >= 1 and keep_checkpoints >= 1, got {self.checkpoint_every=}, "
                 f"{self.keep_checkpoints=}"
             )
-        mesh = None if self.mesh is None else make_mesh(**vars(MeshSize.parse(self.mesh)))
+        mesh = DeviceOptions(self.mesh).make()
+        self.chosen.check_devices(open_config(self.model.model), mesh)
         model = self.model.load()
         data = NeedleData(self.data, self.model.tokenizer())
         trained = model.config.trained_positions

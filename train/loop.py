@@ -24,9 +24,10 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.distributed import check_alike, gather, is_first
 from duo_jax.files import write_text
+from duo_jax.mesh import constrain
 from duo_jax.model import Model
 from train.batches import Batch, stack, widths
-from train.devices import Sharing
+from train.devices import Sharding
 from train.gated import GatedModel
 from train.recipes.base import METRICS_FILE, Run
 from train.recipes.learned import Learned, Params
@@ -54,15 +55,16 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         SystemExit: SIGTERM, after a checkpoint was written.
     """
+    recipe.check_devices(run.model.config, run.mesh)
     recipe.check(run)
     if not run.resume and (run.folder / METRICS_FILE).exists():
         raise ValueError(f"{run.folder} holds the metrics of a run: resume it, or choose another folder")
     check_alike({"start": None if run.start is None else run.start.tolist(), "steps": recipe.steps})
-    sharing = Sharing(run.mesh)
-    feed = _Feed(recipe, run, sharing)
+    sharding = Sharding(run.mesh)
+    feed = _Feed(recipe, run, sharding)
     start = jnp.ones(run.shape, jnp.float32) if run.start is None else jnp.asarray(run.start, jnp.float32)
     params = recipe.init(start)
-    state = sharing.everywhere(State(jnp.int32(0), params, recipe.optimizer().init(params)))
+    state = sharding.replicate(State(jnp.int32(0), params, recipe.optimizer().init(params)))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=run.keep_checkpoints, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
@@ -75,7 +77,7 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
                 raise ValueError(f"{run.folder} holds checkpoints of a run: resume it, or choose another folder")
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
         done = int(state.step)
-        model = sharing.everywhere(run.model)
+        model = sharding.replicate(run.model)
         with _Metrics(run.folder / METRICS_FILE if is_first() else None, done) as metrics:
             for number in range(done, recipe.steps):
                 begin = time.perf_counter()
@@ -142,7 +144,8 @@ def step(
         "learning_rate": recipe.schedule(state.step),
         **figures,
     }
-    return attention.divided((State(state.step + 1, params, optimizer), figures))
+    # Left to choose, XLA would leave the state divided as its gradient is.
+    return constrain((State(state.step + 1, params, optimizer), figures), attention.mesh)
 
 
 def _save(checkpoints: ocp.CheckpointManager, state: State, *, force: bool) -> None:
@@ -167,14 +170,14 @@ class _Feed:
     Of several processes, each draws the samples of its own devices: which they are depends on the step alone.
     """
 
-    def __init__(self, recipe: Learned, run: Run, sharing: Sharing) -> None:
-        self.recipe, self.run, self.sharing = recipe, run, sharing
-        self.attention = sharing.model(run.attention)
-        self.rows = sharing.rows(recipe.batch_size)
+    def __init__(self, recipe: Learned, run: Run, sharding: Sharding) -> None:
+        self.recipe, self.run, self.sharding = recipe, run, sharding
+        self.attention = sharding.model(run.attention)
+        self.rows = sharding.rows(recipe.batch_size)
         self.kept: dict[int, np.ndarray] = {}
 
     def _put(self, rows: np.ndarray, *, tokens: bool = False) -> Array:
-        return self.sharing.put(rows, self.recipe.batch_size, tokens=tokens)
+        return self.sharding.put(rows, self.recipe.batch_size, tokens=tokens)
 
     def batch(self, model: Model, step: int) -> tuple[Batch, Float[Array, "A B M D"] | None]:
         """The batch of a step, counted from 0, and the recipe's targets for it."""
@@ -184,7 +187,7 @@ class _Feed:
         samples = [self.run.data[number] for number in numbers]
         ids = [number % config.num_samples for number in numbers] if config.num_samples else []
         known = bool(ids) and all(i in self.kept for i in ids)
-        multiple = math.lcm(recipe.pad_multiple, self.sharing.size.sequence)
+        multiple = math.lcm(recipe.pad_multiple, self.sharding.size.sequence)
         agreed = gather([*widths(samples, pad_multiple=multiple), not known])
         width, most, unknown = (max(column) for column in zip(*agreed, strict=True))
         tokens, labels, valid = stack(samples, accumulate=recipe.accumulate, width=width, most=most)
@@ -194,14 +197,15 @@ class _Feed:
             return batch, self._put(np.stack(kept).reshape(*labels.shape, -1))
         targets = _targets(recipe, self.attention, model, batch)
         if targets is not None and ids and sum(row.nbytes for row in self.kept.values()) < KEPT_BYTES:
-            rows = self.sharing.mine(targets).reshape(len(ids), *targets.shape[2:])
+            rows = self.sharding.local_rows(targets).reshape(len(ids), *targets.shape[2:])
             self.kept |= {i: row[: s.labels.sum()] for i, row, s in zip(ids, rows, samples, strict=True)}
         return batch, targets
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _targets(recipe: Learned, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "A B M D"] | None:
-    return attention.divided(jax.lax.map(lambda micro: recipe.targets(attention, model, micro), batch), None, "data")
+    found = jax.lax.map(lambda micro: recipe.targets(attention, model, micro), batch)
+    return constrain(found, attention.mesh, None, "data")
 
 
 class _Metrics:

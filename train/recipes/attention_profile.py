@@ -32,12 +32,12 @@ class AttentionProfile(Recipe):
 
     def check(self, run: Run) -> None:
         """Something to average over."""
-        super().check(run)
         if self.num_samples < 1 or self.length < 2:
             raise ValueError(f"need num_samples >= 1 and length >= 2, got {self.num_samples=}, {self.length=}")
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """How far back each head's average query looks, as a fraction of `length`."""
+        self.check_devices(run.model.config, run.mesh)
         self.check(run)
         scores = []
         for number in range(self.num_samples):

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from duo_jax.config import ModelConfig
 from duo_jax.model import Model
 from train.gated import GatedModel
 from train.needles import NeedleData
@@ -68,7 +69,11 @@ class Recipe(abc.ABC):
 
     def check(self, run: Run) -> None:
         """Raise ValueError if this recipe cannot do with what the run gives it; `find` has not begun yet."""
-        if run.mesh is not None:
+        return
+
+    def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
+        """Raise ValueError for devices that cannot share the work; no weights are read yet."""
+        if mesh is not None:
             raise ValueError(f"{type(self).__name__} trains nothing and takes one device: leave the mesh out")
 
     @abc.abstractmethod

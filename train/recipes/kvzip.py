@@ -36,7 +36,6 @@ class KVzip(Recipe):
 
     def check(self, run: Run) -> None:
         """Contexts longer than the sinks, and a text longer than they."""
-        super().check(run)
         sinks, text = run.attention.sink_size, run.data.text
         if self.num_samples < 1 or self.length <= sinks:
             raise ValueError(f"need num_samples >= 1 and length > {sinks} (sinks), got {vars(self)}")
@@ -45,6 +44,7 @@ class KVzip(Recipe):
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Mean over contexts of the most attention received; what a streaming head would see does not count."""
+        self.check_devices(run.model.config, run.mesh)
         self.check(run)
         text = run.data.text
         scores = []

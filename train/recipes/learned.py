@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from duo_jax.config import ModelConfig
 from duo_jax.model import Model
 from train.batches import Batch
-from train.devices import Sharing
+from train.devices import Sharding
 from train.gated import GatedModel
 from train.recipes.base import Recipe, Run
 
@@ -55,15 +57,14 @@ class Learned(Recipe):
                 f"{self.cooldown=}"
             )
 
-    def check(self, run: Run) -> None:
-        """A batch, and a model, that the devices can share."""
-        Sharing(run.mesh).check(run.model.config, self.batch_size)
+    def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
+        """A batch, and heads, that the devices can share."""
+        Sharding(mesh).check(config, self.batch_size)
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Train; see `train.loop.train`."""
         from train.loop import train  # Brings in Orbax, which takes a second: not before it is needed.
 
-        self.check(run)
         return train(self, run)
 
     def schedule(self, step: Int32[Array, ""]) -> Float[Array, ""]:
