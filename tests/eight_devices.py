@@ -360,7 +360,7 @@ def test_what_devices_cannot_share_in_training_is_refused(folder, tmp_path):
     model, data = load_model(folder), NeedleData(DATA, AutoTokenizer.from_pretrained(folder))
     for mesh, recipe, said in (
         (make_mesh(sequence=3), RECIPE, "4 KV heads and 8 query heads cannot be divided among sequence=3"),
-        (make_mesh(tensor=2), RECIPE, r"not weights: .*tensor=2"),
+        (make_mesh(tensor=2), RECIPE, "not weights, got tensor=2"),
         (make_mesh(data=3), RECIPE, r"a multiple of the 3 devices .*batch_size=1"),
         (make_mesh(data=2), PruLong(), r"a multiple of the 2 devices .*batch_size=1"),
         (make_mesh(sequence=2), KVzip(length=64), "KVzip trains nothing and takes one device"),
