@@ -336,7 +336,7 @@ def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size,
         losses.append([json.loads(line)[recipe.loss_name] for line in lines])
     np.testing.assert_allclose(gates[1], gates[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3, atol=1e-9)
-    assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-3
+    assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-4  # Ten times what is let pass above.
 
 
 def test_a_training_step_on_devices_that_share_tokens(monkeypatch):
