@@ -320,6 +320,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "bench": (RESULTS / "bench.json", bench_table),
     "recall": (RESULTS / "recall.jsonl", recall_table),
     "recall details": (RESULTS / "recall.jsonl", recall_details),
+    "windows": (RESULTS / "windows.jsonl", recall_details),
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
