@@ -151,7 +151,7 @@ def check_heads(config: ModelConfig, axis: str, devices: int) -> None:
 
     They divide the KV heads, or several of them have each.
     """
-    if not _divides_heads(config, devices):
+    if not divides_heads(config, devices):
         raise ValueError(
             f"{config.num_kv_heads} KV heads and {config.num_heads} query heads cannot be divided among "
             f"{axis}={devices} devices: it must divide the KV heads, or be a multiple of them that divides the query "
@@ -159,14 +159,15 @@ def check_heads(config: ModelConfig, axis: str, devices: int) -> None:
         )
 
 
-def _divides_heads(config: ModelConfig, devices: int) -> bool:
+def divides_heads(config: ModelConfig, devices: int) -> bool:
+    """Whether so many devices can share the heads."""
     keys = config.num_kv_heads
     return max(keys, devices) % min(keys, devices) == 0 and config.num_heads % devices == 0
 
 
 def _sizes(config: ModelConfig) -> list[int]:
     """Usual numbers of devices that can share the heads."""
-    return [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16) if _divides_heads(config, n)]
+    return [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16) if divides_heads(config, n)]
 
 
 def both(dim: int, size: MeshSize) -> tuple[str, ...] | None:

@@ -151,7 +151,7 @@ def gpus_of(gpu: str, mesh: str | None) -> str:
     if size.devices == 1:
         return f"one row, compiled for {GPUS[gpu].name}"
     rows = "one row" if size.data == 1 else f"{size.data} rows"
-    return f"{rows}, each of {size.devices} x {GPUS[gpu].name} ({mesh})"
+    return f"{rows} in all, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), of each"
 
 
 def compile_for(

@@ -70,7 +70,7 @@ class MemoryTask:
         if any(length % size.sequence for length in self.lengths):
             raise ValueError(f"lengths must be multiples of sequence={size.sequence}, got {self.lengths=}")
         mesh = mesh_of(size, gpus_like(self.gpu, size.devices))
-        Sharding(mesh).check(PRESETS[self.model], size.data)
+        Sharding(mesh, PRESETS[self.model], size.data)  # Refuses what training does.
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
@@ -104,7 +104,7 @@ def training_step(config: ModelConfig, length: int, attention: GatedModel, mesh:
     """A step of `distill` with one sample, or one for each group of devices, and the shapes of its arguments."""
     recipe = Distill()
     if mesh is not None:
-        attention = Sharding(mesh).model(attention)
+        attention = Sharding(mesh, config, MeshSize.of(mesh).data).model(attention)
 
     def shape(sizes: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
         where = None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))

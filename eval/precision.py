@@ -129,7 +129,7 @@ def precision_table(path: Path) -> str:
         key = job["length"], job["sparsity"], job["prose"], job["weights"], job["cache"]
         found[key][job["sample"]] = {name: float(sum(record[name])) for name in ("tokens", "hits", "nll")}
     lines = [
-        "| tokens | stream | weights | cache | passkey tokens right, % | NLL of passkeys | NLL of prose | samples |",
+        "| tokens | stream | weights | cache | passkeys, tokens right, % | NLL of passkeys, more | of prose, more | samples |",
         "| --: | --: | --- | --- | --: | --: | --: | --: |",
     ]
     for length, sparsity, prose, weights, cache in found:
@@ -139,7 +139,10 @@ def precision_table(path: Path) -> str:
         columns = [f"{length}", f"{sparsity:.0%}", weights, cache, _mean(needles, "hits").scaled(100).format(".1f")]
         columns += [_change(found, (length, sparsity, kind), weights, cache) for kind in (False, True)]
         lines.append(f"| {' | '.join(columns)} | {len(needles)} |")
-    note = "Likelihoods: nats more than with float32 on the same samples; in brackets 95 % intervals over samples."
+    note = (
+        "Likelihoods: nats a token more than with float32 at the same sparsity on the same samples; in brackets 95 % "
+        "intervals over samples. Compare accuracies between rows of the same samples only."
+    )
     return "\n".join([*lines, "", note, origin(head["runs"], "duo eval precision")]) + "\n"
 
 

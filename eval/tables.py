@@ -166,7 +166,8 @@ def memory_table(path: Path) -> str:
     for result in record["results"]:
         sizes = " | ".join(f"{result[name] / 1e9:.1f}" for name in ("arguments", "temporaries", "total"))
         lines.append(f"| {result['program']} | {result['tokens']} | {sizes} |")
-    about = f"{settings['model']}, {settings['dtype']}, {gpus_of(settings['gpu'], settings.get('mesh'))}; not run."
+    where = gpus_of(settings["gpu"], settings.get("mesh"))
+    about = f"{settings['model']}, {settings['dtype']}, backend {settings['backend']}, {where}; not run."
     return "\n".join([*lines, "", f"{about} {_compiled_with(record)}"])
 
 

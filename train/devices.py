@@ -5,8 +5,10 @@ the heads (Ulysses, arXiv 2309.14509): the same work for every device in spite o
 Queries, keys, values and the output are exchanged for it; nothing else is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jaxtyping import Array, Float
 
 from duo_jax.config import ModelConfig
-from duo_jax.mesh import MeshSize, check_heads, constrain, make_mesh
+from duo_jax.mesh import MeshSize, check_heads, constrain, divides_heads, make_mesh
 from train.gated import GatedModel
 
 BY_TOKEN = "data", "sequence"
@@ -61,17 +63,21 @@ class ShardedModel(GatedModel):
 class Sharding:
     """Where the arrays of a training run lie, and which rows of a batch this process draws.
 
-    Without a mesh, all devices share the samples. One device is no mesh: a program over a mesh uses one core of a CPU
-    (10.5 s a step of SmolLM2 instead of 6.6).
+    Without a mesh, all devices share the work: as many as divide the batch its samples, the others their tokens. One
+    device is no mesh: a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead of 6.6).
+
+    Raises:
+        ValueError: a batch, or a model, that the devices cannot share.
     """
 
-    def __init__(self, mesh: Mesh | None) -> None:
-        mesh = make_mesh(data=jax.device_count()) if mesh is None else mesh
-        self.size, self.devices = MeshSize.of(mesh), mesh.devices
+    def __init__(self, mesh: Mesh | None, config: ModelConfig, batch_size: int) -> None:
+        if mesh is None:
+            devices = jax.device_count()
+            data = math.gcd(batch_size, devices)
+            together = divides_heads(config, devices // data)
+            mesh = make_mesh(data=data, sequence=devices // data) if together else make_mesh(data=devices)
+        self.size, self.devices, self.batch_size = MeshSize.of(mesh), mesh.devices, batch_size
         self.mesh = None if self.size.devices == 1 else mesh
-
-    def check(self, config: ModelConfig, batch_size: int) -> None:
-        """Raise ValueError for a batch, or a model, that the devices cannot share."""
         if self.size.tensor > 1:
             raise ValueError(
                 f"training shares samples and tokens, not weights, got tensor={self.size.tensor}: use data and sequence"
@@ -95,25 +101,25 @@ class Sharding:
             return jax.device_put(tree, whole)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), tree)
 
-    def rows(self, batch_size: int) -> list[int]:
+    @cached_property
+    def rows(self) -> list[int]:
         """Rows of a batch of which some tokens lie on this process's devices."""
-        each = batch_size // self.size.data
+        each = self.batch_size // self.size.data
         mine = jax.process_index()
         groups = enumerate(self.devices.reshape(self.size.data, -1))
         held = [i for i, group in groups if any(device.process_index == mine for device in group)]
         return [row for i in held for row in range(i * each, (i + 1) * each)]
 
-    def put(self, rows: np.ndarray, batch_size: int, *, tokens: bool = False) -> Array:
+    def put(self, rows: np.ndarray, *, tokens: bool = False) -> Array:
         """This process's rows, `[A, rows, ...]`, as its part of a batch's; `tokens`: the next axis is shared too."""
         axes = (None, *BY_TOKEN) if tokens else (None, "data")
-        held = self.rows(batch_size)
 
         def part(index: Any) -> np.ndarray:
-            begin, end, _ = index[1].indices(batch_size)
-            first = held.index(begin)
+            begin, end, _ = index[1].indices(self.batch_size)
+            first = self.rows.index(begin)
             return rows[index[0], first : first + end - begin, *index[2:]]
 
-        shape = (rows.shape[0], batch_size, *rows.shape[2:])
+        shape = (rows.shape[0], self.batch_size, *rows.shape[2:])
         return jax.make_array_from_callback(shape, self._of(*axes), part)
 
     def local_rows(self, shared: Array) -> np.ndarray:

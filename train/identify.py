@@ -46,7 +46,8 @@ class Identify:
     processes: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = ProcessOptions()
     mesh: str | None = None
     """Devices along each axis, such as data=4,sequence=2: data shares the samples of a batch, sequence the tokens of
-    each sample; recipes that train nothing take one device. All devices share the samples by default."""
+    each sample; recipes that train nothing take one device. By default all devices share the work: samples as far as
+    they divide the batch, tokens beyond that."""
     preset: Literal["paper", "smollm2-cpu", "debug"] = "paper"
     """Defaults of everything below: the paper's, a real small model on two CPU cores, or a run of seconds."""
     recipe: Literal["distill", "prulong", "attention-profile", "kvzip"] = "distill"

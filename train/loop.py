@@ -55,12 +55,11 @@ def train(recipe: Learned, run: Run) -> Float[np.ndarray, "L K"]:
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         SystemExit: SIGTERM, after a checkpoint was written.
     """
-    recipe.check_devices(run.model.config, run.mesh)
     recipe.check(run)
+    sharding = Sharding(run.mesh, run.model.config, recipe.batch_size)
     if not run.resume and (run.folder / METRICS_FILE).exists():
         raise ValueError(f"{run.folder} holds the metrics of a run: resume it, or choose another folder")
     check_alike({"start": None if run.start is None else run.start.tolist(), "steps": recipe.steps})
-    sharding = Sharding(run.mesh)
     feed = _Feed(recipe, run, sharding)
     start = jnp.ones(run.shape, jnp.float32) if run.start is None else jnp.asarray(run.start, jnp.float32)
     params = recipe.init(start)
@@ -173,17 +172,15 @@ class _Feed:
     def __init__(self, recipe: Learned, run: Run, sharding: Sharding) -> None:
         self.recipe, self.run, self.sharding = recipe, run, sharding
         self.attention = sharding.model(run.attention)
-        self.rows = sharding.rows(recipe.batch_size)
         self.kept: dict[int, np.ndarray] = {}
-
-    def _put(self, rows: np.ndarray, *, tokens: bool = False) -> Array:
-        return self.sharding.put(rows, self.recipe.batch_size, tokens=tokens)
 
     def batch(self, model: Model, step: int) -> tuple[Batch, Float[Array, "A B M D"] | None]:
         """The batch of a step, counted from 0, and the recipe's targets for it."""
         recipe, config = self.recipe, self.run.data.config
         first = step * recipe.batch_size * recipe.accumulate
-        numbers = [first + micro * recipe.batch_size + row for micro in range(recipe.accumulate) for row in self.rows]
+        numbers = [
+            first + micro * recipe.batch_size + row for micro in range(recipe.accumulate) for row in self.sharding.rows
+        ]
         samples = [self.run.data[number] for number in numbers]
         ids = [number % config.num_samples for number in numbers] if config.num_samples else []
         known = bool(ids) and all(i in self.kept for i in ids)
@@ -191,10 +188,10 @@ class _Feed:
         agreed = gather([*widths(samples, pad_multiple=multiple), not known])
         width, most, unknown = (max(column) for column in zip(*agreed, strict=True))
         tokens, labels, valid = stack(samples, accumulate=recipe.accumulate, width=width, most=most)
-        batch = Batch(self._put(tokens, tokens=True), self._put(labels), self._put(valid))
+        batch = Batch(self.sharding.put(tokens, tokens=True), self.sharding.put(labels), self.sharding.put(valid))
         if not unknown:
             kept = [np.resize(self.kept[i], (most, self.kept[i].shape[1])) for i in ids]
-            return batch, self._put(np.stack(kept).reshape(*labels.shape, -1))
+            return batch, self.sharding.put(np.stack(kept).reshape(*labels.shape, -1))
         targets = _targets(recipe, self.attention, model, batch)
         if targets is not None and ids and sum(row.nbytes for row in self.kept.values()) < KEPT_BYTES:
             rows = self.sharding.local_rows(targets).reshape(len(ids), *targets.shape[2:])

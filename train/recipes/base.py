@@ -38,7 +38,7 @@ class Run:
         resume: go on from the last checkpoint in `folder`, if there is one.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of them are kept.
-        mesh: devices that share samples (`data`) and the tokens of each (`sequence`); None: all share the samples.
+        mesh: devices that share samples (`data`) and the tokens of each (`sequence`); None: all there are.
         report: called after every step.
     """
 

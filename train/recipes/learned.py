@@ -38,7 +38,7 @@ class Learned(Recipe):
     cooldown: float = 0.2
     """Fraction of the steps in which the rate falls to a tenth of the peak."""
     batch_size: int = 1
-    """Samples computed at a time, over all devices; a multiple of those that share samples."""
+    """Samples computed at a time, over all devices."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
     pad_multiple: int = 128
@@ -59,7 +59,7 @@ class Learned(Recipe):
 
     def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
         """A batch, and heads, that the devices can share."""
-        Sharding(mesh).check(config, self.batch_size)
+        Sharding(mesh, config, self.batch_size)
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Train; see `train.loop.train`."""
