@@ -129,7 +129,7 @@ def precision_table(path: Path) -> str:
         key = job["length"], job["sparsity"], job["prose"], job["weights"], job["cache"]
         found[key][job["sample"]] = {name: float(sum(record[name])) for name in ("tokens", "hits", "nll")}
     lines = [
-        "| tokens | stream | weights | cache | passkeys, tokens right, % | NLL of passkeys, more | of prose, more | samples |",
+        "| tokens | stream | weights | cache | passkeys right, % | NLL of passkeys, more | of prose, more | samples |",
         "| --: | --: | --- | --- | --: | --: | --: | --: |",
     ]
     for length, sparsity, prose, weights, cache in found:
