@@ -386,4 +386,4 @@ def test_every_mesh_and_cache(family, size):
         *([(True, "int8"), (True, "int4")] if family == "llama" else []),
     ):
         check(GOLDEN / family, size, with_pattern=with_pattern, dtype=dtype)
-    jax.clear_caches()
+    jax.clear_caches()  # A process has memory maps for the programs of some thirty of these tests.
