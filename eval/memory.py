@@ -70,7 +70,6 @@ class MemoryTask:
         if any(length % size.sequence for length in self.lengths):
             raise ValueError(f"lengths must be multiples of sequence={size.sequence}, got {self.lengths=}")
         mesh = mesh_of(size, gpus_like(self.gpu, size.devices))
-        Sharding(mesh, PRESETS[self.model], size.data)  # Refuses what training does.
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
         record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
