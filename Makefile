@@ -63,7 +63,7 @@ test-fast: $(STAMP) ## run the tests that need neither the real model nor minute
 	@echo "Running the fast tests"
 	@$(QUICKLY) $(PYTEST) -m "not slow and not meshes" $(PYTEST_ARGS)
 
-test-meshes: $(STAMP) ## run every legal mesh of up to eight devices (half an hour)
+test-meshes: $(STAMP) ## run every legal mesh of up to eight devices (an hour or more)
 	@echo "Running every mesh"
 	@$(QUICKLY) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m meshes $(PYTEST_ARGS)
 
