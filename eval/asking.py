@@ -3,6 +3,7 @@
 Knows no task: it says which jobs there are, what is asked in one, and how an answer is scored.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -220,6 +221,11 @@ def summarized(records: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[
         if record["score"] is not None:
             found.setdefault(tuple(record["job"][name] for name in names), []).append(record["score"])
     return found
+
+
+def question_of(record: Mapping[str, Any]) -> str:
+    """Which question a record is about, whoever was asked."""
+    return json.dumps({name: value for name, value in record["job"].items() if name not in ("method", "budget")})
 
 
 def with_interval(scores: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from duo_jax import HeadPattern
-from eval.asking import summarized
+from eval.asking import question_of, summarized
 from eval.cells import Cell, Key, full, recall_cells
 from eval.efficiency_tables import engine, place
 from eval.figures import Line, lines_figure
@@ -71,7 +71,7 @@ def score_curves(path: Path) -> Iterator[Drawn]:
     if not scored:
         return
     # What full attention holds of the same question.
-    whole = {_asked(record): record["held_bytes"] for record in scored if record["job"]["budget"] == 1}
+    whole = {question_of(record): record["held_bytes"] for record in scored if record["job"]["budget"] == 1}
     lengths = sorted({record["job"].get("length", 0) for record in scored})
     yield _scores("score", "Score", scored, whole)
     for length in lengths if 1 < len(lengths) <= 4 else ():
@@ -79,16 +79,11 @@ def score_curves(path: Path) -> Iterator[Drawn]:
         yield _scores(f"score-{length}", f"Score at {length:,} tokens", here, whole)
 
 
-def _asked(record: dict[str, Any]) -> str:
-    """Which question, to whomever."""
-    return json.dumps({name: value for name, value in record["job"].items() if name not in ("method", "budget")})
-
-
 def _scores(name: str, title: str, records: list[dict[str, Any]], whole: dict[str, int]) -> Drawn:
     """A curve for each method; where full attention was not asked, the budget stands for what was held."""
     kept: dict[tuple[str, float], list[float]] = {}
     for record in records:
-        job, full_bytes = record["job"], whole.get(_asked(record))
+        job, full_bytes = record["job"], whole.get(question_of(record))
         fraction = record["held_bytes"] / full_bytes if full_bytes else job["budget"]
         kept.setdefault((job["method"], job["budget"]), []).append(100 * fraction)
     found = {

@@ -50,3 +50,20 @@ def of_scores(scores: Float[np.ndarray, "S"]) -> Estimate:
         return Estimate(found.mean, max(found.low, 0.0), min(found.high, 1.0))
     low, high = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
     return Estimate(float(scores.mean()), float(low), float(high))
+
+
+def of_differences(ours: Float[np.ndarray, "S"], theirs: Float[np.ndarray, "S"]) -> Estimate:
+    """The mean difference of paired scores in [0, 1]: Bonett and Price's interval where each is right or wrong.
+
+    Else Student's. Both would be a point where all pairs agree, however few; one more disagreement either way, as in
+    the interval of Bonett and Price (2012), leaves room for doubt.
+    """
+    number, ones = len(ours), np.ones(len(ours))
+    gained, lost = (ours > theirs).sum(), (theirs > ours).sum()
+    if not np.isin([ours, theirs], (0.0, 1.0)).all() and gained + lost:
+        found = ratio(ours, ones, theirs)
+    else:
+        up, down = (gained + 1) / (number + 2), (lost + 1) / (number + 2)
+        half = stats.norm.ppf(0.975) * np.sqrt((up + down - (up - down) ** 2) / (number + 2))
+        found = Estimate((ours - theirs).mean(), up - down - half, up - down + half)
+    return Estimate(float(found.mean), float(max(found.low, -1.0)), float(min(found.high, 1.0)))

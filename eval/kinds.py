@@ -14,7 +14,8 @@ from duo_jax.pattern import GATES_FILE
 from eval.efficiency_tables import efficiency_table
 from eval.ledger import read
 from eval.precision import precision_table
-from eval.score_table import score_table
+from eval.score_table import score_summary, score_table
+from eval.short.compare import short_table
 from eval.tables import (
     adapter_table,
     harness_table,
@@ -77,10 +78,11 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "Needle in a haystack",
         _of_task("needle"),
-        {"Scores": score_table},
+        {"Scores": score_summary, "Every cell": score_table},
         ("eval.maps:needle_maps", "eval.curves:score_curves"),
         poster="eval.maps:needle_poster",
     ),
+    Kind("Short tasks, item by item", _of_task("mmlu", "humaneval"), {"Beside full attention": short_table}),
     Kind("Fewer bits", _of_task("precision"), {"Beside float32": precision_table}),
     Kind(
         "Recall of passkeys",

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
 from eval.cells import Key, recall_cells
-from eval.intervals import Estimate, of_scores, ratio
+from eval.intervals import Estimate, of_differences, of_scores, ratio
 from eval.kinds import kind_of
 from eval.precision import precision_table
 from eval.recall import FULL, STREAMING, UNSEEN, fit, score_sample
@@ -182,6 +182,22 @@ def test_scores_that_are_all_right_leave_room_for_doubt():
     parts = np.array([0.4, 0.4, 0.6])
     assert of_scores(parts) == ratio(parts, np.ones(3))
     assert of_scores(np.array([0.2, 1.0])) == Estimate(0.6, 0.0, 1.0), "no score lies beyond"
+
+
+def test_paired_scores_that_all_agree_leave_room_for_doubt():
+    # Bonett and Price: one disagreement more either way.
+    ours, theirs = np.array([1.0, 0.0] * 5), np.array([1.0, 0.0] * 5)
+    same = of_differences(ours, theirs)
+    half = 1.96 * (2 / 12 / 12) ** 0.5
+    assert same.mean == 0.0 and (same.low, same.high) == pytest.approx((-half, half), abs=1e-3)
+    ours[:3] = 0.0, 1.0, 0.0  # two right answers lost, one gained
+    fewer = of_differences(ours, theirs)
+    half = 1.96 * ((5 / 12 - 1 / 144) / 12) ** 0.5
+    assert fewer.mean == pytest.approx(-0.1)
+    assert (fewer.low, fewer.high) == pytest.approx((-1 / 12 - half, -1 / 12 + half), abs=1e-3)
+    parts = np.array([0.4, 0.5, 0.6])
+    assert of_differences(parts, np.ones(3)) == ratio(parts, np.ones(3), np.ones(3))
+    assert of_differences(parts, parts).high > 0.3
 
 
 def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):

@@ -4,7 +4,7 @@ Knows no task: an item is a name, a record says what was answered and whether th
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from tqdm import tqdm
 from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions
 from eval.harness.batches import Prefiller
-from eval.intervals import ratio
-from eval.ledger import Ledger
+from eval.intervals import of_differences, of_scores
+from eval.ledger import Ledger, read
 from eval.recall import fingerprint
+from eval.record import origin
 
 FULL = "full"
 # Items that all methods answer before the next: the file is a usable result after each stage.
-STAGE = 200
+STAGE = 500
+COLUMNS = ("method", "n", "right, %", "same answer, %", "both right or both wrong, %", "minus full, points")
 
 
 @dataclass(frozen=True)
@@ -104,30 +106,42 @@ def run(
                             bar.update(1)
         ledger = Ledger.open(out, ledger.head["about"], gates)
     wanted = set(items)
-    Console().print(table(records for records in ledger.records if records["job"]["item"] in wanted))
+    shown = Table(*COLUMNS)
+    for row in compared(record for record in ledger.records if record["job"]["item"] in wanted):
+        shown.add_row(*row)
+    Console().print(shown)
     print(f"{out} has all of it")
 
 
-def table(records: Iterator[Mapping[str, Any]]) -> Table:
-    """How each method did on the items that full attention answered too: score, agreement, paired difference, n."""
+def compared(records: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """A row of `COLUMNS` for each method, over the items that full attention answered too."""
     by_method: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in records:
         by_method.setdefault(record["job"]["method"], {})[record["job"]["item"]] = record
     full = by_method.get(FULL, {})
-    found = Table("method", "n", "right, %", "same answer, %", "both right or both wrong, %", "minus full, points")
+    rows = []
     for method, answered in by_method.items():
         pairs = [(full[item], record) for item, record in answered.items() if item in full]
         if not pairs:
             continue
-        ones = np.ones(len(pairs))
         theirs, ours = (np.array([float(pair[side]["correct"]) for pair in pairs]) for side in (0, 1))
         same = np.array([float(one["answer"] == other["answer"]) for one, other in pairs])
-        score, agreed = ratio(100 * ours, ones), ratio(100 * same, ones)
-        verdict, difference = ratio(100.0 * (ours == theirs), ones), ratio(100 * ours, ones, 100 * theirs)
-        cells = [score, agreed, verdict, difference] if method != FULL else [score]
-        shown = [cell.format("+.1f" if cell is difference else ".1f") for cell in cells]
-        found.add_row(method, str(len(pairs)), *shown)
-    return found
+        shares = [of_scores(ours), of_scores(same), of_scores((ours == theirs).astype(float))]
+        cells = [share.scaled(100).format(".1f") for share in shares]
+        cells.append(of_differences(ours, theirs).scaled(100).format("+.1f"))
+        rows.append([method, str(len(pairs)), *(cells if method != FULL else [cells[0], "", "", ""])])
+    return rows
+
+
+def short_table(path: Path) -> str:
+    """How full attention and head patterns compare, item by item."""
+    head, records = read(path)
+    if not records:
+        return "No job is finished yet."
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " + "| --: " * (len(COLUMNS) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in compared(records)]
+    command = f"duo eval {head['about']['task']}"
+    return "\n".join([*lines, "", f"95 % intervals. {origin(head['runs'], command)}"])
 
 
 def digest(path: Path) -> str:

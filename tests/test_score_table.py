@@ -1,0 +1,58 @@
+"""Tables of scores: what stands in them, and that differences are of the same questions."""
+
+import json
+
+import pytest
+
+from eval.score_table import NOTHING, score_summary, score_table
+
+MACHINE = {"processor": "a processor", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
+
+
+@pytest.fixture
+def scores(tmp_path):
+    def write(*records):
+        head = {"about": {"task": "needle"}, "gates": {}, "runs": [{"command": "duo eval needle", "machine": MACHINE}]}
+        path = tmp_path / "scores.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in (head, *records)))
+        return path
+
+    return write
+
+
+def record(method, length, sample, score, **more):
+    budget = 1.0 if method == "full" else 0.5
+    job = {"method": method, "budget": budget, "length": length, "depth": 0.0, "sample": sample}
+    return {"job": job, "score": score, "held_bytes": int(1000 * length * budget), **more}
+
+
+def rows(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"][2:]
+
+
+def test_differences_are_of_the_questions_that_both_were_asked(scores):
+    # At 2000 tokens duo was asked one question more, which it got wrong.
+    asked = [record("full", 1000, n, 1.0) for n in range(3)] + [record("full", 2000, 0, 0.0)]
+    asked += [record("duo", 1000, n, float(n > 0)) for n in range(3)] + [record("duo", 2000, n, 0.0) for n in range(2)]
+    path = scores(*asked)
+    full, duo = rows(score_summary(path))
+    assert full[:2] == ["full", "100%"] and full[2].startswith("100.0 (43.9 to 100.0), n = 3") and full[4] == ""
+    assert duo[:2] == ["duo", "50%"] and duo[2].startswith("66.7 (") and duo[3].endswith("n = 2")
+    assert duo[4].startswith("-25.0 (")
+    cells = rows(score_table(path))
+    assert [cell[:3] for cell in cells] == [
+        ["1000", "full", "100%"],
+        ["1000", "duo", "50%"],
+        ["2000", "full", "100%"],
+        ["2000", "duo", "50%"],
+    ]
+    assert cells[1][4].startswith("-33.3 (") and [cell[5] for cell in cells] == ["1.0", "0.5", "2.0", "1.0"]
+    assert "a processor" in score_table(path) and "abc1234" in score_summary(path)
+
+
+def test_what_was_not_asked_is_left_open(scores):
+    path = scores(record("duo", 1000, 0, 0.3), record("h2o", 2000, 0, None, refused="too small"))
+    (duo,) = rows(score_summary(path))
+    assert duo == ["duo", "50%", "30.0 (0.0 to 100.0), n = 1", ""]
+    assert "1 questions have no score" in score_table(path)
+    assert score_table(scores()) == score_summary(scores()) == NOTHING
