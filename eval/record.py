@@ -36,13 +36,14 @@ def machine() -> dict[str, Any]:
 
 
 def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
-    """Where a file comes from that several runs of a command wrote, in a line: machine, versions, commits."""
+    """Where a file comes from that one or several runs of a command wrote, in a line: machine, versions, commits."""
     machine = runs[-1]["machine"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in runs))
+    pieces = ", piece by piece," if len(runs) > 1 else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}. "
-        f"Measured by `{command}`, piece by piece, at {commits}."
+        f"Measured by `{command}`{pieces} at {commits}."
     )
 
 

@@ -1,6 +1,6 @@
 """Tables for every evaluation that scores answers: methods and budgets, with 95 % intervals and paired differences."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def _scores(records: Iterable[Record]) -> np.ndarray:
     return np.array([record["score"] for record in records], np.float64)
 
 
-def _about(head: Mapping[str, Any], records: list[Record]) -> list[str]:
+def _about(head: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
     refused = len(records) - len(_scored(records))
     note = f"{refused} questions have no score: their method could not hold them within its budget. " if refused else ""
     command = f"duo eval {head['about']['task']}"

@@ -271,16 +271,21 @@ def adapter_table(path: Path) -> str:
     """Likelihoods and seconds of lm-eval's requests, beside transformers' own adapter."""
     record = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| requests | of them | largest difference | seconds, duo | seconds, transformers | times as fast |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| requests | of them | largest difference | to float64, duo | to float64, transformers | seconds, duo "
+        "| seconds, transformers | times as fast |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for found in record["results"]:
-        seconds = found["seconds"]
+        seconds, errors = found["seconds"], found.get("errors", {})
+        off = " | ".join(f"{errors[name]:.1e}" if name in errors else "" for name in ("duo", "transformers"))
         lines.append(
-            f"| {found['kind']} | {found['requests']} | {found['max_difference']:.1e} | {seconds['duo']:.1f} | "
+            f"| {found['kind']} | {found['requests']} | {found['max_difference']:.1e} | {off} | {seconds['duo']:.1f} | "
             f"{seconds['transformers']:.1f} | {found['speedup']:.1f} |"
         )
-    return "\n".join([*lines, "", "The first calls, which compile, are left out."])
+    about = (
+        "In nats, of a whole continuation, the largest over the requests. The first calls, which compile, are left out."
+    )
+    return "\n".join([*lines, "", f"{about} {origin([record], record['command'])}"])
 
 
 def suite_table(path: Path) -> str:

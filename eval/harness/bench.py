@@ -1,7 +1,7 @@
 """`duo eval harness-bench`: the adapter beside lm-eval's own for transformers, the same weights, the same requests.
 
 Each engine is a process of its own. A first call, which does not count, compiles all that the requests need;
-torch, which compiles nothing, gets one request.
+torch, which compiles nothing, gets one request. Transformers in float64 may say how far each of the two is off.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
@@ -31,6 +32,7 @@ class Run:
     """One engine's work."""
 
     engine: Literal["duo", "transformers"]
+    dtype: Literal["float32", "float64"]
     model: str
     kind: str
     count: int
@@ -55,6 +57,8 @@ class HarnessBench:
     """Most texts computed together, in both."""
     repeats: int = 2
     """Timed calls of each engine; the fastest counts."""
+    exact: bool = False
+    """Answer with transformers in float64 too, and give each engine's largest distance to that."""
     seed: int = 0
     """Seed of the requests."""
 
@@ -67,8 +71,8 @@ class HarnessBench:
         for kind in self.kinds:
             shared: dict[str, Any] = {"model": self.model, "kind": kind, "count": self.count, "seed": self.seed}
             shared |= {"batch_size": self.batch_size, "repeats": self.repeats}
-            ours, theirs = (_in_own_process(Run(engine, **shared)) for engine in ("duo", "transformers"))
-            mine, other = (np.array([pair[0] for pair in one["answers"]]) for one in (ours, theirs))
+            ours, theirs = (_in_own_process(Run(engine, "float32", **shared)) for engine in ("duo", "transformers"))
+            mine, other = _logprobs(ours), _logprobs(theirs)
             same = [a[1] == b[1] for a, b in zip(ours["answers"], theirs["answers"], strict=True)]
             result = {
                 "kind": kind,
@@ -82,12 +86,22 @@ class HarnessBench:
                 # Processes that wanted a core, over the last minute: above this run's own, the machine was shared.
                 "load": {"duo": ours["load"], "transformers": theirs["load"]},
             }
+            if self.exact:
+                exact = _logprobs(_in_own_process(Run("transformers", "float64", **shared | {"repeats": 1})))
+                result["errors"] = {
+                    "duo": float(np.abs(mine - exact).max()),
+                    "transformers": float(np.abs(other - exact).max()),
+                }
             results.append(result)
             write(self.out, provenance(asdict(self)) | {"results": results})
             print(
                 f"{kind}: {len(mine)} requests, largest difference {result['max_difference']:.1e}, "
                 f"duo {min(ours['times']):.1f} s, transformers {min(theirs['times']):.1f} s"
             )
+
+
+def _logprobs(done: dict[str, Any]) -> Float[np.ndarray, "R"]:
+    return np.array([logprob for logprob, _ in done["answers"]])
 
 
 def requests(kind: str, count: int, seed: int) -> list[Pair]:
@@ -150,7 +164,7 @@ def _adapter(run: Run) -> Any:
     if run.engine == "duo":
         from eval.harness.adapter import DuoLM
 
-        model = load_model(run.model, dtype="float32")
+        model = load_model(run.model, dtype=run.dtype)
         return DuoLM(LM(model, tokenizer, None), batch_size=run.batch_size, progress=False)
     try:
         import torch
@@ -160,7 +174,7 @@ def _adapter(run: Run) -> Any:
             f"transformers' adapter needs torch and accelerate ({error}): pip install 'duo-jax[bench]'"
         ) from None
     source = open_source(run.model)
-    model = torch_model(source.config, source, dtype="float32", device=torch.device("cpu"))
+    model = torch_model(source.config, source, dtype=run.dtype, device=torch.device("cpu"))
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.batch_size, device="cpu")
 
 
