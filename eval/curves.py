@@ -24,6 +24,9 @@ from train.figures import curves_figure, gates_figure
 from train.plot import read_metrics
 from train.recipes.base import METRICS_FILE
 
+# Lengths of text, each with a figure of its own.
+FEW = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
@@ -65,7 +68,10 @@ def _against_sizes(length: int, cells: dict[Key, Cell], about: dict[str, Any]) -
 
 
 def score_curves(path: Path) -> Iterator[Drawn]:
-    """Scores against the KV bytes really held, all methods in one figure; of a few lengths, one each too."""
+    """Scores against the KV bytes really held, all methods in one figure; of a few lengths, one each.
+
+    A mean over lengths would compare methods that were asked different questions, where some were asked at fewer.
+    """
     _, records = read(path)
     scored = [record for record in records if record.get("score") is not None and "held_bytes" in record]
     if not scored:
@@ -73,9 +79,11 @@ def score_curves(path: Path) -> Iterator[Drawn]:
     # What full attention holds of the same question.
     whole = {question_of(record): record["held_bytes"] for record in scored if record["job"]["budget"] == 1}
     lengths = sorted({record["job"].get("length", 0) for record in scored})
-    yield _scores("score", "Score", scored, whole)
-    for length in lengths if 1 < len(lengths) <= 4 else ():
-        here = [record for record in scored if record["job"].get("length", 0) == length]
+    if not 1 < len(lengths) <= FEW:
+        yield _scores("score", "Score", scored, whole)
+        return
+    for length in lengths:
+        here = [record for record in scored if record["job"]["length"] == length]
         yield _scores(f"score-{length}", f"Score at {length:,} tokens", here, whole)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 # Beyond, numbers in cells would not be readable.
 MOST_NUMBERS = 14
@@ -16,6 +17,8 @@ MOST_TICKS = 7
 # Told apart by all kinds of colour vision, on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7570b3", "#56b4e9", "#a0522d")
 MARKERS = "osD^vPX*"
+# Points between intervals of neighbouring curves, which would hide each other where curves share their places.
+APART = 2.5
 
 
 def heatmaps(
@@ -73,11 +76,12 @@ def lines_figure(
 ) -> Figure:
     """Curves with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
 
+    Intervals stand a little beside each other, in the order of the curves.
     Axes are logarithmic where numbers of tokens span more than a factor of eight (x), or values one of fifty (y).
     """
     figure = Figure(figsize=(4.6, 3.5 + 0.1 * len(lines)), layout="constrained")
     axes = figure.subplots()
-    number = -1
+    number, with_intervals = -1, [line for line in lines if line.low is not None]
     for line in lines:
         number += not line.is_floor
         order = np.argsort(line.x)
@@ -88,9 +92,14 @@ def lines_figure(
             continue
         if line.low is not None and line.high is not None:
             ends = np.stack([values - np.asarray(line.low)[order], np.asarray(line.high)[order] - values])
-            style |= {"yerr": ends, "capsize": 2, "elinewidth": 0.8}
+            beside = APART * (with_intervals.index(line) - (len(with_intervals) - 1) / 2) / 72
+            shift = ScaledTranslation(beside, 0, figure.dpi_scale_trans)
+            style |= {"yerr": ends, "capsize": 2, "elinewidth": 0.8, "transform": axes.transData + shift}
+            # What is drawn by a transform of its own does not count for the limits.
+            axes.update_datalim(np.column_stack([[*line.x, *line.x], [*line.low, *line.high]]))
         marker = MARKERS[number % len(MARKERS)]
         axes.errorbar(np.asarray(line.x, float)[order], values, marker=marker, markersize=4, **style)
+    axes.autoscale_view()
     if level is not None:
         axes.axhline(level.y[0], color="#808080", linewidth=1.4, linestyle=":", label=level.name)
         if level.low is not None and level.high is not None:

@@ -209,3 +209,18 @@ def test_the_page_lies_well_in_a_browser(page, width, tmp_path):
     assert all(150 < wide <= found["width"] and high > 60 for wide, high in found["figures"])
     assert found["letters"] >= 12
     assert "Needle in a haystack" in found["text"] and "depth in %" in found["text"]
+
+
+def test_intervals_at_the_same_place_stand_beside_each_other_within_the_axes():
+    from eval.figures import Line, lines_figure
+
+    lines = [Line(name, [25.0, 50.0], [40.0, 80.0], [20.0, 60.0], [50.0, 95.0]) for name in "abc"]
+    figure = lines_figure(lines, title="", x="bytes", y="score, %")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    drawn = [container.lines[0] for container in axes.containers]
+    x = [line.get_transform().transform(line.get_xydata())[:, 0] for line in drawn]
+    inside = axes.get_window_extent()
+    assert all(left[0] + 2 < right[0] for left, right in pairwise(x))
+    assert inside.x0 < x[0].min() and x[2].max() < inside.x1
+    assert axes.get_ylim()[0] <= 20 and axes.get_ylim()[1] >= 95
