@@ -3,9 +3,8 @@
 Knows no task: it says which jobs there are, what is asked in one, and how an answer is scored.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 from duo_jax.validation import check_vocabulary
-from eval.baselines.pools import Duo, Pooled
-from eval.intervals import of_scores
+from eval.baselines.pools import Duo
 from eval.ledger import Ledger, fingerprint, read, sha256
 from eval.methods import METHODS, Method, greedy, method
-
-# Holds every token whatever the budget.
-FULL = "full"
+from eval.scores import FULL
 
 
 @dataclass(frozen=True)
@@ -140,8 +136,8 @@ class Asking:
             question: makes the prompt of a job; the same for every method and budget.
             data: fingerprints of files that questions are made of, by name.
             longest: tokens of the longest prompt and answer.
-            shortest: about the tokens of the shortest prompt: budgets that no method can meet there are refused at
-                once. None: not known. A single prompt too short for a budget gets a record without a score.
+            shortest: tokens of the shortest prompt, or a few less: a budget that a method cannot meet there is refused
+                at once. None: not known. A single prompt too short for a budget gets a record without a score.
 
         Raises:
             ValueError: anything in flags or file that cannot be right, before anything is computed.
@@ -162,10 +158,9 @@ class Asking:
         question(missing[0])  # Data that cannot be asked for is refused before the weights are read.
         model = load_model(self.model, dtype=self.dtype)
         for name, budget in self.cells():
-            found = methods[name]
-            if shortest is not None and isinstance(found, Pooled):
-                found.pattern_for(model, budget, shortest)
-        with ledger.writing() as append:
+            if shortest is not None:
+                methods[name].check(model, budget, shortest)
+        with ledger.writing(dtype=str(model.dtype)) as append:
             made: tuple[J, Question] | None = None
             for job in tqdm(missing, unit="question", dynamic_ncols=True):
                 asked = replace(job, method="", budget=0.0)
@@ -212,23 +207,3 @@ def answered(
         "peak_bytes": memory.peak_nbytes,
         "seconds": round(seconds, 3),
     }
-
-
-def summarized(records: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[float]]:
-    """Scores by these fields of their jobs; questions without a score are left out."""
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for record in records:
-        if record["score"] is not None:
-            found.setdefault(tuple(record["job"][name] for name in names), []).append(record["score"])
-    return found
-
-
-def question_of(record: Mapping[str, Any]) -> str:
-    """Which question a record is about, whoever was asked."""
-    return json.dumps({name: value for name, value in record["job"].items() if name not in ("method", "budget")})
-
-
-def with_interval(scores: Sequence[float]) -> str:
-    """Their mean, its 95 % interval, and how many there are."""
-    estimate = of_scores(np.array(scores, float))
-    return f"{estimate.format('.3f') if len(scores) > 1 else f'{estimate.mean:.3f}'}, n = {len(scores)}"

@@ -5,7 +5,7 @@ A figure comes with what it shows in words, for those who do not see it.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from duo_jax import HeadPattern
-from eval.asking import question_of, summarized
 from eval.cells import Cell, Key, full, recall_cells
 from eval.efficiency_tables import engine, place
 from eval.figures import Line, lines_figure
-from eval.intervals import Estimate, of_scores
+from eval.intervals import Estimate
 from eval.ledger import read
-from eval.recall import FULL
+from eval.recall import FULL as FULL_ATTENTION
+from eval.scores import FULL, Record, grouped, mean, question_of, scored, shared
 from train.figures import curves_figure, gates_figure
 from train.plot import read_metrics
 from train.recipes.base import METRICS_FILE
 
-# Lengths of text, each with a figure of its own.
+# Lengths of text, each with a figure of its own; more are shown by one figure.
 FEW = 4
 
 
@@ -46,8 +46,11 @@ def recall_curves(path: Path) -> Iterator[Drawn]:
     """Accuracy against KV budget; where sizes were compared, against those too (paper's ablations, section 3.5)."""
     _, cells = recall_cells(path)
     for length in sorted({key.length for key in cells}):
-        here = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL}
-        about: dict[str, Any] = {"y": "token accuracy, %", "level": _level(FULL, cells[full(length)].accuracy)}
+        here = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL_ATTENTION}
+        about: dict[str, Any] = {
+            "y": "token accuracy, %",
+            "level": _level(FULL_ATTENTION, cells[full(length)].accuracy),
+        }
         if len({key[3:] for key in here}) > 1:
             yield from _against_sizes(length, here, about)
         elif here:
@@ -70,38 +73,32 @@ def _against_sizes(length: int, cells: dict[Key, Cell], about: dict[str, Any]) -
 def score_curves(path: Path) -> Iterator[Drawn]:
     """Scores against the KV bytes really held, all methods in one figure; of a few lengths, one each.
 
-    A mean over lengths would compare methods that were asked different questions, where some were asked at fewer.
+    Over the questions that all of a figure's methods have a score for.
     """
-    _, records = read(path)
-    scored = [record for record in records if record.get("score") is not None and "held_bytes" in record]
-    if not scored:
-        return
-    # What full attention holds of the same question.
-    whole = {question_of(record): record["held_bytes"] for record in scored if record["job"]["budget"] == 1}
-    lengths = sorted({record["job"].get("length", 0) for record in scored})
-    if not 1 < len(lengths) <= FEW:
-        yield _scores("score", "Score", scored, whole)
-        return
-    for length in lengths:
-        here = [record for record in scored if record["job"]["length"] == length]
-        yield _scores(f"score-{length}", f"Score at {length:,} tokens", here, whole)
+    having = [record for record in scored(read(path)[1]) if "held_bytes" in record]
+    lengths = sorted({record["job"].get("length", 0) for record in having})
+    each = len(lengths) <= FEW
+    for length in lengths if each else [0]:
+        here = shared(record for record in having if not each or record["job"].get("length", 0) == length)
+        if here:
+            suffix, title = (f"-{length}", f" at {length:,} tokens") if each and length else ("", "")
+            yield _scores(f"score{suffix}", f"Score{title}", here)
 
 
-def _scores(name: str, title: str, records: list[dict[str, Any]], whole: dict[str, int]) -> Drawn:
+def _scores(name: str, title: str, records: Sequence[Record]) -> Drawn:
     """A curve for each method; where full attention was not asked, the budget stands for what was held."""
-    kept: dict[tuple[str, float], list[float]] = {}
-    for record in records:
-        job, full_bytes = record["job"], whole.get(question_of(record))
-        fraction = record["held_bytes"] / full_bytes if full_bytes else job["budget"]
-        kept.setdefault((job["method"], job["budget"]), []).append(100 * fraction)
-    found = {
-        key: of_scores(np.array(values, np.float64)) for key, values in summarized(records, "method", "budget").items()
-    }
+    whole = {question_of(record): record["held_bytes"] for record in records if record["job"]["method"] == FULL}
+    groups = grouped(records, "method", "budget")
+
+    def kept(record: Record) -> float:
+        asked = question_of(record)
+        return 100 * (record["held_bytes"] / whole[asked] if asked in whole else record["job"]["budget"])
+
     lines = []
-    for method in dict.fromkeys(key[0] for key in found):
-        keys = [key for key in found if key[0] == method]
-        x = [float(np.mean(kept[method, budget])) for _, budget in keys]
-        lines.append(_line(method, x, [found[method, budget] for _, budget in keys]))
+    for method in dict.fromkeys(key[0] for key in groups):
+        mine = [found for key, found in groups.items() if key[0] == method]
+        x = [float(np.mean([kept(record) for record in found])) for found in mine]
+        lines.append(_line(method, x, [mean(found) for found in mine]))
     return _drawn(name, lines, title=title, x="KV held, % of full attention's", y="score, %")
 
 

@@ -8,7 +8,7 @@ the rates of a large matrix product and of a long read in the same minute (`eval
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,6 +156,11 @@ class Efficiency:
             return about | {"results": []}
         if any(known.get(name) != about[name] for name in ("machine", "device")):
             raise ValueError(f"{self.out} was measured on another machine, versions or commit; choose another --out")
+        ours = next(point for point in self._points(about["platform"]) if point.sparsity is not None)
+        for result in known["results"]:
+            different = _differing(ours, result["point"])
+            if different:
+                raise ValueError(f"{self.out} was measured with another {', '.join(different)}; choose another --out")
         return known
 
     def _known(self) -> dict[str, Any] | None:
@@ -167,6 +172,13 @@ class Efficiency:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.out} is not a result of this command; choose another --out") from None
         return record
+
+
+def _differing(ours: Point, theirs: Mapping[str, Any]) -> list[str]:
+    """Settings that all points of a file share, of which these two have different ones."""
+    names = [] if theirs["engine"] != "duo" else ["dtype", "backend"]
+    names += [] if theirs["sparsity"] is None else ["pattern", "sink_size", "recent_size"]
+    return [name.replace("_", " ") for name in names if getattr(ours, name) != theirs.get(name)]
 
 
 def measure(point: Point) -> dict[str, Any]:

@@ -6,6 +6,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+# Of the normal distribution, two-sided, 95 %.
+Z = stats.norm.ppf(0.975)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -40,30 +43,39 @@ def ratio(
     return Estimate(float(mean), float(mean - half), float(mean + half))
 
 
-def of_scores(scores: Float[np.ndarray, "S"]) -> Estimate:
-    """The mean of independent scores in [0, 1]: Wilson's interval where each is right or wrong, else Student's.
+def of_scores(scores: Float[np.ndarray, "S"], weights: Float[np.ndarray, "S"] | None = None) -> Estimate:
+    """The weighted mean of independent scores in [0, 1].
 
-    Student's would be a point where all are right.
+    Wilson's interval where each is right or wrong and counts the same, and where all are equal; else Student's, which
+    would be a point where all are. No score in [0, 1] with this mean varies more than right and wrong do.
     """
-    if not np.isin(scores, (0.0, 1.0)).all():
-        found = ratio(scores, np.ones_like(scores))
-        return Estimate(found.mean, max(found.low, 0.0), min(found.high, 1.0))
-    low, high = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
-    return Estimate(float(scores.mean()), float(low), float(high))
+    weights = np.ones(len(scores)) if weights is None else weights
+    found, number = ratio(weights * scores, weights), len(scores)
+    if _alike(scores) or (_alike(weights) and np.isin(scores, (0.0, 1.0)).all()):
+        square = Z**2 / number
+        centre = (found.mean + square / 2) / (1 + square)
+        half = np.sqrt(square * found.mean * (1 - found.mean) + square**2 / 4) / (1 + square)
+        found = Estimate(found.mean, centre - half, centre + half)
+    return Estimate(found.mean, float(max(found.low, 0.0)), float(min(found.high, 1.0)))
 
 
-def of_differences(ours: Float[np.ndarray, "S"], theirs: Float[np.ndarray, "S"]) -> Estimate:
-    """The mean difference of paired scores in [0, 1]: Bonett and Price's interval where each is right or wrong.
+def of_differences(
+    ours: Float[np.ndarray, "S"], theirs: Float[np.ndarray, "S"], weights: Float[np.ndarray, "S"] | None = None
+) -> Estimate:
+    """The weighted mean of what independent scores in [0, 1] differ from those that they are paired with.
 
-    Else Student's. Both would be a point where all pairs agree, however few; one more disagreement either way, as in
-    the interval of Bonett and Price (2012), leaves room for doubt.
+    The interval of Bonett and Price (2012), which adds a disagreement either way, where each score is right or wrong
+    and counts the same, and where all differences are equal; else Student's, which would be a point where all are.
     """
-    number, ones = len(ours), np.ones(len(ours))
-    gained, lost = (ours > theirs).sum(), (theirs > ours).sum()
-    if not np.isin([ours, theirs], (0.0, 1.0)).all() and gained + lost:
-        found = ratio(ours, ones, theirs)
-    else:
-        up, down = (gained + 1) / (number + 2), (lost + 1) / (number + 2)
-        half = stats.norm.ppf(0.975) * np.sqrt((up + down - (up - down) ** 2) / (number + 2))
-        found = Estimate((ours - theirs).mean(), up - down - half, up - down + half)
-    return Estimate(float(found.mean), float(max(found.low, -1.0)), float(min(found.high, 1.0)))
+    weights = np.ones(len(ours)) if weights is None else weights
+    change, number = ours - theirs, len(ours)
+    found = ratio(weights * ours, weights, weights * theirs)
+    if _alike(change) or (_alike(weights) and np.isin([ours, theirs], (0.0, 1.0)).all()):
+        up, down = ((part.sum() + 1) / (number + 2) for part in (change.clip(min=0), (-change).clip(min=0)))
+        half = Z * np.sqrt((up + down - (up - down) ** 2) / (number + 2))
+        found = Estimate(found.mean, up - down - half, up - down + half)
+    return Estimate(found.mean, float(max(found.low, -1.0)), float(min(found.high, 1.0)))
+
+
+def _alike(values: Float[np.ndarray, "S"]) -> bool:
+    return bool(np.ptp(values) < 1e-12)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from duo_jax.gpus import GPUS
 from eval.compiled import Kernel, kernels_on
-from eval.record import provenance, write
+from eval.record import begun, write
 from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import empty
 
@@ -43,7 +43,7 @@ class Kernels:
         ):
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
-        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
+        record: dict[str, Any] = begun(self.out, asdict(self))
         names = "backend", "gpu", "dtype", "head_dim", "operation", "cache"
         for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
             about: dict[str, Any] = dict(zip(names, case, strict=True))

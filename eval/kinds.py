@@ -93,7 +93,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "Scores",
         lambda first: isinstance(first.get("about"), dict) and "task" in first["about"],
-        {"Scores": score_table},
+        {"Scores": score_summary, "Every cell": score_table},
         ("eval.curves:score_curves",),
     ),
     Kind(

@@ -6,12 +6,14 @@ Knows no task: a job is any dataclass, and its record holds it under "job".
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import jax
 import numpy as np
 
 from duo_jax import HeadPattern
@@ -52,7 +54,7 @@ class Ledger:
         gates = dict(gates or {})
         if path.is_dir():
             raise ValueError(f"{path} is a folder: --out names a file")
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             return cls(path, {"about": about, "gates": gates, "runs": []}, [])
         head, records = read(path)
         different = changes(head["about"], about)
@@ -71,13 +73,16 @@ class Ledger:
         return [job for key, job in wanted.items() if key not in done]
 
     @contextmanager
-    def writing(self) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
+    def writing(self, *, dtype: str) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
         """Note a new run, then append `(job, result)` as they come; each is on its way to the disk when the call ends.
+
+        Args:
+            dtype: in which the run computes.
 
         Raises:
             ValueError: another process writes to the file, or did since it was opened here.
         """
-        file = self._begun()
+        file = self._begun({"device": jax.devices()[0].device_kind, "dtype": dtype})
         try:
 
             def append(job: Any, result: Mapping[str, Any]) -> None:
@@ -88,27 +93,27 @@ class Ledger:
         finally:
             file.close()
 
-    def _begun(self) -> TextIO:
+    def _begun(self, where: Mapping[str, Any]) -> TextIO:
         """The file, open and locked, with this run in its first line."""
-        held = self.path.open("a", encoding="utf-8") if self.path.exists() else None
-        try:
-            if held is not None:
-                self._lock(held)
-                if len(read(self.path)[1]) != len(self.records):
-                    raise ValueError(f"{self.path} was written to in the meantime: start again")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as held:
+            self._lock(held)
+            there = read(self.path)[1] if self.path.stat().st_size else []
+            if len(there) != len(self.records):
+                raise ValueError(f"{self.path} was written to in the meantime: start again")
             # Written anew: a record that a kill cut off is left out.
-            head = self.head | {"runs": [*self.head["runs"], provenance()]}
+            head = self.head | {"runs": [*self.head["runs"], provenance() | dict(where)]}
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in (head, *self.records)))
             file = self.path.open("a", encoding="utf-8")
             self._lock(file)
-        finally:
-            if held is not None:
-                held.close()
         return file
 
     def _lock(self, file: TextIO) -> None:
+        """Lock an open file; whoever wrote the path anew in the meantime has it."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino != self.path.stat().st_ino:
+                raise BlockingIOError
         except BlockingIOError:
             file.close()
             raise ValueError(f"another process writes to {self.path}: wait for it, or choose another --out") from None

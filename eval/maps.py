@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from eval.asking import summarized
 from eval.curves import Drawn, file_name
 from eval.figures import heatmaps
 from eval.ledger import read
+from eval.scores import grouped, scored
 
 
 def needle_poster(path: Path) -> Any:
@@ -21,7 +21,7 @@ def needle_poster(path: Path) -> Any:
 
 def needle_maps(path: Path) -> Iterator[Drawn]:
     """A figure for every method and budget."""
-    if not read(path)[1]:
+    if not scored(read(path)[1]):
         return
     maps, lengths, depths, title = _maps(path)
     for row in maps:
@@ -38,7 +38,8 @@ def needle_maps(path: Path) -> Iterator[Drawn]:
 def _maps(path: Path) -> tuple[list[dict[str, Float[np.ndarray, "D L"]]], list[int], list[float], str]:
     """Maps of one method share a row; what was not asked yet is NaN."""
     head, records = read(path)
-    cells = summarized(records, "method", "budget", "length", "depth")
+    groups = grouped(scored(records), "method", "budget", "length", "depth")
+    cells = {key: [record["score"] for record in found] for key, found in groups.items()}
     lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
     maps: dict[str, dict[str, np.ndarray]] = {}
     for method, budget in dict.fromkeys(key[:2] for key in cells):

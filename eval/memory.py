@@ -17,7 +17,7 @@ from duo_jax.mesh import MeshSize, mesh_of
 from duo_jax.placement import model_shapes
 from duo_jax.plan import Plan, any_pattern
 from eval.compiled import compile_for, gpus_like, gpus_of, memory_of
-from eval.record import provenance, write
+from eval.record import begun, write
 from train.batches import LABEL_MULTIPLE, Batch
 from train.devices import BY_TOKEN, Sharding
 from train.gated import GatedModel
@@ -72,7 +72,7 @@ class MemoryTask:
         mesh = mesh_of(size, gpus_like(self.gpu, size.devices))
         config = PRESETS[self.model]
         config = replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
-        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
+        record: dict[str, Any] = begun(self.out, asdict(self))
         for program in self.programs:
             for length in self.lengths:
                 begin = time.perf_counter()

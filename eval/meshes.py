@@ -9,7 +9,7 @@ from duo_jax.gpus import find_gpu
 from duo_jax.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from eval.plan import describe
-from eval.record import provenance, write
+from eval.record import begun, write
 from eval.verify import verify
 
 
@@ -49,7 +49,7 @@ class MeshesTask:
         """Plan and compile every case, print a line for each."""
         if not set(self.cases) <= set(CASES):
             raise ValueError(f"unknown cases in {self.cases}; there are {', '.join(CASES)}")
-        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
+        record: dict[str, Any] = begun(self.out, asdict(self))
         for name in self.cases:
             case, plan = CASES[name], planned(CASES[name], self.chunk)
             memory = find_gpu(case.gpu).usable_bytes

@@ -67,7 +67,7 @@ class Precision:
         """Score what the file lacks, a model of one precision after the other."""
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
         about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
-        gates = {self.pattern: fingerprint(HeadPattern.load(self.pattern))}
+        gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}
         ledger = Ledger.open(self.out, about | {"task": "precision"}, gates)
         jobs = ledger.missing(self._jobs())
         if not jobs:
@@ -75,7 +75,7 @@ class Precision:
             return
         tokenizer = load_tokenizer(self.model)
         sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
-        with ledger.writing() as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
+        with ledger.writing(dtype=FLOAT) as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
             for weights, group in groupby(jobs, lambda job: job.weights):
                 model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
                 for chosen in filter(None, patterns.values()):

@@ -104,7 +104,7 @@ class Recall:
         shape = model.config.num_layers, model.config.num_kv_heads
         for source in patterns.values():
             HeadPattern.load(source).check(model.config)
-        with ledger.writing() as append:
+        with ledger.writing(dtype=str(model.dtype)) as append:
             for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
                 pattern = self._pattern(job, patterns, shape)
                 if job.prose:

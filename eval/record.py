@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,62 @@ def provenance(settings: Mapping[str, Any] | None = None, *, program: str = "duo
     return found
 
 
+def begun(out: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of what is measured anew each time: where it comes from, and no results yet.
+
+    Args:
+        out: where it goes, if anywhere.
+        settings: of the measurement.
+
+    Raises:
+        ValueError: `out` is a folder, or holds what another command wrote.
+    """
+    found = provenance(settings) | {"results": []}
+    if out is not None and out.is_dir():
+        raise ValueError(f"{out} is a folder: --out names a file")
+    if out is not None and out.exists():
+        try:
+            theirs = json.loads(out.read_text(encoding="utf-8"))["command"]
+        except (ValueError, LookupError, TypeError):
+            theirs = ""
+        if theirs.split()[:3] != found["command"].split()[:3]:
+            raise ValueError(f"{out} is not a result of this command; choose another --out")
+    return found
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, versions, commit."""
-    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "torch", "transformers", "numpy")
+    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "torch", "transformers", "lm_eval")
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := _version(name))},
+        "versions": {name: found for name in (*packages, "numpy") if (found := _version(name))},
         "commit": _commit(),
     }
 
 
 def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     """Where a file comes from that one or several runs of a command wrote, in a line: machine, versions, commits."""
-    machine = runs[-1]["machine"]
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in runs))
+    devices = (run.get("device", "cpu") for run in runs)
+    places = [
+        f"{'' if device == 'cpu' else f'{device}, '}{run['machine']['processor']}, {run['machine']['cores']} cores"
+        for device, run in zip(devices, runs, strict=True)
+    ]
+    types = [run.get("dtype", "float32") for run in runs]
+    last = runs[-1]["machine"]
+    versions = ", ".join(f"{name} {found}" for name, found in last["versions"].items())
+    commits = _each(run["machine"]["commit"] for run in runs)
     pieces = ", piece by piece," if len(runs) > 1 else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}. "
+        f"{_each(places, ' and ')}, {_each(types)}, Python {last['python']}, {versions}. "
         f"Measured by `{command}`{pieces} at {commits}."
     )
+
+
+def _each(values: Iterable[str], between: str = ", ") -> str:
+    """Different ones, in their order."""
+    return between.join(dict.fromkeys(values))
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,101 +1,80 @@
 """Tables for every evaluation that scores answers: methods and budgets, with 95 % intervals and paired differences."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.asking import FULL, question_of
-from eval.intervals import of_differences, of_scores
 from eval.ledger import read
 from eval.record import origin
+from eval.scores import FULL, NOTHING, Record, difference, grouped, mean, scored, shared
 
 # Fields of a job that make a row of their own, where a job has them.
 ROWS = ("task", "subset", "length")
-NOTHING = "No job is finished yet."
-
-Record = Mapping[str, Any]
 
 
 def score_summary(path: Path) -> str:
-    """Methods by lengths: mean scores in percent; and over all lengths the paired difference to full attention."""
+    """Methods by lengths, over the questions that all of a column have a score for; and each beside full attention."""
     head, records = read(path)
-    scored = _scored(records)
-    if not scored:
+    having = scored(records)
+    if not having:
         return NOTHING
-    full, lengths = _of_full(scored), sorted({record["job"]["length"] for record in scored})
+    with_length = "length" in having[0]["job"]
+    columns = grouped(having, *(("length",) if with_length else ()))
+    fair = {key: shared(found) for key, found in sorted(columns.items())}
+    everybody = grouped(having, "method", "budget")
+    names = [f"{key[0]} tokens" if with_length else "score, %" for key in fair]
     lines = [
-        "| method | KV budget | " + " | ".join(f"{length} tokens" for length in lengths) + " | minus full, points |",
-        "| --- " + "| --: " * (2 + len(lengths)) + "|",
+        "| method | KV budget | " + " | ".join(names) + " | minus full, points |",
+        "| --- " + "| --: " * (2 + len(names)) + "|",
     ]
-    for (method, budget), found in _grouped(scored, "method", "budget").items():
-        cells = [_score(here) for here in (_grouped(found, "length").get((length,)) for length in lengths)]
-        lines.append("| " + " | ".join([method, f"{budget:.0%}", *cells, _minus_full(found, full)]) + " |")
+    full = [record for record in having if record["job"]["method"] == FULL]
+    for (method, budget), found in everybody.items():
+        cells = [_score(grouped(column, "method", "budget").get((method, budget))) for column in fair.values()]
+        lines.append("| " + " | ".join([method, f"{budget:.0%}", *cells, _minus_full(found, full, count=True)]) + " |")
     return "\n".join([*lines, "", *_about(head, records)])
 
 
 def score_table(path: Path) -> str:
-    """Every cell: mean scores in percent, the paired difference to full attention, KV bytes held after the prompt."""
+    """Every cell: mean scores in percent, the paired difference to full attention, and bytes of keys and values."""
     head, records = read(path)
-    scored = _scored(records)
-    if not scored:
+    having = scored(records)
+    if not having:
         return NOTHING
-    full = _of_full(scored)
-    names = [name for name in ROWS if name in scored[0]["job"]]
-    lines = [
-        "| " + " | ".join([*names, "method", "budget", "score, %", "minus full, points", "KV held, MB"]) + " |",
-        "| --- " * (len(names) + 1) + "| --: " * 4 + "|",
-    ]
-    groups = _grouped(scored, *names, "method", "budget")
+    full = [record for record in having if record["job"]["method"] == FULL]
+    names = [name for name in ROWS if name in having[0]["job"]]
+    titles = [*names, "method", "budget", "score, %", "minus full, points", "KV held, MB", "KV at most, MB"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * (len(names) + 1) + "| --: " * 5 + "|"]
+    groups = grouped(having, *names, "method", "budget")
     # By what was asked; methods in the order in which they were asked.
     for key in sorted(groups, key=lambda key: [str(part).rjust(12) for part in key[: len(names)]]):
         found = groups[key]
-        held = np.array([record.get("held_bytes", np.nan) for record in found])
-        kept = f"{held[np.isfinite(held)].mean() / 1e6:.1f}" if np.isfinite(held).any() else ""
-        cells = [*map(str, key[:-1]), f"{key[-1]:.0%}", _score(found), _minus_full(found, full), kept]
+        cells = [*map(str, key[:-1]), f"{key[-1]:.0%}", _score(found), _minus_full(found, full)]
+        cells += [_megabytes(found, field) for field in ("held_bytes", "peak_bytes")]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_about(head, records)])
+    what = "*Held* after the prompt; *at most* while it was taken in, one layer's tokens beside the cache included."
+    return "\n".join([*lines, "", what, *_about(head, records)])
 
 
-def _scored(records: Iterable[Record]) -> list[Record]:
-    return [record for record in records if record.get("score") is not None]
+def _score(records: Sequence[Record] | None) -> str:
+    return f"{mean(records).scaled(100).format('.1f')}, n = {len(records)}" if records else ""
 
 
-def _of_full(records: Iterable[Record]) -> dict[str, Record]:
-    """Full attention's answers by question."""
-    return {question_of(record): record for record in records if record["job"]["method"] == FULL}
-
-
-def _grouped(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Records by these fields of their jobs."""
-    found: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        found.setdefault(tuple(record["job"][name] for name in names), []).append(record)
-    return found
-
-
-def _score(records: list[Record] | None) -> str:
-    if not records:
+def _minus_full(records: Sequence[Record], full: Sequence[Record], *, count: bool = False) -> str:
+    found = difference(records, full) if records[0]["job"]["method"] != FULL else None
+    if found is None:
         return ""
-    return f"{of_scores(_scores(records)).scaled(100).format('.1f')}, n = {len(records)}"
+    return found[0].scaled(100).format("+.1f") + (f", n = {found[1]}" if count else "")
 
 
-def _minus_full(records: list[Record], full: Mapping[str, Record]) -> str:
-    """Over the questions that full attention answered too."""
-    pairs = [(record, full[question_of(record)]) for record in records if question_of(record) in full]
-    if not pairs or records[0]["job"]["method"] == FULL:
-        return ""
-    ours, theirs = (_scores([pair[side] for pair in pairs]) for side in (0, 1))
-    return of_differences(ours, theirs).scaled(100).format("+.1f")
-
-
-def _scores(records: Iterable[Record]) -> np.ndarray:
-    return np.array([record["score"] for record in records], np.float64)
+def _megabytes(records: Sequence[Record], field: str) -> str:
+    values = [record[field] for record in records if field in record]
+    return f"{np.mean(values) / 1e6:.1f}" if values else ""
 
 
 def _about(head: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
-    refused = len(records) - len(_scored(records))
+    refused = len(records) - len(scored(records))
     note = f"{refused} questions have no score: their method could not hold them within its budget. " if refused else ""
-    command = f"duo eval {head['about']['task']}"
-    return [f"95 % intervals; differences are paired. {note}{origin(head['runs'], command)}" if head["runs"] else note]
+    where = origin(head["runs"], f"duo eval {head['about']['task']}") if head["runs"] else ""
+    return [f"95 % intervals; differences are paired. {note}{where}"]

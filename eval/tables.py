@@ -15,6 +15,7 @@ from eval.intervals import Estimate
 from eval.precision import precision_table
 from eval.recall import FULL, RANDOM, STREAMING
 from eval.record import origin
+from eval.scores import NOTHING
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "cpu"
@@ -34,7 +35,7 @@ def recall_table(path: Path) -> str:
     """Token accuracy of held-out passkeys, and that as a percentage of full attention's: recipe by sparsity."""
     head, cells = recall_cells(path)
     if not cells:
-        return "No job is finished yet."
+        return NOTHING
     lines = []
     for length in sorted({key.length for key in cells}):
         base = cells[full(length)]

@@ -11,7 +11,7 @@ import numpy as np
 from duo_jax import HeadPattern, ModelConfig, load_model
 from eval.ceilings import fastest, flops_per_second
 from eval.costs import prefill_flops
-from eval.record import provenance, write
+from eval.record import begun, write
 from train.batches import LABEL_MULTIPLE, Batch
 from train.gated import GatedModel
 from train.loop import State, step
@@ -40,7 +40,7 @@ class Training:
         if not self.lengths or min(self.lengths) < 1 or self.steps < 1:
             raise ValueError(f"need lengths and steps of at least 1, got {self.lengths=}, {self.steps=}")
         model = load_model(self.model)
-        record: dict[str, Any] = provenance(asdict(self)) | {"results": []}
+        record: dict[str, Any] = begun(self.out, asdict(self))
         for length in self.lengths:
             for rematerialize in (True, False):
                 attention = GatedModel(self.sink_size, self.recent_size, rematerialize=rematerialize)

@@ -106,17 +106,22 @@ class Eviction(Method):
         """
         return int(budget * max(prompt, length) + 1e-9)
 
+    def check(self, model: Model, budget: float, length: int) -> None:
+        """See `Method.check`."""
+        super().check(model, budget, length)
+        limit, least = self.limit(budget, length, length), self.least(length)
+        if limit < min(length, least):
+            raise ValueError(
+                f"{budget=} of {length} tokens lets a head hold {limit}, but {self.name} needs at least {least}: raise "
+                "the budget, or give a longer prompt"
+            )
+
     def begin(
         self, model: Model, tokens: ArrayLike, *, room: int, budget: float
     ) -> tuple[Float[Array, "V"], EvictedState]:
         """See `Method.begin`."""
-        tokens = check_arguments(model, tokens, room, budget)
-        limit = self.limit(budget, len(tokens), len(tokens))
-        if limit < min(len(tokens), self.least(len(tokens))):
-            raise ValueError(
-                f"{budget=} of {len(tokens)} tokens lets a head hold {limit}, but {self.name} needs at least "
-                f"{self.least(len(tokens))}: raise the budget, or give a longer prompt"
-            )
+        tokens = check_arguments(model, tokens, room)
+        self.check(model, budget, len(tokens))
         return self.prefill(model, tokens, self.capacity(budget, len(tokens), room), budget)
 
     def capacity(self, budget: float, length: int, room: int) -> int:

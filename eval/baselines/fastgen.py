@@ -110,7 +110,8 @@ class FastGen(Method):
         self, model: Model, tokens: ArrayLike, *, room: int, budget: float
     ) -> tuple[Float[Array, "V"], FastGenState]:
         """See `Method.begin`."""
-        tokens = check_arguments(model, tokens, room, budget)
+        tokens = check_arguments(model, tokens, room)
+        self.check(model, budget, len(tokens))
         config, length, kinds = model.config, len(tokens), self.kinds(tokens, 0)
         heads = config.num_layers * config.num_kv_heads
         least = min(length, int((kinds == SPECIAL_TOKEN).sum()) + 1)

@@ -60,6 +60,15 @@ class Method(ABC):
             raise ValueError(f"{cls.name} takes no value, got ={value}")
         return cls(**options)
 
+    def check(self, model: Model, budget: float, length: int) -> None:
+        """Refuse what `begin` would refuse of any prompt of `length` tokens.
+
+        Raises:
+            ValueError: a budget outside (0, 1], or one that this method cannot meet there.
+        """
+        if not 0.0 < budget <= 1.0:
+            raise ValueError(f"budget must be in (0, 1], a fraction of full attention's KV bytes, got {budget=}")
+
     @abstractmethod
     def begin(self, model: Model, tokens: ArrayLike, *, room: int, budget: float) -> tuple[Float[Array, "V"], Any]:
         """Take in a whole prompt, all of it through the method.
@@ -82,14 +91,12 @@ class Method(ABC):
         """Append one token: the logits after it, and the new state; the old one is gone."""
 
 
-def check_arguments(model: Model, tokens: ArrayLike, room: int, budget: float) -> Int32[np.ndarray, "T"]:
+def check_arguments(model: Model, tokens: ArrayLike, room: int) -> Int32[np.ndarray, "T"]:
     """The prompt as int32.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, negative room, a budget outside (0, 1].
+        ValueError: an empty prompt, a token outside the vocabulary, negative room.
     """
-    if not 0.0 < budget <= 1.0:
-        raise ValueError(f"budget must be in (0, 1], a fraction of full attention's KV bytes, got {budget=}")
     if room < 0:
         raise ValueError(f"room must be at least 0, got {room=}")
     tokens = np.asarray(tokens)

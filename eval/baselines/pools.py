@@ -52,12 +52,18 @@ class Pooled(Method):
         """
         raise NotImplementedError
 
+    def check(self, model: Model, budget: float, length: int) -> None:
+        """See `Method.check`."""
+        super().check(model, budget, length)
+        self.pattern_for(model, budget, _least_of_bucket(length))
+
     def begin(
         self, model: Model, tokens: ArrayLike, *, room: int, budget: float
     ) -> tuple[Float[Array, "V"], PooledState]:
         """See `Method.begin`."""
-        tokens = check_arguments(model, tokens, room, budget)
+        tokens = check_arguments(model, tokens, room)
         length = len(tokens)
+        self.check(model, budget, length)
         pattern = self.pattern_for(model, budget, _least_of_bucket(length))
         cache = KVCache.init(model.config, pattern, 1, bucket(length + room))
         # Padded, and in chunks of its bucket's width: prompts of one bucket run the same programs.

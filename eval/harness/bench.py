@@ -1,7 +1,7 @@
 """`duo eval harness-bench`: the adapter beside lm-eval's own for transformers, the same weights, the same requests.
 
-Each engine is a process of its own. A first call, which does not count, compiles all that the requests need;
-torch, which compiles nothing, gets one request. Transformers in float64 may say how far each of the two is off.
+Each engine is a process of its own. A first call with all requests, which does not count, compiles what they need.
+Transformers in float64 may say how far each of the two is off.
 """
 
 import json
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 from eval.engines.transformers import torch_model
-from eval.record import provenance, write
+from eval.record import begun, write
 from eval.short import mmlu
 from train.haystack import load_haystack
 
@@ -67,7 +67,7 @@ class HarnessBench:
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds or min(self.count, self.batch_size, self.repeats) < 1:
             raise ValueError(f"kinds are {', '.join(KINDS)} and numbers at least 1, got {self}")
-        results = []
+        record = begun(self.out, asdict(self))
         for kind in self.kinds:
             shared: dict[str, Any] = {"model": self.model, "kind": kind, "count": self.count, "seed": self.seed}
             shared |= {"batch_size": self.batch_size, "repeats": self.repeats}
@@ -87,13 +87,13 @@ class HarnessBench:
                 "load": {"duo": ours["load"], "transformers": theirs["load"]},
             }
             if self.exact:
-                exact = _logprobs(_in_own_process(Run("transformers", "float64", **shared | {"repeats": 1})))
+                exact = _logprobs(_in_own_process(Run("transformers", "float64", **shared | {"repeats": 0})))
                 result["errors"] = {
                     "duo": float(np.abs(mine - exact).max()),
                     "transformers": float(np.abs(other - exact).max()),
                 }
-            results.append(result)
-            write(self.out, provenance(asdict(self)) | {"results": results})
+            record["results"].append(result)
+            write(self.out, record)
             print(
                 f"{kind}: {len(mine)} requests, largest difference {result['max_difference']:.1e}, "
                 f"duo {min(ours['times']):.1f} s, transformers {min(theirs['times']):.1f} s"
@@ -146,10 +146,10 @@ def measure(run: Run) -> dict[str, Any]:
     adapter = _adapter(run)
     pairs = requests(run.kind, run.count, run.seed)
     asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    times, warm_up = [], asked if run.engine == "duo" else asked[:1]
-    for batch in (warm_up, *[asked] * run.repeats):
+    times = []
+    for _ in range(1 + run.repeats):
         begin = time.perf_counter()
-        answers = adapter.loglikelihood(batch, disable_tqdm=True)
+        answers = adapter.loglikelihood(asked, disable_tqdm=True)
         times.append(time.perf_counter() - begin)
     return {
         "answers": [[float(one), bool(top)] for one, top in answers],

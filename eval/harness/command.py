@@ -9,9 +9,10 @@ from typing import Any
 
 import tyro
 
-from duo_jax import LM
+from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.settings import changes
+from eval.ledger import fingerprint, sha256
 from eval.record import provenance, write
 
 
@@ -117,9 +118,14 @@ class Harness:
         print(f"written to {self.out}")
 
     def _about(self) -> dict[str, Any]:
-        """What the figures depend on."""
+        """What the figures depend on: settings, and what stands behind the names of files."""
         settings = asdict(self)
-        return dict(json.loads(json.dumps({name: settings[name] for name in settings if name != "out"}, default=str)))
+        about: dict[str, Any] = {name: settings[name] for name in settings if name != "out"}
+        if self.pattern.pattern:
+            about["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
+        files = [*self._data().values(), *(path for folder in self.include_path for path in sorted(folder.rglob("*")))]
+        about["files"] = {str(path): sha256(path.read_bytes()) for path in files if path.is_file()}
+        return dict(json.loads(json.dumps(about, default=str)))
 
     def _data(self) -> dict[str, Path]:
         found = {}

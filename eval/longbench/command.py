@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from eval.asking import Asking, Job, Question, summarized
+from eval.asking import Asking, Job, Question
 from eval.ledger import read, sha256
 from eval.longbench.data import file_of, load_rows
 from eval.longbench.tasks import Task, load_task, names
 from eval.prompt import prompt
+from eval.scores import in_words
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,7 @@ class LongBenchTask:
             longest=self._length,
             shortest=None,
         )
-        cells = summarized(read(self.out)[1], "method", "budget", "task")
-        for method, budget in dict.fromkeys(key[:2] for key in cells):
-            scores = {key[2]: 100 * np.mean(found) for key, found in cells.items() if key[:2] == (method, budget)}
-            each = ", ".join(f"{name} {mean:.1f}" for name, mean in scores.items())
-            print(f"{method} at {budget:g} of the KV bytes: {np.mean(list(scores.values())):.2f} ({each})")
+        print("\n".join(in_words(read(self.out)[1])))
 
     @property
     def _length(self) -> int:

@@ -10,11 +10,12 @@ import numpy as np
 import tyro
 from jaxtyping import Int32
 
-from eval.asking import Asking, Job, Question, summarized, with_interval
-from eval.ledger import read
+from eval.asking import Asking, Job, Question
+from eval.ledger import read, sha256
 from eval.needle.hide import hide
 from eval.needle.styles import STYLES
 from eval.plot import draw
+from eval.scores import in_words, scored
 from train.haystack import DEFAULT, load_haystack
 from train.needles import encode
 
@@ -67,12 +68,13 @@ class NeedleTask:
             {"task": "needle", **shared},
             self._jobs(),
             self._question,
+            data={"haystack": sha256(self._text.encode())},
             longest=max(self.lengths),
             shortest=max(min(self.lengths) - room, 1),
         )
-        for (method, budget), scores in summarized(read(self.out)[1], "method", "budget").items():
-            print(f"{method} at {budget:g} of the KV bytes: {with_interval(scores)}")
-        for path in draw(self.out):
+        records = scored(read(self.out)[1])
+        print("\n".join(in_words(records)))
+        for path in draw(self.out) if records else ():
             print(path)
 
     def _jobs(self) -> Iterator[Cell]:
@@ -94,7 +96,8 @@ class NeedleTask:
         needle = STYLES[self.style](rng)
         hidden = hide(
             self.asking.tokenizer,
-            self._hay,
+            # A text shorter than the cell is repeated; which stretch is drawn depends on no other cell.
+            np.resize(self._hay, max(len(self._hay), job.length)),
             needle,
             rng,
             length=job.length - needle.max_new_tokens,
@@ -105,11 +108,13 @@ class NeedleTask:
         return Question(hidden.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts)
 
     @cached_property
+    def _text(self) -> str:
+        return load_haystack(self.haystack, max_chars=self.haystack_chars)
+
+    @cached_property
     def _hay(self) -> Int32[np.ndarray, "S"]:
-        """Tokens of the haystack, again and again if it is shorter than the longest prompt."""
-        text = load_haystack(self.haystack, max_chars=self.haystack_chars)
-        hay, longest = np.asarray(encode(self.asking.tokenizer, text), np.int32), max(self.lengths)
-        if len(hay) < longest:
-            print(f"{self.haystack!r} has {len(hay)} tokens: repeated up to {longest}")
-            hay = np.resize(hay, longest)
+        """Tokens of the haystack."""
+        hay = np.asarray(encode(self.asking.tokenizer, self._text), np.int32)
+        if len(hay) < max(self.lengths):
+            print(f"{self.haystack!r} has {len(hay)} tokens: repeated in longer prompts")
         return hay

@@ -9,13 +9,14 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from eval.asking import Asking, Job, Question, summarized, with_interval
+from eval.asking import Asking, Job, Question
 from eval.ledger import read, sha256
 from eval.lm_eval_files import tasks_folder
 from eval.prompt import prompt
 from eval.ruler.kind import Example, Material, fitted
 from eval.ruler.qa import Questions, load
 from eval.ruler.tasks import TASKS, score
+from eval.scores import grouped, in_words
 from train.haystack import load_haystack
 
 # Tasks that need a file, and its format.
@@ -71,6 +72,7 @@ class RulerTask:
         shared = {name: settings[name] for name in ("haystack", "haystack_chars", "seed")}
         _ = self._questions  # Files that are not what they should be are refused first.
         data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
+        data["haystack"] = sha256(" ".join(self._words).encode())
         self.asking.ask(
             self.out,
             {"task": "ruler", **shared},
@@ -78,14 +80,10 @@ class RulerTask:
             self._question,
             data=data,
             longest=max(self.lengths),
-            shortest=max(1, 3 * min(self.lengths) // 4),
+            shortest=max(1, min(self.lengths) - max(TASKS[name].max_new_tokens for name in self._chosen)),
         )
-        cells = summarized(read(self.out)[1], "method", "budget", "length", "task")
-        for method, budget, length in dict.fromkeys(key[:3] for key in cells):
-            here = {key[3]: found for key, found in cells.items() if key[:3] == (method, budget, length)}
-            each = ", ".join(f"{name} {np.mean(found):.2f}" for name, found in here.items())
-            mean = with_interval([score for found in here.values() for score in found])
-            print(f"{method} at {budget:g} of the KV bytes, {length} tokens: {mean} ({each})")
+        for (length,), found in grouped(read(self.out)[1], "length").items():
+            print(f"{length} tokens:", *in_words(found), sep="\n")
 
     @property
     def _chosen(self) -> tuple[str, ...]:

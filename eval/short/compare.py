@@ -3,7 +3,6 @@
 Knows no task: an item is a name, a record says what was answered and whether that was right.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions
 from eval.harness.batches import Prefiller
 from eval.intervals import of_differences, of_scores
-from eval.ledger import Ledger, read
-from eval.recall import fingerprint
+from eval.ledger import Ledger, fingerprint, read, sha256
 from eval.record import origin
+from eval.scores import FULL, NOTHING
 
-FULL = "full"
 # Items that all methods answer before the next: the file is a usable result after each stage.
 STAGE = 500
 COLUMNS = ("method", "n", "right, %", "same answer, %", "both right or both wrong, %", "minus full, points")
@@ -84,7 +82,8 @@ def run(
         ValueError: a file with other settings, or a pattern of another model.
     """
     methods = patterns.load()
-    gates = {patterns.pattern: fingerprint(HeadPattern.load(patterns.pattern))}
+    # Methods are named by sizes: the file is about one pattern, whatever its name.
+    gates = {"pattern": fingerprint(HeadPattern.load(patterns.pattern))}
     ledger = Ledger.open(out, {**asdict(model), **about}, gates)
     stages = [items[begin : begin + STAGE] for begin in range(0, len(items), STAGE)]
     jobs = [Job(method, item) for stage in stages for method in methods for item in stage]
@@ -94,7 +93,10 @@ def run(
         for chosen in methods.values():
             if chosen is not None:
                 chosen.check(weights.config)
-        with ledger.writing() as append, tqdm(total=len(missing), unit="item", dynamic_ncols=True) as bar:
+        with (
+            ledger.writing(dtype=str(weights.dtype)) as append,
+            tqdm(total=len(missing), unit="item", dynamic_ncols=True) as bar,
+        ):
             for stage in stages:
                 for name, chosen in methods.items():
                     left = {job.item for job in missing if job.method == name} & set(stage)
@@ -137,7 +139,7 @@ def short_table(path: Path) -> str:
     """How full attention and head patterns compare, item by item."""
     head, records = read(path)
     if not records:
-        return "No job is finished yet."
+        return NOTHING
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " + "| --: " * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in compared(records)]
     command = f"duo eval {head['about']['task']}"
@@ -146,4 +148,4 @@ def short_table(path: Path) -> str:
 
 def digest(path: Path) -> str:
     """What tells one data file from another."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return sha256(path.read_bytes())

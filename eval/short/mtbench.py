@@ -6,6 +6,7 @@ Both turns of a question are one conversation on one cache. Judging needs a stro
 import json
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from duo_jax import LM, Categorical, Greedy, Temperature
+from duo_jax import LM, Categorical, Greedy, HeadPattern, Temperature
 from duo_jax.chat import Chat
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.files import write_text
 from duo_jax.settings import changes
+from eval.ledger import fingerprint, sha256
 from eval.record import provenance, write
 from eval.short.rows import read_rows
 
@@ -54,7 +56,8 @@ class MtBench:
                 f"need at least 1 new token and 2 of cache, got {self.max_new_tokens=}, {self.max_length=}"
             )
         asked = read_rows(self.questions, QUESTION_FIELDS, _wrong)
-        done = self._begun()
+        about = self._about(asked)
+        done = self._begun(about)
         left = [row for row in asked if row["question_id"] not in {answer["question_id"] for answer in done}]
         if not left:
             print(f"{self.out} had all of it")
@@ -64,7 +67,7 @@ class MtBench:
         if pattern is not None:
             pattern.check(model.config)
         chat = Chat(LM(model, self.model.tokenizer(), pattern), max_length=self.max_length)
-        write(self._about_path, {"about": self._about(), **provenance()})
+        write(self._about_path, {"about": about, **provenance()})
         # Written anew: an answer that a kill cut off is left out.
         write_text(self.out, "".join(json.dumps(answer) + "\n" for answer in done))
         with self.out.open("a", encoding="utf-8") as file:
@@ -92,7 +95,7 @@ class MtBench:
             "tstamp": time.time(),
         }
 
-    def _begun(self) -> list[dict[str, Any]]:
+    def _begun(self, about: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Answers that the file has.
 
         Raises:
@@ -108,15 +111,22 @@ class MtBench:
         old: dict[str, Any] = {}
         if self._about_path.exists():
             old = json.loads(self._about_path.read_text(encoding="utf-8"))["about"]
-        different = changes(old, self._about()) if old else ["nothing says with which settings"] if done else []
+            # Questions may join, but none may become another.
+            both = set(old.get("questions", ())) & set(about["questions"])
+            old, about = ({**one, "questions": {key: one["questions"][key] for key in both}} for one in (old, about))
+        different = changes(old, about) if old else ["nothing says with which settings"] if done else []
         if different:
             raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
         return done
 
-    def _about(self) -> dict[str, Any]:
-        """What answers depend on."""
+    def _about(self, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What answers depend on: settings, gates, and what is asked under each number."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("out", "questions")}
-        return dict(json.loads(json.dumps(settings | {"model_id": self._model_id})))
+        settings["model_id"] = self._model_id
+        if self.pattern.pattern:
+            settings["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
+        settings["questions"] = {str(row["question_id"]): sha256(json.dumps(row["turns"]).encode()) for row in asked}
+        return dict(json.loads(json.dumps(settings)))
 
     @property
     def _about_path(self) -> Path:
