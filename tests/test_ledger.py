@@ -24,7 +24,7 @@ JOBS = [Job("a"), Job("b"), Job("c", 1.0)]
 
 def fill(path, jobs):
     ledger = Ledger.open(path, ABOUT)
-    with ledger.writing() as append:
+    with ledger.writing(dtype="float32") as append:
         for job in ledger.missing(jobs):
             append(job, {"score": 1.0})
 
@@ -54,7 +54,7 @@ def test_a_line_that_a_kill_cut_off_is_done_again(tmp_path, cut):
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
     path = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt), Ledger.open(path, ABOUT).writing() as append:
+    with pytest.raises(KeyboardInterrupt), Ledger.open(path, ABOUT).writing(dtype="float32") as append:
         append(JOBS[0], {"score": 1.0})
         raise KeyboardInterrupt
     assert Ledger.open(path, ABOUT).missing(JOBS) == JOBS[1:]
@@ -64,11 +64,11 @@ def test_two_processes_do_not_write_to_one_file(tmp_path):
     path = tmp_path / "out.jsonl"
     fill(path, JOBS[:1])
     late = Ledger.open(path, ABOUT)
-    with Ledger.open(path, ABOUT).writing() as append:
-        with pytest.raises(ValueError, match="another process"), Ledger.open(path, ABOUT).writing():
+    with Ledger.open(path, ABOUT).writing(dtype="float32") as append:
+        with pytest.raises(ValueError, match="another process"), Ledger.open(path, ABOUT).writing(dtype="float32"):
             pass
         append(JOBS[1], {"score": 0.5})
-    with pytest.raises(ValueError, match="in the meantime"), late.writing():
+    with pytest.raises(ValueError, match="in the meantime"), late.writing(dtype="float32"):
         pass
     assert Ledger.open(path, ABOUT).missing(JOBS) == JOBS[2:]
 
@@ -84,7 +84,6 @@ def test_a_job_that_is_there_twice_counts_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "empty"),
         ("years of work", "1 is not JSON"),
         ('{"mine": 1}\n', "1 is not a result"),
         ('{"about": {}, "runs": []}\n{"score": 1}\n', "2 is not a result"),
@@ -106,7 +105,7 @@ def test_a_file_of_another_run_is_refused(tmp_path):
     fill(path, JOBS)
     with pytest.raises(ValueError, match=r"other settings: sizes was \[1, 2\], now \[1, 3\]"):
         Ledger.open(path, ABOUT | {"sizes": (1, 3)})
-    with Ledger.open(path, ABOUT, {"mine": "1234"}).writing():
+    with Ledger.open(path, ABOUT, {"mine": "1234"}).writing(dtype="float32"):
         pass
     with pytest.raises(ValueError, match="other gates or data under the name of mine"):
         Ledger.open(path, ABOUT, {"mine": "5678"})
@@ -119,3 +118,24 @@ def test_the_committed_recall_is_a_ledger():
     assert len(set(jobs)) == len(jobs) > 500
     assert Ledger.open(COMMITTED, head["about"], head["gates"]).missing(jobs) == []
     assert len(COMMITTED.read_text().splitlines()) == 1 + len(json.loads(json.dumps(records)))
+
+
+def test_an_empty_file_is_a_new_one(tmp_path):
+    # As a kill leaves it, right at the start.
+    path = tmp_path / "out.jsonl"
+    path.touch()
+    fill(path, JOBS)
+    assert len(read(path)[1]) == len(JOBS)
+
+
+def test_of_two_that_begin_a_new_file_one_is_refused(tmp_path):
+    path = tmp_path / "new.jsonl"
+    first, second = (Ledger.open(path, {"task": "a"}) for _ in range(2))
+    with first.writing(dtype="float32") as append:
+        with pytest.raises(ValueError, match="another process writes"), second.writing(dtype="float32"):
+            pass
+        append(Job("a"), {"score": 1.0})
+    assert len(read(path)[1]) == 1 and read(path)[0]["runs"][0]["dtype"] == "float32"
+    with pytest.raises(ValueError, match="written to in the meantime"), second.writing(dtype="float32"):
+        pass
+    assert len(read(path)[1]) == 1

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from eval import asking
+from eval.asking import Asking
 from eval.ledger import read
 from eval.methods import greedy
+from eval.needle.command import Cell, NeedleTask
 from tests.text_models import assert_refused
 
 # One length and few depths: each bucket of lengths is two programs to compile.
@@ -27,7 +29,7 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     done = run()
     assert done.code == 0, done
     head, records = read(out)
-    assert head["about"]["task"] == "needle" and len(head["gates"]) == 2
+    assert head["about"]["task"] == "needle" and set(head["gates"]) > {"full", "haystack"}
     assert [(record["job"]["depth"], record["job"]["budget"]) for record in records] == [
         (depth, budget) for depth in (0.0, 0.5, 1.0) for budget in (1.0, 0.5)
     ]
@@ -54,6 +56,16 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     # The figure can be had again, elsewhere.
     assert duo("eval", "plot", out, "--out", out.parent / "maps").code == 0
     assert "duo=" in out.with_name("maps.svg").read_text()
+
+
+def test_a_needle_depends_on_no_other_cell(chat_model):
+    # The haystack is shorter than the longest prompt, and the cell that both have is longer than it.
+    def asked(*lengths):
+        task = NeedleTask(Asking(str(chat_model)), lengths=lengths, haystack_chars=2000)
+        return task._question(Cell("full", 1.0, 400, 0.5, 0))
+
+    alone, among = asked(400), asked(400, 500)
+    assert alone.facts == among.facts and (alone.tokens == among.tokens).all() and len(alone.tokens) == 388
 
 
 def test_an_interrupt_loses_the_needle_in_hand_alone(needle, monkeypatch):

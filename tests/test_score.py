@@ -178,9 +178,17 @@ def test_intervals_are_of_samples_and_differences_are_paired():
 def test_scores_that_are_all_right_leave_room_for_doubt():
     # Wilson's interval of 10 of 10: z² / (10 + z²) below 1.
     sure = of_scores(np.ones(10))
-    assert sure.mean == sure.high == 1.0 and sure.low == pytest.approx(1 - 1.96**2 / (10 + 1.96**2), abs=1e-3)
+    assert (
+        sure.mean == 1.0
+        and sure.high == pytest.approx(1.0)
+        and sure.low == pytest.approx(1 - 1.96**2 / (10 + 1.96**2), abs=1e-3)
+    )
     parts = np.array([0.4, 0.4, 0.6])
     assert of_scores(parts) == ratio(parts, np.ones(3))
+    alike = of_scores(np.full(10, 0.6))
+    assert alike.low < 0.35 and alike.high > 0.8, "not a point where all are alike"
+    # Each of two tasks counts the same.
+    assert of_scores(np.array([1.0, 1.0, 1.0, 0.0]), np.array([1, 1, 1, 3]) / 3).mean == pytest.approx(0.5)
     assert of_scores(np.array([0.2, 1.0])) == Estimate(0.6, 0.0, 1.0), "no score lies beyond"
 
 
@@ -198,6 +206,7 @@ def test_paired_scores_that_all_agree_leave_room_for_doubt():
     parts = np.array([0.4, 0.5, 0.6])
     assert of_differences(parts, np.ones(3)) == ratio(parts, np.ones(3), np.ones(3))
     assert of_differences(parts, parts).high > 0.3
+    assert of_differences(parts, parts + 0.2).low < -0.3, "not a point where all differ alike"
 
 
 def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):

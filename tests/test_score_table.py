@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from eval.score_table import NOTHING, score_summary, score_table
+from eval.score_table import score_summary, score_table
+from eval.scores import NOTHING, in_words, shared
 
 MACHINE = {"processor": "a processor", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
 
@@ -37,8 +38,8 @@ def test_differences_are_of_the_questions_that_both_were_asked(scores):
     path = scores(*asked)
     full, duo = rows(score_summary(path))
     assert full[:2] == ["full", "100%"] and full[2].startswith("100.0 (43.9 to 100.0), n = 3") and full[4] == ""
-    assert duo[:2] == ["duo", "50%"] and duo[2].startswith("66.7 (") and duo[3].endswith("n = 2")
-    assert duo[4].startswith("-25.0 (")
+    assert duo[:2] == ["duo", "50%"] and duo[2].startswith("66.7 (") and duo[3].endswith("n = 1")
+    assert duo[4].startswith("-25.0 (") and duo[4].endswith("n = 4")
     cells = rows(score_table(path))
     assert [cell[:3] for cell in cells] == [
         ["1000", "full", "100%"],
@@ -50,9 +51,26 @@ def test_differences_are_of_the_questions_that_both_were_asked(scores):
     assert "a processor" in score_table(path) and "abc1234" in score_summary(path)
 
 
+def test_tasks_count_the_same_however_many_questions_they_have(scores):
+    asked = [("easy", n, 1.0) for n in range(9)] + [("hard", n, 0.5) for n in range(3)]
+    records = [record("full", 1000, n, score) for _, n, score in asked]
+    for one, (task, _, _) in zip(records, asked, strict=True):
+        one["job"]["task"] = task
+    (row,) = rows(score_summary(scores(*records)))
+    assert row[2].startswith("75.0 (") and row[2].endswith("n = 12")
+    assert next(in_words(records)).endswith("; easy 100.0, hard 50.0")
+
+
+def test_only_questions_that_all_have_a_score_for_are_compared():
+    records = [record("full", 1000, n, 1.0) for n in range(3)] + [record("duo", 1000, n, 1.0) for n in (0, 1)]
+    records.append(record("duo", 1000, 2, None))  # too short for its budget
+    assert {one["job"]["sample"] for one in shared(records)} == {0, 1} and len(shared(records)) == 4
+    assert [line.rsplit("n = ", 1)[1] for line in in_words(records)] == ["2", "2"]
+
+
 def test_what_was_not_asked_is_left_open(scores):
     path = scores(record("duo", 1000, 0, 0.3), record("h2o", 2000, 0, None, refused="too small"))
     (duo,) = rows(score_summary(path))
-    assert duo == ["duo", "50%", "30.0 (0.0 to 100.0), n = 1", ""]
+    assert duo == ["duo", "50%", "30.0 (2.1 to 89.7), n = 1", ""]
     assert "1 questions have no score" in score_table(path)
     assert score_table(scores()) == score_summary(scores()) == NOTHING
