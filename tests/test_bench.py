@@ -1,7 +1,7 @@
 """What phases must cost, the engines that are timed, and `duo bench` and `duo eval efficiency`, which time them."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -145,6 +145,19 @@ FOUND = {
     "decode_floor_ms": 2.0,
     "peak_memory_bytes": 10**9,
 }
+
+
+def test_points_of_other_settings_do_not_join_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(efficiency, "_ask", lambda what, point: {"device": "cpu", "platform": "cpu"})
+    monkeypatch.setattr(efficiency, "provenance", lambda: {"machine": {}})
+    task = Efficiency(("llama-3-8b",), contexts=(64,), peer=False, out=tmp_path / "out.json")
+    points = [asdict(point) for point in task._points("cpu")]
+    task.out.write_text(json.dumps({"machine": {}, "device": "cpu", "results": [{"point": point} for point in points]}))
+    assert len(task._record()["results"]) == 2
+    for name, value in (("dtype", "bfloat16"), ("sink_size", 4), ("backend", "xla")):
+        with pytest.raises(ValueError, match=f"another {name.replace('_', ' ')}"):
+            replace(task, **{name: value})._record()
+    assert len(replace(task, contexts=(64, 128))._record()["results"]) == 2
 
 
 def test_bench_refuses_what_it_cannot_do(text_model, duo, tmp_path):

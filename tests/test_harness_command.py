@@ -86,6 +86,9 @@ def test_a_yaml_task_over_a_local_file(tmp_path, duo, model, tasks):
     assert harness(duo, model, out, *flags).code == 0
     assert json.loads(out.read_text())["results"] == record["results"]
     assert_refused(harness(duo, model, out, *flags, "--limit", 2), "limit was None, now 2", "--out")
+    with (tasks / "toy.yaml").open("a") as file:
+        file.write("# Another task.\n")
+    assert_refused(harness(duo, model, out, *flags), "files.", "toy.yaml was")
 
 
 def test_mbpp_from_a_local_file(tmp_path, duo, model):

@@ -105,7 +105,7 @@ def test_mmlu_compares_item_by_item_and_goes_on_where_it_stopped(tmp_path, duo, 
     out = tmp_path / "out.jsonl"
     whole = run_mmlu(duo, model, mmlu_file, out)
     assert whole.code == 0, whole
-    assert short_table(out).count("| 0.") == 2 and "duo eval mmlu" in short_table(out)
+    assert short_table(out).count("\n| 0") == 2 and "duo eval mmlu" in short_table(out)
     head, *records = [json.loads(line) for line in out.read_text().splitlines()]
     count = len(mmlu.questions(mmlu_file, shots=1, count=500, seed=0))
     assert len(records) == 3 * count and head["about"]["shots"] == 1
@@ -126,6 +126,10 @@ def test_mmlu_compares_item_by_item_and_goes_on_where_it_stopped(tmp_path, duo, 
     }
     assert len(done) == len(records)
     assert_refused(run_mmlu(duo, model, mmlu_file, out, "--seed", 1), "seed was 0, now 1")
+    gates = 1 - duo_jax.HeadPattern.load(model / "pattern").gates
+    duo_jax.HeadPattern.from_gates(gates, sink_size=4, recent_size=16).save(tmp_path / "other")
+    other = run_mmlu(duo, model, mmlu_file, out, "--pattern", tmp_path / "other")
+    assert_refused(other, "other gates", "pattern")
 
 
 def test_a_prompt_beyond_the_model_is_refused(tmp_path, duo, model):
@@ -217,6 +221,11 @@ def test_mtbench_answers_are_a_conversation_in_fastchats_format(tmp_path, duo, c
     assert "had all of it" in duo("eval", "mtbench", *flags, "--questions", asked).out
     other = duo("eval", "mtbench", *flags, "--questions", asked, "--model-id", "other")
     assert_refused(other, "model_id was 'chat', now 'other'")
+    asked.write_text(asked.read_text().replace("Question 1?", "Something else?"))
+    assert_refused(duo("eval", "mtbench", *flags, "--questions", asked), "questions.82 was")
+    # More of them may join.
+    questions(asked, 4)
+    assert duo("eval", "mtbench", *flags, "--questions", asked).code == 0 and len(out.read_text().splitlines()) == 4
 
 
 def test_mtbench_refuses_what_it_cannot_read(tmp_path, duo, chat_model):
