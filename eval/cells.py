@@ -59,13 +59,14 @@ def recall_cells(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], di
         numbers = sorted(set(found) & set(base))
         if not numbers:
             continue
-        tokens, hits, nll = (_column(found, numbers, name) for name in ("tokens", "hits", "nll"))
+        drawn = _drawn(found, numbers)
+        tokens, hits, nll = (_column(found, drawn, name) for name in ("tokens", "hits", "nll"))
         cells[key] = Cell(
             sum(len(found[number]["tokens"]) for number in numbers),
             ratio(hits, tokens),
-            ratio(hits, tokens, _column(base, numbers, "hits")),
+            ratio(hits, tokens, _column(base, drawn, "hits")),
             ratio(nll, tokens),
-            ratio(nll, tokens, _column(base, numbers, "nll")),
+            ratio(nll, tokens, _column(base, drawn, "nll")),
         )
     return head, cells
 
@@ -78,5 +79,14 @@ def _key(job: dict[str, Any], about: dict[str, Any]) -> Key:
     return Key(job["length"], method, job["sparsity"], *sizes)
 
 
-def _column(samples: dict[int, dict[str, Any]], numbers: list[int], name: str) -> np.ndarray:
-    return np.array([sum(samples[number][name]) for number in numbers], np.float64)
+def _drawn(samples: dict[int, dict[str, Any]], numbers: list[int]) -> list[list[int]]:
+    """Samples that are one draw together: of random patterns all that one of them had, of the others each."""
+    groups: dict[Any, list[int]] = {}
+    for number in numbers:
+        method = samples[number]["job"]["method"]
+        groups.setdefault(method if method.startswith(RANDOM) else number, []).append(number)
+    return [*groups.values()]
+
+
+def _column(samples: dict[int, dict[str, Any]], drawn: list[list[int]], name: str) -> np.ndarray:
+    return np.array([sum(sum(samples[number][name]) for number in group) for group in drawn], np.float64)

@@ -16,7 +16,7 @@ COLUMNS = 3
 MOST_TICKS = 7
 # Told apart by all kinds of colour vision, on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7570b3", "#56b4e9", "#a0522d")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX"  # One fewer than colours: a ninth curve differs from the first in its marker.
 # Points between intervals of neighbouring curves, which would hide each other where curves share their places.
 APART = 2.5
 

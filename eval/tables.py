@@ -15,7 +15,9 @@ from eval.intervals import Estimate
 from eval.precision import precision_table
 from eval.recall import FULL, RANDOM, STREAMING
 from eval.record import origin
+from eval.score_table import score_summary, score_table
 from eval.scores import NOTHING
+from eval.short.compare import short_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "cpu"
@@ -24,6 +26,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "guides" / "devices.md",
+    ROOT / "docs" / "guides" / "harness.md",
     ROOT / "docs" / "guides" / "identify.md",
     ROOT / "docs" / "guides" / "kernels.md",
     ROOT / "docs" / "guides" / "plan.md",
@@ -330,6 +333,13 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "windows": (RESULTS / "windows.jsonl", recall_table),
     "windows details": (RESULTS / "windows.jsonl", recall_details),
     "prose": (RESULTS / "recall.jsonl", prose_table),
+    "needle": (RESULTS / "needle.jsonl", score_summary),
+    "needle cells": (RESULTS / "needle.jsonl", score_table),
+    "ruler": (RESULTS / "ruler.jsonl", score_summary),
+    "ruler cells": (RESULTS / "ruler.jsonl", score_table),
+    "mmlu": (RESULTS / "mmlu.jsonl", short_table),
+    "humaneval": (RESULTS / "humaneval.jsonl", short_table),
+    "adapter": (RESULTS / "harness.json", adapter_table),
     "training": (RESULTS / "training.json", training_table),
     "memory": (COMPILED / "memory.json", memory_table),
     "shared training": (COMPILED / "training-mesh.json", memory_table),
