@@ -46,12 +46,14 @@ class Question:
         max_new_tokens: room for the answer.
         score: of the text of an answer, 0 to 1.
         facts: what else its record should say, such as the right answer.
+        later: last tokens of the prompt that the method does not know while it takes in the rest; see `greedy`.
     """
 
     tokens: Int32[np.ndarray, "T"]
     max_new_tokens: int
     score: Callable[[str], float]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    later: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def answered(
         max_new_tokens=question.max_new_tokens,
         eos_ids=model.config.eos_ids,
         budget=budget,
+        later=question.later,
     )
     seconds = time.perf_counter() - begin
     answer = str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -47,4 +47,5 @@ def _maps(path: Path) -> tuple[list[dict[str, Float[np.ndarray, "D L"]]], list[i
         name = method if budget == 1 else f"{method} at {budget:g}"
         maps.setdefault(method, {})[name] = np.array(means, float)
     about, most = head["about"], max(len(scores) for scores in cells.values())
-    return [*maps.values()], lengths, depths, f"{Path(about['model']).name}, needle: {about['style']}, {most} in a cell"
+    what = f"{about['style']}, asked later" if about.get("question_later") else about["style"]
+    return [*maps.values()], lengths, depths, f"{Path(about['model']).name}, needle: {what}, {most} in a cell"

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
@@ -65,20 +66,38 @@ def greedy(
     max_new_tokens: int,
     eos_ids: Iterable[int] = (),
     budget: float = 1.0,
+    later: int = 0,
 ) -> tuple[list[int], Memory]:
     """Continue one prompt, always by the likeliest token, the whole prompt through the method.
 
+    Args:
+        method: holds the context.
+        model: the weights.
+        tokens: `[T]` token ids.
+        max_new_tokens: of the answer.
+        eos_ids: tokens that end it.
+        budget: fraction of the KV bytes that full attention holds.
+        later: last tokens of the prompt that come one by one, like what is said after a document was read: the method
+            does not know them while it takes in the rest, of which the budget is a fraction then.
+
     Returns:
-        The new tokens, an EOS token that ended them included, and the bytes that the sequence took after its prompt.
+        The new tokens, an EOS token that ended them included, and the bytes that the sequence took after what was
+        taken in.
 
     Raises:
-        ValueError: what `Method.begin` refuses, or fewer than one new token.
+        ValueError: what `Method.begin` refuses, fewer than one new token, or nothing before what comes later.
     """
+    tokens = np.asarray(tokens)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= later < max(1, tokens.size):
+        raise ValueError(f"later must be at least 0 and less than the {tokens.size} tokens of the prompt, got {later=}")
     ends = frozenset(eos_ids)
-    logits, state = method.begin(model, tokens, room=max_new_tokens, budget=budget)
+    first = tokens.size - later
+    logits, state = method.begin(model, tokens[:first], room=later + max_new_tokens, budget=budget)
     memory = state.memory
+    for token in tokens[first:]:
+        logits, state = method.step(model, int(token), state)
     answer = [int(jnp.argmax(logits))]
     while len(answer) < max_new_tokens and answer[-1] not in ends:
         logits, state = method.step(model, answer[-1], state)

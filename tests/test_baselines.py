@@ -333,3 +333,22 @@ def test_fastgen_knows_special_tokens_and_punctuation_by_the_tokenizer(text_mode
     rule = method("fastgen", tokenizer=tokenizer, local=0.2)
     assert set(rule.special) == {0, 1, 2} and rule.local == 0.2
     assert "".join(tokenizer.decode([token]) for token in rule.punctuation) == "!\"#%&'()*,-./:;?@[\\]_{}"
+
+
+def test_what_comes_later_is_not_known_before(tiny, pattern):
+    prompt, options = TOKENS[:LENGTH], {"max_new_tokens": 3}
+    whole, _ = greedy(make("full", pattern), tiny, prompt, **options)
+    later, memory = greedy(make("full", pattern), tiny, prompt, later=7, **options)
+    assert later == whole
+    # The bytes are those of what was taken in, and so is the budget.
+    rule = make("snapkv", pattern)
+    logits, state = rule.begin(tiny, prompt[:-7], room=10, budget=BUDGET)
+    assert state.memory.held_nbytes <= BUDGET * memory.held_nbytes
+    expected = state.memory
+    for token in prompt[-7:]:
+        logits, state = rule.step(tiny, int(token), state)
+    answer, memory = greedy(rule, tiny, prompt, later=7, budget=BUDGET, **options)
+    assert memory == expected and answer[0] == int(np.asarray(logits).argmax())
+    for wrong in (-1, LENGTH):
+        with pytest.raises(ValueError, match="later must be at least 0 and less than"):
+            greedy(rule, tiny, prompt, later=wrong, budget=BUDGET, **options)

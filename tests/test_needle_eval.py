@@ -53,6 +53,12 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     # More cells join the same file.
     assert run("--lengths", "400", "390").code == 0
     assert len(read(out)[1]) == 2 * len(records)
+    # A question that comes later is another run: budgets are of the text alone.
+    assert_refused(run("--question-later"), "question_later was None, now True")
+    assert run("--question-later", "--out", out.with_name("later.jsonl")).code == 0
+    later = read(out.with_name("later.jsonl"))[1]
+    assert [one["key"] for one in later] == [one["key"] for one in records]
+    assert all(one["held_bytes"] < other["held_bytes"] for one, other in zip(later, records, strict=True))
     # The figure can be had again, elsewhere.
     assert duo("eval", "plot", out, "--out", out.parent / "maps").code == 0
     assert "duo=" in out.with_name("maps.svg").read_text()

@@ -45,6 +45,9 @@ class NeedleTask:
     style: Literal["original", "digits", "words"] = "digits"
     """The sentence about San Francisco, scored by its key words; a passkey of five digits, right or wrong; one of five
     words, scored by how many come."""
+    question_later: bool = False
+    """Take in the text first, the question token by token afterwards, as of a document that is kept to be asked: what a
+    method lets go of is decided without the question, and budgets are fractions of the text's bytes."""
     haystack: str = DEFAULT
     """Text to hide it in: pydoc (Python's own reference pages), essays (fetched by pip), a text or .jsonl[.zst] file, a
     folder of them, or a hub data set such as hub:kmfoda/booksum:chapter. A text that is too short is repeated."""
@@ -62,6 +65,8 @@ class NeedleTask:
             )
         settings = asdict(self)
         shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "seed")}
+        # Said only where it is so: a file without it has the question in the prompt.
+        shared |= {"question_later": True} if self.question_later else {}
         room = self._room
         self.asking.ask(
             self.out,
@@ -105,7 +110,10 @@ class NeedleTask:
             use_chat=self.asking.chat,
         )
         facts: dict[str, Any] = {"key": " ".join(needle.key), "position": hidden.position}
-        return Question(hidden.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts)
+        later = hidden.asking if self.question_later else 0
+        return Question(
+            hidden.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts, later
+        )
 
     @cached_property
     def _text(self) -> str:

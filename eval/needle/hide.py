@@ -13,10 +13,11 @@ from train.needles import encode
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """A prompt, and where in it the needle begins."""
+    """A prompt, where in it the needle begins, and how many tokens of it, at its end, ask for the needle."""
 
     tokens: Int32[np.ndarray, "T"]
     position: int
+    asking: int
 
 
 def hide(
@@ -48,4 +49,4 @@ def hide(
     text = hay[begin : begin + room]
     cut = round(depth * room)
     tokens = [*head, *text[:cut], *sentence, *text[cut:], *tail]
-    return Hidden(np.asarray(tokens, np.int32), len(head) + cut)
+    return Hidden(np.asarray(tokens, np.int32), len(head) + cut, len(tail))
