@@ -56,7 +56,9 @@ def of_scores(scores: Float[np.ndarray, "S"], weights: Float[np.ndarray, "S"] | 
         centre = (found.mean + square / 2) / (1 + square)
         half = np.sqrt(square * found.mean * (1 - found.mean) + square**2 / 4) / (1 + square)
         found = Estimate(found.mean, centre - half, centre + half)
-    return Estimate(found.mean, float(max(found.low, 0.0)), float(min(found.high, 1.0)))
+    # Of all right or all wrong an end is the mean itself, but for rounding.
+    low, high = min(found.low, found.mean), max(found.high, found.mean)
+    return Estimate(found.mean, float(max(low, 0.0)), float(min(high, 1.0)))
 
 
 def of_differences(
