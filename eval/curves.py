@@ -19,7 +19,7 @@ from eval.figures import Line, lines_figure
 from eval.intervals import Estimate
 from eval.ledger import read
 from eval.recall import FULL as FULL_ATTENTION
-from eval.scores import FULL, Record, grouped, mean, question_of, scored, shared
+from eval.scores import FULL, Record, by_method, mean, question_of, scored, shared
 from train.figures import curves_figure, gates_figure
 from train.plot import read_metrics
 from train.recipes.base import METRICS_FILE
@@ -88,7 +88,7 @@ def score_curves(path: Path) -> Iterator[Drawn]:
 def _scores(name: str, title: str, records: Sequence[Record]) -> Drawn:
     """A curve for each method; where full attention was not asked, the budget stands for what was held."""
     whole = {question_of(record): record["held_bytes"] for record in records if record["job"]["method"] == FULL}
-    groups = grouped(records, "method", "budget")
+    groups = by_method(records)
 
     def kept(record: Record) -> float:
         asked = question_of(record)

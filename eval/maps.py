@@ -10,7 +10,7 @@ from jaxtyping import Float
 from eval.curves import Drawn, file_name
 from eval.figures import heatmaps
 from eval.ledger import read
-from eval.scores import grouped, scored
+from eval.scores import by_method, grouped, scored
 
 
 def needle_poster(path: Path) -> Any:
@@ -42,7 +42,7 @@ def _maps(path: Path) -> tuple[list[dict[str, Float[np.ndarray, "D L"]]], list[i
     cells = {key: [record["score"] for record in found] for key, found in groups.items()}
     lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
     maps: dict[str, dict[str, np.ndarray]] = {}
-    for method, budget in dict.fromkeys(key[:2] for key in cells):
+    for method, budget in by_method(scored(records)):
         means = [[np.mean(cells.get((method, budget, n, depth), [np.nan])) for n in lengths] for depth in depths]
         name = method if budget == 1 else f"{method} at {budget:g}"
         maps.setdefault(method, {})[name] = np.array(means, float)

@@ -8,31 +8,34 @@ import numpy as np
 
 from eval.ledger import read
 from eval.record import origin
-from eval.scores import FULL, NOTHING, Record, difference, grouped, mean, scored, shared
+from eval.scores import FULL, NOTHING, Record, by_method, difference, grouped, mean, scored, shared
 
 # Fields of a job that make a row of their own, where a job has them.
 ROWS = ("task", "subset", "length")
 
 
-def score_summary(path: Path) -> str:
-    """Methods by lengths, over the questions that all of a column have a score for; and each beside full attention."""
+def score_summary(path: Path, *, budget: float | None = None) -> str:
+    """Methods by lengths, over the questions that all of a column have a score for; and each beside full attention.
+
+    With `budget` that one alone, and full attention.
+    """
     head, records = read(path)
-    having = scored(records)
+    having = [one for one in scored(records) if budget is None or one["job"]["budget"] in (budget, 1.0)]
     if not having:
         return NOTHING
     with_length = "length" in having[0]["job"]
     columns = grouped(having, *(("length",) if with_length else ()))
     fair = {key: shared(found) for key, found in sorted(columns.items())}
-    everybody = grouped(having, "method", "budget")
+    everybody = by_method(having)
     names = [f"{key[0]} tokens" if with_length else "score, %" for key in fair]
     lines = [
         "| method | KV budget | " + " | ".join(names) + " | minus full, points |",
         "| --- " + "| --: " * (2 + len(names)) + "|",
     ]
     full = [record for record in having if record["job"]["method"] == FULL]
-    for (method, budget), found in everybody.items():
-        cells = [_score(grouped(column, "method", "budget").get((method, budget))) for column in fair.values()]
-        lines.append("| " + " | ".join([method, f"{budget:.0%}", *cells, _minus_full(found, full, count=True)]) + " |")
+    for (method, share), found in everybody.items():
+        cells = [_score(by_method(column).get((method, share))) for column in fair.values()]
+        lines.append("| " + " | ".join([method, f"{share:.0%}", *cells, _minus_full(found, full, count=True)]) + " |")
     return "\n".join([*lines, "", *_about(head, records)])
 
 

@@ -37,7 +37,7 @@ def shared(records: Iterable[Record]) -> list[Record]:
     """Those of questions for which every method here has a score at every budget."""
     having = scored(records)
     asked = Counter(question_of(record) for record in having)
-    everybody = len(grouped(having, "method", "budget"))
+    everybody = len(by_method(having))
     return [record for record in having if asked[question_of(record)] == everybody]
 
 
@@ -47,6 +47,13 @@ def grouped(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], lis
     for record in records:
         found.setdefault(tuple(record["job"][name] for name in names), []).append(record)
     return found
+
+
+def by_method(records: Iterable[Record]) -> dict[tuple[str, float], list[Record]]:
+    """Records by method and budget: methods in the order in which they come, their budgets from the smallest on."""
+    groups = grouped(records, "method", "budget")
+    methods = list(dict.fromkeys(method for method, _ in groups))
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (methods.index(key[0]), key[1]))}
 
 
 def mean(records: Sequence[Record]) -> Estimate:
@@ -73,7 +80,7 @@ def _weights(records: Sequence[Record]) -> Float[np.ndarray, "S"]:
 
 def in_words(records: Iterable[Record]) -> Iterator[str]:
     """A line for each method at each budget: mean scores in percent, all in all and of each task."""
-    for (method, budget), found in grouped(shared(records), "method", "budget").items():
+    for (method, budget), found in by_method(shared(records)).items():
         tasks = grouped(found, "task") if "task" in found[0]["job"] else {}
         each = ", ".join(f"{task} {100 * mean(here).mean:.1f}" for (task,), here in tasks.items())
         about = f"{mean(found).scaled(100).format('.1f')}, n = {len(found)}"

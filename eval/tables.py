@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,7 @@ TABLES: dict[str, tuple[Path, Callable[[Path], str]]] = {
     "windows details": (RESULTS / "windows.jsonl", recall_details),
     "prose": (RESULTS / "recall.jsonl", prose_table),
     "needle": (RESULTS / "needle.jsonl", score_summary),
+    "needle, half": (RESULTS / "needle.jsonl", partial(score_summary, budget=0.5)),
     "needle cells": (RESULTS / "needle.jsonl", score_table),
     "needle later": (RESULTS / "needle-later.jsonl", score_summary),
     "ruler": (RESULTS / "ruler.jsonl", score_summary),

@@ -74,3 +74,18 @@ def test_what_was_not_asked_is_left_open(scores):
     assert duo == ["duo", "50%", "30.0 (2.1 to 89.7), n = 1", ""]
     assert "1 questions have no score" in score_table(path)
     assert score_table(scores()) == score_summary(scores()) == NOTHING
+
+
+def test_budgets_of_a_method_stand_together_and_one_may_be_shown_alone(scores):
+    records = [record("full", 1000, 0, 1.0), record("duo", 1000, 0, 1.0)]
+    for budget in (0.75, 0.25):
+        records.append(record("duo", 1000, 0, 1.0))
+        records[-1]["job"] = records[-1]["job"] | {"budget": budget}
+    path = scores(*records)
+    assert [row[:2] for row in rows(score_summary(path))] == [
+        ["full", "100%"],
+        ["duo", "25%"],
+        ["duo", "50%"],
+        ["duo", "75%"],
+    ]
+    assert [row[1] for row in rows(score_summary(path, budget=0.5))] == ["100%", "50%"]
