@@ -62,7 +62,7 @@ def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     """Where a file comes from that one or several runs of a command wrote, in a line: machine, versions, commits."""
     devices = (run.get("device", "cpu") for run in runs)
     places = [
-        f"{'' if device == 'cpu' else f'{device}, '}{run['machine']['processor']}, {run['machine']['cores']} cores"
+        f"{'' if device == 'cpu' else f'{device}, '}{place(run['machine'])}"
         for device, run in zip(devices, runs, strict=True)
     ]
     types = [run.get("dtype", "float32") for run in runs]
@@ -74,6 +74,12 @@ def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
         f"{_each(places, ' and ')}, {_each(types)}, Python {last['python']}, {versions}. "
         f"Measured by `{command}`{pieces} at {commits}."
     )
+
+
+def place(machine: Mapping[str, Any]) -> str:
+    """Processor and cores."""
+    cores = machine["cores"]
+    return f"{machine['processor']}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def _each(values: Iterable[str], between: str = ", ") -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.intervals import Estimate
 from eval.ledger import read
 from eval.record import origin
 from eval.scores import FULL, NOTHING, Record, by_method, difference, grouped, mean, scored, shared
@@ -27,14 +28,18 @@ def score_summary(path: Path, *, budget: float | None = None) -> str:
     columns = grouped(having, *(("length",) if with_length else ()))
     fair = {key: shared(found) for key, found in sorted(columns.items())}
     everybody = by_method(having)
+    # As many questions for each method: those that all were asked.
+    counts = [len(column) // max(1, len(by_method(column))) for column in fair.values()]
     names = [f"{key[0]} tokens" if with_length else "score, %" for key in fair]
+    names = [f"{name}, n = {count}" for name, count in zip(names, counts, strict=True)]
     lines = [
         "| method | KV budget | " + " | ".join(names) + " | minus full, points |",
         "| --- " + "| --: " * (2 + len(names)) + "|",
     ]
     full = [record for record in having if record["job"]["method"] == FULL]
     for (method, share), found in everybody.items():
-        cells = [_score(by_method(column).get((method, share))) for column in fair.values()]
+        mine = [by_method(column).get((method, share)) for column in fair.values()]
+        cells = [_percent(mean(here)) if here else "" for here in mine]
         lines.append("| " + " | ".join([method, f"{share:.0%}", *cells, _minus_full(found, full, count=True)]) + " |")
     return "\n".join([*lines, "", *_about(head, records)])
 
@@ -53,15 +58,16 @@ def score_table(path: Path) -> str:
     # By what was asked; methods in the order in which they were asked.
     for key in sorted(groups, key=lambda key: [str(part).rjust(12) for part in key[: len(names)]]):
         found = groups[key]
-        cells = [*map(str, key[:-1]), f"{key[-1]:.0%}", _score(found), _minus_full(found, full)]
+        score = f"{_percent(mean(found))}, n = {len(found)}"
+        cells = [*map(str, key[:-1]), f"{key[-1]:.0%}", score, _minus_full(found, full)]
         cells += [_megabytes(found, field) for field in ("held_bytes", "peak_bytes")]
         lines.append("| " + " | ".join(cells) + " |")
     what = "*Held* after the prompt; *at most* while it was taken in, one layer's tokens beside the cache included."
     return "\n".join([*lines, "", what, *_about(head, records)])
 
 
-def _score(records: Sequence[Record] | None) -> str:
-    return f"{mean(records).scaled(100).format('.1f')}, n = {len(records)}" if records else ""
+def _percent(found: Estimate) -> str:
+    return found.scaled(100).format(".1f")
 
 
 def _minus_full(records: Sequence[Record], full: Sequence[Record], *, count: bool = False) -> str:
