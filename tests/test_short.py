@@ -168,8 +168,9 @@ PROBLEM = {
 
 def test_a_solution_is_judged_by_its_tests(tmp_path):
     (problem,) = humaneval.problems(write(tmp_path / "p.jsonl", [PROBLEM]))
-    assert problem.judge("    return a + b\n").outcome == "passed"
-    assert problem.judge("    return a - b\n").reason.startswith("AssertionError")
+    assert problem.prompt == "def add(a, b):", "a completion begins with the line break"
+    assert problem.judge("\n    return a + b\n").outcome == "passed"
+    assert problem.judge("\n    return a - b\n").reason.startswith("AssertionError")
     assert problem.judge("").reason.startswith("IndentationError")
     with pytest.raises(ValueError, match=r"p\.jsonl:2: no prompt"):
         humaneval.problems(write(tmp_path / "p.jsonl", [PROBLEM, {"task_id": "Toy/1"}]))
