@@ -86,4 +86,5 @@ def _about(head: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
     refused = len(records) - len(scored(records))
     note = f"{refused} questions have no score: their method could not hold them within its budget. " if refused else ""
     where = origin(head["runs"], f"duo eval {head['about']['task']}") if head["runs"] else ""
-    return [f"95 % intervals; differences are paired. {note}{where}"]
+    what = "95 % intervals; differences are paired, over all that was asked: rows of another n had other questions."
+    return [f"{what} {note}{where}"]
