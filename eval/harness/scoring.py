@@ -9,9 +9,6 @@ from jaxtyping import Float
 from duo_jax import KVCache, score
 from eval.harness.batches import Prefiller, Tokens, padded, plan, width
 
-# Most tokens of a context that is scored with its continuation: the logits of all of them are in memory.
-ONE_PASS = 256
-
 
 class Likelihood(NamedTuple):
     """How likely a continuation is."""
@@ -26,20 +23,12 @@ def likelihoods(
     """Score every continuation of every context; yields a context's index and its answers, batch by batch.
 
     The first token of each continuation is scored by the logits after the context, which all of them share: single
-    tokens, such as the letters of a multiple-choice question, cost nothing beyond the context. An only continuation
-    goes in one pass with a short context.
+    tokens, such as the letters of a multiple-choice question, cost nothing beyond the context.
     """
     extra = [max(map(len, row)) for row in continuations]
     longer = [[index for index, one in enumerate(row) if len(one) > 1] for row in continuations]
     for batch in plan(contexts, extra, [len(row) for row in longer], batch_size):
         cache, rests = prefiller.open(batch, contexts)
-        whole = [rest + continuations[row][0] for row, rest in zip(batch.rows, rests, strict=True)]
-        if all(len(continuations[row]) == 1 for row in batch.rows) and max(map(len, whole)) <= ONE_PASS:
-            logprobs, top, _ = _rest(prefiller, cache, whole)
-            for at, row in enumerate(batch.rows):
-                span = slice(len(rests[at]) - 1, len(whole[at]) - 1)
-                yield row, [Likelihood(float(logprobs[at, span].sum()), bool(top[at, span].all()))]
-            continue
         logits, cache = prefiller.append(cache, rests)
         first = np.asarray(logits, np.float64)
         total = np.log(np.exp(first - first.max(-1, keepdims=True)).sum(-1)) + first.max(-1)
