@@ -14,7 +14,7 @@ from duo_jax.pattern import GATES_FILE
 from eval.efficiency_tables import efficiency_table
 from eval.ledger import read
 from eval.precision import precision_table
-from eval.record import place
+from eval.record import host
 from eval.score_table import score_summary, score_table
 from eval.short.compare import short_table
 from eval.tables import (
@@ -153,7 +153,7 @@ def about(path: Path) -> dict[str, str]:
     machine = runs[-1]["machine"]
     device = runs[-1].get("device", "cpu")
     found = {"device": device} if device != "cpu" else {}
-    found["processor"] = place(machine)
+    found["processor"] = host(machine)
     versions = {"Python": machine["python"], **machine["versions"]}
     found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     found["commit"] = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in runs))

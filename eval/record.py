@@ -62,7 +62,7 @@ def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     """Where a file comes from that one or several runs of a command wrote, in a line: machine, versions, commits."""
     devices = (run.get("device", "cpu") for run in runs)
     places = [
-        f"{'' if device == 'cpu' else f'{device}, '}{place(run['machine'])}"
+        f"{'' if device == 'cpu' else f'{device}, '}{host(run['machine'])}"
         for device, run in zip(devices, runs, strict=True)
     ]
     types = [run.get("dtype", "float32") for run in runs]
@@ -76,7 +76,7 @@ def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     )
 
 
-def place(machine: Mapping[str, Any]) -> str:
+def host(machine: Mapping[str, Any]) -> str:
     """Processor and cores."""
     cores = machine["cores"]
     return f"{machine['processor']}, {cores} core{'' if cores == 1 else 's'}"
