@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.ablation import Ablation
 from eval.context import ContextTask
 from eval.efficiency import Efficiency
 from eval.harness.bench import HarnessBench
@@ -30,6 +31,7 @@ class Eval:
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
+        | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]
         | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]

@@ -79,11 +79,7 @@ class Recall:
 
     def run(self) -> None:
         """Score what the file lacks, sample by sample."""
-        if min(self.samples, self.random, self.prose) < 0 or not self.lengths or min(self.lengths) < 1:
-            raise ValueError(
-                f"need lengths of at least 1 and no negative count, got {self.lengths=}, {self.samples=}, "
-                f"{self.random=}, {self.prose=}"
-            )
+        self.check_counts()
         patterns = {}
         for entry in self.patterns:
             name, found, source = entry.partition("=")
@@ -100,7 +96,7 @@ class Recall:
             print(f"{self.out} had all of it")
             return
         model, tokenizer = load_model(self.model), load_tokenizer(self.model)
-        sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
+        sets = self.samples_of(tokenizer)
         shape = model.config.num_layers, model.config.num_kv_heads
         for source in patterns.values():
             HeadPattern.load(source).check(model.config)
@@ -113,6 +109,22 @@ class Recall:
                     scored = score_sample(model, sets[job.length][job.sample], job.length, pattern)
                 append(job, scored)
         print(f"{self.out} has all of it")
+
+    def check_counts(self) -> None:
+        """See that there is something to score.
+
+        Raises:
+            ValueError: a negative count, or no length.
+        """
+        if min(self.samples, self.random, self.prose) < 0 or not self.lengths or min(self.lengths) < 1:
+            raise ValueError(
+                f"need lengths of at least 1 and no negative count, got {self.lengths=}, {self.samples=}, "
+                f"{self.random=}, {self.prose=}"
+            )
+
+    def samples_of(self, tokenizer: Any) -> dict[int, NeedleData]:
+        """The samples of each length."""
+        return {length: fit(self.data, tokenizer, length) for length in self.lengths}
 
     @property
     def _sizes(self) -> tuple[tuple[int, int], ...]:

@@ -114,7 +114,8 @@ class Identify:
             try:
                 gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
             except (KeyboardInterrupt, SystemExit):
-                print(f"\n{self.out}: stopped; add --resume to go on", file=sys.stderr)
+                how = "run the same command again" if self.resume else "add --resume"
+                print(f"\n{self.out}: stopped; {how} to go on", file=sys.stderr)
                 raise
         if not is_first():
             return
