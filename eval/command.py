@@ -13,6 +13,7 @@ from eval.harness.command import Harness
 from eval.kernels import Kernels
 from eval.longbench.command import LongBenchTask
 from eval.memory import MemoryTask
+from eval.merge import Merge
 from eval.meshes import MeshesTask
 from eval.needle.command import NeedleTask
 from eval.plot import PlotTask
@@ -37,6 +38,7 @@ class Eval:
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
         | Annotated[Precision, tyro.conf.subcommand("precision", prefix_name=False)]
+        | Annotated[Merge, tyro.conf.subcommand("merge", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Harness, tyro.conf.subcommand("harness", prefix_name=False)]
         | Annotated[HarnessBench, tyro.conf.subcommand("harness-bench", prefix_name=False)]

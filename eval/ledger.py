@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,14 +57,9 @@ class Ledger:
         if not path.exists() or not path.stat().st_size:
             return cls(path, {"about": about, "gates": gates, "runs": []}, [])
         head, records = read(path)
-        different = changes(head["about"], about)
-        if different:
-            raise ValueError(f"{path} was made with other settings: {'; '.join(different)}; choose another --out")
-        known = head.get("gates", {})
-        changed = [name for name in gates if known.get(name, gates[name]) != gates[name]]
-        if changed:
-            raise ValueError(f"{path} was made with other gates or data under the name of {', '.join(changed)}")
-        return cls(path, head | {"gates": known | gates}, records)
+        if unlike := _unlike(head, about, gates):
+            raise ValueError(f"{path} was made with {unlike}; choose another --out")
+        return cls(path, head | {"gates": head.get("gates", {}) | gates}, records)
 
     def missing(self, jobs: Iterable[J]) -> list[J]:
         """The jobs without a record, in their order, each once."""
@@ -95,6 +90,11 @@ class Ledger:
 
     def _begun(self, where: Mapping[str, Any]) -> TextIO:
         """The file, open and locked, with this run in its first line."""
+        head = self.head | {"runs": [*self.head["runs"], provenance() | dict(where)]}
+        return self._replaced(head, self.records)
+
+    def _replaced(self, head: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> TextIO:
+        """The file, open and locked, with these lines in place of what was read from it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as held:
             self._lock(held)
@@ -102,8 +102,7 @@ class Ledger:
             if len(there) != len(self.records):
                 raise ValueError(f"{self.path} was written to in the meantime: start again")
             # Written anew: a record that a kill cut off is left out.
-            head = self.head | {"runs": [*self.head["runs"], provenance() | dict(where)]}
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in (head, *self.records)))
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in (head, *records)))
             file = self.path.open("a", encoding="utf-8")
             self._lock(file)
         return file
@@ -142,6 +141,45 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not found:
         raise ValueError(f"{path} is empty, not a result of this command; choose another --out")
     return found[0], list({_key(record["job"]): record for record in found[1:]}.values())
+
+
+def merge(paths: Sequence[Path], out: Path) -> int:
+    """Write one file with what several have, and count its records: each job once, as the first file has it.
+
+    Args:
+        paths: files that one command wrote with the same settings.
+        out: the file to write; one of them, or a new one.
+
+    Raises:
+        ValueError: files that do not belong together, or another result in `out`, or a process that writes to it.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"need two or more files to merge, got {len(paths)}")
+    there = out.exists()
+    if there and not any(path.exists() and out.samefile(path) for path in paths):
+        raise ValueError(f"{out} is there already: name it among the files too, or choose another --out")
+    ledger = Ledger(out, *read(out)) if there else Ledger(out, {}, [])
+    (head, records), *others = map(read, paths)
+    for path, (other, more) in zip(paths[1:], others, strict=True):
+        if unlike := _unlike(head, other["about"], other.get("gates", {})):
+            raise ValueError(f"{paths[0]} was made with {unlike} in {path}: they are not of one kind")
+        runs = [*head["runs"], *(run for run in other["runs"] if run not in head["runs"])]
+        head = head | {"gates": head.get("gates", {}) | other.get("gates", {}), "runs": runs}
+        records = [*records, *more]
+    first: dict[str, dict[str, Any]] = {}
+    for record in records:
+        first.setdefault(_key(record["job"]), record)
+    ledger._replaced(head, first.values()).close()
+    return len(first)
+
+
+def _unlike(head: Mapping[str, Any], about: Mapping[str, Any], gates: Mapping[str, str]) -> str:
+    """What of a file's first line other settings, gates or data contradict; nothing if they go together."""
+    if different := changes(head["about"], about):
+        return f"other settings: {'; '.join(different)}"
+    known = head.get("gates", {})
+    changed = [name for name in gates if known.get(name, gates[name]) != gates[name]]
+    return f"other gates or data under the name of {', '.join(changed)}" if changed else ""
 
 
 def fingerprint(pattern: HeadPattern) -> str:

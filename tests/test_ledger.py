@@ -112,6 +112,47 @@ def test_a_file_of_another_run_is_refused(tmp_path):
     assert Ledger.open(path, ABOUT, {"yours": "5678"}).head["gates"] == {"mine": "1234", "yours": "5678"}
 
 
+def test_files_of_one_kind_are_merged(duo, tmp_path):
+    one, two, both = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "both"))
+    fill(one, JOBS[:2])
+    fill(two, JOBS[1:])
+    with Ledger.open(two, ABOUT, {"mine": "1234"}).writing(dtype="float32"):
+        pass
+    done = duo("eval", "merge", one, two, "--out", both)
+    assert done.code == 0 and "has 3 results" in done.out
+    head, records = read(both)
+    assert [record["job"]["name"] for record in records] == ["a", "b", "c"]
+    # All three runs were alike.
+    assert len(head["runs"]) == 1 and head["gates"] == {"mine": "1234"}
+    # It is a file as any other: it goes on, into one of its own too, and what it has already changes nothing.
+    assert not Ledger.open(both, ABOUT).missing(JOBS)
+    assert duo("eval", "merge", one, both, two, "--out", one).code == 0
+    assert read(one) == (head, records)
+
+
+def test_files_that_do_not_belong_together_are_not_merged(duo, tmp_path):
+    one, two, late = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "late"))
+    fill(one, JOBS)
+    with Ledger.open(one, ABOUT, {"mine": "1234"}).writing(dtype="float32"):
+        whole = one.read_text()
+    merged = lambda *files, out=one: duo("eval", "merge", *files, "--out", out)  # noqa: E731
+    for about, gates, said in (({"task": "x"}, {}, "other settings"), (ABOUT, {"mine": "5678"}, "the name of mine")):
+        two.unlink(missing_ok=True)
+        with Ledger.open(two, about, gates).writing(dtype="float32"):
+            pass
+        refused = merged(one, two)
+        assert refused.code == 2 and said in refused.err and str(two) in refused.err
+        assert one.read_text() == whole
+    fill(late, JOBS)
+    assert "name it among the files too" in merged(one, late, out=two).err
+    assert "two or more" in merged(one).err
+    assert "No such file" in merged(one, tmp_path / "none.jsonl").err
+    with Ledger.open(one, ABOUT).writing(dtype="float32"):
+        whole = one.read_text()
+        assert "another process writes" in merged(one, late).err
+    assert one.read_text() == whole
+
+
 def test_the_committed_recall_is_a_ledger():
     head, records = read(COMMITTED)
     jobs = [RecallJob(**record["job"]) for record in records]

@@ -1,0 +1,22 @@
+"""`duo eval merge`: several files of results as one, as when each of several devices measured a part of a grid."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from eval.ledger import merge
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Put files of results together that one command wrote with the same settings, each finished job once."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """JSON lines of `duo eval needle`, `ruler`, `longbench`, `recall`, `precision`, `mmlu` or `humaneval`."""
+    out: Path
+    """File to write; one of them, or a new one. Where two have the same job, the first counts."""
+
+    def run(self) -> None:
+        """Read all, write one."""
+        print(f"{self.out} has {merge(self.files, self.out)} results")
