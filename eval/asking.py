@@ -3,9 +3,10 @@
 Knows no task: it says which jobs there are, what is asked in one, and how an answer is scored.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +21,7 @@ from duo_jax.checkpoint.load import open_source
 from duo_jax.validation import check_vocabulary
 from eval.baselines.pools import Duo
 from eval.ledger import Ledger, fingerprint, read, sha256
-from eval.methods import METHODS, Method, greedy, method
+from eval.methods import Method, greedy, method
 from eval.scores import FULL
 
 
@@ -64,7 +65,7 @@ class Asking:
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     methods: tuple[str, ...] = (FULL, "duo")
     """Ways to hold the context: full, duo (the pattern published for the model), duo=FOLDER, duo=PUBLISHED-NAME,
-    random-heads, streamingllm, h2o, tova, snapkv, fastgen."""
+    random-heads, streamingllm, h2o, tova, snapkv, fastgen; settings after a colon: snapkv:window=64,pool=5."""
     budgets: tuple[float, ...] = (0.5,)
     """Fractions of full attention's KV bytes at the prompt's length; full attention takes all of them once."""
     sink_size: int = 64
@@ -105,18 +106,14 @@ class Asking:
         Raises:
             ValueError: an unknown method, or one without what it needs.
         """
-        found = {}
-        for text in self.methods:
-            name = text.partition("=")[0]
-            kind = METHODS.get(name)
-            known: set[str] = {part.name for part in fields(kind)} if kind is not None and is_dataclass(kind) else set()
-            sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
-            # The patterns published for models have their names.
-            full_text = f"duo={Path(self.model).name.lower()}" if text == "duo" else text
-            # The rules that evict have sizes of their own.
-            options = sizes if set(sizes) <= known else {}
-            found[text] = method(full_text, tokenizer=self.tokenizer, **options)
-        return found
+        # The rules that evict have sizes of their own.
+        sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        # The patterns published for models have their names.
+        published = f"duo={Path(self.model).name.lower()}"
+        return {
+            text: method(re.sub(r"^duo(?=:|$)", published, text), tokenizer=self.tokenizer, defaults=sizes)
+            for text in self.methods
+        }
 
     def ask(
         self,

@@ -3,7 +3,8 @@
 `METHODS` is the table: a method is a file in `eval/baselines/` and its row here. Knows no tasks.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,26 +37,51 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def method(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any) -> Method:
-    """A method from the command line: `full`, `h2o`, `duo=FOLDER`, `random-heads=SEED`, ...
+def method(
+    text: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Method:
+    """A method from the command line: `full`, `h2o`, `duo=FOLDER`, `random-heads=SEED`, `snapkv:window=64,pool=5`, ...
 
     Args:
-        text: NAME or NAME=VALUE, the name one of `METHODS`.
+        text: NAME or NAME=VALUE, the name one of `METHODS`; then fields of the method after a colon, if any.
         tokenizer: needed by methods that tell tokens apart by their text.
-        **options: fields of the method, such as `block=128`.
+        defaults: values of fields that the text does not name, for methods that have all of these fields.
+        **options: fields of the method, such as `block=128`; as if the text named them.
 
     Raises:
         ValueError: an unknown method or field, or a value that the method does not take.
     """
-    name, given, value = text.partition("=")
+    named, settings = _SETTINGS.fullmatch(text).groups()  # type: ignore[union-attr]
+    name, given, value = named.partition("=")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     kind = METHODS[name]
-    known = [field.name for field in fields(kind)] if is_dataclass(kind) else list[str]()
-    unknown = sorted(set(options) - set(known))
+    known = {field.name: field.default for field in fields(kind)} if is_dataclass(kind) else dict[str, Any]()
+    written = dict(setting.split("=") for setting in settings.split(",")) if settings else dict[str, str]()
+    unknown = sorted(set(written | options) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    return kind.create(value if given else None, tokenizer, **options)
+    set_by_text = {field: _number(f"{name}:{field}", number, known[field]) for field, number in written.items()}
+    usual = defaults if defaults and set(defaults) <= set(known) else {}
+    return kind.create(value if given else None, tokenizer, **{**usual, **options, **set_by_text})
+
+
+# What comes before a method's settings, and these: a path may have colons of its own.
+_SETTINGS = re.compile(r"(.*?)(?::(\w+=[^,=:/\\]+(?:,\w+=[^,=:/\\]+)*))?", re.DOTALL)
+
+
+def _number(setting: str, text: str, default: Any) -> bool | int | float:
+    """A setting's value, of the type that its default has."""
+    kind = type(default)
+    try:
+        return {"true": True, "false": False}[text] if kind is bool else {int: int, float: float}[kind](text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "in Python alone")
+        raise ValueError(f"{setting} is {wanted}, got {text!r}") from None
 
 
 def greedy(

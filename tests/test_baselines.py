@@ -308,11 +308,34 @@ def test_a_budget_or_a_prompt_that_cannot_be_is_refused(tiny, pattern, name, bud
         ("streamingllm", {"sink_size": -1}, "sink_size must be at least 0"),
         ("snapkv", {"pool": 4}, "pool odd"),
         ("fastgen", KINDS | {"local": 2.0}, r"local must be in \[0, 1\]"),
+        ("h2o:blocks=3", {}, "h2o has no setting blocks; it has block, recent"),
+        ("h2o:block=x", {}, "h2o:block is a whole number, got 'x'"),
+        ("h2o:block=0", {}, "block must be at least 1, got 0"),
+        ("streamingllm:renumber=yes", {}, "true or false, got 'yes'"),
+        ("fastgen:special=3", {}, "in Python alone"),
+        ("full:block=3", {}, "full has no setting block; it has none"),
+        ("h2o:block", {}, "unknown method 'h2o:block'"),
     ],
 )
 def test_a_method_that_cannot_be_is_refused(text, options, words):
     with pytest.raises(ValueError, match=words):
         method(text, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("snapkv:window=64,pool=5", {"window": 64, "pool": 5}),
+        ("h2o:recent=0.25", {"recent": 0.25}),
+        ("streamingllm:renumber=true", {"renumber": True, "sink_size": 4}),
+        ("random-heads=3:recent_size=17", {"seed": 3, "recent_size": 17, "sink_size": 1}),
+        ("duo=a:b/c=1:sink_size=5", {"pattern": "a:b/c=1", "sink_size": 5, "recent_size": 2}),
+        ("duo=a:b", {"pattern": "a:b", "sink_size": 1}),
+    ],
+)
+def test_settings_are_part_of_a_method_s_name(text, options):
+    made = method(text, defaults={"sink_size": 1, "recent_size": 2})
+    assert {name: getattr(made, name) for name in options} == options
 
 
 @pytest.mark.parametrize("name", METHODS)
