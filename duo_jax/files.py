@@ -1,5 +1,8 @@
-"""Writing files so that what was there survives a full disk or a kill."""
+"""Writing files so that what was there survives a full disk, a kill, or a second process."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -12,3 +15,39 @@ def write_text(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def lock(file: int, path: Path) -> None:
+    """Keep an open file or folder for this process until it is closed, where the system has such locks.
+
+    Args:
+        file: its descriptor.
+        path: its name, for the message.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {path}: wait for it, or choose another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, and some file systems of clusters.
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Be the only one that writes to a folder, which is made.
+
+    Raises:
+        ValueError: another process writes to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        lock(held, folder)
+        yield
+    finally:
+        os.close(held)

@@ -8,7 +8,9 @@ import numpy as np
 
 from eval.intervals import Estimate, ratio
 from eval.ledger import read
-from eval.recall import FULL, RANDOM
+
+# Methods beside patterns, as records name them; random patterns have a number too.
+FULL, STREAMING, RANDOM = "full attention", "all streaming", "random"
 
 
 class Key(NamedTuple):

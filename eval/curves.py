@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from duo_jax import HeadPattern
+from eval.cells import FULL as FULL_ATTENTION
 from eval.cells import Cell, Key, full, recall_cells
 from eval.efficiency_tables import engine, place
 from eval.figures import Line, lines_figure
 from eval.intervals import Estimate
 from eval.ledger import read
-from eval.recall import FULL as FULL_ATTENTION
 from eval.scores import FULL, Record, by_method, mean, question_of, scored, shared
 from train.figures import curves_figure, gates_figure
 from train.plot import read_metrics

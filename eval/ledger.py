@@ -3,13 +3,13 @@
 Knows no task: a job is any dataclass, and its record holds it under "job".
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -17,11 +17,14 @@ import jax
 import numpy as np
 
 from duo_jax import HeadPattern
-from duo_jax.files import write_text
+from duo_jax.files import lock, write_text
 from duo_jax.settings import changes
 from eval.record import provenance
 
 J = TypeVar("J")
+
+# What a first line has, and every other.
+HEAD, JOB = {"about", "runs"}, {"job"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +59,11 @@ class Ledger:
             raise ValueError(f"{path} is a folder: --out names a file")
         if not path.exists() or not path.stat().st_size:
             return cls(path, {"about": about, "gates": gates, "runs": []}, [])
-        head, records = read(path)
-        if unlike := _unlike(head, about, gates):
+        try:
+            head, records = read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; choose another --out") from None
+        if unlike := _unlike(head, {"about": about, "gates": gates, "runs": []}):
             raise ValueError(f"{path} was made with {unlike}; choose another --out")
         return cls(path, head | {"gates": head.get("gates", {}) | gates}, records)
 
@@ -75,9 +81,13 @@ class Ledger:
             dtype: in which the run computes.
 
         Raises:
-            ValueError: another process writes to the file, or did since it was opened here.
+            ValueError: another process writes to the file, or did since it was opened here; or it has results of
+                another data type.
         """
-        file = self._begun({"device": jax.devices()[0].device_kind, "dtype": dtype})
+        run = provenance() | {"device": jax.devices()[0].device_kind, "dtype": dtype}
+        if unlike := _unlike(self.head, {**self.head, "runs": [run]}):
+            raise ValueError(f"{self.path} was made with {unlike}; ask for that one, or choose another --out")
+        file = self._replaced(self.head | {"runs": [*self.head["runs"], run]}, self.records)
         try:
 
             def append(job: Any, result: Mapping[str, Any]) -> None:
@@ -87,11 +97,6 @@ class Ledger:
             yield append
         finally:
             file.close()
-
-    def _begun(self, where: Mapping[str, Any]) -> TextIO:
-        """The file, open and locked, with this run in its first line."""
-        head = self.head | {"runs": [*self.head["runs"], provenance() | dict(where)]}
-        return self._replaced(head, self.records)
 
     def _replaced(self, head: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> TextIO:
         """The file, open and locked, with these lines in place of what was read from it."""
@@ -110,12 +115,12 @@ class Ledger:
     def _lock(self, file: TextIO) -> None:
         """Lock an open file; whoever wrote the path anew in the meantime has it."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), self.path)
             if os.fstat(file.fileno()).st_ino != self.path.stat().st_ino:
-                raise BlockingIOError
-        except BlockingIOError:
+                raise ValueError(f"another process wrote {self.path} anew: start again")
+        except ValueError:
             file.close()
-            raise ValueError(f"another process writes to {self.path}: wait for it, or choose another --out") from None
+            raise
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -136,50 +141,62 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             if number == len(lines) > 1 and not line.endswith("\n"):
                 break
             raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-        if not isinstance(found[-1], dict) or ("about" if number == 1 else "job") not in found[-1]:
-            raise ValueError(f"{path}:{number} is not a result of this command; choose another --out")
+        if not isinstance(found[-1], dict) or not (HEAD if number == 1 else JOB) <= set(found[-1]):
+            raise ValueError(f"{path}:{number} is no line of a file of results")
     if not found:
-        raise ValueError(f"{path} is empty, not a result of this command; choose another --out")
+        raise ValueError(f"{path} is empty, not a file of results")
     return found[0], list({_key(record["job"]): record for record in found[1:]}.values())
 
 
-def merge(paths: Sequence[Path], out: Path) -> int:
-    """Write one file with what several have, and count its records: each job once, as the first file has it.
+def merge(paths: Sequence[Path], out: Path) -> tuple[int, int]:
+    """Write one file with what several have: each job once, as the first file has it.
 
     Args:
         paths: files that one command wrote with the same settings.
         out: the file to write; one of them, or a new one.
+
+    Returns:
+        How many jobs it has, and how many of these were in more than one file.
 
     Raises:
         ValueError: files that do not belong together, or another result in `out`, or a process that writes to it.
     """
     if len(paths) < 2:
         raise ValueError(f"need two or more files to merge, got {len(paths)}")
-    there = out.exists()
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: --out names a file")
+    there = out.exists() and out.stat().st_size > 0
     if there and not any(path.exists() and out.samefile(path) for path in paths):
         raise ValueError(f"{out} is there already: name it among the files too, or choose another --out")
     ledger = Ledger(out, *read(out)) if there else Ledger(out, {}, [])
-    (head, records), *others = map(read, paths)
-    for path, (other, more) in zip(paths[1:], others, strict=True):
-        if unlike := _unlike(head, other["about"], other.get("gates", {})):
-            raise ValueError(f"{paths[0]} was made with {unlike} in {path}: they are not of one kind")
-        runs = [*head["runs"], *(run for run in other["runs"] if run not in head["runs"])]
-        head = head | {"gates": head.get("gates", {}) | other.get("gates", {}), "runs": runs}
-        records = [*records, *more]
-    first: dict[str, dict[str, Any]] = {}
-    for record in records:
-        first.setdefault(_key(record["job"]), record)
-    ledger._replaced(head, first.values()).close()
-    return len(first)
+    files = {path: read(path) for path in paths}
+    for (one, (head, _)), (two, (other, _)) in combinations(files.items(), 2):
+        if unlike := _unlike(head, other):
+            raise ValueError(f"{one} was made with {unlike} in {two}: they do not belong together")
+    heads = [head for head, _ in files.values()]
+    # Runs and gates, each once; a job's records in the order of the files.
+    runs = list({json.dumps(run): run for head in heads for run in head["runs"]}.values())
+    gates = {name: value for head in heads for name, value in head.get("gates", {}).items()}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in (record for _, records in files.values() for record in records):
+        found.setdefault(_key(record["job"]), []).append(record)
+    merged = {"about": heads[0]["about"], "gates": gates, "runs": runs}
+    ledger._replaced(merged, [first for first, *_ in found.values()]).close()
+    return len(found), sum(len(several) > 1 for several in found.values())
 
 
-def _unlike(head: Mapping[str, Any], about: Mapping[str, Any], gates: Mapping[str, str]) -> str:
-    """What of a file's first line other settings, gates or data contradict; nothing if they go together."""
-    if different := changes(head["about"], about):
+def _unlike(head: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What the first line of another file, or of a run, contradicts; nothing if they go together."""
+    if different := changes(head["about"], other["about"]):
         return f"other settings: {'; '.join(different)}"
-    known = head.get("gates", {})
-    changed = [name for name in gates if known.get(name, gates[name]) != gates[name]]
-    return f"other gates or data under the name of {', '.join(changed)}" if changed else ""
+    known, new = head.get("gates", {}), other.get("gates", {})
+    if changed := [name for name in new if known.get(name, new[name]) != new[name]]:
+        return f"other gates or data under the name of {', '.join(changed)}"
+    # A type that was not asked for is the device's, and not among the settings.
+    before, now = ({run.get("dtype", "float32") for run in each["runs"]} for each in (head, other))
+    if before and now and before != now:
+        return f"another data type: {', '.join(sorted(before))}, not {', '.join(sorted(now))}"
+    return ""
 
 
 def fingerprint(pattern: HeadPattern) -> str:

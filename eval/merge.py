@@ -19,4 +19,6 @@ class Merge:
 
     def run(self) -> None:
         """Read all, write one."""
-        print(f"{self.out} has {merge(self.files, self.out)} results")
+        results, repeated = merge(self.files, self.out)
+        also = f", {repeated} of which were in several files: the first one's" if repeated else ""
+        print(f"{self.out} has {results} results{also}")

@@ -14,7 +14,7 @@ from duo_jax.pools import KV_DTYPES
 from duo_jax.weights import WEIGHT_FORMATS
 from eval.intervals import Estimate, ratio
 from eval.ledger import Ledger, fingerprint, read
-from eval.recall import UNSEEN, fit, score_prose, score_sample
+from eval.passkeys import UNSEEN, fit, score_prose, score_sample
 from eval.record import origin
 from train.needles import Needles
 

@@ -2,28 +2,25 @@
 
 Each sample hides many passkeys; all of them are asked for in turn and answered rightly, and every token of an answer is
 scored given what stands before it. That uses every token of a small model's answers, where an exact match of whole keys
-would use one bit. Text, words and seed are other than those that gates are trained on.
+would use one bit.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import jax.numpy as jnp
 import numpy as np
+import tyro
 from tqdm import tqdm
 
-from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer, prefill, score
+from duo_jax import HeadPattern, load_model, load_tokenizer
+from eval.cells import FULL, RANDOM, STREAMING
 from eval.ledger import Ledger, fingerprint
-from train.needles import NeedleData, Needles, Sample
-from train.vocabulary import HELD_OUT
-
-UNSEEN = Needles(
-    haystack="essays", vocabulary=HELD_OUT, distinct_words=True, num_passkeys=16, passkey_words=5, seed=20_000
-)
-FULL, STREAMING, RANDOM = "full attention", "all streaming", "random"
+from eval.passkeys import UNSEEN, fit, score_prose, score_sample
+from eval.plot import draw
+from train.needles import NeedleData, Needles
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,9 @@ class SizedJob(Job):
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Score hidden passkeys under full attention, head patterns, random ones, and streaming heads only."""
+class Scoring:
+    """What patterns are scored at, and on what."""
 
-    patterns: tuple[str, ...] = ("smollm2=smollm2-135m-instruct",)
-    """Patterns to compare, each NAME=FOLDER or NAME=PUBLISHED-NAME."""
-    out: Path = Path("recall.jsonl")
-    """File to append to; what it has already is not computed again."""
-    model: str = "smollm2-135m-instruct"
-    """Hugging Face folder, .gguf file, packaged model or hub id."""
     sparsity: tuple[float, ...] = (0.25, 0.5, 0.6, 0.7, 0.75, 0.8)
     """Fractions of KV heads that stream."""
     lengths: tuple[int, ...] = (2048, 4096)
@@ -77,151 +68,138 @@ class Recall:
     """Likewise; --recent-size alone by default."""
     data: Needles = UNSEEN
 
-    def run(self) -> None:
-        """Score what the file lacks, sample by sample."""
-        self.check_counts()
-        patterns = {}
-        for entry in self.patterns:
-            name, found, source = entry.partition("=")
-            if not found or not name or name in (FULL, STREAMING) or name.startswith(RANDOM):
-                raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
-            patterns[name] = source
-        for source in patterns.values():
-            for sparsity, (sink_size, recent_size) in product(self.sparsity, self._sizes):
-                # What is wrong is refused before anything is measured.
-                HeadPattern.load(source, sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
-        ledger = self._ledger(patterns)
-        jobs = ledger.missing(self._jobs(patterns))
-        if not jobs:
-            print(f"{self.out} had all of it")
-            return
-        model, tokenizer = load_model(self.model), load_tokenizer(self.model)
-        sets = self.samples_of(tokenizer)
-        shape = model.config.num_layers, model.config.num_kv_heads
-        for source in patterns.values():
-            HeadPattern.load(source).check(model.config)
-        with ledger.writing(dtype=str(model.dtype)) as append:
-            for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
-                pattern = self._pattern(job, patterns, shape)
-                if job.prose:
-                    scored = score_prose(model, sets[max(sets)], job.length, job.sample, pattern)
-                else:
-                    scored = score_sample(model, sets[job.length][job.sample], job.length, pattern)
-                append(job, scored)
-        print(f"{self.out} has all of it")
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sinks and window, every pair to measure."""
+        return tuple(product(self.sink_sizes or (self.sink_size,), self.recent_sizes or (self.recent_size,)))
 
-    def check_counts(self) -> None:
-        """See that there is something to score.
+    def check(self) -> None:
+        """See that this can be scored, whatever the pattern.
 
         Raises:
-            ValueError: a negative count, or no length.
+            ValueError: a negative count, nothing to score, or a sparsity or sizes that no pattern has.
         """
         if min(self.samples, self.random, self.prose) < 0 or not self.lengths or min(self.lengths) < 1:
             raise ValueError(
                 f"need lengths of at least 1 and no negative count, got {self.lengths=}, {self.samples=}, "
                 f"{self.random=}, {self.prose=}"
             )
+        if not self.samples and not self.prose:
+            raise ValueError("--samples 0 --prose 0 leaves nothing to score")
+        for sparsity, (sink_size, recent_size) in product(self.sparsity, self.sizes):
+            HeadPattern.from_gates(np.ones((1, 1)), sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
 
-    def samples_of(self, tokenizer: Any) -> dict[int, NeedleData]:
-        """The samples of each length."""
+    def texts(self, tokenizer: Any) -> dict[int, NeedleData]:
+        """The samples of each length.
+
+        Raises:
+            ValueError: a length in which the passkeys and their questions have no room.
+        """
         return {length: fit(self.data, tokenizer, length) for length in self.lengths}
 
-    @property
-    def _sizes(self) -> tuple[tuple[int, int], ...]:
-        """Sinks and window, every pair to measure."""
-        return tuple(product(self.sink_sizes or (self.sink_size,), self.recent_sizes or (self.recent_size,)))
 
-    def _jobs(self, patterns: dict[str, str]) -> Iterator[Job]:
+@dataclass(frozen=True)
+class Recall:
+    """Score hidden passkeys under full attention, head patterns, random ones, and streaming heads only; draw."""
+
+    patterns: tuple[str, ...] = ("smollm2=smollm2-135m-instruct",)
+    """Patterns to compare, each NAME=FOLDER or NAME=PUBLISHED-NAME."""
+    out: Path = Path("recall.jsonl")
+    """File to append to; what it has already is not computed again. The figures lie beside it."""
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
+
+    def run(self) -> None:
+        """Score what the file lacks, sample by sample; draw."""
+        self.check()
+        sources = self._sources()
+        ledger = self._ledger({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})
+        jobs = ledger.missing(self._jobs(sources))
+        if jobs:
+            self._score(jobs, ledger, sources)
+        print(f"{self.out} {'has' if jobs else 'had'} all of it")
+        for path in draw(self.out) if self.scoring.samples else ():
+            print(path)
+
+    def check(self) -> None:
+        """Refuse what can be refused before the patterns are there.
+
+        Raises:
+            ValueError: names or settings that cannot be, or a file of other ones.
+        """
+        self.scoring.check()
+        self._sources()
+        self._ledger({})
+
+    def _score(self, jobs: Sequence[Job], ledger: Ledger, sources: Mapping[str, str]) -> None:
+        """Add these to the file."""
+        model, tokenizer = load_model(self.model), load_tokenizer(self.model)
+        texts = self.scoring.texts(tokenizer)
+        shape = model.config.num_layers, model.config.num_kv_heads
+        for source in sources.values():
+            HeadPattern.load(source).check(model.config)
+        with ledger.writing(dtype=str(model.dtype)) as append:
+            for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
+                pattern = self._pattern(job, sources, shape)
+                if job.prose:
+                    scored = score_prose(model, texts[max(texts)], job.length, job.sample, pattern)
+                else:
+                    scored = score_sample(model, texts[job.length][job.sample], job.length, pattern)
+                append(job, scored)
+
+    def _sources(self) -> dict[str, str]:
+        """Where each pattern is, by its name."""
+        found = {}
+        for entry in self.patterns:
+            name, given, source = entry.partition("=")
+            if not given or not name or name in (FULL, STREAMING) or name.startswith(RANDOM):
+                raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
+            if name in found:
+                raise ValueError(f"a pattern has a name of its own, got {name!r} twice")
+            found[name] = source
+        return found
+
+    def _jobs(self, names: Iterable[str]) -> Iterator[Job]:
         """In an order in which every stage is a usable result."""
-        for length in self.lengths:
-            yield from (Job(FULL, 0.0, length, number) for number in range(self.samples))
-            for sizes in self._sizes:
-                yield from self._sized(sizes, (Job(STREAMING, 1.0, length, number) for number in range(self.samples)))
-                for sparsity in self.sparsity:
-                    yield from self._sized(sizes, self._of_sparsity(patterns, sparsity, length))
+        how = self.scoring
+        for length in how.lengths:
+            yield from (Job(FULL, 0.0, length, number) for number in range(how.samples))
+            for sizes in how.sizes:
+                yield from self._sized(sizes, (Job(STREAMING, 1.0, length, number) for number in range(how.samples)))
+                for sparsity in how.sparsity:
+                    yield from self._sized(sizes, self._of_sparsity(names, sparsity, length))
         # At the file's own sizes.
-        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *((name, 0.5) for name in patterns)):
-            yield from (Job(method, sparsity, self.prose_length, number, prose=True) for number in range(self.prose))
+        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *((name, 0.5) for name in names)):
+            yield from (Job(method, sparsity, how.prose_length, number, prose=True) for number in range(how.prose))
 
-    def _of_sparsity(self, patterns: dict[str, str], sparsity: float, length: int) -> Iterator[Job]:
-        for method in patterns:
-            yield from (Job(method, sparsity, length, number) for number in range(self.samples))
-        for number in range(self.samples if self.random else 0):
-            yield Job(f"{RANDOM} {number % self.random}", sparsity, length, number)
+    def _of_sparsity(self, names: Iterable[str], sparsity: float, length: int) -> Iterator[Job]:
+        how = self.scoring
+        for method in names:
+            yield from (Job(method, sparsity, length, number) for number in range(how.samples))
+        for number in range(how.samples if how.random else 0):
+            yield Job(f"{RANDOM} {number % how.random}", sparsity, length, number)
 
     def _sized(self, sizes: tuple[int, int], jobs: Iterable[Job]) -> Iterator[Job]:
         """The jobs at these sizes; they say so where the file's first line says others."""
-        if sizes == (self.sink_size, self.recent_size):
+        if sizes == (self.scoring.sink_size, self.scoring.recent_size):
             yield from jobs
         else:
             yield from (SizedJob(**asdict(job), sink_size=sizes[0], recent_size=sizes[1]) for job in jobs)
 
-    def _pattern(self, job: Job, patterns: dict[str, str], shape: tuple[int, int]) -> HeadPattern | None:
+    def _pattern(self, job: Job, sources: Mapping[str, str], shape: tuple[int, int]) -> HeadPattern | None:
         if job.method == FULL:
             return None
-        at = job if isinstance(job, SizedJob) else self
+        at = job if isinstance(job, SizedJob) else self.scoring
         sizes: dict[str, Any] = {"sink_size": at.sink_size, "recent_size": at.recent_size}
-        if job.method in patterns:
-            return HeadPattern.load(patterns[job.method], sparsity=job.sparsity, **sizes)
+        if job.method in sources:
+            return HeadPattern.load(sources[job.method], sparsity=job.sparsity, **sizes)
         seed = 0 if job.method == STREAMING else int(job.method.removeprefix(RANDOM))
         gates = np.random.default_rng(seed).random(shape)
         return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
 
-    def _ledger(self, patterns: dict[str, str]) -> Ledger:
+    def _ledger(self, gates: Mapping[str, str]) -> Ledger:
         """The file, with what it is and whose gates its names stand for."""
-        settings = asdict(self)
-        about = {name: settings[name] for name in ("model", "sink_size", "recent_size", "data")}
-        gates = {name: fingerprint(HeadPattern.load(source)) for name, source in patterns.items()}
+        how = asdict(self.scoring)
+        about = {"model": self.model} | {name: how[name] for name in ("sink_size", "recent_size", "data")}
         return Ledger.open(self.out, about, gates)
-
-
-def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
-    """Needle data whose samples have at most `length` tokens, all in all, and few less."""
-    probe = NeedleData(replace(config, min_length=length, max_length=length, num_lengths=1), tokenizer)
-    around = max(len(probe[number].tokens) for number in range(32)) - length
-    text = length - around - 8
-    if text < 1:
-        raise ValueError(
-            f"a sample of {length} tokens has too little room for {config.num_passkeys} passkeys, which take {around} "
-            "with their questions: raise --lengths or lower --data.num-passkeys"
-        )
-    return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
-
-
-def score_sample(
-    model: Model, sample: Sample, length: int, pattern: HeadPattern | None, *, kv_dtype: str | None = None
-) -> dict[str, Any]:
-    """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
-    tokens = jnp.asarray(sample.tokens)[None]
-    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]), dtype=kv_dtype)
-    # The last token before the questions is scored with them: every token of an answer then has one before it.
-    begin = sample.tail - 1
-    _, cache = prefill(model, tokens[:, :begin], cache)
-    scores, _ = score(model, tokens[:, begin:], cache)
-    top, logprobs = np.asarray(scores.is_top[0]), np.asarray(scores.logprobs[0], np.float64)
-    spans = [slice(first - begin - 1, last - begin - 1) for first, last in sample.answers]
-    return {
-        "tokens": [span.stop - span.start for span in spans],
-        "hits": [int(top[span].sum()) for span in spans],
-        "nll": [-float(logprobs[span].sum()) for span in spans],
-    }
-
-
-def score_prose(
-    model: Model,
-    data: NeedleData,
-    length: int,
-    number: int,
-    pattern: HeadPattern | None,
-    *,
-    kv_dtype: str | None = None,
-) -> dict[str, Any]:
-    """Next-token loss on a stretch of the text, nothing hidden in it."""
-    begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
-    tokens = jnp.asarray(data.text[begin : begin + length])[None]
-    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))
-    return {
-        "tokens": [length - 1],
-        "hits": [int(scores.is_top.sum())],
-        "nll": [-float(np.asarray(scores.logprobs, np.float64).sum())],
-    }

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from duo_jax.gpus import GPUS
-from eval.cells import Cell, Key, full, recall_cells
+from eval.cells import FULL, RANDOM, STREAMING, Cell, Key, full, recall_cells
 from eval.compiled import gpus_of
 from eval.efficiency_tables import bench_table
 from eval.intervals import Estimate
 from eval.precision import precision_table
-from eval.recall import FULL, RANDOM, STREAMING
 from eval.record import origin
 from eval.score_table import score_summary, score_table
 from eval.scores import NOTHING

@@ -6,44 +6,56 @@ import shlex
 import pytest
 
 from duo_jax import HeadPattern
-from eval.curves import recall_cells
+from duo_jax.files import alone_in
+from duo_jax.pattern import GATES_FILE
+from eval.cells import recall_cells
 from tests.test_identify import QUICK as TRAINING
 from tests.test_score import QUICK as SCORING
 from train.identify import RUN_FILE
+from train.recipes import AttentionProfile
 
 PAIR = ("mine=", "theirs=--attention.mixing teacher")
+HEADS = "heads=--recipe attention-profile --attention-profile.length 40"
 
 
 @pytest.fixture
 def ablation(duo, text_model, tmp_path):
-    training, scoring = shlex.join(TRAINING), f"{shlex.join(SCORING)} --sparsity 0.5 --random 0 --prose 0"
+    scoring = (*SCORING, "--samples", "1", "--random", "0", "--prose", "0")
 
-    def run(*variants, identify=training, recall=scoring):
-        flags = ("--out", tmp_path / "mixing", f"--identify={identify}", f"--recall={recall}")
-        return duo("eval", "ablation", "--model", text_model, "--variants", *variants, *flags)
+    def run(*variants, flags=(), identify=shlex.join(TRAINING)):
+        out = ("--out", tmp_path / "several", f"--identify={identify}")
+        return duo("eval", "ablation", "--model", text_model, "--variants", *variants, *out, *scoring, *flags)
 
     return run
 
 
-def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path):
-    done = ablation(*PAIR)
+def test_one_command_trains_scores_and_draws_and_goes_on(ablation, duo, text_model, tmp_path, monkeypatch):
+    folder = tmp_path / "several"
+    # The third training is interrupted. What the two before found stays.
+    with monkeypatch.context() as patch:
+        patch.setattr(AttentionProfile, "find", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = ablation(*PAIR, HEADS)
+    assert stopped.code == 130 and "heads: stopped; run the same command again to go on" in stopped.err
+    begun = {name: json.loads((folder / name / RUN_FILE).read_text()) for name in ("mine", "theirs", "heads")}
+    assert [run["attention"]["mixing"] for run in begun.values()] == ["self", "teacher", "self"]
+    gates = {name: (folder / name / GATES_FILE).read_bytes() for name in ("mine", "theirs")}
+    assert not (folder / "heads" / GATES_FILE).exists() and not (folder / "recall.jsonl").exists()
+    # Nobody else may train in its folder in the meantime.
+    with alone_in(folder / "heads"):
+        assert "another process writes" in ablation(*PAIR, HEADS).err
+    done = ablation(*PAIR, HEADS)
     assert done.code == 0, done
-    folder = tmp_path / "mixing"
-    begun = {name: json.loads((folder / name / RUN_FILE).read_text()) for name in ("mine", "theirs")}
-    assert [run["attention"]["mixing"] for run in begun.values()] == ["self", "teacher"]
-    assert all(HeadPattern.load(folder / name).is_retrieval.shape == (2, 4) for name in begun)
+    assert gates == {name: (folder / name / GATES_FILE).read_bytes() for name in gates}
+    assert HeadPattern.load(folder / "heads").metadata["training"]["recipe"] == "attention-profile"
     _, cells = recall_cells(folder / "recall.jsonl")
-    assert {"mine", "theirs"} < {key.method for key in cells}
+    assert {"mine", "theirs", "heads"} < {key.method for key in cells}
     drawn = [folder / line.rsplit("/", 1)[1] for line in done.out.splitlines() if line.endswith((".png", ".svg"))]
     assert drawn and all(path.stat().st_size for path in drawn)
-    # Once more, with a variant more: what is there stays.
-    before = (folder / "recall.jsonl").read_text().splitlines()[1:]
-    gates = (folder / "mine" / "full_attention_heads.tsv").read_bytes()
-    done = ablation(*PAIR, "heads=--recipe attention-profile --attention-profile.length 40")
-    assert done.code == 0 and "holds the finished run" in done.out, done
-    assert (folder / "recall.jsonl").read_text().splitlines()[1:][: len(before)] == before
-    assert (folder / "mine" / "full_attention_heads.tsv").read_bytes() == gates
-    assert "heads" in {key.method for key in recall_cells(folder / "recall.jsonl")[1]}
+    before = (folder / "recall.jsonl").read_text()
+    assert "had all of it" in ablation(*PAIR, HEADS).out and (folder / "recall.jsonl").read_text() == before
+    # Other settings of a variant that is there already, or of the scoring.
+    assert "begun with other settings" in ablation(*PAIR, "heads=--recipe kvzip").err
+    assert "other settings" in ablation(*PAIR, HEADS, flags=("--recent-size", "17")).err
 
 
 @pytest.mark.parametrize(
@@ -52,15 +64,23 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path):
         (("mine=",), {}, "two or more NAME=FLAGS"),
         (("mine=", "mine=--start x"), {}, "each name once"),
         (("mine=", "theirs"), {}, "NAME=FLAGS"),
-        (("mine=", "a/b="), {}, "folder"),
+        (("mine=", "a/b="), {}, "that of its folder"),
+        (("mine=", "..="), {}, "that of its folder"),
+        (("mine=", "recall.jsonl="), {}, "that of its folder"),
+        (("mine=", "random-start="), {}, "not that of a baseline"),
         (("mine=", 'theirs=--start "'), {}, "No closing quotation"),
-        (("mine=", "theirs=--attention.mixing both"), {}, "mixing"),
+        (("mine=", "theirs=--attention.mixing both"), {}, "Invalid choice"),
+        (("mine=", "theirs=--out elsewhere"), {}, "theirs: --out cannot vary"),
         (("mine=", "theirs=--sink-size -1"), {}, "sink_size"),
-        (PAIR, {"recall": "--lengths 10"}, "hide less"),
-        (PAIR, {"recall": "--samples -1"}, "no negative count"),
+        (PAIR, {"identify": "--model=x"}, "mine: --model=x cannot vary"),
+        (PAIR, {"flags": ("--lengths", "10")}, "hide less"),
+        (PAIR, {"flags": ("--samples", "-1")}, "no negative count"),
+        (PAIR, {"flags": ("--samples", "0")}, "nothing to score"),
+        (PAIR, {"flags": ("--sparsity", "7")}, "sparsity"),
+        (PAIR, {"flags": ("--recent-sizes", "0")}, "recent_size"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_trained(ablation, tmp_path, variants, settings, message):
     refused = ablation(*variants, **settings)
-    assert refused.code == 2 and message in refused.out + refused.err, refused
-    assert not (tmp_path / "mixing").exists()
+    assert refused.code == 2 and message in refused.err, refused
+    assert not (tmp_path / "several").exists()

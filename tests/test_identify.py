@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from duo_jax import HeadPattern
+from duo_jax.files import alone_in
 from duo_jax.pattern import GATES_FILE
 from tests.text_models import assert_refused
-from train.identify import PRESETS, RUN_FILE
+from train.identify import PRESETS, RUN_FILE, Identify
 from train.needles import Needles
 
 QUICK = (
@@ -166,3 +167,16 @@ def test_presets_are_what_they_say():
     for name, preset in PRESETS.items():
         assert preset.preset == name and preset.variant(["--preset", name]) is preset
         assert preset.variant([f"--preset={name}", "--out", "x"]) is preset
+
+
+def test_the_last_preset_named_counts_however_it_is_written():
+    for args in (["--preset=paper", "--preset", "debug"], ["--preset", "paper", "--preset=debug"]):
+        assert Identify.variant(args) is PRESETS["debug"]
+    assert Identify.variant(["--model", "m"]) is PRESETS["paper"]
+
+
+def test_a_second_process_in_the_folder_is_refused(identify, tmp_path):
+    with alone_in(tmp_path / "run"):
+        assert_refused(identify("--resume"), "another process writes to")
+    assert not list((tmp_path / "run").iterdir())
+    assert identify("--resume").code == 0

@@ -22,11 +22,11 @@ class Job:
 JOBS = [Job("a"), Job("b"), Job("c", 1.0)]
 
 
-def fill(path, jobs):
+def fill(path, jobs, *, score=1.0, dtype="float32"):
     ledger = Ledger.open(path, ABOUT)
-    with ledger.writing(dtype="float32") as append:
+    with ledger.writing(dtype=dtype) as append:
         for job in ledger.missing(jobs):
-            append(job, {"score": 1.0})
+            append(job, {"score": score})
 
 
 def test_what_is_there_is_missing_no_more(tmp_path):
@@ -85,8 +85,8 @@ def test_a_job_that_is_there_twice_counts_once(tmp_path):
     ("text", "said"),
     [
         ("years of work", "1 is not JSON"),
-        ('{"mine": 1}\n', "1 is not a result"),
-        ('{"about": {}, "runs": []}\n{"score": 1}\n', "2 is not a result"),
+        ('{"mine": 1}\n', "1 is no line of a file of results"),
+        ('{"about": {}, "runs": []}\n{"score": 1}\n', "2 is no line of a file of results"),
         ('{"about": {}, "runs": []}\n{"job\n{"job": {}}\n', "2 is not JSON"),
     ],
 )
@@ -112,45 +112,68 @@ def test_a_file_of_another_run_is_refused(tmp_path):
     assert Ledger.open(path, ABOUT, {"yours": "5678"}).head["gates"] == {"mine": "1234", "yours": "5678"}
 
 
+def test_a_file_has_one_data_type(tmp_path):
+    # Nobody asked for it: it is the device's, and no setting says it.
+    path = tmp_path / "out.jsonl"
+    fill(path, JOBS[:1])
+    whole = path.read_text()
+    with pytest.raises(ValueError, match="another data type: float32, not bfloat16; ask for that one"):
+        fill(path, JOBS, dtype="bfloat16")
+    assert path.read_text() == whole
+
+
 def test_files_of_one_kind_are_merged(duo, tmp_path):
     one, two, both = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "both"))
-    fill(one, JOBS[:2])
-    fill(two, JOBS[1:])
+    fill(one, JOBS[:2], score=0.25)
+    fill(two, JOBS[1:], score=0.75)
     with Ledger.open(two, ABOUT, {"mine": "1234"}).writing(dtype="float32"):
         pass
+    both.touch()  # As a kill leaves it.
     done = duo("eval", "merge", one, two, "--out", both)
-    assert done.code == 0 and "has 3 results" in done.out
+    assert done.code == 0 and "has 3 results, 1 of which were in several files" in done.out
     head, records = read(both)
-    assert [record["job"]["name"] for record in records] == ["a", "b", "c"]
+    assert [(record["job"]["name"], record["score"]) for record in records] == [("a", 0.25), ("b", 0.25), ("c", 0.75)]
     # All three runs were alike.
     assert len(head["runs"]) == 1 and head["gates"] == {"mine": "1234"}
     # It is a file as any other: it goes on, into one of its own too, and what it has already changes nothing.
     assert not Ledger.open(both, ABOUT).missing(JOBS)
     assert duo("eval", "merge", one, both, two, "--out", one).code == 0
     assert read(one) == (head, records)
+    # The other way round the other file is the first.
+    assert duo("eval", "merge", two, one, "--out", two).code == 0
+    assert {record["job"]["name"]: record["score"] for record in read(two)[1]} == {"a": 0.25, "b": 0.75, "c": 0.75}
 
 
 def test_files_that_do_not_belong_together_are_not_merged(duo, tmp_path):
-    one, two, late = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "late"))
-    fill(one, JOBS)
-    with Ledger.open(one, ABOUT, {"mine": "1234"}).writing(dtype="float32"):
-        whole = one.read_text()
-    merged = lambda *files, out=one: duo("eval", "merge", *files, "--out", out)  # noqa: E731
-    for about, gates, said in (({"task": "x"}, {}, "other settings"), (ABOUT, {"mine": "5678"}, "the name of mine")):
-        two.unlink(missing_ok=True)
-        with Ledger.open(two, about, gates).writing(dtype="float32"):
+    one, two, three = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "three"))
+
+    def begin(path, about=ABOUT, gates=None, dtype="float32"):
+        path.unlink(missing_ok=True)
+        with Ledger.open(path, about, gates).writing(dtype=dtype):
             pass
-        refused = merged(one, two)
-        assert refused.code == 2 and said in refused.err and str(two) in refused.err
-        assert one.read_text() == whole
-    fill(late, JOBS)
-    assert "name it among the files too" in merged(one, late, out=two).err
-    assert "two or more" in merged(one).err
-    assert "No such file" in merged(one, tmp_path / "none.jsonl").err
+
+    def refused(*files, out=one):
+        before = {path: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+        found = duo("eval", "merge", *files, "--out", out)
+        assert found.code == 2 and before == {path: path.read_text() for path in before}
+        return found.err
+
+    fill(one, JOBS)
+    begin(two, about=ABOUT | {"task": "x"})
+    assert "other settings: task was 'test', now 'x'" in refused(one, two) and str(two) in refused(one, two)
+    begin(two, dtype="bfloat16")
+    assert "another data type: float32, not bfloat16" in refused(one, two)
+    begin(two, gates={"mine": "1234"})
+    begin(three, gates={"mine": "5678"})
+    assert f"{two} was made with other gates or data under the name of mine in {three}" in refused(one, two, three)
+    assert "name it among the files too" in refused(one, two, out=three)
+    assert "is a folder" in refused(one, two, out=tmp_path)
+    assert "two or more" in refused(one)
+    assert "No such file" in refused(one, tmp_path / "none.jsonl")
+    three.write_text("{}")
+    assert refused(one, three).strip().endswith("three.jsonl:1 is no line of a file of results")
     with Ledger.open(one, ABOUT).writing(dtype="float32"):
-        whole = one.read_text()
-        assert "another process writes" in merged(one, late).err
-    assert one.read_text() == whole
+        assert "another process writes" in refused(one, two)
 
 
 def test_the_committed_recall_is_a_ledger():

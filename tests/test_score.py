@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
-from eval.cells import Key, recall_cells
+from eval.cells import FULL, STREAMING, Key, recall_cells
 from eval.intervals import Estimate, of_differences, of_scores, ratio
 from eval.kinds import kind_of
+from eval.passkeys import UNSEEN, fit, score_sample
 from eval.precision import precision_table
-from eval.recall import FULL, STREAMING, UNSEEN, fit, score_sample
 from eval.tables import prose_table, recall_details, recall_table
 from tests.conftest import GOLDEN
 from tests.text_models import assert_refused

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -23,7 +24,7 @@ from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.distributed import check_alike, is_first
-from duo_jax.files import write_text
+from duo_jax.files import alone_in, write_text
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_jax.settings import changes
 from train.gated import GatedModel
@@ -74,8 +75,8 @@ class Identify:
     @classmethod
     def variant(cls, args: Sequence[str]) -> "type[Identify]":
         """The preset that the arguments name: this class with other defaults."""
-        named = [after for flag, after in pairwise(args) if flag == "--preset"]
-        named += [arg.removeprefix("--preset=") for arg in args if arg.startswith("--preset=")]
+        words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--preset=") else [arg])]
+        named = [after for flag, after in pairwise(words) if flag == "--preset"]
         return PRESETS.get(named[-1] if named else "paper", cls)
 
     @property
@@ -98,16 +99,29 @@ class Identify:
         """
         free = {name: getattr(self, name) for name in FREE if name not in ("processes", "preset")}
         self.processes.join(self.resolved() | free)
-        check_folder(self.out, self.resolved(), resume=self.resume)
+        self.check()
         if self.resume and (self.out / GATES_FILE).exists():
             print(f"{self.out} holds the finished run")
             return
         run = self.prepare()
+        # Nothing is written before everything that can be checked was.
+        with alone_in(self.out) if is_first() else nullcontext():
+            self._find(run)
+
+    def check(self) -> None:
+        """See that the folder is free, or holds this very run; its contents are compared later.
+
+        Raises:
+            ValueError: it is not.
+        """
+        check_folder(self.out, self.resolved(), resume=self.resume)
+
+    def _find(self, run: Run) -> None:
+        """Find the heads, with the folder to ourselves."""
         config = self.resolved() | {"contents": contents(run)}
         check_folder(self.out, config, resume=self.resume)
         # All have looked at the folder before the first one writes.
         check_alike(config)
-        # Nothing is written before everything that can be checked was.
         if is_first() and not (self.out / RUN_FILE).exists():
             write_text(self.out / RUN_FILE, json.dumps(config, indent=1) + "\n")
         with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True, disable=not is_first()) as bar:
