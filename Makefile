@@ -14,8 +14,7 @@ PIN ?=
 PYTEST_ARGS ?=
 # Test processes. Most of the time is compilation, which one process does on one core.
 JOBS ?= 2
-# Most tests compile much and compute little: without LLVM's optimizations they take three quarters of the time.
-QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
+QUICKLY = XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py)"
 # Where gpu-suite writes.
 OUT ?= eval/results/gpu
 
