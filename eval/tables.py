@@ -22,16 +22,7 @@ from eval.short.compare import short_table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "cpu"
 COMPILED = ROOT / "eval" / "results" / "aot"
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs" / "results.md",
-    ROOT / "docs" / "guides" / "devices.md",
-    ROOT / "docs" / "guides" / "harness.md",
-    ROOT / "docs" / "guides" / "identify.md",
-    ROOT / "docs" / "guides" / "kernels.md",
-    ROOT / "docs" / "guides" / "plan.md",
-    ROOT / "docs" / "guides" / "quantize.md",
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def recall_table(path: Path) -> str:
