@@ -29,33 +29,33 @@ def ablation(duo, text_model, tmp_path):
     return run
 
 
-def test_one_command_trains_scores_and_draws_and_goes_on(ablation, duo, text_model, tmp_path, monkeypatch):
+def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, monkeypatch):
     folder = tmp_path / "several"
-    # The third training is interrupted. What the two before found stays.
+    # The second training is interrupted. What the first found stays.
     with monkeypatch.context() as patch:
         patch.setattr(AttentionProfile, "find", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        stopped = ablation(*PAIR, HEADS)
+        stopped = ablation("mine=", HEADS)
     assert stopped.code == 130 and "heads: stopped; run the same command again to go on" in stopped.err
-    begun = {name: json.loads((folder / name / RUN_FILE).read_text()) for name in ("mine", "theirs", "heads")}
-    assert [run["attention"]["mixing"] for run in begun.values()] == ["self", "teacher", "self"]
-    gates = {name: (folder / name / GATES_FILE).read_bytes() for name in ("mine", "theirs")}
+    begun = {name: json.loads((folder / name / RUN_FILE).read_text()) for name in ("mine", "heads")}
+    assert [run["recipe"] for run in begun.values()] == ["distill", "attention-profile"]
+    gates = (folder / "mine" / GATES_FILE).read_bytes()
     assert not (folder / "heads" / GATES_FILE).exists() and not (folder / "recall.jsonl").exists()
     # Nobody else may train in its folder in the meantime.
     with alone_in(folder / "heads"):
-        assert "another process writes" in ablation(*PAIR, HEADS).err
-    done = ablation(*PAIR, HEADS)
+        assert "another process writes" in ablation("mine=", HEADS).err
+    done = ablation("mine=", HEADS)
     assert done.code == 0, done
-    assert gates == {name: (folder / name / GATES_FILE).read_bytes() for name in gates}
+    assert gates == (folder / "mine" / GATES_FILE).read_bytes()
     assert HeadPattern.load(folder / "heads").metadata["training"]["recipe"] == "attention-profile"
     _, cells = recall_cells(folder / "recall.jsonl")
-    assert {"mine", "theirs", "heads"} < {key.method for key in cells}
+    assert {"mine", "heads"} < {key.method for key in cells}
     drawn = [folder / line.rsplit("/", 1)[1] for line in done.out.splitlines() if line.endswith((".png", ".svg"))]
     assert drawn and all(path.stat().st_size for path in drawn)
     before = (folder / "recall.jsonl").read_text()
-    assert "had all of it" in ablation(*PAIR, HEADS).out and (folder / "recall.jsonl").read_text() == before
+    assert "had all of it" in ablation("mine=", HEADS).out and (folder / "recall.jsonl").read_text() == before
     # Other settings of a variant that is there already, or of the scoring.
-    assert "begun with other settings" in ablation(*PAIR, "heads=--recipe kvzip").err
-    assert "other settings" in ablation(*PAIR, HEADS, flags=("--recent-size", "17")).err
+    assert "begun with other settings" in ablation("mine=", "heads=--recipe kvzip").err
+    assert "other settings" in ablation("mine=", HEADS, flags=("--recent-size", "17")).err
 
 
 @pytest.mark.parametrize(
