@@ -76,7 +76,7 @@ test-aot: ## compile for GPUs that are not there, in an environment of its own, 
 
 # Says by exit status 75 that its minutes are over and that there is more to do: call it again.
 gpu-suite: ## check and measure the GPU kernels with PYTHON, which has jax for the GPU; results go to OUT=eval/results/gpu
-	@$(PYTHON) -m eval.gpu_suite --out $(OUT)
+	@PYTHONPATH=.:train:eval $(PYTHON) -m duo_eval.gpu_suite --out $(OUT)
 
 check: $(STAMP) ## lint, check the format and the types
 	@echo "Checking lint, format and types"

@@ -16,12 +16,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key
 from numpy.typing import ArrayLike
 
-from duo_jax.cache import KVCache
+from duo_jax.cache.cache import KVCache
+from duo_jax.checks import check_cache, check_prompt, check_room, check_vocabulary
+from duo_jax.infer import bucket, chunk_width, extend, head, prefill, step
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.phases import bucket, chunk_width, extend, head, prefill, step
 from duo_jax.sampling import Greedy, Sampler
-from duo_jax.validation import check_cache, check_prompt, check_room, check_vocabulary
 
 
 class Generation(NamedTuple):

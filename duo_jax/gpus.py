@@ -12,7 +12,7 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    """As the driver says it; `pallas_kernels.tiles` knows its compute capability by it."""
+    """As the driver says it; `pallas_kernels.gpus` knows its compute capability by it."""
     cores: int
     """Multiprocessors."""
     memory_bytes: int

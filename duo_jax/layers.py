@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
-from duo_jax.mesh import AnyMesh, MeshSize, both, constrain
+from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
 

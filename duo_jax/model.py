@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
-from duo_jax.mesh import AnyMesh, constrain
+from duo_jax.mesh.mesh import AnyMesh, constrain
 from duo_jax.rope import rotation
 from duo_jax.weights import multiply, nbytes
 

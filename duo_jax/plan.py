@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax.cache import KVCache
+from duo_jax.cache.cache import KVCache
 from duo_jax.config import ModelConfig
-from duo_jax.mesh import MeshSize, abstract_mesh
+from duo_jax.infer import CHUNK_SIZE
+from duo_jax.mesh.mesh import MeshSize, abstract_mesh
+from duo_jax.mesh.place import parameter_shapes
 from duo_jax.pattern import HeadPattern
-from duo_jax.phases import CHUNK_SIZE
-from duo_jax.placement import parameter_shapes
 from duo_jax.weights import nbytes
 
 

@@ -1,6 +1,6 @@
 """Attention over arrays, for heads of two types; knows nothing of models, caches, patterns or Flax."""
 
-from pallas_kernels.api import BACKENDS, decode_attention, full_attention, gated_attention, prefill_attention
+from pallas_kernels.ops import BACKENDS, decode_attention, full_attention, gated_attention, prefill_attention
 from pallas_kernels.types import Heads, Pools, Stripe, Unsupported
 
 __all__ = [

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.blocks import MASKED
 from pallas_kernels.mixing import mix
-from pallas_kernels.positions import consecutive, ring_positions, visible
 from pallas_kernels.quantized import read, read_dtype
 from pallas_kernels.types import Heads, Partial, Pools, Stripe
+from pallas_kernels.window import consecutive, ring_positions, visible
 
 
 def prefill_attention(

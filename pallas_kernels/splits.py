@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import MASKED, cdiv
-from pallas_kernels.tiles import DecodeTiles
+from pallas_kernels.gpus import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
 

@@ -14,10 +14,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, log_sum_exp
-from pallas_kernels.positions import consecutive, ring_index, visible
 from pallas_kernels.quantized import Stored, read
 from pallas_kernels.types import Heads, Partial, Pools, Stripe
-from pallas_kernels.xla_gated import full_attention, gated_attention
+from pallas_kernels.window import consecutive, ring_index, visible
+from pallas_kernels.xla_train import full_attention, gated_attention
 
 __all__ = [
     "decode_attention",

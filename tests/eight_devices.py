@@ -11,6 +11,13 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from duo_eval.aot.collectives import collectives, summary
+from duo_eval.aot.compile import memory_of
+from duo_eval.aot.memory import decode, prefill_chunk, training_step
+from duo_train.data.needles import NeedleData
+from duo_train.gated import GatedModel
+from duo_train.recipes import KVzip, PruLong, Run
+from duo_train.recipes.base import METRICS_FILE
 from jax.sharding import PartitionSpec
 from transformers import AutoTokenizer
 
@@ -26,20 +33,13 @@ from duo_jax import (
     save_model,
     score,
 )
-from duo_jax.mesh import MeshSize
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
-from eval.collectives import collectives, summary
-from eval.compiled import memory_of
-from eval.memory import decode, prefill_chunk, training_step
 from pallas_kernels import Heads, Pools, Stripe, decode_attention, prefill_attention
 from pallas_kernels.quantized import empty, read, store
 from tests.conftest import FAMILIES, GOLDEN, ON_CPU, TINY
 from tests.test_train import ATTENTION, DATA, RECIPE
 from tests.text_models import make_model
-from train.gated import GatedModel
-from train.needles import NeedleData
-from train.recipes import KVzip, PruLong, Run
-from train.recipes.base import METRICS_FILE
 
 SIZES = [MeshSize(t, s, d) for t, s, d in product((1, 2, 4, 8), repeat=3) if t * s * d <= 8]
 CHUNK = 16

@@ -4,15 +4,15 @@ import json
 import shlex
 
 import pytest
+from duo_eval.stats.recall_cells import recall_cells
+from duo_train.identify import RUN_FILE
+from duo_train.recipes import AttentionProfile
 
 from duo_jax import HeadPattern
 from duo_jax.files import alone_in
 from duo_jax.pattern import GATES_FILE
-from eval.cells import recall_cells
 from tests.test_identify import QUICK as TRAINING
 from tests.test_score import QUICK as SCORING
-from train.identify import RUN_FILE
-from train.recipes import AttentionProfile
 
 PAIR = ("mine=", "theirs=--attention.mixing teacher")
 HEADS = "heads=--recipe attention-profile --attention-profile.length 40"

@@ -6,16 +6,16 @@ from itertools import product
 
 import jaxtyping
 import pytest
+from duo_eval.aot.compile import compile_for, kernels_on, memory_of
+from duo_eval.aot.kernels import OPERATIONS, program
+from duo_eval.aot.memory import decode, prefill_chunk, training_step
+from duo_eval.aot.verify import is_close, verify
+from duo_train.gated import GatedModel
 
 from duo_jax import PRESETS
 from duo_jax.gpus import GPUS
-from duo_jax.mesh import MeshSize
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
-from eval.compiled import compile_for, kernels_on, memory_of
-from eval.kernels import OPERATIONS, program
-from eval.memory import decode, prefill_chunk, training_step
-from eval.verify import is_close, verify
-from train.gated import GatedModel
 
 try:
     PLUGIN = version("jax-cuda12-plugin")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import pallas_kernels
 from pallas_kernels import Heads, Pools, api, tiles, xla
-from pallas_kernels.positions import ring_index, ring_positions, visible
+from pallas_kernels.gpus import DecodeTiles, FlashTiles
 from pallas_kernels.quantized import BITS, empty, read, store
-from pallas_kernels.tiles import DecodeTiles, FlashTiles
+from pallas_kernels.window import ring_index, ring_positions, visible
 from tests.conftest import ON_CPU
 
 SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}

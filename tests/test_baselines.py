@@ -5,12 +5,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from duo_eval.methods import eviction, fastgen, profile, snapkv
+from duo_eval.methods.fastgen import EVERYTHING, FREQUENT, LOCAL, PUNCTUATION
+from duo_eval.methods.registry import METHODS, greedy, method
 
-from duo_jax import Model, load_tokenizer, phases
-from duo_jax.phases import bucket
-from eval.baselines import eviction, fastgen, profile, snapkv
-from eval.baselines.fastgen import EVERYTHING, FREQUENT, LOCAL, PUNCTUATION
-from eval.methods import METHODS, greedy, method
+from duo_jax import Model, infer, load_tokenizer
+from duo_jax.infer import bucket
 from tests import dense_rules
 from tests.conftest import TINY
 from tests.dense_rules import blocks, dense, heaviest
@@ -215,8 +215,8 @@ def test_bytes_equal_the_formula_and_the_devices_buffers_and_meet_the_budget(tin
     beside = {
         "snapkv": TINY.num_kv_heads * size,
         "fastgen": heads * size,
-        "duo": TINY.num_kv_heads * phases.chunk_width(size),
-        "random-heads": TINY.num_kv_heads * phases.chunk_width(size),
+        "duo": TINY.num_kv_heads * infer.chunk_width(size),
+        "random-heads": TINY.num_kv_heads * infer.chunk_width(size),
     }.get(name, TINY.num_kv_heads * (int(BUDGET * most) + BLOCK))
     memory = state.memory
     assert memory.nbytes == state.nbytes == buffers(state) == slots * entry
@@ -229,7 +229,7 @@ def test_bytes_equal_the_formula_and_the_devices_buffers_and_meet_the_budget(tin
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_second_prompt_of_the_bucket_compiles_nothing(tiny, pattern, name):
-    functions = (phases._extend, phases._step, eviction._take_in, eviction._append)
+    functions = (infer._extend, infer._step, eviction._take_in, eviction._append)
     functions += (snapkv._observe, profile._profile, fastgen._compress, fastgen._append)
 
     def run(length):

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from duo_eval.speed import efficiency
+from duo_eval.speed.efficiency import Efficiency, Point
+from duo_eval.speed.engines import ENGINES, Subject
+from duo_eval.speed.engines.cudnn import Cudnn
+from duo_eval.speed.roofline import decode_bytes, kv_bytes_read, prefill_flops, saving_realized, visible_pairs
 
 from duo_jax import PRESETS, HeadPattern
-from eval import efficiency
-from eval.costs import decode_bytes, kv_bytes_read, prefill_flops, saving_realized, visible_pairs
-from eval.efficiency import Efficiency, Point
-from eval.engines import ENGINES, Subject
-from eval.engines.cudnn import Cudnn
 
 
 def _half() -> HeadPattern:

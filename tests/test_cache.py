@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, phases, prefill, stream, validation
+from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, infer, prefill, stream
 from tests.conftest import TINY
 
 RNG = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def nothing_runs(monkeypatch):
     def reached(*args, **kwargs):
         raise AssertionError("computed before it was checked")
 
-    for module, name in ((phases, "_extend"), (phases, "_step"), (sys.modules["duo_jax.generate"], "_generate")):
+    for module, name in ((infer, "_extend"), (infer, "_step"), (sys.modules["duo_jax.generate"], "_generate")):
         monkeypatch.setattr(module, name, reached)
 
 
@@ -255,7 +255,7 @@ def test_a_cache_of_another_model_raises(tiny, changed, nothing_runs):
 
 
 def test_passing_the_trained_positions_warns_exactly_once(monkeypatch):
-    monkeypatch.setattr(validation, "_warned", set())
+    monkeypatch.setattr(checks, "_warned", set())
     model = Model.random(dataclasses.replace(TINY, max_positions=16, num_layers=1), seed=0)
     cache = KVCache.init(model.config, None, 2, 32)
     _, cache = prefill(model, TEXT, cache, chunk_size=16)  # As many as it was trained for.

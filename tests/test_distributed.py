@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
+from duo_train.recipes.base import METRICS_FILE
 
-from duo_jax.distributed import check_alike, gather, join
-from train.recipes.base import METRICS_FILE
+from duo_jax.mesh.processes import check_alike, gather, join
 
 # A batch of two samples of about 150 tokens; gates move in a few steps.
 FLAGS = (

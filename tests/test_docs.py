@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-OURS = ("duo_jax", "pallas_kernels", "train", "eval")
+OURS = ("duo_jax", "pallas_kernels", "duo_train", "duo_eval")
 
 
 def fenced(page: Path, language: str) -> list[str]:

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from duo_train.gated import GatedModel
 from jax.test_util import check_grads
 
 from duo_jax import load_model
 from pallas_kernels import api, full_attention, gated_attention, tiles, xla_gated
-from pallas_kernels.tiles import FlashTiles
+from pallas_kernels.gpus import FlashTiles
 from tests.conftest import ON_CPU
-from train.gated import GatedModel
 
 # Mosaic has no kernel for training.
 backends = pytest.mark.parametrize("backend", ON_CPU)

@@ -16,7 +16,7 @@ from duo_jax import (
     TopP,
     decode_step,
     generate,
-    phases,
+    infer,
     prefill,
     stream,
 )
@@ -210,7 +210,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("computed before it was checked")
 
     generate_module = sys.modules["duo_jax.generate"]
-    for module, name in ((phases, "_extend"), (phases, "_step"), (phases, "_head"), (generate_module, "_generate")):
+    for module, name in ((infer, "_extend"), (infer, "_step"), (infer, "_head"), (generate_module, "_generate")):
         monkeypatch.setattr(module, name, reached)
 
 

@@ -7,18 +7,18 @@ import sys
 import time
 
 import pytest
+from duo_eval.gpu_suite import __main__ as command
+from duo_eval.gpu_suite import numerics, worker
+from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
+from duo_eval.gpu_suite.worker import Worker
 
 import pallas_kernels
-from eval.gpu_suite import __main__ as command
-from eval.gpu_suite import numerics, worker
-from eval.gpu_suite.__main__ import SECTIONS, Suite
-from eval.gpu_suite.worker import Worker
 from tests.xla_flags import FLAGS
 
 
 @pytest.mark.slow
 def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_path):
-    suite = [sys.executable, "-m", "eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
+    suite = [sys.executable, "-m", "duo_eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
     # Much is compiled here, and run once.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
     stopped = subprocess.run([*suite, "--minutes", "0"], capture_output=True, text=True, env=environment)

@@ -4,13 +4,13 @@ import random
 
 import numpy as np
 import pytest
+from duo_eval.tasks.harness import batches
+from duo_eval.tasks.harness.adapter import DuoLM
+from duo_eval.tasks.harness.batches import padded, plan
 from lm_eval.api.instance import Instance
 
 import duo_jax
 from duo_jax import LM, HeadPattern, KVCache, score
-from eval.harness import batches
-from eval.harness.adapter import DuoLM
-from eval.harness.batches import padded, plan
 from tests.test_inference import dense_logits
 from tests.text_models import make_model
 

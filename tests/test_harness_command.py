@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from duo_eval.tasks.harness import batches
+from duo_eval.tasks.harness.code_eval import CodeEval
+from duo_eval.tasks.harness.tasks import load_tasks
 
-from eval.harness import batches
-from eval.harness.code_eval import CodeEval
-from eval.harness.tasks import load_tasks
 from tests.text_models import assert_refused, make_model
 
 TASK = """

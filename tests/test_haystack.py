@@ -5,8 +5,7 @@ import json
 import sys
 
 import pytest
-
-from train.haystack import load_haystack
+from duo_train.data.haystack import load_haystack
 
 
 def lines(*rows):

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from duo_eval.demo import Demo
+from duo_eval.tasks.needle.hide import hide
+from duo_eval.tasks.needle.styles import STYLES, digits
+from duo_train.data.haystack import load_haystack
+from duo_train.data.needles import encode
 
 from duo_jax import load_tokenizer
-from eval.demo import Demo
-from eval.needle.hide import hide
-from eval.needle.styles import STYLES, digits
-from train.haystack import load_haystack
-from train.needles import encode
 
 
 @pytest.fixture(scope="module")

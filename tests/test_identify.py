@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from duo_train.data.needles import Needles
+from duo_train.identify import PRESETS, RUN_FILE, Identify
 
 from duo_jax import HeadPattern
 from duo_jax.files import alone_in
 from duo_jax.pattern import GATES_FILE
 from tests.text_models import assert_refused
-from train.identify import PRESETS, RUN_FILE, Identify
-from train.needles import Needles
 
 QUICK = (
     *("--preset", "debug", "--data.min-length", "60", "--data.max-length", "60", "--data.num-lengths", "1"),

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 
 import jax.numpy as jnp
 import pytest
+from duo_eval.aot.compile import assemble, compile_for
+from duo_eval.aot.kernels import program
 
 from duo_jax.gpus import GPUS
-from eval.compiled import assemble, compile_for
-from eval.kernels import program
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
-from pallas_kernels.tiles import tiles_for
+from pallas_kernels.gpus import tiles_for
 from tests.test_mosaic import SIZES, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -38,7 +38,7 @@ from triton.runtime import interpreter
 from pallas_kernels import Pools, decode_attention
 from pallas_kernels.jax_triton import decode
 from pallas_kernels.quantized import empty, store
-from pallas_kernels.tiles import DecodeTiles
+from pallas_kernels.gpus import DecodeTiles
 from tests.test_mosaic import SIZES, problem
 
 class OfInt(type):

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from eval.ledger import Ledger, read
-from eval.recall import Job as RecallJob
+from duo_eval.runner.ledger import Ledger, read
+from duo_eval.tasks.recall import Job as RecallJob
 
 ABOUT = {"task": "test", "sizes": (1, 2)}
 COMMITTED = Path(__file__).parent.parent / "eval" / "results" / "cpu" / "recall.jsonl"

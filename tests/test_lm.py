@@ -13,10 +13,10 @@ import pytest
 
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
-from duo_jax.chat import Chat
 from duo_jax.cli import doctor
-from duo_jax.detokenize import Detokenizer
-from duo_jax.lm import LM
+from duo_jax.text.chat import Chat
+from duo_jax.text.detokenize import Detokenizer
+from duo_jax.text.lm import LM
 
 PROMPT = "What is a needle?"
 NEW = 8

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from duo_eval.runner.ledger import read
+from duo_eval.tasks.longbench.command import LongBenchTask, Row
+from duo_eval.tasks.longbench.data import load_rows
+from duo_eval.tasks.longbench.tasks import load_task, names
+from duo_eval.tasks.prompt import frame, prompt
 
 from duo_jax import load_tokenizer
-from eval.ledger import read
-from eval.longbench.command import LongBenchTask, Row
-from eval.longbench.data import load_rows
-from eval.longbench.tasks import load_task, names
-from eval.prompt import frame, prompt
 from tests.text_models import assert_refused
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")

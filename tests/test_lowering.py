@@ -4,9 +4,9 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from duo_eval.aot.kernels import OPERATIONS, program
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from eval.kernels import OPERATIONS, program
 from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")

@@ -9,19 +9,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from duo_train.data.needles import NeedleData
+from duo_train.gated import GatedModel
+from duo_train.recipes import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from duo_jax import PRESETS, HeadPattern, KVCache, make_mesh, published_patterns
-from duo_jax.balance import balance, query_heads
-from duo_jax.mesh import MeshSize
-from duo_jax.placement import place_model
+from duo_jax.mesh.balance import balance, query_heads
+from duo_jax.mesh.mesh import MeshSize
+from duo_jax.mesh.place import place_model
 from tests.conftest import TINY
 from tests.test_train import DATA
-from train.gated import GatedModel
-from train.needles import NeedleData
-from train.recipes import Run
 
 
 def run_on_eight_devices(*options: str) -> None:

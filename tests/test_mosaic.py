@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
-from pallas_kernels.tiles import DecodeTiles, trying
+from pallas_kernels.gpus import DecodeTiles, trying
 
 SIZES = {"sink_size": 16, "recent_size": 64}
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from duo_eval.methods.registry import greedy
+from duo_eval.runner import run as asking
+from duo_eval.runner.ledger import read
+from duo_eval.runner.run import Asking
+from duo_eval.tasks.needle.command import Cell, NeedleTask
 
-from eval import asking
-from eval.asking import Asking
-from eval.ledger import read
-from eval.methods import greedy
-from eval.needle.command import Cell, NeedleTask
 from tests.text_models import assert_refused
 
 # One length and few depths: each bucket of lengths is two programs to compile.

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from duo_train.data.batches import Batch, stack, widths
+from duo_train.data.needles import NeedleData, Needles
+from duo_train.data.vocabulary import COMMON, HELD_OUT, NATO
 from transformers import AutoTokenizer
 
 from duo_jax import load_tokenizer
-from train.batches import Batch, stack, widths
-from train.needles import NeedleData, Needles
-from train.vocabulary import COMMON, HELD_OUT, NATO
 
 SMALL = Needles(num_passkeys=3, passkey_words=4, min_length=400, max_length=600, num_lengths=3)
 

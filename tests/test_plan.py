@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from duo_eval.aot.context import ContextTask, planned
 
 from duo_jax import PRESETS, KVCache, Model, Plan
 from duo_jax.cli.options import RoomOptions, parse_bytes
 from duo_jax.gpus import GPUS
 from duo_jax.plan import any_pattern, weight_bytes
-from eval.context import ContextTask, planned
-from pallas_kernels.tiles import CAPABILITIES
+from pallas_kernels.gpus import CAPABILITIES
 from tests.conftest import TINY
 from tests.text_models import assert_refused
 
@@ -124,7 +124,7 @@ def test_a_plan_that_is_off_is_said_and_fails(duo, monkeypatch):
             "deviation": 0.04
         }
 
-    monkeypatch.setattr("eval.plan.verify", off)
+    monkeypatch.setattr("duo_eval.aot.plan.verify", off)
     result = duo("plan", "--model", "llama-3-8b", "--gpu", "h200", "--verify")
     assert result.code == 2 and "planned" in result.out
     assert "+4.0% off what the compiler says, more than 3%" in result.err
@@ -153,7 +153,7 @@ def test_the_table_keeps_what_was_compiled(monkeypatch, tmp_path):
         calls.append(length)
         return {"planned": plan.total(length), "total": plan.total(length), "deviation": 0.0}
 
-    monkeypatch.setattr("eval.context.verify", compiled)
+    monkeypatch.setattr("duo_eval.aot.context.verify", compiled)
     task = ContextTask(models=("llama-3-8b",), dtypes=("bf16", "KV4"), out=tmp_path / "plan.json")
     task.run()
     task.run()

@@ -14,15 +14,15 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from duo_train import figures
+from duo_train.plot import attention_weights, read_metrics
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from duo_jax import Model
-from pallas_kernels.positions import visible
+from pallas_kernels.window import visible
 from tests.text_models import Result, assert_refused
-from train import figures
-from train.plot import attention_weights, read_metrics
 
 Duo = Callable[..., Result]
 SMALL = ("--num-passkeys", 3, "--passkey-words", 2, "--min-length", 400, "--max-length", 600)

@@ -9,6 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from duo_train.data.needles import NeedleData
+from duo_train.gated import GatedModel
+from duo_train.identify import Identify
+from duo_train.recipes import AttentionProfile, Distill, KVzip, PruLong, Run
+from duo_train.recipes.kvzip import REQUEST
+from duo_train.recipes.prulong import _draw
 from transformers import AutoTokenizer
 
 from duo_jax import load_model
@@ -16,12 +22,6 @@ from duo_jax.cli.options import ModelOptions
 from pallas_kernels import full_attention
 from tests.conftest import GOLDEN
 from tests.test_train import ATTENTION, DATA, metrics
-from train.gated import GatedModel
-from train.identify import Identify
-from train.needles import NeedleData
-from train.recipes import AttentionProfile, Distill, KVzip, PruLong, Run
-from train.recipes.kvzip import REQUEST
-from train.recipes.prulong import _draw
 
 
 @pytest.fixture(scope="module")

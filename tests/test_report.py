@@ -9,9 +9,8 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-
-from eval.kinds import KINDS, kind_of
-from eval.tables import COMPILED, RESULTS
+from duo_eval.show.result_types import KINDS, kind_of
+from duo_eval.show.tables import COMPILED, RESULTS
 
 pytest.importorskip("matplotlib", reason="needs the eval extra")
 MACHINE = {"processor": "a <processor>", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
@@ -81,7 +80,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(results):
-    from eval.report.page import Page
+    from duo_eval.show.report.page import Page
 
     return Page.of(results).html()
 
@@ -212,7 +211,7 @@ def test_the_page_lies_well_in_a_browser(page, width, tmp_path):
 
 
 def test_intervals_at_the_same_place_stand_beside_each_other_within_the_axes():
-    from eval.figures import Line, lines_figure
+    from duo_eval.show.figures import Line, lines_figure
 
     lines = [Line(name, [25.0, 50.0], [40.0, 80.0], [20.0, 60.0], [50.0, 95.0]) for name in "abc"]
     figure = lines_figure(lines, title="", x="bytes", y="score, %")

@@ -8,14 +8,14 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from duo_eval.runner.ledger import read
+from duo_eval.tasks.lm_eval_files import literal
+from duo_eval.tasks.ruler import qa
+from duo_eval.tasks.ruler.kind import Material, fitted
+from duo_eval.tasks.ruler.tasks import TASKS, score
+from duo_train.data.haystack import load_haystack
 
-from eval.ledger import read
-from eval.lm_eval_files import literal
-from eval.ruler import qa
-from eval.ruler.kind import Material, fitted
-from eval.ruler.tasks import TASKS, score
 from tests.text_models import assert_refused
-from train.haystack import load_haystack
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")
 

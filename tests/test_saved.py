@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, KVCache, Model, decode_step, load_tokenizer, prefill, saved
+from duo_jax import HeadPattern, KVCache, Model, decode_step, load_tokenizer, prefill
+from duo_jax.cache import saved
 from duo_jax.cli.prompt import PromptOptions
 from tests.conftest import TINY
 from tests.text_models import assert_refused

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from duo_eval.show.result_types import kind_of
+from duo_eval.show.tables import prose_table, recall_details, recall_table
+from duo_eval.stats.intervals import Estimate, of_differences, of_scores, ratio
+from duo_eval.stats.recall_cells import FULL, STREAMING, Key, recall_cells
+from duo_eval.tasks.passkeys import UNSEEN, fit, score_sample
+from duo_eval.tasks.precision import precision_table
+from duo_train.gated import GatedModel
 from transformers import AutoTokenizer
 
-from duo_jax import HeadPattern, KVCache, load_model, phases, prefill, score
-from eval.cells import FULL, STREAMING, Key, recall_cells
-from eval.intervals import Estimate, of_differences, of_scores, ratio
-from eval.kinds import kind_of
-from eval.passkeys import UNSEEN, fit, score_sample
-from eval.precision import precision_table
-from eval.tables import prose_table, recall_details, recall_table
+from duo_jax import HeadPattern, KVCache, infer, load_model, prefill, score
 from tests.conftest import GOLDEN
 from tests.text_models import assert_refused
-from train.gated import GatedModel
 
 QUICK = (
     *(
@@ -43,7 +43,7 @@ QUICK = (
 @pytest.mark.parametrize("kind", ["full", "duo"])
 @pytest.mark.parametrize("chunk_size", [None, 33])
 def test_scores_equal_those_of_the_golden_logits(kind, chunk_size, monkeypatch):
-    monkeypatch.setattr(phases, "SCORE_BLOCK", 7)
+    monkeypatch.setattr(infer, "SCORE_BLOCK", 7)
     folder = GOLDEN / "qwen3"
     with np.load(folder / "golden.npz") as arrays:
         ids, logits = arrays["ids"], arrays[f"{kind}_logits"].astype(np.float64)

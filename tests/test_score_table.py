@@ -3,9 +3,8 @@
 import json
 
 import pytest
-
-from eval.score_table import score_summary, score_table
-from eval.scores import NOTHING, in_words, shared
+from duo_eval.show.score_table import score_summary, score_table
+from duo_eval.stats.scores import NOTHING, in_words, shared
 
 MACHINE = {"processor": "a processor", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from duo_eval.tasks.harness import batches
+from duo_eval.tasks.short import humaneval, mmlu
+from duo_eval.tasks.short.compare import compared, short_table
 
 import duo_jax
-from duo_jax.chat import Chat
-from eval.harness import batches
-from eval.short import humaneval, mmlu
-from eval.short.compare import compared, short_table
+from duo_jax.text.chat import Chat
 from tests.text_models import assert_refused, make_model
 
 SUBJECTS = ("sums", "colours")

@@ -1,8 +1,7 @@
 """Tables stay in step with the results that they are made from."""
 
 import pytest
-
-from eval.tables import PAGES, render
+from duo_eval.show.tables import PAGES, render
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from duo_train import loop
+from duo_train.data.needles import NeedleData, Needles
+from duo_train.gated import GatedModel
+from duo_train.recipes import Distill, Run
+from duo_train.recipes.base import METRICS_FILE
 from transformers import AutoTokenizer
 
 from duo_jax import load_model
 from tests.text_models import make_model
-from train import loop
-from train.gated import GatedModel
-from train.needles import NeedleData, Needles
-from train.recipes import Distill, Run
-from train.recipes.base import METRICS_FILE
 
 # About 150 tokens of the tests' tokenizer, which has one a character.
 DATA = Needles(
@@ -134,8 +134,8 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_gates(whole, tmp_pat
         import sys, pathlib, duo_jax
         from transformers import AutoTokenizer
         from tests.test_train import ATTENTION, DATA, RECIPE
-        from train.needles import NeedleData
-        from train.recipes import Run
+        from duo_train.data.needles import NeedleData
+        from duo_train.recipes import Run
         model, tokenizer = duo_jax.load_model({str(text_model)!r}), AutoTokenizer.from_pretrained({str(text_model)!r})
         run = Run(model, NeedleData(DATA, tokenizer), ATTENTION, pathlib.Path({str(tmp_path)!r}), resume=True,
                   checkpoint_every=1, report=lambda done, total, figures: print(done, flush=True))
@@ -176,8 +176,8 @@ def test_devices_share_a_batch_or_its_only_sample(start, whole, tmp_path, text_m
         from transformers import AutoTokenizer
         from dataclasses import replace
         from tests.test_train import ATTENTION, DATA, RECIPE
-        from train.needles import NeedleData
-        from train.recipes import Run
+        from duo_train.data.needles import NeedleData
+        from duo_train.recipes import Run
         assert len(jax.devices()) == 2
         model, tokenizer = duo_jax.load_model({str(text_model)!r}), AutoTokenizer.from_pretrained({str(text_model)!r})
         for recipe in (replace(RECIPE, steps=2, batch_size=2), RECIPE):

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from duo_eval.aot import tune
+from duo_eval.aot.tune import Tune
 
-from eval import tune
-from eval.tune import Tune
 from pallas_kernels import tiles
-from pallas_kernels.tiles import DecodeTiles, PipelineTiles, tiles_for, trying
+from pallas_kernels.gpus import DecodeTiles, PipelineTiles, tiles_for, trying
 
 
 def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):

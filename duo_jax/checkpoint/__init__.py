@@ -6,6 +6,6 @@ import logging
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
 
 from duo_jax.checkpoint.load import load_model, load_tokenizer  # noqa: E402
-from duo_jax.checkpoint.saved import save_model  # noqa: E402
+from duo_jax.checkpoint.save import save_model  # noqa: E402
 
 __all__ = ["load_model", "load_tokenizer", "save_model"]

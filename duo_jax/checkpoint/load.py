@@ -18,14 +18,14 @@ from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
-from duo_jax.checkpoint.saved import Saved
+from duo_jax.checkpoint.save import Saved
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.table import Weight, ignorable, weight_table
 from duo_jax.config import PRESETS, ModelConfig
-from duo_jax.mesh import MeshSize
+from duo_jax.mesh.mesh import MeshSize
+from duo_jax.mesh.place import Placement, on_mesh
 from duo_jax.model import Decoder, Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.placement import Placement, on_mesh
 from duo_jax.weights import quantize_kernel
 
 
@@ -49,7 +49,7 @@ def load_model(
         embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; they stay as they are by default.
         mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor as soon as it is read.
         pattern: which heads are to stream, where there is a mesh: the devices then hold as many retrieval heads each,
-            in every layer up to one and over all layers up to one (see `duo_jax.balance`). Caches must have this
+            in every layer up to one and over all layers up to one (see `duo_jax.mesh.balance`). Caches must have this
             pattern, or another that wants the heads in the same places. None: caches of full attention.
         progress: show a progress bar; by default only in a terminal.
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import tyro
 
-from duo_jax.chat import Chat
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, SamplingOptions
-from duo_jax.lm import LM
+from duo_jax.text.chat import Chat
+from duo_jax.text.lm import LM
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or Ctrl-D ends, Ctrl-C stops a reply"
 

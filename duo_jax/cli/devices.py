@@ -10,8 +10,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from duo_jax.distributed import check_alike, is_first, join
-from duo_jax.mesh import MeshSize, make_mesh
+from duo_jax.mesh.mesh import MeshSize, make_mesh
+from duo_jax.mesh.processes import check_alike, is_first, join
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import BACKENDS, Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
-from pallas_kernels.api import VERIFIED
-from pallas_kernels.tiles import device_kind
+from pallas_kernels.gpus import device_kind
+from pallas_kernels.ops import VERIFIED
 
 PACKAGES = (
     "duo-jax",

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import tyro
 
-from duo_jax import saved
-from duo_jax.cache import KVCache
+from duo_jax.cache import saved
+from duo_jax.cache.cache import KVCache
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timed import Timings, show_status, timed_stream
-from duo_jax.detokenize import Detokenizer
+from duo_jax.infer import chunk_width
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.phases import chunk_width
+from duo_jax.text.detokenize import Detokenizer
 
 
 @dataclass(frozen=True)

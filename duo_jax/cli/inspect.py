@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from duo_jax.cache import KVCache
+from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
-from duo_jax.distributed import gather
-from duo_jax.mesh import MeshSize
+from duo_jax.infer import bucket
+from duo_jax.mesh.mesh import MeshSize
+from duo_jax.mesh.processes import gather
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.phases import bucket
 from duo_jax.plan import Plan
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
 

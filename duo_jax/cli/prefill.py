@@ -7,12 +7,12 @@ from pathlib import Path
 
 import tyro
 
-from duo_jax import saved
-from duo_jax.cache import KVCache
+from duo_jax.cache import saved
+from duo_jax.cache.cache import KVCache
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timed import show_status
-from duo_jax.phases import chunk_width, prefill
+from duo_jax.infer import chunk_width, prefill
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.lm import chat_frame
+from duo_jax.text.lm import chat_frame
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from duo_jax.cache import KVCache
+from duo_jax.cache.cache import KVCache
 from duo_jax.generate import stream
+from duo_jax.infer import chunk_width
 from duo_jax.model import Model
-from duo_jax.phases import chunk_width
 from duo_jax.sampling import Greedy, Sampler
 
 

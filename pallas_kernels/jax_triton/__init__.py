@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpus import compute_capability, tiles_for
 from pallas_kernels.quantized import any_quantized, read_dtype
-from pallas_kernels.tiles import compute_capability, tiles_for
 from pallas_kernels.types import Heads, Pools, Unsupported
 
 __all__ = ["decode_attention"]

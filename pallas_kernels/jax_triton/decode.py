@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import splits
 from pallas_kernels.blocks import LOG2_E, MASKED
+from pallas_kernels.gpus import DecodeTiles
 from pallas_kernels.quantized import Quantized, Stored
-from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
 # A matrix product has at least so many rows and columns.

@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpus import compute_capability, device_kind, tiles_for
 from pallas_kernels.mosaic.decode import split_attention
 from pallas_kernels.mosaic.dialect import interpreter
 from pallas_kernels.mosaic.flash import BLOCK_Q, flash_attention
 from pallas_kernels.mosaic.pipeline import ROWS
-from pallas_kernels.tiles import compute_capability, device_kind, tiles_for
 from pallas_kernels.types import Heads, Pools, Unsupported
 
 __all__ = ["decode_attention", "prefill_attention"]

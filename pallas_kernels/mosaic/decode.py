@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import splits
 from pallas_kernels.blocks import cdiv, div
+from pallas_kernels.gpus import DecodeTiles
 from pallas_kernels.mosaic.dialect import Dialect, Ref
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty, finish, tile_memory
 from pallas_kernels.quantized import plain
-from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 
 COMPUTE, FETCH = 0, 1  # warpgroups

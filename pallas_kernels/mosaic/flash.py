@@ -15,12 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import cdiv, div, rem
+from pallas_kernels.gpus import PipelineTiles
 from pallas_kernels.mosaic.dialect import Dialect, Ref
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty, finish, tile_memory
-from pallas_kernels.positions import position_at
 from pallas_kernels.quantized import plain
-from pallas_kernels.tiles import PipelineTiles
 from pallas_kernels.types import Heads, Pools
+from pallas_kernels.window import position_at
 
 COMPUTE = 2  # warpgroups that multiply
 BLOCK_Q = COMPUTE * ROWS  # queries of a program

@@ -5,8 +5,8 @@ from typing import Any
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import LOG2_E, compute_dtype
+from pallas_kernels.gpus import tiles_for
 from pallas_kernels.quantized import any_quantized
-from pallas_kernels.tiles import tiles_for
 from pallas_kernels.triton.decode import split_attention
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.triton.gated import full_attention, gated_attention

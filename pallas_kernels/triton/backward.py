@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import cdiv, div
-from pallas_kernels.positions import visible
-from pallas_kernels.tiles import FlashTiles
+from pallas_kernels.gpus import FlashTiles
 from pallas_kernels.triton import tile
+from pallas_kernels.window import visible
 
 
 class Arrays(NamedTuple):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import splits
 from pallas_kernels.blocks import LOG2_E, cdiv, div
-from pallas_kernels.tiles import DecodeTiles
+from pallas_kernels.gpus import DecodeTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Softmax
 from pallas_kernels.types import Heads, Partial, Pools, Stripe

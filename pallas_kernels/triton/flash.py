@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import cdiv, div, rem
-from pallas_kernels.positions import position_at, visible
-from pallas_kernels.tiles import FlashTiles
+from pallas_kernels.gpus import FlashTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Ref, Softmax
 from pallas_kernels.types import Heads, Pools, Stripe
+from pallas_kernels.window import position_at, visible
 
 
 class Arrays(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.gpus import tiles_for
 from pallas_kernels.mixing import mix
-from pallas_kernels.tiles import tiles_for
 from pallas_kernels.triton.backward import flash_gradients
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.triton.tile import check

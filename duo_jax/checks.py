@@ -1,0 +1,147 @@
+"""Checks of what a caller passes in, before any compute: each error says the value, the rule and the way out.
+
+Under a caller's own `jit` values are not known yet; what needs them is then left to the compiled program, which
+answers a cache that overflows with NaN logits.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+from numpy.typing import ArrayLike
+
+from duo_jax.cache.cache import KVCache
+from duo_jax.config import ModelConfig
+from duo_jax.mesh.mesh import MeshSize
+from duo_jax.model import Model
+
+_warned: set[ModelConfig] = set()
+
+
+def is_traced(*values: object) -> bool:
+    """Whether any of these has no value yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def check_prompt(
+    config: ModelConfig, tokens: ArrayLike, lengths: ArrayLike | None
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B"]]:
+    """Tokens and lengths as int32 arrays.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, a length outside [1, T], or shapes that do not fit.
+    """
+    if is_traced(tokens, lengths):
+        tokens = jnp.asarray(tokens)
+        full = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        return tokens.astype(jnp.int32), full if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
+    tokens = _integers("tokens", tokens)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [batch, length], got {tokens.shape=}; for one prompt pass tokens[None]")
+    if 0 in tokens.shape:
+        raise ValueError(f"the prompt is empty, got {tokens.shape=}; it must have at least one token a row")
+    batch, length = tokens.shape
+    lengths = np.full(batch, length) if lengths is None else _integers("lengths", lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have one entry a row, got {lengths.shape=} beside {tokens.shape=}")
+    if lengths.min() < 1 or lengths.max() > length:
+        raise ValueError(f"lengths must be in [1, {length}] (an empty prompt has no answer), got {lengths.tolist()}")
+    valid = np.arange(length)[None, :] < lengths[:, None]
+    check_vocabulary(config, tokens[valid])
+    # Padding may be anything; it is never looked at, but must be an index of the embedding.
+    tokens = np.where(valid, tokens, 0)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def check_step(
+    config: ModelConfig, token: ArrayLike, active: ArrayLike | None
+) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
+    """One token a row as int32, and the rows to append to as bool.
+
+    Raises:
+        ValueError: an active row's token outside the vocabulary, or shapes that do not fit.
+    """
+    ids = jnp.asarray(token) if is_traced(token) else _integers("token", token)
+    rows = np.ones(ids.shape, bool) if active is None else active
+    rows = jnp.asarray(rows) if is_traced(rows) else np.asarray(rows)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"token must be [batch] integers, got {ids.dtype}{ids.shape}")
+    if rows.shape != ids.shape or rows.dtype != bool:
+        raise ValueError(f"active must be a bool for each of {ids.shape[0]} rows, got {rows.dtype}{rows.shape}")
+    if not is_traced(ids, rows):
+        check_vocabulary(config, np.asarray(ids)[rows])
+        ids = np.where(rows, ids, 0)  # A row that is left out may hold anything.
+    return jnp.asarray(ids).astype(jnp.int32), jnp.asarray(rows)
+
+
+def check_vocabulary(config: ModelConfig, tokens: np.ndarray) -> None:
+    """Raise ValueError for a token id outside the vocabulary: an embedding look-up would clamp it in silence."""
+    outside = (tokens < 0) | (tokens >= config.vocab_size)
+    if outside.any():
+        raise ValueError(
+            f"token ids must be in [0, {config.vocab_size}), got {int(tokens[outside].flat[0])}: "
+            "is this the tokenizer of another model?"
+        )
+
+
+def check_cache(model: Model, cache: KVCache, batch_size: int) -> None:
+    """Raise ValueError for a cache of another model, batch or mesh."""
+    config = model.config
+    if cache.mesh != model.mesh:
+        theirs, ours = (MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh))
+        raise ValueError(f"the cache lies on {theirs}, the model on {ours}: give both the same mesh=")
+    expected = (config.num_layers, MeshSize.of(model.mesh).kv_heads(config), config.head_dim, batch_size)
+    found = (*cache.is_retrieval.shape, cache.pools.retrieval_k.shape[3], cache.batch_size)
+    if found != expected:
+        raise ValueError(
+            f"the cache was made for (layers, kv heads, head dim, batch) = {found}, model and prompt have {expected}; "
+            "make one with KVCache.init(model.config, pattern, batch_size, max_length)"
+        )
+    if model.mesh is not None and not is_traced(model, cache):
+        cache.check_alive()
+        if not np.array_equal(np.asarray(model.order), np.asarray(cache.order)):
+            raise ValueError(
+                "on this mesh, the model's heads lie where another pattern wants them than the cache's: load the model "
+                "for the pattern that it is to serve, load_model(..., mesh=mesh, pattern=pattern)"
+            )
+
+
+def check_room(config: ModelConfig, cache: KVCache, count: ArrayLike) -> None:
+    """Check that `count` more tokens fit, and warn once where they pass the positions that the model was trained for.
+
+    Raises:
+        ValueError: an overfull or donated cache.
+    """
+    if is_traced(cache, count):
+        return
+    cache.check_alive()
+    length, count = np.asarray(cache.length), np.asarray(count, np.int64)
+    wanted = length + count
+    if (wanted > cache.max_length).any():
+        row = int(wanted.argmax())
+        new = int(np.broadcast_to(count, length.shape)[row])
+        raise ValueError(
+            f"row {row} holds {length[row]} tokens and {new} more make {wanted[row]}, but the cache has "
+            f"max_length={cache.max_length}: make a longer one, or ask for fewer tokens"
+        )
+    if wanted.max() > config.trained_positions and config not in _warned:
+        _warned.add(config)
+        warnings.warn(
+            f"{wanted.max()} tokens of context, but the model was trained for {config.trained_positions}: "
+            "expect worse answers beyond that",
+            stacklevel=4,
+        )
+
+
+def _integers(name: str, values: ArrayLike) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a rectangular array; pad ragged rows at the right and pass lengths="
+        ) from None
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, got {array.dtype}")
+    return array

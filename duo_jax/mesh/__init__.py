@@ -1,0 +1,1 @@
+"""Several devices and processes: meshes, the balance of heads, placement of weights."""

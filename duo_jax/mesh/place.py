@@ -1,0 +1,171 @@
+"""Weights on a mesh: which part of each parameter a device holds, and in which order its heads lie.
+
+Linear maps are divided by `tensor` and once more by `sequence`: those into heads and MLP by output, those back by
+input, so that each ends in one sum, which XLA's partitioner adds. A device's part of the fused q/k/v projection has the
+queries, keys and values of its own heads, its part of the fused MLP its own gates and ups. Embeddings are divided by
+channel, the head by vocabulary where that goes, else by channel too. Norms lie everywhere.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int32, Shaped
+
+from duo_jax.config import ModelConfig
+from duo_jax.mesh.balance import balance, query_heads
+from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, place
+from duo_jax.model import Decoder, Model
+from duo_jax.pattern import HeadPattern
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the weights of a model lie.
+
+    Attributes:
+        config: the model's.
+        size: devices along each axis.
+        order: the KV head of each column, as in `Balance`.
+    """
+
+    config: ModelConfig
+    size: MeshSize
+    order: Int32[np.ndarray, "L C"]
+
+    @classmethod
+    def of(cls, config: ModelConfig, size: MeshSize, pattern: HeadPattern | None) -> "Placement":
+        """Balanced for a pattern, see `balance`; None: for full attention.
+
+        Raises:
+            ValueError: a model that this mesh cannot share, or a pattern of another model.
+        """
+        size.check(config)
+        if pattern is not None:
+            pattern.check(config)
+        table = np.ones((config.num_layers, config.num_kv_heads), bool) if pattern is None else pattern.is_retrieval
+        return cls(config, size, balance(table, size.tensor).order)
+
+    def axes(self, path: Path, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """The mesh axes along which each axis of an array of this shape is divided; `path` is its parameter's."""
+        axis = self._divided(path, shape)
+        return () if axis is None else (*(None,) * axis, both(shape[axis], self.size))
+
+    def arrange(self, path: Path, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """A parameter's array with its heads, or MLP channels, in the order of the devices.
+
+        Raises:
+            ValueError: groups of quantized input channels that reach over several heads, which are to be parted.
+        """
+        units, index = self._index(path)
+        axis = self._divided(path, array.shape)
+        if index is None or axis is None or array.shape[axis] == 1 or np.array_equal(index, np.arange(units)):
+            return array
+        if array.shape[axis] % units:
+            raise ValueError(
+                f"{self.config.weight_dtype} has scales for groups of input channels that reach over several heads of "
+                f"{self.config.head_dim}, which {self.size.tensor} devices would part: choose weight_dtype int8"
+            )
+        width = array.shape[axis] // units
+        where = (index[:, None] * width + np.arange(width)).ravel()
+        return np.take(array, where, axis=axis)
+
+    def put(self, path: Path, value: Any, mesh: Mesh) -> Any:
+        """Arrange a parameter's arrays, on the host or one device, and hand each device its part."""
+
+        def one(leaf: Any) -> jax.Array:
+            array = self.arrange(path, np.asarray(leaf))
+            return place(mesh, array, *self.axes(path, array.shape))
+
+        return jax.tree.map(one, value)
+
+    def _divided(self, path: Path, shape: tuple[int, ...]) -> int | None:
+        """The axis along which a parameter's array is divided; None: it lies everywhere."""
+        match path[-3:]:
+            case (_, "embed", "embedding") | ("embed", "embedding"):
+                # Not by vocabulary: XLA would gather all of it to look one token up.
+                return 1 if shape[1] % self.size.sharers == 0 else 0
+            case (_, "head", "kernel") | ("head", "kernel"):
+                return 1 if shape[1] % self.size.sharers == 0 else 0
+            case (_, "qkv" | "gate_up", _):
+                return len(shape) - 1
+            case (_, "out" | "down", "kernel"):
+                return 0
+        return None
+
+    def _index(self, path: Path) -> tuple[int, Int32[np.ndarray, "units"] | None]:
+        """Into how many parts a parameter falls along its divided axis, and the order in which they are to lie."""
+        config, size = self.config, self.size
+        if path[-2] == "gate_up":
+            shards = size.sharers
+            return 2 * shards, np.arange(2 * shards, dtype=np.int32).reshape(2, shards).T.ravel()
+        if path[-2] not in ("qkv", "out") or not isinstance(path[1], int):
+            return 1, None
+        order = self.order[path[1]]
+        queries = query_heads(order, config.num_heads, config.num_kv_heads)
+        if path[-2] == "out":
+            return config.num_heads, queries
+        keys = config.num_heads + order
+        parts = (np.split(x, size.tensor) for x in (queries, keys, keys + config.num_kv_heads))
+        together = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        return config.num_heads + 2 * config.num_kv_heads, np.concatenate(together).astype(np.int32)
+
+
+def place_model(model: Model, mesh: Mesh, pattern: HeadPattern | None = None) -> Model:
+    """A model that lies on one device, on a mesh; the host's memory must hold its largest array.
+
+    Raises:
+        ValueError: as `Placement.of`, or a model that lies on a mesh already.
+    """
+    if model.mesh is not None:
+        raise ValueError("this model lies on a mesh already: load it again for another")
+    placement = Placement.of(model.config, MeshSize.of(mesh), pattern)
+    flat = {
+        path: variable.replace(placement.put(path, variable.get_value(), mesh))
+        for path, variable in nnx.to_flat_state(model.params)
+    }
+    return on_mesh(flat, placement, mesh)
+
+
+def model_shapes(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """A model as shapes and where they lie: for compiling, on devices that need not be there."""
+    graphdef, params = parameter_shapes(config, mesh)
+    if mesh is None:
+        return Model(config, graphdef, params)
+    columns = (config.num_layers, MeshSize.of(mesh).kv_heads(config))
+    order: Any = jax.ShapeDtypeStruct(columns, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return Model(config, graphdef, params, mesh, order)
+
+
+def parameter_shapes(config: ModelConfig, mesh: AnyMesh | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """A decoder's static part, and the shapes of its parameters and where they lie: nothing is read or allocated."""
+    build = lambda: Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0), mesh=mesh)  # noqa: E731
+    graphdef, params = nnx.split(nnx.eval_shape(build))
+    if mesh is None:
+        return graphdef, params
+    placement = Placement.of(config, MeshSize.of(mesh), None)
+
+    def placed(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, PartitionSpec(*placement.axes(path, leaf.shape)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    flat = {
+        path: jax.tree.map(lambda leaf, path=path: placed(path, leaf), variable)
+        for path, variable in nnx.to_flat_state(params)
+    }
+    return graphdef, nnx.from_flat_state(flat.items())
+
+
+def on_mesh(flat: dict[Path, Any], placement: Placement, mesh: Mesh) -> Model:
+    """A model of parameters that were placed."""
+    config = placement.config
+    build = lambda: Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0), mesh=mesh)  # noqa: E731
+    graphdef, _ = nnx.split(nnx.eval_shape(build))
+    order = place(mesh, placement.order)
+    return Model(config, graphdef, nnx.from_flat_state(flat.items()), mesh, order)

@@ -1,0 +1,105 @@
+"""Chat: a conversation of several turns on one cache. Each turn computes only what is new."""
+
+from typing import Any
+
+import numpy as np
+
+from duo_jax.cache.cache import KVCache, Mark
+from duo_jax.text.lm import LM, Message, TextStream
+
+
+class Chat:
+    """A conversation.
+
+    The cache has a fixed size. A turn that does not fit is refused before anything of it is computed.
+    """
+
+    def __init__(self, lm: LM, *, max_length: int = 4096, system: str | None = None) -> None:
+        """Start a conversation.
+
+        Raises:
+            ValueError: a tokenizer without a chat template.
+        """
+        self._lm = lm
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._messages: list[Message] = list(self._system)
+        lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # A model without a template is told now.
+        self.max_length = max_length
+        self._running: TextStream | None = None
+        self._cached: list[int] = []
+        self._cache, self._empty = self._allocate()
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said so far, the newest answer as far as it came."""
+        newest = [] if self._running is None else [{"role": "assistant", "content": str(self._running.reply)}]
+        return [*self._messages, *newest]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the cache."""
+        return int(np.asarray(self._newest_cache().length)[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self._newest_cache().nbytes
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self._settle()
+        self._messages = list(self._system)
+        self._restart()
+
+    def say(self, text: str, *, max_new_tokens: int = 512, **options: Any) -> TextStream:
+        """Say something; iterate over the answer. What was answered when the next turn begins is what counts as said.
+
+        Raises:
+            ValueError: an empty message, or a conversation that no longer fits into the cache.
+        """
+        if not text.strip():
+            raise ValueError("the message is empty; say something")
+        self._settle()
+        if not self._cache.is_alive:
+            self._restart()
+        messages = [*self._messages, {"role": "user", "content": text}]
+        tokens = self._lm.encode_chat(messages)
+        room = self.max_length - len(tokens)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(tokens)} tokens and the cache holds {self.max_length}: it is full; "
+                "reset it, or start one with a larger max_length"
+            )
+        known = len(self._cached)
+        if not known or tokens[:known] != self._cached or known == len(tokens):
+            # A first turn, or a reply whose text does not give its tokens again: compute it all.
+            self._restart()
+            known = 0
+        options |= {"max_new_tokens": min(max_new_tokens, room), "cache": self._cache, "history": self._cached}
+        self._running = TextStream(self._lm, [tokens[known:]], **options)
+        self._messages, self._cached = messages, tokens
+        return self._running
+
+    def _allocate(self) -> tuple[KVCache, Mark]:
+        model = self._lm.model
+        cache = KVCache.init(
+            model.config, self._lm.pattern, 1, self.max_length, dtype=self._lm.kv_dtype, mesh=model.mesh
+        )
+        return cache, cache.mark()
+
+    def _restart(self) -> None:
+        """Empty the cache; make a new one if an interrupted prefill took it with it."""
+        self._cached = []
+        if self._cache.is_alive:
+            self._cache = self._cache.rewind(self._empty)
+        else:
+            self._cache, self._empty = self._allocate()
+
+    def _settle(self) -> None:
+        """Take back the cache from the last answer, however far it came."""
+        if self._running is not None:
+            self._messages, self._cached = self.messages, self._cached + self._running.reply.tokens
+            self._cache, self._running = self._running.cache, None
+
+    def _newest_cache(self) -> KVCache:
+        return self._cache if self._running is None else self._running.cache

@@ -1,0 +1,231 @@
+"""Programs compiled ahead of time for a GPU that need not be there: what they take of its memory and registers.
+
+Needs the CUDA plugin of jax (`pip install jax-cuda12-plugin jax-cuda12-pjrt`, the version of jax), for registers also
+`nvidia-cuda-nvcc-cu12`, and neither a driver nor a device. Executables are not run.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from duo_jax.gpus import GPUS, Gpu, find_gpu
+from duo_jax.mesh.mesh import MeshSize
+from pallas_kernels.gpus import CAPABILITIES
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of device memory that one program needs while it runs."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+
+    @property
+    def total(self) -> int:
+        """All of it; an output that takes its argument's place counts once."""
+        return self.arguments + self.outputs + self.temporaries - self.aliased
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one Pallas kernel takes of a multiprocessor, as `ptxas` and the Triton and Mosaic compilers report it."""
+
+    name: str
+    registers: int  # of each thread
+    spill_bytes: int  # registers that did not fit, stored and loaded again
+    shared_memory: int  # bytes of each program
+    address_bits: int | None  # of the widest offset into an array; None: not looked at, as in Mosaic's
+
+
+def memory_of(program: jax.stages.Compiled) -> Memory:
+    """What a compiled program needs of each device."""
+    found = program.memory_analysis()
+    assert found is not None, "XLA's GPU compiler has this analysis"
+    return Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.alias_size_in_bytes,
+    )
+
+
+def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Kernel]:
+    """Compile a jitted function for one GPU and read what each of its Pallas kernels takes.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: the CUDA plugin or `ptxas` is not installed.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        folder = Path(dump)
+        with _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
+            compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
+        # By the name of its entry: shared memory, and bits of the widest address.
+        found: dict[str, tuple[int, int | None]] = {}
+        for path in folder.glob("*.triton-to-llvm.txt"):
+            text = path.read_text(encoding="utf-8")
+            shared = re.search(r"ttg\.shared = (\d+)", text)
+            wide = re.search(r"tt\.addptr\W[^\n]*xi64", text)
+            found[path.name.split(".")[1]] = int(shared.group(1)) if shared else 0, 64 if wide else 32
+        for path in folder.glob("*.mlir-passes.log"):
+            shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(encoding="utf-8"))
+            entry = re.sub(r"_\d+\.mlir-passes\.log$", "_mosaic_gpu_kernel", path.name)
+            found[entry] = int(shared.group(1)) if shared else 0, None
+        # Mosaic assembles its kernels itself, and reports on that.
+        uses = [use for path in sorted(folder.glob("*.ptxas")) for use in _uses(path.read_text(encoding="utf-8"))]
+        for path in sorted(folder.glob("*.ptx")):
+            text = path.read_text(encoding="utf-8")
+            if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in found):
+                continue  # Reported on, or one of XLA's own kernels, whose constants are elsewhere.
+            uses += assemble(gpu, path)
+    kernels = [Kernel(name, registers, spills, *found[name]) for name, registers, spills in uses if name in found]
+    if not kernels:
+        raise ValueError("the program holds no Pallas kernel")
+    return kernels
+
+
+def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each kernel in a file of PTX.
+
+    Raises:
+        NotImplementedError: `ptxas` is not installed.
+    """
+    major, minor = CAPABILITIES[GPUS[gpu].name]
+    arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
+    command = [_ptxas(), "-v", arch, str(path), "-o", os.devnull]
+    return _uses(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def gpus_like(gpu: str, count: int) -> list[Any]:
+    """GPUs that need not be there, to compile for.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: the CUDA plugin is not installed.
+    """
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name=gpu, target_config=_target_config(find_gpu(gpu)), topology=f"1x1x{count}"
+        )
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotImplementedError(
+            f"cannot compile for a GPU here: {first}. pip install jax-cuda12-plugin=={jax.__version__} "
+            f"jax-cuda12-pjrt=={jax.__version__}"
+        ) from None
+    return list(topology.devices)
+
+
+def gpus_of(gpu: str, mesh: str | None) -> str:
+    """What was compiled for, in words; `mesh` as on the command line."""
+    size = MeshSize() if mesh is None else MeshSize.parse(mesh)
+    if size.devices == 1:
+        return f"one row, compiled for {GPUS[gpu].name}"
+    rows = "one row" if size.data == 1 else f"{size.data} rows"
+    return f"{rows} in all, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), of each"
+
+
+def compile_for(
+    gpu: str, function: jax.stages.Wrapped, *shapes: Any, mesh: Mesh | None = None, **options: Any
+) -> jax.stages.Compiled:
+    """Compile a jitted function for one GPU, or a mesh of `gpus_like` it, with XLA's options.
+
+    Args:
+        gpu: its name, see `duo_jax.gpus`.
+        function: the program.
+        shapes: its arguments, pytrees of `jax.ShapeDtypeStruct`.
+        mesh: where arrays lie that do not say so themselves; by default one GPU.
+        options: XLA's.
+
+    Raises:
+        ValueError: an unknown GPU.
+        NotImplementedError: the CUDA plugin is not installed.
+    """
+    mesh = mesh or Mesh(np.array(gpus_like(gpu, 1)), ("device",))
+    place = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    # An executable for a device that is not there can be written to the cache, and not read.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with jax.set_mesh(mesh):
+            return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def _target_config(gpu: Gpu) -> str:
+    """What the compiler asks about a GPU, a `GpuTargetConfigProto` as text."""
+    major, minor = CAPABILITIES[gpu.name]
+    features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+        gpu_device_info {{
+          name: "{gpu.name}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
+          cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
+          core_count: {gpu.cores} fpus_per_core: 128 clock_rate_ghz: {gpu.clock_ghz}
+          device_memory_size: {gpu.memory_bytes} memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2_bytes}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_memory_per_core}
+          shared_memory_per_block_optin: {gpu.shared_memory_per_core - 1024}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          driver_version: "12.8.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+          dnn_version: "9.12.0"
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+        runtime_version {{ major: 12 minor: 8 patch: 0 }} device_description_str: "{gpu.name}"
+    """
+
+
+def _uses(said: str) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each kernel that `ptxas -v` speaks of."""
+    found = []
+    for part in said.split("Compiling entry function '")[1:]:
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if spills is None or registers is None:
+            raise ValueError(f"cannot read what ptxas said: {part}")
+        found.append((part.split("'")[0], int(registers.group(1)), max(map(int, spills.groups()))))
+    return found
+
+
+def _ptxas() -> str:
+    """The assembler: of a CUDA toolkit, or of the package nvidia-cuda-nvcc-cu12."""
+    with contextlib.suppress(PackageNotFoundError):
+        for path in files("nvidia-cuda-nvcc-cu12") or ():
+            if path.name == "ptxas":
+                return str(path.locate())
+    found = shutil.which("ptxas")
+    if found is None:
+        raise NotImplementedError("ptxas was not found: pip install nvidia-cuda-nvcc-cu12")
+    return found

@@ -1,0 +1,121 @@
+"""`duo eval kernels`: registers, spills and shared memory of the GPU kernels, from the compiler; no GPU is needed."""
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from duo_eval.aot.compile import Kernel, kernels_on
+from duo_eval.runner.record import begun, write
+from duo_jax.gpus import GPUS
+from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
+from pallas_kernels.quantized import empty
+
+OPERATIONS = ("prefill", "decode", "training")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compile every GPU kernel ahead of time and report what it takes of a multiprocessor."""
+
+    gpus: tuple[str, ...] = ("a100-80g", "h200")
+    """a100-80g, h100-80g or h200."""
+    backends: tuple[Literal["triton", "mosaic"], ...] = ("triton", "mosaic")
+    """Whose kernels; what a backend or a GPU cannot do is left out."""
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    """Head dims."""
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    """Data types of queries, keys and values."""
+    caches: tuple[Literal["same", "int8", "int4"], ...] = ("same", "int8", "int4")
+    """Data types of retrieval heads' cached keys and values; same: that of the queries."""
+    out: Path | None = None
+    """File to write."""
+
+    def run(self) -> None:
+        """Compile every configuration, print a line for each kernel."""
+        for name, values, known in (
+            ("gpus", self.gpus, GPUS),
+            ("dtypes", self.dtypes, ("bfloat16", "float16", "float32")),
+        ):
+            if set(values) - set(known):
+                raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
+        record: dict[str, Any] = begun(self.out, asdict(self))
+        names = "backend", "gpu", "dtype", "head_dim", "operation", "cache"
+        for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
+            about: dict[str, Any] = dict(zip(names, case, strict=True))
+            if about["operation"] == "training" and about["cache"] != "same":
+                continue  # Training has no cache.
+            begin = time.perf_counter()
+            try:
+                found = self._kernels(**about)
+            except Unsupported as error:
+                print(f"{', '.join(map(str, case))}: {error}", flush=True)
+                continue
+            seconds = time.perf_counter() - begin
+            record["results"].append(
+                about | {"compile_seconds": seconds, "kernels": [asdict(kernel) for kernel in found]}
+            )
+            for kernel in found:
+                print(
+                    f"{', '.join(map(str, case))}: {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} "
+                    f"bytes spilled, {kernel.shared_memory / 1024:.0f} KiB shared memory",
+                    flush=True,
+                )
+            if self.out is not None:
+                write(self.out, record)
+        if not record["results"]:
+            raise ValueError("nothing could be compiled")
+
+    def _kernels(self, *, gpu: str, operation: str, backend: str, **settings: Any) -> list[Kernel]:
+        function, shapes = program(operation, backend, **settings)
+        return kernels_on(gpu, function, *shapes)
+
+
+def program(
+    operation: str,
+    backend: str,
+    *,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    cache: str = "same",
+    tokens: int = 2048,
+    capacity: int = 65536,
+    slots: int = 128,
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """An operation, jitted, and the shapes of its arguments: heads as in Llama-3-8B, one row.
+
+    `cache` is one of `Kernels.caches`.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+    batch, num_heads, num_kv_heads = 1, 32, 8
+    sizes: dict[str, Any] = {"sink_size": 64, "recent_size": 256, "backend": backend}
+
+    def shape(*dims: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
+
+    def prefill(q: Any, k: Any, v: Any, pools: Pools, heads: Heads, start: Any, lengths: Any) -> Any:
+        return prefill_attention(q, k, v, pools, heads, start=start, lengths=lengths, **sizes)
+
+    def decode(q: Any, pools: Pools, heads: Heads, lengths: Any) -> Any:
+        return decode_attention(q, pools, heads, lengths=lengths, **sizes)
+
+    def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
+        return gated_attention(q, k, v, gates, **sizes).astype(jnp.float32).sum()
+
+    q, kv = shape(batch, tokens, num_heads, head_dim), shape(batch, tokens, num_kv_heads, head_dim)
+    stored = dtype if cache == "same" else cache
+    pool = jax.eval_shape(lambda: empty((slots, batch, capacity, head_dim), stored))
+    ring = shape(slots, batch, 320, head_dim)
+    pools = Pools(pool, pool, ring, ring)
+    heads = Heads(shape(num_kv_heads, dtype=bool), shape(num_kv_heads, dtype=jnp.int32))
+    count = shape(batch, dtype=jnp.int32)
+    if operation == "prefill":
+        return jax.jit(prefill), (q, kv, kv, pools, heads, count, count)
+    if operation == "decode":
+        return jax.jit(decode), (shape(batch, num_heads, head_dim), pools, heads, count)
+    return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (q, kv, kv, shape(num_kv_heads, dtype=jnp.float32))

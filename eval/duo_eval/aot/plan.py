@@ -1,0 +1,237 @@
+"""`duo plan`: the longest context that a model has on a GPU, or the memory that a context needs; no weights are read.
+
+The arithmetic is `duo_jax.plan`; with `--verify` the compiler's figures stand beside it, which is why it is here.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from duo_eval.aot.verify import TOLERANCE, is_close, verify
+from duo_jax.cache.cache import MOST_TOKENS
+from duo_jax.checkpoint.load import open_config
+from duo_jax.cli.devices import DeviceOptions
+from duo_jax.cli.options import PatternOptions, parse_bytes
+from duo_jax.config import ModelConfig
+from duo_jax.gpus import find_gpu
+from duo_jax.infer import CHUNK_SIZE
+from duo_jax.mesh.balance import balance
+from duo_jax.pattern import HeadPattern
+from duo_jax.plan import Plan, any_pattern
+
+KvDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Say how long a context fits into a memory, or what memory a context needs; no weights are read."""
+
+    model: str
+    """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
+    memory: str | None = None
+    """Memory that weights, KV cache and activations share: 80GB is 80e9 bytes, all usable; by default the GPU's."""
+    gpu: str | None = None
+    """a100-80g, h100-80g, h200, b200 or rtx-4090: what the driver leaves, times the fraction that jax is to take."""
+    context: int | None = None
+    """Tokens that must fit; without --memory and --gpu, what they need is said."""
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    kv_dtype: KvDtype | None = None
+    """Data type of the cache; int8 and int4 quantize keys and values of retrieval heads."""
+    streaming_kv_dtype: KvDtype | None = None
+    """Data type of streaming heads' keys and values, which are few."""
+    weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
+    """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
+    embed_dtype: Literal["int8", "int4", "int4-32", "int4-128"] | None = None
+    """Quantize embeddings and head too."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of activations, and of weights and cache that are not quantized; the checkpoint's by default."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
+    batch: int = 1
+    """Sequences."""
+    chunk: int = CHUNK_SIZE
+    """Tokens of a prompt that are computed at a time."""
+    verify: bool = False
+    """Compile prefill and decode for the GPU, which need not be there, and compare; needs jax's CUDA plugin."""
+    backend: str = "triton"
+    """Attention backend that is compiled."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> None:
+        """Plan, print, verify."""
+        memory = self._memory()
+        if memory is None and self.context is None:
+            raise ValueError("give --memory 80GB or --gpu NAME for the longest context, or --context N for its memory")
+        if self.verify and self.gpu is None:
+            raise ValueError("--verify compiles for a GPU: give --gpu too")
+        plan = self._plan()
+        record = describe(plan, memory, self.context) | {"model": self.model, "gpu": self.gpu}
+        if memory is not None:
+            plan.check(self.context or 1, memory)
+        if not self.json:
+            print("\n".join(_lines(plan, record)))
+        if self.verify:
+            assert self.gpu is not None
+            length = self.context or record["max_context"]
+            record["verified"] = found = verify(plan, length, self.gpu.lower(), self.backend)
+            if not self.json:
+                print("\n".join(_verified(found)))
+        if self.json:
+            print(json.dumps(record))
+        if self.verify and not is_close(record["verified"]):
+            raise ValueError(
+                f"the plan is {record['verified']['deviation']:+.1%} off what the compiler says, more than "
+                f"{TOLERANCE:.0%}: do not rely on it for these settings"
+            )
+
+    def _memory(self) -> int | None:
+        if self.memory is not None:
+            return parse_bytes(self.memory)
+        return None if self.gpu is None else find_gpu(self.gpu).usable_bytes
+
+    def _plan(self) -> Plan:
+        config = open_config(self.model)
+        config = config.with_dtypes(dtype=self.dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
+        return Plan(
+            config,
+            self._pattern(config),
+            batch_size=self.batch,
+            chunk_size=min(self.chunk, self.context or self.chunk),
+            kv_dtype=self.kv_dtype,
+            streaming_dtype=self.streaming_kv_dtype,
+            mesh=self.devices.size,
+        )
+
+    def _pattern(self, config: ModelConfig) -> HeadPattern | None:
+        options = self.pattern
+        if options.pattern is None and options.sparsity is not None:
+            sizes = {"sink_size": options.sink_size, "recent_size": options.recent_size}
+            return any_pattern(config, options.sparsity, **{k: v for k, v in sizes.items() if v is not None})
+        return options.load(self.context or config.trained_positions)
+
+
+def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any]:
+    """Everything that is printed, as plain values; sizes are in bytes."""
+    full = replace(plan, pattern=None)
+    heads = plan.config.num_layers * plan.config.num_kv_heads
+    return {
+        "settings": {
+            "batch_size": plan.batch_size,
+            "chunk_size": plan.chunk_size,
+            "retrieval_heads": plan.pattern.num_retrieval if plan.pattern else heads,
+            "streaming_heads": plan.pattern.num_streaming if plan.pattern else 0,
+            "dtype": plan.config.dtype,
+            "kv_dtype": plan.kv_dtype or plan.config.dtype,
+            "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
+            "embed_dtype": plan.config.embed_dtype or plan.config.dtype,
+            "mesh": vars(plan.mesh),
+        },
+        "devices": _devices(plan),
+        "memory": memory,
+        "context": context,
+        **_sizes(plan, memory, context),
+        "full_attention": _sizes(full, memory, context),
+    }
+
+
+def _devices(plan: Plan) -> dict[str, Any]:
+    """What each device along `tensor` holds of the heads, and what its pools are made for."""
+    config = plan.config
+    table = np.ones((config.num_layers, config.num_kv_heads), bool)
+    found = balance(table if plan.pattern is None else plan.pattern.is_retrieval, plan.mesh.tensor)
+    heads, real = found.order.size // plan.mesh.tensor, found.num_retrieval
+    return {
+        "retrieval_heads": real.tolist(),
+        "streaming_heads": (heads - real).tolist(),
+        "retrieval_slots": found.retrieval_slots,
+        "streaming_slots": found.streaming_slots,
+        "copies_of_a_head": plan.mesh.kv_heads(config) // config.num_kv_heads,
+        # What the fullest has more than the average: the others' slots are as many, and empty.
+        "imbalance": float(real.max() / real.mean() - 1) if real.any() else 0.0,
+    }
+
+
+def _sizes(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any]:
+    most = None if memory is None else plan.max_context(memory)
+    at = context or most
+    return {
+        "weights": plan.weights,
+        "activations": plan.activations,
+        "kv_per_token": plan.kv_per_token,
+        "kv": plan.kv(at) if at else None,
+        "total": plan.total(at) if at else None,
+        "max_context": most,
+    }
+
+
+def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
+    settings, memory, mesh = record["settings"], record["memory"], plan.mesh
+    columns = {"full attention": record["full_attention"]}
+    if plan.pattern is not None:
+        columns[f"{settings['streaming_heads'] / plan.pattern.is_retrieval.size:.0%} stream"] = record
+    lines = [
+        f"weights {settings['weight_dtype']}, KV cache {settings['kv_dtype']}, batch {plan.batch_size}, chunks of "
+        f"{plan.chunk_size} tokens" + (f", {memory / 1e9:.2f} GB" if memory else ""),
+        f"{'':<22}" + "".join(f"{name:>16}" for name in columns),
+    ]
+    rows: list[tuple[str, str, int | float]] = [
+        ("weights, GB", "weights", 1e9),
+        ("activations, GB", "activations", 1e9),
+    ]
+    rows += [("KV bytes a token", "kv_per_token", 1), ("KV cache, GB", "kv", 1e9), ("in all, GB", "total", 1e9)]
+    rows += [("longest context", "max_context", 1)] if memory is not None else []
+    for label, name, unit in rows:
+        cells = "".join(_cell(found[name], unit) for found in columns.values())
+        lines.append(f"{label:<22}{cells}")
+    if mesh.devices > 1:
+        lines += _shared(plan, record["devices"])
+    if record["context"] is None:
+        lines.append("KV cache and total are at the longest context.")
+    else:
+        lines.append(f"KV cache and total are at {record['context']} tokens: the smallest memory that holds them.")
+    return lines
+
+
+def _shared(plan: Plan, devices: dict[str, Any]) -> list[str]:
+    mesh = plan.mesh
+    lines = [
+        f"Each of {mesh.devices} devices (tensor {mesh.tensor}, sequence {mesh.sequence}, data {mesh.data}) takes this "
+        f"of its own; tokens are of each sequence.",
+        f"{'device along tensor':<22}" + "".join(f"{i:>6}" for i in range(mesh.tensor)),
+    ]
+    for kind in ("retrieval", "streaming"):
+        cells = "".join(f"{count:>6}" for count in devices[f"{kind}_heads"])
+        lines.append(f"{f'{kind} heads':<22}{cells}   of {devices[f'{kind}_slots']} slots")
+    if devices["copies_of_a_head"] > 1:
+        lines.append(f"Every KV head lies on {devices['copies_of_a_head']} of them.")
+    return [*lines, f"The fullest pool of retrieval heads has {devices['imbalance']:.1%} more than the average."]
+
+
+def _cell(value: int | None, unit: int | float) -> str:
+    if value is None:
+        return f"{'-':>16}"
+    if value == MOST_TOKENS and unit == 1:
+        return f"{'any':>16}"
+    return f"{value:>16}" if unit == 1 else f"{value / unit:>16.2f}"
+
+
+def _verified(found: dict[str, Any]) -> list[str]:
+    lines = [f"compiled for {find_gpu(found['gpu']).name}, {found['context']} tokens, {found['backend']}:"]
+    for name, sizes in found["programs"].items():
+        output = sizes["outputs"] - sizes["aliased"]
+        lines.append(
+            f"  {name}: arguments {sizes['arguments'] / 1e9:.3f} GB, output {output / 1e9:.3f} GB beside them, "
+            f"temporaries {sizes['temporaries'] / 1e9:.3f} GB, in all {sizes['total'] / 1e9:.3f} GB"
+        )
+        if "collectives" in sizes:
+            sent = sizes["collectives"]
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sent["in_a_layer"].items())
+            lines.append(
+                f"    collectives in a layer: {kinds}, {sent['bytes_in_a_layer'] / 1e6:.3f} MB; beside the layers "
+                f"{sent['bytes_elsewhere'] / 1e6:.3f} MB; the largest {sent['largest']['nbytes'] / 1e6:.3f} MB"
+            )
+    lines.append(f"  planned {found['planned'] / 1e9:.3f} GB, {found['deviation']:+.2%}")
+    return lines

@@ -1,0 +1,106 @@
+"""`duo eval tune`: the fastest tile sizes of every kernel on this GPU, written where `pallas_kernels.gpus` looks."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duo_eval.gpu_suite import layer
+from duo_eval.gpu_suite.section import fastest, first_line, seconds_of_layer
+from duo_jax.files import write_text
+from pallas_kernels import decode_attention, gated_attention, prefill_attention
+from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying
+
+TABLE = Path(__file__).parents[3] / "pallas_kernels" / "tiles.json"
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Try tile sizes of the kernels on this GPU and write the fastest into the table."""
+
+    kernels: tuple[str, ...] = ("flash", "decode", "backward")
+    """Kernels: flash, decode, backward; mosaic_flash and mosaic_decode on Hopper."""
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    """Head dims."""
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    """Data types."""
+    tokens: int = 16_384
+    """Tokens of the prefill and of the training step that are timed."""
+    context: int = 262_144
+    """Tokens in the cache when decode is timed."""
+    out: Path = TABLE
+    """The table; other entries stay."""
+
+    def run(self) -> None:
+        """Time every candidate; what does not compile or fit is left out."""
+        if set(self.kernels) - set(KINDS):
+            raise ValueError(f"kernels are among {', '.join(KINDS)}, got {', '.join(self.kernels)}")
+        if min(self.tokens, self.context, *self.head_dims) < 1:
+            raise ValueError(f"need sizes of at least 1, got {self.tokens=}, {self.context=}, {self.head_dims=}")
+        table = json.loads(self.out.read_text(encoding="utf-8")) if self.out.exists() else {}
+        tuned = 0
+        for kernel, dtype, head_dim in product(self.kernels, self.dtypes, self.head_dims):
+            call = self._timed(kernel, dtype, head_dim)
+            results = []
+            for tiles in candidates(kernel):
+                try:
+                    with trying(kernel, tiles):
+                        results.append((call(), tiles))
+                except Exception as error:  # Too much shared memory, say: what is raised differs.
+                    print(f"{kernel}, {dtype}, head dim {head_dim}: {tiles}: {first_line(error)}")
+            if not results:
+                print(f"{kernel}, {dtype}, head dim {head_dim}: no tiles run here", flush=True)
+                continue
+            tuned += 1
+            seconds, best = min(results, key=lambda result: result[0])
+            name = f"{max(16, 1 << (head_dim - 1).bit_length())}x{jnp.dtype(dtype).itemsize}"
+            table.setdefault(device_kind(), {}).setdefault(kernel, {})[name] = asdict(best)
+            write_text(self.out, json.dumps(table, indent=1) + "\n")
+            print(f"{kernel}, {dtype}, head dim {head_dim}: {1e3 * seconds:.3f} ms with {best}", flush=True)
+        if not tuned:
+            raise ValueError(f"no tiles of {', '.join(self.kernels)} run here")
+
+    def _timed(self, kernel: str, dtype: str, head_dim: int) -> Callable[[], float]:
+        """Seconds of a layer of Llama-3-8B's heads, half of them streaming."""
+        backend, _, task = kernel.rpartition("_")
+        length = self.context if task == "decode" else self.tokens
+        made = layer.make(heads=(32, 8, head_dim), dtype=dtype, streaming=0.5, tokens=self.tokens, capacity=length)
+        sizes: dict[str, Any] = layer.SIZES | {"backend": backend or "triton"}
+        count = jnp.full(1, length, jnp.int32)
+
+        def prefill(q: jax.Array, *rest: Any) -> jax.Array:
+            return prefill_attention(q, *rest, start=jnp.zeros_like(count), lengths=count, **sizes)
+
+        def decode(q: jax.Array, *rest: Any) -> jax.Array:
+            return decode_attention(q, *rest, lengths=count, **sizes)
+
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return gated_attention(q, k, v, jnp.full(8, 0.5, jnp.float32), **sizes).astype(jnp.float32).sum()
+
+        # Made anew for each candidate: tiles are read while a program is traced.
+        if task == "flash":
+            return lambda: seconds_of_layer(prefill, *made)
+        if task == "decode":
+            return lambda: seconds_of_layer(decode, made.q[:, 0], made.pools, made.heads)
+        return lambda: fastest(jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2))), made.q, made.k, made.v)
+
+
+def candidates(kernel: str) -> Iterator[Any]:
+    """Tile sizes that are worth a try."""
+    if kernel == "decode":
+        for block, split, programs, warps, stages in product((32, 64, 128), (256, 512), (528, 1056), (2, 4), (2, 3)):
+            yield DecodeTiles(block, split, programs, warps, stages)
+    elif kernel == "mosaic_decode":
+        for block, split, programs, stages in product((64, 128), (256, 512), (528, 1056), (2, 3, 4, 6)):
+            yield DecodeTiles(block, split, programs, num_warps=4, num_stages=stages)
+    elif kernel == "mosaic_flash":
+        for block, stages in product((64, 128), (2, 3, 4)):
+            yield PipelineTiles(block, stages)
+    else:
+        for block_q, block_k, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
+            yield FlashTiles(block_q, block_k, warps, stages)

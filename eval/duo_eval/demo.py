@@ -1,0 +1,109 @@
+"""`duo demo`: one question about a long text, with full attention, with a head pattern, with streaming heads only."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from duo_train.data.haystack import DEFAULT, load_haystack
+from duo_train.data.needles import encode
+from jaxtyping import Int32
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from duo_eval.tasks.needle.hide import hide
+from duo_eval.tasks.needle.styles import digits
+from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer
+from duo_jax.cli.timed import Timings, timed_stream
+from duo_jax.infer import bucket
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Hide a passkey in a long real text and ask for it with full attention, a pattern, and streaming heads only."""
+
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    pattern: str = "smollm2-135m-instruct"
+    """Head pattern: a published name or a folder."""
+    sparsity: float = 0.5
+    """Fraction of KV heads that stream in the second run, 0 to 1."""
+    length: int = 4096
+    """Prompt length in tokens."""
+    depth: float = 0.4
+    """Where the passkey is hidden: 0 the start of the text, 1 its end."""
+    haystack: str = DEFAULT
+    """Text to hide it in: pydoc (Python's own reference pages), a text file, or a folder of them."""
+    seed: int = 0
+    """Decides the key and the stretch of text."""
+    max_new_tokens: int = 12
+    """Tokens of each answer."""
+
+    def run(self) -> None:
+        """Load, ask three times, print a table."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        begin = time.perf_counter()
+        console, progress = Console(), Console(stderr=True)
+        tokenizer = load_tokenizer(self.model)
+        rng = np.random.default_rng(self.seed)
+        needle = digits(rng)
+        hay = np.asarray(encode(tokenizer, load_haystack(self.haystack)), np.int32)
+        hidden = hide(tokenizer, hay, needle, rng, length=self.length, depth=self.depth)
+        some = HeadPattern.load(self.pattern, sparsity=self.sparsity)
+        none = HeadPattern.load(self.pattern, sparsity=1.0)
+        model = load_model(self.model)
+        console.print(
+            f"{self.model}: the passkey {needle.key[0]} lies at token {hidden.position} of {len(hidden.tokens)}; "
+            f"streaming heads see the first {some.sink_size} and the last {some.recent_size} tokens."
+        )
+        runs = {
+            "full attention": None,
+            f"{some.num_streaming} of {some.is_retrieval.size} heads stream": some,
+            "every head streams": none,
+        }
+        table = Table(*("attention", "answer", "KV MB", "prefill s", "tok/s", "compile s"))
+        for name, pattern in runs.items():
+            with progress.status(name) as spinner:
+                timings = Timings()
+                show = partial(_show, spinner, name)
+                answer = self._ask(model, tokenizer, hidden.tokens, pattern, timings, show)
+            verdict = "right" if needle.score(answer, needle.key) else "wrong"
+            table.add_row(
+                name,
+                verdict,
+                f"{timings.kv_bytes / 1e6:.1f}",
+                f"{timings.prefill_seconds:.2f}",
+                f"{timings.decode_tokens_per_second:.1f}",
+                f"{timings.compile_seconds:.1f}",
+            )
+            console.print(f"{name}: {answer!r} is {verdict}")
+        console.print(table)
+        console.print(f"{time.perf_counter() - begin:.0f} s in all")
+
+    def _ask(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: Int32[np.ndarray, "T"],
+        pattern: HeadPattern | None,
+        timings: Timings,
+        status: Callable[[str], None],
+    ) -> str:
+        steps = timed_stream(
+            model,
+            tokens,
+            timings,
+            cache=KVCache.init(model.config, pattern, 1, bucket(len(tokens) + self.max_new_tokens)),
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=model.config.eos_ids,
+            status=status,
+        )
+        return str(tokenizer.decode([token for token, _ in steps], skip_special_tokens=True))
+
+
+def _show(spinner: Status, name: str, text: str) -> None:
+    spinner.update(f"{name}: {text}")

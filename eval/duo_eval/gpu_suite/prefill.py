@@ -1,0 +1,59 @@
+"""Prefill attention of one layer: operations a second on the visible pairs, beside cuDNN's causal attention."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duo_eval.gpu_suite import layer
+from duo_eval.gpu_suite.section import Case, first_line, seconds_of_layer
+from duo_eval.speed.roofline import visible_pairs
+from pallas_kernels import prefill_attention
+
+HEADS = (32, 8, 128)
+
+
+def cases(*, smoke: bool) -> Iterator[Case]:
+    """Lengths, and fractions of the heads that stream."""
+    for tokens in (128,) if smoke else (4096, 16384, 65536):
+        for streaming in (0.0, 1.0, 0.5):
+            yield {"tokens": tokens, "streaming": streaming, "heads": (4, 2, 16) if smoke else HEADS}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Seconds and operations a second; cuDNN's for full attention, where it runs."""
+    tokens, heads = case["tokens"], tuple(case["heads"])
+    made = layer.make(heads=heads, dtype="bfloat16", streaming=case["streaming"], tokens=tokens, capacity=tokens)
+    start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
+
+    def attend(q: jax.Array, *rest: Any) -> jax.Array:
+        return prefill_attention(q, *rest, start=start, lengths=lengths, **layer.SIZES, backend=case["backend"])
+
+    seconds = seconds_of_layer(attend, *made)
+    ring = layer.SINK_SIZE + layer.RECENT_SIZE
+    streaming = round(case["streaming"] * heads[1])
+    pairs = (heads[1] - streaming) * visible_pairs(tokens, tokens) + streaming * visible_pairs(tokens, ring)
+    flops = 4 * heads[2] * (heads[0] // heads[1]) * pairs
+    found = {"seconds": seconds, "flops_per_second": flops / seconds}
+    if case["streaming"] == 0.0:
+        found |= _cudnn(made, flops)
+    return found
+
+
+def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    try:
+        seconds = seconds_of_layer(attend, made.q, made.k, made.v)
+    except Exception as error:  # What is raised without cuDNN, or on shapes it does not take, differs.
+        return {"cudnn": f"not run: {first_line(error)}"}
+    return {"cudnn_seconds": seconds, "cudnn_flops_per_second": flops / seconds}
+
+
+def line(case: Case, found: dict[str, Any]) -> str:
+    """In words."""
+    rate = f"{found['flops_per_second'] / 1e12:.0f} TFLOP/s, {1e3 * found['seconds']:.2f} ms"
+    peer = f"; cuDNN {found['cudnn_flops_per_second'] / 1e12:.0f}" if "cudnn_flops_per_second" in found else ""
+    return f"{case['tokens']} tokens, {case['streaming']:.0%} streaming, {case['backend']}: {rate}{peer}"

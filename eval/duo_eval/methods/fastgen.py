@@ -1,0 +1,282 @@
+"""FastGen (Ge et al. 2023, arXiv 2310.01801): each head by the cheapest of five policies that its own attention allows.
+
+The prompt is taken in by full attention and profiled: `peak_nbytes` counts the whole of it, beside what then stays.
+A head's recovery under a policy is the share of its attention, over all queries of the prompt, that falls on tokens
+that the policy holds. The paper fixes a threshold of recovery; here the budget does: the largest threshold at which
+the cheapest policies that reach it fit into the budget together. So heads differ in size, while their sum is the
+budget's, or less.
+"""
+
+import functools
+import unicodedata
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
+from numpy.typing import ArrayLike
+from transformers import PreTrainedTokenizerBase
+
+from duo_eval.methods.eviction import ALWAYS, by_head
+from duo_eval.methods.method import Memory, Method, check_arguments
+from duo_eval.methods.profile import Profile, profile
+from duo_eval.methods.ragged import Ragged, attend_one, goes
+from duo_jax import Model
+from duo_jax.checks import check_vocabulary
+from duo_jax.infer import bucket
+
+# Policies, each holding what the one before it holds, and more.
+SPECIAL, PUNCTUATION, FREQUENT, LOCAL, EVERYTHING = range(5)
+
+# Kinds of tokens.
+PLAIN, PUNCTUATION_TOKEN, SPECIAL_TOKEN = range(3)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tokens of the prompt each head holds, by which policy, and the threshold of recovery that came out."""
+
+    held: Bool[np.ndarray, "P T"]
+    policy: Int[np.ndarray, "P"]
+    size: Int[np.ndarray, "P"]  # slots: one more for the newest token, where not everything is held
+    threshold: float
+
+
+@dataclass(frozen=True)
+class FastGenState:
+    """A sequence, its heads' policies, the tokens seen and the most there may be."""
+
+    cache: Ragged
+    policy: Int32[np.ndarray, "P"]
+    threshold: float
+    length: int
+    most: int
+    peak_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values allocated."""
+        return self.cache.k.nbytes + self.cache.v.nbytes
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes that it takes now."""
+        held = int((np.asarray(self.cache.position) >= 0).sum())
+        metadata = sum(x.nbytes for x in self.cache[2:]) + self.policy.nbytes
+        return Memory(self.nbytes, self.nbytes // self.cache.k.shape[0] * held, self.peak_nbytes, metadata)
+
+
+@dataclass(frozen=True)
+class FastGen(Method):
+    """Special tokens; and punctuation; and tokens attended to often; and the most recent; or everything.
+
+    After the prompt a head keeps its size, but for those that hold everything: a new token takes the place of one that
+    the policy does not hold, then of the least frequent, the oldest recent, the oldest punctuation. The first token of
+    a text counts as special.
+    """
+
+    special: tuple[int, ...]
+    """Ids of special tokens."""
+    punctuation: tuple[int, ...]
+    """Ids of punctuation."""
+    frequent: float = 0.3
+    """Fraction of the prompt that counts as frequent; the paper's."""
+    local: float = 0.3
+    """Fraction of the prompt that is the local window; the paper's."""
+
+    name: ClassVar[str] = "fastgen"
+
+    def __post_init__(self) -> None:
+        """Check the fractions."""
+        for name in ("frequent", "local"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {name}={getattr(self, name)}")
+
+    @classmethod
+    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "FastGen":
+        """See `Method.create`: special tokens and punctuation are the tokenizer's."""
+        if value is not None:
+            raise ValueError(f"fastgen takes no value, got ={value}")
+        if tokenizer is None and not {"special", "punctuation"} <= set(options):
+            raise ValueError("fastgen tells tokens apart by their text: pass tokenizer=, or special= and punctuation=")
+        if tokenizer is not None:
+            found = {"special": tuple(tokenizer.all_special_ids), "punctuation": punctuation(tokenizer)}
+            options = found | options
+        return cls(**options)
+
+    def begin(
+        self, model: Model, tokens: ArrayLike, *, room: int, budget: float
+    ) -> tuple[Float[Array, "V"], FastGenState]:
+        """See `Method.begin`."""
+        tokens = check_arguments(model, tokens, room)
+        self.check(model, budget, len(tokens))
+        config, length, kinds = model.config, len(tokens), self.kinds(tokens, 0)
+        heads = config.num_layers * config.num_kv_heads
+        least = min(length, int((kinds == SPECIAL_TOKEN).sum()) + 1)
+        if int(budget * heads * length + 1e-9) < heads * least:
+            raise ValueError(
+                f"{budget=} of {length} tokens is less than the {least} that {self.name} always holds, special tokens "
+                "and the newest: raise the budget, or give a longer prompt"
+            )
+        size = bucket(length)
+        window = self.window(np.int32(length))
+        logits, found = profile(model, np.pad(tokens, (0, size - length)), length, window)
+        total, near = (np.asarray(x, np.float64).reshape(heads, size)[:, :length] for x in (found.total, found.near))
+        choice = choose(self, total, near, kinds, int(budget * heads * length + 1e-9))
+        # As many slots as any choice may need: prompts of one bucket run the same programs.
+        slots = int(budget * heads * size + 1e-9) + heads * bucket(room)
+        cache = _compress(found, *(jnp.asarray(x) for x in _layout(choice, total, kinds, size, room, slots)))
+        peak = found.k.nbytes + found.v.nbytes + cache.k.nbytes + cache.v.nbytes
+        policy = choice.policy.astype(np.int32)
+        return logits, FastGenState(cache, policy, choice.threshold, length, length + room, peak)
+
+    def step(self, model: Model, token: int, state: FastGenState) -> tuple[Float[Array, "V"], FastGenState]:
+        """See `Method.step`."""
+        ids = np.array([token], np.int32)
+        check_vocabulary(model.config, ids)
+        if state.length == state.most:
+            raise ValueError(f"the room is used up after {state.most} tokens; begin with a larger room")
+        start, kind = np.int32(state.length), self.kinds(ids, state.length)[0]
+        logits, cache = _append(self, model, ids, state.cache, state.policy, start, kind)
+        return logits, replace(state, cache=cache, length=state.length + 1)
+
+    def kinds(self, tokens: Int32[np.ndarray, "T"], start: int) -> Int32[np.ndarray, "T"]:
+        """What kind of token each is, the first of them at position `start`."""
+        found = np.where(np.isin(tokens, self.punctuation), PUNCTUATION_TOKEN, PLAIN)
+        found = np.where(np.isin(tokens, self.special), SPECIAL_TOKEN, found)
+        if start == 0:
+            found[0] = SPECIAL_TOKEN
+        return found.astype(np.int32)
+
+    def priority(self, cache: Ragged, policy: Int32[Array, "P"], length: Int32[Array, ""]) -> Float[Array, "M"]:
+        """Which tokens stay longest, of `length` so far."""
+        policy = jnp.append(policy, jnp.int32(SPECIAL))[cache.head]
+        window = self.window(length)
+        is_recent = (policy >= LOCAL) & (cache.position >= length - window)
+        is_punctuation = (policy >= PUNCTUATION) & (cache.kind == PUNCTUATION_TOKEN)
+        priority = jnp.where(policy >= FREQUENT, cache.score, 0.0)
+        priority = jnp.where(is_recent, ALWAYS / 4, priority)
+        priority = jnp.where(is_punctuation, ALWAYS / 2, priority)
+        return jnp.where(cache.kind == SPECIAL_TOKEN, ALWAYS, priority)
+
+    def window(self, length: Int32[Array, ""] | np.int32) -> Int32[Array, ""]:
+        """Tokens of the local window, the newest included."""
+        return jnp.floor(self.local * jnp.asarray(length, jnp.float32)).astype(jnp.int32)
+
+
+def punctuation(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens that are nothing but punctuation, spaces aside."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(
+        token
+        for token, text in enumerate(texts)
+        if text.strip() and all(unicodedata.category(letter).startswith("P") for letter in text.strip())
+    )
+
+
+def choose(
+    rule: FastGen,
+    total: Float[np.ndarray, "P T"],
+    near: Float[np.ndarray, "P T"],
+    kinds: Int32[np.ndarray, "T"],
+    budget: int,
+) -> Choice:
+    """The policy of each head: the cheapest of those that recover as much as is affordable for all.
+
+    Args:
+        rule: the settings.
+        total: attention that each token received, the mean over queries: a head's sums to 1.
+        near: of it from queries that have the token in their local window.
+        kinds: what kind of token each is.
+        budget: tokens of all heads.
+    """
+    heads, length = total.shape
+    special = np.broadcast_to(kinds == SPECIAL_TOKEN, total.shape)
+    pointed = special | (kinds == PUNCTUATION_TOKEN)[None]
+    # From the lightest to the heaviest, the younger of equals later.
+    order = np.lexsort((np.broadcast_to(np.arange(length), total.shape), total), axis=-1)
+    heavy = np.zeros(total.shape, bool)
+    np.put_along_axis(heavy, order[:, length - int(rule.frequent * length) :], True, axis=-1)
+    frequent = pointed | heavy
+    recent = np.arange(length)[None] >= length - int(rule.window(np.int32(length)))
+    held = np.stack([special, pointed, frequent, frequent | recent, np.ones(total.shape, bool)])
+
+    recovery = (total * held[:LOCAL]).sum(-1)
+    # Locally each query has a window of its own.
+    local = np.where(frequent, total, near).sum(-1)
+    recovery = np.maximum.accumulate([*recovery, local, np.full(heads, np.inf)], axis=0)
+    size = np.minimum(held.sum(-1) + 1, length)
+
+    def policies(threshold: float) -> Int[np.ndarray, "P"]:
+        return (recovery >= threshold).argmax(0)
+
+    def is_affordable(threshold: float) -> bool:
+        return int(np.take_along_axis(size, policies(threshold)[None], 0).sum()) <= budget
+
+    thresholds = np.unique(recovery)
+    # A higher threshold never costs less; at the lowest every head is content with the special tokens.
+    low, high = 0, len(thresholds) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if is_affordable(thresholds[middle]) else (low, middle - 1)
+    policy = policies(thresholds[low])
+    chosen = np.take_along_axis(held, policy[None, :, None], 0)[0]
+    return Choice(chosen, policy, np.take_along_axis(size, policy[None], 0)[0], float(thresholds[low]))
+
+
+def _layout(
+    choice: Choice, total: Float[np.ndarray, "P T"], kinds: Int32[np.ndarray, "T"], stride: int, room: int, slots: int
+) -> tuple[np.ndarray, ...]:
+    """Where in a profile of `stride` tokens a head each slot's token is, and all of `Ragged` but keys and values."""
+    heads, length = total.shape
+    size = choice.size + np.where(choice.policy == EVERYTHING, room, 0)
+    offset = np.cumsum(size) - size
+    source, position, kind = np.zeros(slots, np.int32), np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
+    score, head = np.zeros(slots, np.float32), np.full(slots, heads, np.int32)
+    for index in range(heads):
+        held = np.flatnonzero(choice.held[index])
+        begin = offset[index]
+        where = slice(begin, begin + len(held))
+        source[where], position[where], kind[where] = index * stride + held, held, kinds[held]
+        score[where] = total[index, held] * length  # A sum over queries, as the steps go on with.
+        head[begin : begin + size[index]] = index
+    return source, position, score, kind, head, offset.astype(np.int32), size.astype(np.int32)
+
+
+@jax.jit
+def _compress(found: Profile, source: Int32[Array, "M"], *rest: Array) -> Ragged:
+    """What stays of a profile."""
+    k, v = (x.reshape(-1, x.shape[-1])[source] for x in (found.k, found.v))
+    return Ragged(k, v, *rest)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _append(
+    rule: FastGen,
+    model: Model,
+    token: Int32[Array, "1"],
+    cache: Ragged,
+    policy: Int32[Array, "P"],
+    start: Int32[Array, ""],
+    kind: Int32[Array, ""],
+) -> tuple[Float[Array, "V"], Ragged]:
+    """One token: what it displaces goes before it is attended to, in all layers."""
+    slot = goes(rule.priority(cache, policy, start), cache)
+    cache = cache._replace(
+        position=cache.position.at[slot].set(start),
+        score=cache.score.at[slot].set(0.0),
+        kind=cache.kind.at[slot].set(kind),
+    )
+
+    def attend(state: Ragged, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Ragged]:
+        count = k.shape[2]
+        mine = slot[layer * count : (layer + 1) * count]
+        state = state._replace(k=state.k.at[mine].set(k[0, 0]), v=state.v.at[mine].set(v[0, 0]))
+        out, score = attend_one(by_head(q, count)[:, :, 0], state, layer * count)
+        return out.reshape(q.shape), state._replace(score=score)
+
+    decoder = model.decoder
+    hidden, cache = decoder.hidden(token[None], start[None, None], attend, cache)
+    return decoder.logits(hidden[0, 0]), cache

@@ -1,0 +1,163 @@
+"""Full attention, head patterns, and random ones: the methods that hold their context in a `KVCache`.
+
+The cache is the library's own; which heads stream is chosen so that the budget is met at the prompt's length.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
+from transformers import PreTrainedTokenizerBase
+
+from duo_eval.methods.method import Memory, Method, check_arguments
+from duo_jax import HeadPattern, KVCache, Model, decode_step, prefill
+from duo_jax.infer import bucket, chunk_width
+
+
+@dataclass(frozen=True)
+class PooledState:
+    """A sequence in a `KVCache` of one row, and the tokens of a chunk while its prompt was taken in."""
+
+    cache: KVCache
+    chunk: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values allocated."""
+        return self.cache.nbytes
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes that it takes now: a prompt's chunk stands beside the cache, one layer at a time."""
+        pools, cache = self.cache.pools, self.cache
+        length = int(cache.length[0])
+        num_retrieval, num_streaming = pools.retrieval_k.shape[0], pools.streaming_k.shape[0]
+        tokens = num_retrieval * length + num_streaming * min(length, cache.sink_size + cache.recent_size)
+        entry = 2 * pools.retrieval_k.shape[3] * cache.dtype.itemsize
+        beside = entry * cache.slot.shape[1] * self.chunk
+        metadata = sum(x.nbytes for x in (cache.is_retrieval, cache.slot, cache.length))
+        return Memory(self.nbytes, entry * tokens, self.nbytes + beside, metadata)
+
+
+class Pooled(Method):
+    """A method that is a head pattern."""
+
+    def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern | None:
+        """Which heads stream, so that `length` tokens take no more than the budget.
+
+        Raises:
+            ValueError: a budget that no pattern meets.
+        """
+        raise NotImplementedError
+
+    def check(self, model: Model, budget: float, length: int) -> None:
+        """See `Method.check`."""
+        super().check(model, budget, length)
+        self.pattern_for(model, budget, _least_of_bucket(length))
+
+    def begin(
+        self, model: Model, tokens: ArrayLike, *, room: int, budget: float
+    ) -> tuple[Float[Array, "V"], PooledState]:
+        """See `Method.begin`."""
+        tokens = check_arguments(model, tokens, room)
+        length = len(tokens)
+        self.check(model, budget, length)
+        pattern = self.pattern_for(model, budget, _least_of_bucket(length))
+        cache = KVCache.init(model.config, pattern, 1, bucket(length + room))
+        # Padded, and in chunks of its bucket's width: prompts of one bucket run the same programs.
+        padded = np.pad(tokens, (0, bucket(length) - length))[None]
+        chunk = chunk_width(padded.shape[1])
+        logits, cache = prefill(model, padded, cache, lengths=[length], chunk_size=chunk)
+        return logits[0], PooledState(cache, chunk)
+
+    def step(self, model: Model, token: int, state: PooledState) -> tuple[Float[Array, "V"], PooledState]:
+        """See `Method.step`."""
+        logits, cache = decode_step(model, np.array([token], np.int32), state.cache)
+        return logits[0], PooledState(cache, state.chunk)
+
+
+def _least_of_bucket(length: int) -> int:
+    """A length up to `length` that all of its bucket share: as many heads retrieve then, and one program serves all."""
+    below = next((n for n in range(length, 0, -1) if bucket(n) < bucket(length)), 0)
+    return below + 1
+
+
+@dataclass(frozen=True)
+class Full(Pooled):
+    """Full attention, the upper line of every comparison: it holds every token, so its only budget is 1."""
+
+    name: ClassVar[str] = "full attention"
+
+    def pattern_for(self, model: Model, budget: float, length: int) -> None:
+        """See `Pooled.pattern_for`."""
+        if budget < 1.0:
+            raise ValueError(f"full attention holds every token: its budget is 1.0, got {budget=}")
+
+
+@dataclass(frozen=True)
+class Duo(Pooled):
+    """A head pattern: retrieval heads hold every token, streaming heads sinks and a window (arXiv 2410.10819)."""
+
+    pattern: str
+    """A folder or a published name."""
+    sink_size: int = 64
+    """First tokens that a streaming head holds."""
+    recent_size: int = 256
+    """Most recent tokens that a streaming head holds."""
+
+    name: ClassVar[str] = "duo"
+
+    @classmethod
+    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: object) -> "Duo":
+        """See `Method.create`: duo=FOLDER or duo=PUBLISHED-NAME."""
+        if not value:
+            raise ValueError("duo needs a pattern: duo=FOLDER, or duo=NAME of a published one")
+        return cls(value, **options)  # type: ignore[arg-type]
+
+    def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
+        """See `Pooled.pattern_for`."""
+        pattern = HeadPattern.load(
+            self.pattern,
+            kv_budget=budget,
+            context_length=length,
+            sink_size=self.sink_size,
+            recent_size=self.recent_size,
+        )
+        pattern.check(model.config)
+        return pattern
+
+
+@dataclass(frozen=True)
+class RandomHeads(Pooled):
+    """A head pattern whose retrieval heads are drawn at random: what the choice of heads is worth."""
+
+    seed: int = 0
+    """Seed of the draw."""
+    sink_size: int = 64
+    """First tokens that a streaming head holds."""
+    recent_size: int = 256
+    """Most recent tokens that a streaming head holds."""
+
+    name: ClassVar[str] = "random heads"
+
+    @classmethod
+    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: object) -> "RandomHeads":
+        """See `Method.create`: random-heads or random-heads=SEED."""
+        if value is None:
+            return cls(**options)  # type: ignore[arg-type]
+        if not value.isdecimal():
+            raise ValueError(f"random-heads=SEED takes a whole number, got {value!r}")
+        return cls(int(value), **options)  # type: ignore[arg-type]
+
+    def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
+        """See `Pooled.pattern_for`."""
+        shape = model.config.num_layers, model.config.num_kv_heads
+        return HeadPattern.from_gates(
+            np.random.default_rng(self.seed).random(shape),
+            sink_size=self.sink_size,
+            recent_size=self.recent_size,
+            kv_budget=budget,
+            context_length=length,
+        )

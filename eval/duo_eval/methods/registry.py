@@ -1,0 +1,131 @@
+"""The methods under comparison by name, and the one loop that generates with any of them.
+
+`METHODS` is the table: a method is a file in `eval/baselines/` and its row here. Knows no tasks.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+from transformers import PreTrainedTokenizerBase
+
+from duo_eval.methods.fastgen import FastGen
+from duo_eval.methods.h2o import H2O
+from duo_eval.methods.method import Memory, Method, State
+from duo_eval.methods.pools import Duo, Full, RandomHeads
+from duo_eval.methods.snapkv import SnapKV
+from duo_eval.methods.streamingllm import StreamingLLM
+from duo_eval.methods.tova import TOVA
+from duo_jax import Model
+
+__all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method"]
+
+# By the command line's name.
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "duo": Duo,
+    "random-heads": RandomHeads,
+    "streamingllm": StreamingLLM,
+    "h2o": H2O,
+    "tova": TOVA,
+    "snapkv": SnapKV,
+    "fastgen": FastGen,
+}
+
+
+def method(
+    text: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Method:
+    """A method from the command line: `full`, `h2o`, `duo=FOLDER`, `random-heads=SEED`, `snapkv:window=64,pool=5`, ...
+
+    Args:
+        text: NAME or NAME=VALUE, the name one of `METHODS`; then fields of the method after a colon, if any.
+        tokenizer: needed by methods that tell tokens apart by their text.
+        defaults: values of fields that the text does not name, for methods that have all of these fields.
+        **options: fields of the method, such as `block=128`; as if the text named them.
+
+    Raises:
+        ValueError: an unknown method or field, or a value that the method does not take.
+    """
+    named, settings = _SETTINGS.fullmatch(text).groups()  # type: ignore[union-attr]
+    name, given, value = named.partition("=")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    kind = METHODS[name]
+    known = {field.name: field.default for field in fields(kind)} if is_dataclass(kind) else dict[str, Any]()
+    written = dict(setting.split("=") for setting in settings.split(",")) if settings else dict[str, str]()
+    unknown = sorted(set(written | options) - set(known))
+    if unknown:
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    set_by_text = {field: _number(f"{name}:{field}", number, known[field]) for field, number in written.items()}
+    usual = defaults if defaults and set(defaults) <= set(known) else {}
+    return kind.create(value if given else None, tokenizer, **{**usual, **options, **set_by_text})
+
+
+# What comes before a method's settings, and these: a path may have colons of its own.
+_SETTINGS = re.compile(r"(.*?)(?::(\w+=[^,=:/\\]+(?:,\w+=[^,=:/\\]+)*))?", re.DOTALL)
+
+
+def _number(setting: str, text: str, default: Any) -> bool | int | float:
+    """A setting's value, of the type that its default has."""
+    kind = type(default)
+    try:
+        return {"true": True, "false": False}[text] if kind is bool else {int: int, float: float}[kind](text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "in Python alone")
+        raise ValueError(f"{setting} is {wanted}, got {text!r}") from None
+
+
+def greedy(
+    method: Method,
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    eos_ids: Iterable[int] = (),
+    budget: float = 1.0,
+    later: int = 0,
+) -> tuple[list[int], Memory]:
+    """Continue one prompt, always by the likeliest token, the whole prompt through the method.
+
+    Args:
+        method: holds the context.
+        model: the weights.
+        tokens: `[T]` token ids.
+        max_new_tokens: of the answer.
+        eos_ids: tokens that end it.
+        budget: fraction of the KV bytes that full attention holds.
+        later: last tokens of the prompt that come one by one, like what is said after a document was read: the method
+            does not know them while it takes in the rest, of which the budget is a fraction then.
+
+    Returns:
+        The new tokens, an EOS token that ended them included, and the bytes that the sequence took after what was
+        taken in.
+
+    Raises:
+        ValueError: what `Method.begin` refuses, fewer than one new token, or nothing before what comes later.
+    """
+    tokens = np.asarray(tokens)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= later < max(1, tokens.size):
+        raise ValueError(f"later must be at least 0 and less than the {tokens.size} tokens of the prompt, got {later=}")
+    ends = frozenset(eos_ids)
+    first = tokens.size - later
+    logits, state = method.begin(model, tokens[:first], room=later + max_new_tokens, budget=budget)
+    memory = state.memory
+    for token in tokens[first:]:
+        logits, state = method.step(model, int(token), state)
+    answer = [int(jnp.argmax(logits))]
+    while len(answer) < max_new_tokens and answer[-1] not in ends:
+        logits, state = method.step(model, answer[-1], state)
+        answer.append(int(jnp.argmax(logits)))
+    return answer, memory

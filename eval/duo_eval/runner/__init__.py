@@ -1,0 +1,1 @@
+"""Running items x methods x budgets, and the file format of results."""

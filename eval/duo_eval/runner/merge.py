@@ -1,0 +1,24 @@
+"""`duo eval merge`: several files of results as one, as when each of several devices measured a part of a grid."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from duo_eval.runner.ledger import merge
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Put files of results together that one command wrote with the same settings, each finished job once."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """JSON lines of `duo eval needle`, `ruler`, `longbench`, `recall`, `precision`, `mmlu` or `humaneval`."""
+    out: Path
+    """File to write; one of them, or a new one. Where two have the same job, the first counts."""
+
+    def run(self) -> None:
+        """Read all, write one."""
+        results, repeated = merge(self.files, self.out)
+        also = f", {repeated} of which were in several files: the first one's" if repeated else ""
+        print(f"{self.out} has {results} results{also}")

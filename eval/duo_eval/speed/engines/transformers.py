@@ -1,0 +1,104 @@
+"""Hugging Face transformers on torch as an engine: scaled-dot-product attention, its default cache. CPU or GPU."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from duo_eval.speed.ceilings import seconds
+from duo_eval.speed.engines import memory
+from duo_eval.speed.engines.subject import Subject
+from duo_jax import HeadPattern, ModelConfig
+from duo_jax.checkpoint.source import Source
+
+
+class Transformers:
+    """The model class of transformers, with the weights that this library loads from the same file, or random ones."""
+
+    def __init__(self, subject: Subject, pattern: HeadPattern | None, *, room: int) -> None:
+        """See `Engine`."""
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            raise NotImplementedError("the transformers engine needs torch: pip install 'duo-jax[bench]'") from None
+        if pattern is not None:
+            raise NotImplementedError("transformers has no streaming heads: leave the pattern out")
+        self.compile_seconds: dict[str, float] = {}
+        self.kv_bytes = 0
+        self._torch, self._cache_class = torch, transformers.DynamicCache
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = torch_model(subject.config, subject.source(), dtype=subject.dtype, device=self._device)
+        self._cache: Any = None
+
+    def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
+        """Nothing is compiled; a short call makes torch allocate what it keeps."""
+        for call in (lambda: self.prefill(tokens[:, :64]), lambda: self.decode(tokens[:, 0])):
+            seconds(call)
+
+    def prefill(self, tokens: Int[np.ndarray, "B T"]) -> Any:
+        """See `Engine`."""
+        self._cache = self._cache_class()
+        logits = self._run(tokens)
+        self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
+        return logits
+
+    def decode(self, token: Int[np.ndarray, "B"]) -> Any:
+        """See `Engine`."""
+        return self._run(token[:, None])
+
+    def memory(self) -> dict[str, int]:
+        """See `Engine`."""
+        if self._device.type == "cpu":
+            return memory.of_process()
+        cuda = self._torch.cuda
+        return {"peak": cuda.max_memory_allocated(), "now": cuda.memory_allocated()}
+
+    def _run(self, tokens: Int[np.ndarray, "B T"]) -> Any:
+        ids = self._torch.from_numpy(np.array(tokens, np.int64)).to(self._device)
+        with self._torch.inference_mode():
+            logits = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if self._device.type != "cpu":
+            self._torch.cuda.synchronize()
+        return logits.float().cpu().numpy()
+
+
+def torch_model(config: ModelConfig, source: Source | None, *, dtype: str, device: Any) -> Any:
+    """The model class of transformers with the weights of a checkpoint, or random ones.
+
+    Raises:
+        NotImplementedError: weights that it has no place for.
+    """
+    import torch
+    import transformers
+
+    hf = transformers.AutoConfig.for_model(config.family, **_fields(config))
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(hf, dtype=getattr(torch, dtype)).eval()
+    if source is not None:
+        weights = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise NotImplementedError(f"transformers has other weights for this model; {missing=}, {unexpected=}")
+        model.tie_weights()
+    return model
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    """The shape in Hugging Face's terms. RoPE is unscaled: its frequencies change no time."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+    }

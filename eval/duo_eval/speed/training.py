@@ -1,0 +1,98 @@
+"""`duo eval training`: seconds and memory of a training step, and how much of the device's matmul rate it reaches."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from duo_train.data.batches import LABEL_MULTIPLE, Batch
+from duo_train.gated import GatedModel
+from duo_train.loop import State, step
+from duo_train.recipes import Distill
+
+from duo_eval.runner.record import begun, write
+from duo_eval.speed.ceilings import fastest, flops_per_second
+from duo_eval.speed.roofline import prefill_flops
+from duo_jax import HeadPattern, ModelConfig, load_model
+
+
+@dataclass(frozen=True)
+class Training:
+    """Time a step of `distill`, and read its memory from the compiler."""
+
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    """Tokens of a sample."""
+    steps: int = 3
+    """Steps that are timed after the first; the fastest counts."""
+    sink_size: int = 32
+    """First tokens that a streaming head sees."""
+    recent_size: int = 128
+    """Most recent tokens that a streaming head sees."""
+    out: Path = Path("training.json")
+    """File to write."""
+
+    def run(self) -> None:
+        """Measure every length with and without rematerialization."""
+        if not self.lengths or min(self.lengths) < 1 or self.steps < 1:
+            raise ValueError(f"need lengths and steps of at least 1, got {self.lengths=}, {self.steps=}")
+        model = load_model(self.model)
+        record: dict[str, Any] = begun(self.out, asdict(self))
+        for length in self.lengths:
+            for rematerialize in (True, False):
+                attention = GatedModel(self.sink_size, self.recent_size, rematerialize=rematerialize)
+                found = self._measure(model, attention, length)
+                # Beside each measurement: machines are shared, and what they can do changes.
+                rate = flops_per_second(model.dtype)
+                flops = step_flops(model.config, attention, length)
+                found |= {"matmul_flops_per_second": rate, "flops": flops}
+                found["fraction_of_matmul_rate"] = flops / found["seconds"] / rate
+                record["results"].append(found)
+                write(self.out, record)
+                print(
+                    f"{length} tokens, {'with' if rematerialize else 'without'} rematerialization: "
+                    f"{found['seconds']:.1f} s a step, {found['fraction_of_matmul_rate']:.0%} of the matmul rate, "
+                    f"{found['temporary_bytes'] / 1e9:.2f} GB",
+                    flush=True,
+                )
+
+    def _measure(self, model: Any, attention: GatedModel, length: int) -> dict[str, Any]:
+        recipe = Distill(steps=100)
+        rng = np.random.default_rng(0)
+        tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, 1, length)), jnp.int32)
+        labels = jnp.arange(LABEL_MULTIPLE, dtype=jnp.int32)[None, None] % length
+        batch = Batch(tokens, labels, jnp.ones_like(labels, dtype=bool))
+        targets = jnp.zeros((*labels.shape, model.config.embed_dim), jnp.float32)
+        gates = jnp.full((model.config.num_layers, model.config.num_kv_heads), 0.5, jnp.float32)
+        state = State(jnp.int32(0), gates, recipe.optimizer().init(gates))
+        begin = time.perf_counter()
+        program = step.lower(recipe, attention, model, state, batch, targets).compile()
+        compiled = time.perf_counter() - begin
+        analysis = program.memory_analysis()
+        return {
+            "tokens": length,
+            "rematerialize": attention.rematerialize,
+            "compile_seconds": compiled,
+            "temporary_bytes": analysis.temp_size_in_bytes if analysis else 0,
+            "seconds": fastest(lambda: program(model, state, batch, targets), self.steps),
+        }
+
+
+def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
+    """Operations that a student's forward and backward pass need, the teacher and what is computed twice not counted.
+
+    Weights are frozen: the backward pass multiplies by each of them once. Attention's multiplies five times where its
+    forward pass multiplies twice.
+    """
+    gates = np.zeros((config.num_layers, config.num_kv_heads))
+    sizes: dict[str, Any] = {"sink_size": attention.sink_size, "recent_size": attention.recent_size}
+    streaming = HeadPattern.from_gates(gates, sparsity=1.0, **sizes)
+    nothing = HeadPattern.from_gates(gates, sparsity=1.0, sink_size=0, recent_size=1)
+    costs: dict[str, Any] = {"batch_size": 1, "length": length}
+    own = 4 * config.head_dim * config.num_heads * config.num_layers * length  # each token sees itself
+    body = prefill_flops(config, nothing, **costs) - own
+    mixed = sum(prefill_flops(config, pattern, **costs) - body for pattern in (None, streaming))
+    return round(2 * body + 3.5 * mixed)

@@ -1,0 +1,1 @@
+"""Scores, intervals and comparisons; knows no files or figures."""

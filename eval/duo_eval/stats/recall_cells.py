@@ -1,0 +1,94 @@
+"""Recall's records summed up: what each method found at each length, sparsity and size, with intervals."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from duo_eval.runner.ledger import read
+from duo_eval.stats.intervals import Estimate, ratio
+
+# Methods beside patterns, as records name them; random patterns have a number too.
+FULL, STREAMING, RANDOM = "full attention", "all streaming", "random"
+
+
+class Key(NamedTuple):
+    """Which cell. Full attention has neither sinks nor a window."""
+
+    length: int
+    method: str
+    sparsity: float
+    sink_size: int
+    recent_size: int
+
+    @property
+    def kv_fraction(self) -> float:
+        """KV tokens kept, as a fraction of full attention's."""
+        ring = min(self.length, self.sink_size + self.recent_size)
+        return 1 - self.sparsity * (1 - ring / self.length)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was found there."""
+
+    passkeys: int
+    accuracy: Estimate
+    accuracy_difference: Estimate
+    nll: Estimate
+    nll_difference: Estimate
+
+
+def full(length: int) -> Key:
+    """The cell that others are compared with."""
+    return Key(length, FULL, 0.0, 0, 0)
+
+
+def recall_cells(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], dict[Key, Cell]]:
+    """The first line of a result, and its cells; random patterns are one method.
+
+    Cells of a length without full attention, which they are compared with, are left out.
+    """
+    head, records = read(path)
+    samples: dict[Key, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if record["job"]["prose"] == prose:
+            samples.setdefault(_key(record["job"], head["about"]), {})[record["job"]["sample"]] = record
+    cells = {}
+    for key, found in samples.items():
+        base = samples.get(full(key.length), {})
+        numbers = sorted(set(found) & set(base))
+        if not numbers:
+            continue
+        drawn = _drawn(found, numbers)
+        tokens, hits, nll = (_column(found, drawn, name) for name in ("tokens", "hits", "nll"))
+        cells[key] = Cell(
+            sum(len(found[number]["tokens"]) for number in numbers),
+            ratio(hits, tokens),
+            ratio(hits, tokens, _column(base, drawn, "hits")),
+            ratio(nll, tokens),
+            ratio(nll, tokens, _column(base, drawn, "nll")),
+        )
+    return head, cells
+
+
+def _key(job: dict[str, Any], about: dict[str, Any]) -> Key:
+    method = RANDOM if job["method"].startswith(RANDOM) else job["method"]
+    if method == FULL:
+        return full(job["length"])
+    sizes = (job.get(name, about[name]) for name in ("sink_size", "recent_size"))
+    return Key(job["length"], method, job["sparsity"], *sizes)
+
+
+def _drawn(samples: dict[int, dict[str, Any]], numbers: list[int]) -> list[list[int]]:
+    """Samples that are one draw together: of random patterns all that one of them had, of the others each."""
+    groups: dict[Any, list[int]] = {}
+    for number in numbers:
+        method = samples[number]["job"]["method"]
+        groups.setdefault(method if method.startswith(RANDOM) else number, []).append(number)
+    return [*groups.values()]
+
+
+def _column(samples: dict[int, dict[str, Any]], drawn: list[list[int]], name: str) -> np.ndarray:
+    return np.array([sum(sum(samples[number][name]) for number in group) for group in drawn], np.float64)

@@ -1,0 +1,57 @@
+"""What tasks that judge generated code load as `code_eval`: the same numbers, every program in the sandbox.
+
+The metric of that name comes from a hub and runs code in forks of this process, without limits on memory or network.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from duo_eval.tasks.short.sandbox import Limits, run
+
+# What the sandbox says of a program.
+Outcome = Literal["passed", "failed", "timed out"]
+
+
+class CodeEval:
+    """The part of `evaluate`'s metric `code_eval` that lm-eval's tasks use."""
+
+    def compute(
+        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+    ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
+        """pass@k by its unbiased estimator (Chen et al. 2021, section 2.1), and what became of each program."""
+        outcomes = {
+            task: [run(f"{program}\n{test}", Limits()).outcome for program in programs]
+            for task, (test, programs) in enumerate(zip(references, predictions, strict=True))
+        }
+        means = {}
+        for count in k:
+            if all(len(programs) >= count for programs in predictions):
+                passed = [
+                    _pass_at(count, len(found), sum(outcome == "passed" for outcome in found))
+                    for found in outcomes.values()
+                ]
+                means[f"pass@{count}"] = sum(passed) / len(passed)
+        return means, outcomes
+
+
+@contextmanager
+def sandboxed() -> Iterator[None]:
+    """While tasks are loaded, `evaluate.load("code_eval")` gives the metric above."""
+    import evaluate
+
+    real = evaluate.load
+
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+        return CodeEval() if path == "code_eval" else real(path, *args, **kwargs)
+
+    evaluate.load = load
+    try:
+        yield
+    finally:
+        evaluate.load = real
+
+
+def _pass_at(k: int, total: int, passed: int) -> float:
+    return 1.0 - math.comb(total - passed, k) / math.comb(total, k)

@@ -1,0 +1,166 @@
+"""`duo eval harness`: any task of lm-evaluation-harness, under full attention or a head pattern, as one JSON file."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from duo_eval.runner.ledger import fingerprint, sha256
+from duo_eval.runner.record import provenance, write
+from duo_jax import LM, HeadPattern
+from duo_jax.cli.options import ModelOptions, PatternOptions
+from duo_jax.differences import changes
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Run tasks of lm-evaluation-harness, or YAML tasks in its format, with a head pattern or full attention."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions]
+    tasks: tuple[str, ...]
+    """Tasks, groups or tags by name, or paths of YAML files. `lm-eval ls tasks` lists those that lm-eval has."""
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    out: Path = Path("harness.json")
+    """File to write. Requests that were answered before an interruption are not computed again."""
+    include_path: tuple[Path, ...] = ()
+    """Folders of further YAML tasks."""
+    data: tuple[str, ...] = ()
+    """TASK=FILE: JSON lines in place of a task's data set, such as mbpp=mbpp.jsonl."""
+    num_fewshot: int | None = None
+    """Worked examples in a prompt; the task's own number by default."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    gen_kwargs: str | None = None
+    """Settings of generation that replace a task's own: max_gen_toks=64,temperature=0.7"""
+    batch_size: int = 8
+    """Most texts computed together."""
+    max_length: int | None = None
+    """Most tokens of a text; by default as many as the model was trained for."""
+    truncate: bool = False
+    """Cut longer contexts at the left, as lm-eval does; without it they are refused."""
+    chat: bool = False
+    """Put prompts into the model's chat template."""
+    system: str | None = None
+    """System message."""
+    run_code: bool = False
+    """Allow tasks that run generated code: each program in a process of its own, with limits."""
+    samples: bool = False
+    """Keep every question with its prompt, answer and score in the file."""
+    backend: str | None = None
+    """Attention backend; by default the best one verified on this device."""
+    seed: int = 1234
+    """Seed of the worked examples."""
+
+    def run(self) -> None:
+        """Find the tasks, load the model, ask, write."""
+        try:
+            import lm_eval
+            from lm_eval.utils import make_table
+
+            from duo_eval.tasks.harness.adapter import DuoLM
+            from duo_eval.tasks.harness.tasks import leaves, load_tasks
+        except ImportError as error:
+            raise ValueError(f"duo eval harness needs lm-eval ({error}): pip install 'duo-jax[eval]'") from None
+        if not self.tasks:
+            raise ValueError("--tasks names no task")
+        about = self._about()
+        self._check_out(about)
+        loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data())
+        unsafe = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
+        if unsafe and not self.run_code:
+            raise ValueError(f"{', '.join(unsafe)} runs code that the model writes: allow it with --run-code")
+        model, tokenizer = self.model.load(), self.model.tokenizer()
+        length = self.max_length or model.config.trained_positions
+        pattern = self.pattern.load(length)
+        if pattern is not None:
+            pattern.check(model.config)
+        lm = DuoLM(
+            LM(model, tokenizer, pattern),
+            name=self.model.model,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            truncate=self.truncate,
+            backend=self.backend,
+        )
+        # Answers to single requests, by lm-eval's own store. It knows texts only: its name says what answers them.
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        store = self.out.with_name(f"{self.out.name}.{key}")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=_tops(loaded),
+            task_manager=manager,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            gen_kwargs=self.gen_kwargs,
+            use_cache=str(store),
+            apply_chat_template=self.chat,
+            fewshot_as_multiturn=self.chat,
+            system_instruction=self.system,
+            log_samples=self.samples,
+            confirm_run_unsafe_code=self.run_code,
+            bootstrap_iters=1000,
+            fewshot_random_seed=self.seed,
+        )
+        record = provenance() | {"about": about} | _kept(results, self.samples)
+        if unsafe:
+            from duo_eval.tasks.short.sandbox import isolation
+
+            record["sandbox"] = isolation()
+        write(self.out, json.loads(json.dumps(record, default=str)))
+        for path in self.out.parent.glob(f"{store.name}_rank*.db*"):
+            path.unlink()
+        print(make_table(results))
+        print(f"written to {self.out}")
+
+    def _about(self) -> dict[str, Any]:
+        """What the figures depend on: settings, and what stands behind the names of files."""
+        settings = asdict(self)
+        about: dict[str, Any] = {name: settings[name] for name in settings if name != "out"}
+        if self.pattern.pattern:
+            about["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
+        files = [*self._data().values(), *(path for folder in self.include_path for path in sorted(folder.rglob("*")))]
+        about["files"] = {str(path): sha256(path.read_bytes()) for path in files if path.is_file()}
+        return dict(json.loads(json.dumps(about, default=str)))
+
+    def _data(self) -> dict[str, Path]:
+        found = {}
+        for entry in self.data:
+            name, given, path = entry.partition("=")
+            if not given or not name or not path:
+                raise ValueError(f"--data takes TASK=FILE, got {entry!r}")
+            found[name] = Path(path)
+        return found
+
+    def _check_out(self, about: Mapping[str, Any]) -> None:
+        """Refuse a file of another run; one of this run is made again."""
+        if self.out.is_dir():
+            raise ValueError(f"{self.out} is a folder: --out names a file")
+        if not self.out.exists():
+            return
+        try:
+            old = json.loads(self.out.read_text(encoding="utf-8"))["about"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.out} is not a result of this command; choose another --out") from None
+        different = changes(old, about)
+        if different:
+            raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
+
+
+def _tops(loaded: Mapping[str, Any]) -> list[Any]:
+    """Groups with all their tasks, and the tasks of none: what lm-eval loads again into the same."""
+    inside = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    below = {name for names in loaded["group_map"].values() for name in names}
+    groups = [group for name, group in loaded["groups"].items() if name not in below]
+    return [*groups, *(task for name, task in loaded["tasks"].items() if name not in inside)]
+
+
+def _kept(results: Any, samples: bool) -> dict[str, Any]:
+    """The part of lm-eval's results that says how it went."""
+    names = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+    kept = {name: results[name] for name in names if name in results}
+    return kept | ({"samples": results["samples"]} if samples else {})

@@ -1,0 +1,128 @@
+"""`duo eval needle`: which lengths and depths, what is hidden there, and the map of what was found."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from duo_train.data.haystack import DEFAULT, load_haystack
+from duo_train.data.needles import encode
+from jaxtyping import Int32
+
+from duo_eval.runner.ledger import read, sha256
+from duo_eval.runner.run import Asking, Job, Question
+from duo_eval.show.plot import draw
+from duo_eval.stats.scores import in_words, scored
+from duo_eval.tasks.needle.hide import hide
+from duo_eval.tasks.needle.styles import STYLES
+
+
+@dataclass(frozen=True)
+class Cell(Job):
+    """One needle, asked for with one method."""
+
+    length: int
+    depth: float
+    sample: int
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """Hide a sentence at many depths of long texts, ask for it with several methods, draw a map (paper section 3.2)."""
+
+    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    out: Path = Path("needle.jsonl")
+    """File to append to; what it has already is not computed again. The maps lie beside it."""
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Tokens of prompt and answer."""
+    depths: int = 10
+    """Depths of the needle, evenly spaced from the start of the text to its end."""
+    samples: int = 1
+    """Needles in each cell: other keys, other stretches of text."""
+    style: Literal["original", "digits", "words"] = "digits"
+    """The sentence about San Francisco, scored by its key words; a passkey of five digits, right or wrong; one of five
+    words, scored by how many come."""
+    question_later: bool = False
+    """Take in the text first, the question token by token afterwards, as of a document that is kept to be asked: what a
+    method lets go of is decided without the question, and budgets are fractions of the text's bytes."""
+    haystack: str = DEFAULT
+    """Text to hide it in: pydoc (Python's own reference pages), essays (fetched by pip), a text or .jsonl[.zst] file, a
+    folder of them, or a hub data set such as hub:kmfoda/booksum:chapter. A text that is too short is repeated."""
+    haystack_chars: int | None = 20_000_000
+    """Characters of the haystack to read at most."""
+    seed: int = 0
+    """Decides keys and stretches of text."""
+
+    def run(self) -> None:
+        """Ask for what the file lacks, cell by cell; draw."""
+        if not self.lengths or min(*self.lengths, self.samples) < 1 or self.depths < 2:
+            raise ValueError(
+                f"need lengths and samples of at least 1 and 2 depths, got {self.lengths=}, {self.samples=}, "
+                f"{self.depths=}"
+            )
+        settings = asdict(self)
+        shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "seed")}
+        # Said only where it is so: a file without it has the question in the prompt.
+        shared |= {"question_later": True} if self.question_later else {}
+        room = self._room
+        self.asking.ask(
+            self.out,
+            {"task": "needle", **shared},
+            self._jobs(),
+            self._question,
+            data={"haystack": sha256(self._text.encode())},
+            longest=max(self.lengths),
+            shortest=max(min(self.lengths) - room, 1),
+        )
+        records = scored(read(self.out)[1])
+        print("\n".join(in_words(records)))
+        for path in draw(self.out) if records else ():
+            print(path)
+
+    def _jobs(self) -> Iterator[Cell]:
+        """Whole maps one after the other, each from its shortest length on, with all methods side by side."""
+        for sample in range(self.samples):
+            for length in sorted(self.lengths):
+                for depth in np.linspace(0, 1, self.depths).round(4).tolist():
+                    for method, budget in self.asking.cells():
+                        yield Cell(method, budget, length, depth, sample)
+
+    @property
+    def _room(self) -> int:
+        """Tokens of the answer."""
+        return STYLES[self.style](np.random.default_rng(0)).max_new_tokens
+
+    def _question(self, job: Cell) -> Question:
+        """The same needle in the same text for every method."""
+        rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
+        needle = STYLES[self.style](rng)
+        hidden = hide(
+            self.asking.tokenizer,
+            # A text shorter than the cell is repeated; which stretch is drawn depends on no other cell.
+            np.resize(self._hay, max(len(self._hay), job.length)),
+            needle,
+            rng,
+            length=job.length - needle.max_new_tokens,
+            depth=job.depth,
+            use_chat=self.asking.chat,
+        )
+        facts: dict[str, Any] = {"key": " ".join(needle.key), "position": hidden.position}
+        later = hidden.asking if self.question_later else 0
+        return Question(
+            hidden.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts, later
+        )
+
+    @cached_property
+    def _text(self) -> str:
+        return load_haystack(self.haystack, max_chars=self.haystack_chars)
+
+    @cached_property
+    def _hay(self) -> Int32[np.ndarray, "S"]:
+        """Tokens of the haystack."""
+        hay = np.asarray(encode(self.asking.tokenizer, self._text), np.int32)
+        if len(hay) < max(self.lengths):
+            print(f"{self.haystack!r} has {len(hay)} tokens: repeated in longer prompts")
+        return hay

@@ -1,0 +1,70 @@
+"""Hidden passkeys scored by teacher forcing: how likely is each token of an answer, given all that stands before it?
+
+Knows no patterns by name and no files. Text, words and seed are other than those that gates are trained on.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from duo_train.data.needles import NeedleData, Needles, Sample
+from duo_train.data.vocabulary import HELD_OUT
+
+from duo_jax import HeadPattern, KVCache, Model, prefill, score
+
+UNSEEN = Needles(
+    haystack="essays", vocabulary=HELD_OUT, distinct_words=True, num_passkeys=16, passkey_words=5, seed=20_000
+)
+
+
+def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
+    """Needle data whose samples have at most `length` tokens, all in all, and few less."""
+    probe = NeedleData(replace(config, min_length=length, max_length=length, num_lengths=1), tokenizer)
+    around = max(len(probe[number].tokens) for number in range(32)) - length
+    text = length - around - 8
+    if text < 1:
+        raise ValueError(
+            f"a sample of {length} tokens has too little room for {config.num_passkeys} passkeys, which take {around} "
+            "with their questions: raise --lengths or lower --data.num-passkeys"
+        )
+    return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
+
+
+def score_sample(
+    model: Model, sample: Sample, length: int, pattern: HeadPattern | None, *, kv_dtype: str | None = None
+) -> dict[str, Any]:
+    """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
+    tokens = jnp.asarray(sample.tokens)[None]
+    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]), dtype=kv_dtype)
+    # The last token before the questions is scored with them: every token of an answer then has one before it.
+    begin = sample.tail - 1
+    _, cache = prefill(model, tokens[:, :begin], cache)
+    scores, _ = score(model, tokens[:, begin:], cache)
+    top, logprobs = np.asarray(scores.is_top[0]), np.asarray(scores.logprobs[0], np.float64)
+    spans = [slice(first - begin - 1, last - begin - 1) for first, last in sample.answers]
+    return {
+        "tokens": [span.stop - span.start for span in spans],
+        "hits": [int(top[span].sum()) for span in spans],
+        "nll": [-float(logprobs[span].sum()) for span in spans],
+    }
+
+
+def score_prose(
+    model: Model,
+    data: NeedleData,
+    length: int,
+    number: int,
+    pattern: HeadPattern | None,
+    *,
+    kv_dtype: str | None = None,
+) -> dict[str, Any]:
+    """Next-token loss on a stretch of the text, nothing hidden in it."""
+    begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
+    tokens = jnp.asarray(data.text[begin : begin + length])[None]
+    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))
+    return {
+        "tokens": [length - 1],
+        "hits": [int(scores.is_top.sum())],
+        "nll": [-float(np.asarray(scores.logprobs, np.float64).sum())],
+    }

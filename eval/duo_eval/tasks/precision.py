@@ -1,0 +1,161 @@
+"""`duo eval precision`: what fewer bits for cache and weights cost, by teacher forcing on needles and on prose."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby, product
+from pathlib import Path
+
+import numpy as np
+from duo_train.data.needles import Needles
+from tqdm import tqdm
+
+from duo_eval.runner.ledger import Ledger, fingerprint, read
+from duo_eval.runner.record import origin
+from duo_eval.stats.intervals import Estimate, ratio
+from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
+from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax.cache.pools import KV_DTYPES
+from duo_jax.weights import WEIGHT_FORMATS
+
+FLOAT = "float32"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample, or stretch of prose, at one precision."""
+
+    weights: str
+    cache: str
+    sparsity: float
+    length: int
+    sample: int
+    prose: bool
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Score hidden passkeys and prose with quantized caches and quantized weights, beside float32."""
+
+    out: Path
+    """File to append to; what it has already is not computed again."""
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    pattern: str = "smollm2-135m-instruct"
+    """Head pattern: a published name or a folder."""
+    caches: tuple[str, ...] = ("bfloat16", "int8", "int4")
+    """Data types of retrieval heads' keys and values, with float32 weights; float32 itself is always measured."""
+    weights: tuple[str, ...] = ("int8", "w8a8", "int4")
+    """Formats of weights, with a float32 cache."""
+    both: tuple[str, ...] = ("w8a8:int4",)
+    """Pairs WEIGHTS:CACHE."""
+    sparsity: tuple[float, ...] = (0.0, 0.5)
+    """Fractions of KV heads that stream; 0 is full attention."""
+    lengths: tuple[int, ...] = (2048, 4096)
+    """Tokens of a sample, and of a stretch of prose."""
+    samples: int = 13
+    """Samples of each length, with 16 passkeys each."""
+    prose: int = 10
+    """Stretches of prose of each length."""
+    sink_size: int = 64
+    """First tokens that streaming heads keep."""
+    recent_size: int = 256
+    """Most recent tokens that streaming heads keep."""
+    data: Needles = UNSEEN
+
+    def run(self) -> None:
+        """Score what the file lacks, a model of one precision after the other."""
+        patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
+        about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
+        gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}
+        ledger = Ledger.open(self.out, about | {"task": "precision"}, gates)
+        jobs = ledger.missing(self._jobs())
+        if not jobs:
+            print(f"{self.out} had all of it")
+            return
+        tokenizer = load_tokenizer(self.model)
+        sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
+        with ledger.writing(dtype=FLOAT) as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
+            for weights, group in groupby(jobs, lambda job: job.weights):
+                model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
+                for chosen in filter(None, patterns.values()):
+                    chosen.check(model.config)
+                for job in group:
+                    pattern, data = patterns[job.sparsity], sets[job.length]
+                    if job.prose:
+                        found = score_prose(model, data, job.length, job.sample, pattern, kv_dtype=job.cache)
+                    else:
+                        found = score_sample(model, data[job.sample], job.length, pattern, kv_dtype=job.cache)
+                    append(job, found)
+                    bar.update()
+        print(f"{self.out} has all of it")
+
+    def _pattern(self, sparsity: float) -> HeadPattern | None:
+        sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        return HeadPattern.load(self.pattern, sparsity=sparsity, **sizes) if sparsity else None
+
+    def _precisions(self) -> list[tuple[str, str]]:
+        """Weights and cache, every pair to measure.
+
+        Raises:
+            ValueError: an unknown one.
+        """
+        pairs = [(FLOAT, FLOAT), *((FLOAT, cache) for cache in self.caches), *((name, FLOAT) for name in self.weights)]
+        for entry in self.both:
+            weights, _, cache = entry.partition(":")
+            pairs.append((weights, cache))
+        for weights, cache in pairs:
+            if weights not in (FLOAT, *WEIGHT_FORMATS) or cache not in KV_DTYPES:
+                raise ValueError(
+                    f"weights are {FLOAT}, {', '.join(WEIGHT_FORMATS)} and caches {', '.join(KV_DTYPES)}, got "
+                    f"{weights!r} with {cache!r}"
+                )
+        return pairs
+
+    def _jobs(self) -> Iterator[Job]:
+        """Short texts first; models of one precision together, since loading takes seconds."""
+        for length in self.lengths:
+            for (weights, cache), sparsity in product(self._precisions(), self.sparsity):
+                for prose, count in ((False, self.samples), (True, self.prose)):
+                    yield from (Job(weights, cache, sparsity, length, number, prose) for number in range(count))
+
+
+def precision_table(path: Path) -> str:
+    """Accuracy and likelihood of passkeys, and next-token loss, beside float32 by paired differences."""
+    head, records = read(path)
+    found: dict[tuple, dict[int, dict[str, float]]] = defaultdict(dict)
+    for record in records:
+        job = record["job"]
+        key = job["length"], job["sparsity"], job["prose"], job["weights"], job["cache"]
+        found[key][job["sample"]] = {name: float(sum(record[name])) for name in ("tokens", "hits", "nll")}
+    lines = [
+        "| tokens | stream | weights | cache | passkeys right, % | NLL of passkeys, more | of prose, more | samples |",
+        "| --: | --: | --- | --- | --: | --: | --: | --: |",
+    ]
+    for length, sparsity, prose, weights, cache in found:
+        if prose:
+            continue
+        needles = found[length, sparsity, False, weights, cache]
+        columns = [f"{length}", f"{sparsity:.0%}", weights, cache, _mean(needles, "hits").scaled(100).format(".1f")]
+        columns += [_change(found, (length, sparsity, kind), weights, cache) for kind in (False, True)]
+        lines.append(f"| {' | '.join(columns)} | {len(needles)} |")
+    note = (
+        "Likelihoods: nats a token more than with float32 at the same sparsity on the same samples; in brackets 95 % "
+        "intervals over samples. Compare accuracies between rows of the same samples only."
+    )
+    return "\n".join([*lines, "", note, origin(head["runs"], "duo eval precision")]) + "\n"
+
+
+def _change(found: Mapping[tuple, dict[int, dict[str, float]]], at: tuple, weights: str, cache: str) -> str:
+    """How much less likely a token became than with float32, or nothing for float32 itself."""
+    of, base = (found.get((*at, *precision), {}) for precision in ((weights, cache), (FLOAT, FLOAT)))
+    if (weights, cache) == (FLOAT, FLOAT) or not set(of) & set(base):
+        return ""
+    return _mean(of, "nll", minus=base).format("+.4f")
+
+
+def _mean(of: dict[int, dict[str, float]], field: str, minus: dict[int, dict[str, float]] | None = None) -> Estimate:
+    """Of a field by token; over the samples that both have."""
+    shared = sorted(set(of) & set(minus)) if minus is not None else sorted(of)
+    totals, counts = (np.array([of[sample][name] for sample in shared]) for name in (field, "tokens"))
+    return ratio(totals, counts, np.array([minus[sample][field] for sample in shared]) if minus is not None else None)

@@ -1,0 +1,205 @@
+"""`duo eval recall`: what a pattern costs in recall, by teacher forcing: how likely is each word of a hidden passkey?
+
+Each sample hides many passkeys; all of them are asked for in turn and answered rightly, and every token of an answer is
+scored given what stands before it. That uses every token of a small model's answers, where an exact match of whole keys
+would use one bit.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from duo_train.data.needles import NeedleData, Needles
+from tqdm import tqdm
+
+from duo_eval.runner.ledger import Ledger, fingerprint
+from duo_eval.show.plot import draw
+from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING
+from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
+from duo_jax import HeadPattern, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample under one pattern."""
+
+    method: str
+    sparsity: float
+    length: int
+    sample: int
+    prose: bool = False
+
+
+@dataclass(frozen=True)
+class SizedJob(Job):
+    """One sample under one pattern with other sizes than the file's own."""
+
+    sink_size: int = 0
+    recent_size: int = 0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What patterns are scored at, and on what."""
+
+    sparsity: tuple[float, ...] = (0.25, 0.5, 0.6, 0.7, 0.75, 0.8)
+    """Fractions of KV heads that stream."""
+    lengths: tuple[int, ...] = (2048, 4096)
+    """Tokens of a sample, all in all."""
+    samples: int = 13
+    """Samples of each length, with 16 passkeys each by default."""
+    random: int = 5
+    """Random patterns; the samples are shared out among them. 0: none."""
+    prose: int = 10
+    """Stretches of the text itself, scored under full attention and patterns at a sparsity of 0.5."""
+    prose_length: int = 2048
+    """Tokens of a stretch."""
+    sink_size: int = 64
+    """First tokens that streaming heads keep."""
+    recent_size: int = 256
+    """Most recent tokens that streaming heads keep."""
+    sink_sizes: tuple[int, ...] = ()
+    """Sizes to compare (an ablation): each of these with each of --recent-sizes; --sink-size alone by default."""
+    recent_sizes: tuple[int, ...] = ()
+    """Likewise; --recent-size alone by default."""
+    data: Needles = UNSEEN
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sinks and window, every pair to measure."""
+        return tuple(product(self.sink_sizes or (self.sink_size,), self.recent_sizes or (self.recent_size,)))
+
+    def check(self) -> None:
+        """See that this can be scored, whatever the pattern.
+
+        Raises:
+            ValueError: a negative count, nothing to score, or a sparsity or sizes that no pattern has.
+        """
+        if min(self.samples, self.random, self.prose) < 0 or not self.lengths or min(self.lengths) < 1:
+            raise ValueError(
+                f"need lengths of at least 1 and no negative count, got {self.lengths=}, {self.samples=}, "
+                f"{self.random=}, {self.prose=}"
+            )
+        if not self.samples and not self.prose:
+            raise ValueError("--samples 0 --prose 0 leaves nothing to score")
+        for sparsity, (sink_size, recent_size) in product(self.sparsity, self.sizes):
+            HeadPattern.from_gates(np.ones((1, 1)), sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
+
+    def texts(self, tokenizer: Any) -> dict[int, NeedleData]:
+        """The samples of each length.
+
+        Raises:
+            ValueError: a length in which the passkeys and their questions have no room.
+        """
+        return {length: fit(self.data, tokenizer, length) for length in self.lengths}
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Score hidden passkeys under full attention, head patterns, random ones, and streaming heads only; draw."""
+
+    patterns: tuple[str, ...] = ("smollm2=smollm2-135m-instruct",)
+    """Patterns to compare, each NAME=FOLDER or NAME=PUBLISHED-NAME."""
+    out: Path = Path("recall.jsonl")
+    """File to append to; what it has already is not computed again. The figures lie beside it."""
+    model: str = "smollm2-135m-instruct"
+    """Hugging Face folder, .gguf file, packaged model or hub id."""
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
+
+    def run(self) -> None:
+        """Score what the file lacks, sample by sample; draw."""
+        self.check()
+        sources = self._sources()
+        ledger = self._ledger({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})
+        jobs = ledger.missing(self._jobs(sources))
+        if jobs:
+            self._score(jobs, ledger, sources)
+        print(f"{self.out} {'has' if jobs else 'had'} all of it")
+        for path in draw(self.out) if self.scoring.samples else ():
+            print(path)
+
+    def check(self) -> None:
+        """Refuse what can be refused before the patterns are there.
+
+        Raises:
+            ValueError: names or settings that cannot be, or a file of other ones.
+        """
+        self.scoring.check()
+        self._sources()
+        self._ledger({})
+
+    def _score(self, jobs: Sequence[Job], ledger: Ledger, sources: Mapping[str, str]) -> None:
+        """Add these to the file."""
+        model, tokenizer = load_model(self.model), load_tokenizer(self.model)
+        texts = self.scoring.texts(tokenizer)
+        shape = model.config.num_layers, model.config.num_kv_heads
+        for source in sources.values():
+            HeadPattern.load(source).check(model.config)
+        with ledger.writing(dtype=str(model.dtype)) as append:
+            for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
+                pattern = self._pattern(job, sources, shape)
+                if job.prose:
+                    scored = score_prose(model, texts[max(texts)], job.length, job.sample, pattern)
+                else:
+                    scored = score_sample(model, texts[job.length][job.sample], job.length, pattern)
+                append(job, scored)
+
+    def _sources(self) -> dict[str, str]:
+        """Where each pattern is, by its name."""
+        found = {}
+        for entry in self.patterns:
+            name, given, source = entry.partition("=")
+            if not given or not name or name in (FULL, STREAMING) or name.startswith(RANDOM):
+                raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
+            if name in found:
+                raise ValueError(f"a pattern has a name of its own, got {name!r} twice")
+            found[name] = source
+        return found
+
+    def _jobs(self, names: Iterable[str]) -> Iterator[Job]:
+        """In an order in which every stage is a usable result."""
+        how = self.scoring
+        for length in how.lengths:
+            yield from (Job(FULL, 0.0, length, number) for number in range(how.samples))
+            for sizes in how.sizes:
+                yield from self._sized(sizes, (Job(STREAMING, 1.0, length, number) for number in range(how.samples)))
+                for sparsity in how.sparsity:
+                    yield from self._sized(sizes, self._of_sparsity(names, sparsity, length))
+        # At the file's own sizes.
+        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *((name, 0.5) for name in names)):
+            yield from (Job(method, sparsity, how.prose_length, number, prose=True) for number in range(how.prose))
+
+    def _of_sparsity(self, names: Iterable[str], sparsity: float, length: int) -> Iterator[Job]:
+        how = self.scoring
+        for method in names:
+            yield from (Job(method, sparsity, length, number) for number in range(how.samples))
+        for number in range(how.samples if how.random else 0):
+            yield Job(f"{RANDOM} {number % how.random}", sparsity, length, number)
+
+    def _sized(self, sizes: tuple[int, int], jobs: Iterable[Job]) -> Iterator[Job]:
+        """The jobs at these sizes; they say so where the file's first line says others."""
+        if sizes == (self.scoring.sink_size, self.scoring.recent_size):
+            yield from jobs
+        else:
+            yield from (SizedJob(**asdict(job), sink_size=sizes[0], recent_size=sizes[1]) for job in jobs)
+
+    def _pattern(self, job: Job, sources: Mapping[str, str], shape: tuple[int, int]) -> HeadPattern | None:
+        if job.method == FULL:
+            return None
+        at = job if isinstance(job, SizedJob) else self.scoring
+        sizes: dict[str, Any] = {"sink_size": at.sink_size, "recent_size": at.recent_size}
+        if job.method in sources:
+            return HeadPattern.load(sources[job.method], sparsity=job.sparsity, **sizes)
+        seed = 0 if job.method == STREAMING else int(job.method.removeprefix(RANDOM))
+        gates = np.random.default_rng(seed).random(shape)
+        return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
+
+    def _ledger(self, gates: Mapping[str, str]) -> Ledger:
+        """The file, with what it is and whose gates its names stand for."""
+        how = asdict(self.scoring)
+        about = {"model": self.model} | {name: how[name] for name in ("sink_size", "recent_size", "data")}
+        return Ledger.open(self.out, about, gates)

@@ -1,0 +1,133 @@
+"""`duo eval ruler`: which tasks at which lengths, and their scores."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from duo_train.data.haystack import load_haystack
+
+from duo_eval.runner.ledger import read, sha256
+from duo_eval.runner.run import Asking, Job, Question
+from duo_eval.stats.scores import grouped, in_words
+from duo_eval.tasks.lm_eval_files import tasks_folder
+from duo_eval.tasks.prompt import prompt
+from duo_eval.tasks.ruler.kind import Example, Material, fitted
+from duo_eval.tasks.ruler.qa import Questions, load
+from duo_eval.tasks.ruler.tasks import TASKS, score
+
+# Tasks that need a file, and its format.
+FILES: dict[str, Literal["squad", "hotpot"]] = {"qa_squad": "squad", "qa_hotpot": "hotpot"}
+
+
+@dataclass(frozen=True)
+class Entry(Job):
+    """One example of a task, put to one method."""
+
+    task: str
+    length: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class RulerTask:
+    """Ask the questions of RULER (arXiv 2404.06654), generated here at any length for any tokenizer."""
+
+    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    out: Path = Path("ruler.jsonl")
+    """File to append to; what it has already is not computed again."""
+    tasks: tuple[str, ...] = ()
+    """Some of niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_squad,
+    qa_hotpot; by default all, but for the last two where their files are not given."""
+    lengths: tuple[int, ...] = (2048, 4096)
+    """Tokens of prompt and answer."""
+    samples: int = 20
+    """Examples of each task at each length."""
+    haystack: str = "essays"
+    """Text for needles, as in `duo eval needle`; RULER's own are these essays."""
+    haystack_chars: int | None = 20_000_000
+    """Characters of the haystack to read at most."""
+    squad: Path | None = None
+    """File in SQuAD's format, for qa_squad."""
+    hotpot: Path | None = None
+    """File in HotpotQA's format, for qa_hotpot."""
+    seed: int = 0
+    """Example i of a task depends on this, its length, and i alone."""
+
+    def run(self) -> None:
+        """Ask for what the file lacks; print the means."""
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            raise ValueError(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+        for name, style in FILES.items():
+            if name in self.tasks and getattr(self, style) is None:
+                raise ValueError(f"{name} needs a file: give --{style}, or leave it out of --tasks")
+        if not self.lengths or min(*self.lengths, self.samples) < 1:
+            raise ValueError(f"need lengths and samples of at least 1, got {self.lengths=}, {self.samples=}")
+        tasks_folder("ruler")
+        settings = asdict(self)
+        shared = {name: settings[name] for name in ("haystack", "haystack_chars", "seed")}
+        _ = self._questions  # Files that are not what they should be are refused first.
+        data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
+        data["haystack"] = sha256(" ".join(self._words).encode())
+        self.asking.ask(
+            self.out,
+            {"task": "ruler", **shared},
+            self._jobs(),
+            self._question,
+            data=data,
+            longest=max(self.lengths),
+            shortest=max(1, min(self.lengths) - max(TASKS[name].max_new_tokens for name in self._chosen)),
+        )
+        for (length,), found in grouped(read(self.out)[1], "length").items():
+            print(f"{length} tokens:", *in_words(found), sep="\n")
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
+        return self.tasks or tuple(
+            name for name in TASKS if name not in FILES or getattr(self, FILES[name]) is not None
+        )
+
+    def _jobs(self) -> Iterator[Entry]:
+        """One example of everything first, then the next; all methods side by side."""
+        for sample in range(self.samples):
+            for length in sorted(self.lengths):
+                for task in self._chosen:
+                    for method, budget in self.asking.cells():
+                        yield Entry(method, budget, task, length, sample)
+
+    def _question(self, job: Entry) -> Question:
+        kind = TASKS[job.task]
+
+        def tokens(example: Example) -> list[int]:
+            return prompt(
+                self.asking.tokenizer, example.text, example.answer, use_chat=self.asking.chat, joint=kind.joint
+            )
+
+        material = Material(self._words, self._questions.get(job.task), job.length)
+        example, size = fitted(
+            kind, (self.seed, job.task, job.length, job.sample), material, lambda made: len(tokens(made))
+        )
+        return Question(
+            np.asarray(tokens(example), np.int32),
+            kind.max_new_tokens,
+            lambda answer: score(kind, example, answer),
+            {"outputs": example.outputs, "size": size},
+        )
+
+    @cached_property
+    def _words(self) -> tuple[str, ...]:
+        """Enough words of the haystack: no token is shorter than a character."""
+        return tuple(load_haystack(self.haystack, max_chars=self.haystack_chars).split())
+
+    @property
+    def _files(self) -> dict[str, Literal["squad", "hotpot"]]:
+        """Tasks with a file that are asked, and its format."""
+        return {name: style for name, style in FILES.items() if name in self._chosen}
+
+    @cached_property
+    def _questions(self) -> dict[str, Questions]:
+        return {name: load(getattr(self, style), style) for name, style in self._files.items()}

@@ -1,0 +1,45 @@
+"""Common words (RULER, section 3): ten words that come often, among many that come seldom, in a numbered list."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_eval.tasks.ruler.words import all_words
+
+COMMON = 10
+# Below this length words come less often, so that there are words enough.
+SHORT = 4096
+
+
+@dataclass(frozen=True)
+class CommonWords(Kind):
+    """After a short list with its answer; a size is so many different words."""
+
+    max_new_tokens: ClassVar[int] = 120
+    joint: ClassVar[str] = "\n\n"
+
+    def least(self) -> int:
+        """The common words, and one more."""
+        return COMMON + 1
+
+    def make(self, rng: Random, size: int, material: Material) -> Example | None:
+        """See `Kind.make`."""
+        if size > len(all_words()):
+            return None
+        short = material.length < SHORT
+        shown = _list(rng, *((20, 3, 1) if short else (40, 10, 3)))
+        asked = _list(rng, size, *((6, 1) if short else (30, 3)))
+        answers = " ".join(f"{number}. {word}" for number, word in enumerate(shown.outputs, 1))
+        return Example(f"{shown.text} {shown.answer} {answers}\n{asked.text}", asked.answer, asked.outputs)
+
+
+def _list(rng: Random, size: int, common_repeats: int, other_repeats: int) -> Example:
+    # The same common words in every size.
+    words = rng.sample(all_words(), len(all_words()))[:size]
+    common = words[:COMMON]
+    listed = common * common_repeats + words[COMMON:] * other_repeats
+    rng.shuffle(listed)
+    texts = prompts("cwe_utils.py", "CONFIG")
+    context = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
+    return Example(texts["template"].format(context=context), texts["answer_prefix"].strip(), tuple(common))

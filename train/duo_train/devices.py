@@ -1,0 +1,135 @@
+"""How devices share a training step: the samples of a batch along `data`, the tokens of each along `sequence`.
+
+Every device has all weights. Outside attention it works on its part of the tokens, inside on all tokens of its part of
+the heads (Ulysses, arXiv 2309.14509): the same work for every device in spite of causality, by any attention backend.
+Queries, keys, values and the output are exchanged for it; nothing else is.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Array, Float
+
+from duo_jax.config import ModelConfig
+from duo_jax.mesh.mesh import MeshSize, check_heads, constrain, divides_heads, make_mesh
+from duo_train.gated import GatedModel
+
+BY_TOKEN = "data", "sequence"
+# The last axis has one device, and is named because gradients would be summed over an axis that is not.
+BY_HEAD = "data", None, ("sequence", "tensor")
+
+
+@dataclass(frozen=True)
+class ShardedModel(GatedModel):
+    """A gated model on the devices of a mesh."""
+
+    mesh: Mesh | None = None
+    """Devices that share samples and their tokens."""
+
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        gates: Float[Array, "K"] | None = None,
+        full: Float[Array, "B T N H"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Attention of every device over all tokens of its heads."""
+        copies = max(1, MeshSize.of(self.mesh).sequence // k.shape[2])  # a KV head's queries may need several devices
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        of_tokens = {"q": q, "k": k, "v": v, "full": full}
+        given = {name: constrain(x, self.mesh, *BY_TOKEN) for name, x in of_tokens.items() if x is not None}
+        specs = dict.fromkeys(given, PartitionSpec(*BY_HEAD))
+        if gates is not None:
+            given["gates"], specs["gates"] = jnp.repeat(gates, copies), PartitionSpec(BY_HEAD[2])
+
+        def of_device(mine: dict[str, Array]) -> Array:
+            return super(ShardedModel, self).attend(attention, **mine)
+
+        over = jax.shard_map(
+            of_device, mesh=self.mesh, in_specs=(specs,), out_specs=PartitionSpec(*BY_HEAD), check_vma=False
+        )
+        return constrain(over(given), self.mesh, *BY_TOKEN)
+
+
+class Sharding:
+    """Where the arrays of a training run lie, and which rows of a batch this process draws.
+
+    Without a mesh, all devices share the work: as many as divide the batch its samples, the others their tokens. One
+    device is no mesh: a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead of 6.6).
+
+    Raises:
+        ValueError: a batch, or a model, that the devices cannot share.
+    """
+
+    def __init__(self, mesh: Mesh | None, config: ModelConfig, batch_size: int) -> None:
+        if mesh is None:
+            devices = jax.device_count()
+            data = math.gcd(batch_size, devices)
+            together = divides_heads(config, devices // data)
+            mesh = make_mesh(data=data, sequence=devices // data) if together else make_mesh(data=devices)
+        self.size, self.devices, self.batch_size = MeshSize.of(mesh), mesh.devices, batch_size
+        self.mesh = None if self.size.devices == 1 else mesh
+        if self.size.tensor > 1:
+            raise ValueError(
+                f"training shares samples and tokens, not weights, got tensor={self.size.tensor}: use data and sequence"
+            )
+        if batch_size % self.size.data:
+            raise ValueError(
+                f"batch_size must be a multiple of the {self.size.data} devices that share it, or groups of them, got "
+                f"{batch_size=}: raise it, give more devices to each sample (sequence), or hide some "
+                "(CUDA_VISIBLE_DEVICES)"
+            )
+        check_heads(config, "sequence", self.size.sequence)
+
+    def model(self, attention: GatedModel) -> GatedModel:
+        """The gated model on these devices."""
+        return attention if self.mesh is None else ShardedModel(**vars(attention), mesh=self.mesh)
+
+    def replicate(self, tree: Any) -> Any:
+        """A pytree on every device."""
+        whole = self._of()
+        if jax.process_count() == 1:
+            return jax.device_put(tree, whole)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), tree)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Rows of a batch of which some tokens lie on this process's devices."""
+        each = self.batch_size // self.size.data
+        mine = jax.process_index()
+        groups = enumerate(self.devices.reshape(self.size.data, -1))
+        held = [i for i, group in groups if any(device.process_index == mine for device in group)]
+        return [row for i in held for row in range(i * each, (i + 1) * each)]
+
+    def put(self, rows: np.ndarray, *, tokens: bool = False) -> Array:
+        """This process's rows, `[A, rows, ...]`, as its part of a batch's; `tokens`: the next axis is shared too."""
+        axes = (None, *BY_TOKEN) if tokens else (None, "data")
+
+        def part(index: Any) -> np.ndarray:
+            begin, end, _ = index[1].indices(self.batch_size)
+            first = self.rows.index(begin)
+            return rows[index[0], first : first + end - begin, *index[2:]]
+
+        shape = (rows.shape[0], self.batch_size, *rows.shape[2:])
+        return jax.make_array_from_callback(shape, self._of(*axes), part)
+
+    def local_rows(self, shared: Array) -> np.ndarray:
+        """The rows of this process of an array that is divided by rows."""
+        if jax.process_count() == 1:
+            return np.asarray(shared)
+        parts = {shard.index[1].start or 0: np.asarray(shard.data) for shard in shared.addressable_shards}
+        return np.concatenate([parts[begin] for begin in sorted(parts)], axis=1)
+
+    def _of(self, *axes: Any) -> jax.sharding.Sharding:
+        if self.mesh is None:
+            return SingleDeviceSharding(self.devices.item())
+        return NamedSharding(self.mesh, PartitionSpec(*axes))

@@ -1,0 +1,87 @@
+"""Forward passes for training: the full model (teacher) and the gated model (student). No cache, no data, no loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
+
+from duo_jax.model import Model
+from pallas_kernels import full_attention, gated_attention
+from pallas_kernels.window import consecutive
+
+# Each layer's output of full attention, on its own input.
+LayerOutputs = tuple[Float[Array, "B T N H"], ...]
+
+
+@dataclass(frozen=True)
+class GatedModel:
+    """How a model's gated forward pass is made: `gates * full + (1 - gates) * streaming` in every layer."""
+
+    sink_size: int = 128
+    """First tokens that a streaming head sees in training."""
+    recent_size: int = 256
+    """Most recent tokens that a streaming head sees in training, the query's own included."""
+    mixing: Literal["self", "teacher"] = "self"
+    """Where the full term comes from: the gated model's own activations (the paper) or the full model's, without
+    gradient (the reference implementation)."""
+    rematerialize: bool = True
+    """Compute each layer again in the backward pass: memory of one layer instead of all, a third more time."""
+    backend: str | None = None
+    """Attention backend; by default the best one verified on this device."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if self.sink_size < 0 or self.recent_size < 1:
+            raise ValueError(f"need sink_size >= 0 and recent_size >= 1, got {self.sink_size=}, {self.recent_size=}")
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices that share the work; None: one does all."""
+        return None
+
+    def teacher(self, model: Model, tokens: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], LayerOutputs]:
+        """Final-norm hidden states under full attention, and every layer's attention output."""
+
+        def attend(outputs: LayerOutputs, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, LayerOutputs]:
+            out = self.attend(partial(full_attention, backend=self.backend), q, k, v)
+            return out, (*outputs, out)
+
+        return model.decoder.hidden(tokens, _positions(tokens), attend, ())
+
+    def student(
+        self,
+        model: Model,
+        tokens: Int32[Array, "B T"],
+        gates: Float[Array, "L K"],
+        full: LayerOutputs | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final-norm hidden states of the gated model, differentiable in `gates`; `full` as `teacher` returns it."""
+        sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+
+        def attend(state: Array, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            attention = partial(gated_attention, **sizes, backend=self.backend)
+            return self.attend(attention, q, k, v, state[layer], None if full is None else full[layer]), state
+
+        positions = _positions(tokens)
+        return model.decoder.hidden(tokens, positions, attend, gates, rematerialize=self.rematerialize)[0]
+
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        gates: Float[Array, "K"] | None = None,
+        full: Float[Array, "B T N H"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Attention of one layer: where it is computed. `attention` takes what is given of the arrays, by name."""
+        given = {"gates": gates, "full": full}
+        return attention(q, k, v, **{name: x for name, x in given.items() if x is not None})
+
+
+def _positions(tokens: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
+    return consecutive(jnp.zeros(tokens.shape[0], jnp.int32), tokens.shape[1])

@@ -1,0 +1,285 @@
+"""`duo plot`: gates, training curves, attention maps and training samples as figures. Reads; `figures` draws."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float, Int32
+from transformers import PreTrainedTokenizerBase
+
+from duo_jax.cli.options import ModelOptions
+from duo_jax.config import ModelConfig
+from duo_jax.model import Model
+from duo_jax.pattern import HeadPattern
+from duo_train.data.haystack import DEFAULT, load_haystack
+from duo_train.data.needles import NeedleData, Needles, Sample
+from duo_train.recipes.base import METRICS_FILE
+from pallas_kernels import full_attention
+from pallas_kernels.window import consecutive
+
+# The weights of one head at this length are 67 MB for each of its query heads.
+LONGEST_MAP = 4096
+
+
+@dataclass(frozen=True)
+class GatesPlot:
+    """Heat map of a pattern's gates, layers by KV heads."""
+
+    dir: tyro.conf.Positional[str]
+    """Head pattern: a folder or a published name."""
+    sparsity: float | None = None
+    """Mark the retrieval heads when this fraction of KV heads streams, 0 to 1."""
+    out: Path | None = None
+    """Name of the figure, .png, .svg or neither; gates in the folder, or here for a published name."""
+
+    def run(self) -> None:
+        """Load the pattern, draw."""
+        figures = _figures()
+        pattern = HeadPattern.load(self.dir, sparsity=self.sparsity)
+        name = str(pattern.metadata.get("model_name") or Path(self.dir).resolve().name).rsplit("/", 1)[-1]
+        title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
+        total, gates = pattern.is_retrieval.size, pattern.gates.clip(0, 1)
+        if self.sparsity is None:
+            title += f"{(gates > 0.5).sum()} of {total} gates above 0.5, mean {gates.mean():.2f}"
+        else:
+            title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"
+        figure = figures.gates_figure(pattern.gates, None if self.sparsity is None else pattern.is_retrieval, title)
+        folder = Path(self.dir)
+        _write(figure, self.out, folder / "gates" if folder.is_dir() else Path("gates"))
+
+
+@dataclass(frozen=True)
+class CurvesPlot:
+    """Training curves: losses, gates, learning rate."""
+
+    dir: tyro.conf.Positional[Path]
+    """Folder of a training run, with metrics.jsonl."""
+    out: Path | None = None
+    """Name of the figure, .png, .svg or neither; curves in the folder by default."""
+
+    def run(self) -> None:
+        """Read the metrics, draw."""
+        figures = _figures()
+        metrics = read_metrics(self.dir / METRICS_FILE)
+        title = f"{self.dir.resolve().name}, up to step {metrics['step'].max():,.0f}"
+        _write(figures.curves_figure(metrics, title), self.out, self.dir / "curves")
+
+
+@dataclass(frozen=True)
+class AttentionPlot:
+    """What heads look at: maps of attention, and its mass on sinks, recent window and the rest (paper figure 1)."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions]
+    layer: tuple[int, ...]
+    """Layers, counted from 0; several for several heads beside each other."""
+    head: tuple[int, ...]
+    """KV heads, counted from 0, one for each layer given: shown is the mean over a KV head's query heads."""
+    text: str = DEFAULT
+    """Text to read: pydoc (Python's own reference pages), a text file, or a folder of them."""
+    length: int = 512
+    """First tokens of the text to show, at most 4096."""
+    sink_size: int = 16
+    """First tokens that a streaming head keeps."""
+    recent_size: int = 64
+    """Most recent tokens that a streaming head keeps, the query's own included."""
+    out: Path | None = None
+    """Name of the figure, .png, .svg or neither; attention in this folder by default."""
+
+    def run(self) -> None:
+        """Check the flags, compute the layers up to the last one asked for, draw."""
+        figures = _figures()
+        heads = self._heads()
+        if self.length > LONGEST_MAP:
+            raise ValueError(f"--length must be at most {LONGEST_MAP}, got {self.length}")
+        if self.sink_size < 0 or self.recent_size < 1:
+            raise ValueError(
+                f"need --sink-size >= 0 and --recent-size >= 1, got {self.sink_size} and {self.recent_size}"
+            )
+        if self.length <= self.sink_size + self.recent_size:
+            raise ValueError(
+                f"a streaming head sees all of {self.length} tokens with {self.sink_size} sinks and a window of "
+                f"{self.recent_size}: raise --length, or lower --sink-size or --recent-size"
+            )
+        tokens = self.model.tokenizer().encode(load_haystack(self.text), truncation=True, max_length=self.length)
+        if len(tokens) < self.length:
+            raise ValueError(f"{self.text!r} has {len(tokens)} tokens, need {self.length}: lower --length")
+        model = self.model.load()
+        check_heads(model.config, heads)
+        weights = np.asarray(attention_weights(model, jnp.asarray([tokens], jnp.int32), heads=heads))
+        title = (
+            f"{Path(self.model.model).name}, {self.length} tokens\n"
+            f"between the dashed lines: not seen with {self.sink_size} sinks and a window of {self.recent_size}"
+        )
+        figure = figures.attention_figure(
+            weights,
+            [f"layer {layer}, KV head {head}" for layer, head in heads],
+            title,
+            sink_size=self.sink_size,
+            recent_size=self.recent_size,
+        )
+        _write(figure, self.out, Path("attention"))
+
+    def _heads(self) -> tuple[tuple[int, int], ...]:
+        if not self.layer or len(self.layer) != len(self.head):
+            raise ValueError(f"--layer and --head go in pairs, got {self.layer} and {self.head}")
+        return tuple(zip(self.layer, self.head, strict=True))
+
+
+@dataclass(frozen=True)
+class SamplePlot:
+    """One training sample: where passkeys are hidden and asked for (paper figure 3). Reads no weights."""
+
+    model: str
+    """Model whose tokenizer to use: Hugging Face folder, .gguf file, packaged model or hub id."""
+    index: int = 0
+    """Number of the sample."""
+    needles: tyro.conf.OmitArgPrefixes[Needles] = Needles()
+    out: Path | None = None
+    """Name of the figure, .png, .svg or neither; sample in this folder by default."""
+
+    def run(self) -> None:
+        """Make the sample, draw."""
+        figures = _figures()
+        if self.index < 0:
+            raise ValueError(f"--index must be at least 0, got {self.index}")
+        tokenizer = ModelOptions(self.model).tokenizer()
+        sample = NeedleData(self.needles, tokenizer)[self.index]
+        title = (
+            f"sample {self.index} for {Path(self.model).name}: {len(sample.passkeys)} passkeys of "
+            f"{self.needles.passkey_words} words in {len(sample.tokens):,} tokens"
+        )
+        drawn = figures.sample_figure(sample.labels, sample.tail, passkeys(sample, tokenizer), title)
+        _write(drawn, self.out, Path("sample"))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw gates, training curves, attention maps or a training sample; every figure as PNG and SVG."""
+
+    figure: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[GatesPlot, tyro.conf.subcommand("gates")]
+            | Annotated[CurvesPlot, tyro.conf.subcommand("curves")]
+            | Annotated[AttentionPlot, tyro.conf.subcommand("attention")]
+            | Annotated[SamplePlot, tyro.conf.subcommand("sample")]
+        ]
+    ]
+
+    def run(self) -> None:
+        """Draw the figure asked for, print where it is."""
+        self.figure.run()
+
+
+def passkeys(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The passkeys of a sample as `figures.sample_figure` draws them: where each is, and its words."""
+    figures = _figures()
+    return [
+        figures.Passkey(
+            hidden, answered, *(str(tokenizer.decode(sample.tokens[slice(*span)])) for span in (hidden, answered))
+        )
+        for hidden, answered in zip(sample.needles, sample.answers, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="heads")
+def attention_weights(
+    model: Model, tokens: Int32[Array, "1 T"], *, heads: tuple[tuple[int, int], ...]
+) -> Float[Array, "M T T"]:
+    """Attention weights [queries, keys] under full attention, float32, for each (layer, KV head).
+
+    A KV head's weights are the mean over the query heads that share it: the unit of a pattern (paper section 2.1).
+    Every row sums to 1.
+    """
+
+    def attend(maps: dict, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, dict]:
+        group = q.shape[2] // k.shape[2]
+        for head in (head for wanted, head in heads if wanted == layer):
+            own = q[0, :, head * group : (head + 1) * group]
+            maps = maps | {(layer, head): _weights(own, k[0, :, head])}
+        return full_attention(q, k, v), maps
+
+    positions = consecutive(jnp.zeros(1, jnp.int32), tokens.shape[1])
+    # Only the maps are used: the compiler leaves out every layer after the last one they need.
+    none: dict[tuple[int, int], Array] = {}
+    maps = model.decoder.hidden(tokens, positions, attend, none)[1]
+    return jnp.stack([maps[head] for head in heads])
+
+
+def check_heads(config: ModelConfig, heads: tuple[tuple[int, int], ...]) -> None:
+    """Raise ValueError if the model has no such (layer, KV head)."""
+    for layer, head in heads:
+        if not 0 <= layer < config.num_layers:
+            raise ValueError(f"--layer must be in [0, {config.num_layers - 1}], got {layer}")
+        if not 0 <= head < config.num_kv_heads:
+            raise ValueError(f"--head is a KV head and must be in [0, {config.num_kv_heads - 1}], got {head}")
+
+
+def read_metrics(path: Path) -> dict[str, Float[np.ndarray, "S"]]:
+    """Every numeric field of a metrics file, one number a line; NaN where a line lacks it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty file or a line that holds no metrics; the message has its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {path}: give the folder of a training run") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    records = [_metrics_of(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise ValueError(f"{path} is empty, at line 1: training writes a line for each step, wait for the first")
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: np.array([record.get(name, np.nan) for record in records], float) for name in names}
+
+
+def _metrics_of(line: str, place: str) -> dict[str, float]:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is not a JSON object with metrics: {line[:60]!r}")
+    numbers = {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if not np.isfinite(numbers.get("step", np.nan)):
+        raise ValueError(f"{place} has no number 'step': {line[:60]!r}")
+    return numbers
+
+
+def _weights(q: Float[Array, "T G H"], k: Float[Array, "T H"]) -> Float[Array, "T T"]:
+    scores = jnp.einsum("tgh,sh->gts", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
+    return jax.nn.softmax(jnp.where(causal[None], scores, -jnp.inf), axis=-1).mean(axis=0)
+
+
+def _figures() -> ModuleType:
+    """The drawing functions; matplotlib comes with an extra and takes a second to import."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise NotImplementedError("duo plot needs matplotlib: pip install 'duo-jax[train]'") from None
+    from duo_train import figures
+
+    return figures
+
+
+def _write(figure: Any, out: Path | None, default: Path) -> None:
+    stem = default if out is None else out
+    if stem.suffix.lower() in (".png", ".svg"):
+        stem = stem.with_suffix("")
+    elif stem.suffix.lower().lstrip(".") in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"figures are written as .png and .svg, got --out {out}; leave the ending out")
+    for path in _figures().save(figure, stem):
+        print(path)

@@ -1,0 +1,68 @@
+"""`distill`: the paper's recipe (section 2.2). The gated model is to have the full model's hidden states, under L1."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from duo_jax.model import Model
+from duo_train.data.batches import Batch
+from duo_train.gated import GatedModel
+from duo_train.recipes.learned import Figures, Learned, at_labels, stop
+
+
+@dataclass(frozen=True)
+class Distill(Learned):
+    """Gates in [0, 1] trained by distillation."""
+
+    loss_name: ClassVar[str] = "distillation"
+
+    reg_weight: float = 0.05
+    """Weight of the gates' L1 norm."""
+    reg: Literal["mean", "sum"] = "mean"
+    """L1 as a mean over the gates (the reference implementation) or as a sum (the paper's formula)."""
+
+    def init(self, start: Float[Array, "L K"]) -> Float[Array, "L K"]:
+        """The gates themselves."""
+        return jnp.clip(start, 0.0, 1.0)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW without weight decay."""
+        return optax.adamw(self.schedule, weight_decay=0.0)
+
+    def gates(self, params: Float[Array, "L K"]) -> Float[Array, "L K"]:
+        """The gates themselves."""
+        return params
+
+    def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
+        """The teacher's hidden states at the labels. Teacher mixing needs its every layer, so it runs in `losses`."""
+        if attention.mixing == "teacher":
+            return None
+        return at_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
+
+    def losses(
+        self,
+        attention: GatedModel,
+        model: Model,
+        params: Float[Array, "L K"],
+        batch: Batch,
+        targets: Float[Array, "B M D"] | None,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "B M"]:
+        """Squared distance of the final-norm hidden states, mean over the hidden dimension."""
+        full = None
+        if targets is None:
+            hidden, full = stop(attention.teacher(model, batch.tokens))
+            targets = at_labels(hidden, batch.labels)
+        student = attention.student(model, batch.tokens, params, full)
+        return jnp.square(at_labels(student, batch.labels) - targets).mean(-1)
+
+    def penalty(self, params: Float[Array, "L K"], step: Int32[Array, ""]) -> tuple[Float[Array, ""], Figures]:
+        """L1: gates are never negative."""
+        return self.reg_weight * (params.mean() if self.reg == "mean" else params.sum()), {}
+
+    def project(self, params: Float[Array, "L K"]) -> Float[Array, "L K"]:
+        """Back into [0, 1]."""
+        return optax.projections.projection_hypercube(params)

@@ -1,0 +1,111 @@
+"""`kvzip`: no training. The most attention that any token of a context receives while the model repeats the context.
+
+After KVzip's head scores (arXiv 2505.23416): a head that nothing looks back through can stream.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32
+from transformers import PreTrainedTokenizerBase
+
+from duo_jax.model import Model
+from duo_train.data.needles import beginning, chat, encode
+from duo_train.gated import GatedModel
+from duo_train.recipes.base import Recipe, Run
+from pallas_kernels import full_attention
+
+REQUEST = "\n\nRepeat the previous context exactly.\n\n"
+Scores = tuple[Float[Array, "K"], ...]
+# Queries whose attention to the whole sequence is computed at once.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class KVzip(Recipe):
+    """Gates from the attention that a context receives while it is repeated."""
+
+    num_samples: int = 4
+    """Contexts; a head's gate is the mean over them."""
+    length: int = 2048
+    """Tokens of each context."""
+
+    def check(self, run: Run) -> None:
+        """Contexts longer than the sinks, and a text longer than they."""
+        sinks, text = run.attention.sink_size, run.data.text
+        if self.num_samples < 1 or self.length <= sinks:
+            raise ValueError(f"need num_samples >= 1 and length > {sinks} (sinks), got {vars(self)}")
+        if len(text) < self.length:
+            raise ValueError(f"the haystack has {len(text)} tokens, fewer than {self.length=}: give a longer text")
+
+    def find(self, run: Run) -> Float[np.ndarray, "L K"]:
+        """Mean over contexts of the most attention received; what a streaming head would see does not count."""
+        self.check_devices(run.model.config, run.mesh)
+        self.check(run)
+        text = run.data.text
+        scores = []
+        for number in range(self.num_samples):
+            rng = np.random.default_rng((run.data.config.seed, number))
+            begin = int(rng.integers(0, len(text) - self.length + 1))
+            context = text[begin : begin + self.length]
+            tokens, first = _repeat(run.data.tokenizer, context)
+            score = _received(run.model, jnp.asarray(tokens)[None], first, self.length, run.attention)
+            scores.append(np.asarray(score, np.float64))
+            run.report(number + 1, self.num_samples, {})
+        return np.mean(scores, axis=0)
+
+
+def _repeat(tokenizer: PreTrainedTokenizerBase, context: Int32[np.ndarray, "C"]) -> tuple[Int32[np.ndarray, "T"], int]:
+    """The context, the request and the context again, in the chat template if there is one; and where it begins."""
+    if tokenizer.chat_template:
+        hole = "<<the text>>"
+        message = [{"role": "user", "content": hole + REQUEST}]
+        before, _, after = chat(tokenizer, message, add_generation_prompt=True).partition(hole)
+        head = encode(tokenizer, before)
+    else:
+        head, after = beginning(tokenizer), REQUEST
+    request = encode(tokenizer, after)
+    return np.concatenate([np.asarray(part, np.int32) for part in (head, context, request, context)]), len(head)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _received(
+    model: Model, tokens: Int32[Array, "1 T"], first: int, length: int, attention: GatedModel
+) -> Float[Array, "L K"]:
+    """The most attention that a context of `length` tokens from `first` on gets while it is repeated at the end."""
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+
+    def attend(scores: Scores, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Scores]:
+        groups = q[0].reshape(q.shape[1], k.shape[2], -1, q.shape[3]).transpose(1, 0, 2, 3)
+        one = partial(_most, first=first, length=length, attention=attention)
+        most = lax.map(lambda head: one(*head), (groups, k[0].transpose(1, 0, 2)))
+        return full_attention(q, k, v, backend=attention.backend), (*scores, most)
+
+    none: Scores = ()
+    return jnp.stack(model.decoder.hidden(tokens, positions, attend, none)[1])
+
+
+def _most(
+    q: Float[Array, "T G H"], k: Float[Array, "T H"], *, first: int, length: int, attention: GatedModel
+) -> Float[Array, ""]:
+    """One KV head, in blocks of the queries that repeat the context."""
+    total, _, head_dim = q.shape
+    block = min(BLOCK, length)
+    context = slice(max(first, attention.sink_size), first + length)
+    k_pos = jnp.arange(total, dtype=jnp.int32)[None, None, :]
+
+    def one(i: Array, most: Array) -> Array:
+        begin = jnp.minimum(total - length + i * block, total - block)
+        rows = lax.dynamic_slice_in_dim(q, begin, block, 0).astype(jnp.float32)
+        scores = jnp.einsum("tgh,sh->tgs", rows, k.astype(jnp.float32)) * head_dim**-0.5
+        q_pos = (begin + jnp.arange(block, dtype=jnp.int32))[:, None, None]
+        weights = jax.nn.softmax(jnp.where(k_pos <= q_pos, scores, -jnp.inf), axis=-1)
+        # The end of the context may still lie in the window of the first repeated tokens.
+        weights = jnp.where(k_pos <= q_pos - attention.recent_size, weights, 0.0)
+        return jnp.maximum(most, weights[:, :, context].max())
+
+    return lax.fori_loop(0, -(-length // block), one, jnp.float32(0))
