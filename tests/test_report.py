@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from duo_eval.show.result_types import KINDS, kind_of
-from duo_eval.show.tables import COMPILED, RESULTS
+from duo_eval.show.result_types import RESULT_TYPES, type_of
+from duo_eval.show.tables import RESULTS
 
 pytest.importorskip("matplotlib", reason="needs the eval extra")
 MACHINE = {"processor": "a <processor>", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
@@ -63,9 +63,9 @@ def efficiency():
 def results(tmp_path_factory):
     """One result of most kinds, real ones and made-up ones, and what cannot be shown."""
     folder = tmp_path_factory.mktemp("results")
-    for path in (RESULTS / "recall.jsonl", RESULTS / "training.json", COMPILED / "memory.json"):
+    for path in (RESULTS / "cpu/recall.jsonl", RESULTS / "cpu/training.json", RESULTS / "aot/memory.json"):
         shutil.copy(path, folder)
-    shutil.copytree(RESULTS / "patterns" / "kvzip", folder / "patterns" / "kvzip")
+    shutil.copytree(RESULTS / "cpu/patterns/kvzip", folder / "patterns" / "kvzip")
     about = {"task": "needle", "model": "models/<b>tiny</b>", "style": "digits"}
     ledger(folder / "needle.jsonl", about, needle_records())
     ledger(
@@ -114,7 +114,7 @@ def test_the_page_shows_every_result_and_names_the_rest(page):
     assert text.count("abc1234") >= 4 and "a <processor>, 2 cores" in text and "A large GPU" in text
     # Numbers: nothing is scaled or lost.
     assert "llama-3-8b, 2 of 32 layers" in text and "does not fit into memory" in text
-    row = re.search(r"<tr>\s*<td>llama-3-8b, 2 of 32 layers</td>(?:(?!</tr>).)*50% streaming.*?</tr>", page, re.DOTALL)
+    row = re.search(r"<tr>\s*<td[^>]*>llama-3-8b, 2 of 32 layers</td>(?:(?!</tr>).)*50% streaming.*?</tr>", page, re.DOTALL)
     cells = re.findall(r">([^<]*)</td>", row.group())
     assert cells[5:11] == ["4915.20", "2.0", "1.00", "4.8", "4.0", "1.00"]
     assert "66.7 (20.8 to 93.9)" in text  # two of three needles
@@ -172,9 +172,9 @@ def test_a_broken_file_is_on_the_page_and_an_error(duo, results, tmp_path):
 
 
 def test_every_committed_result_is_of_a_known_kind():
-    for path in RESULTS.parent.rglob("*.json*"):
+    for path in RESULTS.rglob("*.json*"):
         if "patterns" not in path.parts:
-            assert kind_of(path) in KINDS, path
+            assert type_of(path) in RESULT_TYPES, path
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -211,7 +211,8 @@ def test_the_page_lies_well_in_a_browser(page, width, tmp_path):
 
 
 def test_intervals_at_the_same_place_stand_beside_each_other_within_the_axes():
-    from duo_eval.show.figures import Line, lines_figure
+    from duo_eval.show.curves import Line
+    from duo_eval.show.figures import lines_figure
 
     lines = [Line(name, [25.0, 50.0], [40.0, 80.0], [20.0, 60.0], [50.0, 95.0]) for name in "abc"]
     figure = lines_figure(lines, title="", x="bytes", y="score, %")

@@ -12,10 +12,10 @@ from duo_eval.aot.meshes import MeshesTask
 from duo_eval.aot.tune import Tune
 from duo_eval.runner.merge import Merge
 from duo_eval.show.plot import PlotTask
+from duo_eval.speed.adapter import HarnessBench
 from duo_eval.speed.efficiency import Efficiency
 from duo_eval.speed.training import Training
 from duo_eval.tasks.ablation import Ablation
-from duo_eval.tasks.harness.bench import HarnessBench
 from duo_eval.tasks.harness.command import Harness
 from duo_eval.tasks.longbench.command import LongBenchTask
 from duo_eval.tasks.needle.command import NeedleTask

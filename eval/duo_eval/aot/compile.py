@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -152,6 +152,12 @@ def gpus_of(gpu: str, mesh: str | None) -> str:
         return f"one row, compiled for {GPUS[gpu].name}"
     rows = "one row" if size.data == 1 else f"{size.data} rows"
     return f"{rows} in all, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), of each"
+
+
+def compiled_with(record: Mapping[str, Any]) -> str:
+    """Provenance of a result of the compiler, for the footer of its table."""
+    machine = record["machine"]
+    return f"Jax {machine['versions']['jax']}, commit {machine['commit']}; `{record['command']}`."
 
 
 def compile_for(

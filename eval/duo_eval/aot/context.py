@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from duo_eval.aot.compile import compiled_with
 from duo_eval.aot.verify import verify
 from duo_eval.runner.record import provenance, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax import PRESETS
-from duo_jax.gpus import find_gpu
+from duo_jax.gpus import GPUS, find_gpu
 from duo_jax.plan import Plan, any_pattern
 
 # The paper's operating points (section 3.1): the fraction of KV heads that stream, and the saving in decode memory
@@ -119,3 +122,41 @@ def _line(cell: dict[str, Any]) -> str:
     if found is None:
         return f"{text}, not compiled" + (f": {cell['why_not']}" if "why_not" in cell else "")
     return f"{text}, planned {found['planned'] / 1e9:.2f} GB, compiled {found['total'] / 1e9:.2f} GB"
+
+
+def plan_table(path: Path) -> str:
+    """The longest contexts by plan, and the deviation of the plan from the compiler's figure."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    cells: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for cell in record["results"]:
+        cells.setdefault((cell["gpu"], cell["model"], cell["dtypes"]), {})[cell["heads"]] = cell
+    rows = []
+    for key, by_heads in cells.items():
+        row = [*key]
+        for heads in ("full", "duo"):
+            cell = by_heads.get(heads)
+            verified = cell and cell["verified"]
+            row += [
+                f"{cell['context']:,}" if cell else "",
+                f"{verified['deviation']:+.2%}" if verified else "not compiled",
+            ]
+        rows.append(row)
+    headers = ["GPU", "model", "weights, cache", "full attention, tokens", "plan", "duo, tokens", "plan"]
+    gpus = {cell["gpu"]: GPUS[cell["gpu"]] for cell in record["results"]}
+    usable = ", ".join(f"{gpu.name} {gpu.usable_bytes / 1e9:.2f} GB" for gpu in gpus.values())
+    savings = [
+        f"{saving['model']} at {saving['context']:,} tokens needs {saving['saving']:.2f} times less than with full "
+        f"attention (the paper: {saving['goal']}), and passes the paper's figure at {saving['goal_passed_at']:,}"
+        for saving in record["savings"]
+    ]
+    chunk = record["settings"]["chunk"]
+    return (
+        f"{rows_to_table(rows, headers, 'lllr')}\n\n"
+        f"Chunks of {chunk} tokens; usable: {usable}. *plan*: its total compared with the compiler's; not run.\n\n"
+        f"Decode memory in bfloat16, weights and cache: {'; '.join(savings)}.\n\n{compiled_with(record)}"
+    )
+
+
+RESULT = ResultType(
+    "Longest contexts, planned and compiled", with_fields("dtypes", "context"), {"On one GPU": plan_table}
+)

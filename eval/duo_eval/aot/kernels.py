@@ -1,5 +1,6 @@
 """`duo eval kernels`: registers, spills and shared memory of the GPU kernels, from the compiler; no GPU is needed."""
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -9,8 +10,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from duo_eval.aot.compile import Kernel, kernels_on
+from duo_eval.aot.compile import Kernel, compiled_with, kernels_on
 from duo_eval.runner.record import begun, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax.gpus import GPUS
 from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import empty
@@ -119,3 +122,35 @@ def program(
     if operation == "decode":
         return jax.jit(decode), (shape(batch, num_heads, head_dim), pools, heads, count)
     return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (q, kv, kv, shape(num_kv_heads, dtype=jnp.float32))
+
+
+def kernels_table(path: Path) -> str:
+    """Registers, spills and shared memory of every kernel."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    gpus = record["settings"]["gpus"]
+    launches: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for result in record["results"]:
+        for kernel in result["kernels"]:
+            # A second launch of the same kernel has a number as suffix.
+            name = kernel["name"].partition("__")[0].removesuffix("_mosaic_gpu_kernel")
+            cache = result.get("cache", "same").replace("same", "")
+            key = result["backend"], result["operation"], name, result["dtype"], cache, result["head_dim"]
+            launches.setdefault(key, {}).setdefault(result["gpu"], []).append(kernel)
+    rows = []
+    for key, by_gpu in launches.items():
+        row = [*key]
+        for gpu in gpus:
+            most = [
+                max((launch[name] for launch in by_gpu.get(gpu, ())), default=None)
+                for name in ("registers", "spill_bytes", "shared_memory")
+            ]
+            row += ["", "", ""] if None in most else [*most[:2], f"{most[2] / 1024:.0f}"]
+        rows.append(row)
+    headers = ["backend", "operation", "kernel", "type", "cache", "head dim"]
+    for gpu in gpus:
+        headers += [f"registers, {gpu}", "spilled bytes", "shared KiB"]
+    note = "The largest of an operation's launches; an empty cache column means the data type of the queries."
+    return f"{rows_to_table(rows, headers, 'lllllr')}\n\n{note} {compiled_with(record)}"
+
+
+RESULT = ResultType("Kernels, from the compiler", with_fields("kernels", "backend"), {"Kernels": kernels_table})

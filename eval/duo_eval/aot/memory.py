@@ -1,5 +1,6 @@
 """`duo eval memory`: what a program takes of a GPU's memory, from the compiler; the GPU need not be there."""
 
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,8 +16,10 @@ from duo_train.loop import State, step
 from duo_train.recipes import Distill
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from duo_eval.aot.compile import compile_for, gpus_like, gpus_of, memory_of
+from duo_eval.aot.compile import compile_for, compiled_with, gpus_like, gpus_of, memory_of
 from duo_eval.runner.record import begun, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax import PRESETS, KVCache, ModelConfig, infer
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.gpus import GPUS
@@ -140,3 +143,21 @@ def decode(plan: Plan, length: int, backend: str, mesh: Mesh | None = None) -> t
 def _cache(plan: Plan, length: int, mesh: Mesh | None) -> Any:
     dtypes = {"dtype": plan.kv_dtype, "streaming_dtype": plan.streaming_dtype}
     return KVCache.shapes(plan.config, plan.pattern, plan.batch_size, length, mesh=mesh, **dtypes)
+
+
+def memory_table(path: Path) -> str:
+    """Device memory of each program."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    settings = record["settings"]
+    sizes = ("arguments", "temporaries", "total")
+    rows = [
+        (result["program"], result["tokens"], *(f"{result[name] / 1e9:.1f}" for name in sizes))
+        for result in record["results"]
+    ]
+    table = rows_to_table(rows, ["program", "tokens", "arguments, GB", "temporary, GB", "total, GB"])
+    target = gpus_of(settings["gpu"], settings.get("mesh"))
+    about = f"{settings['model']}, {settings['dtype']}, backend {settings['backend']}, {target}; not run."
+    return f"{table}\n\n{about} {compiled_with(record)}"
+
+
+RESULT = ResultType("Memory, from the compiler", with_fields("program", "temporaries"), {"Programs": memory_table})

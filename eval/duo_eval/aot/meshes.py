@@ -1,12 +1,17 @@
 """`duo eval meshes`: large models on several GPUs, planned and held against the compiler. They need not be there."""
 
+import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from duo_eval.aot.compile import compiled_with
 from duo_eval.aot.plan import describe
 from duo_eval.aot.verify import verify
 from duo_eval.runner.record import begun, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax import PRESETS
 from duo_jax.gpus import find_gpu
 from duo_jax.mesh.mesh import MeshSize
@@ -70,3 +75,40 @@ def planned(case: Case, chunk: int) -> Plan:
     config = replace(PRESETS[case.model], dtype="bfloat16")
     pattern = None if case.sparsity is None else any_pattern(config, case.sparsity)
     return Plan(config, pattern, chunk_size=chunk, kv_dtype=case.kv_dtype, mesh=MeshSize.parse(case.mesh))
+
+
+def mesh_table(path: Path) -> str:
+    """Large models on several GPUs: bytes of each from the compiler, and the traffic between them in a layer."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for cell in record["results"]:
+        verified, devices = cell["verified"], math.prod(cell["settings"]["mesh"].values())
+        sent = {name: sizes["collectives"]["bytes_in_a_layer"] for name, sizes in verified["programs"].items()}
+        rows.append(
+            (
+                f"{devices} x {cell['gpu']}",
+                cell["model"],
+                cell["mesh"],
+                cell["settings"]["kv_dtype"],
+                f"{cell['sparsity'] or 0:.0%}",
+                f"{verified['context']:,}",
+                f"{verified['total'] / 1e9:.2f}",
+                f"{verified['deviation']:+.2%}",
+                f"{cell['devices']['imbalance']:.1%}",
+                f"{sent['decode'] / 1e3:.1f}",
+                f"{sent['prefill'] / 1e6:.1f}",
+            )
+        )
+    headers = ["GPUs", "model", "mesh", "cache", "streaming", "tokens", "each, GB", "plan"]
+    headers += ["largest pool, above the mean", "decode, KB a layer", "prefill, MB a layer"]
+    about = (
+        f"Weights and activations in bfloat16, one row, chunks of {record['settings']['chunk']} tokens. *Each*: bytes "
+        "of each GPU, from the compiler; *plan*: the plan compared with that; *a layer*: bytes that its collectives "
+        "deliver to each GPU. Not run."
+    )
+    return f"{rows_to_table(rows, headers, 'llllr')}\n\n{about}\n\n{compiled_with(record)}"
+
+
+RESULT = ResultType(
+    "Several GPUs, planned and compiled", with_fields("case", "mesh", "verified"), {"Each GPU": mesh_table}
+)

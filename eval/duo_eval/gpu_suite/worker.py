@@ -1,13 +1,17 @@
 """A process that measures: a kernel that hangs, or leaves the GPU unusable to its process, costs its case alone."""
 
+import json
 import multiprocessing
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from duo_eval.gpu_suite import ceilings, decode, model, numerics, prefill
 from duo_eval.gpu_suite.section import Case, Section, first_line
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from pallas_kernels import Unsupported
 
 SECTIONS: dict[str, Section] = {
@@ -91,3 +95,17 @@ def _serve(calls: Connection) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         calls.send(function(*args))
+
+
+def suite_table(path: Path) -> str:
+    """The measurements of one section of `make gpu-suite`, a line for each case."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    line = SECTIONS[path.stem].line
+    rows = [
+        [result.get("failed") or result.get("cannot") or line(result["case"], result)] for result in record["results"]
+    ]
+    table = rows_to_table(rows, ["measured"])
+    return f"{table}\n\n{record['device']}, commit {record['machine']['commit']}; `{record['command']}`."
+
+
+RESULT = ResultType("GPU kernels and models", with_fields("case"), {"Measurements": suite_table})

@@ -1,7 +1,6 @@
 """Figures of evaluations, drawn with matplotlib: arrays in, `Figure` out. Knows no files, no tasks and no pyplot."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
+
+from duo_eval.show.curves import Line
 
 # Beyond, numbers in cells would not be readable.
 MOST_NUMBERS = 14
@@ -56,19 +57,6 @@ def heatmaps(
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.colorbar(image, ax=grid, label="score", ticks=[0, 0.5, 1], aspect=30, pad=0.02)
     return figure
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """One curve: a name, points, and the ends of their intervals where they have any."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    # A floor: dashed, in the colour of the curve before it.
-    is_floor: bool = False
 
 
 def lines_figure(

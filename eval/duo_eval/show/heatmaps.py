@@ -1,4 +1,4 @@
-"""Needle results as heat maps, depths by lengths: all of them in one figure, or one each. Reads; `figures` draws."""
+"""Needle results as heat maps, depths by lengths: all of them in one figure, or one figure each."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,19 +8,22 @@ import numpy as np
 from jaxtyping import Float
 
 from duo_eval.runner.ledger import read
-from duo_eval.show.curves import Drawn, file_name
-from duo_eval.show.figures import heatmaps
+from duo_eval.show.result_type import Drawn, file_name
 from duo_eval.stats.scores import by_method, grouped, scored
 
 
 def needle_poster(path: Path) -> Any:
-    """A map for every method and budget, side by side."""
+    """One figure with a map for every method and budget."""
+    from duo_eval.show.figures import heatmaps
+
     maps, lengths, depths, title = _maps(path)
     return heatmaps(maps, lengths, depths, f"{title}; fractions of full attention's KV")
 
 
 def needle_maps(path: Path) -> Iterator[Drawn]:
     """A figure for every method and budget."""
+    from duo_eval.show.figures import heatmaps
+
     if not scored(read(path)[1]):
         return
     maps, lengths, depths, title = _maps(path)
@@ -36,16 +39,17 @@ def needle_maps(path: Path) -> Iterator[Drawn]:
 
 
 def _maps(path: Path) -> tuple[list[dict[str, Float[np.ndarray, "D L"]]], list[int], list[float], str]:
-    """Maps of one method share a row; what was not asked yet is NaN."""
+    """Maps by name, a row for each method, then lengths, depths and a title; cells without an answer are NaN."""
     head, records = read(path)
     groups = grouped(scored(records), "method", "budget", "length", "depth")
-    cells = {key: [record["score"] for record in found] for key, found in groups.items()}
+    cells = {key: [record["score"] for record in group] for key, group in groups.items()}
     lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
     maps: dict[str, dict[str, np.ndarray]] = {}
     for method, budget in by_method(scored(records)):
         means = [[np.mean(cells.get((method, budget, n, depth), [np.nan])) for n in lengths] for depth in depths]
         name = method if budget == 1 else f"{method} at {budget:g}"
         maps.setdefault(method, {})[name] = np.array(means, float)
-    about, most = head["about"], max(len(scores) for scores in cells.values())
-    what = f"{about['style']}, asked later" if about.get("question_later") else about["style"]
-    return [*maps.values()], lengths, depths, f"{Path(about['model']).name}, needle: {what}, {most} in a cell"
+    about, samples = head["about"], max(len(scores) for scores in cells.values())
+    style = f"{about['style']}, asked later" if about.get("question_later") else about["style"]
+    title = f"{Path(about['model']).name}, needle: {style}, {samples} sample{'s' if samples > 1 else ''} in a cell"
+    return [*maps.values()], lengths, depths, title

@@ -1,59 +1,28 @@
-"""`duo eval plot`: a file of results as figures, PNG and SVG. Which figures, `kinds` says."""
+"""`duo eval plot`: the figures of a file of results, as PNG and SVG."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 
 import tyro
 
-from duo_eval.runner.ledger import read
-from duo_eval.show.result_types import KINDS, kind_of
+from duo_eval.show.result_types import RESULT_TYPES, type_of
 
 
 @dataclass(frozen=True)
 class PlotTask:
-    """Draw a file of results; `duo eval needle` does so too when it is done."""
+    """Draw a file of results; `duo eval needle` and `duo eval recall` do so too when they finish."""
 
     file: tyro.conf.Positional[Path]
-    """What an evaluation wrote, finished or not."""
+    """File that an evaluation wrote, finished or not."""
     out: Path | None = None
-    """Name of the figure, without an ending; that of the file by default. Of several, each name begins with it."""
+    """Name of the figure without a suffix, by default the file's name; the prefix of the names if there are several."""
 
     def run(self) -> None:
-        """Draw, print where."""
-        for path in draw(self.file, self.out):
+        """Draw, print the files written."""
+        kind = type_of(self.file)
+        if kind is None or not kind.figures:
+            known = ", ".join(kind.title.lower() for kind in RESULT_TYPES if kind.figures)
+            what = "is not a known result" if kind is None else f"is about {kind.title.lower()}, which has no figure"
+            raise ValueError(f"{self.file} {what}; there are figures of {known}")
+        for path in kind.save_figures(self.file, self.out):
             print(path)
-
-
-def draw(file: Path, out: Path | None = None) -> list[Path]:
-    """The figures of a file of results, each as PNG and SVG.
-
-    Raises:
-        ValueError: not a file of results, or of a kind that has no figure.
-        NotImplementedError: matplotlib is missing.
-    """
-    kind = kind_of(file)
-    if kind is None or not kind.figures:
-        known = ", ".join(kind.title.lower() for kind in KINDS if kind.figures)
-        what = "no result that is known here" if kind is None else f"about {kind.title.lower()}"
-        raise ValueError(f"{file} is {what}, which has no figure; there are figures of {known}")
-    if file.suffix == ".jsonl" and not read(file)[1]:
-        raise ValueError(f"{file} has no finished job yet")
-    require_matplotlib()
-    from duo_train.figures import save
-
-    stem = out or file.with_suffix("")
-    drawn = [*save(resolve_name(kind.poster)(file), stem)] if kind.poster else []
-    for found in kind.draw(file, beside_poster=True):
-        drawn += save(found.figure, stem.with_name(f"{stem.name}-{found.name}"))
-    if not drawn:
-        raise ValueError(f"{file} has nothing to draw yet")
-    return drawn
-
-
-def require_matplotlib() -> None:
-    """Raise NotImplementedError if it is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise NotImplementedError("figures need matplotlib: pip install 'duo-jax[eval]'") from None

@@ -1,5 +1,6 @@
 """`duo eval training`: seconds and memory of a training step, and how much of the device's matmul rate it reaches."""
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from duo_train.loop import State, step
 from duo_train.recipes import Distill
 
 from duo_eval.runner.record import begun, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.ceilings import fastest, flops_per_second
 from duo_eval.speed.roofline import prefill_flops
 from duo_jax import HeadPattern, ModelConfig, load_model
@@ -96,3 +99,30 @@ def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
     body = prefill_flops(config, nothing, **costs) - own
     mixed = sum(prefill_flops(config, pattern, **costs) - body for pattern in (None, streaming))
     return round(2 * body + 3.5 * mixed)
+
+
+def training_table(path: Path) -> str:
+    """Seconds, matmul rate and memory of a training step."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        (
+            result["tokens"],
+            "yes" if result["rematerialize"] else "no",
+            f"{result['seconds']:.1f}",
+            f"{result['fraction_of_matmul_rate']:.0%}",
+            f"{result['temporary_bytes'] / 1e9:.2f}",
+        )
+        for result in record["results"]
+    ]
+    headers = ["tokens", "rematerialized", "seconds a step", "of the matmul rate", "temporary memory, GB"]
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rates = [result["matmul_flops_per_second"] / 1e9 for result in record["results"]]
+    footer = (
+        f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}, commit "
+        f"{machine['commit']}; matmul rate {min(rates):.0f} to {max(rates):.0f} GFLOP/s; `{record['command']}`."
+    )
+    return f"{rows_to_table(rows, headers, 'rlr')}\n\n{footer}"
+
+
+RESULT = ResultType("A training step", with_fields("rematerialize"), {"Steps": training_table})

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from duo_train.identify import Identify
 
-from duo_eval.show.plot import require_matplotlib
+from duo_eval.show.result_type import require_matplotlib
 from duo_eval.tasks.recall import Recall, Scoring
 from duo_jax import load_tokenizer
 from duo_jax.pattern import GATES_FILE

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from duo_eval.runner.ledger import Ledger, fingerprint, read
 from duo_eval.runner.record import origin
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
 from duo_jax import HeadPattern, load_model, load_tokenizer
@@ -128,22 +130,21 @@ def precision_table(path: Path) -> str:
         job = record["job"]
         key = job["length"], job["sparsity"], job["prose"], job["weights"], job["cache"]
         found[key][job["sample"]] = {name: float(sum(record[name])) for name in ("tokens", "hits", "nll")}
-    lines = [
-        "| tokens | stream | weights | cache | passkeys right, % | NLL of passkeys, more | of prose, more | samples |",
-        "| --: | --: | --- | --- | --: | --: | --: | --: |",
-    ]
+    rows = []
     for length, sparsity, prose, weights, cache in found:
         if prose:
             continue
         needles = found[length, sparsity, False, weights, cache]
-        columns = [f"{length}", f"{sparsity:.0%}", weights, cache, _mean(needles, "hits").scaled(100).format(".1f")]
-        columns += [_change(found, (length, sparsity, kind), weights, cache) for kind in (False, True)]
-        lines.append(f"| {' | '.join(columns)} | {len(needles)} |")
+        row = [length, f"{sparsity:.0%}", weights, cache, _mean(needles, "hits").scaled(100).format(".1f")]
+        row += [_change(found, (length, sparsity, kind), weights, cache) for kind in (False, True)]
+        rows.append([*row, len(needles)])
+    headers = ["tokens", "stream", "weights", "cache", "passkeys right, %", "NLL of passkeys, more", "of prose, more"]
     note = (
         "Likelihoods: nats a token more than with float32 at the same sparsity on the same samples; in brackets 95 % "
-        "intervals over samples. Compare accuracies between rows of the same samples only."
+        "intervals over samples. Compare accuracies only between rows of the same samples."
     )
-    return "\n".join([*lines, "", note, origin(head["runs"], "duo eval precision")]) + "\n"
+    table = rows_to_table(rows, [*headers, "samples"], "rrllr")
+    return f"{table}\n\n{note}\n{origin(head['runs'], 'duo eval precision')}\n"
 
 
 def _change(found: Mapping[tuple, dict[int, dict[str, float]]], at: tuple, weights: str, cache: str) -> str:
@@ -159,3 +160,6 @@ def _mean(of: dict[int, dict[str, float]], field: str, minus: dict[int, dict[str
     shared = sorted(set(of) & set(minus)) if minus is not None else sorted(of)
     totals, counts = (np.array([of[sample][name] for sample in shared]) for name in (field, "tokens"))
     return ratio(totals, counts, np.array([minus[sample][field] for sample in shared]) if minus is not None else None)
+
+
+RESULT = ResultType("Fewer bits", of_task("precision"), {"Compared with float32": precision_table})

@@ -17,9 +17,9 @@ from duo_train.data.needles import NeedleData, Needles
 from tqdm import tqdm
 
 from duo_eval.runner.ledger import Ledger, fingerprint
-from duo_eval.show.plot import draw
 from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
+from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, load_model, load_tokenizer
 
 
@@ -119,7 +119,7 @@ class Recall:
         if jobs:
             self._score(jobs, ledger, sources)
         print(f"{self.out} {'has' if jobs else 'had'} all of it")
-        for path in draw(self.out) if self.scoring.samples else ():
+        for path in RESULT.save_figures(self.out) if self.scoring.samples else ():
             print(path)
 
     def check(self) -> None:

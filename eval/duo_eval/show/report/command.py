@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from duo_eval.show.plot import require_matplotlib
+from duo_eval.show.result_type import require_matplotlib
 from duo_jax.files import write_text
 
 

@@ -1,4 +1,4 @@
-"""A folder of results as one HTML page, which loads nothing from anywhere. Knows no kind of result: `kinds` does."""
+"""A folder of results as one HTML page, which loads nothing from anywhere. Knows no type of result."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from duo_eval.show.report.svg import inline, page_style
-from duo_eval.show.result_types import KINDS, PATTERN, Kind, about, kind_of
+from duo_eval.show.result_type import ResultType
+from duo_eval.show.result_types import RESULT_TYPES, about, type_of
 from duo_jax.pattern import GATES_FILE
 
 # Drawn from the results beside them.
@@ -64,11 +65,10 @@ class Page:
         """Read everything below a folder."""
         found: list[tuple[int, Part]] = []
         unknown, broken, number = [], {}, 0
-        order = [*KINDS, PATTERN]
         for path in _results(folder):
             place = path.relative_to(folder).as_posix()
             try:
-                kind = kind_of(path)
+                kind = type_of(path)
                 if kind is None:
                     unknown.append(place)
                     continue
@@ -78,7 +78,7 @@ class Page:
                 broken[place] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
                 continue
             number += len(part.figures)
-            found.append((order.index(kind), part))
+            found.append((RESULT_TYPES.index(kind), part))
         parts = [part for _, part in sorted(found, key=lambda item: item[0])]
         return cls(str(folder), parts, unknown, broken)
 
@@ -103,7 +103,7 @@ def _results(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _part(kind: Kind, path: Path, place: str, number: int) -> Part:
+def _part(kind: ResultType, path: Path, place: str, number: int) -> Part:
     with page_style():
         drawn = list(kind.draw(path))
     figures = [Markup(inline(found.figure, number + index, found.alt)) for index, found in enumerate(drawn)]

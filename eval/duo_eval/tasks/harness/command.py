@@ -11,6 +11,8 @@ import tyro
 
 from duo_eval.runner.ledger import fingerprint, sha256
 from duo_eval.runner.record import provenance, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType
 from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.differences import changes
@@ -164,3 +166,26 @@ def _kept(results: Any, samples: bool) -> dict[str, Any]:
     names = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     kept = {name: results[name] for name in names if name in results}
     return kept | ({"samples": results["samples"]} if samples else {})
+
+
+def harness_table(path: Path) -> str:
+    """Scores of lm-eval, task by task: each metric with its standard error."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for task, metrics in record["results"].items():
+        shots, count = record["n-shot"].get(task, ""), record["n-samples"].get(task, {}).get("effective", "")
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                label = metric if filtered in ("", "none") else f"{metric}, {filtered}"
+                rows.append([task, shots, count, label, f"{value:.4f}", shown])
+    return rows_to_table(rows, ["task", "shots", "n", "metric", "value", "standard error"], "lrrlr")
+
+
+RESULT = ResultType(
+    "Tasks of lm-evaluation-harness",
+    lambda first: {"about", "results", "n-shot", "n-samples"} <= set(first),
+    {"Scores": harness_table},
+)

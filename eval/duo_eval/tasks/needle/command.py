@@ -14,7 +14,10 @@ from jaxtyping import Int32
 
 from duo_eval.runner.ledger import read, sha256
 from duo_eval.runner.run import Asking, Job, Question
-from duo_eval.show.plot import draw
+from duo_eval.show.curves import score_curves
+from duo_eval.show.heatmaps import needle_maps, needle_poster
+from duo_eval.show.result_type import ResultType, of_task
+from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
 from duo_eval.tasks.needle.hide import hide
 from duo_eval.tasks.needle.styles import STYLES
@@ -79,7 +82,7 @@ class NeedleTask:
         )
         records = scored(read(self.out)[1])
         print("\n".join(in_words(records)))
-        for path in draw(self.out) if records else ():
+        for path in RESULT.save_figures(self.out) if records else ():
             print(path)
 
     def _jobs(self) -> Iterator[Cell]:
@@ -126,3 +129,12 @@ class NeedleTask:
         if len(hay) < max(self.lengths):
             print(f"{self.haystack!r} has {len(hay)} tokens: repeated in longer prompts")
         return hay
+
+
+RESULT = ResultType(
+    "Needle in a haystack",
+    of_task("needle"),
+    {"Scores": score_summary, "Every cell": score_table},
+    (needle_maps, score_curves),
+    poster=needle_poster,
+)

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from duo_eval.runner.ledger import Ledger, fingerprint, read, sha256
 from duo_eval.runner.record import origin
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import of_differences, of_scores
 from duo_eval.stats.scores import FULL, NOTHING
 from duo_eval.tasks.harness.batches import Prefiller
@@ -140,10 +142,13 @@ def short_table(path: Path) -> str:
     head, records = read(path)
     if not records:
         return NOTHING
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " + "| --: " * (len(COLUMNS) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in compared(records)]
     command = f"duo eval {head['about']['task']}"
-    return "\n".join([*lines, "", f"95 % intervals. {origin(head['runs'], command)}"])
+    return f"{rows_to_table(compared(records), COLUMNS)}\n\n95 % intervals. {origin(head['runs'], command)}"
+
+
+RESULT = ResultType(
+    "Short tasks, item by item", of_task("mmlu", "humaneval"), {"Compared with full attention": short_table}
+)
 
 
 def digest(path: Path) -> str:

@@ -18,7 +18,9 @@ import numpy as np
 from duo_train.data.haystack import load_haystack
 from jaxtyping import Float
 
-from duo_eval.runner.record import begun, write
+from duo_eval.runner.record import begun, origin, write
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.engines.transformers import torch_model
 from duo_eval.tasks.short import mmlu
 from duo_jax import LM, load_model, load_tokenizer
@@ -180,11 +182,34 @@ def _adapter(run: Run) -> Any:
 
 def _in_own_process(run: Run) -> dict[str, Any]:
     # -P keeps modules of the working directory from being imported.
-    command = [sys.executable, "-P", "-m", "duo_eval.tasks.harness.bench", json.dumps(asdict(run))]
+    command = [sys.executable, "-P", "-m", "duo_eval.speed.adapter", json.dumps(asdict(run))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"the measurement of {run} failed; what it said is above")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def adapter_table(path: Path) -> str:
+    """Likelihoods and seconds of lm-eval's requests, compared with transformers' own adapter."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for result in record["results"]:
+        seconds, errors = result["seconds"], result.get("errors", {})
+        off = (f"{errors[name]:.1e}" if name in errors else "" for name in ("duo", "transformers"))
+        times = (f"{seconds[name]:.1f}" for name in ("duo", "transformers"))
+        row = [result["kind"], result["requests"], f"{result['max_difference']:.1e}", *off, *times]
+        rows.append([*row, f"{result['speedup']:.1f}"])
+    headers = ["requests", "number", "largest difference", "to float64, duo", "to float64, transformers"]
+    table = rows_to_table(rows, [*headers, "seconds, duo", "seconds, transformers", "speedup"])
+    about = "Differences are in nats of a whole continuation, the largest over the requests. Compilation is left out."
+    return f"{table}\n\n{about} {origin([record], record['command'])}"
+
+
+RESULT = ResultType(
+    "lm-eval's adapter compared with transformers'",
+    with_fields("max_difference", "speedup"),
+    {"Requests": adapter_table},
+)
 
 
 if __name__ == "__main__":

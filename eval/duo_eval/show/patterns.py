@@ -1,0 +1,33 @@
+"""Figures of a head pattern: its gates, and its training if the folder has the metrics."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from duo_train.plot import read_metrics
+from duo_train.recipes.base import METRICS_FILE
+
+from duo_eval.show.result_type import Drawn, ResultType
+from duo_jax import HeadPattern
+
+
+def pattern_figures(folder: Path) -> Iterator[Drawn]:
+    """Gates of the pattern, and its training curves if there are metrics."""
+    from duo_train.figures import curves_figure, gates_figure
+
+    pattern = HeadPattern.load(folder)
+    gates = pattern.gates.clip(0, 1)
+    title = (
+        f"{pattern.num_layers} layers × {pattern.num_kv_heads} KV heads\n"
+        f"{(gates > 0.5).sum()} of {gates.size} gates above 0.5, mean {gates.mean():.2f}"
+    )
+    alt = f"Gates of {folder.name}: {title}".replace("\n", ", ")
+    yield Drawn("gates", gates_figure(pattern.gates, None, title), f"{alt}.")
+    if (folder / METRICS_FILE).exists():
+        metrics = read_metrics(folder / METRICS_FILE)
+        ends = "; ".join(f"{name} {values[0]:.3g} to {values[-1]:.3g}" for name, values in metrics.items())
+        title = f"{folder.name}, up to step {metrics['step'].max():,.0f}"
+        yield Drawn("training", curves_figure(metrics, title), f"Training of {title}: {ends}.")
+
+
+# A folder, not a file: recognized by its gates.
+RESULT = ResultType("Head pattern", lambda first: False, figures=(pattern_figures,))
