@@ -76,7 +76,7 @@ test-aot: ## compile for GPUs that are not there, in an environment of its own, 
 
 # Says by exit status 75 that its minutes are over and that there is more to do: call it again.
 gpu-suite: ## check and measure the GPU kernels with PYTHON, which has jax for the GPU; results go to OUT=eval/results/gpu
-	@PYTHONPATH=.:train:eval $(PYTHON) -m duo_eval.gpu_suite --out $(OUT)
+	@PYTHONPATH=.packages $(PYTHON) -m duo_eval.gpu_suite --out $(OUT)
 
 check: $(STAMP) ## lint, check the format and the types
 	@echo "Checking lint, format and types"
@@ -93,5 +93,5 @@ docs: $(STAMP) ## build the documentation into site/; a broken link or a warning
 
 clean: ## remove caches and build products; the environments stay
 	@echo "Removing caches and build products"
-	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find duo_jax pallas_kernels train eval tests -name __pycache__ -type d -prune -exec rm -rf {} +

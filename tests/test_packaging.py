@@ -1,0 +1,95 @@
+"""The wheel: which names it installs, and that `duo` works where the user's own files have names like our folders."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import GOLDEN
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("duo_jax", "pallas_kernels", "train", "eval/duo_eval", ".packages")
+PACKAGES = {"duo_jax", "pallas_kernels", "duo_train", "duo_eval"}
+# As pip writes it. A script's own folder is on the path, the current one is not.
+SCRIPT = "from duo_jax.cli import main\nmain()\n"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools writes into the folder that it builds."""
+    pytest.importorskip("setuptools", reason="builds without a download")
+    folder = tmp_path_factory.mktemp("wheel")
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "-w", folder, folder / "source"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """The wheel as pip unpacks it, and a script that starts it."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "duo").write_text(SCRIPT)
+    return folder
+
+
+def python(site, *args, cwd, path=()):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (*path, site))),
+        "JAX_PLATFORMS": "cpu",
+        "DUO_TRACEBACK": "1",
+    }
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_the_wheel_holds_the_four_packages_and_their_data_files(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+    installed = {name.split("/")[0] for name in names}
+    assert {name for name in installed if not name.endswith(".dist-info")} == PACKAGES
+    for package in PACKAGES:
+        source = ROOT / ".packages" / package
+        files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+        wanted = {f"{package}/{path}" for path in files if "__pycache__" not in path.parts}
+        assert {name for name in names if name.startswith(f"{package}/")} == wanted
+
+
+def test_our_folders_names_are_not_importable_and_every_package_is(site, tmp_path):
+    done = python(site, "-c", "import duo_jax, pallas_kernels, duo_train, duo_eval", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("eval", "train", "tests"):
+        done = python(site, "-c", f"import {name}", cwd=tmp_path)
+        assert f"No module named '{name}'" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["a user's folder", "the repository"])
+def test_duo_works_beside_files_named_like_our_folders(site, tmp_path, where):
+    folder = ROOT
+    if where != "the repository":
+        folder = tmp_path
+        (folder / "eval.py").write_text("raise RuntimeError('this is the eval.py of the user')\n")
+        (folder / "train").mkdir()
+        (folder / "train" / "__init__.py").write_text("raise RuntimeError('this is the train of the user')\n")
+    duo = site / "bin" / "duo"
+    # Lists every command, and so imports all of them.
+    done = python(site, duo, "--help", cwd=folder, path=[folder])
+    assert done.returncode == 0 and "identify" in done.stdout and "eval" in done.stdout, done.stderr
+    model = GOLDEN / "llama"
+    done = python(site, duo, "inspect", "--model", model, "--pattern", model / "pattern", cwd=folder, path=[folder])
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
