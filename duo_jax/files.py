@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside its place first, then into it. The folder is made."""
@@ -17,40 +19,40 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def lock(file: int, path: Path) -> None:
-    """Keep an open file or folder for this process until it is closed, where the system has such locks.
-
-    Args:
-        file: its descriptor.
-        path: its name, for the message.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock on a file that need not exist yet: `.NAME.lock`, removed afterwards.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process holds it.
     """
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process writes to {path}: wait for it, or choose another --out") from None
-    except (ImportError, OSError):
-        pass  # Windows, and some file systems of clusters.
+    with _held(path.with_name(f".{path.name}.lock"), path):
+        yield
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Be the only one that writes to a folder, which is made; where the system has such locks, as `lock`.
+    """Hold the lock on a folder, which is created.
 
     Raises:
-        ValueError: another process writes to it.
+        ValueError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":  # Windows opens no folders.
+    with _held(folder / ".lock", folder):
         yield
-        return
-    held = os.open(folder, os.O_RDONLY)
+
+
+@contextmanager
+def _held(lock_path: Path, path: Path) -> Iterator[None]:
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_path, timeout=0)
     try:
-        lock(held, folder)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process writes to {path}: wait for it, or choose another --out") from None
+    try:
         yield
     finally:
-        os.close(held)
+        # Removed while it is held: a process that opened it in the meantime finds that it has no name any more.
+        if os.name != "nt":
+            lock_path.unlink(missing_ok=True)
+        lock.release()

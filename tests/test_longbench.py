@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 from duo_eval.tasks.longbench.command import LongBenchTask, Row
 from duo_eval.tasks.longbench.data import load_rows
 from duo_eval.tasks.longbench.tasks import load_task, names

@@ -5,7 +5,7 @@ import json
 import pytest
 from duo_eval.methods.registry import greedy
 from duo_eval.runner import run as asking
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 from duo_eval.runner.run import Asking
 from duo_eval.tasks.needle.command import Cell, NeedleTask
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 from duo_eval.tasks.lm_eval_files import literal
 from duo_eval.tasks.ruler import qa
 from duo_eval.tasks.ruler.kind import Material, fitted

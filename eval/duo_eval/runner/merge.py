@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from duo_eval.runner.ledger import merge
+from duo_eval.runner.record import merge
 
 
 @dataclass(frozen=True)

@@ -1,116 +1,290 @@
-"""What a figure depends on beside the code, and results as JSON files: every measurement here writes them this way."""
+"""A file of results that survives a kill: a head that states what it is, and a result for each finished job.
 
+In a `.jsonl` file the head is the first line and every result another line. A `.json` file is one object: the fields of
+the head, and "results". The head has three fields: "about", the settings that all results share; "gates", fingerprints
+of whatever is known by name only (gates, data); and "runs", the provenance of each run that added results.
+
+Knows no task: a job is a dataclass or a mapping, stored in its result under the record's key.
+"""
+
+import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from duo_jax.files import write_text
+import jax
+import numpy as np
+
+from duo_eval.runner.provenance import provenance
+from duo_jax import HeadPattern
+from duo_jax.differences import changes
+from duo_jax.files import locked, write_text
+
+J = TypeVar("J")
+Head = dict[str, Any]
+Result = dict[str, Any]
 
 
-def provenance(settings: Mapping[str, Any] | None = None, *, program: str = "duo") -> dict[str, Any]:
-    """The command that runs, the machine, and the settings if they are given (but for where results go)."""
-    # A notebook's kernel has a command line too, which is no way to make the result again.
-    command = "a notebook" if "ipykernel" in sys.modules else " ".join([program, *sys.argv[1:]])
-    found: dict[str, Any] = {"command": command, "machine": machine()}
-    if settings is not None:
-        found["settings"] = {name: value for name, value in settings.items() if name != "out"}
-    return found
+@dataclass(eq=False)
+class Record:
+    """The contents of a file of results, and how to add to them.
+
+    Attributes:
+        path: the file; it need not exist yet. None: the results are not kept.
+        head: "about", "gates" and "runs", and whatever else a command stores there.
+        results: one for each finished job, in the order in which they finished.
+        key: the field of a result that contains its job.
+    """
+
+    path: Path | None
+    head: Head
+    results: list[Result]
+    key: str = "job"
+
+    def __post_init__(self) -> None:
+        """Remember the number of results, to detect another writer."""
+        self._stored = len(self.results)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | None,
+        about: Mapping[str, Any],
+        sources: Mapping[str, str] | None = None,
+        *,
+        key: str = "job",
+        again: bool = False,
+    ) -> "Record":
+        """Read a file that this run would add to, or start a new record. Nothing is written yet.
+
+        Args:
+            path: the file.
+            about: the settings that all results share; "task" names the command.
+            sources: fingerprints of gates and data by name. A later run may add names, but not change a fingerprint.
+            key: the field of a result that contains its job.
+            again: measure everything again: drop the results of an earlier run of the same task, whatever its settings.
+
+        Raises:
+            ValueError: the path is a folder, the file is not a file of results, or it belongs to another run.
+        """
+        head = {"about": json.loads(json.dumps(about)), "gates": dict(sources or {}), "runs": []}
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder: --out names a file")
+        if path is None or not _has_text(path):
+            return cls(path, head, [], key)
+        try:
+            old, results = read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; choose another --out") from None
+        names = [each["about"].get("task") for each in (old, head)]
+        if again and names[0] != names[1]:
+            raise ValueError(f"{path} is a result of {names[0]}, not of {names[1]}; choose another --out")
+        if not again and (conflict := contradiction(old, head)):
+            raise ValueError(f"{path} was made with {conflict}; choose another --out")
+        record = cls(path, head if again else old | {"gates": old["gates"] | head["gates"]}, results, key)
+        record.results = [] if again else results
+        return record
+
+    def missing(self, jobs: Iterable[J]) -> list[J]:
+        """The jobs without a result, in their order, each once."""
+        done = {_text(result[self.key]) for result in self.results}
+        wanted = {_text(_plain(job)): job for job in jobs}
+        return [job for text, job in wanted.items() if text not in done]
+
+    @contextmanager
+    def writing(
+        self, *, dtype: str | None = None, device: str | None = None, program: str = "duo"
+    ) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
+        """Note a new run, then `append(job, result)` one by one; each is handed to the system when the call returns.
+
+        Args:
+            dtype: the data type in which the run computes, where there is one.
+            device: where it computes; by default the first device of this process.
+            program: the command's first words.
+
+        Raises:
+            ValueError: another process writes to the file, or wrote to it since it was opened here; or its results have
+                another data type.
+        """
+        run = provenance(program=program) | {"device": device or jax.devices()[0].device_kind}
+        run |= {"dtype": dtype} if dtype else {}
+        if conflict := contradiction(self.head, self.head | {"runs": [run]}):
+            raise ValueError(f"{self.path} was made with {conflict}; ask for that one, or choose another --out")
+
+        def append(job: Any, result: Mapping[str, Any]) -> None:
+            self.results.append(({} if job is None else {self.key: _plain(job)}) | dict(result))
+            if self.path is None or self.path.suffix == ".json":
+                self._save()
+            else:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(self.results[-1]) + "\n")
+
+        with locked(self.path) if self.path else nullcontext():
+            self.head["runs"] = [*self.head["runs"], run]
+            self.replace()
+            yield append
+
+    def replace(self) -> None:
+        """Write head and results in place of what was read; a result that a kill cut off is dropped.
+
+        Raises:
+            ValueError: the file has other results now than when it was opened.
+        """
+        if self.path and self._stored != (len(read(self.path)[1]) if _has_text(self.path) else 0):
+            raise ValueError(f"{self.path} was written to in the meantime: run the command again")
+        self._save()
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        if self.path.suffix == ".json":
+            write(self.path, self.head | {"results": self.results})
+        else:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in (self.head, *self.results)))
+        self._stored = len(self.results)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON, whole or not at all; the folder is created."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read(path: Path) -> tuple[Head, list[Result]]:
+    """The head and the results of a file, each job once; a last line that a kill cut off is left out.
+
+    Raises:
+        ValueError: not a file of results, with the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        whole = None
+    if isinstance(whole, dict) and ("results" in whole or "machine" in whole):
+        return _from_object(whole)
+    lines = text.splitlines(keepends=True)
+    parsed: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) > 1 and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+        needed = {"about", "runs"} if number == 1 else {"job"}
+        if not isinstance(parsed[-1], dict) or not needed <= set(parsed[-1]):
+            raise ValueError(f"{path}:{number} is not a line of a file of results")
+    if not parsed:
+        raise ValueError(f"{path} is empty, not a file of results")
+    return {"gates": {}} | parsed[0], list({_text(result["job"]): result for result in parsed[1:]}.values())
+
+
+def _from_object(whole: Result) -> tuple[Head, list[Result]]:
+    """Head and results of a `.json` file; older ones have the fields of their one run in place of a head."""
+    results = whole.pop("results", None)
+    if not isinstance(results, list):  # Of lm-evaluation-harness: by task.
+        whole |= {} if results is None else {"results": results}
+        results = []
+    run = {name: whole.pop(name) for name in ("command", "machine", "device", "platform") if name in whole}
+    words = [*run.get("command", "").split(), "", "", ""]
+    task = words[2] if words[1] == "eval" else words[1]
+    about = {"task": task, **whole.pop("settings", {})} if run else {}
+    return {"about": about, "gates": {}, "runs": [run] if run else []} | whole, results
+
+
+def merge(paths: Sequence[Path], out: Path) -> tuple[int, int]:
+    """Write one file with the results of several: each job once, as the first file has it.
+
+    Args:
+        paths: files that one command wrote with the same settings.
+        out: the file to write; one of them, or a new one.
+
+    Returns:
+        The number of jobs in `out`, and how many of these were in more than one file.
+
+    Raises:
+        ValueError: files that do not belong together, another result in `out`, or a process that writes to it.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"need two or more files to merge, got {len(paths)}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: --out names a file")
+    exists = _has_text(out)
+    if exists and not any(path.exists() and out.samefile(path) for path in paths):
+        raise ValueError(f"{out} exists already: name it among the files too, or choose another --out")
+    record = Record(out, *read(out)) if exists else Record(out, {}, [])
+    files = {path: read(path) for path in paths}
+    for (first, (head, _)), (second, (other, _)) in combinations(files.items(), 2):
+        if conflict := contradiction(head, other):
+            raise ValueError(f"{first} was made with {conflict} in {second}: they do not belong together")
+    heads = [head for head, _ in files.values()]
+    runs = {_text(run): run for head in heads for run in head["runs"]}
+    gates = {name: value for head in heads for name, value in head["gates"].items()}
+    by_job: dict[str, list[Result]] = {}
+    for result in (result for _, results in files.values() for result in results):
+        by_job.setdefault(_text(result["job"]), []).append(result)
+    record.head = {"about": heads[0]["about"], "gates": gates, "runs": list(runs.values())}
+    record.results = [first for first, *_ in by_job.values()]
+    with locked(out):
+        record.replace()
+    return len(by_job), sum(len(several) > 1 for several in by_job.values())
+
+
+def contradiction(head: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """How two heads contradict each other; empty if both can be of one file."""
+    if different := changes(head["about"], other["about"]):
+        return f"other settings: {'; '.join(different)}"
+    known = head["gates"]
+    if changed := [name for name, value in other["gates"].items() if known.get(name, value) != value]:
+        return f"other gates or data under the name of {', '.join(changed)}"
+    # By default the device decides the type, so it is not among the settings.
+    before, now = ({run.get("dtype", "float32") for run in each["runs"]} for each in (head, other))
+    if before and now and before != now:
+        return f"another data type: {', '.join(sorted(before))}, not {', '.join(sorted(now))}"
+    return ""
+
+
+def fingerprint(pattern: HeadPattern) -> str:
+    """Distinguishes gates of the same name."""
+    return sha256(np.ascontiguousarray(pattern.gates, np.float64).tobytes())
+
+
+def sha256(content: bytes) -> str:
+    """A fingerprint."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _has_text(path: Path) -> bool:
+    """A kill may leave an empty file, which counts as none."""
+    return path.exists() and path.stat().st_size > 0
+
+
+def _plain(job: Any) -> Any:
+    """A job as JSON has it."""
+    return json.loads(json.dumps(asdict(job) if is_dataclass(job) and not isinstance(job, type) else job))
+
+
+def _text(job: Any) -> str:
+    return json.dumps(job, sort_keys=True)
 
 
 def begun(out: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of what is measured anew each time: where it comes from, and no results yet.
-
-    Args:
-        out: where it goes, if anywhere.
-        settings: of the measurement.
-
-    Raises:
-        ValueError: `out` is a folder, or holds what another command wrote.
-    """
-    found = provenance(settings) | {"results": []}
+    """The old form of `Record.open(..., again=True)`."""
+    record = provenance(settings)
     if out is not None and out.is_dir():
         raise ValueError(f"{out} is a folder: --out names a file")
     if out is not None and out.exists():
         try:
-            theirs = json.loads(out.read_text(encoding="utf-8"))["command"]
+            command = json.loads(out.read_text(encoding="utf-8"))["command"]
         except (ValueError, LookupError, TypeError):
-            theirs = ""
-        if theirs.split()[:3] != found["command"].split()[:3]:
+            command = ""
+        if command.split()[:3] != record["command"].split()[:3]:
             raise ValueError(f"{out} is not a result of this command; choose another --out")
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, versions, commit."""
-    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "torch", "transformers", "lm_eval")
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in (*packages, "numpy") if (found := _version(name))},
-        "commit": _commit(),
-    }
-
-
-def origin(runs: Sequence[Mapping[str, Any]], command: str) -> str:
-    """Where a file comes from that one or several runs of a command wrote, in a line: machine, versions, commits."""
-    devices = (run.get("device", "cpu") for run in runs)
-    places = [
-        f"{'' if device == 'cpu' else f'{device}, '}{host(run['machine'])}"
-        for device, run in zip(devices, runs, strict=True)
-    ]
-    types = [run.get("dtype", "float32") for run in runs]
-    last = runs[-1]["machine"]
-    versions = ", ".join(f"{name} {found}" for name, found in last["versions"].items())
-    commits = _each(run["machine"]["commit"] for run in runs)
-    pieces = ", piece by piece," if len(runs) > 1 else ""
-    return (
-        f"{_each(places, ' and ')}, {_each(types)}, Python {last['python']}, {versions}. "
-        f"Measured by `{command}`{pieces} at {commits}."
-    )
-
-
-def host(machine: Mapping[str, Any]) -> str:
-    """Processor and cores."""
-    cores = machine["cores"]
-    return f"{machine['processor']}, {cores} core{'' if cores == 1 else 's'}"
-
-
-def _each(values: Iterable[str], between: str = ", ") -> str:
-    """Different ones, in their order."""
-    return between.join(dict.fromkeys(values))
-
-
-def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a result whole or not at all; the folder is made."""
-    write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found = ""
-    return found or "not a checkout"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return record | {"results": []}

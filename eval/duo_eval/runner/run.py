@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_eval.methods.pools import Duo
 from duo_eval.methods.registry import Method, greedy, method
-from duo_eval.runner.ledger import Ledger, fingerprint, read, sha256
+from duo_eval.runner.record import Record, fingerprint, sha256
 from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
@@ -149,8 +149,8 @@ class Asking:
         methods = self.resolved()
         behind = {name: _behind(found) for name, found in methods.items()}
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        ledger = Ledger.open(out, {**task, **own}, behind | dict(data or {}))
-        missing = ledger.missing(jobs)
+        record = Record.open(out, {**task, **own}, behind | dict(data or {}))
+        missing = record.missing(jobs)
         if not missing:
             print(f"{out} had all of it")
             return
@@ -159,7 +159,7 @@ class Asking:
         for name, budget in self.cells():
             if shortest is not None:
                 methods[name].check(model, budget, shortest)
-        with ledger.writing(dtype=str(model.dtype)) as append:
+        with record.writing(dtype=str(model.dtype)) as append:
             made: tuple[J, Question] | None = None
             for job in tqdm(missing, unit="question", dynamic_ncols=True):
                 asked = replace(job, method="", budget=0.0)
@@ -167,11 +167,11 @@ class Asking:
                     made = asked, question(job)
                 check_vocabulary(model.config, made[1].tokens)
                 try:
-                    record = answered(made[1], methods[job.method], job.budget, model, self.tokenizer)
-                except ValueError as error:  # What can be wrong now is the budget alone.
-                    record = {"score": None, "refused": str(error), "tokens": len(made[1].tokens)}
-                append(job, record)
-        refused = [record["refused"] for record in read(out)[1] if "refused" in record]
+                    result = answered(made[1], methods[job.method], job.budget, model, self.tokenizer)
+                except ValueError as error:  # Only the budget can be wrong now.
+                    result = {"score": None, "refused": str(error), "tokens": len(made[1].tokens)}
+                append(job, result)
+        refused = [result["refused"] for result in record.results if "refused" in result]
         print(f"{out} has all of it" + (f", {len(refused)} without a score: {refused[0]}" if refused else ""))
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 from duo_eval.stats.intervals import Estimate, ratio
 
 # Methods beside patterns, as records name them; random patterns have a number too.

@@ -10,10 +10,15 @@ import numpy as np
 from duo_train.data.needles import Needles
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from duo_eval.runner.ledger import Ledger, fingerprint, read
 from duo_eval.runner.record import origin
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
+=======
+from duo_eval.runner.provenance import origin
+from duo_eval.runner.record import Record, fingerprint, read
+>>>>>>> f4c08da (eval: one record for lines and objects, one lock)
 from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
 from duo_jax import HeadPattern, load_model, load_tokenizer
@@ -70,14 +75,14 @@ class Precision:
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
         about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
         gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}
-        ledger = Ledger.open(self.out, about | {"task": "precision"}, gates)
-        jobs = ledger.missing(self._jobs())
+        results = Record.open(self.out, about | {"task": "precision"}, gates)
+        jobs = results.missing(self._jobs())
         if not jobs:
             print(f"{self.out} had all of it")
             return
         tokenizer = load_tokenizer(self.model)
         sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
-        with ledger.writing(dtype=FLOAT) as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
+        with results.writing(dtype=FLOAT) as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
             for weights, group in groupby(jobs, lambda job: job.weights):
                 model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
                 for chosen in filter(None, patterns.values()):

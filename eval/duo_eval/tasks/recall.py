@@ -16,7 +16,12 @@ import tyro
 from duo_train.data.needles import NeedleData, Needles
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from duo_eval.runner.ledger import Ledger, fingerprint
+=======
+from duo_eval.runner.record import Record, fingerprint
+from duo_eval.show.plot import draw
+>>>>>>> f4c08da (eval: one record for lines and objects, one lock)
 from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
 from duo_eval.tasks.recall_results import RESULT
@@ -114,10 +119,10 @@ class Recall:
         """Score what the file lacks, sample by sample; draw."""
         self.check()
         sources = self._sources()
-        ledger = self._ledger({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})
-        jobs = ledger.missing(self._jobs(sources))
+        record = self._record({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})
+        jobs = record.missing(self._jobs(sources))
         if jobs:
-            self._score(jobs, ledger, sources)
+            self._score(jobs, record, sources)
         print(f"{self.out} {'has' if jobs else 'had'} all of it")
         for path in RESULT.save_figures(self.out) if self.scoring.samples else ():
             print(path)
@@ -130,16 +135,16 @@ class Recall:
         """
         self.scoring.check()
         self._sources()
-        self._ledger({})
+        self._record({})
 
-    def _score(self, jobs: Sequence[Job], ledger: Ledger, sources: Mapping[str, str]) -> None:
+    def _score(self, jobs: Sequence[Job], record: Record, sources: Mapping[str, str]) -> None:
         """Add these to the file."""
         model, tokenizer = load_model(self.model), load_tokenizer(self.model)
         texts = self.scoring.texts(tokenizer)
         shape = model.config.num_layers, model.config.num_kv_heads
         for source in sources.values():
             HeadPattern.load(source).check(model.config)
-        with ledger.writing(dtype=str(model.dtype)) as append:
+        with record.writing(dtype=str(model.dtype)) as append:
             for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
                 pattern = self._pattern(job, sources, shape)
                 if job.prose:
@@ -198,8 +203,8 @@ class Recall:
         gates = np.random.default_rng(seed).random(shape)
         return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
 
-    def _ledger(self, gates: Mapping[str, str]) -> Ledger:
+    def _record(self, gates: Mapping[str, str]) -> Record:
         """The file, with what it is and whose gates its names stand for."""
         how = asdict(self.scoring)
         about = {"model": self.model} | {name: how[name] for name in ("sink_size", "recent_size", "data")}
-        return Ledger.open(self.out, about, gates)
+        return Record.open(self.out, about, gates)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from duo_eval.runner.ledger import read, sha256
+from duo_eval.runner.record import read, sha256
 from duo_eval.runner.run import Asking, Job, Question
 from duo_eval.stats.scores import in_words
 from duo_eval.tasks.longbench.data import file_of, load_rows

@@ -12,7 +12,7 @@ from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.needles import encode
 from jaxtyping import Int32
 
-from duo_eval.runner.ledger import read, sha256
+from duo_eval.runner.record import read, sha256
 from duo_eval.runner.run import Asking, Job, Question
 from duo_eval.show.curves import score_curves
 from duo_eval.show.heatmaps import needle_maps, needle_poster

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from duo_train.data.haystack import load_haystack
 
-from duo_eval.runner.ledger import read, sha256
+from duo_eval.runner.record import read, sha256
 from duo_eval.runner.run import Asking, Job, Question
 from duo_eval.stats.scores import grouped, in_words
 from duo_eval.tasks.lm_eval_files import tasks_folder

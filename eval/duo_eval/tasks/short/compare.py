@@ -13,10 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from duo_eval.runner.ledger import Ledger, fingerprint, read, sha256
 from duo_eval.runner.record import origin
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
+=======
+from duo_eval.runner.provenance import origin
+from duo_eval.runner.record import Record, fingerprint, read, sha256
+>>>>>>> f4c08da (eval: one record for lines and objects, one lock)
 from duo_eval.stats.intervals import of_differences, of_scores
 from duo_eval.stats.scores import FULL, NOTHING
 from duo_eval.tasks.harness.batches import Prefiller
@@ -86,17 +91,17 @@ def run(
     methods = patterns.load()
     # Methods are named by sizes: the file is about one pattern, whatever its name.
     gates = {"pattern": fingerprint(HeadPattern.load(patterns.pattern))}
-    ledger = Ledger.open(out, {**asdict(model), **about}, gates)
+    record = Record.open(out, {**asdict(model), **about}, gates)
     stages = [items[begin : begin + STAGE] for begin in range(0, len(items), STAGE)]
     jobs = [Job(method, item) for stage in stages for method in methods for item in stage]
-    missing = ledger.missing(jobs)
+    missing = record.missing(jobs)
     if missing:
         weights, tokenizer = model.load(), model.tokenizer()
         for chosen in methods.values():
             if chosen is not None:
                 chosen.check(weights.config)
         with (
-            ledger.writing(dtype=str(weights.dtype)) as append,
+            record.writing(dtype=str(weights.dtype)) as append,
             tqdm(total=len(missing), unit="item", dynamic_ncols=True) as bar,
         ):
             for stage in stages:
@@ -105,13 +110,12 @@ def run(
                     if left:
                         prefiller = Prefiller(weights, chosen, backend=backend)
                         asked = [item for item in stage if item in left]
-                        for item, record in answer(LM(weights, tokenizer, chosen), prefiller, asked):
-                            append(Job(name, item), record)
+                        for item, result in answer(LM(weights, tokenizer, chosen), prefiller, asked):
+                            append(Job(name, item), result)
                             bar.update(1)
-        ledger = Ledger.open(out, ledger.head["about"], gates)
     wanted = set(items)
     shown = Table(*COLUMNS)
-    for row in compared(record for record in ledger.records if record["job"]["item"] in wanted):
+    for row in compared(result for result in record.results if result["job"]["item"] in wanted):
         shown.add_row(*row)
     Console().print(shown)
     print(f"{out} has all of it")

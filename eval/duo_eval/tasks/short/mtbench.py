@@ -14,8 +14,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from duo_eval.runner.ledger import fingerprint, sha256
-from duo_eval.runner.record import provenance, write
+from duo_eval.runner.record import fingerprint, provenance, sha256, write
 from duo_eval.tasks.short.rows import read_rows
 from duo_jax import LM, Categorical, Greedy, HeadPattern, Temperature
 from duo_jax.cli.options import ModelOptions, PatternOptions
