@@ -176,7 +176,7 @@ def test_files_that_do_not_belong_together_are_not_merged(duo, tmp_path):
         assert "another process writes" in refused(one, two)
 
 
-def test_the_committed_recall_is_a_ledger():
+def test_a_committed_file_has_its_jobs():
     head, records = read(COMMITTED)
     jobs = [RecallJob(**record["job"]) for record in records]
     assert len(set(jobs)) == len(jobs) > 500

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 from duo_eval.show.result_type import Drawn, file_name
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.scores import FULL, Record, by_method, mean, question_of, scored, shared

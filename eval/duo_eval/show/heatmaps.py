@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 from duo_eval.show.result_type import Drawn, file_name
 from duo_eval.stats.scores import by_method, grouped, scored
 

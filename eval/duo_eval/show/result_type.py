@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duo_eval.runner.ledger import read
+from duo_eval.runner.record import read
 
 
 @dataclass(frozen=True, eq=False)

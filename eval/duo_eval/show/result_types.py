@@ -5,8 +5,8 @@ from pathlib import Path
 
 from duo_eval.aot import context, kernels, memory, meshes
 from duo_eval.gpu_suite import worker
-from duo_eval.runner.ledger import read
-from duo_eval.runner.record import host
+from duo_eval.runner.provenance import host
+from duo_eval.runner.record import read
 from duo_eval.show import patterns, score_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.speed import adapter, efficiency_results, training

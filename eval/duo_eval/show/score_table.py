@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from duo_eval.runner.ledger import read
-from duo_eval.runner.record import origin
+from duo_eval.runner.provenance import origin
+from duo_eval.runner.record import read
 from duo_eval.show.curves import score_curves
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType

@@ -18,7 +18,8 @@ import numpy as np
 from duo_train.data.haystack import load_haystack
 from jaxtyping import Float
 
-from duo_eval.runner.record import begun, origin, write
+from duo_eval.runner.provenance import origin
+from duo_eval.runner.record import begun, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.engines.transformers import torch_model

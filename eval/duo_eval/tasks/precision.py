@@ -10,15 +10,10 @@ import numpy as np
 from duo_train.data.needles import Needles
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from duo_eval.runner.ledger import Ledger, fingerprint, read
-from duo_eval.runner.record import origin
-from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import ResultType, of_task
-=======
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import Record, fingerprint, read
->>>>>>> f4c08da (eval: one record for lines and objects, one lock)
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
 from duo_jax import HeadPattern, load_model, load_tokenizer

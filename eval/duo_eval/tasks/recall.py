@@ -16,12 +16,7 @@ import tyro
 from duo_train.data.needles import NeedleData, Needles
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from duo_eval.runner.ledger import Ledger, fingerprint
-=======
 from duo_eval.runner.record import Record, fingerprint
-from duo_eval.show.plot import draw
->>>>>>> f4c08da (eval: one record for lines and objects, one lock)
 from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
 from duo_eval.tasks.recall_results import RESULT

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from duo_eval.runner.record import origin
+from duo_eval.runner.provenance import origin
 from duo_eval.show.curves import Line, chart, percent_line
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn, ResultType

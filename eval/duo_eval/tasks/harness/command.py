@@ -9,14 +9,9 @@ from typing import Any
 
 import tyro
 
-<<<<<<< HEAD
-from duo_eval.runner.ledger import fingerprint, sha256
-from duo_eval.runner.record import provenance, write
+from duo_eval.runner.record import fingerprint, provenance, sha256, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType
-=======
-from duo_eval.runner.record import fingerprint, provenance, sha256, write
->>>>>>> f4c08da (eval: one record for lines and objects, one lock)
 from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.differences import changes

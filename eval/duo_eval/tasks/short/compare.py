@@ -13,15 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from duo_eval.runner.ledger import Ledger, fingerprint, read, sha256
-from duo_eval.runner.record import origin
-from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import ResultType, of_task
-=======
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import Record, fingerprint, read, sha256
->>>>>>> f4c08da (eval: one record for lines and objects, one lock)
+from duo_eval.show.markdown import rows_to_table
+from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import of_differences, of_scores
 from duo_eval.stats.scores import FULL, NOTHING
 from duo_eval.tasks.harness.batches import Prefiller
