@@ -21,28 +21,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock on a file that need not exist yet: `.NAME.lock`, removed afterwards.
+    """Hold the lock on a file or folder, which need not exist yet: `.NAME.lock` beside it, removed afterwards.
 
     Raises:
         ValueError: another process holds it.
     """
-    with _held(path.with_name(f".{path.name}.lock"), path):
-        yield
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock on a folder, which is created.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    with _held(folder / ".lock", folder):
-        yield
-
-
-@contextmanager
-def _held(lock_path: Path, path: Path) -> Iterator[None]:
+    lock_path = path.with_name(f".{path.name}.lock")
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_path, timeout=0)
     try:
@@ -56,3 +40,15 @@ def _held(lock_path: Path, path: Path) -> Iterator[None]:
         if os.name != "nt":
             lock_path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock on a folder, which is created.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        yield
