@@ -254,8 +254,7 @@ def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
 
 
 def _sizes(cache: KVCache, backend: str | None) -> dict[str, Any]:
-    sizes = {"sink_size": cache.sink_size, "recent_size": cache.recent_size}
-    return sizes | {"stripe": cache.stripe, "backend": backend}
+    return {"window": cache.window, "shards": cache.shards, "backend": backend}
 
 
 def _on_devices(

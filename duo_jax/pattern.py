@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
+from pallas_kernels.window import Window
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -78,13 +79,18 @@ class HeadPattern:
         return self.is_retrieval.size - self.num_retrieval
 
     @property
+    def window(self) -> Window:
+        """What a streaming head sees."""
+        return Window(int(self.sink_size), int(self.recent_size))
+
+    @property
     def sparsity(self) -> float:
         """Fraction of KV heads that are streaming heads."""
         return self.num_streaming / self.is_retrieval.size
 
     def kv_fraction(self, context_length: int) -> float:
         """KV tokens kept at `context_length`, as a fraction of what full attention keeps."""
-        streaming = min(context_length, self.sink_size + self.recent_size)
+        streaming = min(context_length, self.window.size)
         kept = self.num_retrieval * context_length + self.num_streaming * streaming
         return kept / (self.is_retrieval.size * context_length)
 

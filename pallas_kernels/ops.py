@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpus import device_kind
+from pallas_kernels.merge import merge
 from pallas_kernels.quantized import Stored, read, store
-from pallas_kernels.stripes import merge
-from pallas_kernels.types import Heads, Pools, Stripe, Unsupported
+from pallas_kernels.types import Heads, Pools, TokenShards, Unsupported
+from pallas_kernels.window import Window
 
 BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
 
@@ -36,15 +37,14 @@ def prefill_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
-    stripe: Stripe | None = None,
+    window: Window,
+    shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of one chunk of a prompt, for one layer, over the cache as it was *before* the chunk and the chunk.
 
-    Retrieval heads see every earlier token; streaming heads the first `sink_size` tokens and the last `recent_size`,
-    the query's own included (paper section 2.1), exactly, wherever the chunk begins. Scores are divided by
+    Retrieval heads see every earlier token; streaming heads the sinks and the recent tokens of `window`
+    (paper section 2.1), exactly, wherever the chunk begins. Scores are divided by
     `sqrt(H)`; softmax is in float32. Rows of the output beyond `lengths` are unspecified but finite.
 
     Args:
@@ -55,9 +55,8 @@ def prefill_attention(
         heads: this layer's row of the head table.
         start: position of the chunk's first token, per row: the number of tokens in the pools.
         lengths: valid tokens of the chunk, per row; what follows is padding.
-        sink_size: tokens at the start that streaming heads keep.
-        recent_size: most recent tokens that streaming heads keep.
-        stripe: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
+        window: what streaming heads see.
+        shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
             Each attends to what it holds, and their parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
@@ -65,17 +64,17 @@ def prefill_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
-    _check(q.shape[0], q.shape[2:], pools, heads, sink_size, recent_size)
+    _check(q.shape[0], q.shape[2:], pools, heads, window)
     if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] beside {q.shape=}, got {k.shape=}, {v.shape=}")
-    k = _as_held(k, pools.retrieval_k, pools.streaming_k, heads, q.dtype)
-    v = _as_held(v, pools.retrieval_v, pools.streaming_v, heads, q.dtype)
-    sizes = {"start": start, "lengths": lengths, "sink_size": sink_size, "recent_size": recent_size}
+    k = _as_held(k, pools.full_k, pools.ring_k, heads, q.dtype)
+    v = _as_held(v, pools.full_v, pools.ring_v, heads, q.dtype)
+    rows = {"start": start, "lengths": lengths}
     with jax.named_scope("prefill_attention"):
-        if stripe is not None:
-            part = _operation(backend, "prefill_partial")(q, k, v, pools, heads, stripe=stripe, **sizes)
-            return merge(part, stripe.axis, q.dtype)
-        return _operation(backend, "prefill_attention")(q, k, v, pools, heads, **sizes)
+        if shards is not None:
+            part = _operation(backend, "prefill_partial")(q, k, v, pools, heads, shards=shards, **rows, window=window)
+            return merge(part, shards.axis, q.dtype)
+        return _operation(backend, "prefill_attention")(q, k, v, pools, heads, **rows, window=window)
 
 
 def decode_attention(
@@ -84,9 +83,8 @@ def decode_attention(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
-    stripe: Stripe | None = None,
+    window: Window,
+    shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B N H"]:
     """Attention of one new token a row, for one layer, over pools that hold its key and value already.
@@ -96,9 +94,8 @@ def decode_attention(
         pools: keys and values, the new token's included.
         heads: this layer's row of the head table.
         lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
-        sink_size: tokens at the start that streaming heads keep.
-        recent_size: most recent tokens that streaming heads keep.
-        stripe: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
+        window: what streaming heads see.
+        shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
             Each attends to what it holds, and their parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
@@ -106,13 +103,13 @@ def decode_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
-    _check(q.shape[0], q.shape[1:], pools, heads, sink_size, recent_size)
-    sizes = {"lengths": lengths, "sink_size": sink_size, "recent_size": recent_size}
+    _check(q.shape[0], q.shape[1:], pools, heads, window)
+    rows = {"lengths": lengths}
     with jax.named_scope("decode_attention"):
-        if stripe is not None:
-            part = _operation(backend, "decode_partial")(q, pools, heads, stripe=stripe, **sizes)
-            return merge(part, stripe.axis, q.dtype)
-        return _operation(backend, "decode_attention")(q, pools, heads, **sizes)
+        if shards is not None:
+            part = _operation(backend, "decode_partial")(q, pools, heads, shards=shards, **rows, window=window)
+            return merge(part, shards.axis, q.dtype)
+        return _operation(backend, "decode_attention")(q, pools, heads, **rows, window=window)
 
 
 def gated_attention(
@@ -121,8 +118,7 @@ def gated_attention(
     v: Float[Array, "B T K H"],
     gates: Float[Array, "K"],
     *,
-    sink_size: int,
-    recent_size: int,
+    window: Window,
     full: Float[Array, "B T N H"] | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -135,8 +131,7 @@ def gated_attention(
         k: keys after RoPE.
         v: values.
         gates: one per KV head, in [0, 1].
-        sink_size: tokens at the start that streaming heads keep.
-        recent_size: most recent tokens that streaming heads keep, the query's own included.
+        window: what streaming heads see.
         full: output of full attention to mix in ("teacher" mixing); None computes it from q, k and v ("self" mixing).
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
@@ -150,9 +145,7 @@ def gated_attention(
     if full is not None and full.shape != q.shape:
         raise ValueError(f"full must have the queries' shape, got {full.shape=} beside {q.shape=}")
     with jax.named_scope("gated_attention"):
-        return _operation(backend, "gated_attention")(
-            q, k, v, gates, sink_size=sink_size, recent_size=recent_size, full=full
-        )
+        return _operation(backend, "gated_attention")(q, k, v, gates, window=window, full=full)
 
 
 def full_attention(
@@ -197,18 +190,16 @@ def _check_training(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"k and v must be [B, T, K, H] with K dividing N, got {q.shape=}, {k.shape=}, {v.shape=}")
 
 
-def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, sink_size: int, recent_size: int) -> None:
+def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, window: Window) -> None:
     num_heads, head_dim = q_heads
     num_kv_heads = heads.slot.shape[0]
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads=} and {num_kv_heads=}")
-    for name, pool in pools._asdict().items():
+    for name, pool in zip(Pools._fields, pools.stored, strict=False):
         if pool.shape[1] != batch or pool.shape[3] != head_dim:
             raise ValueError(f"{name} must be [P, {batch}, S, {head_dim}] beside the queries, got {pool.shape}")
-    if pools.streaming_k.shape[0] and pools.streaming_k.shape[2] != sink_size + recent_size:
-        raise ValueError(
-            f"a ring holds sink_size + recent_size tokens, got {pools.streaming_k.shape=}, {sink_size=}, {recent_size=}"
-        )
+    if pools.ring_k.shape[0] and pools.ring_k.shape[2] != window.size:
+        raise ValueError(f"a ring must have window.size entries, got {pools.ring_k.shape=} and {window=}")
 
 
 def _operation(backend: str | None, operation: str) -> Callable[..., Any]:

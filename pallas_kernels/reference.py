@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.blocks import MASKED
 from pallas_kernels.mixing import mix
 from pallas_kernels.quantized import read, read_dtype
-from pallas_kernels.types import Heads, Partial, Pools, Stripe
-from pallas_kernels.window import consecutive, ring_positions, visible
+from pallas_kernels.types import Heads, Partial, Pools, TokenShards
+from pallas_kernels.window import Window, consecutive
 
 
 def prefill_attention(
@@ -23,11 +23,10 @@ def prefill_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
-    return _prefill(q, k, v, pools, heads, None, start, lengths, sink_size, recent_size).out
+    return _prefill(q, k, v, pools, heads, None, start, lengths, window).out
 
 
 def prefill_partial(
@@ -39,27 +38,25 @@ def prefill_partial(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    stripe: Stripe,
-    sink_size: int,
-    recent_size: int,
+    shards: TokenShards,
+    window: Window,
 ) -> Partial:
     """A device's part of `prefill_attention`: the tokens of its pools, and on the first of them the chunk."""
-    return _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size)
+    return _prefill(q, k, v, pools, heads, shards, start, lengths, window)
 
 
-def _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size):
+def _prefill(q, k, v, pools, heads, shards, start, lengths, window):
     """Attention of a chunk and its log-sum-exp."""
     del lengths  # Padding is at the end of a row: causality hides it from every real token.
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
     own = consecutive(start, q.shape[1])
-    counted = own if stripe is None else jnp.where(stripe.index == 0, own, -1)
-    pool_pos = _pool_positions(pools, stripe, start)
-    ring_pos = ring_positions(start, **sizes) if pools.streaming_k.shape[0] else pool_pos[:, :0]
+    counted = own if shards is None else jnp.where(shards.index == 0, own, -1)
+    pool_pos = _pool_positions(pools, shards, start)
+    ring_pos = window.positions(start) if pools.ring_k.shape[0] else pool_pos[:, :0]
 
     def one_head(q_h, k_h, v_h, is_retrieval, slot):
-        every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, counted)
-        kept = _join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, own)
-        return _choose(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
+        every = _join(pools.full_k, pools.full_v, slot, pool_pos, k_h, v_h, counted)
+        kept = _join(pools.ring_k, pools.ring_v, slot, ring_pos, k_h, v_h, own)
+        return _choose(is_retrieval, _attend(q_h, every, own, None), _attend(q_h, kept, own, window))
 
     return _over_heads(one_head, q, k, v, heads)
 
@@ -70,11 +67,10 @@ def decode_attention(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`: the same dense attention, with the newest token already in the pools."""
-    return _decode(q, pools, heads, None, lengths, sink_size, recent_size).out
+    return _decode(q, pools, heads, None, lengths, window).out
 
 
 def decode_partial(
@@ -83,37 +79,35 @@ def decode_partial(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    stripe: Stripe,
-    sink_size: int,
-    recent_size: int,
+    shards: TokenShards,
+    window: Window,
 ) -> Partial:
     """A device's part of `decode_attention`: the tokens of its pools."""
-    return _decode(q, pools, heads, stripe, lengths, sink_size, recent_size)
+    return _decode(q, pools, heads, shards, lengths, window)
 
 
-def _decode(q, pools, heads, stripe, lengths, sink_size, recent_size):
+def _decode(q, pools, heads, shards, lengths, window):
     """Attention of one token a row and its log-sum-exp."""
     batch, _, head_dim = q.shape
-    dtypes = (read_dtype(pool, q.dtype) for pool in (pools.retrieval_k, pools.streaming_k) if pool.shape[0])
+    dtypes = (read_dtype(pool, q.dtype) for pool in (pools.full_k, pools.ring_k) if pool.shape[0])
     nothing = jnp.zeros((batch, 0, heads.slot.shape[0], head_dim), functools.reduce(np.promote_types, dtypes))
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
     own = lengths[:, None] - 1
-    pool_pos = _pool_positions(pools, stripe, lengths)
-    ring_pos = ring_positions(lengths, **sizes) if pools.streaming_k.shape[0] else pool_pos[:, :0]
+    pool_pos = _pool_positions(pools, shards, lengths)
+    ring_pos = window.positions(lengths) if pools.ring_k.shape[0] else pool_pos[:, :0]
 
     def one_head(q_h, k_h, v_h, is_retrieval, slot):
         none = own[:, :0]
-        every = _join(pools.retrieval_k, pools.retrieval_v, slot, pool_pos, k_h, v_h, none)
-        kept = _join(pools.streaming_k, pools.streaming_v, slot, ring_pos, k_h, v_h, none)
-        return _choose(is_retrieval, _attend(q_h, every, own, {}), _attend(q_h, kept, own, sizes))
+        every = _join(pools.full_k, pools.full_v, slot, pool_pos, k_h, v_h, none)
+        kept = _join(pools.ring_k, pools.ring_v, slot, ring_pos, k_h, v_h, none)
+        return _choose(is_retrieval, _attend(q_h, every, own, None), _attend(q_h, kept, own, window))
 
     return jax.tree.map(lambda x: x[:, 0], _over_heads(one_head, q[:, None], nothing, nothing, heads))
 
 
-def _pool_positions(pools, stripe, length):
+def _pool_positions(pools, shards, length):
     """Position of the token in each entry of a retrieval slot once `length` tokens are in; -1 where there is none."""
-    position = jnp.arange(pools.retrieval_k.shape[2], dtype=jnp.int32)[None, :]
-    position = position if stripe is None else position * stripe.count + stripe.index
+    position = jnp.arange(pools.full_k.shape[2], dtype=jnp.int32)[None, :]
+    position = position if shards is None else position * shards.count + shards.index
     return jnp.where(position < length[:, None], position, -1)
 
 
@@ -127,28 +121,27 @@ def gated_attention(
     v: Float[Array, "B T K H"],
     gates: Float[Array, "K"],
     *,
-    sink_size: int,
-    recent_size: int,
+    window: Window,
     full: Float[Array, "B T N H"] | None,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.gated_attention`."""
     full = full_attention(q, k, v) if full is None else full
-    return mix(gates, full, _causal(q, k, v, {"sink_size": sink_size, "recent_size": recent_size}))
+    return mix(gates, full, _causal(q, k, v, window))
 
 
 def full_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.full_attention`."""
-    return _causal(q, k, v, {})
+    return _causal(q, k, v, None)
 
 
-def _causal(q, k, v, sizes):
+def _causal(q, k, v, window):
     """Every head over the sequence's own keys."""
     own = consecutive(jnp.zeros(q.shape[0], jnp.int32), q.shape[1])
     batch, length, num_heads, head_dim = q.shape
     groups = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], head_dim)
-    attend = lambda q_h, k_h, v_h: _attend(q_h, (k_h, v_h, own), own, sizes).out  # noqa: E731
+    attend = lambda q_h, k_h, v_h: _attend(q_h, (k_h, v_h, own), own, window).out  # noqa: E731
     return jax.vmap(attend, in_axes=2, out_axes=2)(groups, k, v).reshape(q.shape)
 
 
@@ -165,12 +158,12 @@ def _slot(pool, slot, dtype):
     return read(jax.tree.map(lambda x: x[slot], pool), dtype).astype(dtype)
 
 
-def _attend(q_h, cached, q_pos, sizes):
+def _attend(q_h, cached, q_pos, window):
     """Softmax attention of one KV head's query group `[B T G H]` over all keys `[B S H]`, masked by position."""
     nothing = jnp.full(q_h.shape[:-1], MASKED, jnp.float32)
     keys, values, k_pos = cached
     q_pos, k_pos = q_pos[:, :, None], k_pos[:, None, :]
-    seen: Bool[Array, "B T S"] = visible(q_pos, k_pos, **sizes) if sizes else k_pos <= q_pos
+    seen: Bool[Array, "B T S"] = k_pos <= q_pos if window is None else window.visible(q_pos, k_pos)
     seen = seen & (k_pos >= 0)
     if keys.shape[1] == 0:  # No key of this type at all: the caller discards this branch.
         return Partial(jnp.zeros_like(q_h), nothing)

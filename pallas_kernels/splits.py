@@ -10,7 +10,7 @@ from pallas_kernels.types import Heads, Pools
 
 def capacities_of(pools: Pools) -> tuple[int, int]:
     """Tokens that a slot of either pool has room for; 0 for a pool without slots."""
-    retrieval, streaming = pools.retrieval_k, pools.streaming_k
+    retrieval, streaming = pools.full_k, pools.ring_k
     return (retrieval.shape[2] if retrieval.shape[0] else 0), (streaming.shape[2] if streaming.shape[0] else 0)
 
 

@@ -1,7 +1,7 @@
 """The two arguments that every attention operation shares: the KV pools and one layer's row of the head table.
 
 Axis letters: `B` batch, `T` query length, `S` key length, `N` query heads, `K` KV heads, `G = N // K`, `H` head dim,
-`P` pool slots (`Pr` retrieval, `Ps` streaming), `R = sink_size + recent_size` ring slots.
+`P` pool slots (`Pr` retrieval, `Ps` streaming), `R = window.size` ring entries.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,44 @@ from typing import NamedTuple
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, Stored
 
 
 class Pools(NamedTuple):
     """Keys and values of the whole model, split by head type; a slot holds one KV head of one layer.
 
-    Either pair may be quantized.
+    Either pair may be quantized. Keys are stored after RoPE at their absolute position; a streaming head's slot is a
+    ring, see `Window`.
 
-    A streaming head's slot is a ring: position `p` lies at index `p` while `p < sink_size`, and at
-    `sink_size + (p - sink_size) % recent_size` after that. Keys are stored after RoPE at their absolute position.
+    Attributes:
+        full_k: keys of retrieval heads, `[Pr, B, S, H]`; paged, `[Pr, pages, page, H]`.
+        full_v: their values.
+        ring_k: keys of streaming heads, `[Ps, B, R, H]`.
+        ring_v: their values.
+        pages: None, or the page table that all retrieval heads share: entry `[b, i]` is the page of row `b` with the
+            tokens from `i * page` on.
     """
 
-    retrieval_k: Float[Array, "Pr B S H"] | Quantized
-    retrieval_v: Float[Array, "Pr B S H"] | Quantized
-    streaming_k: Float[Array, "Ps B R H"] | Quantized
-    streaming_v: Float[Array, "Ps B R H"] | Quantized
+    full_k: Float[Array, "Pr B S H"] | Quantized
+    full_v: Float[Array, "Pr B S H"] | Quantized
+    ring_k: Float[Array, "Ps B R H"] | Quantized
+    ring_v: Float[Array, "Ps B R H"] | Quantized
+    pages: Int32[Array, "B n"] | None = None
+
+    @property
+    def full(self) -> tuple[Stored, Stored]:
+        """Keys and values of retrieval heads."""
+        return self.full_k, self.full_v
+
+    @property
+    def ring(self) -> tuple[Stored, Stored]:
+        """Keys and values of streaming heads."""
+        return self.ring_k, self.ring_v
+
+    @property
+    def stored(self) -> tuple[Stored, Stored, Stored, Stored]:
+        """All keys and values."""
+        return self.full + self.ring
 
 
 class Unsupported(NotImplementedError):
@@ -40,7 +62,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stripe:
+class TokenShards:
     """Where several devices share the tokens of a retrieval slot: token p lies on device `p % count`, at `p // count`.
 
     Rings are not shared: every device holds all of each. Used inside `jax.shard_map`.

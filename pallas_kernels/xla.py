@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, log_sum_exp
 from pallas_kernels.quantized import Stored, read
-from pallas_kernels.types import Heads, Partial, Pools, Stripe
-from pallas_kernels.window import consecutive, ring_index, visible
+from pallas_kernels.types import Heads, Partial, Pools, TokenShards
+from pallas_kernels.window import Window, consecutive
 from pallas_kernels.xla_train import full_attention, gated_attention
 
 __all__ = [
@@ -43,12 +43,11 @@ def prefill_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
     close = partial(finish, dtype=q.dtype)
-    return _prefill(q, k, v, pools, heads, None, close, start, lengths, sink_size, recent_size)
+    return _prefill(q, k, v, pools, heads, None, close, start, lengths, window)
 
 
 def prefill_partial(
@@ -60,15 +59,14 @@ def prefill_partial(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    stripe: Stripe,
-    sink_size: int,
-    recent_size: int,
+    shards: TokenShards,
+    window: Window,
 ) -> Partial:
     """A device's part of `prefill_attention`: the tokens of its pools, and every so manieth block of the chunk."""
-    return _prefill(q, k, v, pools, heads, stripe, _part, start, lengths, sink_size, recent_size)
+    return _prefill(q, k, v, pools, heads, shards, _part, start, lengths, window)
 
 
-def _prefill(q, k, v, pools, heads, stripe, close, start, lengths, sink_size, recent_size):
+def _prefill(q, k, v, pools, heads, shards, close, start, lengths, window):
     """Attention of a chunk; `close` makes of a finished softmax what is returned."""
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
@@ -79,14 +77,14 @@ def _prefill(q, k, v, pools, heads, stripe, close, start, lengths, sink_size, re
     longest = lengths.max()
 
     def retrieval(head: Array) -> Any:
-        args = q_heads[head], k_heads[head], v_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head]
-        return _prefill_retrieval(*args, stripe, close, start=start, longest=longest)
+        args = q_heads[head], k_heads[head], v_heads[head], pools.full_k, pools.full_v, heads.slot[head]
+        return _prefill_retrieval(*args, shards, close, start=start, longest=longest)
 
     def streaming(head: Array) -> Any:
         slot, whole = heads.slot[head], jnp.int32(0)
-        rings = (_load(pool, slot, whole, pool.shape[2], q.dtype).astype(k.dtype) for pool in pools[2:])
+        rings = (_load(pool, slot, whole, pool.shape[2], q.dtype).astype(k.dtype) for pool in pools.ring)
         args = q_heads[head], k_heads[head], v_heads[head], *rings, close
-        return _prefill_streaming(*args, start=start, longest=longest, sink_size=sink_size, recent_size=recent_size)
+        return _prefill_streaming(*args, start=start, longest=longest, window=window)
 
     out = _over_heads(retrieval, streaming, pools, heads, _blank(close, q_heads))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length, num_heads, *x.shape[4:]), out)
@@ -98,8 +96,7 @@ def decode_attention(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
     return _decode(q, pools, heads, partial(finish, dtype=q.dtype), lengths, lengths)
@@ -111,12 +108,11 @@ def decode_partial(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    stripe: Stripe,
-    sink_size: int,
-    recent_size: int,
+    shards: TokenShards,
+    window: Window,
 ) -> Partial:
     """A device's part of `decode_attention`: the tokens of its pools."""
-    return _decode(q, pools, heads, _part, stripe.held(lengths), lengths)
+    return _decode(q, pools, heads, _part, shards.held(lengths), lengths)
 
 
 def _decode(q, pools, heads, close, held, lengths):
@@ -126,11 +122,11 @@ def _decode(q, pools, heads, close, held, lengths):
     q_heads = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 0, 2, 3)
 
     def retrieval(head: Array) -> Any:
-        return _decode_pool(q_heads[head], pools.retrieval_k, pools.retrieval_v, heads.slot[head], held, close)
+        return _decode_pool(q_heads[head], pools.full_k, pools.full_v, heads.slot[head], held, close)
 
     def streaming(head: Array) -> Any:
         # A ring fills from its first index and then stays full: every index below `length` holds a visible token.
-        return _decode_pool(q_heads[head], pools.streaming_k, pools.streaming_v, heads.slot[head], lengths, close)
+        return _decode_pool(q_heads[head], pools.ring_k, pools.ring_v, heads.slot[head], lengths, close)
 
     out = _over_heads(retrieval, streaming, pools, heads, _blank(close, q_heads))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, num_heads, *x.shape[3:]), out)
@@ -161,19 +157,19 @@ def _over_heads(
 
         return one
 
-    if pools.retrieval_k.shape[0]:
+    if pools.full_k.shape[0]:
         out = lax.fori_loop(jnp.int32(0), num_retrieval, run(retrieval), out)
-    if pools.streaming_k.shape[0]:
+    if pools.ring_k.shape[0]:
         out = lax.fori_loop(num_retrieval, jnp.int32(order.shape[0]), run(streaming), out)
     return out
 
 
-def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, stripe, close, *, start, longest):
+def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, shards, close, *, start, longest):
     """One retrieval head: query blocks over the filled key blocks of its slot, then over the chunk, causally."""
     batch, length, group, head_dim = q.shape
     q_block, own_block = min(Q_BLOCK, length), min(K_BLOCK, length)
     pool_block = min(K_BLOCK, pool_k.shape[2])
-    held = start if stripe is None else stripe.held(start)
+    held = start if shards is None else shards.held(start)
     past_blocks = cdiv(held.max(), pool_block)
 
     def one_q_block(i, out):
@@ -198,11 +194,11 @@ def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, stripe, close, *, start, l
 
         state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
         own_blocks = cdiv(first + q_block, own_block)
-        if stripe is None:
+        if shards is None:
             state = lax.fori_loop(jnp.int32(0), own_blocks, own, state)
         else:
-            mine = cdiv(own_blocks - stripe.index, stripe.count)
-            state = lax.fori_loop(jnp.int32(0), mine, lambda j, s: own(j * stripe.count + stripe.index, s), state)
+            mine = cdiv(own_blocks - shards.index, shards.count)
+            state = lax.fori_loop(jnp.int32(0), mine, lambda j, s: own(j * shards.count + shards.index, s), state)
         return _write(out, close(state), first, q_block)
 
     return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, _blank(close, q))
@@ -218,33 +214,32 @@ def _write(out, block, first, q_block):
     return jax.tree.map(one, out, block)
 
 
-def _prefill_streaming(q, k, v, ring_k, ring_v, close, *, start, longest, sink_size, recent_size):
+def _prefill_streaming(q, k, v, ring_k, ring_v, close, *, start, longest, window):
     """One streaming head: each query block sees the sinks and one contiguous band of keys, so work is linear in T."""
     batch, length, group, head_dim = q.shape
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
     q_block = min(STREAMING_Q_BLOCK, length)
-    sink_pos = consecutive(jnp.zeros_like(start), sink_size)
-    # The window as it was before the chunk, in order, then the chunk: entry j holds position start - recent_size + j.
-    window_pos = consecutive(start - recent_size, recent_size)
-    window_index = jnp.maximum(ring_index(window_pos, **sizes), 0)
+    sink_pos = consecutive(jnp.zeros_like(start), window.sink)
+    # The window as it was before the chunk, in order, then the chunk: entry j holds position start - recent + j.
+    window_pos = consecutive(start - window.recent, window.recent)
+    window_index = jnp.maximum(window.index(window_pos), 0)
     in_chunk = jnp.clip(sink_pos - start[:, None], 0, length - 1)
 
     def gather(ring: Array, chunk: Array) -> tuple[Array, Array]:
         cached = (sink_pos < start[:, None])[:, :, None]
-        sinks = jnp.where(cached, ring[:, :sink_size], _take(chunk, in_chunk))
+        sinks = jnp.where(cached, ring[:, : window.sink], _take(chunk, in_chunk))
         return sinks, jnp.concatenate([_take(ring, window_index), chunk], axis=1)
 
     (sink_k, band_k), (sink_v, band_v) = gather(ring_k, k), gather(ring_v, v)
-    width = q_block + recent_size
+    width = q_block + window.recent
 
     def one_q_block(i, out):
         first = jnp.minimum(i * q_block, length - q_block)
         rows = lax.dynamic_slice_in_dim(q, first, q_block, 1).reshape(batch, q_block * group, head_dim)
         offset = jnp.repeat(jnp.arange(q_block, dtype=jnp.int32), group, total_repeat_length=q_block * group)
         q_pos = (start[:, None] + first + offset[None, :])[:, :, None]
-        band_pos = consecutive(start - recent_size + first, width)[:, None, :]
+        band_pos = consecutive(start - window.recent + first, width)[:, None, :]
         # Sinks come from `sink_k` alone: a band that reaches back to them must not count them twice.
-        keep_band = visible(q_pos, band_pos, **sizes) & (band_pos >= sink_size)
+        keep_band = window.visible(q_pos, band_pos) & (band_pos >= window.sink)
         keys = jnp.concatenate([sink_k, lax.dynamic_slice_in_dim(band_k, first, width, 1)], axis=1)
         values = jnp.concatenate([sink_v, lax.dynamic_slice_in_dim(band_v, first, width, 1)], axis=1)
         keep = jnp.concatenate([sink_pos[:, None, :] <= q_pos, keep_band], axis=2)

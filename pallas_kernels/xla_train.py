@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, gradients, log_sum_exp
 from pallas_kernels.mixing import mix
-from pallas_kernels.window import visible
+from pallas_kernels.window import Window
 
 # Tokens per block of queries, and of keys in full attention. Smaller blocks waste less above the diagonal.
 BLOCK = 256
@@ -27,13 +27,12 @@ def gated_attention(
     v: Float[Array, "B T K H"],
     gates: Float[Array, "K"],
     *,
-    sink_size: int,
-    recent_size: int,
+    window: Window,
     full: Float[Array, "B T N H"] | None,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.gated_attention`."""
     full = full_attention(q, k, v) if full is None else full
-    return mix(gates, full, _attention(q, k, v, (sink_size, recent_size)))
+    return mix(gates, full, _attention(q, k, v, window))
 
 
 def full_attention(
@@ -45,7 +44,7 @@ def full_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attention(q, k, v, window):
-    """Causal attention: over all earlier tokens if `window` is None, else over `(sink_size, recent_size)`."""
+    """Causal attention: over all earlier tokens if `window` is None, else over what it sees."""
     return _forward(q, k, v, window)[0]
 
 
@@ -144,7 +143,7 @@ class _KeyBlock:
         return _add_block(x, more, self.begin)
 
 
-def _over_keys(i: Array, index: Array, group: int, length: int, window: tuple[int, int] | None, visit: Callable, carry):
+def _over_keys(i: Array, index: Array, group: int, length: int, window: Window | None, visit: Callable, carry):
     """Visit every block of keys that the queries at `index` see: all up to theirs, or the sinks and one band."""
     block = index.shape[1]
     q_pos = jnp.repeat(index[0], group, total_repeat_length=block * group)[None, :, None]
@@ -156,13 +155,11 @@ def _over_keys(i: Array, index: Array, group: int, length: int, window: tuple[in
             return visit(_KeyBlock(begin, block), keep[None], carry)
 
         return lax.fori_loop(0, cdiv(index[0, -1] + 1, block), one, carry)
-    sink_size, recent_size = window
-    sinks, width = min(sink_size, length), min(block + recent_size, length)
-    begin = jnp.clip(index[0, 0] - recent_size, 0, length - width)
+    sinks, width = min(window.sink, length), min(block + window.recent, length)
+    begin = jnp.clip(index[0, 0] - window.recent, 0, length - width)
     band = begin + jnp.arange(width, dtype=jnp.int32)[None, None, :]
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
     # Sinks are a block of their own: a band that reaches back to them must not count them twice.
-    carry = visit(_KeyBlock(begin, width), visible(q_pos, band, **sizes) & (band >= sink_size), carry)
+    carry = visit(_KeyBlock(begin, width), window.visible(q_pos, band) & (band >= window.sink), carry)
     if sinks:
         sink_pos = jnp.arange(sinks, dtype=jnp.int32)[None, None, :]
         carry = visit(_KeyBlock(jnp.int32(0), sinks), sink_pos <= q_pos, carry)

@@ -35,7 +35,7 @@ from duo_jax import (
 )
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
-from pallas_kernels import Heads, Pools, Stripe, decode_attention, prefill_attention
+from pallas_kernels import Heads, Pools, TokenShards, Window, decode_attention, prefill_attention
 from pallas_kernels.quantized import empty, read, store
 from tests.conftest import FAMILIES, GOLDEN, ON_CPU, TINY
 from tests.test_train import ATTENTION, DATA, RECIPE
@@ -73,7 +73,7 @@ def answer(model: Model, folder: Path, pattern: HeadPattern | None, dtype: str |
 def held(cache: KVCache) -> dict[tuple[int, int], np.ndarray]:
     """Keys and values `[2, B, tokens, H]` of each layer's KV heads, wherever they lie."""
     size = MeshSize.of(cache.mesh)
-    pools = [np.asarray(read(pool, np.dtype(np.float32))) for pool in cache.pools]
+    pools = [np.asarray(read(pool, np.dtype(np.float32))) for pool in cache.pools.stored]
     # Tokens of retrieval heads in their order: one from each of those that share them.
     pools[:2] = [
         x.reshape(*x.shape[:2], size.sequence, -1, x.shape[3]).swapaxes(2, 3).reshape(x.shape) for x in pools[:2]
@@ -191,10 +191,10 @@ def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, 
 
 @pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_attention_over_stripes_is_that_over_all_tokens(backend, dtype):
+def test_attention_over_shards_of_the_tokens_is_that_over_all_tokens(backend, dtype):
     """Of retrieval and streaming heads, in rows of different lengths, one of them in its first token."""
-    batch, length, capacity, head_dim, ring = 3, 24, 64, 16, {"sink_size": 2, "recent_size": 6}
-    stripe, random = Stripe("sequence", 4), np.random.default_rng(0)
+    batch, length, capacity, head_dim, window = 3, 24, 64, 16, Window(2, 6)
+    shards, random = TokenShards("sequence", 4), np.random.default_rng(0)
     start, counts = jnp.asarray([50, 3, 0], jnp.int32), jnp.asarray([14, 24, 1], jnp.int32)
 
     def numbers(*shape):
@@ -207,10 +207,10 @@ def test_attention_over_stripes_is_that_over_all_tokens(backend, dtype):
     whole = Pools(*(store(x, empty(x.shape, dtype or "float32")) for x in plain), *rings)
     # Token p on device p % 4, at p // 4.
     order = np.arange(capacity).reshape(-1, 4).T.ravel()
-    striped = jax.tree.map(lambda x: x[:, :, order], whole[:2])
+    striped = jax.tree.map(lambda x: x[:, :, order], whole.full)
     mesh = make_mesh(sequence=4)
 
-    def prefilled(stripe, retrieval):
+    def prefilled(shards, retrieval):
         return prefill_attention(
             q,
             k,
@@ -219,17 +219,17 @@ def test_attention_over_stripes_is_that_over_all_tokens(backend, dtype):
             heads,
             start=start,
             lengths=counts,
-            stripe=stripe,
+            shards=shards,
             backend=backend,
-            **ring,
+            window=window,
         )
 
-    def decoded(stripe, retrieval):
+    def decoded(shards, retrieval):
         pools = Pools(*retrieval, *rings)
-        return decode_attention(q[:, 0], pools, heads, lengths=start + 1, stripe=stripe, backend=backend, **ring)
+        return decode_attention(q[:, 0], pools, heads, lengths=start + 1, shards=shards, backend=backend, window=window)
 
     for operation in (prefilled, decoded):
-        of_device = functools.partial(operation, stripe)
+        of_device = functools.partial(operation, shards)
         shared = jax.shard_map(
             of_device,
             mesh=mesh,
@@ -237,7 +237,7 @@ def test_attention_over_stripes_is_that_over_all_tokens(backend, dtype):
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-        wanted, found = jax.jit(functools.partial(operation, None))(whole[:2]), jax.jit(shared)(striped)
+        wanted, found = jax.jit(functools.partial(operation, None))(whole.full), jax.jit(shared)(striped)
         for row, count in enumerate(counts):
             real = slice(None) if operation is decoded else slice(0, int(count))
             np.testing.assert_allclose(found[row][real], wanted[row][real], rtol=0, atol=2e-5)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import Heads, Pools, api, tiles, xla
+from pallas_kernels import Heads, Pools, gpus, ops, xla
 from pallas_kernels.gpus import DecodeTiles, FlashTiles
 from pallas_kernels.quantized import BITS, empty, read, store
-from pallas_kernels.window import ring_index, ring_positions, visible
+from pallas_kernels.window import Window
 from tests.conftest import ON_CPU
 
 SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}
@@ -90,10 +90,10 @@ def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., ja
             if blocks == "small":
                 for name, size in SMALL_BLOCKS.items():
                     patch.setattr(xla, name, size)
-                patch.setattr(tiles, "_default", lambda kernel, *_: SMALL_TILES[kernel])
+                patch.setattr(gpus, "_default", lambda kernel, *_: SMALL_TILES[kernel])
             return OPERATIONS[operation](*args, **sizes, backend=backend)
 
-    return jax.jit(traced, static_argnames=("sink_size", "recent_size"))
+    return jax.jit(traced, static_argnames="window")
 
 
 class Problem:
@@ -105,7 +105,7 @@ class Problem:
         self.starts, self.lengths = np.array(case.starts, np.int32), np.array(case.lengths, np.int32)
         batch, num_kv_heads = len(case.starts), len(case.is_retrieval)
         total = max(case.starts) + case.tokens
-        self.sizes = {"sink_size": case.sink_size, "recent_size": case.recent_size}
+        self.window = Window(case.sink_size, case.recent_size)
         ring_dtype = case.ring_dtype or (case.dtype if case.pool_dtype in BITS else case.pool_dtype)
         like = [empty((1, case.head_dim), dtype or case.dtype) for dtype in (ring_dtype, case.pool_dtype)]
         self.like = {bool(kind): like for kind, like in enumerate(like)}
@@ -139,7 +139,7 @@ class Problem:
                     index = p if retrieves or p < sink else sink + (p - sink) % recent
                     pool_k[self.slot[head], row, index] = self.k[row, p, head]
                     pool_v[self.slot[head], row, index] = self.v[row, p, head]
-        stored = (store(jnp.asarray(pool), self.like[i < 2]) for i, pool in enumerate(pools))
+        stored = (store(jnp.asarray(pool), self.like[i < 2]) for i, pool in enumerate(pools.stored))
         return Pools(*stored), Heads(jnp.asarray(self.is_retrieval), jnp.asarray(self.slot))
 
     def expected(self, row: int, position: int) -> np.ndarray:
@@ -163,14 +163,14 @@ class Problem:
         filled, heads = self.fill(self.starts)
         traced = {"start": jnp.asarray(self.starts), "lengths": jnp.asarray(self.lengths)}
         run = jitted("prefill", backend, self.case.blocks)
-        return np.asarray(run(q, k, v, pools or filled, heads, **traced, **self.sizes)).astype(np.float64)
+        return np.asarray(run(q, k, v, pools or filled, heads, **traced, window=self.window)).astype(np.float64)
 
     def decode(self, backend: str | None, counts: np.ndarray, pools: Pools | None = None) -> np.ndarray:
         filled, heads = self.fill(counts)
         q = jnp.asarray(self.q[np.arange(len(counts)), np.maximum(counts - 1, 0)])
         run = jitted("decode", backend, self.case.blocks)
         return np.asarray(
-            run(q, pools or filled, heads, lengths=jnp.asarray(counts.astype(np.int32)), **self.sizes)
+            run(q, pools or filled, heads, lengths=jnp.asarray(counts.astype(np.int32)), window=self.window)
         ).astype(np.float64)
 
 
@@ -230,7 +230,7 @@ def test_heads_are_data(backend):
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", ["retrieval", "streaming"])
+@pytest.mark.parametrize("name", ["full", "ring"])
 def test_blocks_beyond_the_filled_ones_are_never_read(operation, name, backend):
     """NaN times a weight of zero is NaN: a finite output shows that trip counts follow the lengths."""
     problem = Problem(Case((True, False), starts=(0, 5, 12), lengths=(1, 1, 1), tokens=1, recent_size=40, sink_size=8))
@@ -239,9 +239,11 @@ def test_blocks_beyond_the_filled_ones_are_never_read(operation, name, backend):
     run = problem.prefill if operation == "prefill" else functools.partial(problem.decode, counts=counts)
     # The last row fills two blocks of 8 keys.
     poisoned = {
-        field: pool.at[:, :, 16:].set(jnp.nan) for field, pool in filled._asdict().items() if field.startswith(name)
+        field: pool.at[:, :, 16:].set(jnp.nan)
+        for field, pool in zip(Pools._fields, filled.stored, strict=False)
+        if field.startswith(name)
     }
-    if operation == "prefill" and name == "streaming" and backend == "xla":
+    if operation == "prefill" and name == "ring" and backend == "xla":
         pytest.skip("a ring is read whole in prefill: it is as small as the window")
     clean = run(backend=backend, pools=filled)
     np.testing.assert_array_equal(run(backend=backend, pools=filled._replace(**poisoned)), clean)
@@ -254,9 +256,9 @@ def test_other_slots_are_never_read(backend):
     # Only this layer's slots are made finite.
     kept = {True: heads.slot[heads.is_retrieval], False: heads.slot[~heads.is_retrieval]}
     pools = Pools(
-        *(pool.at[kept[i < 2]].set(jnp.nan_to_num(pool[kept[i < 2]], nan=0.0)) for i, pool in enumerate(pools))
+        *(pool.at[kept[i < 2]].set(jnp.nan_to_num(pool[kept[i < 2]], nan=0.0)) for i, pool in enumerate(pools.stored))
     )
-    assert all(bool(jnp.isnan(pool).any()) for pool in pools)
+    assert all(bool(jnp.isnan(pool).any()) for pool in pools.stored)
     assert np.isfinite(problem.prefill(backend, pools)).all()
     assert np.isfinite(problem.decode(backend, problem.starts + 1, pools)).all()
 
@@ -276,7 +278,7 @@ class Shapes(NamedTuple):
         streaming = f32((self.num_streaming, 1, 128, head_dim))
         pools = Pools(retrieval, retrieval, streaming, streaming)
         table = Heads(jax.ShapeDtypeStruct((kv_heads,), bool), jax.ShapeDtypeStruct((kv_heads,), jnp.int32))
-        sizes = {"lengths": i32, "sink_size": 64, "recent_size": 64}
+        sizes = {"lengths": i32, "window": Window(64, 64)}
         if operation == "decode":
             return jitted("decode", "xla", "").lower(f32((1, heads, head_dim)), pools, table, **sizes).compile()
         own = f32((1, self.tokens, kv_heads, head_dim))
@@ -307,14 +309,14 @@ def test_memory_does_not_depend_on_the_capacity(operation):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(sink_size=st.integers(0, 6), recent_size=st.integers(1, 9), length=st.integers(0, 60))
 def test_a_ring_holds_the_sinks_and_the_newest_tokens(sink_size, recent_size, length):
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    window = Window(sink_size, recent_size)
     ring = [-1] * (sink_size + recent_size)
     for position in range(length):
         index = position if position < sink_size else sink_size + (position - sink_size) % recent_size
         ring[index] = position
-    index = ring_index(jnp.arange(60), **sizes).tolist()
+    index = window.index(jnp.arange(60)).tolist()
     assert all(index[position] == at for at, position in enumerate(ring) if position >= 0)
-    found = ring_positions(jnp.full((1,), length, jnp.int32), **sizes)
+    found = window.positions(jnp.full((1,), length, jnp.int32))
     assert found.tolist() == [ring]
     newest = range(max(0, length - recent_size), length)
     assert sorted(p for p in ring if p >= 0) == sorted({*range(min(sink_size, length)), *newest})
@@ -322,7 +324,7 @@ def test_a_ring_holds_the_sinks_and_the_newest_tokens(sink_size, recent_size, le
 
 def test_visible_is_the_mask_of_the_method():
     q = jnp.arange(7)[:, None]
-    seen = visible(q, jnp.arange(7)[None, :], sink_size=1, recent_size=2)
+    seen = Window(1, 2).visible(q, jnp.arange(7)[None, :])
     assert seen.astype(jnp.int32).tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -342,8 +344,7 @@ def arguments(operation: str, **changed: object) -> Callable[[], jax.Array]:
         "pools": Pools(pool, pool, ring, ring),
         "heads": Heads(jnp.array([True, False]), jnp.zeros(2, jnp.int32)),
         "lengths": jnp.ones(2, jnp.int32),
-        "sink_size": 2,
-        "recent_size": 3,
+        "window": Window(2, 3),
     }
     if operation == "prefill":
         given |= {"k": jnp.zeros((2, 3, 2, 8)), "v": jnp.zeros((2, 3, 2, 8)), "start": jnp.zeros(2, jnp.int32)}
@@ -358,8 +359,8 @@ def test_arguments_that_do_not_fit_raise(operation):
     three = Heads(jnp.ones(3, bool), jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match=r"multiple of KV heads.*num_heads=4 and num_kv_heads=3"):
         arguments(operation, heads=three)()
-    with pytest.raises(ValueError, match="a ring holds sink_size"):
-        arguments(operation, recent_size=4)()
+    with pytest.raises(ValueError, match=r"a ring must have window.size entries"):
+        arguments(operation, window=Window(2, 4))()
     for shape in ((1, 3, 16, 8), (1, 2, 16, 4)):
         pool, ring = jnp.zeros(shape), jnp.zeros((1, shape[1], 5, shape[3]))
         with pytest.raises(ValueError, match=re.escape(str(shape))):
@@ -369,20 +370,20 @@ def test_arguments_that_do_not_fit_raise(operation):
 @pytest.mark.parametrize("changed", [{"k": (2, 2, 2, 8)}, {"k": (2, 3, 1, 8)}, {"v": (2, 3, 2, 4)}])
 def test_a_chunk_of_another_shape_raises(changed):
     # The annotations refuse some of these first, where they are executed; without them the check does.
-    prefill = getattr(api.prefill_attention, "__wrapped__", api.prefill_attention)
+    prefill = getattr(ops.prefill_attention, "__wrapped__", ops.prefill_attention)
     call = arguments("prefill", **{name: jnp.zeros(shape) for name, shape in changed.items()})
     with pytest.raises(ValueError, match=r"k and v must be \[B, T, K, H\]"):
         prefill(**call.keywords)
 
 
 def test_a_device_without_a_verified_backend_falls_back_and_says_so_once():
-    api._default_backend.cache_clear()
+    ops._default_backend.cache_clear()
     with pytest.warns(UserWarning, match="no attention backend is verified on 'abacus'"):
-        assert api._default_backend("abacus") == "xla"
-    assert api._default_backend("abacus") == "xla"  # A second warning would be an error.
-    api._default_backend.cache_clear()
+        assert ops._default_backend("abacus") == "xla"
+    assert ops._default_backend("abacus") == "xla"  # A second warning would be an error.
+    ops._default_backend.cache_clear()
 
 
 def test_the_default_backend_is_one_that_exists():
     problem = Problem(CASES["gqa_2_one_row"])
-    np.testing.assert_array_equal(problem.prefill(None), problem.prefill(api._default_backend(tiles.device_kind())))
+    np.testing.assert_array_equal(problem.prefill(None), problem.prefill(ops._default_backend(gpus.device_kind())))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, infer, prefill, stream
+from pallas_kernels import Window
 from tests.conftest import TINY
 
 RNG = np.random.default_rng(0)
@@ -52,7 +53,7 @@ def test_bytes_equal_the_formula_and_what_the_device_holds(gates, dtype):
     num_retrieval = pattern.num_retrieval if pattern else 4
     itemsize = 4 if dtype == "float32" else 2
     formula = 2 * 16 * itemsize * 5 * (num_retrieval * 70 + (4 - num_retrieval) * 11)
-    held = sum(pool.addressable_shards[0].data.nbytes for pool in cache.pools)
+    held = sum(pool.addressable_shards[0].data.nbytes for pool in cache.pools.stored)
     assert cache.nbytes == KVCache.bytes_for(TINY, pattern, 5, 70, dtype=dtype) == held == formula
     assert (cache.batch_size, cache.max_length, cache.dtype) == (5, 70, dtype)
 
@@ -62,7 +63,7 @@ def test_bytes_of_a_large_cache_are_computed_without_allocating_it():
 
 
 def test_bytes_of_streaming_heads_do_not_grow_with_the_context(half):
-    streaming = [sum(pool.nbytes for pool in KVCache.init(TINY, half, 1, length).pools[2:]) for length in (16, 4096)]
+    streaming = [sum(pool.nbytes for pool in KVCache.init(TINY, half, 1, length).pools.ring) for length in (16, 4096)]
     assert streaming[0] == streaming[1] == 2 * 2 * 11 * 16 * 4
 
 
@@ -70,7 +71,7 @@ def test_bytes_of_streaming_heads_do_not_grow_with_the_context(half):
 def test_every_head_has_a_slot_of_its_own(gates):
     pattern = HeadPattern.from_gates(np.array(gates), sink_size=3, recent_size=8)
     cache = KVCache.init(TINY, pattern, 1, 16)
-    for kind, pool in ((True, cache.pools.retrieval_k), (False, cache.pools.streaming_k)):
+    for kind, pool in ((True, cache.pools.full_k), (False, cache.pools.ring_k)):
         slots = np.asarray(cache.slot)[np.asarray(cache.is_retrieval) == kind]
         assert sorted(slots) == list(range(pool.shape[0]))
 
@@ -146,7 +147,7 @@ def test_a_mark_comes_back_if_the_same_tokens_are_written_again(tiny, half):
 def test_a_mark_of_another_cache_raises(tiny, half):
     _, cache = extend(tiny, new(half), TEXT)
     mark = cache.mark()
-    resized = replace(half, sink_size=half.recent_size, recent_size=half.sink_size)  # Rings of the same shape.
+    resized = replace(half, window=Window(half.window.recent, half.window.sink))  # Rings of the same shape.
     others = (KVCache.init(TINY, half, 1, 32), new(half, pattern=False), KVCache.init(TINY, resized, 2, 32))
     for other in others:
         with pytest.raises(ValueError, match="this mark is of another cache"):
@@ -167,7 +168,7 @@ def test_rewind_to_an_empty_cache(tiny, half):
 def test_a_mark_survives_donation_and_copies_no_retrieval_pool(tiny, half):
     _, cache = extend(tiny, new(half), TEXT)
     mark = cache.mark()
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(mark)) < cache.pools.streaming_k.nbytes * 2 + 64
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(mark)) < cache.pools.ring_k.nbytes * 2 + 64
     _, cache = decode_step(tiny, [1, 2], cache)
     cache = cache.rewind(mark)
     _, cache = decode_step(tiny, [1, 2], cache)

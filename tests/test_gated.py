@@ -10,8 +10,9 @@ from duo_train.gated import GatedModel
 from jax.test_util import check_grads
 
 from duo_jax import load_model
-from pallas_kernels import api, full_attention, gated_attention, tiles, xla_gated
+from pallas_kernels import full_attention, gated_attention, gpus, ops, xla_train
 from pallas_kernels.gpus import FlashTiles
+from pallas_kernels.window import Window
 from tests.conftest import ON_CPU
 
 # Mosaic has no kernel for training.
@@ -29,8 +30,8 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
     if "default_blocks" not in request.keywords:
-        monkeypatch.setattr(xla_gated, "BLOCK", 8)
-        monkeypatch.setattr(tiles, "_default", lambda *_: FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2))
+        monkeypatch.setattr(xla_train, "BLOCK", 8)
+        monkeypatch.setattr(gpus, "_default", lambda *_: FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2))
 
 
 def inputs(shape, seed=0):
@@ -39,7 +40,7 @@ def inputs(shape, seed=0):
     q = rng.normal(size=(2, tokens, heads, dim)).astype(np.float32)
     k, v = (rng.normal(size=(2, tokens, kv_heads, dim)).astype(np.float32) for _ in "kv")
     gates = rng.random(kv_heads).astype(np.float32)
-    return (*map(jnp.asarray, (q, k, v, gates)), {"sink_size": sinks, "recent_size": window})
+    return (*map(jnp.asarray, (q, k, v, gates)), Window(sinks, window))
 
 
 def dense(q, k, v, keep):
@@ -51,20 +52,20 @@ def dense(q, k, v, keep):
     return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
 
 
-def masks(tokens, sink_size, recent_size):
+def masks(tokens, window):
     query, key = np.indices((tokens, tokens))
     causal = key <= query
-    return causal, causal & ((key < sink_size) | (key > query - recent_size))
+    return causal, causal & ((key < window.sink) | (key > query - window.recent))
 
 
 @backends
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_mixes_the_two_kinds_of_attention(shape, backend):
-    q, k, v, gates, sizes = inputs(shape)
-    causal, window = masks(q.shape[1], **sizes)
+    q, k, v, gates, window = inputs(shape)
+    causal, seen = masks(q.shape[1], window)
     gate = np.repeat(np.asarray(gates, np.float64), q.shape[2] // k.shape[2])[None, None, :, None]
-    full, streaming = dense(q, k, v, causal), dense(q, k, v, window)
-    mix = jax.jit(functools.partial(gated_attention, **sizes, backend=backend))
+    full, streaming = dense(q, k, v, causal), dense(q, k, v, seen)
+    mix = jax.jit(functools.partial(gated_attention, window=window, backend=backend))
     out = mix(q, k, v, gates)
     np.testing.assert_allclose(out, gate * full + (1 - gate) * streaming, atol=2e-6)
     np.testing.assert_allclose(jax.jit(functools.partial(full_attention, backend=backend))(q, k, v), full, atol=2e-6)
@@ -76,11 +77,11 @@ def test_mixes_the_two_kinds_of_attention(shape, backend):
 @pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
 @pytest.mark.parametrize("shape", ["gqa_3", "shorter_than_the_sinks", "window_longer_than_the_text", "head_dim_256"])
 def test_gradients_equal_those_of_the_dense_reference(shape, backend):
-    q, k, v, gates, sizes = inputs(SHAPES[shape])
+    q, k, v, gates, window = inputs(SHAPES[shape])
     weights = jax.random.normal(jax.random.key(1), q.shape)
 
     def loss(q, k, v, gates, backend):
-        return jnp.sum(weights * gated_attention(q, k, v, gates, **sizes, backend=backend))
+        return jnp.sum(weights * gated_attention(q, k, v, gates, window=window, backend=backend))
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=4)
     for found, wanted in zip(gradient(q, k, v, gates, backend), gradient(q, k, v, gates, "reference"), strict=True):
@@ -88,17 +89,17 @@ def test_gradients_equal_those_of_the_dense_reference(shape, backend):
 
 
 def test_gradients_equal_finite_differences():
-    q, k, v, gates, sizes = inputs((11, 2, 1, 4, 2, 3))
-    attend = jax.jit(functools.partial(gated_attention, **sizes, backend="xla"))
+    q, k, v, gates, window = inputs((11, 2, 1, 4, 2, 3))
+    attend = jax.jit(functools.partial(gated_attention, window=window, backend="xla"))
     check_grads(attend, (q, k, v, gates), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_gradients_in_bfloat16_are_those_of_float32_rounded():
-    q, k, v, gates, sizes = inputs((40, 4, 2, 64, 4, 12))
+    q, k, v, gates, window = inputs((40, 4, 2, 64, 4, 12))
     weights = jax.random.normal(jax.random.key(1), q.shape)
 
     def loss(*args):
-        return jnp.sum(weights * gated_attention(*args, **sizes).astype(jnp.float32))
+        return jnp.sum(weights * gated_attention(*args, window=window).astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
 
@@ -118,7 +119,7 @@ def test_memory_is_linear_in_the_tokens_forward_and_backward():
         gates = jax.ShapeDtypeStruct((2,), jnp.float32)
 
         def loss(q, k, v, gates):
-            return gated_attention(q, k, v, gates, sink_size=64, recent_size=256, backend="xla").sum()
+            return gated_attention(q, k, v, gates, window=Window(64, 256), backend="xla").sum()
 
         function = jax.grad(loss, (0, 1, 2, 3)) if gradient else loss
         return jax.jit(function).lower(shape, kv, kv, gates).compile()
@@ -180,16 +181,16 @@ def test_a_gradient_with_rematerialization_is_the_same_and_keeps_less(tiny):
 
 
 def test_arguments_that_do_not_fit_raise():
-    q, k, v, gates, sizes = inputs(SHAPES["gqa_3"])
+    q, k, v, gates, window = inputs(SHAPES["gqa_3"])
     # The annotations refuse some of these first, where they are executed; without them the checks do.
-    gated = getattr(api.gated_attention, "__wrapped__", api.gated_attention)
+    gated = getattr(ops.gated_attention, "__wrapped__", ops.gated_attention)
     with pytest.raises(ValueError, match=r"k and v must be \[B, T, K, H\]"):
-        gated(q, k[:, :-1], v, gates, **sizes)
+        gated(q, k[:, :-1], v, gates, window=window)
     with pytest.raises(ValueError, match="gates must be one per KV head"):
-        gated(q, k, v, jnp.ones(3), **sizes)
+        gated(q, k, v, jnp.ones(3), window=window)
     with pytest.raises(ValueError, match="full must have the queries' shape"):
-        gated(q, k, v, gates, **sizes, full=q[:1])
+        gated(q, k, v, gates, window=window, full=q[:1])
     with pytest.raises(ValueError, match="unknown attention backend"):
-        gated(q, k, v, gates, **sizes, backend="cuda")
+        gated(q, k, v, gates, window=window, backend="cuda")
     with pytest.raises(ValueError, match="recent_size >= 1"):
         GatedModel(recent_size=0)

@@ -14,7 +14,7 @@ from duo_eval.aot.kernels import program
 from duo_jax.gpus import GPUS
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import tiles_for
-from tests.test_mosaic import SIZES, problem
+from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
 if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
@@ -39,7 +39,7 @@ from pallas_kernels import Pools, decode_attention
 from pallas_kernels.jax_triton import decode
 from pallas_kernels.quantized import empty, store
 from pallas_kernels.gpus import DecodeTiles
-from tests.test_mosaic import SIZES, problem
+from tests.test_mosaic import WINDOW, problem
 
 class OfInt(type):
     __instancecheck__ = lambda cls, value: isinstance(value, builtins.int)
@@ -90,11 +90,12 @@ for head_dim, dtype, is_retrieval, kept, kept_in_rings in cases:
     )
     names = (kept, kept, kept_in_rings, kept_in_rings)
     like = [empty((1, head_dim), name or dtype) for name in names]
-    pools = Pools(*(store(pool, kind) if pool.shape[0] else pool for pool, kind in zip(pools, like, strict=True)))
+    given = zip(pools.stored, like, strict=True)
+    pools = Pools(*(store(pool, kind) if pool.shape[0] else pool for pool, kind in given))
     lengths = jnp.asarray([600, 33], jnp.int32)
     tiles = DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)
     found = decode.split_attention(q[:, 0], pools, heads, lengths=lengths, tiles=tiles, capability=90)
-    wanted = decode_attention(q[:, 0], pools, heads, lengths=lengths, **SIZES, backend="reference")
+    wanted = decode_attention(q[:, 0], pools, heads, lengths=lengths, window=WINDOW, backend="reference")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if dtype == "float32" else 3e-3)
 """
 
@@ -155,13 +156,13 @@ def test_a_layer_compiles_for_a_gpu_that_is_not_there(gpu):
 
 def test_says_what_it_cannot_do():
     count = jnp.ones(1, jnp.int32)
-    rows = {"start": count, "lengths": count, **SIZES, "backend": "jax_triton"}
+    rows = {"start": count, "lengths": count, "window": WINDOW, "backend": "jax_triton"}
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
     with pytest.raises(NotImplementedError, match="has no prefill_attention: use backend='triton'"):
         prefill_attention(q, k, v, pools, heads, **rows)
     with pytest.raises(NotImplementedError, match="has no gated_attention: use backend='triton'"):
-        gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="jax_triton")
+        gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="jax_triton")
     with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs alone"):
-        decode_attention(q[:, 0], pools, heads, lengths=count, **SIZES, backend="jax_triton")
+        decode_attention(q[:, 0], pools, heads, lengths=count, window=WINDOW, backend="jax_triton")
     with pytest.raises(NotImplementedError, match=r"one of them for queries and cache.* got bfloat16, float32 with 64"):
-        decode_attention(q[:, 0].astype(jnp.float32), pools, heads, lengths=count, **SIZES, backend="jax_triton")
+        decode_attention(q[:, 0].astype(jnp.float32), pools, heads, lengths=count, window=WINDOW, backend="jax_triton")

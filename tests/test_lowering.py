@@ -7,7 +7,7 @@ import pytest
 from duo_eval.aot.kernels import OPERATIONS, program
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 H200 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
@@ -66,7 +66,7 @@ def test_triton_says_what_it_cannot_do(dtype, head_dim):
         zeros(1, 1, 3, head_dim),
     )
     pools, table = Pools(pool, pool, ring, ring), Heads(jnp.ones(1, bool), jnp.zeros(1, jnp.int32))
-    count, sizes = jnp.ones(1, jnp.int32), {"sink_size": 1, "recent_size": 2, "backend": "triton"}
+    count, sizes = jnp.ones(1, jnp.int32), {"window": Window(1, 2), "backend": "triton"}
     calls = (
         lambda: prefill_attention(q, kv, kv, pools, table, start=count, lengths=count, **sizes),
         lambda: decode_attention(q[:, 0], pools, table, lengths=count, **sizes),

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Heads, Pools, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import DecodeTiles, trying
 
-SIZES = {"sink_size": 16, "recent_size": 64}
+WINDOW = Window(16, 64)
 
 
 def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity=248, dtype=jnp.bfloat16):
@@ -45,7 +45,7 @@ def test_prefill_equals_the_reference(case):
     rows = {"start": jnp.asarray(case["starts"], jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
 
     def attend(backend):
-        run = jax.jit(lambda *arrays: prefill_attention(*arrays, **rows, **SIZES, backend=backend))
+        run = jax.jit(lambda *arrays: prefill_attention(*arrays, **rows, window=WINDOW, backend=backend))
         return np.asarray(run(*arrays), np.float32)
 
     found, wanted = attend("mosaic"), attend("reference")
@@ -62,7 +62,7 @@ def test_decode_equals_the_reference(is_retrieval):
     lengths = jnp.asarray([299, 33], jnp.int32)
 
     def attend(backend):
-        run = jax.jit(lambda *arrays: decode_attention(*arrays, lengths=lengths, **SIZES, backend=backend))
+        run = jax.jit(lambda *arrays: decode_attention(*arrays, lengths=lengths, window=WINDOW, backend=backend))
         return np.asarray(run(q[:, 0], pools, heads), np.float32)
 
     with trying("mosaic_decode", DecodeTiles(block_k=32, min_split=160, max_programs=8, num_warps=4, num_stages=2)):
@@ -72,16 +72,17 @@ def test_decode_equals_the_reference(is_retrieval):
 
 def test_says_what_it_cannot_do():
     count = jnp.ones(1, jnp.int32)
-    rows = {"start": count, "lengths": count, **SIZES, "backend": "mosaic"}
+    rows = {"start": count, "lengths": count, "window": WINDOW, "backend": "mosaic"}
     with pytest.raises(NotImplementedError, match=r"takes bfloat16 or float16.* got float32 with 64: use"):
         prefill_attention(*problem(tokens=4, starts=(0,), dtype=jnp.float32), **rows)
     with pytest.raises(NotImplementedError, match="head dims of 64 or 128, got bfloat16 with 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), head_dim=80), **rows)
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
     with pytest.raises(NotImplementedError, match="up to 64 query heads a KV head, got 65"):
-        decode_attention(jnp.tile(q[:, 0], (1, 33, 1))[:, :130], pools, heads, lengths=count, **SIZES, backend="mosaic")
+        many = jnp.tile(q[:, 0], (1, 33, 1))[:, :130]
+        decode_attention(many, pools, heads, lengths=count, window=WINDOW, backend="mosaic")
     with pytest.raises(NotImplementedError, match="the mosaic backend has no gated_attention: use backend='triton'"):
-        gated_attention(q, k, v, jnp.ones(2), **SIZES, backend="mosaic")
+        gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="mosaic")
     with pytest.raises(NotImplementedError, match="multiples of 8, and at least 16, got 8, 8, 80, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)
     with pytest.raises(NotImplementedError, match=r"multiples of 8.* got 300"):

@@ -21,7 +21,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from duo_jax import Model
-from pallas_kernels.window import visible
+from pallas_kernels.window import Window
 from tests.text_models import Result, assert_refused
 
 Duo = Callable[..., Result]
@@ -188,7 +188,7 @@ def test_shares_are_those_of_the_streaming_mask() -> None:
     shares = figures.attention_shares(weights, sink_size=4, recent_size=9)
     np.testing.assert_allclose(shares.sum(1), 1)
     at = jnp.arange(40)
-    seen = np.asarray(visible(at[:, None], at[None, :], sink_size=4, recent_size=9))
+    seen = np.asarray(Window(4, 9).visible(at[:, None], at[None, :]))
     np.testing.assert_allclose(shares[:, :2].sum(1), (weights * seen).sum(1))
     np.testing.assert_allclose(shares[:, 0], weights[:, :4].sum(1))
 

@@ -67,15 +67,15 @@ def test_a_pool_may_have_no_slot(tiny, sparsity, tmp_path):
     loaded = KVCache.load(tmp_path / "cache")
     for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(loaded), strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    np.testing.assert_array_equal(cache.pools.streaming_v, loaded.pools.streaming_v)
+    np.testing.assert_array_equal(cache.pools.ring_v, loaded.pools.ring_v)
 
 
 def test_a_large_cache_takes_its_own_size_on_disk(tmp_path):
     """Of 4096 tokens: what is stored beside keys and values is small."""
     pattern = HeadPattern.from_gates(np.eye(2), sink_size=3, recent_size=8)
     cache = KVCache.init(TINY, pattern, 4, 4096)
-    noise = jax.random.normal(jax.random.key(0), cache.pools.retrieval_k.shape)
-    pools = cache.pools._replace(retrieval_k=noise, retrieval_v=noise + 1)
+    noise = jax.random.normal(jax.random.key(0), cache.pools.full_k.shape)
+    pools = cache.pools._replace(full_k=noise, full_v=noise + 1)
     replace(cache, pools=pools, length=jnp.full(4, 4096, jnp.int32)).save(tmp_path / "cache")
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert abs(size / cache.nbytes - 1) < 0.02

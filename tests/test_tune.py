@@ -6,7 +6,7 @@ import pytest
 from duo_eval.aot import tune
 from duo_eval.aot.tune import Tune
 
-from pallas_kernels import tiles
+from pallas_kernels import gpus
 from pallas_kernels.gpus import DecodeTiles, PipelineTiles, tiles_for, trying
 
 
@@ -19,9 +19,9 @@ def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
     found = json.loads(table.read_text())
     assert found["NVIDIA Abacus"] == {"flash": {"64x2": {}}}
     assert found["cpu"]["decode"].keys() == {"16x2"}
-    monkeypatch.setattr(tiles, "_table", lambda: found)
+    monkeypatch.setattr(gpus, "_table", lambda: found)
     assert tiles_for("decode", 16, 2) in (wrong, right)
-    assert tiles_for("decode", 16, 4) == tiles._default("decode", 16, 4, False)
+    assert tiles_for("decode", 16, 4) == gpus._default("decode", 16, 4, False)
 
 
 def test_tiles_on_trial_are_used_within_alone():

@@ -33,7 +33,7 @@ from duo_jax.mesh.balance import balance
 from duo_jax.mesh.mesh import MeshSize, constrain, place
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from pallas_kernels import Heads, Pools, Stripe
+from pallas_kernels import Heads, Pools, TokenShards, Window
 from pallas_kernels.quantized import Stored
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ MOST_TOKENS = 2**31 - 1
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["pools", "is_retrieval", "slot", "length", "order"],
-    meta_fields=["sink_size", "recent_size", "mesh"],
+    meta_fields=["window", "mesh"],
 )
 @dataclass(frozen=True)
 class KVCache:
@@ -56,12 +56,11 @@ class KVCache:
     a cache is one device's part.
 
     Attributes:
-        pools: keys and values; `retrieval_* [Pr, B, S, H]` and `streaming_* [Ps, B, sink + recent, H]`.
+        pools: keys and values; `full_* [Pr, B, S, H]` and `ring_* [Ps, B, window.size, H]`.
         is_retrieval: head table, True where a KV head lies in the retrieval pool.
         slot: head table, the slot in its pool.
         length: tokens in the cache, per row.
-        sink_size: first tokens that a streaming head keeps (static).
-        recent_size: most recent tokens that a streaming head keeps (static).
+        window: what a streaming head keeps (static).
         mesh: the devices that share the cache (static); None: one has it.
         order: on a mesh, the KV head of each column `C` of all devices' head tables, as `balance` has it.
     """
@@ -70,8 +69,7 @@ class KVCache:
     is_retrieval: Bool[Array, "L K"]
     slot: Int32[Array, "L K"]
     length: Int32[Array, "B"]
-    sink_size: int
-    recent_size: int
+    window: Window
     mesh: Mesh | None = None
     order: Int32[Array, "L C"] | None = None
 
@@ -116,7 +114,6 @@ class KVCache:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        sink_size, recent_size = _sizes(pattern)
         shapes = _shapes(config, pattern, batch_size, max_length, size)
         try:
             pools = empty_pools(shapes, pool_dtypes(config.dtype, dtype, streaming_dtype), mesh)
@@ -135,8 +132,7 @@ class KVCache:
             is_retrieval=put(heads.is_retrieval, None, "tensor"),
             slot=put(heads.slot, None, "tensor"),
             length=put(np.zeros(batch_size, np.int32)),
-            sink_size=int(sink_size),
-            recent_size=int(recent_size),
+            window=_window(pattern),
             mesh=mesh,
             order=None if mesh is None else put(heads.order),
         )
@@ -163,7 +159,7 @@ class KVCache:
             shape(columns, jnp.bool_),  # type: ignore[arg-type]
             shape(columns, jnp.int32),  # type: ignore[arg-type]
             shape((batch_size,), jnp.int32),  # type: ignore[arg-type]
-            *_sizes(pattern),
+            _window(pattern),
             mesh,
             None if mesh is None else shape(columns, jnp.int32),  # type: ignore[arg-type]
         )
@@ -193,7 +189,7 @@ class KVCache:
         retrieval, streaming = _shapes(config, pattern, batch_size, max_length, mesh)
         dtypes = pool_dtypes(config.dtype, dtype, streaming_dtype)
         pools = jax.eval_shape(lambda: empty_pools((retrieval, streaming), dtypes))
-        of_retrieval, of_streaming = nbytes(pools[:2]), nbytes(pools[2:])
+        of_retrieval, of_streaming = nbytes(pools.full), nbytes(pools.ring)
         return (of_retrieval // mesh.sequence + of_streaming) // (mesh.tensor * mesh.data)
 
     @staticmethod
@@ -233,27 +229,27 @@ class KVCache:
     @property
     def max_length(self) -> int:
         """Tokens that each sequence can hold."""
-        return self.pools.retrieval_k.shape[2]
+        return self.pools.full_k.shape[2]
 
     @property
     def dtype(self) -> jnp.dtype:
         """Data type of retrieval heads' keys and values: uint8 and uint4 where they are quantized."""
-        return self.pools.retrieval_k.dtype
+        return self.pools.full_k.dtype
 
     @property
     def streaming_dtype(self) -> jnp.dtype:
         """Data type of streaming heads' keys and values."""
-        return self.pools.streaming_k.dtype
+        return self.pools.ring_k.dtype
 
     @property
-    def stripe(self) -> Stripe | None:
+    def shards(self) -> TokenShards | None:
         """The devices that share the tokens of retrieval heads; None: one has all."""
         count = MeshSize.of(self.mesh).sequence
-        return None if count == 1 else Stripe("sequence", count)
+        return None if count == 1 else TokenShards("sequence", count)
 
     def axes(self) -> list[PartitionSpec]:
         """The mesh axes along which each array is divided, in the order of `jax.tree.leaves`."""
-        retrieval, streaming = (len(jax.tree.leaves(pool)) for pool in (self.pools[:2], self.pools[2:]))
+        retrieval, streaming = (len(jax.tree.leaves(pool)) for pool in (self.pools.full, self.pools.ring))
         of_retrieval, of_streaming = pool_axes()
         table = PartitionSpec(None, "tensor")
         others = [table, table, PartitionSpec("data"), PartitionSpec()][: 3 if self.order is None else 4]
@@ -283,7 +279,7 @@ class KVCache:
     @property
     def _where(self) -> dict[str, Any]:
         """What decides where a token lies."""
-        return {"sink_size": self.sink_size, "recent_size": self.recent_size, "stripe": self.stripe}
+        return {"window": self.window, "shards": self.shards}
 
     def advance(self, count: Int32[Array, "B"]) -> "KVCache":
         """Count tokens that every layer has written."""
@@ -293,12 +289,11 @@ class KVCache:
         """Remember this point: a copy of rings and lengths only, so that one prefilled text can be asked many times."""
         self.check_alive()
         return Mark(
-            streaming_k=_copy(self.pools.streaming_k),
-            streaming_v=_copy(self.pools.streaming_v),
+            ring_k=_copy(self.pools.ring_k),
+            ring_v=_copy(self.pools.ring_v),
             length=jnp.copy(self.length),
             is_retrieval=jnp.copy(self.is_retrieval),
-            sink_size=self.sink_size,
-            recent_size=self.recent_size,
+            window=self.window,
             fingerprint=self._fingerprint(self.length),
         )
 
@@ -309,7 +304,7 @@ class KVCache:
             ValueError: a mark of another cache, or one whose tokens were overwritten after an earlier rewind.
         """
         self.check_alive()
-        theirs, ours = ((x.sink_size, x.recent_size, x.length.shape, x.is_retrieval.shape) for x in (mark, self))
+        theirs, ours = ((x.window, x.length.shape, x.is_retrieval.shape) for x in (mark, self))
         if theirs != ours or not jnp.array_equal(mark.is_retrieval, self.is_retrieval):
             raise ValueError("this mark is of another cache, with other heads, sizes or rows; take marks of this one")
         found = self._fingerprint(mark.length)
@@ -318,7 +313,7 @@ class KVCache:
                 "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
                 "tokens were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
             )
-        rings = {"streaming_k": _copy(mark.streaming_k), "streaming_v": _copy(mark.streaming_v)}
+        rings = {"ring_k": _copy(mark.ring_k), "ring_v": _copy(mark.ring_v)}
         return replace(self, pools=self.pools._replace(**rings), length=jnp.copy(mark.length))
 
     def fork(self, batch_size: int | None = None) -> "KVCache":
@@ -340,10 +335,10 @@ class KVCache:
 
     def _fingerprint(self, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
         """See `fingerprint`; on a mesh, the sum of every device's."""
-        pool = self.pools.retrieval_k
+        pool = self.pools.full_k
         if self.mesh is None:
             return fingerprint(pool, length)
-        return _fingerprints(self.mesh, self.stripe, pool, length)
+        return _fingerprints(self.mesh, self.shards, pool, length)
 
     def save(self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None) -> None:
         """Write the cache to a folder: what is filled of it, with a checksum of every array. Not of one on a mesh.
@@ -407,20 +402,19 @@ class KVCache:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["streaming_k", "streaming_v", "length", "is_retrieval", "fingerprint"],
-    meta_fields=["sink_size", "recent_size"],
+    data_fields=["ring_k", "ring_v", "length", "is_retrieval", "fingerprint"],
+    meta_fields=["window"],
 )
 @dataclass(frozen=True)
 class Mark:
     """A point to rewind to. `fingerprint` is a hash of the retrieval keys so far: it tells a stale mark."""
 
-    streaming_k: Stored
-    streaming_v: Stored
+    ring_k: Stored
+    ring_v: Stored
     length: Int32[Array, "B"]
     is_retrieval: Bool[Array, "L K"]
     fingerprint: UInt32[Array, "B"]
-    sink_size: int
-    recent_size: int
+    window: Window
 
 
 def _fitting(
@@ -450,9 +444,11 @@ def _copy(tree: T) -> T:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fingerprints(mesh: Mesh, stripe: Stripe | None, pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
+def _fingerprints(
+    mesh: Mesh, shards: TokenShards | None, pool: Stored, length: Int32[Array, "B"]
+) -> UInt32[Array, "B"]:
     def one(pool: Stored, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
-        return jax.lax.psum(fingerprint(pool, length, stripe), ("tensor", "sequence"))
+        return jax.lax.psum(fingerprint(pool, length, shards), ("tensor", "sequence"))
 
     divided, rows = jax.tree.map(lambda _: pool_axes()[0], pool), PartitionSpec("data")
     return jax.shard_map(one, mesh=mesh, in_specs=(divided, rows), out_specs=rows, check_vma=False)(pool, length)
@@ -465,8 +461,8 @@ def _table(config: ModelConfig, pattern: HeadPattern | None) -> np.ndarray:
     return pattern.is_retrieval
 
 
-def _sizes(pattern: HeadPattern | None) -> tuple[int, int]:
-    return (pattern.sink_size, pattern.recent_size) if pattern else (0, 0)
+def _window(pattern: HeadPattern | None) -> Window:
+    return pattern.window if pattern else Window(0, 0)
 
 
 def _shapes(
@@ -476,7 +472,7 @@ def _shapes(
     mesh.check(config)
     if batch_size % mesh.data:
         raise ValueError(f"{batch_size=} rows cannot be divided among data={mesh.data} devices: take a multiple")
-    heads, ring = balance(_table(config, pattern), mesh.tensor), sum(_sizes(pattern))
+    heads, ring = balance(_table(config, pattern), mesh.tensor), _window(pattern).size
     tokens = -(-max_length // mesh.sequence) * mesh.sequence
     slots = mesh.tensor * heads.retrieval_slots, mesh.tensor * heads.streaming_slots
     return pool_shapes(*slots, batch_size=batch_size, max_length=tokens, ring=ring, head_dim=config.head_dim)

@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from pallas_kernels import Heads, Pools, Stripe
+from pallas_kernels import Heads, Pools, TokenShards, Window
 from pallas_kernels.quantized import BITS, Stored, empty, store
-from pallas_kernels.window import consecutive, ring_index, ring_positions
+from pallas_kernels.window import consecutive
 
 # How keys and values may be stored.
 KV_DTYPES = ("float32", "bfloat16", "float16", *BITS)
@@ -84,11 +84,15 @@ def nbytes(pools: Any) -> int:
 
 
 def parts(pools: Pools) -> dict[str, Array]:
-    """The arrays that pools are made of, by name."""
+    """The arrays that pools are made of, by their names in files."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="_"): leaf
+        _file_name(jax.tree_util.keystr(path, simple=True, separator="_")): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(pools)
     }
+
+
+def _file_name(name: str) -> str:
+    return name.replace("full_", "retrieval_").replace("ring_", "streaming_")
 
 
 def stored_as(pool: Stored) -> str:
@@ -104,26 +108,25 @@ def write_chunk(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
-    stripe: Stripe | None,
+    window: Window,
+    shards: TokenShards | None,
 ) -> Pools:
     """Pools with one layer's keys and values of a chunk from position `start` on, but for padding beyond `lengths`."""
     position = consecutive(start, k.shape[1])
-    if pools.retrieval_k.shape[0]:
+    if pools.full_k.shape[0]:
         slot, row = _retrieval_slots(heads, pools)[:, None, None], _rows(len(start))[None, :, None]
-        index = _index(pools, position, position < (start + lengths)[:, None], stripe)[None]
+        index = _index(pools, position, position < (start + lengths)[:, None], shards)[None]
         pools = pools._replace(
-            retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
-            retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
+            full_k=_scatter(pools.full_k, (slot, row, index), k.transpose(2, 0, 1, 3)),
+            full_v=_scatter(pools.full_v, (slot, row, index), v.transpose(2, 0, 1, 3)),
         )
-    if pools.streaming_k.shape[0]:
+    if pools.ring_k.shape[0]:
         # The newest token of each ring index comes from the chunk if the chunk holds it, else it stays.
-        newest = ring_positions(start + lengths, sink_size=sink_size, recent_size=recent_size)
+        newest = window.positions(start + lengths)
         source = newest - start[:, None]
         pools = pools._replace(
-            streaming_k=_refill(pools.streaming_k, heads, source, k),
-            streaming_v=_refill(pools.streaming_v, heads, source, v),
+            ring_k=_refill(pools.ring_k, heads, source, k),
+            ring_v=_refill(pools.ring_v, heads, source, v),
         )
     return pools
 
@@ -136,26 +139,25 @@ def write_token(
     *,
     start: Int32[Array, "B"],
     active: Bool[Array, "B"],
-    sink_size: int,
-    recent_size: int,
-    stripe: Stripe | None,
+    window: Window,
+    shards: TokenShards | None,
 ) -> Pools:
     """Pools with one layer's key and value of a token at position `start`, for the active rows."""
     row, k, v = _rows(len(start))[None, :], k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-    if pools.retrieval_k.shape[0]:
+    if pools.full_k.shape[0]:
         slot = _retrieval_slots(heads, pools)[:, None]
-        index = _index(pools, start, active, stripe)[None, :]
+        index = _index(pools, start, active, shards)[None, :]
         pools = pools._replace(
-            retrieval_k=_scatter(pools.retrieval_k, (slot, row, index), k),
-            retrieval_v=_scatter(pools.retrieval_v, (slot, row, index), v),
+            full_k=_scatter(pools.full_k, (slot, row, index), k),
+            full_v=_scatter(pools.full_v, (slot, row, index), v),
         )
-    if pools.streaming_k.shape[0]:
+    if pools.ring_k.shape[0]:
         slot = _streaming_slots(heads, pools)[:, None]
-        index = ring_index(start, sink_size=sink_size, recent_size=recent_size)
-        index = jnp.where(active, index, pools.streaming_k.shape[2])[None, :]
+        index = window.index(start)
+        index = jnp.where(active, index, pools.ring_k.shape[2])[None, :]
         pools = pools._replace(
-            streaming_k=_scatter(pools.streaming_k, (slot, row, index), k),
-            streaming_v=_scatter(pools.streaming_v, (slot, row, index), v),
+            ring_k=_scatter(pools.ring_k, (slot, row, index), k),
+            ring_v=_scatter(pools.ring_v, (slot, row, index), v),
         )
     return pools
 
@@ -167,23 +169,23 @@ def _rows(batch_size: int) -> Int32[Array, "B"]:
 
 def _retrieval_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
     """Slots of the retrieval heads; out of bounds, and so never written, for the others."""
-    return jnp.where(heads.is_retrieval, heads.slot, pools.retrieval_k.shape[0])
+    return jnp.where(heads.is_retrieval, heads.slot, pools.full_k.shape[0])
 
 
 def _streaming_slots(heads: Heads, pools: Pools) -> Int32[Array, "K"]:
     """Slots of the streaming heads; out of bounds, and so never written, for the others."""
-    return jnp.where(heads.is_retrieval, pools.streaming_k.shape[0], heads.slot)
+    return jnp.where(heads.is_retrieval, pools.ring_k.shape[0], heads.slot)
 
 
 def _index(
-    pools: Pools, position: Int32[Array, "*p"], valid: Bool[Array, "*p"], stripe: Stripe | None
+    pools: Pools, position: Int32[Array, "*p"], valid: Bool[Array, "*p"], shards: TokenShards | None
 ) -> Int32[Array, "*p"]:
     """Where tokens lie in a retrieval slot of this device; out of bounds means dropped: padding, other devices'."""
-    if stripe is not None:
-        count = jnp.full_like(position, stripe.count)
-        valid &= lax.rem(position, count) == stripe.index
+    if shards is not None:
+        count = jnp.full_like(position, shards.count)
+        valid &= lax.rem(position, count) == shards.index
         position = lax.div(position, count)
-    return jnp.where(valid, position, pools.retrieval_k.shape[2])
+    return jnp.where(valid, position, pools.full_k.shape[2])
 
 
 def _scatter(pool: Stored, index: tuple[Array, Array, Array], new: Float[Array, "*index H"]) -> Stored:
@@ -204,8 +206,8 @@ def _refill(pool: Stored, heads: Heads, source: Int32[Array, "B R"], chunk: Floa
     return jax.tree.map(renew, pool, store(new, pool))
 
 
-@functools.partial(jax.jit, static_argnames="stripe")
-def fingerprint(pool: Stored, length: Int32[Array, "B"], stripe: Stripe | None = None) -> UInt32[Array, "B"]:
+@functools.partial(jax.jit, static_argnames="shards")
+def fingerprint(pool: Stored, length: Int32[Array, "B"], shards: TokenShards | None = None) -> UInt32[Array, "B"]:
     """Hash of each row's first `length` keys in the deepest retrieval slot, which depend on all layers before it."""
     if not pool.shape[0]:
         return jnp.zeros(length.shape, jnp.uint32)  # Rings are copied whole: nothing can be stale.
@@ -215,6 +217,6 @@ def fingerprint(pool: Stored, length: Int32[Array, "B"], stripe: Stripe | None =
     # A random odd factor for every position and channel: sums of other keys, or of the same in another order, differ.
     index = jnp.arange(keys.shape[1] * keys.shape[2], dtype=jnp.uint32).reshape(1, *keys.shape[1:])
     factor = (index * jnp.uint32(0x9E3779B1)) ^ (index >> 7) | jnp.uint32(1)
-    held = length if stripe is None else stripe.held(length)
+    held = length if shards is None else shards.held(length)
     valid = _rows(keys.shape[1])[None, :] < held[:, None]
     return jnp.where(valid[:, :, None], bits * factor, jnp.uint32(0)).sum((1, 2), dtype=jnp.uint32)

@@ -21,13 +21,14 @@ from duo_jax.cache import saved
 from duo_jax.cache.pools import dtype_name, empty_pools, number_slots, parts, pool_shapes, stored_as
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from pallas_kernels import Window
 
 
 def save(path: str | Path, cache: Mapping[str, Any], model: Model | None, tokens: ArrayLike | None) -> None:
     """Write a cache's fields, by name."""
     saved.free(path)
     pools, lengths = cache["pools"], np.asarray(cache["length"])
-    max_length, head_dim = pools.retrieval_k.shape[2:]
+    max_length, head_dim = pools.full_k.shape[2:]
     filled = int(lengths.max())
     if not 0 < filled <= max_length:
         raise ValueError(f"a cache of {filled} tokens and {max_length=} has nothing to save: prefill it first")
@@ -38,12 +39,12 @@ def save(path: str | Path, cache: Mapping[str, Any], model: Model | None, tokens
             arrays[name] = np.asarray(leaf)[:, :, :filled] if name.startswith("retrieval") else np.asarray(leaf)
     about = {
         "is_retrieval": np.asarray(cache["is_retrieval"]).astype(int).tolist(),
-        "sink_size": cache["sink_size"],
-        "recent_size": cache["recent_size"],
+        "sink_size": cache["window"].sink,
+        "recent_size": cache["window"].recent,
         "length": lengths.tolist(),
         "max_length": max_length,
         "head_dim": head_dim,
-        "dtypes": [stored_as(pools.retrieval_k), stored_as(pools.streaming_k)],
+        "dtypes": [stored_as(pools.full_k), stored_as(pools.ring_k)],
         "model": model and _identity(model),
         "tokens": None if tokens is None else np.asarray(tokens).tolist(),
     }
@@ -62,13 +63,13 @@ def load(
     about = saved.read_about(path)
     retrieval, streaming = about["dtypes"]
     is_retrieval = np.asarray(about["is_retrieval"], bool)
-    sizes = {name: about[name] for name in ("sink_size", "recent_size")}
+    window = Window(about["sink_size"], about["recent_size"])
     if model is not None:
         _check_identity(path, about["model"], _identity(model))
     if dtype is not None and dtype_name(dtype) != retrieval:
         raise ValueError(f"{path} holds keys and values in {retrieval}, not in {dtype_name(dtype)}: prefill again")
     if pattern is not None:
-        _check_pattern(path, pattern, is_retrieval, **sizes)
+        _check_pattern(path, pattern, is_retrieval, window)
     filled, batch_size, max_length = max(about["length"]), len(about["length"]), max_length or about["max_length"]
     if filled > max_length:
         raise ValueError(f"{path} holds {filled} tokens, more than {max_length=}: make it at least that long")
@@ -78,7 +79,7 @@ def load(
         int((~is_retrieval).sum()),
         batch_size=batch_size,
         max_length=max_length,
-        ring=sum(sizes.values()),
+        ring=window.size,
         head_dim=about["head_dim"],
     )
     pools = empty_pools(shapes, (retrieval, streaming))
@@ -89,7 +90,7 @@ def load(
         "is_retrieval": jnp.asarray(is_retrieval),
         "slot": jnp.asarray(number_slots(is_retrieval)),
         "length": jnp.asarray(about["length"], jnp.int32),
-        **sizes,
+        "window": window,
     }
 
 
@@ -120,19 +121,17 @@ def _check_identity(path: str | Path, theirs: dict[str, Any] | None, ours: dict[
         raise ValueError(f"{path} was made by another model: {said}; prefill again with this one")
 
 
-def _check_pattern(
-    path: str | Path, pattern: HeadPattern, is_retrieval: np.ndarray, *, sink_size: int, recent_size: int
-) -> None:
+def _check_pattern(path: str | Path, pattern: HeadPattern, is_retrieval: np.ndarray, window: Window) -> None:
     gates = is_retrieval.astype(float)
-    theirs = HeadPattern(is_retrieval, sink_size, recent_size, gates=gates) if recent_size else None
+    theirs = HeadPattern(is_retrieval, window.sink, window.recent, gates=gates) if window.recent else None
     if pattern != theirs:
         raise ValueError(
-            f"{path} was made with {_heads(is_retrieval, sink_size, recent_size)}, the pattern has "
-            f"{_heads(pattern.is_retrieval, pattern.sink_size, pattern.recent_size)}, or others of them: "
+            f"{path} was made with {_heads(is_retrieval, window)}, the pattern has "
+            f"{_heads(pattern.is_retrieval, pattern.window)}, or others of them: "
             "leave the pattern out, or prefill again"
         )
 
 
-def _heads(is_retrieval: np.ndarray, sink_size: int, recent_size: int) -> str:
-    sizes = f" ({sink_size} sinks, a window of {recent_size})" if recent_size else ""
+def _heads(is_retrieval: np.ndarray, window: Window) -> str:
+    sizes = f" ({window.sink} sinks, a window of {window.recent})" if window.recent else ""
     return f"{int(is_retrieval.sum())} retrieval heads of {is_retrieval.size}{sizes}"

@@ -10,7 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import BACKENDS, Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import (
+    BACKENDS,
+    Heads,
+    Pools,
+    Unsupported,
+    Window,
+    decode_attention,
+    gated_attention,
+    prefill_attention,
+)
 from pallas_kernels.gpus import device_kind
 from pallas_kernels.ops import VERIFIED
 
@@ -80,7 +89,7 @@ def _try(operation: str, backend: str) -> dict:
     return {"is_right": worst < tolerance, "error": worst}
 
 
-SIZES: dict[str, Any] = {"sink_size": 16, "recent_size": 32}
+WINDOW = Window(16, 32)
 
 
 def _draw(seed: int, dtype: jnp.dtype, *shape: int) -> jax.Array:
@@ -97,17 +106,17 @@ def _prefill(dtype: jnp.dtype, backend: str) -> jax.Array:
     q, k, v = (_draw(4 + i, dtype, 1, 150, count, 64) for i, count in enumerate((4, 2, 2)))
     rows: dict[str, Any] = {"start": jnp.array([200], jnp.int32), "lengths": jnp.array([150], jnp.int32)}
     pools, heads = _cache(dtype)
-    return prefill_attention(q, k, v, pools, heads, **rows, **SIZES, backend=backend)
+    return prefill_attention(q, k, v, pools, heads, **rows, window=WINDOW, backend=backend)
 
 
 def _decode(dtype: jnp.dtype, backend: str) -> jax.Array:
     lengths = jnp.array([600], jnp.int32)
-    return decode_attention(_draw(4, dtype, 1, 4, 64), *_cache(dtype), lengths=lengths, **SIZES, backend=backend)
+    return decode_attention(_draw(4, dtype, 1, 4, 64), *_cache(dtype), lengths=lengths, window=WINDOW, backend=backend)
 
 
 def _training(dtype: jnp.dtype, backend: str) -> jax.Array:
     q, k, v = (_draw(4 + i, dtype, 1, 128, heads, 64) for i, heads in enumerate((4, 2, 2)))
-    return gated_attention(q, k, v, jnp.array([0.25, 0.75], jnp.float32), **SIZES, backend=backend)
+    return gated_attention(q, k, v, jnp.array([0.25, 0.75], jnp.float32), window=WINDOW, backend=backend)
 
 
 OPERATIONS = {"prefill": _prefill, "decode": _decode, "training": _training}

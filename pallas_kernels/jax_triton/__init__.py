@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpus import compute_capability, tiles_for
 from pallas_kernels.quantized import any_quantized, read_dtype
 from pallas_kernels.types import Heads, Pools, Unsupported
+from pallas_kernels.window import Window
 
 __all__ = ["decode_attention"]
 
@@ -24,12 +25,11 @@ def decode_attention(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
-    types = {q.dtype.name, *(read_dtype(pool, q.dtype).name for pool in pools)}
-    head_dim, quantized = q.shape[-1], any_quantized(pools)
+    types = {q.dtype.name, *(read_dtype(pool, q.dtype).name for pool in pools.stored)}
+    head_dim, quantized = q.shape[-1], any_quantized(pools.stored)
     if len(types) > 1 or types - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         raise Unsupported(
             f"the jax_triton backend takes {', '.join(DTYPES)}, one of them for queries and cache, and head dims up to "
@@ -47,7 +47,7 @@ def decode_attention(
         decode: Any = importlib.import_module("pallas_kernels.jax_triton.decode")
     except ImportError as error:
         raise Unsupported(f"the jax_triton backend needs jax-triton and triton: {error}") from None
-    del sink_size, recent_size  # A ring of them holds what is visible.
+    del window  # A ring of them holds what is visible.
     settings: dict[str, Any] = {
         "tiles": tiles_for("decode", head_dim, q.dtype.itemsize, quantized=quantized),
         "capability": 10 * capability[0] + capability[1],

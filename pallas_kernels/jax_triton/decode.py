@@ -36,7 +36,7 @@ def split_attention(
     count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
     # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries stand for them,
     # since an argument cannot be empty.
-    present = (x for pool in pools for x in _leaves(pool, q))
+    present = (x for pool in pools.stored for x in _leaves(pool, q))
     parts = batch, num_kv_heads, count, group
     values, log_total = jax_triton.triton_call(
         q,
@@ -54,7 +54,7 @@ def split_attention(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
-        **sizes(group, head_dim, batch, num_kv_heads, capacities, _bits(pools), count, tiles),
+        window=window(group, head_dim, batch, num_kv_heads, capacities, _bits(pools), count, tiles),
     )
     merged, _ = splits.merge(values, log_total, capacities, heads, lengths, tiles)
     return merged.reshape(q.shape).astype(q.dtype)
@@ -68,7 +68,7 @@ def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:
 
 def _bits(pools: Pools) -> tuple[int, int]:
     """Bits of a retrieval and of a streaming head's numbers; 0: they are not quantized."""
-    retrieval, streaming = (pool.bits if isinstance(pool, Quantized) else 0 for pool in pools[::2])
+    retrieval, streaming = (pool.bits if isinstance(pool, Quantized) else 0 for pool in (pools.full_k, pools.ring_k))
     return retrieval, streaming
 
 

@@ -15,6 +15,7 @@ from pallas_kernels.mosaic.dialect import interpreter
 from pallas_kernels.mosaic.flash import BLOCK_Q, flash_attention
 from pallas_kernels.mosaic.pipeline import ROWS
 from pallas_kernels.types import Heads, Pools, Unsupported
+from pallas_kernels.window import Window
 
 __all__ = ["decode_attention", "prefill_attention"]
 
@@ -31,8 +32,7 @@ def prefill_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
     _check(q, pools)
@@ -40,10 +40,11 @@ def prefill_attention(
     # Whole tiles: TMA writes no part of one. The usual chunks are whole tiles, and are not copied here.
     pad = ((0, 0), (0, -length % BLOCK_Q), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, pad) if length % BLOCK_Q else x for x in (q, k, v))
-    sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
     rows: dict[str, Any] = {"start": start, "lengths": lengths}
     tiles = _tiles("mosaic_flash", q, pools)
-    return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles, interpret=_interpret())[:, :length]
+    return flash_attention(q, k, v, pools, heads, **rows, window=window, tiles=tiles, interpret=_interpret())[
+        :, :length
+    ]
 
 
 def decode_attention(
@@ -52,27 +53,26 @@ def decode_attention(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
     _check(q, pools)
     group = q.shape[1] // heads.slot.shape[0]
     if group > ROWS:
         raise Unsupported(f"the mosaic backend takes up to {ROWS} query heads a KV head, got {group}")
-    del sink_size, recent_size  # A ring of them holds what is visible.
+    del window  # A ring of them holds what is visible.
     tiles = _tiles("mosaic_decode", q, pools)
     return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, interpret=_interpret())
 
 
 def _check(q: Array, pools: Pools) -> None:
-    types = {q.dtype.name, *(pool.dtype.name for pool in pools)}
+    types = {q.dtype.name, *(pool.dtype.name for pool in pools.stored)}
     if len(types) > 1 or types - set(DTYPES) or q.shape[-1] not in HEAD_DIMS:
         raise Unsupported(
             f"the mosaic backend takes {' or '.join(DTYPES)}, one of them for queries and cache, and head dims of "
             f"{' or '.join(map(str, HEAD_DIMS))}, got {', '.join(sorted(types))} with {q.shape[-1]}: use 'triton'"
         )
-    lengths = [pool.shape[2] for pool in pools if pool.shape[0]]
+    lengths = [pool.shape[2] for pool in pools.stored if pool.shape[0]]
     if any(length < 16 or length % 8 for length in lengths):
         raise Unsupported(
             "the mosaic backend needs a cache length and sink_size + recent_size that are multiples of 8, and at least "
@@ -86,7 +86,7 @@ def _check(q: Array, pools: Pools) -> None:
 def _tiles(kernel: str, q: Array, pools: Pools) -> Any:
     """Tiles of a kernel, no larger than a slot of any pool."""
     tiles = tiles_for(kernel, q.shape[-1], q.dtype.itemsize)
-    powers = [1 << (pool.shape[2].bit_length() - 1) for pool in pools if pool.shape[0]]
+    powers = [1 << (pool.shape[2].bit_length() - 1) for pool in pools.stored if pool.shape[0]]
     return replace(tiles, block_k=min([tiles.block_k, *powers]))
 
 

@@ -29,10 +29,10 @@ class Arrays(NamedTuple):
     """What the kernel reads."""
 
     q: Float[Array, "B K ROWS H"]
-    retrieval_k: Float[Array, "Pr B S H"]
-    retrieval_v: Float[Array, "Pr B S H"]
-    streaming_k: Float[Array, "Ps B R H"]
-    streaming_v: Float[Array, "Ps B R H"]
+    full_k: Float[Array, "Pr B S H"]
+    full_v: Float[Array, "Pr B S H"]
+    ring_k: Float[Array, "Ps B R H"]
+    ring_v: Float[Array, "Ps B R H"]
     is_retrieval: Int32[Array, "K"]
     slot: Int32[Array, "K"]
     lengths: Int32[Array, "B"]
@@ -57,7 +57,7 @@ def split_attention(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
     tile = jnp.zeros((1, batch, tiles.block_k, head_dim), q.dtype)
-    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in plain(pools))
+    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in plain(pools.stored))
     arrays = Arrays(grouped, full_k, full_v, ring_k, ring_v, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
     parts = batch, num_kv_heads, count
     values, log_total = plgpu.kernel(
@@ -108,12 +108,12 @@ def decode_kernel(*refs, tiles: DecodeTiles, capacities: tuple[int, int], interp
 
             @pl.when(is_retrieval)
             def from_pool() -> None:
-                copy(arrays.retrieval_k.at[slot, row, keys], arrays.retrieval_v.at[slot, row, keys])
+                copy(arrays.full_k.at[slot, row, keys], arrays.full_v.at[slot, row, keys])
 
             @pl.when(~is_retrieval)
             def from_ring() -> None:
                 # A ring fills from its first index and then stays full: every index below its size is visible.
-                copy(arrays.streaming_k.at[slot, row, keys], arrays.streaming_v.at[slot, row, keys])
+                copy(arrays.ring_k.at[slot, row, keys], arrays.ring_v.at[slot, row, keys])
 
         pipeline.fetch(cdiv(keys_here, block_k), one)
 

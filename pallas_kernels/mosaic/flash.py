@@ -20,7 +20,7 @@ from pallas_kernels.mosaic.dialect import Dialect, Ref
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty, finish, tile_memory
 from pallas_kernels.quantized import plain
 from pallas_kernels.types import Heads, Pools
-from pallas_kernels.window import position_at
+from pallas_kernels.window import Window
 
 COMPUTE = 2  # warpgroups that multiply
 BLOCK_Q = COMPUTE * ROWS  # queries of a program
@@ -84,8 +84,7 @@ def steps_of(
     *,
     length: int,
     block_k: int,
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Steps:
     """The tiles of keys for the tile of queries that begins at `first` of the chunk."""
     zero = jnp.int32(0)
@@ -99,12 +98,12 @@ def steps_of(
     whole_pool = retrieval(div(start, block_k))
     tail = retrieval(cdiv(start, block_k)) - whole_pool
     # Beyond the window's reach only the sinks of a ring are left to see.
-    reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
+    reach = jnp.where(first + 2 <= window.recent, jnp.int32(window.size), jnp.int32(window.sink))
     ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
     end = cdiv(jnp.minimum(first + BLOCK_Q, length), block_k)
-    left = streaming(div(jnp.maximum(first + 1 - recent_size, zero), block_k))
-    sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
-    inner = jnp.clip(streaming(cdiv(jnp.maximum(first + BLOCK_Q - recent_size, zero), block_k)), left, end)
+    left = streaming(div(jnp.maximum(first + 1 - window.recent, zero), block_k))
+    sinks = jnp.minimum(cdiv(jnp.maximum(window.sink - start, zero), block_k), left)
+    inner = jnp.clip(streaming(cdiv(jnp.maximum(first + BLOCK_Q - window.recent, zero), block_k)), left, end)
     diagonal = jnp.clip(div(first + 1, block_k), inner, end)
     return Steps(whole_pool, diagonal - inner, tail, ring, sinks, inner - left, end - diagonal, left, inner)
 
@@ -115,10 +114,10 @@ class Arrays(NamedTuple):
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
-    retrieval_k: Float[Array, "Pr B S H"]
-    retrieval_v: Float[Array, "Pr B S H"]
-    streaming_k: Float[Array, "Ps B R H"]
-    streaming_v: Float[Array, "Ps B R H"]
+    full_k: Float[Array, "Pr B S H"]
+    full_v: Float[Array, "Pr B S H"]
+    ring_k: Float[Array, "Ps B R H"]
+    ring_v: Float[Array, "Ps B R H"]
     order: Int32[Array, "K"]  # KV heads, retrieval heads first
     slot: Int32[Array, "K"]
     num_retrieval: Int32[Array, "1"]
@@ -135,8 +134,7 @@ def flash_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
     tiles: PipelineTiles,
     interpret: Any = None,
 ) -> Float[Array, "B T N H"]:
@@ -146,9 +144,9 @@ def flash_attention(
     count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
     # A kernel has every argument; one tile stands for a pool without a slot, and is never read.
     tile = jnp.zeros((1, batch, tiles.block_k, head_dim), q.dtype)
-    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in plain(pools))
+    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in plain(pools.stored))
     arrays = Arrays(q, k, v, full_k, full_v, ring_k, ring_v, order, heads.slot, count, start, lengths)
-    settings = {"sink_size": sink_size, "recent_size": recent_size, "block_k": tiles.block_k}
+    settings = {"window": window, "block_k": tiles.block_k}
     return plgpu.kernel(
         update_wrapper(partial(flash_kernel, **settings, interpreted=bool(interpret)), flash_kernel),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -166,7 +164,7 @@ def flash_attention(
     )(*arrays)
 
 
-def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, interpreted: bool = False) -> None:
+def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False) -> None:
     """One tile of queries of one head."""
     inputs = len(Arrays._fields)
     arrays, (out_ref, qo_smem, q_here, *buffers) = Arrays(*refs[:inputs]), refs[inputs:]
@@ -177,8 +175,7 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, interpre
     head, is_retrieval, first = _work(arrays, num_heads, group, length // BLOCK_Q)
     kv_head = div(head, group)
     slot, start = arrays.slot[kv_head], arrays.start[row]
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
-    steps = steps_of(first, start, is_retrieval, length=length, block_k=block_k, **sizes)
+    steps = steps_of(first, start, is_retrieval, length=length, block_k=block_k, window=window)
     # A tile of padding meets no key, and is written as zeros.
     is_live = first < arrays.lengths[row]
     unmasked, count = (jnp.where(is_live, x, jnp.int32(0)) for x in (steps.unmasked, steps.total))
@@ -193,11 +190,11 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, interpre
 
             @pl.when(in_pool)
             def from_pool() -> None:
-                copy(arrays.retrieval_k.at[slot, row, keys], arrays.retrieval_v.at[slot, row, keys])
+                copy(arrays.full_k.at[slot, row, keys], arrays.full_v.at[slot, row, keys])
 
             @pl.when(in_ring)
             def from_ring() -> None:
-                copy(arrays.streaming_k.at[slot, row, keys], arrays.streaming_v.at[slot, row, keys])
+                copy(arrays.ring_k.at[slot, row, keys], arrays.ring_v.at[slot, row, keys])
 
             @pl.when(~in_pool & ~in_ring)
             def own() -> None:
@@ -221,10 +218,10 @@ def flash_kernel(*refs, sink_size: int, recent_size: int, block_k: int, interpre
             q_pos = speak.iota((ROWS, block_k), 0) + (start + own_first)
             index = speak.iota((ROWS, block_k), 1) + number * block_k
             in_order = index + jnp.where(in_pool, jnp.int32(0), start)
-            k_pos = jnp.where(in_ring, position_at(index, start, **sizes), in_order)
-            end = jnp.where(in_pool, start, jnp.where(in_ring, jnp.int32(sink_size + recent_size), jnp.int32(length)))
+            k_pos = jnp.where(in_ring, window.position_at(index, start), in_order)
+            end = jnp.where(in_pool, start, jnp.where(in_ring, jnp.int32(window.size), jnp.int32(length)))
             seen = (k_pos >= 0) & (index < end) & (k_pos <= q_pos)
-            return seen & (is_retrieval | (k_pos < sink_size) | (k_pos > q_pos - recent_size))
+            return seen & (is_retrieval | (k_pos < window.sink) | (k_pos > q_pos - window.recent))
 
         state = pipeline.use(speak, qo, jnp.int32(0), unmasked, empty(speak, head_dim))
         values, _ = finish(pipeline.use(speak, qo, unmasked, count, state, kept))

@@ -11,7 +11,8 @@ from pallas_kernels.triton.decode import split_attention
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.triton.gated import full_attention, gated_attention
 from pallas_kernels.triton.tile import check
-from pallas_kernels.types import Heads, Partial, Pools, Stripe
+from pallas_kernels.types import Heads, Partial, Pools, TokenShards
+from pallas_kernels.window import Window
 
 __all__ = [
     "decode_attention",
@@ -32,11 +33,10 @@ def prefill_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.prefill_attention`."""
-    return _prefill(q, k, v, pools, heads, None, start, lengths, sink_size, recent_size)[0]
+    return _prefill(q, k, v, pools, heads, None, start, lengths, window)[0]
 
 
 def prefill_partial(
@@ -48,22 +48,20 @@ def prefill_partial(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    stripe: Stripe,
-    sink_size: int,
-    recent_size: int,
+    shards: TokenShards,
+    window: Window,
 ) -> Partial:
     """A device's part of `prefill_attention`: the tokens of its pools, and on the first of them the chunk."""
-    out, log_total = _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size)
+    out, log_total = _prefill(q, k, v, pools, heads, shards, start, lengths, window)
     return Partial(out, log_total.swapaxes(1, 2) / LOG2_E)
 
 
-def _prefill(q, k, v, pools, heads, stripe, start, lengths, sink_size, recent_size):
+def _prefill(q, k, v, pools, heads, shards, start, lengths, window):
     """Attention of a chunk and its log-sum-exp, to the base of two."""
-    check(q, k, *pools)
-    sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
-    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize, quantized=any_quantized(pools))
+    check(q, k, *pools.stored)
+    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize, quantized=any_quantized(pools.stored))
     rows: dict[str, Any] = {"start": start, "lengths": lengths}
-    return flash_attention(q, k, v, pools, heads, **rows, **sizes, tiles=tiles, stripe=stripe)
+    return flash_attention(q, k, v, pools, heads, **rows, window=window, tiles=tiles, shards=shards)
 
 
 def decode_attention(
@@ -72,11 +70,10 @@ def decode_attention(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
 ) -> Float[Array, "B N H"]:
     """See `pallas_kernels.decode_attention`."""
-    del sink_size, recent_size  # A ring of them holds what is visible.
+    del window  # A ring of them holds what is visible.
     return _decode(q, pools, heads, None, lengths).out.astype(q.dtype)
 
 
@@ -86,18 +83,17 @@ def decode_partial(
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    stripe: Stripe,
-    sink_size: int,
-    recent_size: int,
+    shards: TokenShards,
+    window: Window,
 ) -> Partial:
     """A device's part of `decode_attention`: the tokens of its pools."""
-    del sink_size, recent_size  # A ring of them holds what is visible.
-    return _decode(q, pools, heads, stripe, lengths)
+    del window  # A ring of them holds what is visible.
+    return _decode(q, pools, heads, shards, lengths)
 
 
-def _decode(q, pools, heads, stripe, lengths):
+def _decode(q, pools, heads, shards, lengths):
     """Attention of one token a row and its log-sum-exp."""
-    check(q, *pools)
-    itemsize = compute_dtype(q, pools.retrieval_k).itemsize
-    tiles = tiles_for("decode", q.shape[-1], itemsize, quantized=any_quantized(pools))
-    return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, stripe=stripe)
+    check(q, *pools.stored)
+    itemsize = compute_dtype(q, pools.full_k).itemsize
+    tiles = tiles_for("decode", q.shape[-1], itemsize, quantized=any_quantized(pools.stored))
+    return split_attention(q, pools, heads, lengths=lengths, tiles=tiles, shards=shards)

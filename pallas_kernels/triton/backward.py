@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.blocks import cdiv, div
 from pallas_kernels.gpus import FlashTiles
 from pallas_kernels.triton import tile
-from pallas_kernels.window import visible
+from pallas_kernels.window import Window
 
 
 class Arrays(NamedTuple):
@@ -38,10 +38,10 @@ def flash_gradients(
     log_total: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     *,
-    window: tuple[int, int] | None,
+    window: Window | None,
     tiles: FlashTiles,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Gradients of q, k and v; `window` is None for full attention, else `(sink_size, recent_size)`."""
+    """Gradients of q, k and v; `window` is None for full attention, else a streaming head's."""
     batch, length, num_heads, _ = q.shape
     arrays = Arrays(q, k, v, grad, log_total, delta)
     settings: dict[str, Any] = {"window": window, "tiles": tiles}
@@ -55,7 +55,7 @@ def flash_gradients(
     return d_q, d_k, d_v
 
 
-def query_gradient_kernel(arrays: Arrays, out_ref, *, window: tuple[int, int] | None, tiles: FlashTiles) -> None:
+def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, tiles: FlashTiles) -> None:
     """The gradient of one tile of queries of one head."""
     block_q, block_k = tiles.block_q, tiles.block_k
     _, length, num_heads, head_dim = arrays.q.shape
@@ -73,14 +73,14 @@ def query_gradient_kernel(arrays: Arrays, out_ref, *, window: tuple[int, int] | 
     zero, end = jnp.int32(0), cdiv(jnp.minimum(first + block_q, length), block_k)
     left, sinks = zero, zero
     if window is not None:
-        left = div(jnp.maximum(first + 1 - window[1], zero), block_k)
-        sinks = jnp.minimum(jnp.int32(-(-window[0] // block_k)), left)
+        left = div(jnp.maximum(first + 1 - window.recent, zero), block_k)
+        sinks = jnp.minimum(jnp.int32(-(-window.sink // block_k)), left)
     d_q = lax.fori_loop(zero, sinks, visit, jnp.zeros((block_q, tile.width(head_dim)), jnp.float32))
     d_q = lax.fori_loop(left, end, visit, d_q)
     tile.store(out_ref.at[row, pl.ds(first, block_q), head, pl.ds(0, d_q.shape[1])], d_q, queries.exists, head_dim)
 
 
-def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: tuple[int, int] | None, tiles: FlashTiles) -> None:
+def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: Window | None, tiles: FlashTiles) -> None:
     """The gradients of one tile of keys and values of one KV head, from all query heads of its group."""
     block_q, block_k = tiles.block_q, tiles.block_k
     _, length, num_heads, head_dim = arrays.q.shape
@@ -90,8 +90,8 @@ def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: tuple[int, 
     k, v = _keys(arrays, row, kv_head, first, block_k)
     end = jnp.int32(-(-length // block_q))
     if window is not None:
-        reach = cdiv(jnp.minimum(first + (block_k - 1 + window[1]), length), block_q)
-        end = jnp.where(first < window[0], end, reach)
+        reach = cdiv(jnp.minimum(first + (block_k - 1 + window.recent), length), block_q)
+        end = jnp.where(first < window.sink, end, reach)
 
     def one_head(g: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
         def visit(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -139,10 +139,10 @@ def _keys(arrays: Arrays, row: Array, kv_head: Array, first: Array, count: int) 
     return tile.load(arrays.k.at[*at], exists, head_dim), tile.load(arrays.v.at[*at], exists, head_dim)
 
 
-def _seen(q_index: Array, k_index: Array, length: int, window: tuple[int, int] | None) -> Array:
+def _seen(q_index: Array, k_index: Array, length: int, window: Window | None) -> Array:
     """Which keys `[Q, S]` each query sees."""
     q, k = q_index[:, None], k_index[None, :]
     exists = (q < length) & (k < length)
     if window is None:
         return exists & (k <= q)
-    return exists & visible(q, k, sink_size=window[0], recent_size=window[1])
+    return exists & window.visible(q, k)

@@ -18,7 +18,7 @@ from pallas_kernels.blocks import LOG2_E, cdiv, div
 from pallas_kernels.gpus import DecodeTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Softmax
-from pallas_kernels.types import Heads, Partial, Pools, Stripe
+from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 
 
 class Arrays(NamedTuple):
@@ -39,15 +39,15 @@ def split_attention(
     *,
     lengths: Int32[Array, "B"],
     tiles: DecodeTiles,
-    stripe: Stripe | None = None,
+    shards: TokenShards | None = None,
 ) -> Partial:
-    """Attention of one token a row over pools that hold it already; with a stripe, this device's part of it."""
+    """Attention of one token a row over pools that hold it already; with shards, this device's part of it."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
     capacities = splits.capacities_of(pools)
     count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
-    held = None if stripe is None else stripe.held(lengths)
+    held = None if shards is None else shards.held(lengths)
     arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths, held)
     parts = batch, num_kv_heads, count, group
     out = [
@@ -106,11 +106,11 @@ def decode_kernel(
             return lax.fori_loop(whole, jnp.where(runs, cdiv(end - begin, block_k), zero), last, state)
 
         state = tile.empty(rows, width)
-        if arrays.pools.retrieval_k is not None:
-            state = over(arrays.pools.retrieval_k, arrays.pools.retrieval_v, is_retrieval, state)
-        if arrays.pools.streaming_k is not None:
+        if arrays.pools.full_k is not None:
+            state = over(arrays.pools.full_k, arrays.pools.full_v, is_retrieval, state)
+        if arrays.pools.ring_k is not None:
             # A ring fills from its first index and then stays full: every index below its size holds a visible token.
-            state = over(arrays.pools.streaming_k, arrays.pools.streaming_v, ~is_retrieval, state)
+            state = over(arrays.pools.ring_k, arrays.pools.ring_v, ~is_retrieval, state)
         values, log_total = tile.finish(state)
         tile.store(out_ref.at[row, kv_head, split, pl.ds(0, rows), columns], values, in_group, head_dim)
         tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_total, in_group)

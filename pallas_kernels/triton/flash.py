@@ -17,8 +17,8 @@ from pallas_kernels.blocks import cdiv, div, rem
 from pallas_kernels.gpus import FlashTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Ref, Softmax
-from pallas_kernels.types import Heads, Pools, Stripe
-from pallas_kernels.window import position_at, visible
+from pallas_kernels.types import Heads, Pools, TokenShards
+from pallas_kernels.window import Window
 
 
 class Arrays(NamedTuple):
@@ -47,31 +47,28 @@ def flash_attention(
     *,
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
-    sink_size: int,
-    recent_size: int,
+    window: Window,
     tiles: FlashTiles,
-    stripe: Stripe | None = None,
+    shards: TokenShards | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention of a chunk, and the logarithm (base 2) of each query's sum of weights; no pools: nothing before it.
 
-    With a stripe, this device's part of it, in float32; the chunk's own keys are the first device's.
+    With shards, this device's part of it, in float32; the chunk's own keys are the first device's.
     """
     batch, length, num_heads, _ = q.shape
     order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
     count = heads.is_retrieval.sum(dtype=jnp.int32, keepdims=True)
-    shared = (None, None) if stripe is None else (stripe.held(start), (stripe.index == 0).astype(jnp.int32)[None])
+    shared = (None, None) if shards is None else (shards.held(start), (shards.index == 0).astype(jnp.int32)[None])
     arrays = Arrays(q, k, v, tile.present(pools), order, heads.slot, count, start, lengths, *shared)
-    dtype = q.dtype if stripe is None else jnp.float32
+    dtype = q.dtype if shards is None else jnp.float32
     out = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)]
-    kernel = partial(flash_kernel, sink_size=sink_size, recent_size=recent_size, tiles=tiles)
+    kernel = partial(flash_kernel, window=window, tiles=tiles)
     grid = (num_heads * -(-length // tiles.block_q), batch)
     out, log_total = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
     return out, log_total
 
 
-def flash_kernel(
-    arrays: Arrays, out_ref: Ref, log_ref: Ref, *, sink_size: int, recent_size: int, tiles: FlashTiles
-) -> None:
+def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, tiles: FlashTiles) -> None:
     """One tile of queries of one head: of `out_ref [B, T, N, H]` and `log_ref [B, N, T]`."""
     block_q, block_k = tiles.block_q, tiles.block_k
     _, length, num_heads, head_dim = arrays.q.shape
@@ -91,7 +88,7 @@ def flash_kernel(
 
     def sees(k_pos: Array) -> Array:
         """Which keys `[Q, S]` each query sees, by position."""
-        seen = visible(q_pos[:, None], k_pos[None, :], sink_size=sink_size, recent_size=recent_size)
+        seen = window.visible(q_pos[:, None], k_pos[None, :])
         return seen | (is_retrieval & (k_pos[None, :] <= q_pos[:, None]))
 
     def visit(state: Softmax, keys_values: tuple[Array, Array], keep: Array | None) -> Softmax:
@@ -105,8 +102,8 @@ def flash_kernel(
         return lax.fori_loop(begin, jnp.where(is_live, end, begin), one, state)
 
     state, zero = tile.empty(block_q, width), jnp.int32(0)
-    if arrays.pools.retrieval_k is not None:
-        pool: tuple[Ref, Ref] = arrays.pools.retrieval_k, arrays.pools.retrieval_v
+    if arrays.pools.full_k is not None:
+        pool: tuple[Ref, Ref] = arrays.pools.full_k, arrays.pools.full_v
         held = start if arrays.held is None else arrays.held[row]
         filled = jnp.minimum(held, jnp.int32(pool[0].shape[2]))  # beyond its end lies another slot
         whole = jnp.where(is_retrieval, div(filled, block_k), zero)
@@ -120,15 +117,15 @@ def flash_kernel(
             return visit(state, cached(*pool, j * block_k, exists), exists[None, :])
 
         state = over(whole, every, last, over(zero, whole, inside, state))
-    if arrays.pools.streaming_k is not None:
-        ring: tuple[Ref, Ref] = arrays.pools.streaming_k, arrays.pools.streaming_v
+    if arrays.pools.ring_k is not None:
+        ring: tuple[Ref, Ref] = arrays.pools.ring_k, arrays.pools.ring_v
         # Beyond the window's reach only the sinks are left to see.
-        reach = jnp.where(first + 2 <= recent_size, jnp.int32(sink_size + recent_size), jnp.int32(sink_size))
+        reach = jnp.where(first + 2 <= window.recent, jnp.int32(window.size), jnp.int32(window.sink))
         blocks = jnp.where(is_retrieval, zero, cdiv(jnp.minimum(start, reach), block_k))
 
         def in_ring(j: Array, state: Softmax) -> Softmax:
             index = tile.indices(j * block_k, block_k)
-            k_pos = position_at(index, start, sink_size=sink_size, recent_size=recent_size)
+            k_pos = window.position_at(index, start)
             held = k_pos >= 0
             return visit(state, cached(*ring, j * block_k, held), held[None, :] & sees(k_pos))
 
@@ -138,9 +135,9 @@ def flash_kernel(
     end = cdiv(jnp.minimum(first + block_q, length), block_k)
     if arrays.counts is not None:
         end = jnp.where(is_retrieval & (arrays.counts[0] == 0), zero, end)
-    left = jnp.where(is_retrieval, zero, div(jnp.maximum(first + 1 - recent_size, zero), block_k))
-    sinks = jnp.minimum(cdiv(jnp.maximum(sink_size - start, zero), block_k), left)
-    inner = jnp.where(is_retrieval, zero, cdiv(jnp.maximum(first + block_q - recent_size, zero), block_k))
+    left = jnp.where(is_retrieval, zero, div(jnp.maximum(first + 1 - window.recent, zero), block_k))
+    sinks = jnp.minimum(cdiv(jnp.maximum(window.sink - start, zero), block_k), left)
+    inner = jnp.where(is_retrieval, zero, cdiv(jnp.maximum(first + block_q - window.recent, zero), block_k))
     inner = jnp.clip(inner, left, end)
     diagonal = jnp.clip(div(first + 1, block_k), inner, end)
 

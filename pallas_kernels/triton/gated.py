@@ -12,6 +12,7 @@ from pallas_kernels.triton.backward import flash_gradients
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.triton.tile import check
 from pallas_kernels.types import Heads
+from pallas_kernels.window import Window
 
 
 def gated_attention(
@@ -20,13 +21,12 @@ def gated_attention(
     v: Float[Array, "B T K H"],
     gates: Float[Array, "K"],
     *,
-    sink_size: int,
-    recent_size: int,
+    window: Window,
     full: Float[Array, "B T N H"] | None,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.gated_attention`."""
     full = full_attention(q, k, v) if full is None else full
-    return mix(gates, full, _attention(q, k, v, (sink_size, recent_size)))
+    return mix(gates, full, _attention(q, k, v, window))
 
 
 def full_attention(
@@ -38,7 +38,7 @@ def full_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attention(q, k, v, window):
-    """Causal attention: over all earlier tokens if `window` is None, else over `(sink_size, recent_size)`."""
+    """Causal attention: over all earlier tokens if `window` is None, else over what it sees."""
     return _forward(q, k, v, window)[0]
 
 
@@ -48,7 +48,6 @@ def _forward(q, k, v, window):
     num_kv_heads = k.shape[2]
     heads = Heads(jnp.full((num_kv_heads,), window is None), jnp.zeros((num_kv_heads,), jnp.int32))
     start = jnp.zeros((batch,), jnp.int32)
-    sink_size, recent_size = window or (0, 1)
     tiles = tiles_for("flash", head_dim, q.dtype.itemsize)
     out, log_total = flash_attention(
         q,
@@ -58,8 +57,7 @@ def _forward(q, k, v, window):
         heads,
         start=start,
         lengths=start + length,
-        sink_size=sink_size,
-        recent_size=recent_size,
+        window=window or Window(0, 1),
         tiles=tiles,
     )
     return out, (q, k, v, out, log_total)

@@ -27,15 +27,19 @@ Ref = Any
 class Present(NamedTuple):
     """The pools that have a slot; a kernel is compiled without the others."""
 
-    retrieval_k: Stored | None
-    retrieval_v: Stored | None
-    streaming_k: Stored | None
-    streaming_v: Stored | None
+    full_k: Stored | None
+    full_v: Stored | None
+    ring_k: Stored | None
+    ring_v: Stored | None
 
 
 def present(pools: Pools | None) -> Present:
     """The pools that have a slot; no pools, none of them."""
-    return Present(*(pool if pool.shape[0] else None for pool in pools)) if pools else Present(None, None, None, None)
+    return (
+        Present(*(pool if pool.shape[0] else None for pool in pools.stored))
+        if pools
+        else Present(None, None, None, None)
+    )
 
 
 class Softmax(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.model import Model
 from pallas_kernels import full_attention, gated_attention
-from pallas_kernels.window import consecutive
+from pallas_kernels.window import Window, consecutive
 
 # Each layer's output of full attention, on its own input.
 LayerOutputs = tuple[Float[Array, "B T N H"], ...]
@@ -39,6 +39,11 @@ class GatedModel:
             raise ValueError(f"need sink_size >= 0 and recent_size >= 1, got {self.sink_size=}, {self.recent_size=}")
 
     @property
+    def window(self) -> Window:
+        """What a streaming head sees in training."""
+        return Window(self.sink_size, self.recent_size)
+
+    @property
     def mesh(self) -> Mesh | None:
         """Devices that share the work; None: one does all."""
         return None
@@ -60,10 +65,9 @@ class GatedModel:
         full: LayerOutputs | None = None,
     ) -> Float[Array, "B T D"]:
         """Final-norm hidden states of the gated model, differentiable in `gates`; `full` as `teacher` returns it."""
-        sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
 
         def attend(state: Array, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            attention = partial(gated_attention, **sizes, backend=self.backend)
+            attention = partial(gated_attention, window=self.window, backend=self.backend)
             return self.attend(attention, q, k, v, state[layer], None if full is None else full[layer]), state
 
         positions = _positions(tokens)

@@ -15,7 +15,7 @@ from duo_eval.runner.record import begun, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax.gpus import GPUS
-from pallas_kernels import Heads, Pools, Unsupported, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Heads, Pools, Unsupported, Window, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import empty
 
 OPERATIONS = ("prefill", "decode", "training")
@@ -96,7 +96,7 @@ def program(
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     batch, num_heads, num_kv_heads = 1, 32, 8
-    sizes: dict[str, Any] = {"sink_size": 64, "recent_size": 256, "backend": backend}
+    sizes: dict[str, Any] = {"window": Window(64, 256), "backend": backend}
 
     def shape(*dims: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))

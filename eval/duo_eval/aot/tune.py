@@ -70,7 +70,7 @@ class Tune:
         backend, _, task = kernel.rpartition("_")
         length = self.context if task == "decode" else self.tokens
         made = layer.make(heads=(32, 8, head_dim), dtype=dtype, streaming=0.5, tokens=self.tokens, capacity=length)
-        sizes: dict[str, Any] = layer.SIZES | {"backend": backend or "triton"}
+        sizes: dict[str, Any] = {"window": layer.WINDOW, "backend": backend or "triton"}
         count = jnp.full(1, length, jnp.int32)
 
         def prefill(q: jax.Array, *rest: Any) -> jax.Array:

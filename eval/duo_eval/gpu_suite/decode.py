@@ -37,7 +37,7 @@ def measure(case: Case) -> dict[str, Any]:
     lengths = jnp.full(batch, length, jnp.int32)
 
     def attend(q: jax.Array, *rest: Any) -> jax.Array:
-        return decode_attention(q, *rest, lengths=lengths, **layer.SIZES, backend=case["backend"])
+        return decode_attention(q, *rest, lengths=lengths, window=layer.WINDOW, backend=case["backend"])
 
     seconds = seconds_of_layer(attend, made.q[:, 0], made.pools, made.heads)
     size = sum(x.nbytes for x in jax.tree.leaves(made.pools))

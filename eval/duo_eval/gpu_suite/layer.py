@@ -1,15 +1,15 @@
 """One attention layer with random contents: the arguments of the operations."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Heads, Pools
+from pallas_kernels import Heads, Pools, Window
 from pallas_kernels.quantized import empty, store
 
 SINK_SIZE, RECENT_SIZE = 64, 256
-SIZES: dict[str, Any] = {"sink_size": SINK_SIZE, "recent_size": RECENT_SIZE}
+WINDOW = Window(SINK_SIZE, RECENT_SIZE)
 
 
 class Layer(NamedTuple):
@@ -49,8 +49,7 @@ def make(
         return jax.random.normal(next(keys), shape, jnp.dtype(dtype))
 
     q, k, v = (normal(batch, tokens, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads))
-    ring = SINK_SIZE + RECENT_SIZE
-    shapes = ((num_kv_heads - num_streaming, capacity),) * 2 + ((num_streaming, ring),) * 2
+    shapes = ((num_kv_heads - num_streaming, capacity),) * 2 + ((num_streaming, WINDOW.size),) * 2
     kept_as = [empty((1, head_dim), cache or dtype)] * 2 + [empty((1, head_dim), dtype)] * 2
     pools = Pools(
         *(store(normal(n, batch, size, head_dim), kind) for (n, size), kind in zip(shapes, kept_as, strict=True))

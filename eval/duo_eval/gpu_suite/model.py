@@ -111,7 +111,7 @@ def _noise(pools: Pools) -> Pools:
             return replace(pool, words=bits(pool.words).astype(jnp.uint16), grid=grid)
         return (bits(pool).astype(jnp.float32) * 2.0**-31 - 1.0).astype(pool.dtype)
 
-    return Pools(*map(fill, pools))
+    return Pools(*map(fill, pools.stored))
 
 
 def _decode(model: Model, cache: KVCache, token: jax.Array, backend: str) -> tuple[jax.Array, KVCache]:

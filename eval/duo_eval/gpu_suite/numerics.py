@@ -69,9 +69,9 @@ def measure(case: Case) -> dict[str, Any]:
 def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
     """The operation on rows of different lengths."""
     batch, tokens = made.q.shape[:2]
-    capacity = made.pools.retrieval_k.shape[2]
+    capacity = made.pools.full_k.shape[2]
     rng = np.random.default_rng(seed)
-    sizes = layer.SIZES | {"backend": backend}
+    sizes: dict[str, Any] = {"window": layer.WINDOW, "backend": backend}
     if operation == "prefill":
         # A first chunk, a chunk with padding, one after a whole cache.
         start = jnp.asarray([0, *rng.integers(0, capacity - tokens, batch - 2), capacity - tokens][:batch], jnp.int32)

@@ -28,7 +28,7 @@ def measure(case: Case) -> dict[str, Any]:
     start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
 
     def attend(q: jax.Array, *rest: Any) -> jax.Array:
-        return prefill_attention(q, *rest, start=start, lengths=lengths, **layer.SIZES, backend=case["backend"])
+        return prefill_attention(q, *rest, start=start, lengths=lengths, window=layer.WINDOW, backend=case["backend"])
 
     seconds = seconds_of_layer(attend, *made)
     ring = layer.SINK_SIZE + layer.RECENT_SIZE

@@ -33,9 +33,9 @@ class PooledState:
         """Bytes that it takes now: a prompt's chunk stands beside the cache, one layer at a time."""
         pools, cache = self.cache.pools, self.cache
         length = int(cache.length[0])
-        num_retrieval, num_streaming = pools.retrieval_k.shape[0], pools.streaming_k.shape[0]
-        tokens = num_retrieval * length + num_streaming * min(length, cache.sink_size + cache.recent_size)
-        entry = 2 * pools.retrieval_k.shape[3] * cache.dtype.itemsize
+        num_retrieval, num_streaming = pools.full_k.shape[0], pools.ring_k.shape[0]
+        tokens = num_retrieval * length + num_streaming * min(length, cache.window.size)
+        entry = 2 * pools.full_k.shape[3] * cache.dtype.itemsize
         beside = entry * cache.slot.shape[1] * self.chunk
         metadata = sum(x.nbytes for x in (cache.is_retrieval, cache.slot, cache.length))
         return Memory(self.nbytes, entry * tokens, self.nbytes + beside, metadata)
