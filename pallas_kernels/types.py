@@ -5,12 +5,12 @@ Axis letters: `B` batch, `T` query length, `S` key length, `N` query heads, `K` 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.quantized import Quantized, Stored
+from pallas_kernels.quantized import Quantized
 
 
 class Pools(NamedTuple):
@@ -34,18 +34,20 @@ class Pools(NamedTuple):
     ring_v: Float[Array, "Ps B R H"] | Quantized
     pages: Int32[Array, "B n"] | None = None
 
+    # Of any type: before a compilation, shapes take the place of arrays.
+
     @property
-    def full(self) -> tuple[Stored, Stored]:
+    def full(self) -> tuple[Any, Any]:
         """Keys and values of retrieval heads."""
         return self.full_k, self.full_v
 
     @property
-    def ring(self) -> tuple[Stored, Stored]:
+    def ring(self) -> tuple[Any, Any]:
         """Keys and values of streaming heads."""
         return self.ring_k, self.ring_v
 
     @property
-    def stored(self) -> tuple[Stored, Stored, Stored, Stored]:
+    def stored(self) -> tuple[Any, Any, Any, Any]:
         """All keys and values."""
         return self.full + self.ring
 

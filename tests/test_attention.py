@@ -139,7 +139,7 @@ class Problem:
                     index = p if retrieves or p < sink else sink + (p - sink) % recent
                     pool_k[self.slot[head], row, index] = self.k[row, p, head]
                     pool_v[self.slot[head], row, index] = self.v[row, p, head]
-        stored = (store(jnp.asarray(pool), self.like[i < 2]) for i, pool in enumerate(pools.stored))
+        stored = (store(jnp.asarray(pool), self.like[i < 2]) for i, pool in enumerate(pools))
         return Pools(*stored), Heads(jnp.asarray(self.is_retrieval), jnp.asarray(self.slot))
 
     def expected(self, row: int, position: int) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, infer, prefill, stream
-from pallas_kernels import Window
 from tests.conftest import TINY
 
 RNG = np.random.default_rng(0)
@@ -147,7 +146,7 @@ def test_a_mark_comes_back_if_the_same_tokens_are_written_again(tiny, half):
 def test_a_mark_of_another_cache_raises(tiny, half):
     _, cache = extend(tiny, new(half), TEXT)
     mark = cache.mark()
-    resized = replace(half, window=Window(half.window.recent, half.window.sink))  # Rings of the same shape.
+    resized = replace(half, sink_size=half.recent_size, recent_size=half.sink_size)  # Rings of the same shape.
     others = (KVCache.init(TINY, half, 1, 32), new(half, pattern=False), KVCache.init(TINY, resized, 2, 32))
     for other in others:
         with pytest.raises(ValueError, match="this mark is of another cache"):
@@ -181,9 +180,8 @@ def test_a_fork_lives_on_its_own(tiny, half):
     expected, cache = decode_step(tiny, [1, 2], cache)
     other, fork = decode_step(tiny, [3, 4], fork)
     assert not np.array_equal(other, expected)
-    assert not any(
-        a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(cache.pools, fork.pools, strict=True)
-    )
+    both = zip(cache.pools.stored, fork.pools.stored, strict=True)
+    assert not any(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in both)
     after, _ = decode_step(tiny, [5, 6], fork)
     _, direct = extend(tiny, new(half), TEXT)
     _, direct = decode_step(tiny, [3, 4], direct)
