@@ -137,7 +137,7 @@ def test_a_prompt_too_short_for_a_budget_has_a_record_without_a_score(duo, chat_
 
 def test_the_whole_prompt_goes_through_the_method(chat_model, folder):
     task = LongBenchTask(data=folder("hotpotqa", ROW), max_length=300)
-    object.__setattr__(task, "asking", type(task.asking)(model=str(chat_model)))
+    object.__setattr__(task, "comparison", type(task.comparison)(model=str(chat_model)))
     question = task._question(Row("full", 1.0, "hotpotqa", 0))
     assert isinstance(question.tokens, np.ndarray) and len(question.tokens) + question.max_new_tokens == 300
     assert question.score("Ada") == 1.0

@@ -4,9 +4,9 @@ import json
 
 import pytest
 from duo_eval.methods.registry import greedy
-from duo_eval.runner import run as asking
+from duo_eval.runner import run as runner
 from duo_eval.runner.record import read
-from duo_eval.runner.run import Asking
+from duo_eval.runner.run import Comparison
 from duo_eval.tasks.needle.command import Cell, NeedleTask
 
 from tests.text_models import assert_refused
@@ -67,7 +67,7 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
 def test_a_needle_depends_on_no_other_cell(chat_model):
     # The haystack is shorter than the longest prompt, and the cell that both have is longer than it.
     def asked(*lengths):
-        task = NeedleTask(Asking(str(chat_model)), lengths=lengths, haystack_chars=2000)
+        task = NeedleTask(Comparison(str(chat_model)), lengths=lengths, haystack_chars=2000)
         return task._question(Cell("full", 1.0, 400, 0.5, 0))
 
     alone, among = asked(400), asked(400, 500)
@@ -85,7 +85,7 @@ def test_an_interrupt_loses_the_needle_in_hand_alone(needle, monkeypatch):
         return greedy(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(asking, "greedy", interrupted)
+        patch.setattr(runner, "greedy", interrupted)
         stopped = run()
     assert stopped.code == 130 and "interrupted" in stopped.err and "Traceback" not in stopped.err
     first = read(out)[1]

@@ -1,11 +1,11 @@
-"""Asking a model with several methods at several KV budgets: flags, checks and the loop that every task shares.
+"""The loop that every evaluation shares, and the flags and checks of those that compare methods at several KV budgets.
 
-Knows no task: it says which jobs there are, what is asked in one, and how an answer is scored.
+Knows no task: a task lists its jobs, says what is asked in each, and how an answer is scored.
 """
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,29 +24,53 @@ from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 from duo_jax.checks import check_vocabulary
 
+J = TypeVar("J")
+# From jobs to each job's result, as they are finished.
+Answer = Callable[[Sequence[J]], Iterator[tuple[J, Mapping[str, Any]]]]
+
+
+def run(record: Record, jobs: Iterable[J], prepare: Callable[[list[J]], tuple[str, Answer[J]]], *, unit: str) -> None:
+    """Do every job without a result, in order, and store each result at once: an interrupt loses only unfinished work.
+
+    Args:
+        record: the file of results.
+        jobs: in an order in which every stage is a usable result.
+        prepare: called with the missing jobs if there are any. Loads what they need, raises ValueError for settings
+            that cannot work, and returns the data type of the computation and the function that does the jobs.
+        unit: what a job is called in the progress bar.
+    """
+    missing = record.missing(jobs)
+    if missing:
+        dtype, answer = prepare(missing)
+        with record.writing(dtype=dtype) as append, tqdm(total=len(missing), unit=unit, dynamic_ncols=True) as bar:
+            for job, result in answer(missing):
+                append(job, result)
+                bar.update()
+    print(f"{record.path} {'has' if missing else 'had'} all of it")
+
 
 @dataclass(frozen=True)
-class Job:
-    """One question to one method; a task adds fields that say which."""
+class MethodJob:
+    """One question for one method; a task adds fields that identify the question."""
 
     method: str
-    """As named on the command line."""
+    """As on the command line."""
     budget: float
     """Fraction of full attention's KV bytes."""
 
 
-J = TypeVar("J", bound=Job)
+M = TypeVar("M", bound=MethodJob)
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A prompt, and what its answer is worth.
+    """A prompt, and how its answer is scored.
 
     Attributes:
         tokens: the whole prompt; all of it goes through the method.
         max_new_tokens: room for the answer.
-        score: of the text of an answer, 0 to 1.
-        facts: what else its record should say, such as the right answer.
+        score: function from the text of an answer to its score, 0 to 1.
+        facts: further fields of the result, such as the right answer.
         later: last tokens of the prompt that the method does not know while it takes in the rest; see `greedy`.
     """
 
@@ -56,10 +80,36 @@ class Question:
     facts: Mapping[str, Any] = field(default_factory=dict)
     later: int = 0
 
+    def ask(self, method: Method, budget: float, model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Generate an answer; returns the score, the answer, and the memory and time that it took."""
+        begin = time.perf_counter()
+        tokens, memory = greedy(
+            method,
+            model,
+            self.tokens,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=model.config.eos_ids,
+            budget=budget,
+            later=self.later,
+        )
+        seconds = time.perf_counter() - begin
+        answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        return {
+            "score": self.score(answer),
+            "answer": answer,
+            **self.facts,
+            "tokens": len(self.tokens),
+            "new_tokens": len(tokens),
+            "kv_bytes": memory.nbytes,
+            "held_bytes": memory.held_nbytes,
+            "peak_bytes": memory.peak_nbytes,
+            "seconds": round(seconds, 3),
+        }
+
 
 @dataclass(frozen=True)
-class Asking:
-    """Who is asked: a model, with these methods at these budgets."""
+class Comparison:
+    """A model, and the methods and budgets that are compared on it."""
 
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
@@ -67,7 +117,7 @@ class Asking:
     """Ways to hold the context: full, duo (the pattern published for the model), duo=FOLDER, duo=PUBLISHED-NAME,
     random-heads, streamingllm, h2o, tova, snapkv, fastgen; settings after a colon: snapkv:window=64,pool=5."""
     budgets: tuple[float, ...] = (0.5,)
-    """Fractions of full attention's KV bytes at the prompt's length; full attention takes all of them once."""
+    """Fractions of full attention's KV bytes at the prompt's length. Full attention is run once, at budget 1."""
     sink_size: int = 64
     """First tokens that streaming heads keep."""
     recent_size: int = 256
@@ -79,18 +129,18 @@ class Asking:
 
     @cached_property
     def trained_positions(self) -> int:
-        """Tokens that the model was trained for; no weights are read."""
+        """Longest sequence that the model was trained for; reads no weights."""
         return open_source(self.model, weights=False).config.trained_positions
 
     def cells(self) -> tuple[tuple[str, float], ...]:
-        """Every method at every budget that it can have.
+        """Every method at each of its budgets.
 
         Raises:
-            ValueError: nothing to ask, something twice, or a budget outside (0, 1].
+            ValueError: no method, a duplicate, or a budget outside (0, 1].
         """
         for name, values in (("methods", self.methods), ("budgets", self.budgets)):
             if not values or len(set(values)) != len(values):
-                raise ValueError(f"--{name} needs at least one, and each of them once, got {values}")
+                raise ValueError(f"--{name} needs at least one value, and each of them once, got {values}")
         if not all(0 < budget <= 1 for budget in self.budgets):
             raise ValueError(f"--budgets are fractions of full attention's KV bytes, in (0, 1], got {self.budgets}")
         return tuple((name, budget) for name in self.methods for budget in ((1.0,) if name == FULL else self.budgets))
@@ -106,40 +156,41 @@ class Asking:
         Raises:
             ValueError: an unknown method, or one without what it needs.
         """
-        # The rules that evict have sizes of their own.
+        # Methods that evict tokens have sizes of their own.
         sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
-        # The patterns published for models have their names.
+        # A published pattern has the name of its model.
         published = f"duo={Path(self.model).name.lower()}"
         return {
             text: method(re.sub(r"^duo(?=:|$)", published, text), tokenizer=self.tokenizer, defaults=sizes)
             for text in self.methods
         }
 
-    def ask(
+    def run(
         self,
         out: Path,
         task: Mapping[str, Any],
-        jobs: Iterable[J],
-        question: Callable[[J], Question],
+        jobs: Iterable[M],
+        question: Callable[[M], Question],
         *,
         data: Mapping[str, str] | None = None,
         longest: int,
         shortest: int | None,
     ) -> None:
-        """Do every job that the file lacks, one after the other; an interrupt loses the one in hand.
+        """Do every job that the file lacks.
 
         Args:
             out: the file of results.
-            task: what the file is about, beside the model.
+            task: settings of the task, stored in the file with those of the model.
             jobs: in an order in which every stage is a usable result.
             question: makes the prompt of a job; the same for every method and budget.
-            data: fingerprints of files that questions are made of, by name.
+            data: fingerprints of the files that questions are made of, by name.
             longest: tokens of the longest prompt and answer.
-            shortest: tokens of the shortest prompt, or a few less: a budget that a method cannot meet there is refused
-                at once. None: not known. A single prompt too short for a budget gets a record without a score.
+            shortest: tokens of the shortest prompt, or slightly fewer: a budget that a method cannot meet at this
+                length is refused before anything is computed. None: unknown. A prompt that is too short for a budget
+                gets a result without a score.
 
         Raises:
-            ValueError: anything in flags or file that cannot be right, before anything is computed.
+            ValueError: flags or a file that cannot be right, before anything is computed.
         """
         if longest > self.trained_positions:
             raise ValueError(
@@ -147,63 +198,38 @@ class Asking:
                 "was trained for: ask for less"
             )
         methods = self.resolved()
-        behind = {name: _behind(found) for name, found in methods.items()}
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        record = Record.open(out, {**task, **own}, behind | dict(data or {}))
-        missing = record.missing(jobs)
-        if not missing:
-            print(f"{out} had all of it")
-            return
-        question(missing[0])  # Data that cannot be asked for is refused before the weights are read.
-        model = load_model(self.model, dtype=self.dtype)
-        for name, budget in self.cells():
-            if shortest is not None:
-                methods[name].check(model, budget, shortest)
-        with record.writing(dtype=str(model.dtype)) as append:
-            made: tuple[J, Question] | None = None
-            for job in tqdm(missing, unit="question", dynamic_ncols=True):
-                asked = replace(job, method="", budget=0.0)
-                if made is None or made[0] != asked:
-                    made = asked, question(job)
-                check_vocabulary(model.config, made[1].tokens)
-                try:
-                    result = answered(made[1], methods[job.method], job.budget, model, self.tokenizer)
-                except ValueError as error:  # Only the budget can be wrong now.
-                    result = {"score": None, "refused": str(error), "tokens": len(made[1].tokens)}
-                append(job, result)
+        sources = {name: _fingerprint(each) for name, each in methods.items()} | dict(data or {})
+        record = Record.open(out, {**task, **own}, sources)
+
+        def prepare(missing: list[M]) -> tuple[str, Answer[M]]:
+            question(missing[0])  # Refuses bad data before the weights are read.
+            model = load_model(self.model, dtype=self.dtype)
+            for name, budget in self.cells():
+                if shortest is not None:
+                    methods[name].check(model, budget, shortest)
+
+            def answer(jobs: Sequence[M]) -> Iterator[tuple[M, dict[str, Any]]]:
+                previous: tuple[M, Question] | None = None
+                for job in jobs:
+                    same = replace(job, method="", budget=0.0)
+                    if previous is None or previous[0] != same:
+                        previous = same, question(job)
+                    asked = previous[1]
+                    check_vocabulary(model.config, asked.tokens)
+                    try:
+                        yield job, asked.ask(methods[job.method], job.budget, model, self.tokenizer)
+                    except ValueError as error:  # Only the budget can be wrong now.
+                        yield job, {"score": None, "refused": str(error), "tokens": len(asked.tokens)}
+
+            return str(model.dtype), answer
+
+        run(record, jobs, prepare, unit="question")
         refused = [result["refused"] for result in record.results if "refused" in result]
-        print(f"{out} has all of it" + (f", {len(refused)} without a score: {refused[0]}" if refused else ""))
+        if refused:
+            print(f"{len(refused)} without a score: {refused[0]}")
 
 
-def _behind(method: Method) -> str:
-    """What a name stands for: gates, or settings, which a later version may change."""
+def _fingerprint(method: Method) -> str:
+    """What the method's name stands for: its gates, or its settings, whose defaults may change between versions."""
     return fingerprint(HeadPattern.load(method.pattern)) if isinstance(method, Duo) else sha256(repr(method).encode())
-
-
-def answered(
-    question: Question, method: Method, budget: float, model: Model, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """A question's record: the score, the answer, and what it took."""
-    begin = time.perf_counter()
-    tokens, memory = greedy(
-        method,
-        model,
-        question.tokens,
-        max_new_tokens=question.max_new_tokens,
-        eos_ids=model.config.eos_ids,
-        budget=budget,
-        later=question.later,
-    )
-    seconds = time.perf_counter() - begin
-    answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    return {
-        "score": question.score(answer),
-        "answer": answer,
-        **question.facts,
-        "tokens": len(question.tokens),
-        "new_tokens": len(tokens),
-        "kv_bytes": memory.nbytes,
-        "held_bytes": memory.held_nbytes,
-        "peak_bytes": memory.peak_nbytes,
-        "seconds": round(seconds, 3),
-    }

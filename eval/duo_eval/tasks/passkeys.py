@@ -31,6 +31,22 @@ def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
     return NeedleData(replace(config, min_length=text, max_length=text, num_lengths=1), tokenizer)
 
 
+def score_text(
+    model: Model,
+    data: NeedleData,
+    length: int,
+    number: int,
+    pattern: HeadPattern | None,
+    *,
+    prose: bool,
+    kv_dtype: str | None = None,
+) -> dict[str, Any]:
+    """Score a sample with hidden passkeys, or a stretch of prose."""
+    if prose:
+        return score_prose(model, data, length, number, pattern, kv_dtype=kv_dtype)
+    return score_sample(model, data[number], length, pattern, kv_dtype=kv_dtype)
+
+
 def score_sample(
     model: Model, sample: Sample, length: int, pattern: HeadPattern | None, *, kv_dtype: str | None = None
 ) -> dict[str, Any]:

@@ -1,21 +1,22 @@
 """`duo eval precision`: what fewer bits for cache and weights cost, by teacher forcing on needles and on prose."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from duo_train.data.needles import Needles
-from tqdm import tqdm
 
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import Record, fingerprint, read
+from duo_eval.runner.run import Answer, run
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate, ratio
-from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
+from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.cache.pools import KV_DTYPES
 from duo_jax.weights import WEIGHT_FORMATS
@@ -70,27 +71,25 @@ class Precision:
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
         about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
         gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}
-        results = Record.open(self.out, about | {"task": "precision"}, gates)
-        jobs = results.missing(self._jobs())
-        if not jobs:
-            print(f"{self.out} had all of it")
-            return
-        tokenizer = load_tokenizer(self.model)
-        sets = {length: fit(self.data, tokenizer, length) for length in self.lengths}
-        with results.writing(dtype=FLOAT) as append, tqdm(total=len(jobs), unit="sample", dynamic_ncols=True) as bar:
-            for weights, group in groupby(jobs, lambda job: job.weights):
-                model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
-                for chosen in filter(None, patterns.values()):
-                    chosen.check(model.config)
-                for job in group:
-                    pattern, data = patterns[job.sparsity], sets[job.length]
-                    if job.prose:
-                        found = score_prose(model, data, job.length, job.sample, pattern, kv_dtype=job.cache)
-                    else:
-                        found = score_sample(model, data[job.sample], job.length, pattern, kv_dtype=job.cache)
-                    append(job, found)
-                    bar.update()
-        print(f"{self.out} has all of it")
+        record = Record.open(self.out, about | {"task": "precision"}, gates)
+
+        def prepare(_: list[Job]) -> tuple[str, Answer[Job]]:
+            tokenizer = load_tokenizer(self.model)
+            texts = {length: fit(self.data, tokenizer, length) for length in self.lengths}
+
+            def score(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+                for weights, group in groupby(jobs, lambda job: job.weights):
+                    model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
+                    for pattern in filter(None, patterns.values()):
+                        pattern.check(model.config)
+                    for job in group:
+                        about = {"prose": job.prose, "kv_dtype": job.cache}
+                        text = texts[job.length], job.length, job.sample
+                        yield job, score_text(model, *text, patterns[job.sparsity], **about)
+
+            return FLOAT, score
+
+        run(record, self._jobs(), prepare, unit="sample")
 
     def _pattern(self, sparsity: float) -> HeadPattern | None:
         sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from duo_train.data.needles import NeedleData, Needles
-from tqdm import tqdm
 
 from duo_eval.runner.record import Record, fingerprint
+from duo_eval.runner.run import Answer, run
 from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING
-from duo_eval.tasks.passkeys import UNSEEN, fit, score_prose, score_sample
+from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, load_model, load_tokenizer
 
@@ -115,38 +115,35 @@ class Recall:
         self.check()
         sources = self._sources()
         record = self._record({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})
-        jobs = record.missing(self._jobs(sources))
-        if jobs:
-            self._score(jobs, record, sources)
-        print(f"{self.out} {'has' if jobs else 'had'} all of it")
+        run(record, self._jobs(sources), lambda _: self._prepare(sources), unit="sample")
         for path in RESULT.save_figures(self.out) if self.scoring.samples else ():
             print(path)
 
     def check(self) -> None:
-        """Refuse what can be refused before the patterns are there.
+        """Refuse settings that need no pattern to be refused.
 
         Raises:
-            ValueError: names or settings that cannot be, or a file of other ones.
+            ValueError: impossible names or settings, or a file with other ones.
         """
         self.scoring.check()
         self._sources()
         self._record({})
 
-    def _score(self, jobs: Sequence[Job], record: Record, sources: Mapping[str, str]) -> None:
-        """Add these to the file."""
+    def _prepare(self, sources: Mapping[str, str]) -> tuple[str, Answer[Job]]:
+        """Load the model, check the patterns."""
         model, tokenizer = load_model(self.model), load_tokenizer(self.model)
         texts = self.scoring.texts(tokenizer)
         shape = model.config.num_layers, model.config.num_kv_heads
         for source in sources.values():
             HeadPattern.load(source).check(model.config)
-        with record.writing(dtype=str(model.dtype)) as append:
-            for job in tqdm(jobs, unit="sample", dynamic_ncols=True):
+
+        def score(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+            for job in jobs:
                 pattern = self._pattern(job, sources, shape)
-                if job.prose:
-                    scored = score_prose(model, texts[max(texts)], job.length, job.sample, pattern)
-                else:
-                    scored = score_sample(model, texts[job.length][job.sample], job.length, pattern)
-                append(job, scored)
+                data = texts[max(texts) if job.prose else job.length]
+                yield job, score_text(model, data, job.length, job.sample, pattern, prose=job.prose)
+
+        return str(model.dtype), score
 
     def _sources(self) -> dict[str, str]:
         """Where each pattern is, by its name."""

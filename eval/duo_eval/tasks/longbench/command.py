@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from duo_eval.runner.record import read, sha256
-from duo_eval.runner.run import Asking, Job, Question
+from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import in_words
 from duo_eval.tasks.longbench.data import file_of, load_rows
 from duo_eval.tasks.longbench.tasks import Task, load_task, names
@@ -19,7 +19,7 @@ from duo_eval.tasks.prompt import prompt
 
 
 @dataclass(frozen=True)
-class Row(Job):
+class Row(MethodJob):
     """One row of a task's data, put to one method."""
 
     task: str
@@ -30,7 +30,7 @@ class Row(Job):
 class LongBenchTask:
     """Ask the 21 tasks of LongBench, the whole prompt through the method (paper section 3.2)."""
 
-    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    comparison: tyro.conf.OmitArgPrefixes[Comparison] = Comparison()
     out: Path = Path("longbench.jsonl")
     """File to append to; what it has already is not computed again."""
     tasks: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class LongBenchTask:
         room = max(task.max_new_tokens for task in self._tasks.values())
         if self._length <= 2 * room:
             raise ValueError(f"--max-length must be above {2 * room}, twice the longest answer, got {self._length}")
-        self.asking.ask(
+        self.comparison.run(
             self.out,
             {"task": "longbench", "max_length": self._length},
             self._jobs(),
@@ -62,7 +62,7 @@ class LongBenchTask:
 
     @property
     def _length(self) -> int:
-        return self.max_length or self.asking.trained_positions
+        return self.max_length or self.comparison.trained_positions
 
     @cached_property
     def _tasks(self) -> dict[str, Task]:
@@ -80,15 +80,15 @@ class LongBenchTask:
         for number in range(max(map(len, self._rows.values()))):
             for name, rows in self._rows.items():
                 if number < min(len(rows), self.limit or len(rows)):
-                    for method, budget in self.asking.cells():
+                    for method, budget in self.comparison.cells():
                         yield Row(method, budget, name, number)
 
     def _question(self, job: Row) -> Question:
         task, row = self._tasks[job.task], self._rows[job.task][job.row]
         tokens = prompt(
-            self.asking.tokenizer,
+            self.comparison.tokenizer,
             task.prompt(row),
-            use_chat=self.asking.chat and task.is_chat,
+            use_chat=self.comparison.chat and task.is_chat,
             joint="",
             limit=self._length - task.max_new_tokens,
         )

@@ -13,7 +13,7 @@ from duo_train.data.needles import encode
 from jaxtyping import Int32
 
 from duo_eval.runner.record import read, sha256
-from duo_eval.runner.run import Asking, Job, Question
+from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.show.curves import score_curves
 from duo_eval.show.heatmaps import needle_maps, needle_poster
 from duo_eval.show.result_type import ResultType, of_task
@@ -24,7 +24,7 @@ from duo_eval.tasks.needle.styles import STYLES
 
 
 @dataclass(frozen=True)
-class Cell(Job):
+class Cell(MethodJob):
     """One needle, asked for with one method."""
 
     length: int
@@ -36,7 +36,7 @@ class Cell(Job):
 class NeedleTask:
     """Hide a sentence at many depths of long texts, ask for it with several methods, draw a map (paper section 3.2)."""
 
-    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    comparison: tyro.conf.OmitArgPrefixes[Comparison] = Comparison()
     out: Path = Path("needle.jsonl")
     """File to append to; what it has already is not computed again. The maps lie beside it."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -71,7 +71,7 @@ class NeedleTask:
         # Said only where it is so: a file without it has the question in the prompt.
         shared |= {"question_later": True} if self.question_later else {}
         room = self._room
-        self.asking.ask(
+        self.comparison.run(
             self.out,
             {"task": "needle", **shared},
             self._jobs(),
@@ -90,7 +90,7 @@ class NeedleTask:
         for sample in range(self.samples):
             for length in sorted(self.lengths):
                 for depth in np.linspace(0, 1, self.depths).round(4).tolist():
-                    for method, budget in self.asking.cells():
+                    for method, budget in self.comparison.cells():
                         yield Cell(method, budget, length, depth, sample)
 
     @property
@@ -103,14 +103,14 @@ class NeedleTask:
         rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
         needle = STYLES[self.style](rng)
         hidden = hide(
-            self.asking.tokenizer,
+            self.comparison.tokenizer,
             # A text shorter than the cell is repeated; which stretch is drawn depends on no other cell.
             np.resize(self._hay, max(len(self._hay), job.length)),
             needle,
             rng,
             length=job.length - needle.max_new_tokens,
             depth=job.depth,
-            use_chat=self.asking.chat,
+            use_chat=self.comparison.chat,
         )
         facts: dict[str, Any] = {"key": " ".join(needle.key), "position": hidden.position}
         later = hidden.asking if self.question_later else 0
@@ -125,7 +125,7 @@ class NeedleTask:
     @cached_property
     def _hay(self) -> Int32[np.ndarray, "S"]:
         """Tokens of the haystack."""
-        hay = np.asarray(encode(self.asking.tokenizer, self._text), np.int32)
+        hay = np.asarray(encode(self.comparison.tokenizer, self._text), np.int32)
         if len(hay) < max(self.lengths):
             print(f"{self.haystack!r} has {len(hay)} tokens: repeated in longer prompts")
         return hay

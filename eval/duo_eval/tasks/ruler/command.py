@@ -11,7 +11,7 @@ import tyro
 from duo_train.data.haystack import load_haystack
 
 from duo_eval.runner.record import read, sha256
-from duo_eval.runner.run import Asking, Job, Question
+from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import grouped, in_words
 from duo_eval.tasks.lm_eval_files import tasks_folder
 from duo_eval.tasks.prompt import prompt
@@ -24,7 +24,7 @@ FILES: dict[str, Literal["squad", "hotpot"]] = {"qa_squad": "squad", "qa_hotpot"
 
 
 @dataclass(frozen=True)
-class Entry(Job):
+class Entry(MethodJob):
     """One example of a task, put to one method."""
 
     task: str
@@ -36,7 +36,7 @@ class Entry(Job):
 class RulerTask:
     """Ask the questions of RULER (arXiv 2404.06654), generated here at any length for any tokenizer."""
 
-    asking: tyro.conf.OmitArgPrefixes[Asking] = Asking()
+    comparison: tyro.conf.OmitArgPrefixes[Comparison] = Comparison()
     out: Path = Path("ruler.jsonl")
     """File to append to; what it has already is not computed again."""
     tasks: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class RulerTask:
         _ = self._questions  # Files that are not what they should be are refused first.
         data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
         data["haystack"] = sha256(" ".join(self._words).encode())
-        self.asking.ask(
+        self.comparison.run(
             self.out,
             {"task": "ruler", **shared},
             self._jobs(),
@@ -96,7 +96,7 @@ class RulerTask:
         for sample in range(self.samples):
             for length in sorted(self.lengths):
                 for task in self._chosen:
-                    for method, budget in self.asking.cells():
+                    for method, budget in self.comparison.cells():
                         yield Entry(method, budget, task, length, sample)
 
     def _question(self, job: Entry) -> Question:
@@ -104,7 +104,7 @@ class RulerTask:
 
         def tokens(example: Example) -> list[int]:
             return prompt(
-                self.asking.tokenizer, example.text, example.answer, use_chat=self.asking.chat, joint=kind.joint
+                self.comparison.tokenizer, example.text, example.answer, use_chat=self.comparison.chat, joint=kind.joint
             )
 
         material = Material(self._words, self._questions.get(job.task), job.length)
