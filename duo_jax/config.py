@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from duo_jax.precision import AnyDtype, Precision
 from duo_jax.rope import ROPES, Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 
@@ -57,10 +58,26 @@ class ModelConfig:
         if self.embed_dtype is not None:
             check_format("embed_dtype", self.embed_dtype, EMBED_FORMATS, self.embed_dim)
 
-    def with_dtypes(self, **dtypes: str | None) -> "ModelConfig":
-        """This configuration with other data types, by the name of their field; None leaves one as it is."""
-        changes: dict[str, Any] = {name: value for name, value in dtypes.items() if value is not None}
-        return replace(self, **changes)
+    def with_dtypes(
+        self,
+        *,
+        dtype: AnyDtype | None = None,
+        weight_dtype: AnyDtype | None = None,
+        embed_dtype: AnyDtype | None = None,
+    ) -> "ModelConfig":
+        """This configuration with other data types; None leaves one unchanged.
+
+        Raises:
+            ValueError: an unknown data type, or one that does not fit the model's widths.
+        """
+        given = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
+        given = {name: value for name, value in given.items() if value is not None}
+        precision = vars(Precision(**{"dtype": "float32"} | given))
+        return replace(self, **{name: precision[name] for name in given})
+
+    def precision(self, *, kv_dtype: AnyDtype | None = None, streaming_dtype: AnyDtype | None = None) -> Precision:
+        """The model's data types, together with those of its KV cache."""
+        return Precision(self.dtype, self.weight_dtype, self.embed_dtype, kv_dtype, streaming_dtype)
 
     @property
     def num_parameters(self) -> int:

@@ -17,9 +17,11 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
+from duo_jax.memory import nbytes
 from duo_jax.mesh.mesh import AnyMesh, constrain
+from duo_jax.precision import AnyDtype
 from duo_jax.rope import rotation
-from duo_jax.weights import multiply, nbytes
+from duo_jax.weights import multiply
 
 State = TypeVar("State")
 
@@ -95,9 +97,9 @@ class Model:
         config: ModelConfig,
         *,
         seed: int = 0,
-        dtype: str | None = None,
-        weight_dtype: str | None = None,
-        embed_dtype: str | None = None,
+        dtype: AnyDtype | None = None,
+        weight_dtype: AnyDtype | None = None,
+        embed_dtype: AnyDtype | None = None,
     ) -> "Model":
         """A model with random weights, for tests and for measuring; data types default to the configuration's."""
         config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
@@ -132,4 +134,4 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(nbytes(leaf) for leaf in jax.tree.leaves(self.params))
+        return nbytes(self.params)

@@ -15,10 +15,10 @@ import numpy as np
 from duo_jax.cache.cache import KVCache
 from duo_jax.config import ModelConfig
 from duo_jax.infer import CHUNK_SIZE
+from duo_jax.memory import nbytes, size_text
 from duo_jax.mesh.mesh import MeshSize, abstract_mesh
 from duo_jax.mesh.place import parameter_shapes
 from duo_jax.pattern import HeadPattern
-from duo_jax.weights import nbytes
 
 
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:
@@ -161,9 +161,7 @@ class Plan:
         return ""
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
-
+_size = functools.partial(size_text, digits=2)
 
 # What to try where something does not fit, from what costs least to what costs most.
 CHANGES: tuple[dict[str, Any], ...] = (

@@ -3,7 +3,6 @@
 Symmetric integers, with a scale for each output channel or for each group of input channels of it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float, Int
+
+from duo_jax.precision import check_name
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,13 @@ def look_up(table: qwix.QArray, tokens: Int[Array, "*B"]) -> Float[Array, "*B I"
         return qwix.dequantize(rows).astype(rows.scale.dtype)
 
 
-def nbytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array on a device, where numbers of 4 bits take half a byte."""
-    return math.prod(x.shape) // 2 if x.dtype.name in ("int4", "uint4") else math.prod(x.shape) * x.dtype.itemsize
-
-
 def check_format(setting: str, chosen: str, formats: Mapping[str, WeightFormat], *widths: int) -> None:
     """Refuse a format that is not among `formats`, or one whose groups do not fit `widths`, the inputs of the kernels.
 
     Raises:
         ValueError: with what would fit.
     """
-    if chosen not in formats:
-        raise ValueError(f"{setting} must be one of {', '.join(formats)}, got {chosen!r}")
+    check_name(setting, chosen, formats)
     fitting = [name for name, how in formats.items() if not any(width % (how.group or 1) for width in widths)]
     if chosen not in fitting:
         raise ValueError(

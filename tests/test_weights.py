@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from duo_jax import KVCache, Model, load_model, load_tokenizer, prefill, save_model, score
-from duo_jax.checkpoint import saved
+from duo_jax.checkpoint import save as saved
 from duo_jax.layers import Linear
-from duo_jax.weights import WEIGHT_FORMATS, multiply, nbytes, quantize_kernel
+from duo_jax.memory import nbytes
+from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
 from tests.conftest import GOLDEN
 
 formats = pytest.mark.parametrize("weight_dtype", WEIGHT_FORMATS)

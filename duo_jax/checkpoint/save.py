@@ -23,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.checkpoint.folder import Folder, read_json
 from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
+from duo_jax.memory import nbytes
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
 from duo_jax.model import Decoder, Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.rope import ROPES
-from duo_jax.weights import nbytes
 
 CONFIG = "duo_model.json"
 # Bytes of a shard, at most, unless one array has more: what is copied to the host at a time.
@@ -118,7 +118,7 @@ def _named(params: nnx.State) -> list[tuple[str, Any]]:
 def _shards(named: list[tuple[str, Array]]) -> Iterator[dict[str, Array]]:
     shard: dict[str, Array] = {}
     for name, x in named:
-        if shard and sum(map(nbytes, shard.values())) + nbytes(x) > SHARD_BYTES:
+        if shard and nbytes(shard) + nbytes(x) > SHARD_BYTES:
             yield shard
             shard = {}
         shard[name] = x

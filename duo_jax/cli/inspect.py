@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,9 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig
+from duo_jax.memory import size_text
 from duo_jax.pattern import HeadPattern
+from duo_jax.precision import FloatDtype
 
 LENGTHS = (4096, 32768, 131072, 1048576)
 
@@ -25,7 +26,7 @@ class Inspect:
     model: str
     """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: FloatDtype | None = None
     """Data type that bytes are counted in; the checkpoint's own by default."""
     batch_size: int = 1
     """Sequences in the KV cache."""
@@ -107,7 +108,7 @@ def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str
         f"{config.family}: {config.num_layers} layers, {config.num_heads} query heads, "
         f"{config.num_kv_heads} KV heads of {config.head_dim}, RoPE {config.rope.type}, "
         f"trained for {config.trained_positions} tokens",
-        f"weights: {config.num_parameters / 1e6:.1f}M, {_size(record['weights']['bytes'])} in {config.dtype}",
+        f"weights: {config.num_parameters / 1e6:.1f}M, {size_text(record['weights']['bytes'])} in {config.dtype}",
     ]
     if pattern is not None:
         lines += [
@@ -123,14 +124,7 @@ def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str
     if pattern is not None:
         lines[-1] += f"  {'pattern':>10}  saved"
     for row in record["kv_bytes"]:
-        lines.append(f"  {row['length']:>9}  {_size(row['full']):>10}")
+        lines.append(f"  {row['length']:>9}  {size_text(row['full']):>10}")
         if pattern is not None:
-            lines[-1] += f"  {_size(row['pattern']):>10}  {1 - row['pattern'] / row['full']:5.0%}"
+            lines[-1] += f"  {size_text(row['pattern']):>10}  {1 - row['pattern'] / row['full']:5.0%}"
     return "\n".join(lines)
-
-
-def _size(count: float | int) -> str:
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.1f} {units[0]}"

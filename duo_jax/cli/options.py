@@ -3,7 +3,6 @@
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -14,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
 from duo_jax.infer import bucket
+from duo_jax.memory import host_available
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan
+from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
 
 
@@ -28,13 +29,13 @@ class ModelOptions:
 
     model: str
     """Hugging Face folder, .gguf file, packaged model (smollm2-135m-instruct) or hub id."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: FloatDtype | None = None
     """Data type of activations, weights and cache; the checkpoint's own by default, float32 on a CPU."""
 
-    weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
+    weight_dtype: WeightDtype | None = None
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
 
-    embed_dtype: Literal["int8", "int4", "int4-32", "int4-128"] | None = None
+    embed_dtype: EmbedDtype | None = None
     """Quantize embeddings and head too, which keep their data type by default."""
 
     def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
@@ -95,7 +96,7 @@ class PatternOptions:
 class CacheOptions:
     """The KV cache."""
 
-    kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
+    kv_dtype: KvDtype | None = None
     """Data type of the cache, where not the weights'; int8 and int4 quantize keys and values of retrieval heads."""
 
 
@@ -138,11 +139,7 @@ def _memory_here() -> int:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(limit)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -5,7 +5,7 @@ The arithmetic is `duo_jax.plan`; with `--verify` the compiler's figures stand b
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -21,8 +21,7 @@ from duo_jax.infer import CHUNK_SIZE
 from duo_jax.mesh.balance import balance
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan, any_pattern
-
-KvDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class PlanCommand:
     """Data type of the cache; int8 and int4 quantize keys and values of retrieval heads."""
     streaming_kv_dtype: KvDtype | None = None
     """Data type of streaming heads' keys and values, which are few."""
-    weight_dtype: Literal["int8", "w8a8", "int4", "int4-32", "int4-128"] | None = None
+    weight_dtype: WeightDtype | None = None
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
-    embed_dtype: Literal["int8", "int4", "int4-32", "int4-128"] | None = None
+    embed_dtype: EmbedDtype | None = None
     """Quantize embeddings and head too."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: FloatDtype | None = None
     """Data type of activations, and of weights and cache that are not quantized; the checkpoint's by default."""
     devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
     batch: int = 1

@@ -13,8 +13,8 @@ from duo_eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
 from duo_eval.gpu_suite.section import Case, fastest
 from duo_jax import PRESETS, KVCache, Model, ModelConfig
 from duo_jax.infer import extend, step
+from duo_jax.memory import nbytes
 from duo_jax.plan import Plan, any_pattern
-from duo_jax.weights import nbytes
 from pallas_kernels import Pools
 from pallas_kernels.quantized import Quantized, Stored
 
@@ -81,7 +81,7 @@ def measure(case: Case) -> dict[str, Any]:
     chunk_seconds = fastest(one_chunk, least=0.0)
     step_seconds = fastest(some_steps, least=0.0) / STEPS
     # Every weight but the embedding, which is a look-up, and every key and value.
-    embedding = 0 if config.tied_head else sum(map(nbytes, jax.tree.leaves(model.decoder.embed.embedding.get_value())))
+    embedding = 0 if config.tied_head else nbytes(model.decoder.embed.embedding.get_value())
     read = plan.weights - embedding + cache.nbytes
     return {
         "chunk_seconds": chunk_seconds,

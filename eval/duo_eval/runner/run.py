@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
@@ -23,6 +23,7 @@ from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 from duo_jax.checks import check_vocabulary
+from duo_jax.precision import FloatDtype
 
 J = TypeVar("J")
 # From jobs to each job's result, as they are finished.
@@ -124,7 +125,7 @@ class Comparison:
     """Most recent tokens that streaming heads keep."""
     chat: bool = True
     """Ask in the tokenizer's chat template, where it has one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: FloatDtype | None = None
     """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
 
     @cached_property

@@ -25,6 +25,7 @@ from duo_eval.speed.engines import ENGINES, PEERS, Subject
 from duo_eval.speed.engines.memory import available
 from duo_eval.speed.roofline import decode_bytes, prefill_flops
 from duo_jax import KVCache
+from duo_jax.precision import FloatDtype
 from pallas_kernels import BACKENDS
 
 # Decode steps that are timed; the median counts.
@@ -85,7 +86,7 @@ class Efficiency:
     """Prompts at a time."""
     chunk_sizes: tuple[int, ...] = ()
     """Tokens of a prompt computed at a time, each measured; by default the library chooses by the prompt's length."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: FloatDtype | None = None
     """Data type of weights, activations and cache; float32 on a CPU, bfloat16 elsewhere."""
     backend: str | None = None
     """Attention backend; the best one verified on this device by default."""

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import jax
 
+from duo_jax.memory import host_available, read_kilobytes
+
 
 def available() -> int | None:
     """Bytes free for weights and cache: on the device, or in the CPU's memory; None where nobody says."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+    return host_available()
 
 
 def of_jax() -> dict[str, int]:
@@ -25,12 +27,4 @@ def of_jax() -> dict[str, int]:
 def of_process() -> dict[str, int]:
     """Resident bytes of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "now": _kilobytes(Path("/proc/self/status"), "VmRSS:") or peak}
-
-
-def _kilobytes(path: Path, name: str) -> int | None:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
+    return {"peak": peak, "now": read_kilobytes(Path("/proc/self/status"), "VmRSS:") or peak}
