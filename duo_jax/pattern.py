@@ -32,7 +32,7 @@ class HeadPattern:
         sink_size: first tokens that a streaming head keeps.
         recent_size: most recent tokens that a streaming head keeps, the query's own included.
         gates: the trained gates as loaded, unclipped.
-        metadata: what `config.json` says of where the gates come from.
+        metadata: the contents of `config.json`, such as where the gates come from.
     """
 
     is_retrieval: Bool[np.ndarray, "L K"]
@@ -48,7 +48,8 @@ class HeadPattern:
         if self.is_retrieval.ndim != 2 or self.gates.shape != self.is_retrieval.shape:
             shapes = f"{self.is_retrieval.shape=}, {self.gates.shape=}"
             raise ValueError(f"a pattern is a table [layers, kv_heads] with a gate for each head, got {shapes}")
-        _check_sizes(self.sink_size, self.recent_size)
+        if self.num_streaming or (self.sink_size, self.recent_size) != (0, 0):
+            _check_sizes(self.sink_size, self.recent_size)
 
     def __eq__(self, other: object) -> bool:
         """Two patterns are equal if they serve the same heads in the same way."""
@@ -57,6 +58,10 @@ class HeadPattern:
             and np.array_equal(self.is_retrieval, other.is_retrieval)
             and (self.sink_size, self.recent_size) == (other.sink_size, other.recent_size)
         )
+
+    def __hash__(self) -> int:
+        """Equal patterns have equal hashes."""
+        return hash((self.is_retrieval.tobytes(), self.is_retrieval.shape, self.sink_size, self.recent_size))
 
     @property
     def num_layers(self) -> int:
@@ -93,6 +98,12 @@ class HeadPattern:
         streaming = min(context_length, self.window.size)
         kept = self.num_retrieval * context_length + self.num_streaming * streaming
         return kept / (self.is_retrieval.size * context_length)
+
+    @classmethod
+    def full(cls, config: ModelConfig) -> "HeadPattern":
+        """Full attention: every KV head of this model is a retrieval head, and a streaming head would keep nothing."""
+        gates = np.ones((config.num_layers, config.num_kv_heads))
+        return cls(gates > 0, sink_size=0, recent_size=0, gates=gates)
 
     @classmethod
     def from_gates(
