@@ -93,7 +93,7 @@ def check_cache(model: Model, cache: KVCache, batch_size: int) -> None:
         theirs, ours = (MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh))
         raise ValueError(f"the cache lies on {theirs}, the model on {ours}: give both the same mesh=")
     expected = (config.num_layers, MeshSize.of(model.mesh).kv_heads(config), config.head_dim, batch_size)
-    found = (*cache.is_retrieval.shape, cache.pools.full_k.shape[3], cache.batch_size)
+    found = (*cache.is_retrieval.shape, cache.head_dim, cache.batch_size)
     if found != expected:
         raise ValueError(
             f"the cache was made for (layers, kv heads, head dim, batch) = {found}, model and prompt have {expected}; "

@@ -1,6 +1,7 @@
-"""Writing files so that what was there survives a full disk, a kill, or a second process."""
+"""Writing files and folders: whole or not at all, and by one process at a time."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from filelock import FileLock, Timeout
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then into it. The folder is made."""
+    """Write a file whole or not at all, through a temporary file in the same folder, which is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -19,12 +20,36 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock on a file or folder, which need not exist yet: `.NAME.lock` beside it, removed afterwards.
+def free_path(path: str | Path) -> Path:
+    """The absolute path.
 
     Raises:
-        ValueError: another process holds it.
+        FileExistsError: it exists.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name, or remove it first")
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which is renamed to `path` when the block ends without an error."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(free_path(path))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the only process that writes to a file or folder, which need not exist. The lock is `.NAME.lock` next to it.
+
+    Raises:
+        ValueError: another process writes to it.
     """
     lock_path = path.with_name(f".{path.name}.lock")
     lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,19 +61,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: a process that opened it in the meantime finds that it has no name any more.
+        # Removed before it is released: a process that opened it meanwhile sees that it is gone, and opens another.
         if os.name != "nt":
             lock_path.unlink(missing_ok=True)
         lock.release()
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock on a folder, which is created.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        yield

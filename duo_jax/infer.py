@@ -196,8 +196,8 @@ def _hidden(
     def attend(
         state: KVCache, layer: int, q: Array, k: Array, v: Array, lengths: Int32[Array, "B"]
     ) -> tuple[Array, KVCache]:
-        pools, heads = state.pools, state.heads(layer)
-        out = prefill_attention(q, k, v, pools, heads, start=state.length, lengths=lengths, **sizes)
+        pools, heads, window = state.pools_of(layer), state.heads(layer), state.window(layer)
+        out = prefill_attention(q, k, v, pools, heads, start=state.length, lengths=lengths, window=window, **sizes)
         return out, state.append_chunk(layer, k, v, _after(out, lengths))
 
     positions = consecutive(cache.length, tokens.shape[1])
@@ -240,7 +240,8 @@ def step(
     ) -> tuple[Array, KVCache]:
         state = state.append_token(layer, k[:, 0], v[:, 0], active)
         lengths = state.length + active.astype(jnp.int32)
-        out = decode_attention(q[:, 0], state.pools, state.heads(layer), lengths=lengths, **sizes)
+        pools, heads, window = state.pools_of(layer), state.heads(layer), state.window(layer)
+        out = decode_attention(q[:, 0], pools, heads, lengths=lengths, window=window, **sizes)
         return out[:, None], state
 
     hidden, new = model.decoder.hidden(token[:, None], cache.length[:, None], _on_devices(attend, active), cache)
@@ -254,7 +255,7 @@ def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
 
 
 def _sizes(cache: KVCache, backend: str | None) -> dict[str, Any]:
-    return {"window": cache.window, "shards": cache.shards, "backend": backend}
+    return {"shards": cache.shards, "backend": backend}
 
 
 def _on_devices(

@@ -1,6 +1,6 @@
 """The decoder of every family, and `Model`, the pytree that functions take. Knows no cache and no pattern.
 
-The one thing that differs between inference, training and evaluation is attention, so it is an argument: `attend`.
+Only attention differs between inference, training and evaluation, so it is an argument: `attend`.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Decoder(nnx.Module):
     """Embedding, decoder layers, final norm, and the head to logits."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
-        """Build with random weights; `checkpoint` fills them in. Of a mesh, the order of heads and channels."""
+        """Build with random weights; `checkpoint` fills them in. On a mesh, heads and channels are in its order."""
         self.config, self.mesh = config, mesh
         settings: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "weight_dtype": config.embed_dtype}
         self.embed = Embed(config.vocab_size, config.embed_dim, **settings)
@@ -64,13 +64,19 @@ class Decoder(nnx.Module):
         return self.norm(x), state
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits in float32. Pass only the positions wanted: `[T, V]` of a long prompt is larger than it."""
+        """Next-token logits in float32. Pass only the positions you need: `[T, V]` of a long prompt is large."""
         with jax.named_scope("head"):
             tied = self.config.tied_head
             weight = self.embed.embedding.get_value() if tied else self.head.kernel.get_value()
             if self.config.embed_dtype is not None:
                 return multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
             return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
+
+
+def abstract_decoder(config: ModelConfig, mesh: AnyMesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """A decoder's static part and its parameters as shapes: nothing is allocated."""
+    dtype = jnp.dtype(config.dtype)
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh)))
 
 
 @functools.partial(
@@ -82,7 +88,7 @@ class Decoder(nnx.Module):
 class Model:
     """A decoder's weights as a pytree: `params` are its leaves, everything else is static under jit.
 
-    On a mesh, `order` says which KV head each column of a head table is (see `balance`): caches must have the same.
+    On a mesh, `order` is the KV head of each column of a head table (see `balance`); caches must have the same order.
     """
 
     config: ModelConfig
@@ -101,7 +107,7 @@ class Model:
         weight_dtype: AnyDtype | None = None,
         embed_dtype: AnyDtype | None = None,
     ) -> "Model":
-        """A model with random weights, for tests and for measuring; data types default to the configuration's."""
+        """A model with random weights, for tests and benchmarks; data types default to the configuration's."""
         config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
         return cls.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(seed)))
 
@@ -113,7 +119,7 @@ class Model:
 
     @property
     def decoder(self) -> Decoder:
-        """The module put together again: cheap, and meant to be used inside a jitted function."""
+        """The module, merged from its parts: cheap, and meant to be used inside a jitted function."""
         return nnx.merge(self.graphdef, self.params)
 
     @property
@@ -123,7 +129,7 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that tells weights apart at little cost: every tensor's name, shape, type, first and last row."""
+        """A cheap hash that identifies the weights: every tensor's name, shape, data type, first and last row."""
         digest = hashlib.blake2b(digest_size=16)
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype.name}".encode())

@@ -73,7 +73,7 @@ def answer(model: Model, folder: Path, pattern: HeadPattern | None, dtype: str |
 def held(cache: KVCache) -> dict[tuple[int, int], np.ndarray]:
     """Keys and values `[2, B, tokens, H]` of each layer's KV heads, wherever they lie."""
     size = MeshSize.of(cache.mesh)
-    pools = [np.asarray(read(pool, np.dtype(np.float32))) for pool in cache.pools.stored]
+    pools = [np.asarray(read(pool, np.dtype(np.float32))) for pool in (*cache.full, *cache.rings[0])]
     # Tokens of retrieval heads in their order: one from each of those that share them.
     pools[:2] = [
         x.reshape(*x.shape[:2], size.sequence, -1, x.shape[3]).swapaxes(2, 3).reshape(x.shape) for x in pools[:2]

@@ -9,7 +9,7 @@ from duo_train.identify import RUN_FILE
 from duo_train.recipes import AttentionProfile
 
 from duo_jax import HeadPattern
-from duo_jax.files import alone_in
+from duo_jax.files import locked
 from duo_jax.pattern import GATES_FILE
 from tests.test_identify import QUICK as TRAINING
 from tests.test_score import QUICK as SCORING
@@ -41,7 +41,7 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, mon
     gates = (folder / "mine" / GATES_FILE).read_bytes()
     assert not (folder / "heads" / GATES_FILE).exists() and not (folder / "recall.jsonl").exists()
     # Nobody else may train in its folder in the meantime.
-    with alone_in(folder / "heads"):
+    with locked(folder / "heads"):
         assert "another process writes" in ablation("mine=", HEADS).err
     done = ablation("mine=", HEADS)
     assert done.code == 0, done

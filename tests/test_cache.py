@@ -52,7 +52,7 @@ def test_bytes_equal_the_formula_and_what_the_device_holds(gates, dtype):
     num_retrieval = pattern.num_retrieval if pattern else 4
     itemsize = 4 if dtype == "float32" else 2
     formula = 2 * 16 * itemsize * 5 * (num_retrieval * 70 + (4 - num_retrieval) * 11)
-    held = sum(pool.addressable_shards[0].data.nbytes for pool in cache.pools.stored)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((cache.full, cache.rings)))
     assert cache.nbytes == KVCache.bytes_for(TINY, pattern, 5, 70, dtype=dtype) == held == formula
     assert (cache.batch_size, cache.max_length, cache.dtype) == (5, 70, dtype)
 
@@ -62,7 +62,7 @@ def test_bytes_of_a_large_cache_are_computed_without_allocating_it():
 
 
 def test_bytes_of_streaming_heads_do_not_grow_with_the_context(half):
-    streaming = [sum(pool.nbytes for pool in KVCache.init(TINY, half, 1, length).pools.ring) for length in (16, 4096)]
+    streaming = [sum(pool.nbytes for pool in KVCache.init(TINY, half, 1, length).rings[0]) for length in (16, 4096)]
     assert streaming[0] == streaming[1] == 2 * 2 * 11 * 16 * 4
 
 
@@ -70,7 +70,7 @@ def test_bytes_of_streaming_heads_do_not_grow_with_the_context(half):
 def test_every_head_has_a_slot_of_its_own(gates):
     pattern = HeadPattern.from_gates(np.array(gates), sink_size=3, recent_size=8)
     cache = KVCache.init(TINY, pattern, 1, 16)
-    for kind, pool in ((True, cache.pools.full_k), (False, cache.pools.ring_k)):
+    for kind, pool in ((True, cache.full.k), (False, cache.rings[0].k)):
         slots = np.asarray(cache.slot)[np.asarray(cache.is_retrieval) == kind]
         assert sorted(slots) == list(range(pool.shape[0]))
 
@@ -167,7 +167,7 @@ def test_rewind_to_an_empty_cache(tiny, half):
 def test_a_mark_survives_donation_and_copies_no_retrieval_pool(tiny, half):
     _, cache = extend(tiny, new(half), TEXT)
     mark = cache.mark()
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(mark)) < cache.pools.ring_k.nbytes * 2 + 64
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(mark)) < cache.rings[0].k.nbytes * 2 + 64
     _, cache = decode_step(tiny, [1, 2], cache)
     cache = cache.rewind(mark)
     _, cache = decode_step(tiny, [1, 2], cache)
@@ -180,8 +180,10 @@ def test_a_fork_lives_on_its_own(tiny, half):
     expected, cache = decode_step(tiny, [1, 2], cache)
     other, fork = decode_step(tiny, [3, 4], fork)
     assert not np.array_equal(other, expected)
-    both = zip(cache.pools.stored, fork.pools.stored, strict=True)
-    assert not any(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in both)
+    assert not any(
+        a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer()
+        for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(fork), strict=True)
+    )
     after, _ = decode_step(tiny, [5, 6], fork)
     _, direct = extend(tiny, new(half), TEXT)
     _, direct = decode_step(tiny, [3, 4], direct)

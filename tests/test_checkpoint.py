@@ -180,8 +180,8 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder: Path) -> None
     message = str(error.value)
     assert str(folder) in message
     assert "missing (1): model.layers.1.mlp.up_proj.weight" in message
-    assert "not known to this architecture (1): model.layers.0.self_attn.q_proj.bias" in message
-    assert "of another shape (1): model.norm.weight (95,) instead of (96,)" in message
+    assert "unknown to this architecture (1): model.layers.0.self_attn.q_proj.bias" in message
+    assert "of the wrong shape (1): model.norm.weight (95,) instead of (96,)" in message
 
 
 def test_an_untied_head_must_be_there(folder: Path) -> None:

@@ -11,7 +11,7 @@ from duo_train.data.needles import Needles
 from duo_train.identify import PRESETS, RUN_FILE, Identify
 
 from duo_jax import HeadPattern
-from duo_jax.files import alone_in
+from duo_jax.files import locked
 from duo_jax.pattern import GATES_FILE
 from tests.text_models import assert_refused
 
@@ -176,7 +176,7 @@ def test_the_last_preset_named_counts_however_it_is_written():
 
 
 def test_a_second_process_in_the_folder_is_refused(identify, tmp_path):
-    with alone_in(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert_refused(identify("--resume"), "another process writes to")
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
     assert identify("--resume").code == 0

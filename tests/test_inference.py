@@ -193,11 +193,11 @@ def test_padding_may_hold_anything(tiny, half):
 
 def test_inactive_rows_of_a_decode_step_stay_untouched(tiny, half):
     _, cache = prefill_tiny(tiny, half, np.random.default_rng(4).integers(0, 61, (2, 16)))
-    before = [np.array(pool) for pool in cache.pools.stored]
+    before = [np.array(pool) for pool in (*cache.full, *cache.rings[0])]
     # An inactive row's token is not looked at.
     _, cache = decode_step(tiny, [3, 10**6], cache, active=[True, False])
     assert cache.length.tolist() == [17, 16]
-    for old, new in zip(before, cache.pools.stored, strict=True):
+    for old, new in zip(before, (*cache.full, *cache.rings[0]), strict=True):
         np.testing.assert_array_equal(old[:, 1], new[:, 1])
         assert not np.array_equal(old[:, 0], new[:, 0])
 
@@ -290,9 +290,9 @@ def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, tiny, 
 
 def test_a_decode_step_keeps_the_buffers(tiny, half):
     _, cache = prefill_tiny(tiny, half, np.ones((2, 16), int))
-    before = [pool.unsafe_buffer_pointer() for pool in cache.pools.stored]
+    before = [pool.unsafe_buffer_pointer() for pool in jax.tree.leaves((cache.full, cache.rings))]
     _, after = decode_step(tiny, [1, 2], cache)
-    assert [pool.unsafe_buffer_pointer() for pool in after.pools.stored] == before
+    assert [pool.unsafe_buffer_pointer() for pool in jax.tree.leaves((after.full, after.rings))] == before
 
 
 def test_prefill_and_decode_step_work_inside_a_users_jit(tiny, half):

@@ -93,7 +93,7 @@ def test_bytes_equal_the_formula_and_what_the_device_holds(half, kind):
     row = {"int8": 16 + 4, "int4": 8 + 4, None: 64}
     formula = 2 * 2 * (2 * 70 * row[kind[0]] + 2 * 11 * row[kind[1]])
     cache = new(half, kind, 70)
-    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache.pools))
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((cache.full, cache.rings)))
     sizes = {"dtype": kind[0], "streaming_dtype": kind[1]}
     assert cache.nbytes == KVCache.bytes_for(MODEL, half, 2, 70, **sizes) == held == formula
     assert (cache.max_length, cache.batch_size) == (70, 2)
@@ -149,7 +149,7 @@ def test_heads_of_one_type_only(tiny, gates):
 
 @pytest.mark.parametrize("dtype", ["int3", "float64", jnp.dtype("uint8")])
 def test_unknown_types_are_refused(half, dtype):
-    with pytest.raises(ValueError, match=r"keys and values are stored as float32, .*int4, not as"):
+    with pytest.raises(ValueError, match=r"kv_dtype must be one of float32, .*int4, got"):
         KVCache.init(MODEL, half, 1, 16, dtype=dtype)
 
 

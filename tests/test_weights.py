@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from duo_jax import KVCache, Model, load_model, load_tokenizer, prefill, save_model, score
-from duo_jax.checkpoint import save as saved
+from duo_jax import KVCache, Model, arrays, load_model, load_tokenizer, prefill, save_model, score
 from duo_jax.layers import Linear
 from duo_jax.memory import nbytes
 from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
@@ -121,7 +120,7 @@ def test_what_cannot_be_is_refused(wide):
     [{}, {"dtype": "bfloat16"}, {"weight_dtype": "w8a8"}, {"weight_dtype": "int4-32", "embed_dtype": "int4-32"}],
 )
 def test_a_saved_model_is_the_same_bit_for_bit(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(saved, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(arrays, "SHARD_BYTES", 50_000)
     model = load_model(GOLDEN / "llama31", **settings)
     save_model(model, tmp_path / "saved")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
@@ -166,5 +165,5 @@ def test_a_saved_model_that_is_not_whole_is_refused(tmp_path):
     config = tmp_path / "b" / "duo_model.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"num_layers": values["num_layers"] + 1}))
-    with pytest.raises(ValueError, match="the arrays are not those of its configuration, as layers"):
+    with pytest.raises(ValueError, match="the arrays do not match its configuration, such as layers"):
         load_model(tmp_path / "b")

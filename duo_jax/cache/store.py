@@ -1,12 +1,13 @@
-"""A cache in a folder: what is filled of its pools, and what is known of the model and the pattern that made it.
+"""Caches in folders: the filled part of the pools, the model and pattern that made it, and a checksum of every array.
 
-Over `saved`, which knows arrays only; `KVCache.save` and `KVCache.load` document both directions.
+A folder has safetensors shards and `duo_cache.json`. `KVCache.save` and `KVCache.load` document both directions.
 """
 
 import functools
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,79 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, Shaped
 from numpy.typing import ArrayLike
+from safetensors import SafetensorError
 
-from duo_jax.cache import saved
-from duo_jax.cache.pools import dtype_name, empty_pools, number_slots, parts, pool_shapes, stored_as
+from duo_jax.arrays import Shards, write_shards
+from duo_jax.cache.cache import KeyValues, KVCache
+from duo_jax.cache.spec import CacheSpec
+from duo_jax.config import ModelConfig
+from duo_jax.differences import changes
+from duo_jax.files import free_path, whole_folder, write_text
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from duo_jax.precision import AnyDtype, Precision, name_of
 from pallas_kernels import Window
 
+ABOUT = "duo_cache.json"
+STEM = "cache"
 
-def save(path: str | Path, cache: Mapping[str, Any], model: Model | None, tokens: ArrayLike | None) -> None:
-    """Write a cache's fields, by name."""
-    saved.free(path)
-    pools, lengths = cache["pools"], np.asarray(cache["length"])
-    max_length, head_dim = pools.full_k.shape[2:]
+
+def save(path: str | Path, cache: KVCache, model: Model | None, tokens: ArrayLike | None) -> None:
+    """Write a cache to a new folder."""
+    path = free_path(path)
+    lengths = np.asarray(cache.length)
     filled = int(lengths.max())
-    if not 0 < filled <= max_length:
-        raise ValueError(f"a cache of {filled} tokens and {max_length=} has nothing to save: prefill it first")
-    arrays = {}
-    for name, leaf in parts(pools).items():
-        # Slots beyond the length hold nothing; a pool without slots is not stored.
-        if leaf.size:
-            arrays[name] = np.asarray(leaf)[:, :, :filled] if name.startswith("retrieval") else np.asarray(leaf)
+    if not 0 < filled <= cache.max_length:
+        raise ValueError(f"a cache of {filled} tokens and {cache.max_length=} has nothing to save: prefill it first")
+    window, layers = _windows(cache)
     about = {
-        "is_retrieval": np.asarray(cache["is_retrieval"]).astype(int).tolist(),
-        "sink_size": cache["window"].sink,
-        "recent_size": cache["window"].recent,
+        "is_retrieval": np.asarray(cache.is_retrieval).astype(int).tolist(),
+        "window": astuple(window),
+        "layer_windows": layers and [own and astuple(own) for own in layers],
         "length": lengths.tolist(),
-        "max_length": max_length,
-        "head_dim": head_dim,
-        "dtypes": [stored_as(pools.full_k), stored_as(pools.ring_k)],
+        "max_length": cache.max_length,
+        "page_size": None if cache.pages is None else cache.full.k.shape[2],
+        "head_dim": cache.head_dim,
+        "dtypes": [dtype.name.replace("uint", "int") for dtype in (cache.dtype, cache.streaming_dtype)],
         "model": model and _identity(model),
         "tokens": None if tokens is None else np.asarray(tokens).tolist(),
     }
-    saved.write(path, arrays, about)
+    checksums: dict[str, str] = {}
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in _filled_arrays(cache, filled):
+            checksums[name] = _checksum(array)
+            yield name, array
+
+    with whole_folder(path) as folder:
+        write_shards(folder, STEM, arrays())
+        record = {"about": about, "checksums": checksums}
+        write_text(folder / ABOUT, json.dumps({**record, "own": _text_checksum(record)}))
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """The description of a saved cache, without its arrays.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a folder that `save` made, or one that was truncated or altered.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder with a saved cache")
+    if (path / "_CHECKPOINT_METADATA").exists():
+        raise ValueError(f"{path} was saved by duo-jax 0.1, whose format is no longer read: prefill and save it again")
+    if not (path / ABOUT).is_file():
+        raise ValueError(f"{path} has no {ABOUT}: it is not a saved cache, is incomplete, or was altered")
+    try:
+        record = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        own = record.pop("own")
+        about, checksums = record["about"], record["checksums"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / ABOUT} is incomplete or was altered ({error}): save the cache again") from None
+    if own != _text_checksum(record):
+        raise ValueError(f"{path / ABOUT} was altered: its checksum does not match; save the cache again")
+    return {**about, "checksums": checksums}
 
 
 def load(
@@ -56,82 +97,152 @@ def load(
     model: Model | None,
     *,
     pattern: HeadPattern | None,
-    dtype: str | jnp.dtype | None,
+    dtype: AnyDtype | None,
     max_length: int | None,
-) -> dict[str, Any]:
-    """Read a cache's fields, by name, if they are of this model, pattern and data type."""
-    about = saved.read_about(path)
-    retrieval, streaming = about["dtypes"]
-    is_retrieval = np.asarray(about["is_retrieval"], bool)
-    window = Window(about["sink_size"], about["recent_size"])
+) -> KVCache:
+    """Read a cache, if it is of this model, pattern and data type; None: any."""
+    about = read_about(path)
     if model is not None:
         _check_identity(path, about["model"], _identity(model))
-    if dtype is not None and dtype_name(dtype) != retrieval:
-        raise ValueError(f"{path} holds keys and values in {retrieval}, not in {dtype_name(dtype)}: prefill again")
+    kv_dtype = about["dtypes"][0]
+    if dtype is not None and name_of(dtype) != kv_dtype:
+        raise ValueError(f"{path} has keys and values in {kv_dtype}, not in {name_of(dtype)}: prefill again")
     if pattern is not None:
-        _check_pattern(path, pattern, is_retrieval, window)
-    filled, batch_size, max_length = max(about["length"]), len(about["length"]), max_length or about["max_length"]
+        _check_pattern(path, pattern, about)
+    filled, max_length = max(about["length"]), max_length or about["max_length"]
     if filled > max_length:
-        raise ValueError(f"{path} holds {filled} tokens, more than {max_length=}: make it at least that long")
-    arrays = saved.read_arrays(path, about["checksums"])
-    shapes = pool_shapes(
-        int(is_retrieval.sum()),
-        int((~is_retrieval).sum()),
-        batch_size=batch_size,
-        max_length=max_length,
-        ring=window.size,
-        head_dim=about["head_dim"],
+        raise ValueError(f"{path} has {filled} tokens, more than {max_length=}: make it at least that long")
+    arrays = _read_arrays(Path(path).expanduser(), about["checksums"])
+    cache = _spec(about, max_length).empty()
+    pools, structure = (
+        _parts(_contiguous(cache.full, cache.pages), cache.rings),
+        jax.tree.structure((cache.full, cache.rings)),
     )
-    pools = empty_pools(shapes, (retrieval, streaming))
-    flat, tree = jax.tree.flatten(pools)
-    flat = [_filled(leaf, arrays[name]) if leaf.size else leaf for name, leaf in zip(parts(pools), flat, strict=True)]
-    return {
-        "pools": jax.tree.unflatten(tree, flat),
-        "is_retrieval": jnp.asarray(is_retrieval),
-        "slot": jnp.asarray(number_slots(is_retrieval)),
-        "length": jnp.asarray(about["length"], jnp.int32),
-        "window": window,
-    }
+    full, rings = jax.tree.unflatten(structure, list(_written(pools, arrays)))
+    # Rows of a new cache own consecutive pages: its full pool is a contiguous one in another shape.
+    full = jax.tree.map(lambda x, like: x.reshape(like.shape), full, cache.full)
+    return replace(cache, full=full, rings=rings, length=jnp.asarray(about["length"], jnp.int32))
 
 
-def _filled(pool: Array, new: np.ndarray) -> Array:
-    """The pool with rows of `new` at its beginning, slot by slot: no second copy of it is on the device."""
-    for slot in range(len(new)):
-        pool = _fill(pool, new[slot : slot + 1], np.int32(slot))
-    return pool
+def pattern_of(about: Mapping[str, Any]) -> HeadPattern:
+    """The pattern of a saved cache; its gates are 0 and 1."""
+    table = np.asarray(about["is_retrieval"], bool)
+    return HeadPattern(table, *about["window"], gates=table.astype(float))
+
+
+def _windows(cache: KVCache) -> tuple[Window, tuple[Window | None, ...] | None]:
+    """The window of the pattern, which layers with retrieval heads have, and those of layers with another one."""
+    by_layer = [cache.window(layer) for layer in range(len(cache.ring_of_layer))]
+    mixed = np.asarray(cache.is_retrieval).any(1)
+    window = by_layer[int(mixed.argmax())]
+    layers = tuple(None if own == window else own for own in by_layer)
+    return window, layers if any(layers) else None
+
+
+def _spec(about: Mapping[str, Any], max_length: int) -> CacheSpec:
+    """What `load` makes. A cache knows no model: only the fields of the configuration that it needs are right."""
+    pattern, layers = pattern_of(about), about["layer_windows"]
+    kv_heads, (kv_dtype, streaming_dtype) = pattern.num_kv_heads, about["dtypes"]
+    sizes = {"num_layers": pattern.num_layers, "num_heads": kv_heads, "num_kv_heads": kv_heads}
+    config = ModelConfig("llama", 1, embed_dim=1, mlp_dim=1, max_positions=1, head_dim=about["head_dim"], **sizes)
+    return CacheSpec(
+        config,
+        pattern,
+        len(about["length"]),
+        max_length,
+        Precision("float32", kv_dtype=kv_dtype, streaming_dtype=streaming_dtype),
+        page_size=about["page_size"],
+        layer_windows=None if layers is None else tuple(window and Window(*window) for window in layers),
+    )
+
+
+def _parts(full: KeyValues, rings: tuple[KeyValues, ...]) -> dict[str, Array]:
+    """The arrays of all pools, by their names in files."""
+    leaves = jax.tree_util.tree_leaves_with_path({"full": full._asdict(), "ring": [ring._asdict() for ring in rings]})
+    return {jax.tree_util.keystr(path, simple=True, separator="_"): leaf for path, leaf in leaves}
+
+
+def _contiguous(full: KeyValues, pages: Array | None) -> KeyValues:
+    """A full pool `[P, B, S, H]`; a paged one is gathered."""
+    if pages is None:
+        return full
+    return jax.tree.map(lambda x: x[:, pages].reshape(len(x), len(pages), -1, *x.shape[3:]), full)
+
+
+def _filled_arrays(cache: KVCache, filled: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays to store: pools without slots, and entries beyond the length, are left out."""
+    for name, leaf in _parts(_contiguous(cache.full, cache.pages), cache.rings).items():
+        if leaf.size:
+            yield name, np.asarray(leaf)[:, :, :filled] if name.startswith("full") else np.asarray(leaf)
+
+
+def _read_arrays(path: Path, checksums: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """All arrays, each checked.
+
+    Raises:
+        ValueError: an array that is missing, truncated or altered, by name.
+    """
+    arrays = {}
+    try:
+        shards = Shards(sorted(path.glob(f"{STEM}-*.safetensors")))
+        for name, checksum in checksums.items():
+            arrays[name] = shards.read(name)
+            if _checksum(arrays[name]) != checksum:
+                raise ValueError(f"the checksum of {name} does not match")
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is incomplete or was altered: {error}; save the cache again") from None
+    return arrays
+
+
+def _written(pools: dict[str, Array], arrays: Mapping[str, np.ndarray]) -> Iterator[Array]:
+    """The pools with the stored entries at the beginning of each slot, slot by slot: there is no second copy."""
+    for name, pool in pools.items():
+        if name in arrays:
+            for slot in range(len(pool)):
+                pool = _write_slot(pool, arrays[name][slot : slot + 1], np.int32(slot))
+        yield pool
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _fill(pool: Shaped[Array, "P *rows"], new: Shaped[Array, "1 *filled"], slot: Int32[Array, ""]) -> Array:
+def _write_slot(pool: Shaped[Array, "P *rows"], new: Shaped[Array, "1 *filled"], slot: Int32[Array, ""]) -> Array:
     return lax.dynamic_update_slice(pool, new, (slot, *(jnp.int32(0),) * (pool.ndim - 1)))
 
 
+def _checksum(array: np.ndarray) -> str:
+    digest = hashlib.blake2b(f"{array.dtype.name}{array.shape}".encode(), digest_size=16)
+    for part in array:  # Slot by slot: a part of a pool is not contiguous.
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _text_checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _identity(model: Model) -> dict[str, Any]:
-    """What tells a model: everything of its configuration that its arithmetic depends on, and its weights."""
+    """What identifies a model: its weights, and every field of its configuration that its arithmetic depends on."""
     config = {name: value for name, value in asdict(model.config).items() if name != "eos_ids"}
     return json.loads(json.dumps(config | {"weights": model.fingerprint}))
 
 
-def _check_identity(path: str | Path, theirs: dict[str, Any] | None, ours: dict[str, Any]) -> None:
-    if theirs is None:
-        raise ValueError(f"{path} was saved without a model, so that it cannot be told whether this one made it")
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    if names:
-        said = ", ".join(f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names)
-        raise ValueError(f"{path} was made by another model: {said}; prefill again with this one")
+def _check_identity(path: str | Path, saved: dict[str, Any] | None, given: dict[str, Any]) -> None:
+    if saved is None:
+        raise ValueError(f"{path} was saved without a model, so it cannot be matched to this one")
+    if changed := "; ".join(changes(saved, given)):
+        raise ValueError(f"{path} was made by another model: {changed}; prefill again with this one")
 
 
-def _check_pattern(path: str | Path, pattern: HeadPattern, is_retrieval: np.ndarray, window: Window) -> None:
-    gates = is_retrieval.astype(float)
-    theirs = HeadPattern(is_retrieval, window.sink, window.recent, gates=gates) if window.recent else None
-    if pattern != theirs:
+def _check_pattern(path: str | Path, pattern: HeadPattern, about: Mapping[str, Any]) -> None:
+    saved, table = pattern_of(about), pattern.is_retrieval
+    if about["layer_windows"] is not None and len(table) == saved.num_layers:
+        table = table & np.asarray([window is None for window in about["layer_windows"]])[:, None]
+    if saved.window != pattern.window or not np.array_equal(saved.is_retrieval, table):
         raise ValueError(
-            f"{path} was made with {_heads(is_retrieval, window)}, the pattern has "
-            f"{_heads(pattern.is_retrieval, pattern.window)}, or others of them: "
+            f"{path} was made with {_text(saved)}, the pattern has {_text(pattern)}, or different ones: "
             "leave the pattern out, or prefill again"
         )
 
 
-def _heads(is_retrieval: np.ndarray, window: Window) -> str:
-    sizes = f" ({window.sink} sinks, a window of {window.recent})" if window.recent else ""
-    return f"{int(is_retrieval.sum())} retrieval heads of {is_retrieval.size}{sizes}"
+def _text(pattern: HeadPattern) -> str:
+    sizes = f" ({pattern.sink_size} sinks, a window of {pattern.recent_size})" if pattern.window.size else ""
+    return f"{pattern.num_retrieval} retrieval heads of {pattern.is_retrieval.size}{sizes}"

@@ -1,4 +1,4 @@
-"""Loading: find the checkpoint, check every tensor's name and shape, then place them one by one."""
+"""Loading: find the checkpoint, check every tensor's name and shape, then read them one by one."""
 
 import functools
 from collections.abc import Iterator
@@ -18,23 +18,24 @@ from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
-from duo_jax.checkpoint.save import Saved
+from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.table import Weight, ignorable, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
-from duo_jax.model import Decoder, Model
+from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
+from duo_jax.precision import AnyDtype, name_of
 from duo_jax.weights import quantize_kernel
 
 
 def load_model(
     source: str | Path,
     *,
-    dtype: str | None = None,
-    weight_dtype: str | None = None,
-    embed_dtype: str | None = None,
+    dtype: AnyDtype | None = None,
+    weight_dtype: AnyDtype | None = None,
+    embed_dtype: AnyDtype | None = None,
     mesh: Mesh | None = None,
     pattern: HeadPattern | None = None,
     progress: bool | None = None,
@@ -43,40 +44,35 @@ def load_model(
 
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
-        dtype: data type of the weights; by default the checkpoint's, and float32 on a CPU, which has no fast bfloat16.
+        dtype: data type of the weights; by default the checkpoint's, but float32 on a CPU, which has no fast bfloat16.
         weight_dtype: quantize the linear maps of the layers, each as soon as it is read: int8, w8a8 (int8, activations
             too), int4 (a scale for every 64 input channels), int4-32 or int4-128.
-        embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; they stay as they are by default.
+        embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; by default they are not quantized.
         mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor as soon as it is read.
-        pattern: which heads are to stream, where there is a mesh: the devices then hold as many retrieval heads each,
-            in every layer up to one and over all layers up to one (see `duo_jax.mesh.balance`). Caches must have this
-            pattern, or another that wants the heads in the same places. None: caches of full attention.
+        pattern: which heads will stream, for a mesh: it balances retrieval heads over the devices, to within one in
+            every layer and in total (see `duo_jax.mesh.balance`). Caches must have this pattern, or another that puts
+            the heads on the same devices. None: full attention.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
-        FileNotFoundError, PermissionError: nothing there, or not for you; the message says what to do.
+        FileNotFoundError, PermissionError: the path does not exist or is not readable; the message has a remedy.
         NotImplementedError: an architecture, feature or quantization that is not supported, by name.
-        ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model, or a
-            pattern of another.
+        ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model; a
+            pattern of another model.
     """
-    found = open_source(source)
-    if isinstance(found, Saved):
-        wanted = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
-        asked = {name: value for name, value in wanted.items() if value is not None}
-        saved = {name: getattr(found.config, name) for name in wanted}
+    checkpoint = open_source(source)
+    dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
+    if isinstance(checkpoint, SavedModel):
+        asked = {name: name_of(value) for name, value in dtypes.items() if value is not None}
+        saved = {name: getattr(checkpoint.config, name) for name in dtypes}
         if not asked.items() <= saved.items():
             raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
-        return found.load(mesh=mesh, pattern=pattern, progress=progress)
-    config = found.config
-    dtype = usual_dtype(config, dtype)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
-    placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern)
+        return checkpoint.load(mesh=mesh, pattern=pattern, progress=progress)
+    config = checkpoint.config.with_dtypes(**dtypes | {"dtype": usual_dtype(checkpoint.config, dtype)})
+    placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern or HeadPattern.full(config))
     table = weight_table(config)
-    _check_tensors(found, config, table, str(source))
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(decoder)
+    _check_tensors(checkpoint, config, table, str(source))
+    graphdef, abstract = abstract_decoder(config)
     flat = dict(nnx.to_flat_state(abstract))
     total = sum(int(np.prod(shape)) for weight in table.values() for shape in weight.shapes)
     bar = tqdm(
@@ -87,9 +83,10 @@ def load_model(
         disable=None if progress is None else not progress,
     )
     with bar:
-        for path, weight in _in_file_order(table, found):
-            format_of = embed_dtype if path[0] in ("embed", "head") else weight_dtype if weight.is_kernel else None
-            value = _read(found, weight, jnp.dtype(dtype), format_of, on_host=mesh is not None)
+        for path, weight in _in_file_order(table, checkpoint):
+            quantized = config.weight_dtype if weight.is_kernel else None
+            quantized = config.embed_dtype if path[0] in ("embed", "head") else quantized
+            value = _read(checkpoint, weight, jnp.dtype(config.dtype), quantized, on_host=mesh is not None)
             if placement is not None and mesh is not None:
                 value = placement.put(path, value, mesh)
             flat[path] = flat[path].replace(value)
@@ -104,13 +101,15 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return open_source(source, weights=False).tokenizer()
 
 
-def usual_dtype(config: ModelConfig, dtype: str | None = None) -> str:
-    """The data type asked for; by default the checkpoint's, and float32 on a CPU, which has no fast bfloat16."""
-    return dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
+def usual_dtype(config: ModelConfig, dtype: AnyDtype | None = None) -> AnyDtype:
+    """The given data type; by default the checkpoint's, but float32 on a CPU, which has no fast bfloat16."""
+    if dtype is not None:
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else config.dtype
 
 
 def open_config(source: str | Path) -> ModelConfig:
-    """The configuration of a model or of a preset, without its weights; a path goes before a preset's name."""
+    """The configuration of a model or of a preset, without its weights; a path takes precedence over a preset."""
     preset = None if Path(source).exists() else PRESETS.get(str(source).lower())
     return preset or open_source(source, weights=False).config
 
@@ -119,7 +118,7 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return Saved(path) if Saved.is_here(path) else Folder(path)
+        return SavedModel(path) if SavedModel.is_at(path) else Folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is neither a folder nor a .gguf file; for safetensors give the folder around it")
@@ -134,34 +133,36 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
     )
 
 
-def _check_tensors(found: Source, config: ModelConfig, table: dict[tuple[str | int, ...], Weight], label: str) -> None:
+def _check_tensors(
+    checkpoint: Source, config: ModelConfig, table: dict[tuple[str | int, ...], Weight], label: str
+) -> None:
     """Name every tensor that is missing, extra or misshapen, before the first one is read."""
     expected = {
         name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
     }
-    shapes = found.shapes
+    shapes = checkpoint.shapes
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected and name != ROPE_DIVISORS and not ignorable(name, config)]
     wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
-    problems = {"missing": missing, "not known to this architecture": extra, "of another shape": wrong}
+    problems = {"missing": missing, "unknown to this architecture": extra, "of the wrong shape": wrong}
     lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in problems.items() if names]
     if lines:
-        raise ValueError(f"{label}: the tensors are not those of its configuration\n" + "\n".join(lines))
+        raise ValueError(f"{label}: the tensors do not match its configuration\n" + "\n".join(lines))
 
 
 def _in_file_order(
-    table: dict[tuple[str | int, ...], Weight], found: Source
+    table: dict[tuple[str | int, ...], Weight], checkpoint: Source
 ) -> Iterator[tuple[tuple[str | int, ...], Weight]]:
     """Parameters in the order of the file's tensors, so that a shard is opened once."""
-    order = {name: index for index, name in enumerate(found.shapes)}
+    order = {name: index for index, name in enumerate(checkpoint.shapes)}
     yield from sorted(table.items(), key=lambda row: order[row[1].names[0]])
 
 
 def _read(
-    found: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
+    checkpoint: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
 ) -> Array | np.ndarray | QArray:
-    """A parameter as the decoder has it, on the default device, or on the host, from where a mesh takes its parts."""
-    parts = [found.read(name) for name in weight.names]
+    """A parameter of the decoder, on the default device, or on the host, from where it is divided over a mesh."""
+    parts = [checkpoint.read(name) for name in weight.names]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if on_host and weight_dtype is None:
         return (whole.T if weight.is_kernel else whole).astype(dtype)

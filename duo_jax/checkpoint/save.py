@@ -1,10 +1,9 @@
-"""Models as this library saves them: parameters as they are, quantized ones included, so that loading converts nothing.
+"""Models in this library's own format: parameters as in memory, quantized ones included, so loading converts nothing.
 
-A folder of safetensors shards, `duo_model.json` with the configuration, and the tokenizer's files.
+A folder has safetensors shards, `duo_model.json` with the configuration, and the tokenizer's files.
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,31 +15,29 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from safetensors.flax import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arrays import write_shards
 from duo_jax.checkpoint.folder import Folder, read_json
 from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
-from duo_jax.memory import nbytes
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
-from duo_jax.model import Decoder, Model
+from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
 from duo_jax.rope import ROPES
 
 CONFIG = "duo_model.json"
-# Bytes of a shard, at most, unless one array has more: what is copied to the host at a time.
-SHARD_BYTES = 1 << 30
+STEM = "model"
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a model, quantized as it is, to a new folder that `load_model` reads; with the tokenizer, if given.
+    """Write a model, quantized or not, and its tokenizer if given to a new folder that `load_model` reads.
 
     Raises:
-        FileExistsError: the folder holds something.
-        ValueError: the model lies on a mesh.
+        FileExistsError: the folder is not empty.
+        ValueError: the model is on a mesh.
     """
     if model.mesh is not None:
         raise ValueError("a model on a mesh has its weights in another order: save it from one device")
@@ -50,25 +47,23 @@ def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerB
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for number, shard in enumerate(_shards(_named(model.params))):
-        save_file({name: _packed(x) for name, x in shard.items()}, folder / f"model-{number:05}.safetensors")
+    write_shards(folder, STEM, ((name, _packed(x)) for name, x in _named(model.params)))
     config = asdict(model.config) | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
-    # Last: a folder without it is no model.
+    # Written last: a folder without it is not a model.
     write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-class Saved(Folder):
+class SavedModel(Folder):
     """A folder that `save_model` wrote."""
 
     @staticmethod
-    def is_here(path: Path) -> bool:
+    def is_at(path: Path) -> bool:
         """Whether a folder is one."""
         return (path / CONFIG).is_file()
 
     def __init__(self, path: Path) -> None:
         """Nothing is read yet."""
         self.path = path
-        self._open = None
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -80,7 +75,7 @@ class Saved(Folder):
                 **values | {"rope": ROPES[rope.pop("type")](**rope), "eos_ids": tuple(values["eos_ids"])}
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error}") from None
+            raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r}") from None
 
     def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, progress: bool | None) -> Model:
         """Every parameter as it was saved; on a mesh, placed for a pattern.
@@ -88,25 +83,26 @@ class Saved(Folder):
         Raises:
             ValueError: missing, extra, misshapen or truncated arrays, by name.
         """
-        decoder = nnx.eval_shape(lambda: Decoder(self.config, dtype=jnp.dtype(self.config.dtype), rngs=nnx.Rngs(0)))
-        graphdef, abstract = nnx.split(decoder)
-        wanted = dict(_named(abstract))
-        shapes: Mapping[str, Any] = self.shapes
-        wrong = [name for name in {*wanted, *shapes} if shapes.get(name) != _packed_shape(wanted.get(name))]
+        graphdef, abstract = abstract_decoder(self.config)
+        parameters = dict(_named(abstract))
+        shapes = self.shapes
+        wrong = [name for name in {*parameters, *shapes} if shapes.get(name) != _packed_shape(parameters.get(name))]
         if wrong:
-            raise ValueError(f"{self.path}: the arrays are not those of its configuration, as {', '.join(wrong[:3])}")
-        bar = tqdm(wanted.items(), desc="loading", unit=" arrays", disable=None if progress is None else not progress)
+            raise ValueError(f"{self.path}: the arrays do not match its configuration, such as {', '.join(wrong[:3])}")
+        bar = tqdm(
+            parameters.items(), desc="loading", unit=" arrays", disable=None if progress is None else not progress
+        )
         structure = jax.tree.structure(abstract)
         if mesh is None:
-            placed = [_unpacked(self.read(name), x.dtype) for name, x in bar]
-            return Model(self.config, graphdef, jax.tree.unflatten(structure, placed))
-        placement = Placement.of(self.config, MeshSize.of(mesh), pattern)
+            arrays = [_unpacked(self.read(name), x.dtype) for name, x in bar]
+            return Model(self.config, graphdef, jax.tree.unflatten(structure, arrays))
+        placement = Placement.of(self.config, MeshSize.of(mesh), pattern or HeadPattern.full(self.config))
         paths = [path for path, variable in nnx.to_flat_state(abstract) for _ in jax.tree.leaves(variable)]
-        placed = [
+        arrays = [
             placement.put(path, _unpacked(self.read(name), x.dtype), mesh)
             for path, (name, x) in zip(paths, bar, strict=True)
         ]
-        return on_mesh(dict(nnx.to_flat_state(jax.tree.unflatten(structure, placed))), placement, mesh)
+        return on_mesh(dict(nnx.to_flat_state(jax.tree.unflatten(structure, arrays))), placement, mesh)
 
 
 def _named(params: nnx.State) -> list[tuple[str, Any]]:
@@ -115,18 +111,8 @@ def _named(params: nnx.State) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
-def _shards(named: list[tuple[str, Array]]) -> Iterator[dict[str, Array]]:
-    shard: dict[str, Array] = {}
-    for name, x in named:
-        if shard and nbytes(shard) + nbytes(x) > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = x
-    yield shard
-
-
 def _packed(x: Array) -> Array:
-    """Numbers of 4 bits two in a byte, the first in the lower half: safetensors has no such type."""
+    """Pack 4-bit numbers in pairs, the first in the lower half of a byte: safetensors has no such type."""
     if x.dtype != jnp.int4:
         return x
     pairs = x.astype(jnp.uint8).reshape(*x.shape[:-1], -1, 2) & jnp.uint8(15)

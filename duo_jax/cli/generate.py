@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from duo_jax.cache import saved
+from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
@@ -63,7 +63,7 @@ class Generate:
             tokens = self.prompt.encode_question(tokenizer, prompt, history)
         needed = len(tokens) + self.max_new_tokens + (0 if history is None else len(history))
         pattern = self.pattern.load(needed)
-        served = pattern if before is None else _pattern_of(before)
+        served = pattern if before is None else store.pattern_of(before)
         plan = self.model.plan(served, chunk_width(len(tokens)), self.devices.size)
         room = self.room.tokens(replace(plan, kv_dtype=before["dtypes"][0] if before else self.kv.kv_dtype), needed)
         model = self.model.load(mesh=mesh, pattern=pattern)
@@ -100,7 +100,7 @@ class Generate:
         """What is known of a prefilled text, without its keys and values."""
         if self.cache is None:
             return None
-        about = saved.read_about(self.cache)
+        about = store.read_about(self.cache)
         if about["tokens"] is None or len(about["tokens"]) != 1:
             raise ValueError(f"{self.cache} is not one text with its tokens: make it with duo prefill")
         return about
@@ -110,12 +110,6 @@ class Generate:
         if self.cache is None:
             return KVCache.init(model.config, pattern, 1, room, dtype=dtype, mesh=model.mesh)
         return KVCache.load(self.cache, model, pattern=pattern, dtype=dtype, max_length=room)
-
-
-def _pattern_of(about: dict[str, Any]) -> HeadPattern | None:
-    """Which heads of a saved cache stream."""
-    table = np.asarray(about["is_retrieval"], bool)
-    return None if table.all() else HeadPattern(table, about["sink_size"], about["recent_size"], table.astype(float))
 
 
 def _record(text: str, tokens: list[int], logprobs: list[float], timings: Timings) -> dict:

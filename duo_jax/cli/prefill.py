@@ -7,11 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from duo_jax.cache import saved
 from duo_jax.cache.cache import KVCache
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timed import show_status
+from duo_jax.files import free_path
 from duo_jax.infer import chunk_width, prefill
 
 
@@ -33,7 +33,7 @@ class Prefill:
 
     def run(self) -> None:
         """Check the flags, load, prefill, write, report."""
-        saved.free(self.out)
+        free_path(self.out)
         text = self.prompt.text()
         tokens = self.prompt.encode_document(self.model.tokenizer(), text)
         length, width = len(tokens), chunk_width(len(tokens), self.chunk)

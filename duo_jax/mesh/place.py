@@ -1,9 +1,9 @@
-"""Weights on a mesh: which part of each parameter a device holds, and in which order its heads lie.
+"""Weights on a mesh: which part of each parameter a device has, and in which order its heads are.
 
-Linear maps are divided by `tensor` and once more by `sequence`: those into heads and MLP by output, those back by
-input, so that each ends in one sum, which XLA's partitioner adds. A device's part of the fused q/k/v projection has the
-queries, keys and values of its own heads, its part of the fused MLP its own gates and ups. Embeddings are divided by
-channel, the head by vocabulary where that goes, else by channel too. Norms lie everywhere.
+Linear maps are divided by `tensor` and again by `sequence`: those into heads and MLP by output, those back by input, so
+that each ends in one sum, which XLA's partitioner adds. A device's part of the fused q/k/v projection has the queries,
+keys and values of its own heads; its part of the fused MLP has its own gates and ups. Embeddings are divided by
+channel, the head by vocabulary if the devices divide it, otherwise by channel too. Norms are replicated.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from jaxtyping import Int32, Shaped
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.balance import balance, query_heads
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, place
-from duo_jax.model import Decoder, Model
+from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
 
 Path = tuple[Any, ...]
@@ -27,7 +27,7 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the weights of a model lie.
+    """How the weights of a model are divided over a mesh.
 
     Attributes:
         config: the model's.
@@ -40,20 +40,18 @@ class Placement:
     order: Int32[np.ndarray, "L C"]
 
     @classmethod
-    def of(cls, config: ModelConfig, size: MeshSize, pattern: HeadPattern | None) -> "Placement":
-        """Balanced for a pattern, see `balance`; None: for full attention.
+    def of(cls, config: ModelConfig, size: MeshSize, pattern: HeadPattern) -> "Placement":
+        """Balanced for a pattern, see `balance`.
 
         Raises:
-            ValueError: a model that this mesh cannot share, or a pattern of another model.
+            ValueError: a model that cannot be divided over this mesh, or a pattern of another model.
         """
         size.check(config)
-        if pattern is not None:
-            pattern.check(config)
-        table = np.ones((config.num_layers, config.num_kv_heads), bool) if pattern is None else pattern.is_retrieval
-        return cls(config, size, balance(table, size.tensor).order)
+        pattern.check(config)
+        return cls(config, size, balance(pattern.is_retrieval, size.tensor).order)
 
     def axes(self, path: Path, shape: tuple[int, ...]) -> tuple[Any, ...]:
-        """The mesh axes along which each axis of an array of this shape is divided; `path` is its parameter's."""
+        """The mesh axes that divide each axis of an array of this shape; `path` is its parameter's."""
         axis = self._divided(path, shape)
         return () if axis is None else (*(None,) * axis, both(shape[axis], self.size))
 
@@ -61,7 +59,7 @@ class Placement:
         """A parameter's array with its heads, or MLP channels, in the order of the devices.
 
         Raises:
-            ValueError: groups of quantized input channels that reach over several heads, which are to be parted.
+            ValueError: groups of quantized input channels that span several heads, which would be separated.
         """
         units, index = self._index(path)
         axis = self._divided(path, array.shape)
@@ -69,24 +67,24 @@ class Placement:
             return array
         if array.shape[axis] % units:
             raise ValueError(
-                f"{self.config.weight_dtype} has scales for groups of input channels that reach over several heads of "
-                f"{self.config.head_dim}, which {self.size.tensor} devices would part: choose weight_dtype int8"
+                f"{self.config.weight_dtype} has scales for groups of input channels that span several heads of "
+                f"{self.config.head_dim}, which {self.size.tensor} devices would separate: choose weight_dtype int8"
             )
         width = array.shape[axis] // units
         where = (index[:, None] * width + np.arange(width)).ravel()
         return np.take(array, where, axis=axis)
 
     def put(self, path: Path, value: Any, mesh: Mesh) -> Any:
-        """Arrange a parameter's arrays, on the host or one device, and hand each device its part."""
+        """Arrange a parameter's arrays, on the host or one device, and give each device its part."""
 
-        def one(leaf: Any) -> jax.Array:
+        def placed(leaf: Any) -> jax.Array:
             array = self.arrange(path, np.asarray(leaf))
             return place(mesh, array, *self.axes(path, array.shape))
 
-        return jax.tree.map(one, value)
+        return jax.tree.map(placed, value)
 
     def _divided(self, path: Path, shape: tuple[int, ...]) -> int | None:
-        """The axis along which a parameter's array is divided; None: it lies everywhere."""
+        """The axis along which a parameter's array is divided; None: it is replicated."""
         match path[-3:]:
             case (_, "embed", "embedding") | ("embed", "embedding"):
                 # Not by vocabulary: XLA would gather all of it to look one token up.
@@ -100,7 +98,7 @@ class Placement:
         return None
 
     def _index(self, path: Path) -> tuple[int, Int32[np.ndarray, "units"] | None]:
-        """Into how many parts a parameter falls along its divided axis, and the order in which they are to lie."""
+        """The number of parts that a parameter's divided axis has, and their order on the mesh."""
         config, size = self.config, self.size
         if path[-2] == "gate_up":
             shards = size.sharers
@@ -118,14 +116,14 @@ class Placement:
 
 
 def place_model(model: Model, mesh: Mesh, pattern: HeadPattern | None = None) -> Model:
-    """A model that lies on one device, on a mesh; the host's memory must hold its largest array.
+    """Move a model from one device to a mesh, for a pattern; the host's memory must hold its largest array.
 
     Raises:
-        ValueError: as `Placement.of`, or a model that lies on a mesh already.
+        ValueError: as `Placement.of`, or a model that is on a mesh already.
     """
     if model.mesh is not None:
-        raise ValueError("this model lies on a mesh already: load it again for another")
-    placement = Placement.of(model.config, MeshSize.of(mesh), pattern)
+        raise ValueError("the model is already on a mesh; reload it to use a different one")
+    placement = Placement.of(model.config, MeshSize.of(mesh), pattern or HeadPattern.full(model.config))
     flat = {
         path: variable.replace(placement.put(path, variable.get_value(), mesh))
         for path, variable in nnx.to_flat_state(model.params)
@@ -134,7 +132,7 @@ def place_model(model: Model, mesh: Mesh, pattern: HeadPattern | None = None) ->
 
 
 def model_shapes(config: ModelConfig, mesh: Mesh | None) -> Any:
-    """A model as shapes and where they lie: for compiling, on devices that need not be there."""
+    """A model as shapes with shardings: to compile for devices that need not exist."""
     graphdef, params = parameter_shapes(config, mesh)
     if mesh is None:
         return Model(config, graphdef, params)
@@ -144,12 +142,11 @@ def model_shapes(config: ModelConfig, mesh: Mesh | None) -> Any:
 
 
 def parameter_shapes(config: ModelConfig, mesh: AnyMesh | None) -> tuple[nnx.GraphDef, nnx.State]:
-    """A decoder's static part, and the shapes of its parameters and where they lie: nothing is read or allocated."""
-    build = lambda: Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0), mesh=mesh)  # noqa: E731
-    graphdef, params = nnx.split(nnx.eval_shape(build))
+    """A decoder's static part, and its parameters as shapes with shardings: nothing is read or allocated."""
+    graphdef, params = abstract_decoder(config, mesh)
     if mesh is None:
         return graphdef, params
-    placement = Placement.of(config, MeshSize.of(mesh), None)
+    placement = Placement.of(config, MeshSize.of(mesh), HeadPattern.full(config))
 
     def placed(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         where = NamedSharding(mesh, PartitionSpec(*placement.axes(path, leaf.shape)))
@@ -163,9 +160,7 @@ def parameter_shapes(config: ModelConfig, mesh: AnyMesh | None) -> tuple[nnx.Gra
 
 
 def on_mesh(flat: dict[Path, Any], placement: Placement, mesh: Mesh) -> Model:
-    """A model of parameters that were placed."""
-    config = placement.config
-    build = lambda: Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0), mesh=mesh)  # noqa: E731
-    graphdef, _ = nnx.split(nnx.eval_shape(build))
+    """A model whose parameters are on the mesh."""
+    graphdef, _ = abstract_decoder(placement.config, mesh)
     order = place(mesh, placement.order)
-    return Model(config, graphdef, nnx.from_flat_state(flat.items()), mesh, order)
+    return Model(placement.config, graphdef, nnx.from_flat_state(flat.items()), mesh, order)

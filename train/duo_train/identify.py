@@ -24,7 +24,7 @@ from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.differences import changes
-from duo_jax.files import alone_in, write_text
+from duo_jax.files import locked, write_text
 from duo_jax.mesh.processes import check_alike, is_first
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_train.data.needles import NeedleData, Needles
@@ -105,7 +105,7 @@ class Identify:
             return
         run = self.prepare()
         # Nothing is written before everything that can be checked was.
-        with alone_in(self.out) if is_first() else nullcontext():
+        with locked(self.out) if is_first() else nullcontext():
             self._find(run)
 
     def check(self) -> None:

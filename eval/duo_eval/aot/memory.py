@@ -20,7 +20,7 @@ from duo_eval.aot.compile import compile_for, compiled_with, gpus_like, gpus_of,
 from duo_eval.runner.record import begun, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from duo_jax import PRESETS, KVCache, ModelConfig, infer
+from duo_jax import PRESETS, ModelConfig, infer
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.gpus import GPUS
 from duo_jax.mesh.mesh import MeshSize, mesh_of
@@ -141,8 +141,7 @@ def decode(plan: Plan, length: int, backend: str, mesh: Mesh | None = None) -> t
 
 
 def _cache(plan: Plan, length: int, mesh: Mesh | None) -> Any:
-    dtypes = {"dtype": plan.kv_dtype, "streaming_dtype": plan.streaming_dtype}
-    return KVCache.shapes(plan.config, plan.pattern, plan.batch_size, length, mesh=mesh, **dtypes)
+    return plan.cache(length, mesh).abstract()
 
 
 def memory_table(path: Path) -> str:

@@ -7,18 +7,16 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import tyro
 
 from duo_eval.aot.verify import TOLERANCE, is_close, verify
-from duo_jax.cache.cache import MOST_TOKENS
+from duo_jax.cache.spec import MOST_TOKENS
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
 from duo_jax.gpus import find_gpu
 from duo_jax.infer import CHUNK_SIZE
-from duo_jax.mesh.balance import balance
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
@@ -104,24 +102,23 @@ class PlanCommand:
             mesh=self.devices.size,
         )
 
-    def _pattern(self, config: ModelConfig) -> HeadPattern | None:
+    def _pattern(self, config: ModelConfig) -> HeadPattern:
         options = self.pattern
         if options.pattern is None and options.sparsity is not None:
             sizes = {"sink_size": options.sink_size, "recent_size": options.recent_size}
             return any_pattern(config, options.sparsity, **{k: v for k, v in sizes.items() if v is not None})
-        return options.load(self.context or config.trained_positions)
+        return options.load(self.context or config.trained_positions) or HeadPattern.full(config)
 
 
 def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any]:
     """Everything that is printed, as plain values; sizes are in bytes."""
-    full = replace(plan, pattern=None)
-    heads = plan.config.num_layers * plan.config.num_kv_heads
+    full = replace(plan, pattern=HeadPattern.full(plan.config))
     return {
         "settings": {
             "batch_size": plan.batch_size,
             "chunk_size": plan.chunk_size,
-            "retrieval_heads": plan.pattern.num_retrieval if plan.pattern else heads,
-            "streaming_heads": plan.pattern.num_streaming if plan.pattern else 0,
+            "retrieval_heads": plan.pattern.num_retrieval,
+            "streaming_heads": plan.pattern.num_streaming,
             "dtype": plan.config.dtype,
             "kv_dtype": plan.kv_dtype or plan.config.dtype,
             "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
@@ -138,9 +135,7 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
 
 def _devices(plan: Plan) -> dict[str, Any]:
     """What each device along `tensor` holds of the heads, and what its pools are made for."""
-    config = plan.config
-    table = np.ones((config.num_layers, config.num_kv_heads), bool)
-    found = balance(table if plan.pattern is None else plan.pattern.is_retrieval, plan.mesh.tensor)
+    config, found = plan.config, plan.cache(1).heads
     heads, real = found.order.size // plan.mesh.tensor, found.num_retrieval
     return {
         "retrieval_heads": real.tolist(),
@@ -169,7 +164,7 @@ def _sizes(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any
 def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     settings, memory, mesh = record["settings"], record["memory"], plan.mesh
     columns = {"full attention": record["full_attention"]}
-    if plan.pattern is not None:
+    if plan.pattern.num_streaming:
         columns[f"{settings['streaming_heads'] / plan.pattern.is_retrieval.size:.0%} stream"] = record
     lines = [
         f"weights {settings['weight_dtype']}, KV cache {settings['kv_dtype']}, batch {plan.batch_size}, chunks of "

@@ -15,7 +15,6 @@ from duo_jax import PRESETS, KVCache, Model, ModelConfig
 from duo_jax.infer import extend, step
 from duo_jax.memory import nbytes
 from duo_jax.plan import Plan, any_pattern
-from pallas_kernels import Pools
 from pallas_kernels.quantized import Quantized, Stored
 
 TOY = ModelConfig("llama", 61, 2, 32, 4, 2, 16, 48, max_positions=4096, dtype="float32", eos_ids=(2,))
@@ -55,8 +54,9 @@ def measure(case: Case) -> dict[str, Any]:
         function, *shapes = program(plan, case["context"], case["backend"])
         function.trace(*shapes)
     model = Model.random(config, seed=0)
-    cache = KVCache.init(config, pattern, 1, case["context"], dtype=plan.kv_dtype)
-    cache = replace(cache, pools=jax.jit(_noise, donate_argnums=0)(cache.pools))
+    cache = plan.cache(case["context"]).empty()
+    full, rings = jax.jit(_noise, donate_argnums=0)((cache.full, cache.rings))
+    cache = replace(cache, full=full, rings=rings)
     tokens = jnp.ones((1, case["chunk"]), jnp.int32)
 
     def filled(cache: KVCache, length: int) -> KVCache:
@@ -92,7 +92,7 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _noise(pools: Pools) -> Pools:
+def _noise(pools: Any) -> Any:
     """Random contents of pools, made where they are: keys and values around 1, of quantized ones every number."""
 
     def bits(x: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ def _noise(pools: Pools) -> Pools:
             return replace(pool, words=bits(pool.words).astype(jnp.uint16), grid=grid)
         return (bits(pool).astype(jnp.float32) * 2.0**-31 - 1.0).astype(pool.dtype)
 
-    return Pools(*map(fill, pools.stored))
+    return jax.tree.map(fill, pools, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def _decode(model: Model, cache: KVCache, token: jax.Array, backend: str) -> tuple[jax.Array, KVCache]:

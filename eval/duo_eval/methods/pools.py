@@ -31,11 +31,10 @@ class PooledState:
     @property
     def memory(self) -> Memory:
         """Bytes that it takes now: a prompt's chunk stands beside the cache, one layer at a time."""
-        pools, cache = self.cache.pools, self.cache
-        length = int(cache.length[0])
-        num_retrieval, num_streaming = pools.full_k.shape[0], pools.ring_k.shape[0]
-        tokens = num_retrieval * length + num_streaming * min(length, cache.window.size)
-        entry = 2 * pools.full_k.shape[3] * cache.dtype.itemsize
+        cache, length = self.cache, int(self.cache.length[0])
+        ring = cache.rings[0].k
+        tokens = cache.full.k.shape[0] * length + ring.shape[0] * min(length, ring.shape[2])
+        entry = 2 * cache.head_dim * cache.dtype.itemsize
         beside = entry * cache.slot.shape[1] * self.chunk
         metadata = sum(x.nbytes for x in (cache.is_retrieval, cache.slot, cache.length))
         return Memory(self.nbytes, entry * tokens, self.nbytes + beside, metadata)

@@ -18,8 +18,7 @@ from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_jax import HeadPattern, load_model, load_tokenizer
-from duo_jax.cache.pools import KV_DTYPES
-from duo_jax.weights import WEIGHT_FORMATS
+from duo_jax.precision import ALLOWED, check_name
 
 FLOAT = "float32"
 
@@ -106,11 +105,9 @@ class Precision:
             weights, _, cache = entry.partition(":")
             pairs.append((weights, cache))
         for weights, cache in pairs:
-            if weights not in (FLOAT, *WEIGHT_FORMATS) or cache not in KV_DTYPES:
-                raise ValueError(
-                    f"weights are {FLOAT}, {', '.join(WEIGHT_FORMATS)} and caches {', '.join(KV_DTYPES)}, got "
-                    f"{weights!r} with {cache!r}"
-                )
+            if weights != FLOAT:
+                check_name("weights", weights, ALLOWED["weight_dtype"])
+            check_name("cache", cache, ALLOWED["kv_dtype"])
         return pairs
 
     def _jobs(self) -> Iterator[Job]:

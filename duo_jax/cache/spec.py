@@ -1,0 +1,223 @@
+"""CacheSpec: which cache to make. Its shapes, its bytes, the longest one that fits into memory, and the arrays."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from duo_jax.cache.cache import FULL_AXES, RING_AXES, KeyValues, KVCache
+from duo_jax.config import ModelConfig
+from duo_jax.memory import nbytes
+from duo_jax.mesh.balance import Balance, balance
+from duo_jax.mesh.mesh import MeshSize, place
+from duo_jax.pattern import HeadPattern
+from duo_jax.precision import Precision
+from pallas_kernels import Window
+from pallas_kernels.quantized import empty
+
+# Positions are int32.
+MOST_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A cache before its arrays exist. Nothing is allocated until `empty`.
+
+    Attributes:
+        config: the model's.
+        pattern: which heads stream, and what they see.
+        batch_size: sequences.
+        max_length: the most tokens of a sequence; rounded up to what the devices share, or to whole pages.
+        precision: data types; those of the cache are `precision.kv` and `precision.streaming`.
+        mesh: devices that share the cache. Their numbers are enough for bytes and shapes.
+        page_size: tokens of a page of the full pool; None: a row's tokens are contiguous. Not on a mesh.
+        layer_windows: for each layer, the window with which all of its heads stream, or None: the pattern decides.
+            None for all layers: the pattern decides everywhere.
+
+    Raises:
+        ValueError: a pattern of another model, sizes below 1, or a model or batch that cannot be divided over the mesh.
+    """
+
+    config: ModelConfig
+    pattern: HeadPattern
+    batch_size: int
+    max_length: int
+    precision: Precision
+    mesh: Mesh | MeshSize | None = None
+    page_size: int | None = None
+    layer_windows: tuple[Window | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that such a cache can exist."""
+        for name in ("batch_size", "max_length", "page_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.pattern.check(self.config)
+        self.size.check(self.config)
+        if self.batch_size % self.size.data:
+            raise ValueError(
+                f"batch_size={self.batch_size} rows cannot be divided among data={self.size.data} devices: "
+                "use a multiple"
+            )
+        if self.page_size is not None and self.size.devices > 1:
+            raise ValueError(f"a paged cache is on one device, got {self.size}: leave out page_size or mesh")
+        layers, windows = self.config.num_layers, self.layer_windows
+        if windows is not None and len(windows) != layers:
+            raise ValueError(f"layer_windows has one entry for each of {layers} layers, got {len(windows)}")
+        if any(window and window.recent < 1 for window in windows or ()):
+            raise ValueError(f"the window of a layer has recent >= 1, got {windows}")
+
+    @property
+    def size(self) -> MeshSize:
+        """Devices along each axis of the mesh."""
+        return MeshSize.of(self.mesh)
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The distinct windows of all layers, in the order of their first layer."""
+        return tuple(dict.fromkeys(self._window_of_layer))
+
+    @property
+    def ring_of_layer(self) -> tuple[int, ...]:
+        """For each layer, which of `windows` its streaming heads have."""
+        return tuple(self.windows.index(window) for window in self._window_of_layer)
+
+    @property
+    def _window_of_layer(self) -> tuple[Window, ...]:
+        return tuple(window or self.pattern.window for window in self.layer_windows or (None,) * self.config.num_layers)
+
+    @property
+    def heads(self) -> Balance:
+        """The head table of every device."""
+        return _heads(self.pattern, self.layer_windows, self.ring_of_layer, self.size.tensor)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the pools over all devices: `[P, B, S, H]` or, paged, `[P, pages, page, H]`; then each ring pool's.
+
+        `P` counts as many slots for each device as the one with the most heads needs.
+        """
+        devices, head_dim = self.size.tensor, self.config.head_dim
+        if self.page_size is None:
+            tokens: tuple[int, ...] = (self.batch_size, -(-self.max_length // self.size.sequence) * self.size.sequence)
+        else:
+            tokens = (self.batch_size * self._pages_of_row, self.page_size)
+        rings = zip(self.heads.ring_slots, self.windows, strict=True)
+        return (
+            (devices * self.heads.retrieval_slots, *tokens, head_dim),
+            *((devices * slots, self.batch_size, window.size, head_dim) for slots, window in rings),
+        )
+
+    @property
+    def _pages_of_row(self) -> int:
+        return -(-self.max_length // (self.page_size or 1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values on each device: `2 * row * (P * B * S + P_w * B * window.size + ...)`.
+
+        A row of `H` numbers takes their bytes, and 4 more for scale and zero if it is quantized.
+        """
+        sizes = [
+            2 * math.prod(shape[:-1]) * _row_bytes(self.config.head_dim, dtype)
+            for shape, dtype in zip(self.shapes, self._dtypes, strict=True)
+        ]
+        return (sizes[0] // self.size.sequence + sum(sizes[1:])) // (self.size.tensor * self.size.data)
+
+    @property
+    def _dtypes(self) -> tuple[str, ...]:
+        return (self.precision.kv, *(self.precision.streaming for _ in self.windows))
+
+    def fit(self, memory: int) -> int:
+        """The largest `max_length` whose keys and values fit into `memory` bytes of each device; 0 if none does."""
+        # The unit in which tokens are allocated.
+        unit = self.page_size or self.size.sequence
+        one, two = (replace(self, max_length=n * unit).nbytes for n in (1, 2))
+        if memory < one:
+            return 0
+        # Without retrieval heads any length fits: positions end at the largest int32.
+        return min(MOST_TOKENS, unit * (1 + (memory - one) // (two - one))) if two > one else MOST_TOKENS
+
+    def check(self, memory: int) -> None:
+        """Raise ValueError if keys and values do not fit into `memory` bytes of each device."""
+        if self.nbytes > memory:
+            most = self.fit(memory)
+            way = f"ask for up to {most} tokens" if most else "give more memory"
+            raise ValueError(
+                f"a cache of {self.max_length} tokens (batch {self.batch_size}) takes {self.nbytes / 1e9:.3f} GB, more "
+                f"than memory={memory / 1e9:.3f} GB: {way}, stream more heads, or store them in int8 or int4"
+            )
+
+    def empty(self) -> KVCache:
+        """Allocate a cache without tokens.
+
+        Raises:
+            ValueError: it does not fit into the device's memory, or the mesh has no devices.
+        """
+        if isinstance(self.mesh, MeshSize):
+            raise ValueError(f"a cache is made on devices, got {self.mesh}: use duo_jax.make_mesh")
+        try:
+            return self._make(self.mesh)
+        except RuntimeError as error:
+            raise ValueError(
+                f"a cache of {self.nbytes / 1e9:.1f} GB (batch {self.batch_size}, {self.max_length} tokens) does not "
+                "fit into memory: ask for fewer tokens or rows, stream more heads, or store them in int8 or int4"
+            ) from error
+
+    def abstract(self) -> Any:
+        """The cache that `empty` makes, as shapes with shardings: to compile for devices that need not exist."""
+        cache = jax.eval_shape(functools.partial(self._make, None))
+        if not isinstance(self.mesh, Mesh):
+            return cache
+        columns = cache.is_retrieval.shape
+        cache = replace(cache, mesh=self.mesh, order=jax.ShapeDtypeStruct(columns, jnp.dtype(jnp.int32)))
+        leaves, structure = jax.tree.flatten(cache)
+        shardings = [NamedSharding(self.mesh, axes) for axes in cache.axes()]
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, shardings, strict=True)]
+        return jax.tree.unflatten(structure, placed)
+
+    def _make(self, mesh: Mesh | None) -> KVCache:
+        pools = []
+        for shape, dtype in zip(self.shapes, self._dtypes, strict=True):
+            make: Any = functools.partial(empty, shape, dtype)
+            if mesh is not None:
+                axes = RING_AXES if pools else FULL_AXES
+                make = jax.jit(make, out_shardings=NamedSharding(mesh, axes))
+            pools.append(KeyValues(make(), make()))
+        heads, pages = self.heads, None
+        if self.page_size is not None:
+            pages = jnp.arange(self.batch_size * self._pages_of_row, dtype=jnp.int32).reshape(self.batch_size, -1)
+        put = (lambda x, *_: jnp.asarray(x)) if mesh is None else functools.partial(place, mesh)
+        return KVCache(
+            full=pools[0],
+            rings=tuple(pools[1:]),
+            pages=pages,
+            is_retrieval=put(heads.is_retrieval, None, "tensor"),
+            slot=put(heads.slot, None, "tensor"),
+            length=put(np.zeros(self.batch_size, np.int32)),
+            windows=self.windows,
+            ring_of_layer=self.ring_of_layer,
+            mesh=mesh,
+            order=None if mesh is None else put(heads.order),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _heads(
+    pattern: HeadPattern, layer_windows: tuple[Window | None, ...] | None, rings: tuple[int, ...], tensor: int
+) -> Balance:
+    table = pattern.is_retrieval.copy()
+    if layer_windows is not None:
+        table[[window is not None for window in layer_windows]] = False
+    return balance(table, tensor, rings)
+
+
+@functools.cache
+def _row_bytes(head_dim: int, dtype: str) -> int:
+    return nbytes(jax.eval_shape(functools.partial(empty, (head_dim,), dtype)))
