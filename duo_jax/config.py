@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from duo_jax.precision import AnyDtype, Precision
+from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
 from duo_jax.rope import ROPES, Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 
@@ -71,9 +71,7 @@ class ModelConfig:
             ValueError: an unknown data type, or one that does not fit the model's widths.
         """
         given = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
-        given = {name: value for name, value in given.items() if value is not None}
-        precision = vars(Precision(**{"dtype": "float32"} | given))
-        return replace(self, **{name: precision[name] for name in given})
+        return replace(self, **{name: check_name(name, x, ALLOWED[name]) for name, x in given.items() if x is not None})
 
     def precision(self, *, kv_dtype: AnyDtype | None = None, streaming_dtype: AnyDtype | None = None) -> Precision:
         """The model's data types, together with those of its KV cache."""

@@ -51,7 +51,7 @@ class Plan:
 
     Attributes:
         config: the model's, with the data types of weights and activations.
-        pattern: which heads stream; None, which becomes the full pattern: full attention.
+        pattern: which heads stream; None: full attention.
         batch_size: sequences.
         chunk_size: tokens of each sequence's prompt that are computed at a time.
         kv_dtype: data type of the cache, as in `KVCache.init`.
@@ -60,7 +60,7 @@ class Plan:
     """
 
     config: ModelConfig
-    pattern: HeadPattern = None  # type: ignore[assignment]
+    pattern: HeadPattern | None = None
     batch_size: int = 1
     chunk_size: int = CHUNK_SIZE
     kv_dtype: AnyDtype | None = None
@@ -69,15 +69,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the sizes, and that the mesh can share the model and its cache."""
-        object.__setattr__(self, "pattern", self.pattern or HeadPattern.full(self.config))
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
         self.cache(1)
 
+    @property
+    def head_pattern(self) -> HeadPattern:
+        """The pattern, or the full one."""
+        return self.pattern or HeadPattern.full(self.config)
+
     def cache(self, length: int, mesh: Mesh | None = None) -> CacheSpec:
         """The cache for contexts of `length` tokens; `mesh` has the devices to make it on."""
         precision = self.config.precision(kv_dtype=self.kv_dtype, streaming_dtype=self.streaming_dtype)
-        return CacheSpec(self.config, self.pattern, self.batch_size, length, precision, mesh or self.mesh)
+        return CacheSpec(self.config, self.head_pattern, self.batch_size, length, precision, mesh or self.mesh)
 
     @property
     def weights(self) -> int:
@@ -146,7 +150,7 @@ class Plan:
     def _nearest(self, length: int, memory: int) -> str:
         """The smallest change of data types, chunk or heads that makes it fit; empty if none does."""
         for change in CHANGES:
-            if "sparsity" in change and self.pattern.num_streaming:
+            if "sparsity" in change and self.head_pattern.num_streaming:
                 continue
             try:
                 other = self._with(**change)

@@ -27,8 +27,8 @@ def write_chunk(
     if pools.full_k.shape[0]:
         position = consecutive(start, k.shape[1])
         valid = position < (start + lengths)[:, None]
-        slot = _full_slots(heads, pools)[:, None, None]
-        index = (slot, *(x[None] for x in _full_entries(pools, _rows(start)[:, None], position, valid, shards)))
+        row, entry = _full_entries(pools, _rows(start)[:, None], position, valid, shards)
+        index = _full_slots(heads, pools)[:, None, None], row[None], entry[None]
         pools = pools._replace(
             full_k=_scatter(pools.full_k, index, k.transpose(2, 0, 1, 3)),
             full_v=_scatter(pools.full_v, index, v.transpose(2, 0, 1, 3)),
@@ -57,8 +57,8 @@ def write_token(
     """Write the key and value of one token at position `start`, for the active rows."""
     rows, k, v = _rows(start), k.transpose(1, 0, 2), v.transpose(1, 0, 2)
     if pools.full_k.shape[0]:
-        slot = _full_slots(heads, pools)[:, None]
-        index = (slot, *(x[None] for x in _full_entries(pools, rows, start, active, shards)))
+        row, entry = _full_entries(pools, rows, start, active, shards)
+        index = _full_slots(heads, pools)[:, None], row[None], entry[None]
         pools = pools._replace(full_k=_scatter(pools.full_k, index, k), full_v=_scatter(pools.full_v, index, v))
     if pools.ring_k.shape[0]:
         entry = jnp.where(active, window.index(start), pools.ring_k.shape[2])

@@ -183,7 +183,7 @@ class CacheSpec:
         return jax.tree.unflatten(structure, placed)
 
     def _make(self, mesh: Mesh | None) -> KVCache:
-        pools = []
+        pools: list[KeyValues] = []
         for shape, dtype in zip(self.shapes, self._dtypes, strict=True):
             make: Any = functools.partial(empty, shape, dtype)
             if mesh is not None:

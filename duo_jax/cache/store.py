@@ -127,7 +127,8 @@ def load(
 def pattern_of(about: Mapping[str, Any]) -> HeadPattern:
     """The pattern of a saved cache; its gates are 0 and 1."""
     table = np.asarray(about["is_retrieval"], bool)
-    return HeadPattern(table, *about["window"], gates=table.astype(float))
+    sink_size, recent_size = about["window"]
+    return HeadPattern(table, sink_size, recent_size, gates=table.astype(float))
 
 
 def _windows(cache: KVCache) -> tuple[Window, tuple[Window | None, ...] | None]:
@@ -143,8 +144,9 @@ def _spec(about: Mapping[str, Any], max_length: int) -> CacheSpec:
     """What `load` makes. A cache knows no model: only the fields of the configuration that it needs are right."""
     pattern, layers = pattern_of(about), about["layer_windows"]
     kv_heads, (kv_dtype, streaming_dtype) = pattern.num_kv_heads, about["dtypes"]
-    sizes = {"num_layers": pattern.num_layers, "num_heads": kv_heads, "num_kv_heads": kv_heads}
-    config = ModelConfig("llama", 1, embed_dim=1, mlp_dim=1, max_positions=1, head_dim=about["head_dim"], **sizes)
+    config = ModelConfig(
+        "", 1, pattern.num_layers, 1, kv_heads, kv_heads, about["head_dim"], mlp_dim=1, max_positions=1
+    )
     return CacheSpec(
         config,
         pattern,

@@ -117,8 +117,8 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
         "settings": {
             "batch_size": plan.batch_size,
             "chunk_size": plan.chunk_size,
-            "retrieval_heads": plan.pattern.num_retrieval,
-            "streaming_heads": plan.pattern.num_streaming,
+            "retrieval_heads": plan.head_pattern.num_retrieval,
+            "streaming_heads": plan.head_pattern.num_streaming,
             "dtype": plan.config.dtype,
             "kv_dtype": plan.kv_dtype or plan.config.dtype,
             "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
@@ -164,8 +164,8 @@ def _sizes(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any
 def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     settings, memory, mesh = record["settings"], record["memory"], plan.mesh
     columns = {"full attention": record["full_attention"]}
-    if plan.pattern.num_streaming:
-        columns[f"{settings['streaming_heads'] / plan.pattern.is_retrieval.size:.0%} stream"] = record
+    if plan.head_pattern.num_streaming:
+        columns[f"{settings['streaming_heads'] / plan.head_pattern.is_retrieval.size:.0%} stream"] = record
     lines = [
         f"weights {settings['weight_dtype']}, KV cache {settings['kv_dtype']}, batch {plan.batch_size}, chunks of "
         f"{plan.chunk_size} tokens" + (f", {memory / 1e9:.2f} GB" if memory else ""),
