@@ -27,12 +27,13 @@ NO_CONSTRUCTOR = {"Document", "Generation", "KVCache", "LM", "Model", "Scores", 
 INTERNAL = {
     "HeadPattern": {"check"},
     "KVCache": {
-        "advance", "append_chunk", "append_token", "axes", "check_alive", "heads", "is_retrieval", "order", "pools",
-        "recent_size", "sink_size", "slot", "stripe",
+        "advance", "append_chunk", "append_token", "axes", "check_alive", "full", "head_dim", "heads", "is_retrieval",
+        "order", "pages", "pools_of", "ring_of_layer", "rings", "shards", "slot", "window", "windows",
     },
     "LM": {"chat_frame", "encode_chat"},
     "Model": {"from_decoder", "graphdef", "order", "params"},
-    "Plan": {"check"},
+    "ModelConfig": {"precision"},
+    "Plan": {"cache", "check", "head_pattern"},
 }  # fmt: skip
 
 
