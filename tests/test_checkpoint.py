@@ -738,14 +738,12 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> No
 # The real model.
 
 
-@pytest.mark.slow
 def test_smollm2_has_the_shape_of_its_preset(smollm2_gguf: Path) -> None:
     config = GgufFile(smollm2_gguf).config
     assert replace(config, norm_eps=1e-5) == PRESETS["smollm2-135m"]
     assert config.norm_eps == pytest.approx(1e-5)
 
 
-@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(smollm2: Model, smollm2_gguf: Path) -> None:
     tokenizer = load_tokenizer(smollm2_gguf)
     tokens = np.asarray([tokenizer.encode("The capital of France is")])

@@ -112,7 +112,7 @@ def test_gradients_in_bfloat16_are_those_of_float32_rounded():
 
 
 @pytest.mark.default_blocks
-def test_memory_is_linear_in_the_tokens_forward_and_backward():
+def test_memory_is_linear_in_the_tokens_forward_and_backward(fresh_programs):
     def compiled(tokens, gradient):
         shape = jax.ShapeDtypeStruct((1, tokens, 4, 64), jnp.float32)
         kv = jax.ShapeDtypeStruct((1, tokens, 2, 64), jnp.float32)
@@ -165,7 +165,7 @@ def test_the_gradient_of_a_model_s_gates_equals_finite_differences(tiny):
         np.testing.assert_allclose(gradient[index], slope, rtol=2e-2, atol=2e-3)
 
 
-def test_a_gradient_with_rematerialization_is_the_same_and_keeps_less(tiny):
+def test_a_gradient_with_rematerialization_is_the_same_and_keeps_less(tiny, fresh_programs):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 64)), jnp.int32)
     wanted = jax.random.normal(jax.random.key(0), (1, 64, 32))
     gates = jnp.full((2, 2), 0.5, jnp.float32)

@@ -54,7 +54,7 @@ def greedy(tiny, half):
     return generate(tiny, PROMPT, pattern=half, lengths=LENGTHS, max_new_tokens=NEW)
 
 
-@pytest.mark.parametrize("pattern", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["half", "full"])
+@pytest.mark.parametrize("pattern", [True, pytest.param(False, marks=pytest.mark.full_matrix)], ids=["half", "full"])
 def test_rows_of_a_ragged_batch_equal_a_decode_loop(tiny, half, pattern):
     pattern = half if pattern else None
     out = generate(tiny, PROMPT, pattern=pattern, lengths=LENGTHS, max_new_tokens=NEW)
@@ -128,7 +128,7 @@ def test_a_conversation_equals_one_run_over_the_concatenation(tiny, half):
         assert second.cache.length[row] == len(text) + NEW
 
 
-@pytest.mark.slow
+@pytest.mark.full_matrix
 def test_the_chunk_size_changes_nothing(tiny, half, greedy):
     out = generate(tiny, PROMPT, pattern=half, lengths=LENGTHS, max_new_tokens=NEW, chunk_size=5)
     np.testing.assert_array_equal(out.tokens, greedy.tokens)

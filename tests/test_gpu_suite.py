@@ -16,7 +16,7 @@ import pallas_kernels
 from tests.xla_flags import FLAGS
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_path):
     suite = [sys.executable, "-m", "duo_eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
     # Much is compiled here, and run once.

@@ -79,7 +79,6 @@ def test_a_length_that_the_text_cannot_fill_is_refused(tokenizer, hay):
         hidden(tokenizer, hay, length=500, depth=1.5)
 
 
-@pytest.mark.slow
 def test_the_demo_answers_with_half_the_heads_and_fails_with_none(smollm2_gguf, capsys):
     # Depth 0.4 of 1024 tokens is beyond the sinks and before the window.
     Demo(model=str(smollm2_gguf), length=1024).run()

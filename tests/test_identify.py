@@ -18,7 +18,7 @@ from tests.text_models import assert_refused
 QUICK = (
     *("--preset", "debug", "--data.min-length", "60", "--data.max-length", "60", "--data.num-lengths", "1"),
     *("--data.needle", "<{ordinal} {words}>", "--data.question", "{ordinal}?", "--data.answer", "{ordinal} {words}."),
-    *("--distill.pad-multiple", "64", "--distill.steps", "3"),
+    *("--distill.pad-multiple", "64", "--distill.steps", "3", "--mesh", "data=1"),
 )
 
 
@@ -114,8 +114,8 @@ def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
         (("--start", "no-such-pattern"), ("no published pattern",)),
         (("--start", "smollm2-135m-instruct"), ("made for another model",)),
         (("--recipe", "prulong", "--attention.mixing", "teacher"), ("no teacher",)),
-        (("--recipe", "kvzip", "--mesh", "data=1"), ("takes one device",)),
-        (("--mesh", "sequence=3"), ("3 devices, but there are",)),
+        (("--recipe", "kvzip", "--mesh", "data=2"), ("takes one device",)),
+        (("--mesh", "data=16"), ("16 devices, but there are 8",)),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_leaves_nothing(identify, tmp_path, args, words):
@@ -131,6 +131,7 @@ def test_a_start_with_nan_is_refused(identify, tmp_path):
     assert_refused(identify("--start", folder), "gates must be finite", "(0, 1)")
 
 
+@pytest.mark.process
 def test_a_disk_that_takes_no_more_is_said_in_a_line_and_the_run_goes_on_later(identify, text_model, tmp_path):
     out = tmp_path / "run"
     prulong = ("--recipe", "prulong", "--prulong.steps", "3", "--prulong.pad-multiple", "64")

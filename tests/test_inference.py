@@ -100,7 +100,7 @@ def test_any_chunk_size_and_split_gives_the_golden_logits(data):
     decode_rest(model, cache, ids, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full_matrix
 @pytest.mark.parametrize("chunk_size", [2, 7, 24, 29, 64, 160])
 def test_more_chunk_sizes(chunk_size):
     model, arrays, pattern = load_golden("qwen3")
@@ -274,7 +274,7 @@ def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stage
 @pytest.mark.parametrize(
     ("phase", "dtype"), [("extend", None), ("step", None), ("generate", None), ("extend", "int4"), ("step", "int4")]
 )
-def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, tiny, half, phase, dtype):
+def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, fresh_programs, tiny, half, phase, dtype):
     """Neither a second cache, in any precision, nor logits of every position."""
     tokens, vocabulary = 272, tiny.config.vocab_size  # 272 and 61 occur nowhere else.
     cache = KVCache.init(tiny.config, half, 1, 1 << (19 if dtype else 16), dtype=dtype)

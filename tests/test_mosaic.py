@@ -28,7 +28,7 @@ def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity
     return q, *(normal(batch, tokens, len(kinds), head_dim) for _ in "kv"), Pools(*pools), heads
 
 
-@pytest.mark.slow
+@pytest.mark.full_matrix
 @pytest.mark.parametrize(
     "case",
     [
@@ -54,7 +54,7 @@ def test_prefill_equals_the_reference(case):
         np.testing.assert_allclose(found[row, :length], wanted[row, :length], rtol=0, atol=2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.full_matrix
 @pytest.mark.parametrize("is_retrieval", [(True, False), (False,)], ids=["both", "streaming_alone"])
 def test_decode_equals_the_reference(is_retrieval):
     """Two programs, of which the second row leaves one idle; buffers used again; a last tile partly filled."""

@@ -159,7 +159,6 @@ def test_a_length_too_short_for_the_needles_raises(plain):
         NeedleData(replace(SMALL, min_length=40), plain)
 
 
-@pytest.mark.slow
 def test_a_real_tokenizer_s_answers_are_the_words_exactly(smollm2_gguf):
     data = NeedleData(
         Needles(num_passkeys=4, passkey_words=8, min_length=700, max_length=700, num_lengths=1),

@@ -109,7 +109,7 @@ def test_the_committed_notebook_is_small_and_has_the_outputs_of_one_run(path: Pa
     check(notebook)
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 @pytest.mark.parametrize(("path", "size", "check"), CASES)
 def test_the_notebook_runs_and_finds_what_is_hidden(path: Path, size: int, check: Callable, smollm2_gguf, tmp_path):
     for package in ("ipykernel", "matplotlib", "nbclient"):

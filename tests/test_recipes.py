@@ -17,7 +17,7 @@ from duo_train.recipes.kvzip import REQUEST
 from duo_train.recipes.prulong import _draw
 from transformers import AutoTokenizer
 
-from duo_jax import load_model
+from duo_jax import load_model, make_mesh
 from duo_jax.cli.options import ModelOptions
 from pallas_kernels import full_attention
 from tests.conftest import GOLDEN
@@ -29,7 +29,7 @@ def run(text_model, tmp_path_factory):
     def make(folder=None, model=text_model, **changed):
         data = NeedleData(DATA, AutoTokenizer.from_pretrained(text_model))
         folder = folder or tmp_path_factory.mktemp("run")
-        return Run(load_model(model), data, ATTENTION, folder, **changed)
+        return Run(load_model(model), data, ATTENTION, folder, mesh=make_mesh(), **changed)
 
     return make
 

@@ -21,7 +21,7 @@ from duo_train.recipes import Distill, Run
 from duo_train.recipes.base import METRICS_FILE
 from transformers import AutoTokenizer
 
-from duo_jax import load_model
+from duo_jax import load_model, make_mesh
 from tests.text_models import make_model
 
 # About 150 tokens of the tests' tokenizer, which has one a character.
@@ -53,7 +53,7 @@ def start(text_model):
 
     def run(folder, recipe=RECIPE, data=DATA, **changed):
         folder.mkdir(exist_ok=True)
-        fields = {"checkpoint_every": 2, "attention": ATTENTION} | changed
+        fields = {"checkpoint_every": 2, "attention": ATTENTION, "mesh": make_mesh()} | changed
         return recipe.find(Run(model, NeedleData(data, tokenizer), folder=folder, **fields))
 
     return run
@@ -128,7 +128,7 @@ def test_a_signal_in_the_last_step_loses_nothing(start, whole, tmp_path):
     np.testing.assert_array_equal(gates, whole[1])
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_process_killed_at_any_moment_resumes_to_the_same_gates(whole, tmp_path, text_model):
     script = textwrap.dedent(f"""
         import sys, pathlib, duo_jax
@@ -168,28 +168,12 @@ def test_gradient_accumulation_weighs_every_label_token_the_same(start, tmp_path
     assert metrics(tmp_path / "4x1")[1]["distillation"] > 1e-4  # so that the line above compares something
 
 
-def test_devices_share_a_batch_or_its_only_sample(start, whole, tmp_path, text_model):
+def test_devices_share_a_batch_or_its_only_sample(start, whole, tmp_path):
+    """All eight, where no mesh is given."""
     recipe = replace(RECIPE, steps=2, batch_size=2)
-    alone = start(tmp_path / "one", recipe)
-    script = textwrap.dedent(f"""
-        import pathlib, duo_jax, jax
-        from transformers import AutoTokenizer
-        from dataclasses import replace
-        from tests.test_train import ATTENTION, DATA, RECIPE
-        from duo_train.data.needles import NeedleData
-        from duo_train.recipes import Run
-        assert len(jax.devices()) == 2
-        model, tokenizer = duo_jax.load_model({str(text_model)!r}), AutoTokenizer.from_pretrained({str(text_model)!r})
-        for recipe in (replace(RECIPE, steps=2, batch_size=2), RECIPE):
-            folder = pathlib.Path({str(tmp_path)!r}) / str(recipe.batch_size)
-            print(recipe.find(Run(model, NeedleData(DATA, tokenizer), ATTENTION, folder)).tolist())
-    """)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    shared, split = (np.array(json.loads(line)) for line in done.stdout.splitlines()[-2:])
-    np.testing.assert_allclose(shared, alone, atol=1e-5)
-    np.testing.assert_allclose(split, whole[1], atol=1e-5)
+    one = start(tmp_path / "one", recipe)
+    np.testing.assert_allclose(start(tmp_path / "batch", recipe, mesh=None), one, atol=1e-5)
+    np.testing.assert_allclose(start(tmp_path / "sample", mesh=None), whole[1], atol=1e-5)
 
 
 def test_the_teacher_runs_once_a_sample(start, tmp_path, monkeypatch):
@@ -238,7 +222,14 @@ def test_teacher_mixing_trains_too_and_is_not_self_mixing(tmp_path_factory, tmp_
     distances = []
     for mixing in ("self", "teacher"):
         folder = tmp_path / mixing
-        run = Run(model, NeedleData(DATA, tokenizer), replace(ATTENTION, mixing=mixing), folder, checkpoint_every=9)
+        run = Run(
+            model,
+            NeedleData(DATA, tokenizer),
+            replace(ATTENTION, mixing=mixing),
+            folder,
+            mesh=make_mesh(),
+            checkpoint_every=9,
+        )
         assert replace(RECIPE, steps=2).find(run).min() < 1
         records = metrics(folder)
         assert records[0]["distillation"] < 1e-9 < records[1]["distillation"]

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from duo_jax.config import ModelConfig
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model import Model
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
@@ -73,7 +74,7 @@ class Recipe(abc.ABC):
 
     def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
         """Raise ValueError for devices that cannot share the work; no weights are read yet."""
-        if mesh is not None:
+        if MeshSize.of(mesh).devices > 1:
             raise ValueError(f"{type(self).__name__} trains nothing and takes one device: leave the mesh out")
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""On eight devices as on one: run by `test_mesh.py`, in a process whose CPU is told to be eight devices."""
+"""Eight devices give the results of one."""
 
 import functools
 import json
@@ -136,13 +136,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (MeshSize(tensor=2, sequence=2, data=2), True, None, None),
         (MeshSize(tensor=8), False, "int4", None),  # Each of four KV heads lies on two devices.
-        pytest.param(MeshSize(sequence=4), True, "int8", "reference", marks=pytest.mark.slow),
+        pytest.param(MeshSize(sequence=4), True, "int8", "reference", marks=pytest.mark.mesh),
     ],
 )
 def test_logits_of_prefill_and_decode(folder, size, with_pattern, dtype, backend):
     check(folder, size, with_pattern=with_pattern, dtype=dtype, backend=backend)
 
 
+@pytest.mark.mesh
 def test_generate(folder):
     """In one program, with the same tokens."""
     pattern = HeadPattern.load(folder / "pattern")
@@ -162,6 +163,7 @@ def test_generate(folder):
     ],
 )
 @pytest.mark.parametrize("program", [decode, prefill_chunk])
+@pytest.mark.usefixtures("fresh_programs")
 def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, program, size, in_a_layer):
     """And pools are written where they are."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.
@@ -189,7 +191,7 @@ def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, 
     assert about["largest"]["nbytes"] <= max(4 * 2 * config.vocab_size, about["bytes_in_a_layer"])
 
 
-@pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.mesh)])
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_attention_over_shards_of_the_tokens_is_that_over_all_tokens(backend, dtype):
     """Of retrieval and streaming heads, in rows of different lengths, one of them in its first token."""
@@ -243,7 +245,7 @@ def test_attention_over_shards_of_the_tokens_is_that_over_all_tokens(backend, dt
             np.testing.assert_allclose(found[row][real], wanted[row][real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.mesh
 def test_score(folder):
     one, eight = load_model(folder), load_model(folder, mesh=make_mesh(tensor=2, sequence=2, data=2))
     wanted, found = (
@@ -292,7 +294,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         load_model(folder, mesh=mesh, pattern=pattern, weight_dtype="int4-32")
 
 
-@pytest.mark.slow
+@pytest.mark.mesh
 def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
     """As they are on one device: numbers and scales, in another order."""
     pattern = HeadPattern.load(folder / "pattern")
@@ -321,10 +323,10 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
             MeshSize(sequence=8),
             replace(RECIPE, reg_weight=1e-4),
             {"mixing": "teacher", "backend": "triton"},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.mesh,
         ),
         # What samples are padded to is not a multiple of the devices.
-        pytest.param(MeshSize(sequence=2), PruLong(pad_multiple=63), {}, marks=pytest.mark.slow),
+        pytest.param(MeshSize(sequence=2), PruLong(pad_multiple=63), {}, marks=pytest.mark.mesh),
     ],
 )
 def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size, recipe, changed):
@@ -342,7 +344,7 @@ def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size,
     assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-4  # Ten times what is let pass above.
 
 
-def test_a_training_step_on_devices_that_share_tokens(monkeypatch):
+def test_a_training_step_on_devices_that_share_tokens(monkeypatch, fresh_programs):
     """Takes a fraction of the memory, and only attention's arrays are exchanged: never those of all tokens."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.
     config, length = replace(TINY, num_heads=8, num_kv_heads=4), 4096
