@@ -120,18 +120,17 @@ def test_a_named_backend_gives_the_golden_logits(backend):
     np.testing.assert_allclose(logits, arrays["duo_logits"][:, 39], **TOLERANCE)
 
 
-def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern | None) -> np.ndarray:
-    """Logits `[B, T, V]` of one forward pass with the mask written out: no cache, no kernel."""
-    is_retrieval = np.ones((model.config.num_layers, model.config.num_kv_heads), bool)
-    sink, recent = 0, 1
-    if pattern:
-        is_retrieval, sink, recent = pattern.is_retrieval, pattern.sink_size, pattern.recent_size
+def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern, layer_windows=None) -> np.ndarray:
+    """Logits `[B, T, V]` of one forward pass with the masks written out: no cache, no kernel."""
 
     def attend(state, layer, q, k, v):
         group, position = q.shape[2] // k.shape[2], np.arange(q.shape[1])
         past = position[None, :] <= position[:, None]
+        own = layer_windows and layer_windows[layer]
+        is_full = pattern.is_retrieval[layer] & (own is None)
+        sink, recent = (own.sink, own.recent) if own else (pattern.sink_size, pattern.recent_size)
         window = (position[None, :] < sink) | (position[None, :] > position[:, None] - recent)
-        mask = np.repeat(np.where(is_retrieval[layer][:, None, None], past, past & window), group, axis=0)
+        mask = np.repeat(np.where(is_full[:, None, None], past, past & window), group, axis=0)
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
         weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf))

@@ -1,0 +1,148 @@
+"""CacheSpec: bytes of every kind of cache, several windows in one cache, and full pools in pages."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import HeadPattern, KVCache, Model, prefill
+from duo_jax.cache.cache import KeyValues
+from duo_jax.cache.pools import fingerprint
+from duo_jax.cache.spec import CacheSpec
+from duo_jax.mesh.mesh import MeshSize
+from pallas_kernels import Window
+from tests.conftest import TINY
+from tests.test_inference import TOLERANCE, decode_rest, dense_logits
+
+THREE = replace(TINY, num_layers=3)
+PATTERN = HeadPattern.from_gates(np.array([[1, 0], [1, 1], [0, 1]]), sink_size=3, recent_size=8)
+# Layers in which both kinds of heads meet, all stream with a window of their own, and the pattern decides again.
+LAYERS = (None, Window(0, 5), None)
+RNG = np.random.default_rng(0)
+
+
+def spec(**changes):
+    return replace(CacheSpec(THREE, PATTERN, 2, 45, THREE.precision(), layer_windows=LAYERS), **changes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model.random(THREE, seed=1)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    tokens = RNG.integers(0, 61, (2, 45))
+    return tokens, dense_logits(model, tokens, PATTERN, LAYERS)
+
+
+def held_bytes(cache):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((cache.full, cache.rings)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots", "tokens", "rings"),
+    [
+        ({}, 2, 45, 2 * 11 + 2 * 5),
+        ({"layer_windows": None}, 4, 45, 2 * 11),
+        ({"layer_windows": (PATTERN.window, None, None)}, 3, 45, 3 * 11),  # One window is one pool.
+        ({"layer_windows": (Window(1, 2),) * 3}, 0, 45, 6 * 3),
+        ({"page_size": 8}, 2, 48, 2 * 11 + 2 * 5),
+        ({"pattern": HeadPattern.full(THREE), "layer_windows": None}, 6, 45, 0),
+    ],
+    ids=["two windows", "one window", "the pattern's window", "only windows", "pages", "full"],
+)
+def test_bytes_equal_the_formula_and_the_allocation(changes, slots, tokens, rings):
+    made = spec(**changes)
+    cache, shapes = made.empty(), made.abstract()
+    assert made.nbytes == cache.nbytes == held_bytes(cache) == 2 * 4 * 16 * 2 * (slots * tokens + rings)
+    assert jax.tree.structure(cache) == jax.tree.structure(shapes)
+    for leaf, shape in zip(jax.tree.leaves(cache), jax.tree.leaves(shapes), strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+    assert cache.max_length == tokens
+    if slots:
+        most = made.fit(made.nbytes)
+        assert most == tokens and replace(made, max_length=most + 1).nbytes > made.nbytes
+
+
+@pytest.mark.parametrize("chunk_size", [3, 16])
+def test_a_cache_with_two_windows_equals_a_dense_pass_at_every_position(model, expected, chunk_size):
+    tokens, logits_at = expected
+    lengths = np.array([20, 7])
+    logits, cache = prefill(model, tokens[:, :20], spec().empty(), lengths=lengths, chunk_size=chunk_size)
+    np.testing.assert_allclose(logits, logits_at[[0, 1], lengths - 1], **TOLERANCE)
+    mark = cache.mark()
+    decode_rest(model, cache.fork(), tokens, logits_at)
+    # Over all rings, and back.
+    _, cache = prefill(model, tokens[:, ::-1][:, :20], cache, chunk_size=chunk_size)
+    decode_rest(model, cache.rewind(mark), tokens, logits_at, until=30)
+
+
+def test_a_mark_of_other_windows_raises():
+    mark = spec().empty().mark()
+    for other in (spec(layer_windows=None), spec(layer_windows=(None, None, Window(0, 5)))):
+        with pytest.raises(ValueError, match="this mark is of another cache"):
+            other.empty().rewind(mark)
+
+
+def random_chunk(length):
+    k, v = jax.random.normal(jax.random.key(length), (2, 2, length, 2, 16))
+    return k, v
+
+
+def contiguous(cache):
+    """The full pools in the order of the tokens."""
+    take = lambda x: x[:, cache.pages].reshape(len(x), 2, -1, x.shape[3])  # noqa: E731
+    return jax.tree.map(take, cache.full)
+
+
+def test_tokens_are_written_where_the_page_table_says():
+    """As into a contiguous cache, past its end too, in rows that own any pages; and hashed alike."""
+    plain, paged = spec(max_length=48).empty(), spec(page_size=8, max_length=48).empty()
+    pages = jnp.asarray(RNG.permutation(12).reshape(2, 6), jnp.int32)
+    paged = replace(paged, pages=pages)
+    poison = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), paged.full)
+    paged, plain = (
+        replace(paged, full=poison),
+        replace(plain, full=KeyValues(*(jnp.full_like(x, jnp.nan) for x in plain.full))),
+    )
+    for length, lengths in ((21, [21, 5]), (16, [0, 16]), (30, [30, 2])):
+        k, v = random_chunk(length)
+        counts = jnp.asarray(lengths, jnp.int32)
+        for layer in range(3):
+            paged, plain = (x.append_chunk(layer, k, v, counts) for x in (paged, plain))
+        paged, plain = (x.advance(jnp.asarray(lengths, jnp.int32)) for x in (paged, plain))
+        k, v = (x[:, 0] for x in random_chunk(1))
+        active = jnp.asarray([False, True])
+        for layer in range(3):
+            paged, plain = (x.append_token(layer, k, v, active) for x in (paged, plain))
+        paged, plain = (x.advance(active.astype(jnp.int32)) for x in (paged, plain))
+        for pool, wanted in zip((*contiguous(paged), *paged.rings[0]), (*plain.full, *plain.rings[0]), strict=True):
+            np.testing.assert_array_equal(pool, wanted)
+        count = jnp.minimum(plain.length, 48)
+        hashes = fingerprint(paged.full.k, count, paged.pages), fingerprint(plain.full.k, count)
+        np.testing.assert_array_equal(*hashes)
+
+
+def test_what_no_cache_can_be_is_refused():
+    for changes, words in (
+        ({"page_size": 0}, "page_size must be at least 1, got 0"),
+        ({"page_size": 8, "mesh": MeshSize(tensor=2)}, "a paged cache is on one device"),
+        ({"layer_windows": (Window(1, 2),)}, "one entry for each of 3 layers, got 1"),
+        ({"layer_windows": (None, Window(4, 0), None)}, "recent >= 1"),
+        ({"pattern": HeadPattern.full(TINY)}, "2 layers x 2 KV heads, the model 3 x 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            spec(**changes)
+    with pytest.raises(ValueError, match="a cache is made on devices"):
+        spec(mesh=MeshSize(tensor=2)).empty()
+
+
+def test_init_makes_what_the_spec_says(half):
+    cache, made = (
+        KVCache.init(TINY, half, 2, 32, dtype="int8"),
+        CacheSpec(TINY, half, 2, 32, TINY.precision(kv_dtype=np.int8)),
+    )
+    assert cache.nbytes == made.nbytes == KVCache.bytes_for(TINY, half, 2, 32, dtype=jnp.int8)
