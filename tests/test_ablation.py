@@ -54,7 +54,7 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, mon
     before = (folder / "recall.jsonl").read_text()
     assert "had all of it" in ablation("mine=", HEADS).out and (folder / "recall.jsonl").read_text() == before
     # Other settings of a variant that is there already, or of the scoring.
-    assert "begun with other settings" in ablation("mine=", "heads=--recipe kvzip").err
+    assert "has other settings" in ablation("mine=", "heads=--recipe kvzip").err
     assert "other settings" in ablation("mine=", HEADS, flags=("--recent-size", "17")).err
 
 

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from duo_train.recipes.base import METRICS_FILE
+from duo_train.metrics import METRICS_FILE
 
 from duo_jax.mesh.processes import check_alike, gather, join
 

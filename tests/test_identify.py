@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from duo_train.data.needles import Needles
 from duo_train.identify import PRESETS, RUN_FILE, Identify
+from duo_train.recipes import Distill
 
 from duo_jax import HeadPattern
+from duo_jax.cli.options import ModelOptions
 from duo_jax.files import locked
 from duo_jax.pattern import GATES_FILE
 from tests.text_models import assert_refused
@@ -77,10 +80,8 @@ def test_one_recipe_starts_from_another_s_result(identify, tmp_path):
 def test_another_run_s_folder_is_left_alone(identify, tmp_path):
     assert identify().code == 0
     before = contents(tmp_path / "run")
-    assert_refused(identify(), "holds a run already", "--resume")
-    assert_refused(
-        identify("--resume", "--distill.steps", "4"), "begun with other settings", "settings.steps was 3, now 4"
-    )
+    assert_refused(identify(), "has a run already", "--resume")
+    assert_refused(identify("--resume", "--distill.steps", "4"), "has other settings", "settings.steps was 3, now 4")
     assert contents(tmp_path / "run") == before
     other = tmp_path / "other"
     other.mkdir()
@@ -156,15 +157,17 @@ def test_a_resume_with_another_text_under_the_same_name_is_refused(identify, tmp
     (tmp_path / "run" / GATES_FILE).unlink()  # As if it had been stopped.
     before = contents(tmp_path / "run")
     text.write_text("Something of note happened that day. " * 200)
-    assert_refused(identify(*options, "--resume"), "begun with other settings: contents.text was")
+    assert_refused(identify(*options, "--resume"), "has other settings: contents.text was")
     assert contents(tmp_path / "run") == before
 
 
 def test_presets_are_what_they_say():
-    paper = PRESETS["paper"]
-    assert paper.data == Needles() and (paper.distill.steps, paper.distill.learning_rate) == (2000, 0.02)
+    paper = PRESETS["paper"](ModelOptions("model"), Path("out"))
+    distill = paper.chosen
+    assert isinstance(distill, Distill)
+    assert paper.data == Needles() and (distill.steps, distill.learning_rate) == (2000, 0.02)
     assert (paper.attention.sink_size, paper.attention.recent_size, paper.attention.mixing) == (128, 256, "self")
-    assert (paper.distill.reg_weight, paper.distill.warmup * 2000) == (0.05, 400)
+    assert (distill.reg_weight, distill.warmup * 2000) == (0.05, 400)
     for name, preset in PRESETS.items():
         assert preset.preset == name and preset.variant(["--preset", name]) is preset
         assert preset.variant([f"--preset={name}", "--out", "x"]) is preset

@@ -16,8 +16,8 @@ from duo_eval.aot.compile import memory_of
 from duo_eval.aot.memory import decode, prefill_chunk, training_step
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
+from duo_train.metrics import METRICS_FILE
 from duo_train.recipes import KVzip, PruLong, Run
-from duo_train.recipes.base import METRICS_FILE
 from jax.sharding import PartitionSpec
 from transformers import AutoTokenizer
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from duo_train.data.batches import Batch, stack, widths
+from duo_train.data.batches import Batch, padded_size, stack
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON, HELD_OUT, NATO
 from transformers import AutoTokenizer
@@ -116,8 +116,8 @@ def test_what_recall_asks_for_was_never_trained_on():
 
 def test_stacked_samples_keep_their_labels(plain):
     samples = [NeedleData(SMALL, plain)[i] for i in range(4)]
-    width, most = widths(samples, pad_multiple=128)
-    batch = Batch(*stack(samples, accumulate=2, width=width, most=most))
+    width, num_labels = padded_size(samples, pad_multiple=128)
+    batch = Batch(*stack(samples, accumulate=2, width=width, num_labels=num_labels))
     assert batch.tokens.shape[:2] == (2, 2) and batch.tokens.shape[2] % 128 == 0 and batch.labels.shape[2] % 256 == 0
     for number, sample in enumerate(samples):
         row = tuple(x[number // 2, number % 2] for x in batch)

@@ -14,8 +14,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from duo_train import figures
-from duo_train.plot import attention_weights, read_metrics
+from duo_train import plots
+from duo_train.metrics import read_metrics
+from duo_train.plot import attention_weights
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -103,7 +104,7 @@ def test_gates_of_a_folder_lie_in_it(duo: Duo, text_model: Path) -> None:
 @pytest.mark.parametrize("shape", [(32, 32), (80, 8), (30, 3), (2, 2)], ids=str)
 def test_gates_are_readable_and_in_place(shape: tuple[int, int]) -> None:
     gates = np.random.default_rng(0).uniform(-0.01, 1, shape)
-    figure = figures.gates_figure(gates, gates > 0.5, "a model\n17 of 99 are retrieval heads (dots)")
+    figure = plots.gates_figure(gates, gates > 0.5, "a model\n17 of 99 are retrieval heads (dots)")
     assert_readable(figure)
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), gates.clip(0, 1).T)
@@ -127,12 +128,12 @@ def test_one_step_is_a_figure(duo: Duo, tmp_path: Path) -> None:
 
 def test_losses_are_logarithmic_unless_one_is_negative() -> None:
     metrics = {"step": np.arange(1.0, 301), "loss": np.linspace(0, 1, 300), "regularization": np.full(300, 0.1)}
-    figure = figures.curves_figure(metrics, "a run")
+    figure = plots.curves_figure(metrics, "a run")
     assert_readable(figure)
     assert figure.axes[0].get_yscale() == "log"
     # The step with a loss of 0 has no logarithm and is left out.
     assert figure.axes[0].lines[0].get_xdata()[0] == 2
-    figure = figures.curves_figure(metrics | {"regularization": np.full(300, -0.1)}, "a run")
+    figure = plots.curves_figure(metrics | {"regularization": np.full(300, -0.1)}, "a run")
     assert figure.axes[0].get_yscale() == "linear"
 
 
@@ -140,7 +141,7 @@ def test_metrics_may_lack_a_field_in_some_lines(tmp_path: Path) -> None:
     found = read_metrics(write(tmp_path, step(1), "", step(2, extra=3)) / "metrics.jsonl")
     np.testing.assert_array_equal(found["step"], [1, 2])
     np.testing.assert_array_equal(found["extra"], [np.nan, 3])
-    assert_readable(figures.curves_figure(found | {"loss": np.full(2, np.nan)}, "a run"))
+    assert_readable(plots.curves_figure(found | {"loss": np.full(2, np.nan)}, "a run"))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_attention_weights_are_those_of_a_dense_softmax(tiny: Model) -> None:
 def test_shares_are_those_of_the_streaming_mask() -> None:
     weights = np.tril(np.random.default_rng(0).uniform(size=(40, 40)))
     weights /= weights.sum(1, keepdims=True)
-    shares = figures.attention_shares(weights, sink_size=4, recent_size=9)
+    shares = plots.attention_shares(weights, sink_size=4, recent_size=9)
     np.testing.assert_allclose(shares.sum(1), 1)
     at = jnp.arange(40)
     seen = np.asarray(Window(4, 9).visible(at[:, None], at[None, :]))
@@ -198,10 +199,10 @@ def test_attention_figures_are_readable(length: int) -> None:
     weights = np.tril(np.ones((2, length, length))) / np.arange(1, length + 1)[:, None]
     names = ["layer 79, KV head 31", "layer 3, KV head 7"]
     for count in (1, 2):
-        figure = figures.attention_figure(weights[:count], names[:count], "a model", sink_size=4, recent_size=8)
+        figure = plots.attention_figure(weights[:count], names[:count], "a model", sink_size=4, recent_size=8)
         assert_readable(figure)
         shown = figure.axes[0].images[0].get_array()
-        assert len(shown) <= figures.MAP_CELLS
+        assert len(shown) <= plots.MAP_CELLS
         # Of a block, the largest weight: the first query of the last rows has it.
         block = -(-length // len(shown))
         np.testing.assert_allclose(shown[-1, 0], 1 / (1 + (len(shown) - 1) * block))
@@ -264,19 +265,17 @@ def test_sample_figures_are_readable(count: int, total: int) -> None:
     """Needles beside each other, and sentences longer than their column."""
     tail, words = total - 90 * count, "uniform november " * 16
     passkeys = [
-        figures.Passkey(
-            (100 + 70 * i, 160 + 70 * i), (tail + 90 * i + 20, tail + 90 * i + 80), f"That is {words}", words
-        )
+        plots.Passkey((100 + 70 * i, 160 + 70 * i), (tail + 90 * i + 20, tail + 90 * i + 80), f"That is {words}", words)
         for i in range(count)
     ]
     labels = np.zeros(total, bool)
     labels[tail + 20 : tail + 80] = True
-    assert_readable(figures.sample_figure(labels, tail, passkeys, "a sample"))
+    assert_readable(plots.sample_figure(labels, tail, passkeys, "a sample"))
 
 
 @pytest.mark.parametrize("text", ["one two three four five six", "a" * 60, "one " * 30, "", "two  spaces\nand lines"])
 def test_shortened_text_keeps_both_ends(text: str) -> None:
-    found, whole = figures.shortened(text, 20), " ".join(text.split())
+    found, whole = plots.shortened(text, 20), " ".join(text.split())
     assert len(found) <= 20
     first, dots, last = found.partition(" … ")
     assert whole.startswith(first) and whole.endswith(last) and bool(dots) == (len(whole) > 20)

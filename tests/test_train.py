@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from duo_train import loop
+from duo_train import feed
+from duo_train.checkpoints import CHECKPOINTS
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.gated import GatedModel
+from duo_train.metrics import METRICS_FILE
 from duo_train.recipes import Distill, Run
-from duo_train.recipes.base import METRICS_FILE
 from transformers import AutoTokenizer
 
 from duo_jax import load_model, make_mesh
@@ -93,7 +94,7 @@ def test_trains_and_writes_down_every_step(whole):
     assert records[1]["distillation"] > first["distillation"]
     assert records[-1]["mean_gate"] == pytest.approx(gates.mean(), abs=1e-6)
     assert records[-1]["above_half"] == pytest.approx((gates > 0.5).mean(), abs=1e-6)
-    assert sorted(int(path.name) for path in (folder / loop.CHECKPOINTS).iterdir()) == [4, 6]  # two are kept
+    assert sorted(int(path.name) for path in (folder / CHECKPOINTS).iterdir()) == [4, 6]  # two are kept
 
 
 def test_a_run_that_dies_between_checkpoints_and_resumes_ends_with_the_same_gates(start, whole, tmp_path):
@@ -117,7 +118,7 @@ def test_a_signal_saves_and_leaves(start, whole, tmp_path, number, error):
     with pytest.raises(error) as left:
         start(tmp_path, report=stop_at(2, lambda: os.kill(os.getpid(), number)))
     assert number == signal.SIGINT or left.value.code == 143
-    assert (tmp_path / loop.CHECKPOINTS / "3").is_dir()  # the step after, at which none was due
+    assert (tmp_path / CHECKPOINTS / "3").is_dir()  # the step after, at which none was due
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     np.testing.assert_array_equal(start(tmp_path, resume=True), whole[1])
 
@@ -177,17 +178,17 @@ def test_devices_share_a_batch_or_its_only_sample(start, whole, tmp_path):
 
 
 def test_the_teacher_runs_once_a_sample(start, tmp_path, monkeypatch):
-    calls, targets = [], loop._targets
+    calls, targets = [], feed._targets
 
     def counted(*args):
         calls.append(1)
         return targets(*args)
 
-    monkeypatch.setattr(loop, "_targets", counted)
+    monkeypatch.setattr(feed, "_targets", counted)
     data = replace(DATA, num_samples=2)
     reused = start(tmp_path / "reused", data=data)
     assert len(calls) == 2
-    monkeypatch.setattr(loop, "KEPT_BYTES", 0)
+    monkeypatch.setattr(feed, "KEPT_BYTES", 0)
     np.testing.assert_array_equal(start(tmp_path / "again", data=data), reused)
     assert len(calls) == 2 + RECIPE.steps
 
@@ -205,7 +206,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(start, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 4: .*loss.* not finite.*the checkpoint of step 2 is kept"):
         start(tmp_path, Broken(**vars(RECIPE)))
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3]
-    assert [path.name for path in (tmp_path / loop.CHECKPOINTS).iterdir()] == ["2"]
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["2"]
     assert start(tmp_path, RECIPE, resume=True).shape == (1, 4)
 
 

@@ -1,8 +1,8 @@
 """How devices share a training step: the samples of a batch along `data`, the tokens of each along `sequence`.
 
-Every device has all weights. Outside attention it works on its part of the tokens, inside on all tokens of its part of
-the heads (Ulysses, arXiv 2309.14509): the same work for every device in spite of causality, by any attention backend.
-Queries, keys, values and the output are exchanged for it; nothing else is.
+Every device has all weights. Outside attention a device computes its part of the tokens; in attention, all tokens of
+its part of the heads (Ulysses, arXiv 2309.14509). This balances causal attention and works with any backend. Only
+queries, keys, values and the output are exchanged.
 """
 
 import math
@@ -22,7 +22,7 @@ from duo_jax.mesh.mesh import MeshSize, check_heads, constrain, divides_heads, m
 from duo_train.gated import GatedModel
 
 BY_TOKEN = "data", "sequence"
-# The last axis has one device, and is named because gradients would be summed over an axis that is not.
+# `tensor` has one device. It is named because gradients would be summed over an axis that is not named.
 BY_HEAD = "data", None, ("sequence", "tensor")
 
 
@@ -42,29 +42,31 @@ class ShardedModel(GatedModel):
         gates: Float[Array, "K"] | None = None,
         full: Float[Array, "B T N H"] | None = None,
     ) -> Float[Array, "B T N H"]:
-        """Attention of every device over all tokens of its heads."""
-        copies = max(1, MeshSize.of(self.mesh).sequence // k.shape[2])  # a KV head's queries may need several devices
+        """Attention of one layer; each device computes all tokens of its heads."""
+        # Devices beyond the number of KV heads share the queries of one.
+        copies = max(1, MeshSize.of(self.mesh).sequence // k.shape[2])
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        of_tokens = {"q": q, "k": k, "v": v, "full": full}
-        given = {name: constrain(x, self.mesh, *BY_TOKEN) for name, x in of_tokens.items() if x is not None}
-        specs = dict.fromkeys(given, PartitionSpec(*BY_HEAD))
+        sequences = {"q": q, "k": k, "v": v, "full": full}
+        arrays = {name: constrain(x, self.mesh, *BY_TOKEN) for name, x in sequences.items() if x is not None}
+        specs = dict.fromkeys(arrays, PartitionSpec(*BY_HEAD))
         if gates is not None:
-            given["gates"], specs["gates"] = jnp.repeat(gates, copies), PartitionSpec(BY_HEAD[2])
-
-        def of_device(mine: dict[str, Array]) -> Array:
-            return super(ShardedModel, self).attend(attention, **mine)
-
-        over = jax.shard_map(
-            of_device, mesh=self.mesh, in_specs=(specs,), out_specs=PartitionSpec(*BY_HEAD), check_vma=False
+            arrays["gates"], specs["gates"] = jnp.repeat(gates, copies), PartitionSpec(BY_HEAD[2])
+        sharded = jax.shard_map(
+            lambda arrays: attention(**arrays),
+            mesh=self.mesh,
+            in_specs=(specs,),
+            out_specs=PartitionSpec(*BY_HEAD),
+            check_vma=False,
         )
-        return constrain(over(given), self.mesh, *BY_TOKEN)
+        return constrain(sharded(arrays), self.mesh, *BY_TOKEN)
 
 
 class Sharding:
-    """Where the arrays of a training run lie, and which rows of a batch this process draws.
+    """Which devices store which arrays of a training run, and which rows of a batch this process draws.
 
-    Without a mesh, all devices share the work: as many as divide the batch its samples, the others their tokens. One
-    device is no mesh: a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead of 6.6).
+    Without a mesh, all devices share the work: as many as divide the batch share its samples, the others their tokens.
+    A single device gets no mesh, because a program over a mesh uses one core of a CPU (10.5 s a step of SmolLM2 instead
+    of 6.6).
 
     Raises:
         ValueError: a batch, or a model, that the devices cannot share.
@@ -74,8 +76,8 @@ class Sharding:
         if mesh is None:
             devices = jax.device_count()
             data = math.gcd(batch_size, devices)
-            together = divides_heads(config, devices // data)
-            mesh = make_mesh(data=data, sequence=devices // data) if together else make_mesh(data=devices)
+            share_tokens = divides_heads(config, devices // data)
+            mesh = make_mesh(data=data, sequence=devices // data) if share_tokens else make_mesh(data=devices)
         self.size, self.devices, self.batch_size = MeshSize.of(mesh), mesh.devices, batch_size
         self.mesh = None if self.size.devices == 1 else mesh
         if self.size.tensor > 1:
@@ -95,23 +97,24 @@ class Sharding:
         return attention if self.mesh is None else ShardedModel(**vars(attention), mesh=self.mesh)
 
     def replicate(self, tree: Any) -> Any:
-        """A pytree on every device."""
-        whole = self._of()
+        """Copy a pytree to every device."""
+        whole = self._sharding()
         if jax.process_count() == 1:
             return jax.device_put(tree, whole)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), tree)
 
     @cached_property
     def rows(self) -> list[int]:
-        """Rows of a batch of which some tokens lie on this process's devices."""
-        each = self.batch_size // self.size.data
-        mine = jax.process_index()
-        groups = enumerate(self.devices.reshape(self.size.data, -1))
-        held = [i for i, group in groups if any(device.process_index == mine for device in group)]
-        return [row for i in held for row in range(i * each, (i + 1) * each)]
+        """Rows of a batch that the devices of this process store, whole or in part."""
+        rows_per_group = self.batch_size // self.size.data
+        process = jax.process_index()
+        rows = np.arange(self.batch_size).reshape(self.size.data, rows_per_group)
+        groups = self.devices.reshape(self.size.data, -1)
+        local = [any(device.process_index == process for device in group) for group in groups]
+        return [int(row) for row in rows[local].ravel()]
 
     def put(self, rows: np.ndarray, *, tokens: bool = False) -> Array:
-        """This process's rows, `[A, rows, ...]`, as its part of a batch's; `tokens`: the next axis is shared too."""
+        """A batch on the devices from this process's rows, `[A, rows, ...]`; `tokens`: also divide the next axis."""
         axes = (None, *BY_TOKEN) if tokens else (None, "data")
 
         def part(index: Any) -> np.ndarray:
@@ -120,16 +123,16 @@ class Sharding:
             return rows[index[0], first : first + end - begin, *index[2:]]
 
         shape = (rows.shape[0], self.batch_size, *rows.shape[2:])
-        return jax.make_array_from_callback(shape, self._of(*axes), part)
+        return jax.make_array_from_callback(shape, self._sharding(*axes), part)
 
     def local_rows(self, shared: Array) -> np.ndarray:
-        """The rows of this process of an array that is divided by rows."""
+        """This process's rows of an array that is divided by rows."""
         if jax.process_count() == 1:
             return np.asarray(shared)
         parts = {shard.index[1].start or 0: np.asarray(shard.data) for shard in shared.addressable_shards}
         return np.concatenate([parts[begin] for begin in sorted(parts)], axis=1)
 
-    def _of(self, *axes: Any) -> jax.sharding.Sharding:
+    def _sharding(self, *axes: Any) -> jax.sharding.Sharding:
         if self.mesh is None:
             return SingleDeviceSharding(self.devices.item())
         return NamedSharding(self.mesh, PartitionSpec(*axes))

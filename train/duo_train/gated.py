@@ -19,17 +19,17 @@ LayerOutputs = tuple[Float[Array, "B T N H"], ...]
 
 @dataclass(frozen=True)
 class GatedModel:
-    """How a model's gated forward pass is made: `gates * full + (1 - gates) * streaming` in every layer."""
+    """How a model's gated forward pass is computed: `gates * full + (1 - gates) * streaming` in every layer."""
 
     sink_size: int = 128
     """First tokens that a streaming head sees in training."""
     recent_size: int = 256
     """Most recent tokens that a streaming head sees in training, the query's own included."""
     mixing: Literal["self", "teacher"] = "self"
-    """Where the full term comes from: the gated model's own activations (the paper) or the full model's, without
+    """Source of the full term: the gated model's own activations (the paper) or the full model's, without
     gradient (the reference implementation)."""
     rematerialize: bool = True
-    """Compute each layer again in the backward pass: memory of one layer instead of all, a third more time."""
+    """Recompute each layer in the backward pass: the memory of one layer instead of all, a third more time."""
     backend: str | None = None
     """Attention backend; by default the best one verified on this device."""
 
@@ -45,7 +45,7 @@ class GatedModel:
 
     @property
     def mesh(self) -> Mesh | None:
-        """Devices that share the work; None: one does all."""
+        """Devices that share the work; None: a single device."""
         return None
 
     def teacher(self, model: Model, tokens: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], LayerOutputs]:
@@ -82,9 +82,9 @@ class GatedModel:
         gates: Float[Array, "K"] | None = None,
         full: Float[Array, "B T N H"] | None = None,
     ) -> Float[Array, "B T N H"]:
-        """Attention of one layer: where it is computed. `attention` takes what is given of the arrays, by name."""
-        given = {"gates": gates, "full": full}
-        return attention(q, k, v, **{name: x for name, x in given.items() if x is not None})
+        """Attention of one layer, on one device; `attention` is called with the arrays that are not None, by name."""
+        optional = {"gates": gates, "full": full}
+        return attention(q, k, v, **{name: x for name, x in optional.items() if x is not None})
 
 
 def _positions(tokens: Int32[Array, "B T"]) -> Int32[Array, "B T"]:

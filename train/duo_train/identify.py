@@ -1,4 +1,4 @@
-"""`duo identify`: find the retrieval heads of a model. Settings, presets, the output folder; recipes do the finding."""
+"""`duo identify`: find the retrieval heads of a model. Flags, presets, the output folder; a recipe finds the heads."""
 
 import dataclasses
 import hashlib
@@ -7,11 +7,11 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -30,11 +30,23 @@ from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
-from duo_train.recipes import AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
+from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
 
 RUN_FILE = "run.json"
-# What may differ when a run is resumed: where it writes, how often it saves and who computes change no gate.
+# Fields that may differ on resume, because they do not affect the gates: output folder, checkpoints, devices.
 FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh")
+
+PresetName = Literal["paper", "smollm2-cpu", "debug"]
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = tyro.extras.literal_type_from_choices(RECIPES)
+
+
+def recipe_settings(*recipes: Recipe) -> Any:
+    """A field with the settings of every recipe by name: those given, and the defaults of the others."""
+    given = {type(recipe): recipe for recipe in recipes}
+    return field(default_factory=lambda: {name: given.get(recipe, recipe()) for name, recipe in RECIPES.items()})
 
 
 @dataclass(frozen=True)
@@ -49,45 +61,41 @@ class Identify:
     """Devices along each axis, such as data=4,sequence=2: data shares the samples of a batch, sequence the tokens of
     each sample; recipes that train nothing take one device. By default all devices share the work: samples as far as
     they divide the batch, tokens beyond that."""
-    preset: Literal["paper", "smollm2-cpu", "debug"] = "paper"
-    """Defaults of everything below: the paper's, a real small model on two CPU cores, or a run of seconds."""
-    recipe: Literal["distill", "prulong", "attention-profile", "kvzip"] = "distill"
-    """How the heads are found; the last two train nothing."""
+    preset: PresetName = "paper"
+    """Defaults of all flags below: the paper's, for a small model on two CPU cores, or for a test run of seconds."""
+    recipe: RecipeName = "distill"
+    """How the heads are found; attention-profile and kvzip train nothing."""
     start: str | None = None
-    """Pattern whose gates training begins with: a folder or a published name."""
+    """Pattern whose gates are the initial gates: a folder or a published name."""
     sink_size: int = 64
-    """First tokens that streaming heads keep, written into the pattern for its use."""
+    """First tokens that streaming heads keep at inference; stored in the pattern."""
     recent_size: int = 256
-    """Most recent tokens that streaming heads keep, written into the pattern for its use."""
+    """Most recent tokens that streaming heads keep at inference; stored in the pattern."""
     resume: bool = False
-    """Go on with the run in the folder from its last checkpoint; begin if there is none."""
+    """Resume the run in the folder from its last checkpoint; start it if there is none."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     data: Needles = Needles()
     attention: GatedModel = GatedModel()
-    distill: Distill = Distill()
-    prulong: PruLong = PruLong()
-    attention_profile: AttentionProfile = AttentionProfile()
-    kvzip: KVzip = KVzip()
+    settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings()
 
     @classmethod
     def variant(cls, args: Sequence[str]) -> "type[Identify]":
-        """The preset that the arguments name: this class with other defaults."""
+        """The class of the preset in the arguments: this one with other defaults."""
         words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--preset=") else [arg])]
-        named = [after for flag, after in pairwise(words) if flag == "--preset"]
-        return PRESETS.get(named[-1] if named else "paper", cls)
+        presets = [value for flag, value in pairwise(words) if flag == "--preset"]
+        return PRESETS.get(presets[-1] if presets else "paper", cls)
 
     @property
     def chosen(self) -> Recipe:
-        """The settings of the recipe."""
-        return getattr(self, self.recipe.replace("-", "_"))
+        """The recipe, with its settings."""
+        return self.settings[self.recipe]
 
     def resolved(self) -> dict[str, Any]:
-        """Everything that decides the gates, as JSON."""
-        recipes = {recipe.name for recipe in dataclasses.fields(self) if isinstance(getattr(self, recipe.name), Recipe)}
-        config = {name: value for name, value in dataclasses.asdict(self).items() if name not in {*recipes, *FREE}}
+        """Everything that affects the gates, as JSON."""
+        config = {name: value for name, value in dataclasses.asdict(self).items() if name not in (*FREE, "settings")}
         config |= config.pop("model") | {"settings": vars(self.chosen)}
         return json.loads(json.dumps(config))
 
@@ -95,32 +103,32 @@ class Identify:
         """Find the heads and write the pattern.
 
         Raises:
-            ValueError: settings that do not fit together, or a folder that holds another run.
+            ValueError: settings that contradict each other, or a folder with another run.
         """
         free = {name: getattr(self, name) for name in FREE if name not in ("processes", "preset")}
         self.processes.join(self.resolved() | free)
         self.check()
         if self.resume and (self.out / GATES_FILE).exists():
-            print(f"{self.out} holds the finished run")
+            print(f"{self.out} has the finished run already")
             return
         run = self.prepare()
-        # Nothing is written before everything that can be checked was.
+        # Nothing is written until every check has passed.
         with locked(self.out) if is_first() else nullcontext():
             self._find(run)
 
     def check(self) -> None:
-        """See that the folder is free, or holds this very run; its contents are compared later.
+        """Check that the folder is free or has this same run. `run` compares weights and text later.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the folder has something else.
         """
         check_folder(self.out, self.resolved(), resume=self.resume)
 
     def _find(self, run: Run) -> None:
-        """Find the heads, with the folder to ourselves."""
+        """Find the heads; the folder is locked."""
         config = self.resolved() | {"contents": contents(run)}
         check_folder(self.out, config, resume=self.resume)
-        # All have looked at the folder before the first one writes.
+        # All processes must have checked the folder before the first one writes.
         check_alike(config)
         if is_first() and not (self.out / RUN_FILE).exists():
             write_text(self.out / RUN_FILE, json.dumps(config, indent=1) + "\n")
@@ -129,7 +137,7 @@ class Identify:
                 gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
             except (KeyboardInterrupt, SystemExit):
                 how = "run the same command again" if self.resume else "add --resume"
-                print(f"\n{self.out}: stopped; {how} to go on", file=sys.stderr)
+                print(f"\n{self.out}: stopped; {how} to resume", file=sys.stderr)
                 raise
         if not is_first():
             return
@@ -138,8 +146,8 @@ class Identify:
         print(f"{self.out}: gates from {gates.min():.3g} to {gates.max():.3g}, {above}")
 
     def prepare(self) -> Run:
-        """Load what the recipe needs and check it, without writing anything."""
-        self.pattern(np.ones((1, 1)))  # Sizes that no pattern may have are refused here.
+        """Load everything the recipe needs and check it; nothing is written."""
+        self.pattern(np.ones((1, 1)))  # Rejects invalid sink_size and recent_size.
         if min(self.checkpoint_every, self.keep_checkpoints) < 1:
             raise ValueError(
                 f"need checkpoint_every >= 1 and keep_checkpoints >= 1, got {self.checkpoint_every=}, "
@@ -152,7 +160,9 @@ class Identify:
         trained = model.config.trained_positions
         longest = max(self.data.lengths) + len(data[0].tokens) - data[0].text_length
         if longest > trained:
-            warnings.warn(f"samples of up to {longest} tokens, the model was trained for {trained}", stacklevel=2)
+            warnings.warn(
+                f"samples have up to {longest} tokens, but the model was trained with {trained}", stacklevel=2
+            )
         start = None
         if self.start is not None:
             pattern = HeadPattern.load(self.start)
@@ -173,13 +183,13 @@ class Identify:
         return run
 
     def pattern(self, gates: Float[np.ndarray, "L K"]) -> HeadPattern:
-        """The gates with everything that made them."""
+        """The gates as a pattern, with all settings as metadata."""
         metadata = {"model_name": self.model.model, "training": self.resolved() | {"duo_jax": duo_jax.__version__}}
         return HeadPattern.from_gates(gates, sink_size=self.sink_size, recent_size=self.recent_size, metadata=metadata)
 
 
 def contents(run: Run) -> dict[str, str | None]:
-    """Fingerprints of what settings only name: a file may be another one when a run is resumed."""
+    """Fingerprints of the weights, the text and the initial gates: files may have changed when a run is resumed."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(run.model):
         weights.update(np.asarray(leaf.ravel()[:1024]).tobytes())
@@ -191,43 +201,43 @@ def contents(run: Run) -> dict[str, str | None]:
 
 
 def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """See that a run may write to the folder; `config` may lack the fingerprints of contents.
+    """Check that a run may write to the folder; `config` may come without fingerprints.
 
     Raises:
-        ValueError: the folder holds something else, or a run with another configuration.
+        ValueError: the folder has other files, or a run with other settings.
     """
     path = folder / RUN_FILE
     if path.exists():
         if not resume:
-            raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or choose another folder")
+            raise ValueError(f"{folder} has a run already: add --resume to continue it, or choose another folder")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            saved = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}; choose another folder") from None
-        before = {name: found[name] for name in found if name in config or name != "contents"}
+        before = {name: saved[name] for name in saved if name in config or name != "contents"}
         different = changes(before, config)
         if different:
             raise ValueError(
-                f"{folder} was begun with other settings: {'; '.join(different)}. Give the same ones, or another folder"
+                f"the run in {folder} has other settings: {'; '.join(different)}. Give the same ones, or another folder"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty and holds no run: choose another folder")
+        raise ValueError(f"{folder} is not empty and has no run: choose another folder")
 
 
-def _show(bar: Any, done: int, total: int, figures: Mapping[str, float | int]) -> None:
+def _show(bar: Any, done: int, total: int, metrics: Mapping[str, float | int]) -> None:
     bar.total = total
-    if not bar.n:  # The first step of this process, which may go on from a later one.
+    if not bar.n:  # The first step of this process; a resumed run does not start at step 1.
         bar.initial = bar.n = bar.last_print_n = done - 1
     shown = ("loss", "distillation", "next_token", "mean_gate", "above_half")
-    bar.set_postfix({name: f"{figures[name]:.4g}" for name in shown if name in figures}, refresh=False)
+    bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics}, refresh=False)
     bar.update(done - bar.n)
 
 
 @dataclass(frozen=True)
 class SmolLM2Cpu(Identify):
-    """Samples of about 1070 tokens in which 8 passkeys lie, and a window much shorter than they."""
+    """A small model on two CPU cores: samples of about 1070 tokens with 8 passkeys, and a much shorter window."""
 
-    preset: Literal["paper", "smollm2-cpu", "debug"] = "smollm2-cpu"
+    preset: PresetName = "smollm2-cpu"
     checkpoint_every: int = 10
     data: Needles = Needles(
         num_passkeys=8,
@@ -239,24 +249,28 @@ class SmolLM2Cpu(Identify):
         num_samples=150,
     )
     attention: GatedModel = GatedModel(sink_size=32, recent_size=128, rematerialize=False)
-    distill: Distill = Distill(steps=200, learning_rate=0.05, cooldown=0.4, reg_weight=0.2, pad_multiple=64)
-    prulong: PruLong = PruLong(steps=200, multiplier_rate=0.3, pad_multiple=64)
-    attention_profile: AttentionProfile = AttentionProfile(num_samples=8, length=1024)
-    kvzip: KVzip = KVzip(num_samples=4, length=1024)
+    settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings(
+        Distill(steps=200, learning_rate=0.05, cooldown=0.4, reg_weight=0.2, pad_multiple=64),
+        PruLong(steps=200, multiplier_rate=0.3, pad_multiple=64),
+        AttentionProfile(num_samples=8, length=1024),
+        KVzip(num_samples=4, length=1024),
+    )
 
 
 @dataclass(frozen=True)
 class Debug(Identify):
-    """Seconds on any model: everything runs, nothing is found."""
+    """A test run of seconds on any model; its gates mean nothing."""
 
-    preset: Literal["paper", "smollm2-cpu", "debug"] = "debug"
+    preset: PresetName = "debug"
     checkpoint_every: int = 2
     data: Needles = Needles(num_passkeys=2, passkey_words=2, min_length=300, max_length=400, num_lengths=2)
     attention: GatedModel = GatedModel(sink_size=4, recent_size=16)
-    distill: Distill = Distill(steps=5)
-    prulong: PruLong = PruLong(steps=5)
-    attention_profile: AttentionProfile = AttentionProfile(num_samples=1, length=128)
-    kvzip: KVzip = KVzip(num_samples=1, length=128)
+    settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings(
+        Distill(steps=5),
+        PruLong(steps=5),
+        AttentionProfile(num_samples=1, length=128),
+        KVzip(num_samples=1, length=128),
+    )
 
 
 PRESETS: dict[str, type[Identify]] = {"paper": Identify, "smollm2-cpu": SmolLM2Cpu, "debug": Debug}

@@ -1,7 +1,6 @@
-"""`duo plot`: gates, training curves, attention maps and training samples as figures. Reads; `figures` draws."""
+"""`duo plot`: gates, training curves, attention maps and training samples. Reads data; `duo_train.plots` draws."""
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +19,11 @@ from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.needles import NeedleData, Needles, Sample
-from duo_train.recipes.base import METRICS_FILE
+from duo_train.metrics import METRICS_FILE, read_metrics
 from pallas_kernels import full_attention
 from pallas_kernels.window import consecutive
 
-# The weights of one head at this length are 67 MB for each of its query heads.
+# At this length the weights of one query head take 67 MB.
 LONGEST_MAP = 4096
 
 
@@ -40,8 +39,8 @@ class GatesPlot:
     """Name of the figure, .png, .svg or neither; gates in the folder, or here for a published name."""
 
     def run(self) -> None:
-        """Load the pattern, draw."""
-        figures = _figures()
+        """Load the pattern and draw it."""
+        plots = _plots()
         pattern = HeadPattern.load(self.dir, sparsity=self.sparsity)
         name = str(pattern.metadata.get("model_name") or Path(self.dir).resolve().name).rsplit("/", 1)[-1]
         title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
@@ -50,7 +49,7 @@ class GatesPlot:
             title += f"{(gates > 0.5).sum()} of {total} gates above 0.5, mean {gates.mean():.2f}"
         else:
             title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"
-        figure = figures.gates_figure(pattern.gates, None if self.sparsity is None else pattern.is_retrieval, title)
+        figure = plots.gates_figure(pattern.gates, None if self.sparsity is None else pattern.is_retrieval, title)
         folder = Path(self.dir)
         _write(figure, self.out, folder / "gates" if folder.is_dir() else Path("gates"))
 
@@ -65,22 +64,22 @@ class CurvesPlot:
     """Name of the figure, .png, .svg or neither; curves in the folder by default."""
 
     def run(self) -> None:
-        """Read the metrics, draw."""
-        figures = _figures()
+        """Read the metrics and draw them."""
+        plots = _plots()
         metrics = read_metrics(self.dir / METRICS_FILE)
         title = f"{self.dir.resolve().name}, up to step {metrics['step'].max():,.0f}"
-        _write(figures.curves_figure(metrics, title), self.out, self.dir / "curves")
+        _write(plots.curves_figure(metrics, title), self.out, self.dir / "curves")
 
 
 @dataclass(frozen=True)
 class AttentionPlot:
-    """What heads look at: maps of attention, and its mass on sinks, recent window and the rest (paper figure 1)."""
+    """Attention maps of heads, and their mass on sinks, recent window and the rest (paper figure 1)."""
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     layer: tuple[int, ...]
-    """Layers, counted from 0; several for several heads beside each other."""
+    """Layers, counted from 0; several draw several heads side by side."""
     head: tuple[int, ...]
-    """KV heads, counted from 0, one for each layer given: shown is the mean over a KV head's query heads."""
+    """KV heads, counted from 0, one for each layer; the map is the mean over a KV head's query heads."""
     text: str = DEFAULT
     """Text to read: pydoc (Python's own reference pages), a text file, or a folder of them."""
     length: int = 512
@@ -93,8 +92,8 @@ class AttentionPlot:
     """Name of the figure, .png, .svg or neither; attention in this folder by default."""
 
     def run(self) -> None:
-        """Check the flags, compute the layers up to the last one asked for, draw."""
-        figures = _figures()
+        """Check the flags, compute the layers up to the last one given, and draw."""
+        plots = _plots()
         heads = self._heads()
         if self.length > LONGEST_MAP:
             raise ValueError(f"--length must be at most {LONGEST_MAP}, got {self.length}")
@@ -117,7 +116,7 @@ class AttentionPlot:
             f"{Path(self.model.model).name}, {self.length} tokens\n"
             f"between the dashed lines: not seen with {self.sink_size} sinks and a window of {self.recent_size}"
         )
-        figure = figures.attention_figure(
+        figure = plots.attention_figure(
             weights,
             [f"layer {layer}, KV head {head}" for layer, head in heads],
             title,
@@ -145,8 +144,8 @@ class SamplePlot:
     """Name of the figure, .png, .svg or neither; sample in this folder by default."""
 
     def run(self) -> None:
-        """Make the sample, draw."""
-        figures = _figures()
+        """Make the sample and draw it."""
+        plots = _plots()
         if self.index < 0:
             raise ValueError(f"--index must be at least 0, got {self.index}")
         tokenizer = ModelOptions(self.model).tokenizer()
@@ -155,8 +154,8 @@ class SamplePlot:
             f"sample {self.index} for {Path(self.model).name}: {len(sample.passkeys)} passkeys of "
             f"{self.needles.passkey_words} words in {len(sample.tokens):,} tokens"
         )
-        drawn = figures.sample_figure(sample.labels, sample.tail, passkeys(sample, tokenizer), title)
-        _write(drawn, self.out, Path("sample"))
+        figure = plots.sample_figure(sample.labels, sample.tail, passkeys(sample, tokenizer), title)
+        _write(figure, self.out, Path("sample"))
 
 
 @dataclass(frozen=True)
@@ -173,15 +172,15 @@ class Plot:
     ]
 
     def run(self) -> None:
-        """Draw the figure asked for, print where it is."""
+        """Draw the figure and print the paths of its files."""
         self.figure.run()
 
 
 def passkeys(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The passkeys of a sample as `figures.sample_figure` draws them: where each is, and its words."""
-    figures = _figures()
+    """The passkeys of a sample for `plots.sample_figure`: the position of each, and its words."""
+    plots = _plots()
     return [
-        figures.Passkey(
+        plots.Passkey(
             hidden, answered, *(str(tokenizer.decode(sample.tokens[slice(*span)])) for span in (hidden, answered))
         )
         for hidden, answered in zip(sample.needles, sample.answers, strict=True)
@@ -200,15 +199,15 @@ def attention_weights(
 
     def attend(maps: dict, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, dict]:
         group = q.shape[2] // k.shape[2]
-        for head in (head for wanted, head in heads if wanted == layer):
-            own = q[0, :, head * group : (head + 1) * group]
-            maps = maps | {(layer, head): _weights(own, k[0, :, head])}
+        for head in (head for of_layer, head in heads if of_layer == layer):
+            queries = q[0, :, head * group : (head + 1) * group]
+            maps = maps | {(layer, head): _weights(queries, k[0, :, head])}
         return full_attention(q, k, v), maps
 
     positions = consecutive(jnp.zeros(1, jnp.int32), tokens.shape[1])
-    # Only the maps are used: the compiler leaves out every layer after the last one they need.
-    none: dict[tuple[int, int], Array] = {}
-    maps = model.decoder.hidden(tokens, positions, attend, none)[1]
+    # Only the maps are used, so the compiler removes every layer after the last one they need.
+    maps: dict[tuple[int, int], Array] = {}
+    maps = model.decoder.hidden(tokens, positions, attend, maps)[1]
     return jnp.stack([maps[head] for head in heads])
 
 
@@ -221,58 +220,21 @@ def check_heads(config: ModelConfig, heads: tuple[tuple[int, int], ...]) -> None
             raise ValueError(f"--head is a KV head and must be in [0, {config.num_kv_heads - 1}], got {head}")
 
 
-def read_metrics(path: Path) -> dict[str, Float[np.ndarray, "S"]]:
-    """Every numeric field of a metrics file, one number a line; NaN where a line lacks it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: an empty file or a line that holds no metrics; the message has its number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path}: give the folder of a training run") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    records = [_metrics_of(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not records:
-        raise ValueError(f"{path} is empty, at line 1: training writes a line for each step, wait for the first")
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: np.array([record.get(name, np.nan) for record in records], float) for name in names}
-
-
-def _metrics_of(line: str, place: str) -> dict[str, float]:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} is not a JSON object with metrics: {line[:60]!r}")
-    numbers = {
-        name: float(value)
-        for name, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    if not np.isfinite(numbers.get("step", np.nan)):
-        raise ValueError(f"{place} has no number 'step': {line[:60]!r}")
-    return numbers
-
-
 def _weights(q: Float[Array, "T G H"], k: Float[Array, "T H"]) -> Float[Array, "T T"]:
     scores = jnp.einsum("tgh,sh->gts", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
     return jax.nn.softmax(jnp.where(causal[None], scores, -jnp.inf), axis=-1).mean(axis=0)
 
 
-def _figures() -> ModuleType:
-    """The drawing functions; matplotlib comes with an extra and takes a second to import."""
+def _plots() -> ModuleType:
+    """The drawing functions, imported late: matplotlib is an extra and takes a second to import."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise NotImplementedError("duo plot needs matplotlib: pip install 'duo-jax[train]'") from None
-    from duo_train import figures
+    from duo_train import plots
 
-    return figures
+    return plots
 
 
 def _write(figure: Any, out: Path | None, default: Path) -> None:
@@ -280,6 +242,6 @@ def _write(figure: Any, out: Path | None, default: Path) -> None:
     if stem.suffix.lower() in (".png", ".svg"):
         stem = stem.with_suffix("")
     elif stem.suffix.lower().lstrip(".") in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"figures are written as .png and .svg, got --out {out}; leave the ending out")
-    for path in _figures().save(figure, stem):
+        raise ValueError(f"figures are written as .png and .svg, got --out {out}; leave the suffix out")
+    for path in _plots().save(figure, stem):
         print(path)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from duo_train.metrics import METRICS_FILE
 from duo_train.plot import read_metrics
-from duo_train.recipes.base import METRICS_FILE
 
 from duo_eval.show.result_type import Drawn, ResultType
 from duo_jax import HeadPattern
@@ -12,7 +12,7 @@ from duo_jax import HeadPattern
 
 def pattern_figures(folder: Path) -> Iterator[Drawn]:
     """Gates of the pattern, and its training curves if there are metrics."""
-    from duo_train.figures import curves_figure, gates_figure
+    from duo_train.plots import curves_figure, gates_figure
 
     pattern = HeadPattern.load(folder)
     gates = pattern.gates.clip(0, 1)

@@ -60,7 +60,7 @@ class ResultType:
         if path.suffix == ".jsonl" and not read(path)[1]:
             raise ValueError(f"{path} has no finished job yet")
         require_matplotlib()
-        from duo_train.figures import save
+        from duo_train.plots import save
 
         stem = out or path.with_suffix("")
         written = [*save(self.poster(path), stem)] if self.poster else []

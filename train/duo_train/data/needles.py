@@ -1,6 +1,6 @@
 """Needle data (paper section 2.2): passkeys hidden in a long text, and a tail that asks for all of them in turn.
 
-Sample i depends on (seed, i) only: not on how many were drawn before, nor on which process draws it.
+Sample i depends only on (seed, i): not on the samples drawn before, nor on the process that draws it.
 """
 
 from dataclasses import dataclass
@@ -13,60 +13,60 @@ from transformers import PreTrainedTokenizerBase
 from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.vocabulary import NATO, ORDINALS
 
-# For templates that tell the day: a sample must not depend on when it is made.
+# For templates that contain the date: a sample must not depend on the day.
 DATE = "26 Jul 2024"
-# Stands for the text while a chat template is filled in; no template changes it.
+# Placeholder for the text while a chat template is rendered.
 HOLE = "<<the text>>"
 
 
 @dataclass(frozen=True)
 class Needles:
-    """What the samples are like. The defaults are the paper's."""
+    """Settings of the samples. The defaults are the paper's."""
 
     haystack: str = DEFAULT
-    """Text to hide passkeys in: pydoc (Python's own reference pages), essays (fetched by pip), a text or .jsonl[.zst]
-    file, a folder of them, or a hub data set such as hub:kmfoda/booksum:chapter."""
+    """Text to hide passkeys in: pydoc (Python's own reference pages), essays (downloaded by pip), a text or
+    .jsonl[.zst] file, a folder of them, or a hub data set such as hub:kmfoda/booksum:chapter."""
     haystack_chars: int | None = 20_000_000
-    """Characters of the haystack to read at most; a hub data set is downloaded no further."""
+    """Number of characters of the haystack to read; the rest of a hub data set is not downloaded."""
     num_passkeys: int = 10
-    """Passkeys in a sample."""
+    """Passkeys per sample."""
     passkey_words: int = 32
-    """Words in a passkey."""
+    """Words per passkey."""
     vocabulary: tuple[str, ...] = NATO
     """Words that passkeys are drawn from."""
     distinct_words: bool = False
-    """Draw no word twice in a sample. Else what follows a word in one passkey may follow it in another too."""
+    """Use every word at most once in a sample. Otherwise two passkeys may share a word and the one after it."""
     min_depth: float = 0.05
-    """Where in the text the first passkey may lie: 0 its start, 1 its end."""
+    """Lowest depth of a passkey: 0 is the start of the text, 1 its end."""
     max_depth: float = 0.95
-    """Where in the text the last passkey may lie."""
+    """Highest depth of a passkey."""
     min_length: int = 1000
-    """Tokens of text in the shortest sample, passkeys and questions not counted."""
+    """Tokens of text in the shortest sample, without passkeys and questions."""
     max_length: int = 32000
     """Tokens of text in the longest sample."""
     num_lengths: int = 50
-    """Different lengths, evenly spaced from the shortest to the longest."""
+    """Number of different lengths, evenly spaced from the shortest to the longest."""
     chat: bool = True
-    """Put the sample into the tokenizer's chat template, where it has one."""
+    """Use the tokenizer's chat template, if it has one."""
     label_tokens: Literal["passkeys", "tail"] = "passkeys"
-    """Which tokens the loss looks at: the passkeys of the answers (the paper) or all of the questions and answers (the
-    reference implementation)."""
+    """Tokens in the loss: the passkeys in the answers (the paper) or all of the questions and answers (the reference
+    implementation)."""
     num_samples: int | None = None
-    """Different samples; training goes round them. None: a new one every time."""
+    """Number of different samples; training repeats them. None: every sample is new."""
     seed: int = 0
-    """Sample i depends on this and i alone."""
+    """Sample i depends only on this and on i."""
     needle: str = "\nRemember this. The {ordinal} passkey of the vault is: {words}.\n"
-    """What is hidden."""
+    """Sentence that is hidden in the text."""
     question: str = "\nBased on the text above: what is the {ordinal} passkey of the vault?"
-    """What is asked for each passkey."""
+    """Question for each passkey."""
     answer: str = "The {ordinal} passkey of the vault is: {words}."
-    """The right answer."""
+    """Correct answer to a question."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a text.
+        """Check the settings; lengths are checked later, with the text.
 
         Raises:
-            ValueError: naming the field, its value and the rule.
+            ValueError: a setting out of range.
         """
         if not 1 <= self.num_passkeys <= len(ORDINALS):
             raise ValueError(
@@ -103,7 +103,7 @@ class Needles:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of text that samples may have."""
+        """The numbers of tokens of text that samples may have."""
         return tuple(int(length) for length in np.linspace(self.min_length, self.max_length, self.num_lengths).round())
 
 
@@ -113,12 +113,12 @@ class Sample:
 
     Attributes:
         tokens: all tokens: text with needles, questions and answers.
-        labels: True where the loss looks.
-        needles: begin and end of each hidden passkey's sentence.
+        labels: True for tokens in the loss.
+        needles: begin and end of each hidden sentence.
         answers: begin and end of the passkey's words in each answer.
-        head: where the text begins.
-        tail: where the questions and answers begin.
-        passkeys: the words.
+        head: position of the first token of the text.
+        tail: position of the first token of the questions and answers.
+        passkeys: the words of each passkey.
     """
 
     tokens: Int32[np.ndarray, "T"]
@@ -131,7 +131,7 @@ class Sample:
 
     @property
     def text_length(self) -> int:
-        """Tokens of text, what is hidden in it not counted."""
+        """Tokens of text, without the hidden sentences."""
         return self.tail - self.head - sum(end - begin for begin, end in self.needles)
 
 
@@ -139,7 +139,7 @@ class NeedleData:
     """Samples by number, for one tokenizer.
 
     Raises:
-        ValueError: a text too short for the longest sample, or a length too short for the passkeys.
+        ValueError: the text is too short for the longest sample, or the shortest sample for its passkeys.
     """
 
     def __init__(self, config: Needles, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,7 +162,7 @@ class NeedleData:
             )
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index`; beyond `num_samples` they come round again."""
+        """Sample `index`; the samples repeat after `num_samples`."""
         config = self.config
         rng = np.random.default_rng((config.seed, index % (config.num_samples or index + 1)))
         length = int(rng.choice(config.lengths))
@@ -191,7 +191,7 @@ class NeedleData:
         return Sample(np.asarray(tokens, np.int32), labels, tuple(needles), spans, len(head), start, tuple(passkeys))
 
     def _frame(self, passkeys: list[str]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Tokens before and after the text, and where in the latter each passkey's words are."""
+        """Tokens before the text, tokens after it, and the begin and end of each passkey's words in the latter."""
         config, tokenizer = self.config, self.tokenizer
         turns = [
             (config.question.format(ordinal=ordinal), config.answer.format(ordinal=ordinal, words=passkey))
@@ -211,7 +211,7 @@ class NeedleData:
         offsets, spans, at = np.asarray(encoded["offset_mapping"]), [], 0
         before_words = config.answer.partition("{words}")[0]
         for (_, answer), ordinal, passkey in zip(turns, ORDINALS, passkeys, strict=False):
-            # By their place in the answer: all else may hold the same words. A template may strip an answer.
+            # By position in the answer, because other text may have the same words. A template may strip an answer.
             first = after.index(answer.strip(), at) + len(before_words.format(ordinal=ordinal).lstrip())
             at = first + len(passkey)
             inside = np.flatnonzero((offsets[:, 1] > first) & (offsets[:, 0] < at))
@@ -220,18 +220,18 @@ class NeedleData:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a part of a text: no special tokens."""
-    # Not verbose: a haystack is longer than the model's context, and only parts of it are used.
+    """Tokens of a part of a text, without special tokens."""
+    # Not verbose: a haystack is longer than the model's context, which would print a warning.
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a plain text begins with."""
+    """The special tokens at the start of a plain text."""
     head = list(tokenizer.encode(""))
-    # A tokenizer may end what it encodes with a special token: here the text goes on.
+    # Some tokenizers also append a special token, but here the text continues.
     return head[:-1] if head and head[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else head
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    """A conversation in the model's template; the same on any day, where a template tells the date."""
+    """A conversation in the model's template, with a fixed date."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options))

@@ -1,4 +1,4 @@
-"""Words that passkeys are made of, and ordinals to tell passkeys apart. The three sets of words share none."""
+"""Words for passkeys, and ordinals to number them. The three sets of words are disjoint."""
 
 # The spelling alphabet that the paper draws from.
 NATO = tuple(
@@ -8,7 +8,7 @@ NATO = tuple(
     ).split()
 )
 
-# Everyday words, for training small models: more to tell apart than 26.
+# Everyday words, for training small models: many more than the 26 of the alphabet.
 COMMON = tuple(
     (
         "acorn apple arrow autumn bamboo banner barrel beacon bottle branch bridge bronze bucket cabin camera canyon "
@@ -24,7 +24,7 @@ COMMON = tuple(
     ).split()
 )
 
-# Words that nothing is trained on: `eval` asks for these.
+# Words that are never used in training, only in evaluation.
 HELD_OUT = tuple(
     (
         "anchor basket candle desert engine feather garden hammer island jacket kitchen ladder marble orange pencil "

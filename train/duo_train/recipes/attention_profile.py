@@ -1,7 +1,7 @@
-"""`attention-profile`: no training. How far back the average query of a head looks for the average key.
+"""`attention-profile`: no training. How far back the mean query of a head looks for the mean key.
 
 After kvpress's on-the-fly scores for DuoAttention: mean query and key over sample text, RoPE at every distance, the
-area under the cumulative attention. q/k-norm is honoured, because queries and keys are taken after it.
+area under the cumulative attention. q/k-norm is included, because queries and keys are taken after it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int32
 from duo_jax.config import ModelConfig
 from duo_jax.model import Model
 from duo_jax.rope import rotate, rotation
-from duo_train.recipes.base import Recipe, Run
+from duo_train.recipes.base import Recipe
+from duo_train.run import Run
 from pallas_kernels import full_attention
 
 Means = tuple[tuple[Float[Array, "N H"], Float[Array, "K H"]], ...]
@@ -28,15 +29,15 @@ class AttentionProfile(Recipe):
     num_samples: int = 8
     """Samples over which queries and keys are averaged."""
     length: int = 2048
-    """Tokens over which the attention of the averages is spread out."""
+    """Number of distances, in tokens, over which the attention of the means is computed."""
 
     def check(self, run: Run) -> None:
-        """Something to average over."""
+        """At least one sample and two distances."""
         if self.num_samples < 1 or self.length < 2:
             raise ValueError(f"need num_samples >= 1 and length >= 2, got {self.num_samples=}, {self.length=}")
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
-        """How far back each head's average query looks, as a fraction of `length`."""
+        """How far back each head's mean query looks, as a fraction of `length`."""
         self.check_devices(run.model.config, run.mesh)
         self.check(run)
         scores = []
@@ -46,7 +47,7 @@ class AttentionProfile(Recipe):
             run.report(number + 1, self.num_samples, {})
         means = jax.tree.map(lambda *x: jnp.stack(x).mean(0), *scores)
         profile = np.asarray(_profile(run.model.config, means, self.length), np.float64)
-        # Queries of a group share their keys: the KV head is needed if one of them is.
+        # The queries of a group share a KV head: it must be kept if one of them needs it.
         return profile.reshape(*run.shape, -1).max(-1)
 
 
@@ -55,16 +56,16 @@ def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Me
     """Mean query and key of every layer and head, before RoPE."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     cos, sin = rotation(model.config.rope, model.config.head_dim, positions)
-    back = partial(rotate, cos=cos, sin=-sin)
-    # YaRN's rotation is longer than 1, forth and back.
+    unrotate = partial(rotate, cos=cos, sin=-sin)
+    # YaRN's rotation also scales, once in the model and once here.
     scale = 1.0 / model.config.rope.attention_factor**2
 
     def attend(means: Means, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Means]:
-        mean = back(q.astype(jnp.float32))[0].mean(0) * scale, back(k.astype(jnp.float32))[0].mean(0) * scale
-        return full_attention(q, k, v, backend=backend), (*means, mean)
+        q_mean, k_mean = (unrotate(x.astype(jnp.float32))[0].mean(0) * scale for x in (q, k))
+        return full_attention(q, k, v, backend=backend), (*means, (q_mean, k_mean))
 
-    none: Means = ()
-    return model.decoder.hidden(tokens, positions, attend, none)[1]
+    means: Means = ()
+    return model.decoder.hidden(tokens, positions, attend, means)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -73,12 +74,12 @@ def _profile(config: ModelConfig, means: Means, length: int) -> Float[Array, "L 
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     cos, sin = rotation(config.rope, config.head_dim, positions)
 
-    def one(q: Float[Array, "N H"], k: Float[Array, "K H"]) -> Float[Array, "N"]:
+    def profile(q: Float[Array, "N H"], k: Float[Array, "K H"]) -> Float[Array, "N"]:
         last = rotate(q[None, None], cos[:, -1:], sin[:, -1:])[0, 0]
         keys = rotate(jnp.broadcast_to(k, (1, length, *k.shape)), cos, sin)[0]
         keys = jnp.repeat(keys, config.num_heads // config.num_kv_heads, axis=1)
         weights = jax.nn.softmax(jnp.einsum("nh,tnh->nt", last, keys) * config.head_dim**-0.5, axis=-1)
-        # The area under the attention summed from the oldest token on: 1 if all lies there, 1 / T if on the newest.
+        # The area under the cumulative attention from the oldest token: 1 if all is on it, 1 / T if on the newest.
         return jnp.cumsum(weights, axis=-1).mean(-1)
 
-    return jnp.stack([one(q, k) for q, k in means])
+    return jnp.stack([profile(q, k) for q, k in means])

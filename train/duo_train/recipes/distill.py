@@ -1,4 +1,4 @@
-"""`distill`: the paper's recipe (section 2.2). The gated model is to have the full model's hidden states, under L1."""
+"""`distill`: the paper's recipe (section 2.2). The gated model matches the full model's hidden states, under L1."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from duo_jax.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
-from duo_train.recipes.learned import Figures, Learned, at_labels, stop
+from duo_train.objective import Metrics
+from duo_train.recipes.learned import Learned, at_labels, stop
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Distill(Learned):
         return params
 
     def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
-        """The teacher's hidden states at the labels. Teacher mixing needs its every layer, so it runs in `losses`."""
+        """The teacher's hidden states at the labels. With teacher mixing, `losses` runs the teacher."""
         if attention.mixing == "teacher":
             return None
         return at_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
@@ -59,10 +60,10 @@ class Distill(Learned):
         student = attention.student(model, batch.tokens, params, full)
         return jnp.square(at_labels(student, batch.labels) - targets).mean(-1)
 
-    def penalty(self, params: Float[Array, "L K"], step: Int32[Array, ""]) -> tuple[Float[Array, ""], Figures]:
-        """L1: gates are never negative."""
+    def penalty(self, params: Float[Array, "L K"], step: Int32[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        """The L1 norm; gates are never negative."""
         return self.reg_weight * (params.mean() if self.reg == "mean" else params.sum()), {}
 
     def project(self, params: Float[Array, "L K"]) -> Float[Array, "L K"]:
-        """Back into [0, 1]."""
+        """Clip the gates to [0, 1]."""
         return optax.projections.projection_hypercube(params)

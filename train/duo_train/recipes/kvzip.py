@@ -1,6 +1,6 @@
 """`kvzip`: no training. The most attention that any token of a context receives while the model repeats the context.
 
-After KVzip's head scores (arXiv 2505.23416): a head that nothing looks back through can stream.
+After KVzip's head scores (arXiv 2505.23416): a head with low scores can stream.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.model import Model
 from duo_train.data.needles import beginning, chat, encode
 from duo_train.gated import GatedModel
-from duo_train.recipes.base import Recipe, Run
+from duo_train.recipes.base import Recipe
+from duo_train.run import Run
 from pallas_kernels import full_attention
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 Scores = tuple[Float[Array, "K"], ...]
-# Queries whose attention to the whole sequence is computed at once.
+# Number of queries whose attention to the whole sequence is computed at once.
 BLOCK = 128
 
 
@@ -35,7 +36,7 @@ class KVzip(Recipe):
     """Tokens of each context."""
 
     def check(self, run: Run) -> None:
-        """Contexts longer than the sinks, and a text longer than they."""
+        """Contexts must be longer than the sinks, and the text longer than a context."""
         sinks, text = run.attention.sink_size, run.data.text
         if self.num_samples < 1 or self.length <= sinks:
             raise ValueError(f"need num_samples >= 1 and length > {sinks} (sinks), got {vars(self)}")
@@ -43,7 +44,7 @@ class KVzip(Recipe):
             raise ValueError(f"the haystack has {len(text)} tokens, fewer than {self.length=}: give a longer text")
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
-        """Mean over contexts of the most attention received; what a streaming head would see does not count."""
+        """Mean over contexts of the most attention received from queries that a streaming head would hide it from."""
         self.check_devices(run.model.config, run.mesh)
         self.check(run)
         text = run.data.text
@@ -60,7 +61,7 @@ class KVzip(Recipe):
 
 
 def _repeat(tokenizer: PreTrainedTokenizerBase, context: Int32[np.ndarray, "C"]) -> tuple[Int32[np.ndarray, "T"], int]:
-    """The context, the request and the context again, in the chat template if there is one; and where it begins."""
+    """The context, the request and the context again, in the chat template if there is one; and the context's start."""
     if tokenizer.chat_template:
         hole = "<<the text>>"
         message = [{"role": "user", "content": hole + REQUEST}]
@@ -76,17 +77,17 @@ def _repeat(tokenizer: PreTrainedTokenizerBase, context: Int32[np.ndarray, "C"])
 def _received(
     model: Model, tokens: Int32[Array, "1 T"], first: int, length: int, attention: GatedModel
 ) -> Float[Array, "L K"]:
-    """The most attention that a context of `length` tokens from `first` on gets while it is repeated at the end."""
+    """The most attention that a context, `length` tokens from `first`, receives while it is repeated at the end."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
     def attend(scores: Scores, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Scores]:
         groups = q[0].reshape(q.shape[1], k.shape[2], -1, q.shape[3]).transpose(1, 0, 2, 3)
-        one = partial(_most, first=first, length=length, attention=attention)
-        most = lax.map(lambda head: one(*head), (groups, k[0].transpose(1, 0, 2)))
+        per_head = partial(_most, first=first, length=length, attention=attention)
+        most = lax.map(lambda head: per_head(*head), (groups, k[0].transpose(1, 0, 2)))
         return full_attention(q, k, v, backend=attention.backend), (*scores, most)
 
-    none: Scores = ()
-    return jnp.stack(model.decoder.hidden(tokens, positions, attend, none)[1])
+    scores: Scores = ()
+    return jnp.stack(model.decoder.hidden(tokens, positions, attend, scores)[1])
 
 
 def _most(
@@ -98,14 +99,14 @@ def _most(
     context = slice(max(first, attention.sink_size), first + length)
     k_pos = jnp.arange(total, dtype=jnp.int32)[None, None, :]
 
-    def one(i: Array, most: Array) -> Array:
+    def per_block(i: Array, most: Array) -> Array:
         begin = jnp.minimum(total - length + i * block, total - block)
         rows = lax.dynamic_slice_in_dim(q, begin, block, 0).astype(jnp.float32)
         scores = jnp.einsum("tgh,sh->tgs", rows, k.astype(jnp.float32)) * head_dim**-0.5
         q_pos = (begin + jnp.arange(block, dtype=jnp.int32))[:, None, None]
         weights = jax.nn.softmax(jnp.where(k_pos <= q_pos, scores, -jnp.inf), axis=-1)
-        # The end of the context may still lie in the window of the first repeated tokens.
+        # The end of the context may still be in the window of the first repeated tokens.
         weights = jnp.where(k_pos <= q_pos - attention.recent_size, weights, 0.0)
         return jnp.maximum(most, weights[:, :, context].max())
 
-    return lax.fori_loop(0, -(-length // block), one, jnp.float32(0))
+    return lax.fori_loop(0, -(-length // block), per_block, jnp.float32(0))

@@ -1,4 +1,4 @@
-"""`prulong`: hard-concrete gates, next-token loss, a Lagrangian that reaches a named sparsity (arXiv 2506.17121)."""
+"""`prulong`: hard-concrete gates, next-token loss, a Lagrangian that reaches a given sparsity (arXiv 2506.17121)."""
 
 import math
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from duo_jax.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
-from duo_train.recipes.base import Run
-from duo_train.recipes.learned import Figures, Learned, at_labels
+from duo_train.objective import Metrics
+from duo_train.recipes.learned import Learned, at_labels
+from duo_train.run import Run
 
 # The hard-concrete distribution (Louizos et al. 2018): a stretched sigmoid, cut off at 0 and 1.
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
 class PruLongParams(TypedDict):
-    """What is trained: a log-odds for every gate, and the two multipliers."""
+    """The trained parameters: the log-odds of every gate, and two multipliers."""
 
     log_alpha: Float[Array, "L K"]
     multipliers: Float[Array, "2"]
@@ -28,7 +29,7 @@ class PruLongParams(TypedDict):
 
 @dataclass(frozen=True)
 class PruLong(Learned):
-    """Random gates that are almost always 0 or 1; the user names the sparsity."""
+    """Random gates that are almost always 0 or 1; the user gives the sparsity."""
 
     loss_name: ClassVar[str] = "next_token"
 
@@ -37,15 +38,15 @@ class PruLong(Learned):
     learning_rate: float = 1.0
     """Peak learning rate of the gates' log-odds."""
     weight_decay: float = 0.2
-    """Pull of the log-odds toward 0: else they drift to where the sigmoid is flat, and gates decided too early stay."""
+    """Pull of the log-odds toward 0; without it they drift to where the sigmoid is flat, and early choices stay."""
     multiplier_rate: float = 1.0
-    """Learning rate of the two multipliers, which go uphill."""
+    """Learning rate of the two multipliers, by gradient ascent."""
     target_sparsity: float = 0.7
-    """Fraction of KV heads that are to stream at the end."""
+    """Fraction of KV heads that stream at the end."""
     ramp: float = 0.8
     """Fraction of the steps in which the target rises from 0."""
     initial_log_alpha: float = 4.5
-    """Log-odds to begin with, where no start is given; disturbed by normal noise of `initial_noise`."""
+    """Initial log-odds of a gate of 1, plus normal noise of `initial_noise`; a gate of 0 has the negative."""
     initial_noise: float = 0.01
     """Standard deviation of that noise."""
 
@@ -56,24 +57,24 @@ class PruLong(Learned):
             raise ValueError(f"target_sparsity and ramp must be in [0, 1], got {self.target_sparsity=}, {self.ramp=}")
 
     def check(self, run: Run) -> None:
-        """Every activation is the gated model's own."""
+        """Only self mixing: there is no teacher."""
         if run.attention.mixing != "self":
             raise ValueError(f"prulong has no teacher to mix with, got {run.attention.mixing=}: use self mixing")
 
     def init(self, start: Float[Array, "L K"]) -> PruLongParams:
-        """Log-odds: `initial_log_alpha` where the starting gate is 1, its negative where it is 0."""
+        """Log-odds: `initial_log_alpha` where the initial gate is 1, its negative where it is 0."""
         noise = self.initial_noise * jax.random.normal(jax.random.key(self.seed), start.shape, jnp.float32)
         log_alpha = self.initial_log_alpha * (2 * jnp.clip(start, 0.0, 1.0) - 1) + noise
         return {"log_alpha": log_alpha, "multipliers": jnp.zeros(2, jnp.float32)}
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam downhill for the gates, uphill for the multipliers."""
-        uphill = optax.chain(optax.scale(-1.0), optax.adam(self.multiplier_rate))
-        rules = {"log_alpha": optax.adamw(self.schedule, weight_decay=self.weight_decay), "multipliers": uphill}
+        """Adam: gradient descent for the gates, ascent for the multipliers."""
+        ascent = optax.chain(optax.scale(-1.0), optax.adam(self.multiplier_rate))
+        rules = {"log_alpha": optax.adamw(self.schedule, weight_decay=self.weight_decay), "multipliers": ascent}
         return optax.partition(rules, {name: name for name in rules})
 
     def gates(self, params: PruLongParams) -> Float[Array, "L K"]:
-        """The sigmoid of the log-odds: in the gates' order, at 0.5 where they are, and without ties at 0 and 1."""
+        """The sigmoid of the log-odds: the same order as the hard-concrete gates, but without ties at 0 and 1."""
         return jax.nn.sigmoid(params["log_alpha"])
 
     def losses(
@@ -87,12 +88,12 @@ class PruLong(Learned):
     ) -> Float[Array, "B M"]:
         """Negative log-likelihood of each label token under gates drawn at random."""
         hidden = attention.student(model, batch.tokens, _draw(params["log_alpha"], key))
-        before = at_labels(hidden, jnp.maximum(batch.labels - 1, 0)).astype(hidden.dtype)
-        wanted = jnp.take_along_axis(batch.tokens, batch.labels, axis=1)
-        return optax.softmax_cross_entropy_with_integer_labels(model.decoder.logits(before), wanted)
+        previous = at_labels(hidden, jnp.maximum(batch.labels - 1, 0)).astype(hidden.dtype)
+        tokens = jnp.take_along_axis(batch.tokens, batch.labels, axis=1)
+        return optax.softmax_cross_entropy_with_integer_labels(model.decoder.logits(previous), tokens)
 
-    def penalty(self, params: PruLongParams, step: Int32[Array, ""]) -> tuple[Float[Array, ""], Figures]:
-        """`m1 * (s - t) + m2 * (s - t) ** 2`: s the expected sparsity, t the target, which rises first."""
+    def penalty(self, params: PruLongParams, step: Int32[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        """`m1 * (s - t) + m2 * (s - t) ** 2`, with expected sparsity s and target t, which rises from 0 first."""
         sparsity = 1 - jax.nn.sigmoid(params["log_alpha"] - TEMPERATURE * math.log(-LOW / HIGH)).mean()
         ramp = jnp.minimum(1.0, (step.astype(jnp.float32) + 1) / max(1.0, self.ramp * self.steps))
         target = self.target_sparsity * ramp

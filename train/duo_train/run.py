@@ -1,0 +1,59 @@
+"""The input of a recipe: model, data, output folder, checkpoints, devices."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from duo_jax.model import Model
+from duo_train.data.needles import NeedleData
+from duo_train.gated import GatedModel
+
+# Called with the number of steps done, the number of all steps, and the metrics of the last one.
+Report = Callable[[int, int, Mapping[str, float | int]], None]
+
+
+def quiet(done: int, total: int, metrics: Mapping[str, float | int]) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The input of every recipe.
+
+    Attributes:
+        model: the frozen weights.
+        data: samples by number.
+        attention: how the gated forward pass is computed.
+        folder: where checkpoints and metrics are written.
+        start: initial gates, for example the result of another recipe; None: every gate 1.
+        resume: continue from the last checkpoint in `folder`, if there is one.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: number of checkpoints to keep.
+        mesh: devices that share samples (`data`) and the tokens of each (`sequence`); None: all devices.
+        report: called after every step.
+    """
+
+    model: Model
+    data: NeedleData
+    attention: GatedModel
+    folder: Path
+    start: Float[np.ndarray, "L K"] | None = None
+    resume: bool = False
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    mesh: Mesh | None = None
+    report: Report = quiet
+
+    def __post_init__(self) -> None:
+        """Reject a model on a mesh: the order of its heads there is not that of the gates."""
+        if self.model.mesh is not None:
+            raise ValueError("training shares samples and tokens, not models: load the model without mesh=")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and KV heads."""
+        return self.model.config.num_layers, self.model.config.num_kv_heads
