@@ -35,7 +35,7 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(AttentionProfile, "find", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = ablation("mine=", HEADS)
-    assert stopped.code == 130 and "heads: stopped; run the same command again to go on" in stopped.err
+    assert stopped.code == 130 and "heads: stopped; run the same command again to resume" in stopped.err
     begun = {name: json.loads((folder / name / RUN_FILE).read_text()) for name in ("mine", "heads")}
     assert [run["recipe"] for run in begun.values()] == ["distill", "attention-profile"]
     gates = (folder / "mine" / GATES_FILE).read_bytes()
