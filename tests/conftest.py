@@ -55,6 +55,12 @@ GOLDEN = Path(__file__).parent / "golden"
 ON_CPU = ("reference", "xla", "triton")
 FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
 
+
+def families(*core: str) -> list[object]:
+    """Every family as a parameter; `make test` runs the core ones."""
+    return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in FAMILIES]
+
+
 # A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.
 TINY = ModelConfig(
     "llama",
@@ -138,7 +144,8 @@ def half() -> HeadPattern:
     return HeadPattern.from_gates(np.array([[1.0, 0.0], [0.0, 1.0]]), sink_size=3, recent_size=8)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+# The others are llama with another RoPE or another GQA ratio: `make test` loads them and compares one prefill.
+@pytest.fixture(scope="session", params=families("llama", "qwen2", "qwen3"))
 def golden(request: pytest.FixtureRequest) -> Path:
     """Folder of each golden checkpoint in turn."""
     return GOLDEN / request.param

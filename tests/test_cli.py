@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +41,6 @@ def model(text_model: Path) -> Path:
     return text_model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Processes that these tests start find what earlier ones compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def shell(*args: object, stdin: str | bytes = b"", cwd: Path | None = None) -> Result:
     """The command as a shell starts it."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
@@ -60,10 +51,13 @@ def shell(*args: object, stdin: str | bytes = b"", cwd: Path | None = None) -> R
 # What it does.
 
 
-def test_the_prompt_may_come_three_ways(model: Path, tmp_path: Path, duo: Callable[..., Result]) -> None:
+def test_the_prompt_may_come_three_ways(
+    model: Path, tmp_path: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     options = ("generate", "--model", model, "--max-new-tokens", NEW)
-    by_stdin = shell(*options, "-", stdin=PROMPT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    by_stdin = duo(*options, "-")
     assert by_stdin.code == 0, by_stdin
     assert len(by_stdin.out.removesuffix("\n")) >= NEW
     assert f"prompt {len(PROMPT)} tokens" in by_stdin.err and "KV cache" in by_stdin.err
@@ -160,6 +154,7 @@ def test_version(duo: Callable[..., Result]) -> None:
     assert duo("--version") == Result(0, f"duo-jax {duo_jax.__version__}\n", "")
 
 
+@pytest.mark.process
 def test_folders_named_train_and_eval_do_not_disturb(model: Path, tmp_path: Path) -> None:
     for name in ("train", "eval", "duo_jax", "pallas_kernels"):
         (tmp_path / name).mkdir()
@@ -171,10 +166,15 @@ def test_folders_named_train_and_eval_do_not_disturb(model: Path, tmp_path: Path
     assert_refused(shell("generate", "--model", model, "--prompt", "", cwd=tmp_path), "prompt is empty")
 
 
-def test_an_interrupt_ends_it_with_130(model: Path) -> None:
-    command = [DUO, "generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", "50000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.read(1)  # The first characters are there: it is decoding.
+def test_a_shell_pipes_a_prompt_and_an_interrupt_ends_it_with_130(model: Path) -> None:
+    command = [DUO, "generate", "--model", model, "--max-new-tokens", "50000", "-"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(PROMPT.encode())
+        process.stdin.close()
+        process.stdin = None
+        assert process.stdout.read(1)  # The first characters are there: it is decoding.
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -240,6 +240,7 @@ def test_an_empty_standard_input_is_refused(
     assert_refused(duo("generate", "--model", model, "-"), "prompt is empty")
 
 
+@pytest.mark.process
 def test_standard_input_that_is_not_utf8_is_refused(model: Path) -> None:
     assert_refused(shell("generate", "--model", model, "-", stdin=b"ab\xff\xfe"), "UTF-8")
 
@@ -275,13 +276,14 @@ def test_a_file_of_bad_gates_is_refused(bad: str, model: Path, tmp_path: Path, d
     )
 
 
-def test_a_cut_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_cut_checkpoint_is_refused(model: Path, tmp_path: Path, duo: Callable[..., Result]) -> None:
     broken = shutil.copytree(model, tmp_path / "broken")
     os.truncate(broken / "model.safetensors", 500_000)
-    result = shell("generate", "--model", broken, "--prompt", "a")
+    result = duo("generate", "--model", broken, "--prompt", "a")
     assert_refused(result, "model.safetensors is truncated", "download it again")
 
 
+@pytest.mark.process
 def test_wrong_use_is_refused_by_the_shell_command_too(model: Path) -> None:
     assert_refused(shell("generate", "--model", model, "--no-such-flag", "1"), "--no-such-flag")
 

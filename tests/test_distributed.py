@@ -67,6 +67,7 @@ def alone(text_model, tmp_path_factory):
     return gates_of(folder)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("mesh", "devices"), [((), 1), (("--mesh", "data=2,sequence=2"), 2)], ids=["samples", "samples and tokens"]
 )
@@ -80,6 +81,7 @@ def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh, 
     assert ["gates from" in said for (said, _), _ in ended] == [True, False], "one of them speaks"
 
 
+@pytest.mark.process
 def test_a_process_that_dies_ends_the_others_and_one_goes_on(text_model, alone, tmp_path):
     """They share each sample's tokens, and it does not."""
     out = tmp_path / "out"
@@ -98,6 +100,7 @@ def test_a_process_that_dies_ends_the_others_and_one_goes_on(text_model, alone, 
     np.testing.assert_allclose(gates_of(out), alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.process
 def test_processes_that_were_started_with_different_settings_are_refused(text_model, tmp_path):
     ended = end(begin(text_model, tmp_path / "out", 2, "--distill.steps", 20, of_last=("--distill.warmup", "0.3")))
     for (_, said), code in ended:
@@ -107,6 +110,7 @@ def test_processes_that_were_started_with_different_settings_are_refused(text_mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_two_processes_share_a_model_and_its_cache(text_model, duo):
     words = ("generate", "--model", text_model, "--prompt", "The sky is", "--max-new-tokens", 4, "--json")
     wanted = json.loads(duo(*words).out)

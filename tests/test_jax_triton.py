@@ -100,6 +100,7 @@ for head_dim, dtype, is_retrieval, kept, kept_in_rings in cases:
 """
 
 
+@pytest.mark.process
 @needs_triton
 def test_decode_equals_the_reference():
     environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}

@@ -222,6 +222,7 @@ def test_chat_says_when_the_cache_is_full(chat_model, duo, monkeypatch):
     assert "[40/40 tokens" in result.out and "it is full; reset it" in result.err
 
 
+@pytest.mark.process
 def test_ctrl_c_stops_a_reply_and_not_the_chat(chat_model):
     command = [Path(sys.executable).parent / "duo", "chat", "--model", chat_model]
     options = ["--max-length", "20000", "--max-new-tokens", "19000"]

@@ -179,6 +179,7 @@ def test_every_committed_result_is_of_a_known_kind():
             assert type_of(path) in RESULT_TYPES, path
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_lies_well_in_a_browser(page, width, tmp_path):
