@@ -1,4 +1,4 @@
-"""MkDocs hook: the page of commands, written from the commands themselves when the site is built."""
+"""MkDocs hook that generates the page of commands from the commands when the site is built."""
 
 import io
 from contextlib import redirect_stdout, suppress
@@ -11,12 +11,12 @@ PAGE = "reference/cli.md"
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Append the help text of every command to the page of commands; leave other pages alone."""
+    """Append the help text of every command to the page of commands; keep other pages as they are."""
     return markdown + commands() if page.file.src_uri == PAGE else markdown
 
 
 def commands() -> str:
-    """One section a command: its name and what `duo NAME --help` prints."""
+    """One section for each command: its name and the output of `duo NAME --help`."""
     entries = sorted(entry_points(group="duo.commands"), key=lambda entry: entry.name)
     return "".join(f"\n\n## duo {entry.name}\n\n```text\n{_help(entry)}\n```\n" for entry in entries)
 
