@@ -56,9 +56,9 @@ ON_CPU = ("reference", "xla", "triton")
 FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
 
 
-def families(*core: str) -> list[object]:
-    """Every family as a parameter; `make test` runs the core ones."""
-    return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in FAMILIES]
+def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:
+    """Families as parameters, of which `make test` runs the core ones."""
+    return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in of]
 
 
 # A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.

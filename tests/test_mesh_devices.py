@@ -37,7 +37,7 @@ from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Heads, Pools, TokenShards, Window, decode_attention, prefill_attention
 from pallas_kernels.quantized import empty, read, store
-from tests.conftest import FAMILIES, GOLDEN, ON_CPU, TINY
+from tests.conftest import FAMILIES, GOLDEN, TINY
 from tests.test_train import ATTENTION, DATA, RECIPE
 from tests.text_models import make_model
 
@@ -157,7 +157,8 @@ def test_generate(folder):
 @pytest.mark.parametrize(
     ("size", "in_a_layer"),
     [
-        (MeshSize(tensor=4, data=2), {"all-reduce": 2}),  # After attention, and after the MLP.
+        # After attention, and after the MLP.
+        pytest.param(MeshSize(tensor=4, data=2), {"all-reduce": 2}, marks=pytest.mark.mesh),
         # The projection is shared once more, and partial outputs are merged: their weights, and they.
         (MeshSize(tensor=2, sequence=4), {"all-gather": 1, "all-reduce": 4}),
     ],
@@ -192,7 +193,7 @@ def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, 
 
 
 @pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.mesh)])
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", ["reference", "xla", pytest.param("triton", marks=pytest.mark.mesh)])
 def test_attention_over_shards_of_the_tokens_is_that_over_all_tokens(backend, dtype):
     """Of retrieval and streaming heads, in rows of different lengths, one of them in its first token."""
     batch, length, capacity, head_dim, window = 3, 24, 64, 16, Window(2, 6)
@@ -317,7 +318,12 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
 @pytest.mark.parametrize(
     ("size", "recipe", "changed"),
     [
-        (MeshSize(sequence=4, data=2), replace(RECIPE, reg_weight=1e-4, accumulate=2), {"rematerialize": True}),
+        pytest.param(
+            MeshSize(sequence=4, data=2),
+            replace(RECIPE, reg_weight=1e-4, accumulate=2),
+            {"rematerialize": True},
+            marks=pytest.mark.mesh,
+        ),
         # Each of four KV heads lies on two devices, and a kernel runs on each.
         pytest.param(
             MeshSize(sequence=8),
@@ -344,6 +350,7 @@ def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size,
     assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-4  # Ten times what is let pass above.
 
 
+@pytest.mark.mesh
 def test_a_training_step_on_devices_that_share_tokens(monkeypatch, fresh_programs):
     """Takes a fraction of the memory, and only attention's arrays are exchanged: never those of all tokens."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.

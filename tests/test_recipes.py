@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from duo_jax import load_model, make_mesh
 from duo_jax.cli.options import ModelOptions
 from pallas_kernels import full_attention
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, families
 from tests.test_train import ATTENTION, DATA, metrics
 
 
@@ -51,7 +51,9 @@ def turn(x, angles, scale):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "yarn"])  # qwen3 has q/k-norm, yarn a rotation longer than 1
+@pytest.mark.parametrize(
+    "family", families("llama", of=("llama", "qwen3", "yarn"))
+)  # qwen3 has q/k-norm, yarn a rotation longer than 1
 def test_the_attention_profile_is_that_of_the_mean_query_and_key(run, family):
     run = run(model=GOLDEN / family)
     recipe = AttentionProfile(num_samples=2, length=50)
