@@ -27,8 +27,8 @@ def is_traced(*values: object) -> bool:
 
 def check_prompt(
     config: ModelConfig, tokens: ArrayLike, lengths: ArrayLike | None
-) -> tuple[Int32[Array, "B T"], Int32[Array, "B"]]:
-    """Tokens and lengths as int32 arrays.
+) -> tuple[Int32[Array | np.ndarray, "B T"], Int32[Array | np.ndarray, "B"]]:
+    """Tokens and lengths as int32 arrays of numpy, or of jax where one of them is traced.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a length outside [1, T], or shapes that do not fit.
@@ -52,7 +52,7 @@ def check_prompt(
     check_vocabulary(config, tokens[valid])
     # Padding may be anything; it is never looked at, but must be an index of the embedding.
     tokens = np.where(valid, tokens, 0)
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    return tokens.astype(np.int32), lengths.astype(np.int32)
 
 
 def check_step(

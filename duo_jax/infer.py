@@ -7,7 +7,7 @@ around it that checks its arguments and runs it jitted, donating the cache.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -64,19 +64,30 @@ def prefill(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
-    tokens, lengths = check_prompt(model.config, tokens, lengths)
-    check_cache(model, cache, tokens.shape[0])
-    check_room(model.config, cache, lengths)
-    # Columns that are padding in every row cost nothing, where the lengths are known.
+    tokens, lengths = _check(model, tokens, cache, lengths)
+    # Columns that are padding in every row cost nothing where the lengths are known.
     longest = tokens.shape[1] if is_traced(lengths) else int(np.max(lengths))
     width = chunk_width(longest, chunk_size)
+    return run_prefill(model, tokens[:, :longest], cache, lengths, width, backend=backend, progress=progress)
+
+
+def run_prefill(
+    model: Model,
+    tokens: Int32[Array | np.ndarray, "B T"],
+    cache: KVCache,
+    lengths: Int32[Array | np.ndarray, "B"],
+    width: int,
+    *,
+    backend: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`prefill` of checked arguments, `width` tokens at a time."""
     last = jnp.zeros((tokens.shape[0], model.config.embed_dim), model.dtype)
-    for begin in range(0, longest, width):
-        chunk = jnp.pad(tokens[:, begin : begin + width], ((0, 0), (0, max(0, begin + width - tokens.shape[1]))))
-        last, cache = _extend(model, chunk, cache, jnp.clip(lengths - begin, 0, width), last, backend)
+    for begin, chunk, counts in _chunks(tokens, lengths, width):
+        last, cache = _extend(model, chunk, cache, counts, last, backend)
         if progress:
             last.block_until_ready()
-            progress(min(begin + width, longest))
+            progress(min(begin + width, tokens.shape[1]))
     return _head(model, last), cache
 
 
@@ -101,7 +112,7 @@ def decode_step(
     token, active = check_step(model.config, token, active)
     check_cache(model, cache, token.shape[0])
     check_room(model.config, cache, active)
-    return _step(model, token, cache, active, backend)
+    return jitted_step(model, token, cache, active, backend)
 
 
 class Scores(NamedTuple):
@@ -138,19 +149,34 @@ def score(
     Raises:
         ValueError: an empty text, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
+    tokens, lengths = _check(model, tokens, cache, lengths)
+    width = chunk_width(tokens.shape[1], chunk_size)
+    pad = jnp.pad if is_traced(tokens) else np.pad
+    following = _chunks(pad(tokens[:, 1:], ((0, 0), (0, 1))), lengths, width)
+    parts = []
+    for (_, chunk, counts), (_, targets, _) in zip(_chunks(tokens, lengths, width), following, strict=True):
+        part, cache = _score(model, chunk, targets, cache, counts, backend)
+        parts.append(part)
+    return Scores(*(jnp.concatenate(x, axis=1)[:, : tokens.shape[1] - 1] for x in zip(*parts, strict=True))), cache
+
+
+def _check(
+    model: Model, tokens: ArrayLike, cache: KVCache, lengths: ArrayLike | None
+) -> tuple[Int32[Array | np.ndarray, "B T"], Int32[Array | np.ndarray, "B"]]:
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     check_cache(model, cache, tokens.shape[0])
     check_room(model.config, cache, lengths)
-    width = chunk_width(tokens.shape[1], chunk_size)
-    chunks = range(0, tokens.shape[1], width)
-    # One token more at the end: the last chunk's targets need not fill it.
-    padded = jnp.pad(tokens, ((0, 0), (0, len(chunks) * width + 1 - tokens.shape[1])))
-    parts = []
-    for begin in chunks:
-        chunk, targets = padded[:, begin : begin + width], padded[:, begin + 1 : begin + width + 1]
-        part, cache = _score(model, chunk, targets, cache, jnp.clip(lengths - begin, 0, width), backend)
-        parts.append(part)
-    return Scores(*(jnp.concatenate(x, axis=1)[:, : tokens.shape[1] - 1] for x in zip(*parts, strict=True))), cache
+    return tokens, lengths
+
+
+def _chunks(
+    tokens: Int32[Array | np.ndarray, "B T"], lengths: Int32[Array | np.ndarray, "B"], width: int
+) -> Iterator[tuple[int, Array | np.ndarray, Array | np.ndarray]]:
+    """The beginning, the tokens `[B, width]` and each row's number of valid tokens `[B]` of every chunk."""
+    pad = jnp.pad if is_traced(tokens) else np.pad
+    for begin in range(0, tokens.shape[1], width):
+        chunk = tokens[:, begin : begin + width]
+        yield begin, pad(chunk, ((0, 0), (0, width - chunk.shape[1]))), (lengths - begin).clip(0, width)
 
 
 def bucket(count: int) -> int:
@@ -306,6 +332,6 @@ def _poison(values: Float[Array, "B n"], overfull: Bool[Array, "B"]) -> Float[Ar
 
 
 _extend = functools.partial(jax.jit, static_argnums=5, donate_argnums=(2, 4))(extend)
-_step = functools.partial(jax.jit, static_argnums=4, donate_argnums=2)(step)
+jitted_step = functools.partial(jax.jit, static_argnums=4, donate_argnums=2)(step)
 _score = functools.partial(jax.jit, static_argnums=5, donate_argnums=3)(_score_chunk)
 _head = jax.jit(head)

@@ -229,7 +229,7 @@ def test_bytes_equal_the_formula_and_the_devices_buffers_and_meet_the_budget(tin
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_second_prompt_of_the_bucket_compiles_nothing(tiny, pattern, name):
-    functions = (infer._extend, infer._step, eviction._take_in, eviction._append)
+    functions = (infer._extend, infer.jitted_step, eviction._take_in, eviction._append)
     functions += (snapkv._observe, profile._profile, fastgen._compress, fastgen._append)
 
     def run(length):

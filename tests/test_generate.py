@@ -1,7 +1,5 @@
 """`generate` and `stream` against a decode loop written by hand, and every bad argument refused before any compute."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +18,7 @@ from duo_jax import (
     prefill,
     stream,
 )
+from duo_jax.generate import Generator
 from tests.conftest import TINY
 
 PROMPT = np.random.default_rng(0).integers(0, 61, (2, 12))
@@ -209,9 +208,8 @@ def nothing_runs(monkeypatch):
     def reached(*args, **kwargs):
         raise AssertionError("computed before it was checked")
 
-    generate_module = sys.modules["duo_jax.generate"]
-    for module, name in ((infer, "_extend"), (infer, "_step"), (infer, "_head"), (generate_module, "_generate")):
-        monkeypatch.setattr(module, name, reached)
+    for owner, name in ((infer, "_extend"), (infer, "jitted_step"), (infer, "_head"), (Generator, "run")):
+        monkeypatch.setattr(owner, name, reached)
 
 
 @pytest.mark.parametrize("call", [generate, stream])

@@ -6,9 +6,9 @@ from duo_eval.demo import Demo
 from duo_eval.tasks.needle.hide import hide
 from duo_eval.tasks.needle.styles import STYLES, digits
 from duo_train.data.haystack import load_haystack
-from duo_train.data.needles import encode
 
 from duo_jax import load_tokenizer
+from duo_jax.text.template import encode
 
 
 @pytest.fixture(scope="module")

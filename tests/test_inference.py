@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duo_jax import Greedy, HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
-from duo_jax.generate import _generate
+from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
+from duo_jax.generate import Generator, Prompt
 from tests.conftest import GOLDEN
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -225,12 +225,12 @@ def test_prompts_in_one_bucket_share_a_program(tiny, half):
         return logits
 
     run(40)
-    programs = infer._extend._cache_size(), _generate._cache_size()
+    programs = infer._extend._cache_size(), Generator.run._cache_size()
     for length in (33, 37, 43):
         run(length)
-    assert (infer._extend._cache_size(), _generate._cache_size()) == programs
+    assert (infer._extend._cache_size(), Generator.run._cache_size()) == programs
     run(70)  # A longer prompt needs a longer cache: the count can change.
-    assert _generate._cache_size() == programs[1] + 1
+    assert Generator.run._cache_size() == programs[1] + 1
 
 
 def test_patterns_with_as_many_retrieval_heads_share_a_program(tiny):
@@ -243,7 +243,7 @@ def test_patterns_with_as_many_retrieval_heads_share_a_program(tiny):
         generate(tiny, tokens, pattern=pattern, max_new_tokens=4)
 
     run([[1.0, 0.0], [0.0, 1.0]])
-    jitted = infer._extend, infer._step, _generate
+    jitted = infer._extend, infer.jitted_step, Generator.run
     programs = [function._cache_size() for function in jitted]
     for gates in ([[0.0, 1.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]):
         run(gates)
@@ -264,10 +264,11 @@ def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stage
         last = jnp.zeros((1, model.config.embed_dim))
         return infer._extend.lower(model, ids, cache, one, last, None).compile()
     if phase == "step":
-        return infer._step.lower(model, one, cache, one > 0, None).compile()
+        return infer.jitted_step.lower(model, one, cache, one > 0, None).compile()
     keys = jax.random.split(jax.random.key(0), 1)
     seen = jnp.zeros((1, model.config.vocab_size), bool)
-    return _generate.lower(model, ids, one, seen, cache, keys, 8, Greedy(), (), tokens, None).compile()
+    prompt = Prompt(ids, one, seen, keys)
+    return Generator.run.lower(Generator(), model, prompt, cache, one[0], capacity=16, width=tokens).compile()
 
 
 @pytest.mark.parametrize(

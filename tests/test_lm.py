@@ -15,8 +15,8 @@ import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
 from duo_jax.cli import doctor
 from duo_jax.text.chat import Chat
-from duo_jax.text.detokenize import Detokenizer
 from duo_jax.text.lm import LM
+from duo_jax.text.reply import Detokenizer
 
 PROMPT = "What is a needle?"
 NEW = 8

@@ -14,11 +14,12 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
-from duo_jax.cli.timed import Timings, show_status, timed_stream
+from duo_jax.cli.timings import Timings, Watcher, show_status
 from duo_jax.infer import chunk_width
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.text.detokenize import Detokenizer
+from duo_jax.text.lm import LM, TextStream
+from duo_jax.text.reply import Reply
 
 
 @dataclass(frozen=True)
@@ -67,34 +68,30 @@ class Generate:
         plan = self.model.plan(served, chunk_width(len(tokens)), self.devices.size)
         room = self.room.tokens(replace(plan, kv_dtype=before["dtypes"][0] if before else self.kv.kv_dtype), needed)
         model = self.model.load(mesh=mesh, pattern=pattern)
-        timings, text, ids, logprobs = Timings(), Detokenizer(tokenizer, self.sampling.stop), [], []
-        steps = timed_stream(
-            model,
-            tokens,
-            timings,
-            cache=self._cache(model, pattern, room),
-            history=history,
+        cache = self._cache(model, pattern, room)
+        watcher = Watcher(model.config, cache, len(tokens), show_status)
+        running = TextStream(
+            LM(model, tokenizer),
+            [tokens.tolist()],
+            cache=cache,
+            history=() if history is None else history.tolist(),
             max_new_tokens=self.max_new_tokens,
             sampler=sampler,
-            eos_ids=model.config.eos_ids,
-            key=self.sampling.seed,
-            status=show_status,
+            seed=self.sampling.seed,
+            stop=self.sampling.stop,
+            progress=watcher.progress,
+            watch=watcher.watch,
         )
-        for token, logprob in steps:
-            ids.append(token)
-            logprobs.append(logprob)
-            new = "" if token in model.config.eos_ids else text.add(token)
+        for piece in running:
             if not self.json:
                 show_status("")
-                print(new, end="", flush=True)
-            if text.stopped:
-                break
+                print(piece, end="", flush=True)
         show_status("")
         if self.json:
-            print(json.dumps(_record(text.text, ids, logprobs, timings), ensure_ascii=False))
+            print(json.dumps(_record(running.reply, watcher.timings), ensure_ascii=False))
         else:
-            print(text.rest())
-            print(_summary(timings), file=sys.stderr)
+            print()
+            print(_summary(watcher.timings), file=sys.stderr)
 
     def _saved(self) -> dict[str, Any] | None:
         """What is known of a prefilled text, without its keys and values."""
@@ -112,10 +109,10 @@ class Generate:
         return KVCache.load(self.cache, model, pattern=pattern, dtype=dtype, max_length=room)
 
 
-def _record(text: str, tokens: list[int], logprobs: list[float], timings: Timings) -> dict:
+def _record(reply: Reply, timings: Timings) -> dict:
     rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
     numbers = asdict(timings) | {name: getattr(timings, name) for name in rates}
-    return {"text": text, "tokens": tokens, "logprobs": logprobs, **numbers}
+    return {"text": reply, "tokens": reply.tokens, "logprobs": reply.logprobs, **numbers}
 
 
 def _summary(timings: Timings) -> str:

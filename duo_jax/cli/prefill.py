@@ -10,7 +10,7 @@ import tyro
 from duo_jax.cache.cache import KVCache
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions
 from duo_jax.cli.prompt import PromptOptions
-from duo_jax.cli.timed import show_status
+from duo_jax.cli.timings import show_status
 from duo_jax.files import free_path
 from duo_jax.infer import chunk_width, prefill
 

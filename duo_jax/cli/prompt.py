@@ -7,9 +7,11 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.text.lm import chat_frame
+from duo_jax.text import template
+from duo_jax.text.template import DocumentFrame
 
 
 @dataclass(frozen=True)
@@ -46,48 +48,41 @@ class PromptOptions:
             raise ValueError("the prompt is empty; give at least one character")
         return text
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarray, "T"]:
         """Tokens of a whole prompt."""
-        if self.chat:
-            _need_template(tokenizer)
-            message = [{"role": "user", "content": text}]
-            text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        return _tokens(tokenizer, text, special=not self.chat)
-
-    def encode_document(self, tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-        """Tokens of a text that is asked about later; with `chat`, the beginning of a user's message."""
         if not self.chat:
-            return _tokens(tokenizer, text, special=True)
-        return np.concatenate([_head(tokenizer)[0], _tokens(tokenizer, text, special=False)])
+            return _array(template.encode(tokenizer, text, special=True))
+        template.check_template(tokenizer, _NO_CHAT)
+        return _array(template.encode(tokenizer, template.render(tokenizer, [{"role": "user", "content": text}])))
 
-    def encode_question(self, tokenizer: PreTrainedTokenizerBase, text: str, document: np.ndarray) -> np.ndarray:
-        """Tokens of what follows a document; with `chat`, the rest of that message.
+    def encode_document(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarray, "T"]:
+        """Tokens of a text to ask about later; with `chat`, the beginning of a user's message."""
+        return _array(self._frame(tokenizer).document(text))
+
+    def encode_question(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, document: Int32[np.ndarray, "D"]
+    ) -> Int32[np.ndarray, "T"]:
+        """Tokens that follow a document; with `chat`, the rest of that message.
 
         Raises:
             ValueError: a document that does not begin as a message.
         """
-        if not self.chat:
-            return _tokens(tokenizer, text, special=False)
-        head, after = _head(tokenizer)
-        if not np.array_equal(document[: len(head)], head):
+        frame = self._frame(tokenizer)
+        if not frame.begins(document.tolist()):
             raise ValueError("the document was prefilled without --chat: leave it out here, or prefill with it")
-        return _tokens(tokenizer, f"\n\n{text}{after}", special=False)
+        return _array(frame.question(text))
+
+    def _frame(self, tokenizer: PreTrainedTokenizerBase) -> DocumentFrame:
+        if not self.chat:
+            return DocumentFrame(tokenizer)
+        template.check_template(tokenizer, _NO_CHAT)
+        return DocumentFrame.chat(tokenizer)
 
 
-def _head(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, str]:
-    _need_template(tokenizer)
-    frame = chat_frame(tokenizer)
-    assert frame is not None
-    return np.asarray(frame[0], np.int32), frame[1]
+_NO_CHAT = "leave --chat out"
 
 
-def _need_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError("this model's tokenizer has no chat template: leave --chat out")
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> np.ndarray:
-    ids = tokenizer.encode(text, add_special_tokens=special)
-    if not ids:
+def _array(tokens: list[int]) -> Int32[np.ndarray, "T"]:
+    if not tokens:
         raise ValueError("the prompt has no tokens; give more than special characters")
-    return np.asarray(ids, np.int32)
+    return np.asarray(tokens, np.int32)

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from duo_jax.cache.cache import KVCache, Mark
-from duo_jax.text.lm import LM, Message, TextStream
+from duo_jax.text.lm import LM, TextStream
+from duo_jax.text.template import Message
 
 
 class Chat:
@@ -81,10 +82,7 @@ class Chat:
         return self._running
 
     def _allocate(self) -> tuple[KVCache, Mark]:
-        model = self._lm.model
-        cache = KVCache.init(
-            model.config, self._lm.pattern, 1, self.max_length, dtype=self._lm.kv_dtype, mesh=model.mesh
-        )
+        cache = self._lm.make_cache(self.max_length)
         return cache, cache.mark()
 
     def _restart(self) -> None:

@@ -1,6 +1,6 @@
 """LM: text in, text out. A model, its tokenizer and a head pattern in one object; knows nothing of terminals."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.generate import stream
+from duo_jax.generate import Generation, Request, Watch, prepare
 from duo_jax.infer import bucket, prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.sampling import Greedy, Sampler
+from duo_jax.text import template
 from duo_jax.text.reply import Reply, Row
-
-Message = dict[str, str]
+from duo_jax.text.template import DocumentFrame, Message
 
 
 def load(
@@ -77,7 +75,7 @@ class LM:
     def __call__(self, text: str | Sequence[str], **options: Any) -> "Reply | list[Reply]":
         """Continue a text, or several at once; `options` as for `stream`."""
         texts = [text] if isinstance(text, str) else list(text)
-        replies = self._finish([self._encode(one) for one in texts], options)
+        replies = self.complete([self.encode(prompt) for prompt in texts], **options)
         return replies[0] if isinstance(text, str) else replies
 
     def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any) -> "Reply | list[Reply]":
@@ -90,11 +88,11 @@ class LM:
             raise ValueError('messages must be a list such as [{"role": "user", "content": "Hello"}], and not empty')
         single = isinstance(messages[0], dict)
         conversations = [messages] if single else messages
-        replies = self._finish([self.encode_chat(one) for one in conversations], options)  # type: ignore[arg-type]
+        replies = self.complete([self.encode_chat(one) for one in conversations], **options)  # type: ignore[arg-type]
         return replies[0] if single else replies
 
     def stream(self, text: str, **options: Any) -> "TextStream":
-        """Continue a text and yield pieces of it as they come; iterate, then read `.reply`.
+        """Continue a text and yield pieces of it as they are generated; iterate, then read `.reply`.
 
         Options:
             max_new_tokens: most tokens generated, 128 by default.
@@ -103,10 +101,10 @@ class LM:
             stop: strings that end the text; they are not part of it.
             eos_ids: tokens that end the text; the model's own by default.
         """
-        return TextStream(self, [self._encode(text)], **options)
+        return TextStream(self, [self.encode(text)], **options)
 
     def document(self, text: str, *, room: int = 1024, max_length: int | None = None) -> "Document":
-        """Prefill a long text once, to be asked many times: `with lm.document(text) as doc: doc.ask("...")`.
+        """Prefill a long text once, to ask many questions about it: `with lm.document(text) as doc: doc.ask("...")`.
 
         Args:
             text: the document.
@@ -118,104 +116,111 @@ class LM:
         """
         return Document(self, text, room=room, max_length=max_length)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, up to where the answer begins."""
-        self._need_template()
-        return self._tokens(_render(self.tokenizer, messages))
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text to continue.
 
-    def chat_frame(self) -> tuple[list[int], str] | None:
-        """What comes before a user's message (token ids) and after it (text); None without a chat template."""
-        return chat_frame(self.tokenizer)
-
-    def _need_template(self) -> None:
-        if not self.tokenizer.chat_template:
-            raise ValueError("this model's tokenizer has no chat template: call it with plain text instead")
-
-    def _encode(self, text: str) -> list[int]:
+        Raises:
+            ValueError: an empty text.
+        """
         if not text:
             raise ValueError("the prompt is empty; give at least one character")
-        return self.tokenizer.encode(text)
+        return template.encode(self.tokenizer, text, special=True)
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where the answer begins.
 
-    def _finish(self, prompts: list[list[int]], options: dict[str, Any]) -> "list[Reply]":
-        running = TextStream(self, prompts, **options)
-        for _ in running:
-            pass
-        return running.replies
+        Raises:
+            ValueError: a tokenizer without a chat template, or messages that it refuses.
+        """
+        template.check_template(self.tokenizer)
+        return template.encode(self.tokenizer, template.render(self.tokenizer, messages))
 
+    def make_cache(self, max_length: int) -> KVCache:
+        """An empty cache of one row."""
+        return KVCache.init(self.model.config, self.pattern, 1, max_length, dtype=self.kv_dtype, mesh=self.model.mesh)
 
-def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str] | None:
-    """What comes before a user's message (token ids) and after it (text); None without a chat template."""
-    if not tokenizer.chat_template:
-        return None
-    hole = "<<user>>"
-    parts = _render(tokenizer, [{"role": "user", "content": hole}]).split(hole)
-    if len(parts) != 2:
-        raise ValueError("this model's chat template does not show a message once: use plain text instead")
-    return tokenizer.encode(parts[0], add_special_tokens=False), parts[1]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses these messages: {error}") from None
-
-
-class TextStream(Iterator[str]):
-    """Pieces of a reply as they come. `replies` has what every row said so far, `reply` that of the only one."""
-
-    def __init__(
+    def request(
         self,
-        lm: LM,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int = 128,
-        sampler: Sampler = Greedy(),
         seed: int | Array | None = None,
-        stop: Sequence[str] = (),
         eos_ids: tuple[int, ...] | None = None,
         cache: KVCache | None = None,
         history: Sequence[int] = (),
-        chunk_size: int | None = None,
-        backend: str | None = None,
-    ) -> None:
-        """See `LM.stream` and `duo_jax.stream`; `history` are the tokens that every row of `cache` holds."""
+        **options: Any,
+    ) -> Request:
+        """Prompts of token ids as the engine takes them.
+
+        Args:
+            prompts: token ids.
+            seed: an integer or `jax.random` key; needed by a random sampler.
+            eos_ids: tokens that end a row; the model's own by default.
+            cache: a cache to continue from; it is donated. By default, one of the right size is made.
+            history: the tokens that every row of `cache` contains.
+            **options: the other options of `duo_jax.generate`.
+        """
         if not prompts:
             raise ValueError("no prompts were given; pass at least one")
-        eos_ids = lm.model.config.eos_ids if eos_ids is None else tuple(eos_ids)
-        self._rows = [Row(lm.tokenizer, eos_ids, stop) for _ in prompts]
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        self._steps = stream(
-            lm.model,
-            tokens,
-            pattern=None if cache is not None else lm.pattern,
-            kv_dtype=None if cache is not None else lm.kv_dtype,
-            max_new_tokens=max_new_tokens,
-            sampler=sampler,
-            lengths=lengths,
-            eos_ids=eos_ids,
-            key=seed,
-            cache=cache,
-            history=np.tile(np.asarray(history, np.int32), (len(prompts), 1)) if len(history) else None,
-            chunk_size=chunk_size,
-            backend=backend,
-        )
+        if cache is None:
+            options |= {"pattern": self.pattern, "kv_dtype": self.kv_dtype}
+        if len(history):
+            options["history"] = np.tile(np.asarray(history, np.int32), (len(prompts), 1))
+        eos_ids = self.model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        return prepare(self.model, tokens, lengths=lengths, eos_ids=eos_ids, key=seed, cache=cache, **options)
+
+    def complete(self, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options: Any) -> list[Reply]:
+        """Replies to prompts of token ids; `options` as for `request`.
+
+        One compiled program generates all tokens, unless stop strings must be searched for after each.
+        """
+        if stop:
+            return TextStream(self, prompts, stop=stop, **options).finish()
+        request = self.request(prompts, **options)
+        return self._replies(request, request.run())
+
+    def _replies(self, request: Request, out: Generation) -> list[Reply]:
+        eos_ids = request.generator.eos_ids
+        arrays = np.asarray(out.tokens), np.asarray(out.logprobs), np.asarray(out.lengths)
+        replies = []
+        for tokens, logprobs, length in zip(*arrays, strict=True):
+            row = Row(self.tokenizer, eos_ids)
+            for token, logprob in zip(tokens[:length].tolist(), logprobs[:length].tolist(), strict=True):
+                row.add(token, logprob)
+            replies.append(row.reply)
+        return replies
+
+
+class TextStream(Iterator[str]):
+    """Pieces of a reply as they are generated. `replies` has every row's text so far, `reply` that of the only one."""
+
+    def __init__(
+        self,
+        lm: LM,
+        prompts: Sequence[Sequence[int]],
+        *,
+        stop: Sequence[str] = (),
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
+        **options: Any,
+    ) -> None:
+        """See `LM.stream`; `options` as for `LM.request`, `progress` and `watch` as for `Request.stream`."""
+        request = lm.request(prompts, **options)
+        self._rows = [Row(lm.tokenizer, request.generator.eos_ids, stop) for _ in prompts]
+        self._steps = request.stream(progress, watch)
         self._is_done = False
 
     @property
     def replies(self) -> list[Reply]:
-        """What each row said so far."""
+        """The reply of each row so far."""
         return [row.reply for row in self._rows]
 
     @property
     def reply(self) -> Reply:
-        """What the only row said so far."""
+        """The reply of the only row so far."""
         return self._rows[0].reply
 
     @property
@@ -223,8 +228,14 @@ class TextStream(Iterator[str]):
         """The cache as it is now: the prompt and every token generated."""
         return self._steps.cache
 
+    def finish(self) -> list[Reply]:
+        """Generate the rest and return the reply of each row."""
+        for _ in self:
+            pass
+        return self.replies
+
     def __next__(self) -> str:
-        """Generate a token in every row; what can be shown of the first."""
+        """Generate a token in every row and return the text of the first that can be shown."""
         if self._is_done:
             raise StopIteration
         step = next(self._steps, None)
@@ -242,7 +253,7 @@ class TextStream(Iterator[str]):
 
 
 class Document:
-    """A long text in the cache, to be asked many times. Made by `LM.document`; a context manager that frees it."""
+    """A long text in the cache, to ask many questions about. Made by `LM.document`; a context manager that frees it."""
 
     def __init__(self, lm: LM, text: str, *, room: int = 1024, max_length: int | None = None) -> None:
         """See `LM.document`."""
@@ -250,52 +261,43 @@ class Document:
             raise ValueError("the document is empty; give at least one character")
         if room < 2:
             raise ValueError(f"room must be at least 2, for a question and an answer, got {room}")
-        frame = lm.chat_frame()
-        head, self._after = frame if frame else ([], "\n")
-        tokens = head + lm._tokens(text) if frame else lm._encode(text)
-        needed = len(tokens) + room
+        plain = DocumentFrame(lm.tokenizer, between="\n\n", after="\n")
+        self._frame = DocumentFrame.chat(lm.tokenizer) if template.has_template(lm.tokenizer) else plain
+        self._tokens = self._frame.document(text)
+        self.num_tokens = len(self._tokens)
+        needed = self.num_tokens + room
         if max_length is not None and needed > max_length:
             raise ValueError(
-                f"the document has {len(tokens)} tokens and with {room=} for questions and answers needs {needed}, but "
-                f"{max_length=}: shorten it, or raise max_length"
+                f"the document has {self.num_tokens} tokens and with {room=} for questions and answers needs {needed}, "
+                f"but {max_length=}: shorten it, or raise max_length"
             )
-        self._lm, self._tokens, self.num_tokens = lm, tokens, len(tokens)
-        model = lm.model
-        cache = KVCache.init(
-            model.config, lm.pattern, 1, max_length or bucket(needed), dtype=lm.kv_dtype, mesh=model.mesh
-        )
-        _, cache = prefill(model, np.asarray(tokens, np.int32)[None], cache)
-        cache.length.block_until_ready()  # The work is done here, not in the first question.
+        self._lm = lm
+        cache = lm.make_cache(max_length or bucket(needed))
+        _, cache = prefill(lm.model, np.asarray(self._tokens, np.int32)[None], cache)
+        cache.length.block_until_ready()  # The prompt is computed here, not by the first question.
         self._mark = cache.mark()
         self._cache: KVCache | None = cache
         self._running: TextStream | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return self._alive().nbytes
+        """Bytes of keys and values."""
+        return self._newest_cache().nbytes
 
     def ask(self, question: str, **options: Any) -> Reply:
         """Answer a question about the document; `options` as for `LM.stream`. Questions do not see each other."""
-        running = self.stream(question, **options)
-        for _ in running:
-            pass
-        return running.reply
+        if options.get("stop"):
+            return self.stream(question, **options).finish()[0]
+        tokens, options = self._continuation(question, **options)
+        request = self._lm.request([tokens], **options)
+        out = request.run()
+        # Before the result is waited for: an interrupt then loses the answer, not the document.
+        self._cache, self._running = out.cache, None
+        return self._lm._replies(request, out)[0]
 
-    def stream(self, question: str, *, max_new_tokens: int = 128, **options: Any) -> TextStream:
-        """Like `ask`, piece by piece. A second question may be asked before the first is answered to its end."""
-        if not question:
-            raise ValueError("the question is empty; give at least one character")
-        tokens = self._lm._tokens(f"\n\n{question}{self._after}")
-        room = self._alive().max_length - self.num_tokens
-        if len(tokens) + max_new_tokens > room:
-            raise ValueError(
-                f"the question has {len(tokens)} tokens, with {max_new_tokens=} more than the {room} left beside the "
-                "document: ask for less, or make the document with a larger room="
-            )
-        # The newest stream holds the cache: take it back, wherever that stream stopped.
-        cache = self._alive().rewind(self._mark)
-        options |= {"max_new_tokens": max_new_tokens, "cache": cache, "history": self._tokens}
+    def stream(self, question: str, **options: Any) -> TextStream:
+        """Like `ask`, piece by piece. A second question may be asked before the first has been answered completely."""
+        tokens, options = self._continuation(question, **options)
         self._running = TextStream(self._lm, [tokens], **options)
         return self._running
 
@@ -304,7 +306,7 @@ class Document:
         self._cache = self._running = None
 
     def __enter__(self) -> "Document":
-        """The document itself."""
+        """Return the document itself."""
         return self
 
     def __exit__(
@@ -313,7 +315,25 @@ class Document:
         """Free the cache."""
         self.close()
 
-    def _alive(self) -> KVCache:
+    def _continuation(
+        self, question: str, *, max_new_tokens: int = 128, **options: Any
+    ) -> tuple[list[int], dict[str, Any]]:
+        """The tokens of a question, and the options to answer it with."""
+        if not question:
+            raise ValueError("the question is empty; give at least one character")
+        tokens = self._frame.question(question)
+        # The newest stream has the cache: take it back, wherever that stream stopped.
+        cache = self._newest_cache()
+        room = cache.max_length - self.num_tokens
+        if len(tokens) + max_new_tokens > room:
+            raise ValueError(
+                f"the question has {len(tokens)} tokens, with {max_new_tokens=} more than the {room} left after the "
+                "document: ask for less, or make the document with a larger room="
+            )
+        own = {"max_new_tokens": max_new_tokens, "cache": cache.rewind(self._mark), "history": self._tokens}
+        return tokens, options | own
+
+    def _newest_cache(self) -> KVCache:
         if self._cache is None:
             raise ValueError("this document was closed; make it again with lm.document(text)")
         return self._cache if self._running is None else self._running.cache

@@ -7,18 +7,18 @@ from functools import partial
 
 import numpy as np
 from duo_train.data.haystack import DEFAULT, load_haystack
-from duo_train.data.needles import encode
 from jaxtyping import Int32
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from duo_eval.tasks.needle.hide import hide
 from duo_eval.tasks.needle.styles import digits
-from duo_jax import HeadPattern, KVCache, Model, load_model, load_tokenizer
-from duo_jax.cli.timed import Timings, timed_stream
+from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax.cli.timings import Timings, Watcher
 from duo_jax.infer import bucket
+from duo_jax.text.lm import LM, TextStream
+from duo_jax.text.template import encode
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Demo:
         table = Table(*("attention", "answer", "KV MB", "prefill s", "tok/s", "compile s"))
         for name, pattern in runs.items():
             with progress.status(name) as spinner:
-                timings = Timings()
-                show = partial(_show, spinner, name)
-                answer = self._ask(model, tokenizer, hidden.tokens, pattern, timings, show)
+                answer, timings = self._ask(LM(model, tokenizer, pattern), hidden.tokens, partial(_show, spinner, name))
             verdict = "right" if needle.score(answer, needle.key) else "wrong"
             table.add_row(
                 name,
@@ -84,25 +82,12 @@ class Demo:
         console.print(table)
         console.print(f"{time.perf_counter() - begin:.0f} s in all")
 
-    def _ask(
-        self,
-        model: Model,
-        tokenizer: PreTrainedTokenizerBase,
-        tokens: Int32[np.ndarray, "T"],
-        pattern: HeadPattern | None,
-        timings: Timings,
-        status: Callable[[str], None],
-    ) -> str:
-        steps = timed_stream(
-            model,
-            tokens,
-            timings,
-            cache=KVCache.init(model.config, pattern, 1, bucket(len(tokens) + self.max_new_tokens)),
-            max_new_tokens=self.max_new_tokens,
-            eos_ids=model.config.eos_ids,
-            status=status,
-        )
-        return str(tokenizer.decode([token for token, _ in steps], skip_special_tokens=True))
+    def _ask(self, lm: LM, tokens: Int32[np.ndarray, "T"], status: Callable[[str], None]) -> tuple[str, Timings]:
+        cache = lm.make_cache(bucket(len(tokens) + self.max_new_tokens))
+        watcher = Watcher(lm.model.config, cache, len(tokens), status)
+        watching = {"progress": watcher.progress, "watch": watcher.watch}
+        running = TextStream(lm, [tokens.tolist()], cache=cache, max_new_tokens=self.max_new_tokens, **watching)
+        return running.finish()[0], watcher.timings
 
 
 def _show(spinner: Status, name: str, text: str) -> None:

@@ -6,10 +6,11 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int32
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
+from duo_jax.generate import Generator
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method"]
 
@@ -118,14 +120,19 @@ def greedy(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= later < max(1, tokens.size):
         raise ValueError(f"later must be at least 0 and less than the {tokens.size} tokens of the prompt, got {later=}")
-    ends = frozenset(eos_ids)
     first = tokens.size - later
     logits, state = method.begin(model, tokens[:first], room=later + max_new_tokens, budget=budget)
     memory = state.memory
     for token in tokens[first:]:
         logits, state = method.step(model, int(token), state)
-    answer = [int(jnp.argmax(logits))]
-    while len(answer) < max_new_tokens and answer[-1] not in ends:
-        logits, state = method.step(model, answer[-1], state)
-        answer.append(int(jnp.argmax(logits)))
-    return answer, memory
+    generator = Generator(eos_ids=tuple(eos_ids), step=partial(_step, method))
+    steps = generator.stream(model, logits[None], state, max_new_tokens)
+    return [int(step.token[0]) for step in steps], memory
+
+
+def _step(
+    method: Method, model: Model, token: Int32[Array, "1"], state: Any, active: Array, backend: str | None
+) -> tuple[Float[Array, "1 V"], Any]:
+    """A method's step as the generator calls it."""
+    logits, state = method.step(model, int(token[0]), state)
+    return logits[None], state

@@ -3,8 +3,10 @@
 Knows no task: what is asked is text that comes from elsewhere.
 """
 
-from duo_train.data.needles import HOLE, beginning, chat, encode
+from duo_train.data.needles import DATE, beginning
 from transformers import PreTrainedTokenizerBase
+
+from duo_jax.text.template import encode, has_template, split
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[list[int], str | None]:
@@ -13,12 +15,10 @@ def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[list[i
     Raises:
         ValueError: a chat template that does not show a message once.
     """
-    if not (use_chat and tokenizer.chat_template):
+    if not (use_chat and has_template(tokenizer)):
         return beginning(tokenizer), None
-    parts = chat(tokenizer, [{"role": "user", "content": HOLE}], add_generation_prompt=True).split(HOLE)
-    if len(parts) != 2:
-        raise ValueError("this model's chat template does not show a message once: ask without it, by --no-chat")
-    return encode(tokenizer, parts[0]), parts[1]
+    before, after = split(tokenizer, date_string=DATE, way_out="leave the template out with --no-chat")
+    return encode(tokenizer, before), after
 
 
 def prompt(

@@ -4,19 +4,18 @@ Sample i depends only on (seed, i): not on the samples drawn before, nor on the 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.text.template import encode, has_template, split
 from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.vocabulary import NATO, ORDINALS
 
 # For templates that contain the date: a sample must not depend on the day.
 DATE = "26 Jul 2024"
-# Placeholder for the text while a chat template is rendered.
-HOLE = "<<the text>>"
 
 
 @dataclass(frozen=True)
@@ -197,12 +196,13 @@ class NeedleData:
             (config.question.format(ordinal=ordinal), config.answer.format(ordinal=ordinal, words=passkey))
             for ordinal, passkey in zip(ORDINALS, passkeys, strict=False)
         ]
-        if config.chat and tokenizer.chat_template:
-            messages = []
-            for number, (question, answer) in enumerate(turns):
-                messages.append({"role": "user", "content": question if number else HOLE + question})
-                messages.append({"role": "assistant", "content": answer})
-            before, _, after = chat(tokenizer, messages).partition(HOLE)
+        if config.chat and has_template(tokenizer):
+            messages = [
+                {"role": role, "content": content}
+                for turn in turns
+                for role, content in zip(("user", "assistant"), turn, strict=True)
+            ]
+            before, after = split(tokenizer, messages, add_generation_prompt=False, date_string=DATE)
             head = encode(tokenizer, before)
         else:
             head = beginning(tokenizer)
@@ -219,19 +219,8 @@ class NeedleData:
         return head, list(encoded["input_ids"]), spans
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a part of a text, without special tokens."""
-    # Not verbose: a haystack is longer than the model's context, which would print a warning.
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens at the start of a plain text."""
     head = list(tokenizer.encode(""))
     # Some tokenizers also append a special token, but here the text continues.
     return head[:-1] if head and head[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else head
-
-
-def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    """A conversation in the model's template, with a fixed date."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options))

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.model import Model
-from duo_train.data.needles import beginning, chat, encode
+from duo_jax.text.template import encode, has_template, split
+from duo_train.data.needles import DATE, beginning
 from duo_train.gated import GatedModel
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run
@@ -62,10 +63,8 @@ class KVzip(Recipe):
 
 def _repeat(tokenizer: PreTrainedTokenizerBase, context: Int32[np.ndarray, "C"]) -> tuple[Int32[np.ndarray, "T"], int]:
     """The context, the request and the context again, in the chat template if there is one; and the context's start."""
-    if tokenizer.chat_template:
-        hole = "<<the text>>"
-        message = [{"role": "user", "content": hole + REQUEST}]
-        before, _, after = chat(tokenizer, message, add_generation_prompt=True).partition(hole)
+    if has_template(tokenizer):
+        before, after = split(tokenizer, [{"role": "user", "content": REQUEST}], date_string=DATE)
         head = encode(tokenizer, before)
     else:
         head, after = beginning(tokenizer), REQUEST

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -15,6 +14,7 @@ from duo_eval.tasks.harness.generation import continuations
 from duo_eval.tasks.harness.scoring import Likelihood, likelihoods
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
 from duo_jax.sampling import Sampler
+from duo_jax.text.template import check_template, render
 
 # A shorter context is computed again for every continuation: rows of a batch cost less than turns.
 MIN_ASKED_IN_TURNS = 16
@@ -97,18 +97,9 @@ class DuoLM(TemplateLM):
         Raises:
             ValueError: a tokenizer without a chat template, or messages that it refuses.
         """
-        if not self.tokenizer.chat_template:
-            raise ValueError("this model's tokenizer has no chat template: leave --chat out")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
-        return str(text)
+        check_template(self.tokenizer, "leave --chat out")
+        opening = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return render(self.tokenizer, chat_history, **opening)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each token once, in windows of `max_length` where a text is longer."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from duo_train.data.haystack import DEFAULT, load_haystack
-from duo_train.data.needles import encode
 from jaxtyping import Int32
 
 from duo_eval.runner.record import read, sha256
@@ -21,6 +20,7 @@ from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
 from duo_eval.tasks.needle.hide import hide
 from duo_eval.tasks.needle.styles import STYLES
+from duo_jax.text.template import encode
 
 
 @dataclass(frozen=True)

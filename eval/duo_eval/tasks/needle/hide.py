@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-from duo_train.data.needles import encode
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_eval.tasks.needle.styles import Needle
 from duo_eval.tasks.prompt import frame
+from duo_jax.text.template import encode
 
 
 @dataclass(frozen=True, eq=False)
