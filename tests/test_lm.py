@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
 from duo_jax.cli import doctor
 from duo_jax.text.chat import Chat
-from duo_jax.text.lm import LM
+from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.reply import Detokenizer
 
 PROMPT = "What is a needle?"
@@ -53,6 +57,19 @@ def test_a_stream_is_the_reply_in_pieces(lm):
     pieces = list(running)
     assert "".join(pieces) == running.reply == lm(PROMPT, max_new_tokens=NEW)
     assert len(pieces) > NEW / 2
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_one_program_gives_the_replies_of_a_stream(lm, sampled):
+    sampler = Categorical((RepetitionPenalty(1.3), Temperature(1.5))) if sampled else Greedy()
+    prompts = [lm.encode(PROMPT), lm.encode("Another prompt")]
+    free = lm.complete(prompts, max_new_tokens=NEW, sampler=sampler, seed=1)
+    options = {"max_new_tokens": NEW, "sampler": sampler, "seed": 1, "eos_ids": (free[0].tokens[2], free[1].tokens[-1])}
+    replies, streamed = lm.complete(prompts, **options), TextStream(lm, prompts, **options).finish()
+    assert replies == streamed and replies[0].finish_reason == "eos"
+    for reply, other in zip(replies, streamed, strict=True):
+        assert (reply.tokens, reply.finish_reason) == (other.tokens, other.finish_reason)
+        np.testing.assert_allclose(reply.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_an_eos_id_ends_a_reply_and_several_may(lm):
@@ -165,6 +182,68 @@ def test_a_character_split_over_tokens_is_shown_whole(smollm2_gguf):
     pieces = [shown.add(token) for token in tokenizer.encode(text)]
     assert "".join([*pieces, shown.rest()]) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def byte_fallback(*decoder) -> PreTrainedTokenizerFast:
+    """A token for each byte, as SentencePiece vocabularies have, and some with leading spaces."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "a", "▁the", "é", "�"]
+    ids = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.decoder = decoders.Sequence(list(decoder))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "Ġthe", "Ã©", "<s>"]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+TOKENIZERS = {
+    "llama-2": byte_fallback(
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ),
+    "metaspace": byte_fallback(decoders.ByteFallback(), decoders.Metaspace()),
+    "byte-level": byte_level(),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_pieces_joined_are_the_decoded_tokens(name, data):
+    """Any tokens: text with characters of several bytes, or bytes that are no text, special tokens, and a stop."""
+    tokenizer = TOKENIZERS[name]
+    text = data.draw(st.text("aé漢🧵 \n", max_size=8), label="text")
+    some = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
+    tokens = tokenizer.encode(text, add_special_tokens=False)[: data.draw(st.integers(0, 24))] + data.draw(some)
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    shown = Detokenizer(tokenizer)
+    pieces = [shown.add(token) for token in tokens]
+    before = "".join(pieces)
+    assert whole.startswith(before) and shown.text == whole
+    assert before + shown.rest() == whole == shown.text
+
+
+def test_a_stop_string_of_a_byte_token_ends_the_text_at_once():
+    tokenizer = TOKENIZERS["llama-2"]
+    shown = Detokenizer(tokenizer, ["\n"])
+    assert shown.add(tokenizer.convert_tokens_to_ids("a")) == "a"
+    assert shown.add(tokenizer.convert_tokens_to_ids("<0x0A>")) == "" and shown.stopped
+    assert shown.text == "a"
+
+
+def test_detokenization_takes_linear_time(monkeypatch):
+    tokenizer, decoded = TOKENIZERS["byte-level"], []
+    whole = type(tokenizer).decode
+    monkeypatch.setattr(
+        type(tokenizer), "decode", lambda self, ids, **how: decoded.append(len(ids)) or whole(self, ids, **how)
+    )
+    shown = Detokenizer(tokenizer, ["no such text"])
+    for _ in range(300):
+        shown.add(70)
+    assert max(decoded) <= 2
 
 
 @pytest.mark.parametrize(

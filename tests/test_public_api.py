@@ -30,10 +30,11 @@ INTERNAL = {
         "advance", "append_chunk", "append_token", "axes", "check_alive", "full", "head_dim", "heads", "is_retrieval",
         "order", "pages", "pools_of", "ring_of_layer", "rings", "shards", "slot", "window", "windows",
     },
-    "LM": {"chat_frame", "encode_chat"},
+    "LM": {"complete", "encode", "encode_chat", "make_cache", "request"},
     "Model": {"from_decoder", "graphdef", "order", "params"},
     "ModelConfig": {"precision"},
     "Plan": {"cache", "check", "head_pattern"},
+    "TextStream": {"finish"},
 }  # fmt: skip
 
 

@@ -295,9 +295,9 @@ class Document:
         self._cache, self._running = out.cache, None
         return self._lm._replies(request, out)[0]
 
-    def stream(self, question: str, **options: Any) -> TextStream:
+    def stream(self, question: str, *, max_new_tokens: int = 128, **options: Any) -> TextStream:
         """Like `ask`, piece by piece. A second question may be asked before the first has been answered completely."""
-        tokens, options = self._continuation(question, **options)
+        tokens, options = self._continuation(question, max_new_tokens=max_new_tokens, **options)
         self._running = TextStream(self._lm, [tokens], **options)
         return self._running
 
