@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 from importlib.metadata import entry_points
@@ -131,6 +132,61 @@ def test_every_relative_link_leads_to_a_file(page):
 def test_every_file_of_this_project_that_a_page_names_exists(page):
     for path in re.findall(r"`((?:duo_jax|pallas_kernels|train|eval|tests|notebooks|docs)/[\w./]*)`", page.read_text()):
         assert (ROOT / path).exists(), f"{relative(page)}: {path}"
+
+
+def messages() -> list[str]:
+    """Every string of the sources; what is computed in an f-string is left out."""
+    found = [(ROOT / "Makefile").read_text()]
+    for folder in ("pallas_kernels", "duo_jax", "train", "eval"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    found.append(
+                        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                    )
+    return found
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "guides/identify.md"])
+def test_every_error_message_that_a_page_explains_exists(page):
+    sources = messages()
+    shown = re.findall(r"^\| (?:warning: )?`([^`]*)` \|", (DOCS / page).read_text(), re.MULTILINE)
+    shown = [text for text in shown if " " in text]  # names and flags are no messages
+    assert len(shown) > 10
+    missing = [text for text in shown if not any(all(part in source for part in parts(text)) for source in sources)]
+    assert missing == [], "no message of the sources has these words"
+
+
+def parts(text: str) -> list[str]:
+    """The words around each `...` of a message."""
+    return [part.strip() for part in text.split("...")]
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    readme, results, budgets = (
+        (ROOT / page).read_text() for page in ("README.md", "docs/results.md", "docs/budgets.md")
+    )
+    plan = json.loads((ROOT / "eval" / "results" / "aot" / "plan.json").read_text())
+    for saving in plan["savings"]:
+        assert f"| {saving['saving']:.2f}x, compiled |" in readme
+    longest = {(cell["model"], cell["dtypes"], cell["heads"]): cell["context"] for cell in plan["results"]}
+    for dtypes, heads in (("bf16", "full"), ("W8 KV4", "duo")):
+        assert f"| {longest['llama-3-8b', dtypes, heads] / 1e6:.2f}M, compiled |" in readme
+    recall = re.findall(r"(\d+\.\d) % (\(\d+\.\d to \d+\.\d\))", readme)
+    assert len(recall) == 6
+    for accuracy, interval in recall:
+        assert f"| {accuracy} {interval} |" in re.sub(" +", " ", results)
+    # Needles, by length: full attention, the pattern at half of the bytes, random heads.
+    needles = re.findall(r"\| (\d{4}) \| (\d+) of 10 \| (\d+) of 10 \| (?:(\d+) of 10)?", readme)
+    assert [length for length, *_ in needles] == ["2048", "4096", "8192"]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in budgets.splitlines()]
+    columns = {"2048": 3, "4096": 4, "8192": 5}
+    for length, *found in needles:
+        for method, number in zip((["full", "100%"], ["duo", "50%"], ["random-heads", "50%"]), found, strict=True):
+            row = next(row for row in table if row[:2] == method)
+            assert row[columns[length]].startswith(f"{10 * int(number)}.0 " if number else ""), (method, length)
 
 
 @pytest.mark.parametrize("package", [duo_jax, pallas_kernels], ids=lambda package: package.__name__)
