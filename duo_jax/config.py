@@ -1,6 +1,6 @@
 """ModelConfig: everything that decides a decoder's shape and arithmetic. Frozen, so that it is static under jit.
 
-A family of models is a row of `FAMILIES` here and a weight table in `checkpoint`; what a row does not say is refused.
+A family of models is a row of `FAMILIES` here and a weight table in `checkpoint`; features outside the row are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 class ModelConfig:
     """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP.
 
-    `dtype` is that of activations, and of all weights that are not quantized: with `weight_dtype`, a name in
-    `weights.WEIGHT_FORMATS`, the linear maps of the layers are; with `embed_dtype`, embeddings and head.
+    `dtype` is the data type of activations and of all weights that are not quantized. `weight_dtype`, a name in
+    `weights.WEIGHT_FORMATS`, quantizes the linear maps of the layers, `embed_dtype` embeddings and head.
     """
 
     family: str
@@ -42,7 +42,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse shapes that no decoder can have."""
+        """Check that a decoder can have these shapes."""
         for field in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if not getattr(self, field) >= 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)!r}")
@@ -90,7 +90,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """From a Hugging Face configuration as a mapping: `AutoConfig.from_pretrained(path).to_dict()`, or config.json.
+        """Convert a Hugging Face configuration: `AutoConfig.from_pretrained(path).to_dict()`, or config.json.
 
         Raises:
             NotImplementedError: an architecture or a feature that this decoder does not have, by name.
@@ -150,13 +150,13 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Name the first feature that this decoder does not have: computing on without it would be silently wrong."""
+    """Raise for a feature that this decoder does not have: without it, results would be silently wrong."""
     refused = None
     window, positions = config.get("sliding_window"), config["max_position_embeddings"]
     has_window = window and config.get("use_sliding_window", True)
     kinds = set(config.get("layer_types") or ["sliding_attention" if has_window else "full_attention"])
     if window and window >= positions:
-        kinds.discard("sliding_attention")  # A window as wide as the trained context is no window.
+        kinds.discard("sliding_attention")  # A window as large as the trained context has no effect.
     kinds.discard("full_attention")
     if kinds:
         refused = f"layers of type {sorted(kinds)} ({window=} of {positions} positions)"
@@ -173,7 +173,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    # Configurations written before transformers 5 have these beside the scaling.
+    # Before transformers 5, configurations had these outside the scaling.
     for key in ("rope_theta", "partial_rotary_factor"):
         if config.get(key) is not None:
             parameters.setdefault(key, config[key])
@@ -195,7 +195,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
 _LLAMA3 = ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192, Rope(500000.0), eos_ids=(128001, 128009))
 _LLAMA31_ROPE = Llama3Rope(500000.0, factor=8.0)
 
-# Shapes of well-known models, for planning and for measuring with random weights.
+# Shapes of well-known models, for plans and for benchmarks with random weights.
 PRESETS: dict[str, ModelConfig] = {
     "llama-2-7b": ModelConfig("llama", 32000, 32, 4096, 32, 32, 128, 11008, 4096, eos_ids=(2,)),
     "llama-3-8b": _LLAMA3,

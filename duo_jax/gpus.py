@@ -1,9 +1,9 @@
-"""GPUs by name: what programs are planned and compiled for where the device need not be there. Knows no model."""
+"""GPUs by name, to plan and compile for devices that need not exist. Knows no model."""
 
 from dataclasses import dataclass
 
-# What programs may take of a GPU's memory: jax's own default is three quarters. The rest is for what jax's allocator
-# does not hand out: CUDA's context, libraries and their workspaces, and what fragmentation loses.
+# Fraction of a GPU's memory for programs; jax's own default is three quarters. The rest is for fragmentation, and for
+# CUDA's context, libraries and their workspaces, which jax's allocator does not manage.
 MEMORY_FRACTION = 0.95
 
 
@@ -12,20 +12,20 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    """As the driver says it; `pallas_kernels.gpus` knows its compute capability by it."""
+    """The driver's name; `pallas_kernels.gpus` has its compute capability under it."""
     cores: int
     """Multiprocessors."""
     memory_bytes: int
-    """Of the device as the CUDA driver reports it: less than is sold, for error correction and the driver's own."""
+    """Memory that the CUDA driver reports: less than the nominal size, for error correction and the driver itself."""
     bandwidth: int
-    """Bytes of memory a second."""
+    """Memory bandwidth in bytes per second."""
     shared_memory_per_core: int
     l2_bytes: int
     clock_ghz: float
 
     @property
     def usable_bytes(self) -> int:
-        """What programs may take: the driver's figure times the fraction that jax is told to take."""
+        """Memory for programs: the driver's figure times `MEMORY_FRACTION`."""
         return int(self.memory_bytes * MEMORY_FRACTION)
 
 
@@ -33,7 +33,7 @@ def _gib(count: float) -> int:
     return int(count * (1 << 30))
 
 
-# Cores, bandwidth, caches and clocks are those of NVIDIA's data sheets. Memory is the total that CUDA reports, rounded
+# Cores, bandwidth, caches and clocks are from NVIDIA's data sheets. Memory is the total that CUDA reports, rounded
 # down: PyTorch's out-of-memory messages quote it, and published ones have 79.14 to 79.25 GiB for GPUs of 80 GB, 139.72
 # to 139.81 for an H200, 178.35 to 178.36 for a B200, 23.61 to 23.68 for an RTX 4090.
 GPUS: dict[str, Gpu] = {
@@ -52,5 +52,5 @@ def find_gpu(name: str) -> Gpu:
         ValueError: an unknown one.
     """
     if name.lower() not in GPUS:
-        raise ValueError(f"unknown GPU {name!r}; there are {', '.join(GPUS)}")
+        raise ValueError(f"unknown GPU {name!r}: choose one of {', '.join(GPUS)}")
     return GPUS[name.lower()]

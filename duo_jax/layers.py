@@ -20,7 +20,7 @@ Attend = Callable[[State, int, Array, Array, Array], tuple[Array, State]]
 
 
 class Linear(nnx.Linear):
-    """A linear map with weights `[in, out]`, in the data type that it computes in, or quantized."""
+    """A linear map with weights `[in, out]`, in the data type of its outputs, or quantized."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Linear(nnx.Linear):
 
 
 class Embed(nnx.Embed):
-    """Token embeddings `[vocabulary, width]`, in the data type that they give, or quantized."""
+    """Token embeddings `[vocabulary, width]`, in the data type of their outputs, or quantized."""
 
     def __init__(
         self, size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, weight_dtype: str | None = None
@@ -69,7 +69,7 @@ class RMSNorm(nnx.RMSNorm):
     """RMSNorm over the last axis; statistics in float32."""
 
     def __call__(self, x: Float[Array, "*B D"], mask: Array | None = None) -> Float[Array, "*B D"]:
-        """Apply to every token. Flax promotes bfloat16 without saying so, which a strict configuration would refuse."""
+        """Apply to every token. Flax promotes bfloat16 implicitly, which a strict configuration would refuse."""
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x, mask)
 
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
         """Project, rotate, attend, project back."""
         config = self.config
         batch, length, _ = x.shape
-        # Told in two steps: XLA would gather the weights of the devices that share a head's tokens, not what they give.
+        # Constrain in two steps: in one, XLA gathers weights over the devices that share a head's tokens, not outputs.
         qkv = constrain(self.qkv(x), self.mesh, "data", None, self.divided)
         qkv = constrain(qkv, self.mesh, "data", None, "tensor")
         qkv = qkv.reshape(batch, length, self.devices, -1, config.head_dim)
@@ -130,13 +130,13 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""
-        both = self.gate_up(x)
-        gate, up = jnp.split(both.reshape(*both.shape[:-1], self.devices, -1), 2, axis=-1)
-        return self.down((jax.nn.silu(gate) * up).reshape(*both.shape[:-1], -1))
+        gate_up = self.gate_up(x)
+        gate, up = jnp.split(gate_up.reshape(*gate_up.shape[:-1], self.devices, -1), 2, axis=-1)
+        return self.down((jax.nn.silu(gate) * up).reshape(*gate_up.shape[:-1], -1))
 
 
 class Layer(nnx.Module):
-    """One decoder layer: attention and MLP, each after an RMSNorm and beside a residual connection."""
+    """One decoder layer: attention and MLP, each after an RMSNorm and with a residual connection."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""

@@ -1,4 +1,4 @@
-"""HeadPattern: which KV heads keep a full cache. Host data only: from gates, to a boolean table, to files and back.
+"""HeadPattern: which KV heads keep a full cache. Host data only: gates, a boolean table, and their files.
 
 The unit is the KV head, per layer: a pattern is a `[layers, kv_heads]` table (paper section 2). Files are those of the
 published patterns: `full_attention_heads.tsv` with the raw gates and `config.json` with the sizes used in training.
@@ -40,7 +40,7 @@ class HeadPattern:
     recent_size: int
     gates: Float[np.ndarray, "L K"]
     metadata: dict = field(default_factory=dict)
-    # The bytes that were loaded: an unchanged pattern is saved as it was.
+    # The text that was loaded: an unchanged pattern is saved with the same bytes.
     _config_text: str | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class HeadPattern:
 
     @property
     def window(self) -> Window:
-        """What a streaming head sees."""
+        """The window of a streaming head."""
         return Window(int(self.sink_size), int(self.recent_size))
 
     @property
@@ -130,7 +130,7 @@ class HeadPattern:
             sparsity: fraction of KV heads that become streaming heads, over all layers, rounded down to whole heads.
             threshold: heads with a gate of at least this are retrieval heads.
             kv_budget: fraction of full attention's KV tokens that may be kept at `context_length`.
-            context_length: tokens; needed by `kv_budget` alone.
+            context_length: tokens; for `kv_budget` only.
             metadata: anything worth keeping in `config.json`.
 
         Raises:
@@ -182,7 +182,7 @@ class HeadPattern:
 
         Raises:
             FileNotFoundError: no such folder or name; the message lists the names.
-            ValueError: files that do not hold a pattern, or a rule that cannot be met.
+            ValueError: files that are not a pattern, or a rule that cannot be met.
         """
         folder = _find(source)
         config_text = _read(folder / CONFIG_FILE)
@@ -219,12 +219,12 @@ class HeadPattern:
         if self.is_retrieval.shape != (config.num_layers, config.num_kv_heads):
             raise ValueError(
                 f"the pattern has {self.num_layers} layers x {self.num_kv_heads} KV heads, the model "
-                f"{config.num_layers} x {config.num_kv_heads}: it was made for another model; choose one of its own"
+                f"{config.num_layers} x {config.num_kv_heads}: it was made for another model"
             )
 
 
 def published_patterns() -> list[str]:
-    """Names that `HeadPattern.load` knows without a path."""
+    """Names that `HeadPattern.load` accepts in place of a path."""
     root = resources.files("duo_jax") / "patterns"
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
 
@@ -236,7 +236,7 @@ def _check_sizes(sink_size: Any, recent_size: Any) -> None:
 
 
 def _largest(gates: np.ndarray, count: int) -> np.ndarray:
-    """Mark the `count` largest gates; among equals the higher KV head, then the higher layer stays a retrieval head."""
+    """Mark the `count` largest gates; ties go to the higher KV head, then to the higher layer."""
     layers, heads = np.indices(gates.shape)
     ascending = np.lexsort((layers.ravel(), heads.ravel(), gates.ravel()))
     chosen = np.zeros(gates.size, bool)
@@ -245,14 +245,14 @@ def _largest(gates: np.ndarray, count: int) -> np.ndarray:
 
 
 def _affordable(num_heads: int, budget: float, context_length: int, capacity: int) -> int:
-    """Most retrieval heads whose KV tokens, with those of the streaming heads, stay within the budget."""
+    """The most retrieval heads whose KV tokens, with those of the streaming heads, are within the budget."""
     if context_length < 1:
         raise ValueError(f"context_length must be at least 1, got {context_length=}")
     streaming = min(capacity, context_length)
     least = streaming / context_length
     if budget < least:
         raise ValueError(
-            f"kv_budget={budget} at {context_length=} is less than {least:.4f}, which streaming heads alone keep: "
+            f"kv_budget={budget} at {context_length=} is less than {least:.4f}, which streaming heads keep already: "
             "raise it, or lower sink_size + recent_size"
         )
     if streaming == context_length:
@@ -282,8 +282,10 @@ def _read_gates(path: Path) -> np.ndarray:
     rows = [line.split("\t") for line in _read(path).splitlines() if line.strip()]
     if not rows or len({len(row) for row in rows}) != 1:
         lengths = sorted({len(row) for row in rows})
-        raise ValueError(f"{path} must have as many tab-separated gates in every row (layer), got rows of {lengths}")
+        raise ValueError(
+            f"{path} must have the same number of tab-separated gates in every row (layer), got rows of {lengths}"
+        )
     try:
         return np.array([[float(gate) for gate in row] for row in rows])
     except ValueError as error:
-        raise ValueError(f"{path} holds something that is not a number: {error}") from None
+        raise ValueError(f"{path} has an entry that is not a number: {error}") from None

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021) and its scalings: one small class each, found by name in `ROPES`.
 
-A scaling is a rule that turns a head dimension into inverse frequencies; rotating is the same for all of them.
+A scaling computes inverse frequencies from a head dimension. The rotation is the same for all of them.
 """
 
 import math
@@ -77,7 +77,7 @@ class YarnRope(Rope):
     type: ClassVar[str] = "yarn"
 
     def __post_init__(self) -> None:
-        """Resolve the temperature (paper section 3.4), so that the field holds the number in use."""
+        """Compute the temperature (paper section 3.4), so that the field has the number in use."""
         if not self.attention_factor:
             scales = (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (1.0, 0.0)
             first, second = (0.1 * m * math.log(max(self.factor, 1.0)) + 1.0 for m in scales)
@@ -100,7 +100,7 @@ class YarnRope(Rope):
         return frequencies / np.float32(self.factor) * interpolated + frequencies * (1 - interpolated)
 
     def trained_positions(self, max_positions: int) -> int:
-        """Configurations differ in whether `max_position_embeddings` has the factor in it: the larger reading."""
+        """Some configurations include the factor in `max_position_embeddings`, others do not: the larger reading."""
         return max(max_positions, int(self.factor * self.original_max_position_embeddings))
 
 
@@ -131,6 +131,6 @@ def rotation(
 def rotate(
     x: Float[Array, "B T n H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"]
 ) -> Float[Array, "B T n H"]:
-    """Rotate the pairs (i, i + H/2) of every head by its position's angles; in float32, in Hugging Face's layout."""
+    """Rotate the pairs (i, i + H/2) of every head by the angles of its position, in float32 (Hugging Face's layout)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

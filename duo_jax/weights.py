@@ -1,4 +1,4 @@
-"""Weights in few bits, through qwix: how kernels and embeddings are stored, multiplied and looked up. Knows no model.
+"""Weights in few bits, through qwix: kernels and embeddings are stored, multiplied and looked up. Knows no model.
 
 Symmetric integers, with a scale for each output channel or for each group of input channels of it.
 """
@@ -17,7 +17,7 @@ from duo_jax.precision import check_name
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a kernel `[I, O]` is stored."""
+    """How a kernel `[I, O]` is quantized."""
 
     qtype: Literal["int8", "int4"]
     group: int | None = None
@@ -35,7 +35,7 @@ WEIGHT_FORMATS = {
 }
 
 
-# Embeddings are looked up: nothing is multiplied there whose other factor could be rounded.
+# Embeddings are looked up, not multiplied: there are no activations to quantize.
 EMBED_FORMATS = {name: how for name, how in WEIGHT_FORMATS.items() if not how.dynamic}
 
 
@@ -54,26 +54,26 @@ def multiply(
     input_axis: int = 0,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*B O"]:
-    """`x @ kernel`, in `dtype` or the type of `x`; with `dynamic`, of `x` rounded to int8, token by token."""
+    """`x @ kernel`, in `dtype` or the type of `x`; `dynamic` first rounds `x` to int8, token by token."""
     dimensions = (((x.ndim - 1,), (input_axis,)), ((), ()))
-    # qwix promotes integers without saying so, which a strict configuration would refuse.
+    # qwix promotes integers implicitly, which a strict configuration would refuse.
     with jax.numpy_dtype_promotion("standard"):
         left = qwix.quantize(x, "int8", channelwise_axes=range(x.ndim - 1)) if dynamic else x
         return qwix.dot_general(left, kernel, dimensions, preferred_element_type=dtype).astype(dtype or x.dtype)
 
 
 def look_up(table: qwix.QArray, tokens: Int[Array, "*B"]) -> Float[Array, "*B I"]:
-    """Rows of a table that is stored in few bits, in the type of its scales."""
+    """Rows of a quantized table, in the data type of its scales."""
     rows = jax.tree.map(lambda x: x[tokens], table)
     with jax.numpy_dtype_promotion("standard"):
         return qwix.dequantize(rows).astype(rows.scale.dtype)
 
 
 def check_format(setting: str, chosen: str, formats: Mapping[str, WeightFormat], *widths: int) -> None:
-    """Refuse a format that is not among `formats`, or one whose groups do not fit `widths`, the inputs of the kernels.
+    """Check that a format is in `formats` and that its groups divide `widths`, the inputs of the kernels.
 
     Raises:
-        ValueError: with what would fit.
+        ValueError: with the formats that fit.
     """
     check_name(setting, chosen, formats)
     fitting = [name for name, how in formats.items() if not any(width % (how.group or 1) for width in widths)]

@@ -647,7 +647,7 @@ def test_what_is_no_gguf_is_told(content: bytes, tmp_path: Path) -> None:
 
 def test_a_gguf_without_a_language_model_is_told(tmp_path: Path) -> None:
     path = write_tensor(tmp_path / "one.gguf", np.zeros((2, 64), np.uint8), Quantization.F32)
-    with pytest.raises(ValueError, match=r"no qwen2\.block_count.*does not hold a language model"):
+    with pytest.raises(ValueError, match=r"no qwen2\.block_count.*does not contain a language model"):
         load_model(path)
 
 

@@ -317,7 +317,7 @@ def test_unknown_characters_fuse_without_byte_tokens():
 @pytest.mark.parametrize("missing", ["model", "tokens", "token_type", "pre", "merges"])
 def test_missing_key_is_named(golden_metadata, missing):
     metadata = {name: value for name, value in golden_metadata.items() if name != KEY + missing}
-    with pytest.raises(ValueError, match=rf"{re.escape(KEY + missing)}.*carries no tokenizer"):
+    with pytest.raises(ValueError, match=rf"{re.escape(KEY + missing)}.*has no tokenizer"):
         tokenizer_from_gguf(metadata)
 
 

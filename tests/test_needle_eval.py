@@ -105,7 +105,7 @@ def test_needle_refuses_what_cannot_be_right(needle, tmp_path):
     assert_refused(run("--lengths", "60"), "leaves -")
     assert_refused(run("--haystack", tmp_path / "nothing"), "no haystack")
     assert not out.exists()
-    assert_refused(run("--budgets", "0.01"), "streaming heads alone keep")
+    assert_refused(run("--budgets", "0.01"), "streaming heads keep already")
     out.write_text(json.dumps({"about": {"task": "needle", "style": "words"}, "runs": []}) + "\n")
     before = out.read_text()
     assert_refused(run(), "made with other settings", "style was 'words', now 'digits'")

@@ -139,10 +139,10 @@ def test_gates_with_nan_are_refused_with_their_place():
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        (GATES_FILE, "1.0\t0.5\n1.0\n", "as many tab-separated gates"),
+        (GATES_FILE, "1.0\t0.5\n1.0\n", "same number of tab-separated gates"),
         (GATES_FILE, "1.0\tx\n", "not a number"),
         (GATES_FILE, "nan\t1.0\n", "must be finite"),
-        (GATES_FILE, "", "as many tab-separated gates"),
+        (GATES_FILE, "", "same number of tab-separated gates"),
         (CONFIG_FILE, "{", "not JSON"),
         (CONFIG_FILE, '{"sink_size": 4}', "has no 'recent_size'"),
         (CONFIG_FILE, '{"sink_size": 4, "recent_size": "12"}', "recent_size must be an integer"),

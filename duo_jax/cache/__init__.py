@@ -1,1 +1,1 @@
-"""The KV cache: arrays split by head type, their writes, and their storage on disk."""
+"""The KV cache: what to make (`spec`), the arrays (`cache`), their writes (`pools`), and folders on disk (`store`)."""

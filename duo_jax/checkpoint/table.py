@@ -1,6 +1,6 @@
 """The weight table: which checkpoint tensors make each parameter of the decoder. Names are Hugging Face's.
 
-Every supported family uses the same names; what a configuration leaves out (biases, q/k-norm, a free head) has no row.
+Every supported family uses the same names. Parts that a configuration lacks (biases, q/k-norm, a head) have no row.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Weight:
 
 
 def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
-    """Parameter path in the decoder -> where its values come from."""
+    """Parameter path in the decoder -> the source of its values."""
     dim, vocab, mlp = config.embed_dim, config.vocab_size, config.mlp_dim
     q, kv, head = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
     table: dict[tuple[str | int, ...], Weight] = {
@@ -60,5 +60,5 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
 
 
 def ignorable(name: str, config: ModelConfig) -> bool:
-    """Tensors that checkpoints carry and nobody needs: stored RoPE frequencies, a second copy of a tied head."""
+    """Tensors in checkpoints that are not needed: stored RoPE frequencies, a second copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")

@@ -1,1 +1,1 @@
-"""Several devices and processes: meshes, the balance of heads, placement of weights."""
+"""Several devices and processes: meshes, the balance of heads over them, and the placement of weights."""

@@ -1,6 +1,6 @@
-"""Several processes as one: joining them, and refusing those that were started with something else.
+"""Several processes that run one program: joining them, and checking that they have the same settings.
 
-JAX does the rest: every process runs the same program on its own devices. A process that dies ends the others.
+JAX does the rest: every process runs the program on its own devices. If one process dies, the others end too.
 """
 
 import json
@@ -13,26 +13,26 @@ from jax.experimental import multihost_utils
 
 from duo_jax.differences import differing
 
-# Seconds without a sign of life after which a process counts as dead, and seconds that the others have to leave.
+# Seconds without a heartbeat until a process counts as dead, and seconds that the others have to shut down.
 HEARTBEAT, LEAVING = 15, 30
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Make this process one of several, before any device is used.
+    """Join the other processes, before any device is used.
 
     Args:
-        coordinator: `host:port` of the first process, which the others can reach; by default, like the other two, from
-            the environment of Slurm, Open MPI, Kubernetes or a cloud's TPUs.
-        processes: how many there are.
-        process_id: which of them this one is, from 0.
+        coordinator: `host:port` of the first process, which the others must reach; by default, like the other two,
+            from the environment of Slurm, Open MPI, Kubernetes or a cloud's TPUs.
+        processes: their number.
+        process_id: number of this one, from 0.
 
     Raises:
-        ValueError: some of the three given without the others, or none and no known cluster.
+        ValueError: some of the three without the others, or none of them outside a known cluster.
     """
     given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
-        raise ValueError(f"give coordinator, processes and process_id, or none of them on a cluster: no {missing}")
+        raise ValueError(f"give coordinator, processes and process_id, or none of them on a cluster: missing {missing}")
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise ValueError(f"process_id must be in [0, {processes}), got {process_id}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -51,27 +51,27 @@ def is_first() -> bool:
 
 
 def check_alike(about: Mapping[str, Any]) -> None:
-    """Compare plain values across processes; one process alone agrees with itself.
+    """Check that all processes have the same plain values.
 
     Raises:
-        ValueError: in every process, where one has others than the first: what differs, of both.
+        ValueError: in every process, if one differs from the first, with both values of each difference.
     """
-    mine = np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)
-    longest = max(row[0] for row in gather([len(mine)]))
-    rows = gather(np.pad(mine, (0, longest - len(mine))).tolist())
-    said = [json.loads(bytes(row).rstrip(b"\0")) for row in rows]
-    for number, theirs in enumerate(said):
-        if theirs != said[0]:
-            found = "; ".join(
-                f"{name} is {first!r} in the first, {other!r} in the other"
-                for name, first, other in differing(said[0], theirs)
+    own = np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)
+    longest = max(row[0] for row in gather([len(own)]))
+    gathered = gather(np.pad(own, (0, longest - len(own))).tolist())
+    first, *others = (json.loads(bytes(row).rstrip(b"\0")) for row in gathered)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            differences = "; ".join(
+                f"{name} is {left!r} in the first, {right!r} in the other"
+                for name, left, right in differing(first, other)
             )
-            raise ValueError(f"processes 0 and {number} were started with different settings: {found}")
+            raise ValueError(f"processes 0 and {number} were started with different settings: {differences}")
 
 
 def gather(numbers: Sequence[int]) -> list[list[int]]:
-    """Every process's numbers, in the order of the processes; all must ask at the same point."""
+    """Every process's numbers, in the order of the processes; all must call this at the same point."""
     if jax.process_count() == 1:
         return [list(numbers)]
-    found = multihost_utils.process_allgather(np.asarray(numbers, np.int32))
-    return [[int(number) for number in row] for row in found]
+    rows = multihost_utils.process_allgather(np.asarray(numbers, np.int32))
+    return [[int(number) for number in row] for row in rows]
