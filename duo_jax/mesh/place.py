@@ -85,15 +85,13 @@ class Placement:
 
     def _divided(self, path: Path, shape: tuple[int, ...]) -> int | None:
         """The axis along which a parameter's array is divided; None: it is replicated."""
-        match path[-3:]:
-            case (_, "embed", "embedding") | ("embed", "embedding"):
-                # Not by vocabulary: XLA would gather all of it to look one token up.
+        match path[-2:]:
+            case ("embed", "embedding") | ("head", "kernel"):
+                # Embeddings not by vocabulary: XLA would gather all of it to look one token up.
                 return 1 if shape[1] % self.size.sharers == 0 else 0
-            case (_, "head", "kernel") | ("head", "kernel"):
-                return 1 if shape[1] % self.size.sharers == 0 else 0
-            case (_, "qkv" | "gate_up", _):
+            case ("qkv" | "gate_up", _):
                 return len(shape) - 1
-            case (_, "out" | "down", "kernel"):
+            case ("out" | "down", "kernel"):
                 return 0
         return None
 
