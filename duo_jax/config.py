@@ -71,7 +71,8 @@ class ModelConfig:
             ValueError: an unknown data type, or one that does not fit the model's widths.
         """
         given = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
-        return replace(self, **{name: check_name(name, x, ALLOWED[name]) for name, x in given.items() if x is not None})
+        changes: dict[str, Any] = {name: dtype for name, dtype in given.items() if dtype is not None}
+        return replace(self, **{name: check_name(name, dtype, ALLOWED[name]) for name, dtype in changes.items()})
 
     def precision(self, *, kv_dtype: AnyDtype | None = None, streaming_dtype: AnyDtype | None = None) -> Precision:
         """The model's data types, together with those of its KV cache."""
