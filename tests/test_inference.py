@@ -42,15 +42,16 @@ def decode_rest(model, cache, ids, expected, *, until=None):
     return cache
 
 
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full_matrix), 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefill_and_decode_equal_the_golden_logits_at_every_position(golden, kind):
-    """A batch with one row for every prefix, from one token to the whole capacity, in chunks of 48; then one step."""
+def test_prefill_and_decode_equal_the_golden_logits_at_every_position(golden, kind, every):
+    """A batch with one row for every prefix, or every second one, in chunks of 48; then one step, up to capacity."""
     model, arrays, pattern = load_golden(golden.name)
     ids, expected = arrays["ids"], arrays[KINDS[kind]]
     length = ids.shape[1]
-    lengths = np.arange(1, length + 1)
-    text = lengths % 2  # Both golden texts, in turn.
-    cache = KVCache.init(model.config, pattern if kind == "duo" else None, length, length)
+    lengths = np.arange(1, length + 1, every)
+    text = np.arange(len(lengths)) % 2  # Both golden texts, in turn.
+    cache = KVCache.init(model.config, pattern if kind == "duo" else None, len(lengths), length)
     logits, cache = prefill(model, ids[text], cache, lengths=lengths, chunk_size=48)
     np.testing.assert_allclose(logits, expected[text, lengths - 1], **TOLERANCE)
     np.testing.assert_array_equal(cache.length, lengths)
