@@ -4,9 +4,10 @@ import random
 
 import numpy as np
 import pytest
-from duo_eval.tasks.harness import batches
-from duo_eval.tasks.harness.adapter import DuoLM
-from duo_eval.tasks.harness.batches import padded, plan
+from duo_eval.methods.registry import method
+from duo_eval.tasks.lm_eval import batches
+from duo_eval.tasks.lm_eval.adapter import DuoLM
+from duo_eval.tasks.lm_eval.batches import padded, plan
 from lm_eval.api.instance import Instance
 
 import duo_jax
@@ -92,6 +93,24 @@ def test_likelihoods_equal_a_dense_forward_pass(lm):
         spaces = context[len(context.rstrip()) :]  # lm-eval's rule: they belong to the continuation
         wanted.append((encode(context.rstrip()) or [lm.tokenizer.bos_token_id], encode(spaces + continuation)))
     assert_equal(likelihoods(adapter(lm), PAIRS), dense(lm, wanted))
+
+
+@pytest.mark.parametrize(("name", "budget"), [("full", 1.0), ("streamingllm:sink_size=2", 1.0), ("h2o:block=16", 0.5)])
+def test_any_method_answers_at_its_budget(lm, said, name, budget):
+    plain = LM(lm.model, lm.tokenizer, None)
+    other = adapter(plain, method=method(name), budget=budget)
+    pairs = [(TEXT + "Is it so?", choice) for choice in CHOICES]
+    settings = {"until": ["."], "max_gen_toks": 4, "do_sample": False}
+    found, texts = likelihoods(other, pairs), generate(other, [(prompt, settings) for prompt in PROMPTS])
+    if budget == 1.0:  # Then every method is full attention.
+        assert_equal(found, likelihoods(adapter(plain), pairs))
+        assert texts == generate(adapter(plain), [(prompt, settings) for prompt in PROMPTS])
+    else:
+        assert np.isfinite([one[0] for one in found]).all() and len(texts) == len(PROMPTS)
+    with pytest.raises(NotImplementedError, match="greedily"):
+        generate(other, [("Hello", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 2})])
+    with pytest.raises(ValueError, match="one of them"):
+        adapter(lm, method=method(name))
 
 
 def test_what_greedy_decoding_says_is_greedy(lm, said):

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from duo_eval.tasks.harness import batches
-from duo_eval.tasks.harness.code_eval import CodeEval
-from duo_eval.tasks.harness.tasks import load_tasks
+from duo_eval.tasks.lm_eval import batches
+from duo_eval.tasks.lm_eval.code_eval import CodeEval
+from duo_eval.tasks.lm_eval.tasks import load_tasks
 
 from tests.text_models import assert_refused, make_model
 
@@ -91,6 +91,17 @@ def test_a_yaml_task_over_a_local_file(tmp_path, duo, model, tasks):
     assert_refused(harness(duo, model, out, *flags), "files.", "toy.yaml was")
 
 
+def test_a_task_by_another_method(tmp_path, duo, model, tasks):
+    out, flags = tmp_path / "out.json", ("--tasks", "toy_choice", "--include-path", tasks, "--method", "h2o:block=16")
+    done = harness(duo, model, out, *flags)
+    assert done.code == 0, done
+    record = json.loads(out.read_text())
+    assert (record["about"]["method"], record["about"]["budget"]) == ("h2o:block=16", 0.5)
+    assert_refused(harness(duo, model, out, *flags, "--budget", 0.75), "budget was 0.5, now 0.75")
+    refused = harness(duo, model, tmp_path / "new.json", *flags, "--pattern", model / "pattern")
+    assert_refused(refused, "--method takes the place of --pattern")
+
+
 def test_mbpp_from_a_local_file(tmp_path, duo, model):
     data = write(tmp_path / "mbpp.jsonl", [MBPP, MBPP | {"task_id": 12}])
     flags = ("--tasks", "mbpp", "--data", f"mbpp={data}", "--num-fewshot", 0, "--gen-kwargs", "max_gen_toks=4")
@@ -140,7 +151,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tmp_path, duo, tasks, chan
 def test_files_that_are_no_result_are_refused(tmp_path, duo, tasks):
     flags = ("--tasks", "toy_choice", "--include-path", tasks)
     (tmp_path / "out.json").write_text("[]")
-    assert_refused(harness(duo, "none", tmp_path / "out.json", *flags), "not a result of this command")
+    assert_refused(harness(duo, "none", tmp_path / "out.json", *flags), "not a line of a file of results", "--out")
     assert_refused(harness(duo, "none", tmp_path, *flags), "is a folder")
 
 

@@ -5,9 +5,7 @@ import json
 import numpy as np
 import pytest
 from duo_eval.runner.record import read
-from duo_eval.tasks.longbench.command import LongBenchTask, Row
-from duo_eval.tasks.longbench.data import load_rows
-from duo_eval.tasks.longbench.tasks import load_task, names
+from duo_eval.tasks.longbench import LongBenchTask, Row, Task, load_task, names
 from duo_eval.tasks.prompt import frame, prompt
 
 from duo_jax import load_tokenizer
@@ -82,7 +80,7 @@ def test_a_row_of_another_format_is_refused_with_its_line(folder, line, said):
     with (where / "qasper.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=rf"qasper.jsonl:{said}"):
-        load_rows("qasper", where, ("", "", ""))
+        load_task("qasper").rows(where)
 
 
 def test_rows_of_the_hub_have_the_same_form(tmp_path, monkeypatch):
@@ -90,10 +88,11 @@ def test_rows_of_the_hub_have_the_same_form(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "test.jsonl").write_text(json.dumps({**ROW, "question": "Who?"}) + "\n")
-    (row,) = load_rows("qasper", None, (str(tmp_path), "default", "test"))
+    source = {"dataset_path": str(tmp_path), "dataset_name": "default", "test_split": "test"}
+    (row,) = Task(source).rows(None)
     assert row["question"] == "Who?" and row["answers"] == ROW["answers"]
     with pytest.raises((FileNotFoundError, ValueError), match="could not be"):
-        load_rows("qasper", None, ("no/such-set", "qasper", "test"))
+        Task(source | {"dataset_path": "no/such-set"}).rows(None)
 
 
 def test_longbench_asks_every_method_resumes_and_refuses(duo, chat_model, folder, tmp_path):

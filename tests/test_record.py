@@ -68,7 +68,7 @@ def test_two_processes_do_not_write_to_one_file(tmp_path):
         with pytest.raises(ValueError, match="another process"), Record.open(path, ABOUT).writing(dtype="float32"):
             pass
         append(JOBS[1], {"score": 0.5})
-    with pytest.raises(ValueError, match="in the meantime"), late.writing(dtype="float32"):
+    with pytest.raises(ValueError, match="changed while"), late.writing(dtype="float32"):
         pass
     assert Record.open(path, ABOUT).missing(JOBS) == JOBS[2:]
 
@@ -200,7 +200,7 @@ def test_of_two_that_begin_a_new_file_one_is_refused(tmp_path):
             pass
         append(Job("a"), {"score": 1.0})
     assert len(read(path)[1]) == 1 and read(path)[0]["runs"][0]["dtype"] == "float32"
-    with pytest.raises(ValueError, match="written to in the meantime"), second.writing(dtype="float32"):
+    with pytest.raises(ValueError, match="changed while this run was starting"), second.writing(dtype="float32"):
         pass
     assert len(read(path)[1]) == 1
 

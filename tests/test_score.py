@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from duo_eval.show.result_types import type_of
 from duo_eval.stats.intervals import Estimate, of_differences, of_scores, ratio
-from duo_eval.stats.recall_cells import FULL, STREAMING, Key, recall_cells
+from duo_eval.stats.recall_cells import FULL_ATTENTION, STREAMING, Key, recall_cells
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_sample
 from duo_eval.tasks.precision import precision_table
 from duo_eval.tasks.recall_results import prose_table, recall_details, recall_table
@@ -150,7 +150,10 @@ def test_recall_compares_sizes(duo, text_model, tmp_path):
     assert done.code == 0, done
     _, cells = recall_cells(out)
     found = {(key.method, key.sink_size, key.recent_size) for key in cells}
-    assert found == {(FULL, 0, 0), *((method, 4, recent) for method in (STREAMING, "mine") for recent in (16, 24))}
+    assert found == {
+        (FULL_ATTENTION, 0, 0),
+        *((method, 4, recent) for method in (STREAMING, "mine") for recent in (16, 24)),
+    }
     assert "had all of it" in run(*pattern, "--sink-sizes", "4", "--recent-sizes", "24", "16").out
     table = recall_table(out)
     assert re.search(r"\| +sinks \| +16 recent \| +24 recent \|", table) and "nan" not in table + recall_details(out)

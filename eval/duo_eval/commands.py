@@ -1,4 +1,4 @@
-"""`duo eval`: measurements of what a pattern costs and buys, each a file beside this one."""
+"""`duo eval`: every measurement, and the commands that work on results."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,14 +16,15 @@ from duo_eval.speed.adapter import HarnessBench
 from duo_eval.speed.efficiency import Efficiency
 from duo_eval.speed.training import Training
 from duo_eval.tasks.ablation import Ablation
-from duo_eval.tasks.harness.command import Harness
-from duo_eval.tasks.longbench.command import LongBenchTask
+from duo_eval.tasks.humaneval import HumanEval
+from duo_eval.tasks.lm_eval.command import Harness
+from duo_eval.tasks.longbench import LongBenchTask
+from duo_eval.tasks.mmlu import Mmlu
+from duo_eval.tasks.mtbench import MtBench
 from duo_eval.tasks.needle.command import NeedleTask
 from duo_eval.tasks.precision import Precision
 from duo_eval.tasks.recall import Recall
 from duo_eval.tasks.ruler.command import RulerTask
-from duo_eval.tasks.short.command import HumanEval, Mmlu
-from duo_eval.tasks.short.mtbench import MtBench
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`duo eval merge`: several files of results as one, as when each of several devices measured a part of a grid."""
+"""`duo eval merge`: one file of results from several, such as those of devices that each measured a part of a grid."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from duo_eval.runner.record import merge
 
 @dataclass(frozen=True)
 class Merge:
-    """Put files of results together that one command wrote with the same settings, each finished job once."""
+    """Merge files of results that one command wrote with the same settings; each finished job is kept once."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """JSON lines of `duo eval needle`, `ruler`, `longbench`, `recall`, `precision`, `mmlu` or `humaneval`."""
@@ -20,5 +20,5 @@ class Merge:
     def run(self) -> None:
         """Read all, write one."""
         results, repeated = merge(self.files, self.out)
-        also = f", {repeated} of which were in several files: the first one's" if repeated else ""
+        also = f"; {repeated} were in several files, the first of which counts" if repeated else ""
         print(f"{self.out} has {results} results{also}")

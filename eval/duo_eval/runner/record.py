@@ -135,7 +135,7 @@ class Record:
             ValueError: the file has other results now than when it was opened.
         """
         if self.path and self._stored != (len(read(self.path)[1]) if _has_text(self.path) else 0):
-            raise ValueError(f"{self.path} was written to in the meantime: run the command again")
+            raise ValueError(f"{self.path} changed while this run was starting: run the command again")
         self._save()
 
     def _save(self) -> None:

@@ -10,16 +10,15 @@ from duo_eval.runner.record import read
 from duo_eval.show import patterns, score_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.speed import adapter, efficiency_results, training
-from duo_eval.tasks import precision, recall_results
-from duo_eval.tasks.harness import command as harness
+from duo_eval.tasks import item_by_item, precision, recall_results
+from duo_eval.tasks.lm_eval import command as harness
 from duo_eval.tasks.needle import command as needle
-from duo_eval.tasks.short import compare
 from duo_jax.pattern import GATES_FILE
 
 # The first that matches a file is its type.
 RESULT_TYPES: tuple[ResultType, ...] = (
     needle.RESULT,
-    compare.RESULT,
+    item_by_item.RESULT,
     precision.RESULT,
     recall_results.RESULT,
     score_table.RESULT,  # every other task that scores answers

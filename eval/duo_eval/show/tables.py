@@ -13,9 +13,9 @@ from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
 from duo_eval.speed.efficiency_results import bench_table
 from duo_eval.speed.training import training_table
+from duo_eval.tasks.item_by_item import short_table
 from duo_eval.tasks.precision import precision_table
 from duo_eval.tasks.recall_results import prose_table, recall_details, recall_table
-from duo_eval.tasks.short.compare import short_table
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results"

@@ -23,7 +23,7 @@ from duo_eval.runner.record import begun, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.engines.transformers import torch_model
-from duo_eval.tasks.short import mmlu
+from duo_eval.tasks import mmlu
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 
@@ -165,7 +165,7 @@ def measure(run: Run) -> dict[str, Any]:
 def _adapter(run: Run) -> Any:
     tokenizer = load_tokenizer(run.model)
     if run.engine == "duo":
-        from duo_eval.tasks.harness.adapter import DuoLM
+        from duo_eval.tasks.lm_eval.adapter import DuoLM
 
         model = load_model(run.model, dtype=run.dtype)
         return DuoLM(LM(model, tokenizer, None), batch_size=run.batch_size, progress=False)

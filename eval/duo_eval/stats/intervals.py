@@ -1,4 +1,4 @@
-"""Means with 95 % intervals over samples: the passkeys of one sample share its text, so samples are what is counted."""
+"""Means with 95 % intervals over samples, not over passkeys: the passkeys of one sample share its text."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-# Of the normal distribution, two-sided, 95 %.
+# Quantile of the normal distribution for a two-sided 95 % interval.
 Z = stats.norm.ppf(0.975)
 
 
@@ -32,7 +32,7 @@ def ratio(
 ) -> Estimate:
     """`sum(totals) / sum(counts)` over samples; with `minus`, of the paired differences `totals - minus`.
 
-    The interval is Student's, of the ratio linearized around its value: over a dozen samples a bootstrap's is short.
+    The interval is Student's, for the ratio linearized around its value; with a dozen samples a bootstrap's is short.
     """
     totals = totals if minus is None else totals - minus
     mean, number = totals.sum() / counts.sum(), len(totals)
@@ -46,38 +46,39 @@ def ratio(
 def of_scores(scores: Float[np.ndarray, "S"], weights: Float[np.ndarray, "S"] | None = None) -> Estimate:
     """The weighted mean of independent scores in [0, 1].
 
-    Wilson's interval where each is right or wrong and counts the same, and where all are equal; else Student's, which
-    would be a point where all are. No score in [0, 1] with this mean varies more than right and wrong do.
+    Wilson's interval where each score is 0 or 1 and all have the same weight, and where all scores are equal; otherwise
+    Student's, which would have no width where all are equal. Scores of 0 and 1 vary most among those with this mean.
+    (`scipy.stats.binomtest` has Wilson's interval too, but only for whole numbers of successes.)
     """
     weights = np.ones(len(scores)) if weights is None else weights
-    found, number = ratio(weights * scores, weights), len(scores)
-    if _alike(scores) or (_alike(weights) and np.isin(scores, (0.0, 1.0)).all()):
+    estimate, number = ratio(weights * scores, weights), len(scores)
+    if _equal(scores) or (_equal(weights) and np.isin(scores, (0.0, 1.0)).all()):
         square = Z**2 / number
-        centre = (found.mean + square / 2) / (1 + square)
-        half = np.sqrt(square * found.mean * (1 - found.mean) + square**2 / 4) / (1 + square)
-        found = Estimate(found.mean, centre - half, centre + half)
-    # Of all right or all wrong an end is the mean itself, but for rounding.
-    low, high = min(found.low, found.mean), max(found.high, found.mean)
-    return Estimate(found.mean, float(max(low, 0.0)), float(min(high, 1.0)))
+        centre = (estimate.mean + square / 2) / (1 + square)
+        half = np.sqrt(square * estimate.mean * (1 - estimate.mean) + square**2 / 4) / (1 + square)
+        estimate = Estimate(estimate.mean, centre - half, centre + half)
+    # Where all are right or all are wrong, one end is the mean itself, up to rounding.
+    low, high = min(estimate.low, estimate.mean), max(estimate.high, estimate.mean)
+    return Estimate(estimate.mean, float(max(low, 0.0)), float(min(high, 1.0)))
 
 
 def of_differences(
-    ours: Float[np.ndarray, "S"], theirs: Float[np.ndarray, "S"], weights: Float[np.ndarray, "S"] | None = None
+    scores: Float[np.ndarray, "S"], others: Float[np.ndarray, "S"], weights: Float[np.ndarray, "S"] | None = None
 ) -> Estimate:
-    """The weighted mean of what independent scores in [0, 1] differ from those that they are paired with.
+    """The weighted mean difference between independent scores in [0, 1] and the scores that they are paired with.
 
-    The interval of Bonett and Price (2012), which adds a disagreement either way, where each score is right or wrong
-    and counts the same, and where all differences are equal; else Student's, which would be a point where all are.
+    The interval of Bonett and Price (2012), which adds one disagreement each way, where each score is 0 or 1 and all
+    have the same weight, and where all differences are equal; otherwise Student's, which would have no width there.
     """
-    weights = np.ones(len(ours)) if weights is None else weights
-    change, number = ours - theirs, len(ours)
-    found = ratio(weights * ours, weights, weights * theirs)
-    if _alike(change) or (_alike(weights) and np.isin([ours, theirs], (0.0, 1.0)).all()):
+    weights = np.ones(len(scores)) if weights is None else weights
+    change, number = scores - others, len(scores)
+    estimate = ratio(weights * scores, weights, weights * others)
+    if _equal(change) or (_equal(weights) and np.isin([scores, others], (0.0, 1.0)).all()):
         up, down = ((part.sum() + 1) / (number + 2) for part in (change.clip(min=0), (-change).clip(min=0)))
         half = Z * np.sqrt((up + down - (up - down) ** 2) / (number + 2))
-        found = Estimate(found.mean, up - down - half, up - down + half)
-    return Estimate(found.mean, float(max(found.low, -1.0)), float(min(found.high, 1.0)))
+        estimate = Estimate(estimate.mean, up - down - half, up - down + half)
+    return Estimate(estimate.mean, float(max(estimate.low, -1.0)), float(min(estimate.high, 1.0)))
 
 
-def _alike(values: Float[np.ndarray, "S"]) -> bool:
+def _equal(values: Float[np.ndarray, "S"]) -> bool:
     return bool(np.ptp(values) < 1e-12)

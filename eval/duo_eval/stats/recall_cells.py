@@ -1,4 +1,4 @@
-"""Recall's records summed up: what each method found at each length, sparsity and size, with intervals."""
+"""Recall's results by cell: how well each method does at each length, sparsity and size, with intervals."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ import numpy as np
 from duo_eval.runner.record import read
 from duo_eval.stats.intervals import Estimate, ratio
 
-# Methods beside patterns, as records name them; random patterns have a number too.
-FULL, STREAMING, RANDOM = "full attention", "all streaming", "random"
+# The baselines, as jobs name them; each random pattern has a number as well.
+FULL_ATTENTION, STREAMING, RANDOM = "full attention", "all streaming", "random"
 
 
 class Key(NamedTuple):
-    """Which cell. Full attention has neither sinks nor a window."""
+    """Identifies a cell. Full attention has neither sinks nor a window."""
 
     length: int
     method: str
@@ -24,14 +24,14 @@ class Key(NamedTuple):
 
     @property
     def kv_fraction(self) -> float:
-        """KV tokens kept, as a fraction of full attention's."""
+        """KV tokens held, as a fraction of full attention's."""
         ring = min(self.length, self.sink_size + self.recent_size)
         return 1 - self.sparsity * (1 - ring / self.length)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What was found there."""
+    """Accuracy and likelihood of a cell's passkeys."""
 
     passkeys: int
     accuracy: Estimate
@@ -41,14 +41,14 @@ class Cell:
 
 
 def full(length: int) -> Key:
-    """The cell that others are compared with."""
-    return Key(length, FULL, 0.0, 0, 0)
+    """The cell with which others are compared."""
+    return Key(length, FULL_ATTENTION, 0.0, 0, 0)
 
 
 def recall_cells(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], dict[Key, Cell]]:
-    """The first line of a result, and its cells; random patterns are one method.
+    """The head of a file and its cells; random patterns are one method.
 
-    Cells of a length without full attention, which they are compared with, are left out.
+    Cells of a length without results of full attention, with which they are compared, are left out.
     """
     head, records = read(path)
     samples: dict[Key, dict[int, dict[str, Any]]] = {}
@@ -56,15 +56,15 @@ def recall_cells(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], di
         if record["job"]["prose"] == prose:
             samples.setdefault(_key(record["job"], head["about"]), {})[record["job"]["sample"]] = record
     cells = {}
-    for key, found in samples.items():
+    for key, own in samples.items():
         base = samples.get(full(key.length), {})
-        numbers = sorted(set(found) & set(base))
+        numbers = sorted(set(own) & set(base))
         if not numbers:
             continue
-        drawn = _drawn(found, numbers)
-        tokens, hits, nll = (_column(found, drawn, name) for name in ("tokens", "hits", "nll"))
+        drawn = _drawn(own, numbers)
+        tokens, hits, nll = (_column(own, drawn, name) for name in ("tokens", "hits", "nll"))
         cells[key] = Cell(
-            sum(len(found[number]["tokens"]) for number in numbers),
+            sum(len(own[number]["tokens"]) for number in numbers),
             ratio(hits, tokens),
             ratio(hits, tokens, _column(base, drawn, "hits")),
             ratio(nll, tokens),
@@ -75,14 +75,14 @@ def recall_cells(path: Path, *, prose: bool = False) -> tuple[dict[str, Any], di
 
 def _key(job: dict[str, Any], about: dict[str, Any]) -> Key:
     method = RANDOM if job["method"].startswith(RANDOM) else job["method"]
-    if method == FULL:
+    if method == FULL_ATTENTION:
         return full(job["length"])
     sizes = (job.get(name, about[name]) for name in ("sink_size", "recent_size"))
     return Key(job["length"], method, job["sparsity"], *sizes)
 
 
 def _drawn(samples: dict[int, dict[str, Any]], numbers: list[int]) -> list[list[int]]:
-    """Samples that are one draw together: of random patterns all that one of them had, of the others each."""
+    """Samples by independent draw: all samples of one random pattern are one draw, any other sample is its own."""
     groups: dict[Any, list[int]] = {}
     for number in numbers:
         method = samples[number]["job"]["method"]

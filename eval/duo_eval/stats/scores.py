@@ -1,8 +1,8 @@
-"""Scores of records: of which questions, by whom, with 95 % intervals. Knows no task and no file.
+"""Mean scores of methods at budgets, with 95 % intervals, and paired differences. Knows no task and no file.
 
-Methods are compared over the questions that all of them have a score for: some may have been asked more than others,
-and some could not hold a prompt within their budget. Where there are tasks, each counts the same, however many
-questions it has.
+Methods are compared over the questions for which all of them have a score: some may have been asked more questions than
+others, and some could not hold a prompt within their budget. All tasks have the same weight, whatever their number of
+questions.
 """
 
 import json
@@ -15,73 +15,73 @@ from jaxtyping import Float
 
 from duo_eval.stats.intervals import Estimate, of_differences, of_scores
 
-# Holds every token whatever the budget.
+# The name of full attention, which has no other budget than 1.
 FULL = "full"
-# What tables say of a file that has no record.
+# The table of a file without results.
 NOTHING = "No job is finished yet."
 
 Record = Mapping[str, Any]
 
 
 def question_of(record: Record) -> str:
-    """Which question a record is about, whoever was asked."""
+    """Identifies the question of a record: its job without the method and the budget."""
     return json.dumps({name: value for name, value in record["job"].items() if name not in ("method", "budget")})
 
 
 def scored(records: Iterable[Record]) -> list[Record]:
-    """Those with a score."""
+    """The records with a score."""
     return [record for record in records if record.get("score") is not None]
 
 
 def shared(records: Iterable[Record]) -> list[Record]:
-    """Those of questions for which every method here has a score at every budget."""
-    having = scored(records)
-    asked = Counter(question_of(record) for record in having)
-    everybody = len(by_method(having))
-    return [record for record in having if asked[question_of(record)] == everybody]
+    """The records of questions for which every method has a score at each of its budgets."""
+    with_score = scored(records)
+    counts = Counter(question_of(record) for record in with_score)
+    methods = len(by_method(with_score))
+    return [record for record in with_score if counts[question_of(record)] == methods]
 
 
 def grouped(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Records by these fields of their jobs, in the order in which they come."""
-    found: dict[tuple[Any, ...], list[Record]] = {}
+    """Records by these fields of their jobs, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(record["job"][name] for name in names), []).append(record)
-    return found
+        groups.setdefault(tuple(record["job"][name] for name in names), []).append(record)
+    return groups
 
 
 def by_method(records: Iterable[Record]) -> dict[tuple[str, float], list[Record]]:
-    """Records by method and budget: methods in the order in which they come, their budgets from the smallest on."""
+    """Records by method and budget: methods in order of first appearance, budgets in increasing order."""
     groups = grouped(records, "method", "budget")
     methods = list(dict.fromkeys(method for method, _ in groups))
     return {key: groups[key] for key in sorted(groups, key=lambda key: (methods.index(key[0]), key[1]))}
 
 
 def mean(records: Sequence[Record]) -> Estimate:
-    """Of the scores of one method, which all records must have."""
+    """Mean score of the records of one method, all of which must have a score."""
     return of_scores(np.array([record["score"] for record in records], np.float64), _weights(records))
 
 
 def difference(records: Sequence[Record], others: Iterable[Record]) -> tuple[Estimate, int] | None:
-    """How much more one method scores than another on the questions that both were asked, and how many these are."""
-    theirs = {question_of(record): record["score"] for record in others}
-    both = [record for record in records if question_of(record) in theirs]
-    if not both:
+    """Mean difference between two methods over the questions that both were asked, and the number of questions."""
+    other_scores = {question_of(record): record["score"] for record in others}
+    paired = [record for record in records if question_of(record) in other_scores]
+    if not paired:
         return None
-    pairs = np.array([(record["score"], theirs[question_of(record)]) for record in both], np.float64)
-    return of_differences(pairs[:, 0], pairs[:, 1], _weights(both)), len(both)
+    pairs = np.array([(record["score"], other_scores[question_of(record)]) for record in paired], np.float64)
+    return of_differences(pairs[:, 0], pairs[:, 1], _weights(paired)), len(paired)
 
 
 def _weights(records: Sequence[Record]) -> Float[np.ndarray, "S"]:
-    """Such that every task has as much of them."""
+    """Weights with the same sum for every task."""
     tasks = [record["job"].get("task") for record in records]
     count = Counter(tasks)
     return np.array([1 / count[task] for task in tasks], np.float64)
 
 
 def in_words(records: Iterable[Record]) -> Iterator[str]:
-    """A line for each method at each budget: mean scores in percent, all in all and of each task."""
-    for (method, budget), found in by_method(shared(records)).items():
-        tasks = grouped(found, "task") if "task" in found[0]["job"] else {}
-        each = ", ".join(f"{task} {100 * mean(here).mean:.1f}" for (task,), here in tasks.items())
-        about = f"{mean(found).scaled(100).format('.1f')}, n = {len(found)}"
-        yield f"{method} at {budget:g} of the KV bytes: {about}{f'; {each}' if each else ''}"
+    """A line for each method at each budget: mean scores in percent, over all tasks and for each."""
+    for (method, budget), group in by_method(shared(records)).items():
+        tasks = grouped(group, "task") if "task" in group[0]["job"] else {}
+        by_task = ", ".join(f"{task} {100 * mean(part).mean:.1f}" for (task,), part in tasks.items())
+        overall = f"{mean(group).scaled(100).format('.1f')}, n = {len(group)}"
+        yield f"{method} at {budget:g} of the KV bytes: {overall}{f'; {by_task}' if by_task else ''}"

@@ -1,6 +1,6 @@
-"""`duo eval ablation`: what a setting of training does: gates trained with each value, scored side by side.
+"""`duo eval ablation`: the effect of a training setting. Trains gates with each value and scores them together.
 
-Nothing here trains or scores: `duo identify` and `duo eval recall` do.
+`duo identify` trains and `duo eval recall` scores; this command only calls them.
 """
 
 import shlex
@@ -16,8 +16,8 @@ from duo_eval.tasks.recall import Recall, Scoring
 from duo_jax import load_tokenizer
 from duo_jax.pattern import GATES_FILE
 
-# What this command decides itself.
-OURS = ("--model", "--out", "--resume", "--no-resume", "--distributed")
+# Flags that this command sets.
+RESERVED = ("--model", "--out", "--resume", "--no-resume", "--distributed")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ablation:
     variants: tuple[str, ...]
     """Ways to train, each NAME=FLAGS of `duo identify`: usual= teacher="--attention.mixing teacher"."""
     out: Path
-    """Folder for a pattern per variant, recall.jsonl and its figures; what it has already is not computed again."""
+    """Folder for a pattern per variant, recall.jsonl and its figures; results that it already has are kept."""
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     identify: str = ""
@@ -44,7 +44,7 @@ class Ablation:
             model=self.model,
             scoring=self.scoring,
         )
-        # What is wrong is refused before the first training, which may take hours.
+        # Refuse bad settings before the first training, which may take hours.
         recall.check()
         self.scoring.texts(load_tokenizer(self.model))
         for training in trainings.values():
@@ -57,7 +57,7 @@ class Ablation:
         recall.run()
 
     def _trainings(self) -> dict[str, Identify]:
-        """A command for each variant."""
+        """The training command of each variant."""
         named = [variant.partition("=") for variant in self.variants]
         names = [name for name, _, _ in named]
         if len(set(names)) < max(len(names), 2) or not all(name and equals for name, equals, _ in named):
@@ -67,18 +67,18 @@ class Ablation:
         return {name: self._training(name, [*_split(self.identify), *_split(flags)]) for name, _, flags in named}
 
     def _training(self, name: str, flags: list[str]) -> Identify:
-        ours = [flag for flag in flags if flag.partition("=")[0] in OURS]
-        if ours:
+        reserved = [flag for flag in flags if flag.partition("=")[0] in RESERVED]
+        if reserved:
             raise ValueError(
-                f"{name}: {', '.join(ours)} cannot vary; train with `duo identify`, then `duo eval recall`"
+                f"{name}: {', '.join(reserved)} cannot vary; train with `duo identify`, then `duo eval recall`"
             )
         args = [*flags, "--model", self.model, "--out", str(self.out / name), "--resume"]
         return tyro.cli(Identify.variant(args), prog=f"duo identify ({name})", args=args)
 
 
 def _split(flags: str) -> list[str]:
-    """As a shell does."""
+    """Split as a shell does."""
     try:
         return shlex.split(flags)
     except ValueError as error:
-        raise ValueError(f"{flags!r} are no flags: {error}") from None
+        raise ValueError(f"{flags!r} cannot be split into flags: {error}") from None

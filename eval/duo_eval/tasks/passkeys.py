@@ -1,6 +1,6 @@
-"""Hidden passkeys scored by teacher forcing: how likely is each token of an answer, given all that stands before it?
+"""Hidden passkeys scored by teacher forcing: how likely is each token of an answer, given everything before it?
 
-Knows no patterns by name and no files. Text, words and seed are other than those that gates are trained on.
+Knows no patterns by name and no files. Text, words and seed differ from those that gates are trained on.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ UNSEEN = Needles(
 
 
 def fit(config: Needles, tokenizer: Any, length: int) -> NeedleData:
-    """Needle data whose samples have at most `length` tokens, all in all, and few less."""
+    """Needle data whose samples have at most `length` tokens in total, and only slightly fewer."""
     probe = NeedleData(replace(config, min_length=length, max_length=length, num_lengths=1), tokenizer)
     around = max(len(probe[number].tokens) for number in range(32)) - length
     text = length - around - 8
@@ -53,7 +53,7 @@ def score_sample(
     """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
     tokens = jnp.asarray(sample.tokens)[None]
     cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]), dtype=kv_dtype)
-    # The last token before the questions is scored with them: every token of an answer then has one before it.
+    # The last token before the questions is scored with them, so that every token of an answer has a predecessor.
     begin = sample.tail - 1
     _, cache = prefill(model, tokens[:, :begin], cache)
     scores, _ = score(model, tokens[:, begin:], cache)
@@ -75,7 +75,7 @@ def score_prose(
     *,
     kv_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Next-token loss on a stretch of the text, nothing hidden in it."""
+    """Next-token loss on a stretch of the text without needles."""
     begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
     tokens = jnp.asarray(data.text[begin : begin + length])[None]
     scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))

@@ -1,4 +1,4 @@
-"""`duo eval precision`: what fewer bits for cache and weights cost, by teacher forcing on needles and on prose."""
+"""`duo eval precision`: the cost of fewer bits for cache and weights, by teacher forcing on needles and on prose."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,16 +37,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Precision:
-    """Score hidden passkeys and prose with quantized caches and quantized weights, beside float32."""
+    """Score hidden passkeys and prose with quantized caches and quantized weights, and compare with float32."""
 
     out: Path
-    """File to append to; what it has already is not computed again."""
+    """File to append to; results that it already has are not computed again."""
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     pattern: str = "smollm2-135m-instruct"
     """Head pattern: a published name or a folder."""
     caches: tuple[str, ...] = ("bfloat16", "int8", "int4")
-    """Data types of retrieval heads' keys and values, with float32 weights; float32 itself is always measured."""
+    """Data types of retrieval heads' keys and values, with float32 weights; float32 is always measured."""
     weights: tuple[str, ...] = ("int8", "w8a8", "int4")
     """Formats of weights, with a float32 cache."""
     both: tuple[str, ...] = ("w8a8:int4",)
@@ -66,7 +66,7 @@ class Precision:
     data: Needles = UNSEEN
 
     def run(self) -> None:
-        """Score what the file lacks, a model of one precision after the other."""
+        """Score what the file lacks, one precision after the other."""
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
         about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
         gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}
@@ -119,7 +119,7 @@ class Precision:
 
 
 def precision_table(path: Path) -> str:
-    """Accuracy and likelihood of passkeys, and next-token loss, beside float32 by paired differences."""
+    """Accuracy and likelihood of passkeys, and next-token loss, by paired differences from float32."""
     head, records = read(path)
     found: dict[tuple, dict[int, dict[str, float]]] = defaultdict(dict)
     for record in records:
@@ -152,7 +152,7 @@ def _change(found: Mapping[tuple, dict[int, dict[str, float]]], at: tuple, weigh
 
 
 def _mean(of: dict[int, dict[str, float]], field: str, minus: dict[int, dict[str, float]] | None = None) -> Estimate:
-    """Of a field by token; over the samples that both have."""
+    """Mean of a field per token, over the samples that both have."""
     shared = sorted(set(of) & set(minus)) if minus is not None else sorted(of)
     totals, counts = (np.array([of[sample][name] for sample in shared]) for name in (field, "tokens"))
     return ratio(totals, counts, np.array([minus[sample][field] for sample in shared]) if minus is not None else None)

@@ -1,7 +1,7 @@
-"""`duo eval recall`: what a pattern costs in recall, by teacher forcing: how likely is each word of a hidden passkey?
+"""`duo eval recall`: the recall that a pattern loses, by teacher forcing: how likely is each word of a hidden passkey?
 
-Each sample hides many passkeys; all of them are asked for in turn and answered rightly, and every token of an answer is
-scored given what stands before it. That uses every token of a small model's answers, where an exact match of whole keys
+Each sample hides many passkeys. All of them are asked for in turn and answered correctly, and every token of an answer
+is scored given everything before it. That uses every token of a small model's answers; an exact match of whole keys
 would use one bit.
 """
 
@@ -17,7 +17,7 @@ from duo_train.data.needles import NeedleData, Needles
 
 from duo_eval.runner.record import Record, fingerprint
 from duo_eval.runner.run import Answer, run
-from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING
+from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, load_model, load_tokenizer
@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class SizedJob(Job):
-    """One sample under one pattern with other sizes than the file's own."""
+    """One sample under one pattern whose sizes differ from those in the file's head."""
 
     sink_size: int = 0
     recent_size: int = 0
@@ -44,16 +44,16 @@ class SizedJob(Job):
 
 @dataclass(frozen=True)
 class Scoring:
-    """What patterns are scored at, and on what."""
+    """Samples, sparsities and sizes of the scoring."""
 
     sparsity: tuple[float, ...] = (0.25, 0.5, 0.6, 0.7, 0.75, 0.8)
     """Fractions of KV heads that stream."""
     lengths: tuple[int, ...] = (2048, 4096)
-    """Tokens of a sample, all in all."""
+    """Tokens of a sample."""
     samples: int = 13
     """Samples of each length, with 16 passkeys each by default."""
     random: int = 5
-    """Random patterns; the samples are shared out among them. 0: none."""
+    """Random patterns; the samples are divided among them. 0: none."""
     prose: int = 10
     """Stretches of the text itself, scored under full attention and patterns at a sparsity of 0.5."""
     prose_length: int = 2048
@@ -63,18 +63,18 @@ class Scoring:
     recent_size: int = 256
     """Most recent tokens that streaming heads keep."""
     sink_sizes: tuple[int, ...] = ()
-    """Sizes to compare (an ablation): each of these with each of --recent-sizes; --sink-size alone by default."""
+    """Sizes to compare (an ablation): each of these with each of --recent-sizes; by default only --sink-size."""
     recent_sizes: tuple[int, ...] = ()
-    """Likewise; --recent-size alone by default."""
+    """Likewise; by default only --recent-size."""
     data: Needles = UNSEEN
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Sinks and window, every pair to measure."""
+        """Every pair of sinks and window to measure."""
         return tuple(product(self.sink_sizes or (self.sink_size,), self.recent_sizes or (self.recent_size,)))
 
     def check(self) -> None:
-        """See that this can be scored, whatever the pattern.
+        """Check everything that does not depend on the pattern.
 
         Raises:
             ValueError: a negative count, nothing to score, or a sparsity or sizes that no pattern has.
@@ -105,7 +105,7 @@ class Recall:
     patterns: tuple[str, ...] = ("smollm2=smollm2-135m-instruct",)
     """Patterns to compare, each NAME=FOLDER or NAME=PUBLISHED-NAME."""
     out: Path = Path("recall.jsonl")
-    """File to append to; what it has already is not computed again. The figures lie beside it."""
+    """File to append to; results that it already has are not computed again. The figures are written next to it."""
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
@@ -146,28 +146,28 @@ class Recall:
         return str(model.dtype), score
 
     def _sources(self) -> dict[str, str]:
-        """Where each pattern is, by its name."""
-        found = {}
+        """The folder or published name of each pattern, by its name."""
+        sources: dict[str, str] = {}
         for entry in self.patterns:
-            name, given, source = entry.partition("=")
-            if not given or not name or name in (FULL, STREAMING) or name.startswith(RANDOM):
-                raise ValueError(f"a pattern is NAME=FOLDER, the name not that of a baseline, got {entry!r}")
-            if name in found:
-                raise ValueError(f"a pattern has a name of its own, got {name!r} twice")
-            found[name] = source
-        return found
+            name, equals, source = entry.partition("=")
+            if not equals or not name or name in (FULL_ATTENTION, STREAMING) or name.startswith(RANDOM):
+                raise ValueError(f"a pattern is NAME=FOLDER, its name not that of a baseline, got {entry!r}")
+            if name in sources:
+                raise ValueError(f"patterns need different names, got {name!r} twice")
+            sources[name] = source
+        return sources
 
     def _jobs(self, names: Iterable[str]) -> Iterator[Job]:
         """In an order in which every stage is a usable result."""
         how = self.scoring
         for length in how.lengths:
-            yield from (Job(FULL, 0.0, length, number) for number in range(how.samples))
+            yield from (Job(FULL_ATTENTION, 0.0, length, number) for number in range(how.samples))
             for sizes in how.sizes:
                 yield from self._sized(sizes, (Job(STREAMING, 1.0, length, number) for number in range(how.samples)))
                 for sparsity in how.sparsity:
                     yield from self._sized(sizes, self._of_sparsity(names, sparsity, length))
-        # At the file's own sizes.
-        for method, sparsity in ((FULL, 0.0), (STREAMING, 1.0), *((name, 0.5) for name in names)):
+        # At the sizes of the file's head.
+        for method, sparsity in ((FULL_ATTENTION, 0.0), (STREAMING, 1.0), *((name, 0.5) for name in names)):
             yield from (Job(method, sparsity, how.prose_length, number, prose=True) for number in range(how.prose))
 
     def _of_sparsity(self, names: Iterable[str], sparsity: float, length: int) -> Iterator[Job]:
@@ -178,14 +178,14 @@ class Recall:
             yield Job(f"{RANDOM} {number % how.random}", sparsity, length, number)
 
     def _sized(self, sizes: tuple[int, int], jobs: Iterable[Job]) -> Iterator[Job]:
-        """The jobs at these sizes; they say so where the file's first line says others."""
+        """The jobs at these sizes; they name the sizes if they differ from those in the file's head."""
         if sizes == (self.scoring.sink_size, self.scoring.recent_size):
             yield from jobs
         else:
             yield from (SizedJob(**asdict(job), sink_size=sizes[0], recent_size=sizes[1]) for job in jobs)
 
     def _pattern(self, job: Job, sources: Mapping[str, str], shape: tuple[int, int]) -> HeadPattern | None:
-        if job.method == FULL:
+        if job.method == FULL_ATTENTION:
             return None
         at = job if isinstance(job, SizedJob) else self.scoring
         sizes: dict[str, Any] = {"sink_size": at.sink_size, "recent_size": at.recent_size}
@@ -196,7 +196,7 @@ class Recall:
         return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
 
     def _record(self, gates: Mapping[str, str]) -> Record:
-        """The file, with what it is and whose gates its names stand for."""
+        """The file, with its settings and the gates behind its names."""
         how = asdict(self.scoring)
         about = {"model": self.model} | {name: how[name] for name in ("sink_size", "recent_size", "data")}
         return Record.open(self.out, about, gates)

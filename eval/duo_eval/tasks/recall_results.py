@@ -9,7 +9,7 @@ from duo_eval.show.curves import Line, chart, percent_line
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn, ResultType
 from duo_eval.stats.intervals import Estimate
-from duo_eval.stats.recall_cells import FULL, RANDOM, STREAMING, Cell, Key, full, recall_cells
+from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING, Cell, Key, full, recall_cells
 from duo_eval.stats.scores import NOTHING
 
 Cells = Mapping[Key, Cell]
@@ -51,7 +51,7 @@ def recall_details(path: Path) -> str:
         accuracy, difference = (one.scaled(100).format(".1f") for one in (cell.accuracy, cell.accuracy_difference))
         nll, nll_difference = (one.format(".3f") for one in (cell.nll, cell.nll_difference))
         sizes = f"{key.sink_size}, {key.recent_size}"
-        if key.method == FULL:
+        if key.method == FULL_ATTENTION:
             difference = nll_difference = sizes = ""
         about = [key.length, key.method, f"{key.sparsity:.0%}", sizes, cell.passkeys]
         rows.append([*about, accuracy, difference, nll, nll_difference])
@@ -66,7 +66,7 @@ def prose_table(path: Path) -> str:
         return ""
     rows = []
     for key, cell in _ordered(cells):
-        difference = "" if key.method == FULL else cell.nll_difference.format(".3f")
+        difference = "" if key.method == FULL_ATTENTION else cell.nll_difference.format(".3f")
         rows.append([key.method, f"{key.sparsity:.0%}", cell.nll.format(".3f"), difference])
     return rows_to_table(rows, ["method", "stream", "loss, nats a token", "difference to full attention"])
 
@@ -77,7 +77,7 @@ def recall_curves(path: Path) -> Iterator[Drawn]:
     for length, base, streaming in _lengths(cells):
         shared: dict[str, Any] = {
             "y": "token accuracy, %",
-            "level": percent_line(FULL, [0.0], [base.accuracy]),
+            "level": percent_line(FULL_ATTENTION, [0.0], [base.accuracy]),
         }
         title = f"Recall at {length:,} tokens"
         if len({key[3:] for key in streaming}) > 1:
@@ -96,7 +96,7 @@ def recall_curves(path: Path) -> Iterator[Drawn]:
 def _lengths(cells: Cells) -> Iterator[tuple[int, Cell, Cells]]:
     """For each length: the cell of full attention, and the others."""
     for length in sorted({key.length for key in cells}):
-        others = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL}
+        others = {key: cell for key, cell in cells.items() if key.length == length and key.method != FULL_ATTENTION}
         yield length, cells[full(length)], others
 
 

@@ -1,4 +1,4 @@
-"""`duo eval needle`: which lengths and depths, what is hidden there, and the map of what was found."""
+"""`duo eval needle`: lengths and depths, the needles hidden there, and a map of the scores."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from duo_jax.text.template import encode
 
 @dataclass(frozen=True)
 class Cell(MethodJob):
-    """One needle, asked for with one method."""
+    """One needle, for one method."""
 
     length: int
     depth: float
@@ -38,7 +38,7 @@ class NeedleTask:
 
     comparison: tyro.conf.OmitArgPrefixes[Comparison] = Comparison()
     out: Path = Path("needle.jsonl")
-    """File to append to; what it has already is not computed again. The maps lie beside it."""
+    """File to append to; results that it already has are not computed again. The maps are written next to it."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Tokens of prompt and answer."""
     depths: int = 10
@@ -49,8 +49,8 @@ class NeedleTask:
     """The sentence about San Francisco, scored by its key words; a passkey of five digits, right or wrong; one of five
     words, scored by how many come."""
     question_later: bool = False
-    """Take in the text first, the question token by token afterwards, as of a document that is kept to be asked: what a
-    method lets go of is decided without the question, and budgets are fractions of the text's bytes."""
+    """Take in the text first and the question token by token afterwards, as with a stored document: a method evicts
+    without knowing the question, and budgets are fractions of the text's bytes."""
     haystack: str = DEFAULT
     """Text to hide it in: pydoc (Python's own reference pages), essays (fetched by pip), a text or .jsonl[.zst] file, a
     folder of them, or a hub data set such as hub:kmfoda/booksum:chapter. A text that is too short is repeated."""
@@ -68,7 +68,7 @@ class NeedleTask:
             )
         settings = asdict(self)
         shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "seed")}
-        # Said only where it is so: a file without it has the question in the prompt.
+        # Stored only if set: in older files, which lack it, the question was in the prompt.
         shared |= {"question_later": True} if self.question_later else {}
         room = self._room
         self.comparison.run(
@@ -86,7 +86,7 @@ class NeedleTask:
             print(path)
 
     def _jobs(self) -> Iterator[Cell]:
-        """Whole maps one after the other, each from its shortest length on, with all methods side by side."""
+        """Whole maps one after the other, each from its shortest length on; a question goes to all methods in turn."""
         for sample in range(self.samples):
             for length in sorted(self.lengths):
                 for depth in np.linspace(0, 1, self.depths).round(4).tolist():
@@ -104,7 +104,7 @@ class NeedleTask:
         needle = STYLES[self.style](rng)
         hidden = hide(
             self.comparison.tokenizer,
-            # A text shorter than the cell is repeated; which stretch is drawn depends on no other cell.
+            # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
             np.resize(self._hay, max(len(self._hay), job.length)),
             needle,
             rng,

@@ -1,6 +1,6 @@
-"""What is hidden and how answers are scored: a style of needle is a function here and its row in `STYLES`.
+"""Styles of needles: hidden sentence, question and score. A style is a function here and its row in `STYLES`.
 
-Knows text only: no tokenizer, no haystack. Every score reaches 1.0 with the right answer.
+Knows only text: no tokenizer, no haystack. Every score reaches 1.0 with the right answer.
 """
 
 import re
@@ -16,11 +16,11 @@ class Needle:
     """One sentence to find.
 
     Attributes:
-        sentence: what is hidden.
-        question: what is asked after the text.
-        answer: the first words of the answer; given, so that a small model need not find its form.
-        key: what an answer must have.
-        score: of an answer and the key, 0 to 1.
+        sentence: the text to hide.
+        question: the question after the text.
+        answer: the first words of the answer, given so that a small model need not find its form.
+        key: the words that an answer must contain.
+        score: function of an answer and the key, 0 to 1.
         max_new_tokens: room for the answer.
     """
 
@@ -39,13 +39,13 @@ def words_found(answer: str, key: tuple[str, ...]) -> float:
 
 
 def first_number(answer: str, key: tuple[str, ...]) -> float:
-    """1 if the first number of an answer is the key: one that guesses on is not right."""
+    """1 if the first number of an answer is the key; later guesses do not count."""
     return float(re.findall(r"\d+", answer)[:1] == list(key))
 
 
 def original(rng: np.random.Generator) -> Needle:
     """The needle of the first such test (Kamradt 2023): the same in every text, scored by its key words."""
-    del rng  # Only the text around it differs.
+    del rng  # Only the text around the needle differs.
     return Needle(
         "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n",
         "\nBased on the text above: what is the best thing to do in San Francisco?",

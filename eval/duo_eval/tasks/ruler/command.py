@@ -1,4 +1,4 @@
-"""`duo eval ruler`: which tasks at which lengths, and their scores."""
+"""`duo eval ruler`: tasks at several lengths, and their scores."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,13 +19,13 @@ from duo_eval.tasks.ruler.kind import Example, Material, fitted
 from duo_eval.tasks.ruler.qa import Questions, load
 from duo_eval.tasks.ruler.tasks import TASKS, score
 
-# Tasks that need a file, and its format.
+# Tasks that need a file, and the format of the file.
 FILES: dict[str, Literal["squad", "hotpot"]] = {"qa_squad": "squad", "qa_hotpot": "hotpot"}
 
 
 @dataclass(frozen=True)
 class Entry(MethodJob):
-    """One example of a task, put to one method."""
+    """One example of a task, for one method."""
 
     task: str
     length: int
@@ -38,7 +38,7 @@ class RulerTask:
 
     comparison: tyro.conf.OmitArgPrefixes[Comparison] = Comparison()
     out: Path = Path("ruler.jsonl")
-    """File to append to; what it has already is not computed again."""
+    """File to append to; results that it already has are not computed again."""
     tasks: tuple[str, ...] = ()
     """Some of niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_squad,
     qa_hotpot; by default all, but for the last two where their files are not given."""
@@ -55,7 +55,7 @@ class RulerTask:
     hotpot: Path | None = None
     """File in HotpotQA's format, for qa_hotpot."""
     seed: int = 0
-    """Example i of a task depends on this, its length, and i alone."""
+    """Example i of a task depends only on this, its length, and i."""
 
     def run(self) -> None:
         """Ask for what the file lacks; print the means."""
@@ -70,7 +70,7 @@ class RulerTask:
         tasks_folder("ruler")
         settings = asdict(self)
         shared = {name: settings[name] for name in ("haystack", "haystack_chars", "seed")}
-        _ = self._questions  # Files that are not what they should be are refused first.
+        _ = self._questions  # Refuse malformed files first.
         data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
         data["haystack"] = sha256(" ".join(self._words).encode())
         self.comparison.run(
@@ -92,7 +92,7 @@ class RulerTask:
         )
 
     def _jobs(self) -> Iterator[Entry]:
-        """One example of everything first, then the next; all methods side by side."""
+        """The first example of everything, then the next; an example goes to all methods in turn."""
         for sample in range(self.samples):
             for length in sorted(self.lengths):
                 for task in self._chosen:

@@ -8,13 +8,13 @@ from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
 from duo_eval.tasks.ruler.words import all_words
 
 COMMON = 10
-# Below this length words come less often, so that there are words enough.
+# Below this length words are repeated less often, so that enough different words fit.
 SHORT = 4096
 
 
 @dataclass(frozen=True)
 class CommonWords(Kind):
-    """After a short list with its answer; a size is so many different words."""
+    """A list after a short one with its answer; the size is the number of different words."""
 
     max_new_tokens: ClassVar[int] = 120
     joint: ClassVar[str] = "\n\n"

@@ -18,7 +18,7 @@ NOISE = "..."
 
 @dataclass(frozen=True)
 class FrequentWords(Kind):
-    """A size is so many words, most of them noise."""
+    """The size is the number of words, most of them noise."""
 
     alpha: float = 2.0
     """Exponent: the word of rank k takes a part in proportion to k to the minus alpha."""

@@ -1,6 +1,6 @@
-"""What every kind of RULER task offers: an example of any size; and the largest one that fits a length.
+"""The interface of a kind of RULER task, which makes examples of any size; and the largest example that fits a length.
 
-Knows no tokenizer: how long an example is, a function says.
+Knows no tokenizer: a function measures the length of an example.
 """
 
 from abc import ABC, abstractmethod
@@ -17,9 +17,9 @@ class Example:
     """One question.
 
     Attributes:
-        text: what is asked, the long context within it.
-        answer: what the answer begins with.
-        outputs: what an answer must have: all of them, or any, as the task says.
+        text: the question, with its long context.
+        answer: the beginning of the answer.
+        outputs: strings that an answer must contain: all of them or any, depending on the task.
     """
 
     text: str
@@ -29,12 +29,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Material:
-    """What examples are made of, beside chance.
+    """The material of examples.
 
     Attributes:
         words: the words of a long real text.
         questions: for question answering, a `qa.Questions`.
-        length: tokens that the example may have, its answer included.
+        length: most tokens of the example and its answer.
     """
 
     words: tuple[str, ...]
@@ -43,11 +43,11 @@ class Material:
 
 
 class Kind(ABC):
-    """A kind of task: a frozen dataclass whose fields tell its tasks apart."""
+    """A kind of task: a frozen dataclass whose fields distinguish its tasks."""
 
     # Tokens of the answer.
     max_new_tokens: ClassVar[int]
-    # Whether an answer must have all outputs, and its score is their fraction; or any of them.
+    # "all": the score is the fraction of outputs in an answer. "any": one of them is enough.
     match: ClassVar[Literal["all", "any"]] = "all"
     # Between question and answer, where there is no chat template.
     joint: ClassVar[str] = " "
@@ -56,23 +56,23 @@ class Kind(ABC):
 
     @abstractmethod
     def least(self) -> int:
-        """The smallest size that has room for everything that must be in an example."""
+        """The smallest size with room for everything that an example must contain."""
 
     @abstractmethod
     def make(self, rng: Random, size: int, material: Material) -> Example | None:
-        """An example; `size` counts what its context is made of. None: there is not so much.
+        """An example; `size` counts the parts of its context. None: the material has fewer.
 
-        From one state of `rng`, every size asks for the same.
+        From the same state of `rng`, every size has the same question.
         """
 
 
 def fitted(
     kind: Kind, seed: tuple[Any, ...], material: Material, count: Callable[[Example], int]
 ) -> tuple[Example, int]:
-    """The largest example of which prompt and answer have at most `material.length` tokens, and its size.
+    """The largest example with at most `material.length` tokens of prompt and answer, and its size.
 
     Raises:
-        ValueError: a length in which the smallest one has no room.
+        ValueError: a length without room for the smallest example.
     """
     shortest = []
     for attempt in range(kind.attempts):
@@ -97,7 +97,7 @@ def fitted(
             else:
                 best, low = made, middle
         return best, low
-    least = f"{min(shortest)} tokens" if shortest else "more than there is"
+    least = f"{min(shortest)} tokens" if shortest else "more text than there is"
     raise ValueError(f"the smallest example takes {least}, prompt and answer, got a length of {material.length}")
 
 

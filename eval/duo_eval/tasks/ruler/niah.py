@@ -1,4 +1,4 @@
-"""Needles in RULER's manner: keys with values among a repeated sentence, essays, or other needles (section 3)."""
+"""RULER's needles: keys with values, hidden in a repeated sentence, in essays or in other needles (section 3)."""
 
 import re
 import uuid
@@ -13,20 +13,20 @@ import numpy as np
 from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
 from duo_eval.tasks.ruler.words import adjectives, nouns
 
-# Where needles may lie in essays, as fractions of its sentences.
+# Depths of needles in essays, as fractions of the sentences.
 DEPTHS = np.linspace(0, 1, 40)
 
 
 @dataclass(frozen=True)
 class Niah(Kind):
-    """Needles; a size is so many lines, or words of an essay."""
+    """Needles; the size is the number of lines, or of words of an essay."""
 
     haystack: Literal["repeat", "essay", "needle"]
-    """One sentence again and again; real text; needles that nobody asks for."""
+    """A repeated sentence; real text; or needles that no question asks for."""
     key: Literal["words", "uuids"] = "words"
-    """What values are kept under."""
+    """The kind of key."""
     value: Literal["numbers", "uuids"] = "numbers"
-    """What is looked for."""
+    """The kind of value."""
     num_keys: int = 1
     """Keys in the text."""
     num_values: int = 1
@@ -37,7 +37,7 @@ class Niah(Kind):
     max_new_tokens: ClassVar[int] = 128
 
     def least(self) -> int:
-        """A line for each needle; in essays, sentences for them to lie between."""
+        """A line for each needle; in essays, enough sentences between which to put them."""
         needles = self.num_keys * self.num_values
         return 50 if self.haystack == "essay" else needles
 
@@ -68,7 +68,7 @@ class Niah(Kind):
         return sentence.format(type_needle_v=self.value, key=key, value=value)
 
     def _example(self, context: str, keys: list[str], values: list[list[str]]) -> Example:
-        """The question, in the singular where there is one answer."""
+        """The question, in the singular if there is one answer."""
         template: str = prompts("niah_utils.py", "TEMPLATE")
         question = template.rpartition("\n")[2]
         start = "What are all the"
@@ -87,7 +87,7 @@ class Niah(Kind):
 
 
 def _between_sentences(rng: Random, words: tuple[str, ...], needles: list[str]) -> str:
-    """The text with needles at depths that are drawn; each between two sentences."""
+    """The text with needles at random depths, each between two sentences."""
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(words))
     depths = sorted(rng.sample(DEPTHS.tolist(), len(needles)))
     for depth, needle in reversed(list(zip(depths, needles, strict=True))):

@@ -1,4 +1,4 @@
-"""Question answering (RULER, section 3): the paragraphs that a question needs, among others.
+"""Question answering (RULER, section 3): the paragraphs that a question needs, mixed with others.
 
 Reads files in the formats of SQuAD and HotpotQA; knows no network.
 """
@@ -15,7 +15,7 @@ from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers that count, and the paragraphs that it needs: the rest is noise."""
+    """A question, its correct answers, and the paragraphs that it needs; all others are noise."""
 
     text: str
     answers: tuple[str, ...]
@@ -33,14 +33,14 @@ class Questions:
 
 @dataclass(frozen=True)
 class QA(Kind):
-    """A size is so many paragraphs; those of the same article come before others."""
+    """The size is the number of paragraphs; those of the same article come before others."""
 
     max_new_tokens: ClassVar[int] = 32
     match: ClassVar[Literal["all", "any"]] = "any"
     attempts: ClassVar[int] = 200
 
     def least(self) -> int:
-        """Every question's own paragraphs are there, however few are asked for."""
+        """The paragraphs that a question needs are always included, whatever the size."""
         return 1
 
     def make(self, rng: Random, size: int, material: Material) -> Example | None:
@@ -49,7 +49,7 @@ class QA(Kind):
         if size > 1 and size > len(data.paragraphs):
             return None
         asked = rng.choice(data.questions)
-        # One order for all sizes: a larger example has what a smaller one has.
+        # One order for all sizes: a larger example contains the paragraphs of a smaller one.
         others = rng.sample(asked.related, len(asked.related))
         known = {*asked.needed, *asked.related}
         others += rng.sample(rest := [n for n in range(len(data.paragraphs)) if n not in known], len(rest))

@@ -14,7 +14,7 @@ EXAMPLE_LINES, EXAMPLE_LETTERS = 8, 3
 
 @dataclass(frozen=True)
 class Tracking(Kind):
-    """One chain, after a short one with its answer; a size is so many lines of noise."""
+    """One chain, after a short one with its answer; the size is the number of lines of noise."""
 
     hops: int = 4
     """Assignments from one variable to the next."""
@@ -44,7 +44,7 @@ class Tracking(Kind):
         assignments += [f"VAR {new} = VAR {old}" for old, new in itertools.pairwise(names)]
         noise = prompts("vt_utils.py", "noise").strip()
         context = [noise] * lines
-        # From the last on, so that places count lines of noise only and the chain keeps its order.
+        # Insert from the last on: places then count only lines of noise, and the chain keeps its order.
         places = sorted(rng.sample(range(lines), len(assignments)), reverse=True)
         for place, assignment in zip(places, reversed(assignments), strict=True):
             context.insert(place, assignment)

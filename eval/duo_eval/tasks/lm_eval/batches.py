@@ -1,8 +1,8 @@
-"""Contexts in batches: which go together, and what of them is computed once. Knows no task and no text.
+"""Batches of contexts: which contexts are computed together, and which of their tokens only once. Knows no task.
 
-What several contexts begin with, such as the worked examples of a few-shot prompt, is prefilled as one row and forked
-to as many rows as the batch has. What is asked of one context, such as the choices of a question, is for the caller to
-ask in turn, rewinding the batch's cache in between: `fork` copies whole pools, `rewind` only rings.
+A beginning that several contexts share, such as the worked examples of a few-shot prompt, is prefilled as one row and
+forked to the rows of the batch. Several continuations of one context, such as the choices of a question, are for the
+caller to score in turn, rewinding the cache in between: `fork` copies whole pools, `rewind` only rings.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from duo_jax.infer import CHUNK_OVERHEAD
 
 Tokens: TypeAlias = tuple[int, ...]
 
-# Chunks of a batch: few sizes, since each is a program to compile.
+# Chunk sizes of a batch: few, since each is a program to compile.
 WIDTHS = (16, 64, 256, 1024)
-# Cache lengths are powers of two from here on, for the same reason.
+# Cache lengths are powers of two, at least this one, for the same reason.
 MIN_ROOM = 128
-# Contexts share a beginning of at least this many tokens, which is at least half of each: less does not pay.
+# A beginning is shared only if it has at least this many tokens and is at least half of each context.
 MIN_SHARED = 64
 
 
@@ -30,7 +30,7 @@ class Batch:
     """Contexts that are computed together.
 
     Attributes:
-        rows: their indices.
+        rows: indices of the contexts.
         shared: tokens at the beginning of all of them that are computed once.
         room: tokens of cache that each row needs.
     """
@@ -41,18 +41,18 @@ class Batch:
 
 
 def plan(contexts: Sequence[Tokens], extra: Sequence[int], turns: Sequence[int], batch_size: int) -> list[Batch]:
-    """Batches of contexts alike in length, and of those that share a beginning.
+    """Batches of contexts of similar length, and of contexts with a common beginning.
 
     Args:
         contexts: token ids, at least one each.
-        extra: tokens that will be appended to each context, at most.
-        turns: how often something will be; contexts with as many turns go together.
-        batch_size: most rows of a batch. Smaller ones have a power of two: few programs.
+        extra: most tokens that will be appended to each context.
+        turns: how often something will be appended; contexts with the same number of turns are batched together.
+        batch_size: most rows of a batch. The rows of a smaller one are a power of two, to limit compilation.
     """
     batches = []
     for family, shared in _families(contexts):
         family.sort(key=lambda row: (turns[row], len(contexts[row]) + extra[row]), reverse=True)
-        # One room for a family: what it shares is then computed once for all of its batches.
+        # One cache length for a family: its common beginning is then computed once for all of its batches.
         rooms = {row: room(len(contexts[row]) + extra[row]) for row in family}
         while family:
             size = min(batch_size, 1 << (len(family).bit_length() - 1))
@@ -62,12 +62,12 @@ def plan(contexts: Sequence[Tokens], extra: Sequence[int], turns: Sequence[int],
 
 
 def room(length: int) -> int:
-    """Tokens of cache for so many tokens: the next power of two."""
+    """Length of a cache for `length` tokens: the next power of two."""
     return max(MIN_ROOM, 1 << (length - 1).bit_length())
 
 
 def width(longest: int, rows: int) -> int:
-    """Tokens per chunk for a batch whose longest row has `longest`: what should take the least time."""
+    """Tokens per chunk for a batch whose longest row has `longest`, chosen for the least estimated time."""
     return min(WIDTHS, key=lambda size: -(-longest // size) * (size * rows + CHUNK_OVERHEAD))
 
 
@@ -81,7 +81,7 @@ def padded(rows: Sequence[Tokens], size: int) -> tuple[Int32[np.ndarray, "B T"],
 
 
 class Prefiller:
-    """Puts batches of contexts into caches, and keeps the last beginning that was shared."""
+    """Prefills batches of contexts, and keeps the cache of the last common beginning."""
 
     def __init__(self, model: Model, pattern: HeadPattern | None, *, backend: str | None = None) -> None:
         """Nothing is computed yet."""
@@ -89,14 +89,14 @@ class Prefiller:
         self._shared: tuple[Tokens, KVCache] | None = None
 
     def open(self, batch: Batch, contexts: Sequence[Tokens]) -> tuple[KVCache, list[Tokens]]:
-        """A cache that holds what the rows share, and the rest of each row, which is at least a token."""
+        """A cache with the common beginning of the rows, and the rest of each row, at least one token."""
         rows = [contexts[row] for row in batch.rows]
         if not batch.shared:
             self._shared = None
             return self._cache(len(rows), batch.room), rows
         begin = rows[0][: batch.shared]
         if self._shared is None or self._shared[0] != begin or self._shared[1].max_length != batch.room:
-            self._shared = None  # Freed first: two would be in memory at once.
+            self._shared = None  # Free it first, so that only one is in memory.
             _, cache = self.append(self._cache(1, batch.room), [begin])
             self._shared = begin, cache
         return self._shared[1].fork(len(rows)), [row[batch.shared :] for row in rows]
@@ -112,24 +112,24 @@ class Prefiller:
 
 
 def _families(contexts: Sequence[Tokens]) -> list[tuple[list[int], int]]:
-    """Indices of contexts that begin alike, and how many tokens they share; all others are one family, sharing none."""
+    """Groups of contexts with a common beginning, and its length; all other contexts are one group that shares none."""
     order = sorted(range(len(contexts)), key=lambda row: contexts[row])
     families: list[tuple[list[int], int]] = []
     for row in order:
         if families:
             members, shared = families[-1]
-            # Neighbours in this order share the most. A token of each row stays: its logits are wanted.
+            # Neighbours in this order share the most. One token of each row is not shared: its logits are needed.
             common = min(_common(contexts[members[-1]], contexts[row]), len(contexts[row]) - 1, shared)
             if common >= MIN_SHARED and 2 * common >= len(contexts[row]):
                 families[-1] = [*members, row], common
                 continue
         families.append(([row], len(contexts[row]) - 1))
-    alone = [members[0] for members, _ in families if len(members) == 1]
-    return [(alone, 0), *(family for family in families if len(family[0]) > 1)]
+    single = [members[0] for members, _ in families if len(members) == 1]
+    return [(single, 0), *(family for family in families if len(family[0]) > 1)]
 
 
 def _common(first: Tokens, second: Tokens) -> int:
-    """Tokens at the beginning of both."""
+    """Number of tokens that both begin with."""
     size = min(len(first), len(second))
     different = np.flatnonzero(np.array(first[:size]) != np.array(second[:size]))
     return int(different[0]) if len(different) else size

@@ -1,4 +1,4 @@
-"""`duo eval harness`: any task of lm-evaluation-harness, under full attention or a head pattern, as one JSON file."""
+"""`duo eval harness`: any task of lm-evaluation-harness, under any method, with results as one JSON file."""
 
 import hashlib
 import json
@@ -9,22 +9,28 @@ from typing import Any
 
 import tyro
 
-from duo_eval.runner.record import fingerprint, provenance, sha256, write
+from duo_eval.methods.registry import method
+from duo_eval.runner.provenance import provenance
+from duo_eval.runner.record import Record, fingerprint, sha256, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType
 from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions, PatternOptions
-from duo_jax.differences import changes
 
 
 @dataclass(frozen=True)
 class Harness:
-    """Run tasks of lm-evaluation-harness, or YAML tasks in its format, with a head pattern or full attention."""
+    """Run tasks of lm-evaluation-harness, or YAML tasks in its format, with full attention or any other method."""
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     tasks: tuple[str, ...]
     """Tasks, groups or tags by name, or paths of YAML files. `lm-eval ls tasks` lists those that lm-eval has."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    method: str | None = None
+    """Hold the context by a method in place of a head pattern: snapkv, h2o, ..., as `duo eval needle` names them. Every
+    context is then computed by itself."""
+    budget: float = 0.5
+    """Fraction of full attention's KV bytes that the method may hold."""
     out: Path = Path("harness.json")
     """File to write. Requests that were answered before an interruption are not computed again."""
     include_path: tuple[Path, ...] = ()
@@ -34,7 +40,7 @@ class Harness:
     num_fewshot: int | None = None
     """Worked examples in a prompt; the task's own number by default."""
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Questions of each task, from the first on; all by default."""
     gen_kwargs: str | None = None
     """Settings of generation that replace a task's own: max_gen_toks=64,temperature=0.7"""
     batch_size: int = 8
@@ -57,37 +63,43 @@ class Harness:
     """Seed of the worked examples."""
 
     def run(self) -> None:
-        """Find the tasks, load the model, ask, write."""
+        """Find the tasks, load the model, evaluate, write."""
         try:
             import lm_eval
             from lm_eval.utils import make_table
 
-            from duo_eval.tasks.harness.adapter import DuoLM
-            from duo_eval.tasks.harness.tasks import leaves, load_tasks
+            from duo_eval.tasks.lm_eval.adapter import DuoLM
+            from duo_eval.tasks.lm_eval.tasks import leaves, load_tasks
         except ImportError as error:
             raise ValueError(f"duo eval harness needs lm-eval ({error}): pip install 'duo-jax[eval]'") from None
         if not self.tasks:
             raise ValueError("--tasks names no task")
+        if self.method and self.pattern.pattern:
+            raise ValueError("--method takes the place of --pattern: give one of them")
         about = self._about()
-        self._check_out(about)
+        Record.open(self.out, about)  # Refuses a file of another run; one of this run is made again.
         loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data())
         unsafe = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and not self.run_code:
             raise ValueError(f"{', '.join(unsafe)} runs code that the model writes: allow it with --run-code")
-        model, tokenizer = self.model.load(), self.model.tokenizer()
+        tokenizer = self.model.tokenizer()
+        chosen = method(self.method, tokenizer=tokenizer) if self.method else None
+        model = self.model.load()
         length = self.max_length or model.config.trained_positions
         pattern = self.pattern.load(length)
         if pattern is not None:
             pattern.check(model.config)
         lm = DuoLM(
             LM(model, tokenizer, pattern),
+            method=chosen,
+            budget=self.budget,
             name=self.model.model,
             batch_size=self.batch_size,
             max_length=self.max_length,
             truncate=self.truncate,
             backend=self.backend,
         )
-        # Answers to single requests, by lm-eval's own store. It knows texts only: its name says what answers them.
+        # lm-eval stores the answer to each request by its text; the name of the store identifies the settings.
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         store = self.out.with_name(f"{self.out.name}.{key}")
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +121,7 @@ class Harness:
         )
         record = provenance() | {"about": about} | _kept(results, self.samples)
         if unsafe:
-            from duo_eval.tasks.short.sandbox import isolation
+            from duo_eval.tasks.sandbox import isolation
 
             record["sandbox"] = isolation()
         write(self.out, json.loads(json.dumps(record, default=str)))
@@ -119,9 +131,9 @@ class Harness:
         print(f"written to {self.out}")
 
     def _about(self) -> dict[str, Any]:
-        """What the figures depend on: settings, and what stands behind the names of files."""
-        settings = asdict(self)
-        about: dict[str, Any] = {name: settings[name] for name in settings if name != "out"}
+        """The settings that scores depend on, with fingerprints of gates and files."""
+        unused = {"out"} if self.method else {"out", "method", "budget"}
+        about: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in unused}
         if self.pattern.pattern:
             about["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
         files = [*self._data().values(), *(path for folder in self.include_path for path in sorted(folder.rglob("*")))]
@@ -129,31 +141,17 @@ class Harness:
         return dict(json.loads(json.dumps(about, default=str)))
 
     def _data(self) -> dict[str, Path]:
-        found = {}
+        data = {}
         for entry in self.data:
-            name, given, path = entry.partition("=")
-            if not given or not name or not path:
+            name, _, path = entry.partition("=")
+            if not name or not path:
                 raise ValueError(f"--data takes TASK=FILE, got {entry!r}")
-            found[name] = Path(path)
-        return found
-
-    def _check_out(self, about: Mapping[str, Any]) -> None:
-        """Refuse a file of another run; one of this run is made again."""
-        if self.out.is_dir():
-            raise ValueError(f"{self.out} is a folder: --out names a file")
-        if not self.out.exists():
-            return
-        try:
-            old = json.loads(self.out.read_text(encoding="utf-8"))["about"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.out} is not a result of this command; choose another --out") from None
-        different = changes(old, about)
-        if different:
-            raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
+            data[name] = Path(path)
+        return data
 
 
 def _tops(loaded: Mapping[str, Any]) -> list[Any]:
-    """Groups with all their tasks, and the tasks of none: what lm-eval loads again into the same."""
+    """Groups with all their tasks, and the tasks without a group, in the form that lm-eval loads again."""
     inside = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
     below = {name for names in loaded["group_map"].values() for name in names}
     groups = [group for name, group in loaded["groups"].items() if name not in below]
@@ -161,7 +159,7 @@ def _tops(loaded: Mapping[str, Any]) -> list[Any]:
 
 
 def _kept(results: Any, samples: bool) -> dict[str, Any]:
-    """The part of lm-eval's results that says how it went."""
+    """The fields of lm-eval's results that are kept."""
     names = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     kept = {name: results[name] for name in names if name in results}
     return kept | ({"samples": results["samples"]} if samples else {})

@@ -1,6 +1,6 @@
-"""Inside the sandbox: sets limits on this process, refuses what a solution has no need of, runs the program.
+"""Inside the sandbox: sets limits on this process, refuses operations that no solution needs, runs the program.
 
-Started by `sandbox.py` as a script without site packages: it may import the standard library alone.
+Started by `sandbox.py` as a script without site packages: it may import only the standard library.
 """
 
 import json
@@ -22,7 +22,7 @@ CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.
 
 
 def main() -> None:
-    """Read the order, run the program, say the word."""
+    """Read the request, run the program, print the completion token."""
     order = json.load(sys.stdin)
     voice = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def compile_program(text: str) -> Any:
-    """The program's code, or what is wrong with it as text."""
+    """The program's code, or an error message."""
     try:
         return compile(text, "<program>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:

@@ -1,6 +1,6 @@
-"""What tasks that judge generated code load as `code_eval`: the same numbers, every program in the sandbox.
+"""The metric `code_eval` for tasks that judge generated code: the same numbers, but every program runs in the sandbox.
 
-The metric of that name comes from a hub and runs code in forks of this process, without limits on memory or network.
+The original is downloaded from a hub and runs code in forks of this process, without limits on memory or network.
 """
 
 import math
@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from duo_eval.tasks.short.sandbox import Limits, run
+from duo_eval.tasks.sandbox import Limits, run
 
-# What the sandbox says of a program.
+# The sandbox's verdict on a program.
 Outcome = Literal["passed", "failed", "timed out"]
 
 
@@ -20,7 +20,7 @@ class CodeEval:
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
-        """pass@k by its unbiased estimator (Chen et al. 2021, section 2.1), and what became of each program."""
+        """pass@k by its unbiased estimator (Chen et al. 2021, section 2.1), and the outcome of each program."""
         outcomes = {
             task: [run(f"{program}\n{test}", Limits()).outcome for program in programs]
             for task, (test, programs) in enumerate(zip(references, predictions, strict=True))
@@ -38,7 +38,7 @@ class CodeEval:
 
 @contextmanager
 def sandboxed() -> Iterator[None]:
-    """While tasks are loaded, `evaluate.load("code_eval")` gives the metric above."""
+    """Make `evaluate.load("code_eval")` return the metric above, while tasks are loaded."""
     import evaluate
 
     real = evaluate.load

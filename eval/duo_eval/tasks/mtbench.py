@@ -1,6 +1,6 @@
 """`duo eval mtbench`: answers to MT-Bench's questions in FastChat's file format, for its judges to read.
 
-Both turns of a question are one conversation on one cache. Judging needs a strong model and is FastChat's own business.
+Both turns of a question are one conversation on one cache. FastChat judges them, with a strong model.
 """
 
 import json
@@ -14,17 +14,16 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from duo_eval.runner.record import fingerprint, provenance, sha256, write
-from duo_eval.tasks.short.rows import read_rows
+from duo_eval.runner.record import Record, fingerprint, sha256
+from duo_eval.tasks.rows import read_rows
 from duo_jax import LM, Categorical, Greedy, HeadPattern, Temperature
 from duo_jax.cli.options import ModelOptions, PatternOptions
-from duo_jax.differences import changes
 from duo_jax.files import write_text
 from duo_jax.text.chat import Chat
 
 QUESTION_FIELDS = ("question_id", "category", "turns")
 ANSWER_FIELDS = ("question_id", "answer_id", "model_id", "choices", "tstamp")
-# By category, as FastChat draws its answers; 0 takes the likeliest token.
+# Sampling temperatures by category, as in FastChat; 0 takes the likeliest token.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 OTHERWISE = 0.0
 
@@ -40,7 +39,7 @@ class MtBench:
     """Answers, one line a question; questions that have one are not asked again. Settings go into OUT.about.json."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
     model_id: str | None = None
-    """What the answers call the model; by default its name, with the pattern's."""
+    """Name of the model in the answers; by default its own, with the pattern's."""
     max_new_tokens: int = 1024
     """Most tokens of an answer."""
     max_length: int = 4096
@@ -55,8 +54,10 @@ class MtBench:
                 f"need at least 1 new token and 2 of cache, got {self.max_new_tokens=}, {self.max_length=}"
             )
         asked = read_rows(self.questions, QUESTION_FIELDS, _wrong)
-        about = self._about(asked)
-        done = self._begun(about)
+        record = Record.open(self.out.with_name(f"{self.out.name}.about.json"), self._about(), self._sources(asked))
+        done = self._done()
+        if done and not record.head["runs"]:
+            raise ValueError(f"{self.out} has answers, but no {record.path} with their settings; choose another --out")
         left = [row for row in asked if row["question_id"] not in {answer["question_id"] for answer in done}]
         if not left:
             print(f"{self.out} had all of it")
@@ -66,19 +67,19 @@ class MtBench:
         if pattern is not None:
             pattern.check(model.config)
         chat = Chat(LM(model, self.model.tokenizer(), pattern), max_length=self.max_length)
-        write(self._about_path, {"about": about, **provenance()})
-        # Written anew: an answer that a kill cut off is left out.
-        write_text(self.out, "".join(json.dumps(answer) + "\n" for answer in done))
-        with self.out.open("a", encoding="utf-8") as file:
-            for row in tqdm(left, unit="question", dynamic_ncols=True):
-                file.write(json.dumps(self._answer(chat, row), ensure_ascii=False) + "\n")
-                file.flush()
+        with record.writing(dtype=str(model.dtype)):
+            # Written again without an answer that a kill cut off.
+            write_text(self.out, "".join(json.dumps(answer) + "\n" for answer in done))
+            with self.out.open("a", encoding="utf-8") as file:
+                for row in tqdm(left, unit="question", dynamic_ncols=True):
+                    file.write(json.dumps(self._answer(chat, row), ensure_ascii=False) + "\n")
+                    file.flush()
         print(f"{self.out} has all of it")
 
     def _answer(self, chat: Chat, row: dict[str, Any]) -> dict[str, Any]:
-        """Ask all turns of a question; the cache goes from one to the next."""
-        heat = float(row.get("required_temperature", TEMPERATURES.get(row["category"], OTHERWISE)))
-        sampler = Categorical((Temperature(heat),)) if heat else Greedy()
+        """Ask all turns of a question, on one cache."""
+        temperature = float(row.get("required_temperature", TEMPERATURES.get(row["category"], OTHERWISE)))
+        sampler = Categorical((Temperature(temperature),)) if temperature else Greedy()
         chat.reset()
         turns = []
         for turn in row["turns"]:
@@ -94,42 +95,26 @@ class MtBench:
             "tstamp": time.time(),
         }
 
-    def _begun(self, about: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Answers that the file has.
+    def _done(self) -> list[dict[str, Any]]:
+        """The answers in the file, without one that a kill cut off.
 
         Raises:
-            ValueError: a file of another run.
+            ValueError: a line that is not an answer.
         """
-        if not self.out.exists():
-            return []
-        text = self.out.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            # Its last line was cut off by a kill.
+        text = self.out.read_text(encoding="utf-8") if self.out.exists() else ""
+        if text and not text.endswith("\n"):
             write_text(self.out, text[: text.rfind("\n") + 1])
-        done = read_rows(self.out, ANSWER_FIELDS) if "\n" in text else []
-        old: dict[str, Any] = {}
-        if self._about_path.exists():
-            old = json.loads(self._about_path.read_text(encoding="utf-8"))["about"]
-            # Questions may join, but none may become another.
-            both = set(old.get("questions", ())) & set(about["questions"])
-            old, about = ({**one, "questions": {key: one["questions"][key] for key in both}} for one in (old, about))
-        different = changes(old, about) if old else ["nothing says with which settings"] if done else []
-        if different:
-            raise ValueError(f"{self.out} was made with other settings: {'; '.join(different)}; choose another --out")
-        return done
+        return read_rows(self.out, ANSWER_FIELDS) if "\n" in text else []
 
-    def _about(self, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What answers depend on: settings, gates, and what is asked under each number."""
+    def _about(self) -> dict[str, Any]:
+        """The settings that answers depend on."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("out", "questions")}
-        settings["model_id"] = self._model_id
-        if self.pattern.pattern:
-            settings["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
-        settings["questions"] = {str(row["question_id"]): sha256(json.dumps(row["turns"]).encode()) for row in asked}
-        return dict(json.loads(json.dumps(settings)))
+        return {"task": "mtbench", **settings, "model_id": self._model_id}
 
-    @property
-    def _about_path(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.about.json")
+    def _sources(self, asked: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Fingerprints of the gates, and of every question: questions may join, but none may become another."""
+        gates = {"pattern": fingerprint(HeadPattern.load(self.pattern.pattern))} if self.pattern.pattern else {}
+        return gates | {f"question {row['question_id']}": sha256(json.dumps(row["turns"]).encode()) for row in asked}
 
     @property
     def _model_id(self) -> str:

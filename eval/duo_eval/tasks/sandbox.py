@@ -1,4 +1,4 @@
-"""Runs generated code in a process of its own, with limits. Knows nothing of where the code is from.
+"""Runs generated code in a separate process, with limits. Knows nothing about the origin of the code.
 
 Always enforced: wall-clock and processor time, memory (address space), size of files, open files, no core dumps; an
 empty environment, a working folder that is empty and removed afterwards, Python without site packages; a process group
@@ -6,10 +6,10 @@ of its own, killed at the end. `guard.py`, inside, refuses sockets, new processe
 and changes outside the working folder.
 
 On Linux, where namespaces may be unshared (`isolation` says whether), the kernel enforces more: there is no network,
-and the code sees no process but its own, all of which die with the first.
+and the code sees only its own processes, all of which die with the first.
 
-This keeps mistakes of a model from doing harm. It is no wall against code that is meant to: whatever this user may
-read, the code may read, and without namespaces a determined program gets around the guard.
+This keeps mistakes of a model from doing harm. It does not stop malicious code: the code may read whatever this user
+may read, and without namespaces a determined program gets around the guard.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Literal
 
 GUARD = Path(__file__).with_name("guard.py")
-# Root needs no user namespace, others do; the first that works is taken.
+# Root needs no user namespace, others do; the first command that works is used.
 _FLAGS = "--net --pid --ipc --fork --kill-child"
 _NAMESPACES = (f"--user --map-current-user {_FLAGS}", _FLAGS)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may take."""
+    """Limits of a program."""
 
     seconds: float = 10.0
     """Wall-clock time; processor time is limited to a second more."""
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program: it ran to its end, it failed, or its time was over; and the reason."""
+    """The outcome of a program: it ran to its end, failed, or ran out of time; and the reason."""
 
     outcome: Literal["passed", "failed", "timed out"]
     reason: str = ""
@@ -62,7 +62,7 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:
     """
     if min(limits.seconds, limits.memory, limits.file_size, limits.open_files) <= 0:
         raise ValueError(f"limits must be above 0, got {limits}")
-    word = secrets.token_hex(16)  # Said only after the last line: code that exits with status 0 has not passed.
+    word = secrets.token_hex(16)  # Printed only after the last line: an early exit with status 0 has not passed.
     order = json.dumps({"program": program, "word": word, "limits": asdict(limits)})
     command = [*_unshare(), sys.executable, "-I", "-S", str(GUARD)]
     with tempfile.TemporaryDirectory(prefix="duo-sandbox-") as folder:
@@ -88,14 +88,14 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:
 
 
 def isolation() -> str:
-    """What keeps code apart on this machine, for a result to say."""
+    """The isolation that this machine offers, to be stored with results."""
     inside = "time, memory, files; sockets, processes and signals refused inside Python"
     return f"{inside}; no network, no other processes (namespaces)" if _unshare() else inside
 
 
 @functools.cache
 def _unshare() -> tuple[str, ...]:
-    """A command that runs another without a network and in sight of no process; nothing where there is none."""
+    """A command that runs another without a network and without other processes in sight; empty if there is none."""
     tool = shutil.which("unshare")
     for flags in _NAMESPACES if tool else ():
         command = (str(tool), *flags.split())

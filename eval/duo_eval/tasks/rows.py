@@ -1,4 +1,4 @@
-"""Data files of short tasks: JSON lines, every row held against the fields that it must have. Knows no task."""
+"""Data files of tasks: JSON lines, with a check of the fields of every row. Knows no task."""
 
 import gzip
 import json
@@ -10,16 +10,16 @@ from typing import Any
 def read_rows(
     path: Path, fields: Sequence[str] = (), wrong: Callable[[dict[str, Any]], str | None] = lambda row: None
 ) -> list[dict[str, Any]]:
-    """Rows of a `.jsonl` or `.jsonl.gz` file, in their order; blank lines are passed over.
+    """Rows of a `.jsonl` or `.jsonl.gz` file, in their order; blank lines are skipped.
 
     Args:
         path: the file.
-        fields: what every row must have.
-        wrong: what is wrong with a row, if anything.
+        fields: names that every row must have.
+        wrong: function of a row that returns a complaint, or None.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no JSON object, lacks a field or is wrong, with its number; or no rows at all.
+        ValueError: a line that is not a JSON object, lacks a field or gets a complaint, with its number; or no rows.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {str(path)!r}")
@@ -27,7 +27,7 @@ def read_rows(
     try:
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (EOFError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not UTF-8 text, or a gzip file that is cut off: {error}") from None
+        raise ValueError(f"{path} is not UTF-8 text, or is a truncated gzip file: {error}") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

@@ -1,6 +1,6 @@
 """DuoLM: a model with a head pattern as lm-evaluation-harness sees it, text in, likelihoods and text out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -9,19 +9,19 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from duo_eval.tasks.harness.batches import Prefiller, Tokens
-from duo_eval.tasks.harness.generation import continuations
-from duo_eval.tasks.harness.scoring import Likelihood, likelihoods
+from duo_eval.methods.method import Method
+from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens
+from duo_eval.tasks.lm_eval.engines import Batched, Engine, Likelihood, OneByOne
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
 from duo_jax.sampling import Sampler
 from duo_jax.text.template import check_template, render
 
-# A shorter context is computed again for every continuation: rows of a batch cost less than turns.
+# A shorter context is computed again for each continuation: more rows in a batch cost less than more turns.
 MIN_ASKED_IN_TURNS = 16
-# Settings of a generation that change nothing here, as long as they say this.
+# Settings of a generation that are accepted only with these values, which change nothing.
 NEUTRAL: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
 
-# What lm-eval hands to a model: the context and the continuation as text, and as tokens.
+# A request as lm-eval encodes it: context and continuation as text, then as tokens.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -29,14 +29,16 @@ class DuoLM(TemplateLM):
     """An `LM` of lm-evaluation-harness over a `duo_jax.LM`: pass it to `lm_eval.simple_evaluate(model=...)`.
 
     Texts are encoded, cut at stop strings and rolled over windows as lm-eval's own adapter for transformers does it, so
-    that both give the same numbers; but a text over `max_length` is refused unless `truncate` is set.
+    that both give the same numbers; but a text longer than `max_length` is refused unless `truncate` is set.
 
     Args:
         lm: model, tokenizer and head pattern.
-        name: what the model is called in results, and in lm-eval's caches of requests.
+        method: a way to hold the context, in place of the head pattern: contexts are then computed one by one.
+        budget: fraction of full attention's KV bytes that the method may hold.
+        name: name of the model in results and in lm-eval's caches of requests.
         batch_size: most rows computed together.
-        max_length: most tokens of a text; by default as many as the model was trained for.
-        truncate: cut longer texts at the left, as lm-eval does for transformers, where they would be refused.
+        max_length: most tokens of a text; by default the length that the model was trained for.
+        truncate: cut longer texts at the left, as lm-eval does for transformers, in place of refusing them.
         backend: attention backend; None takes the best one verified on this device.
         progress: show progress bars.
     """
@@ -45,6 +47,8 @@ class DuoLM(TemplateLM):
         self,
         lm: LM,
         *,
+        method: Method | None = None,
+        budget: float = 1.0,
         name: str = "duo-jax",
         batch_size: int = 8,
         max_length: int | None = None,
@@ -61,7 +65,13 @@ class DuoLM(TemplateLM):
         self.lm, self.tokenizer, self.name = lm, lm.tokenizer, name
         self.batch_size, self.max_length, self.truncate = batch_size, max_length or limit, truncate
         self._progress = progress
-        self._prefiller = Prefiller(lm.model, lm.pattern, backend=backend)
+        if method is not None and lm.pattern is not None:
+            raise ValueError("a method takes the place of a head pattern: give one of them")
+        self._engine: Engine = (
+            Batched(lm, batch_size, Prefiller(lm.model, lm.pattern, backend=backend))
+            if method is None
+            else OneByOne(lm, method, budget)
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -76,12 +86,12 @@ class DuoLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens generated where a task does not say how many."""
+        """Tokens generated where a task sets no number."""
         return 256
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's cache of requests calls this tokenizer."""
+        """Name of the tokenizer in lm-eval's cache of requests."""
         return str(self.tokenizer.name_or_path or self.name).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -92,7 +102,7 @@ class DuoLM(TemplateLM):
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without a generation prompt its last message is left open, to be gone on with.
+        """A conversation as text; without a generation prompt its last message stays open and can be continued.
 
         Raises:
             ValueError: a tokenizer without a chat template, or messages that it refuses.
@@ -107,7 +117,7 @@ class DuoLM(TemplateLM):
         owners: list[int] = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            # The last token of a window is in the cache too, where lm-eval counts inputs alone.
+            # The last token of a window is in the cache too; lm-eval counts only inputs.
             rolled = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, 1)
             pieces = [make_disjoint_window(window) for window in rolled]
             windows += [(None, context, continuation) for context, continuation in pieces]
@@ -123,33 +133,34 @@ class DuoLM(TemplateLM):
         self, requests: Sequence[Encoded], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score continuations; requests of one context are answered together."""
+        answers: dict[int, Likelihood] = {}
+        with self._bar("loglikelihood", len(requests), disable_tqdm) as bar:
+            for index, answer in self._likelihoods(requests):
+                answers[index] = answer
+                text = requests[index][0]
+                if text is not None:
+                    self.cache_hook.add_partial("loglikelihood", text, tuple(answer))
+                bar.update(1)
+        return [tuple(answers[index]) for index in range(len(requests))]
+
+    def _likelihoods(self, requests: Sequence[Encoded]) -> Iterator[tuple[int, Likelihood]]:
+        """The index of each request, and its answer."""
         asked: dict[tuple[Any, ...], dict[Tokens, list[int]]] = {}
         for index, request in enumerate(requests):
             context, continuation = self._fitted(request)
             key = (context,) if len(context) >= MIN_ASKED_IN_TURNS else (context, index)
             asked.setdefault(key, {}).setdefault(continuation, []).append(index)
-        contexts = [key[0] for key in asked]
-        endings = [tuple(group) for group in asked.values()]
-        answers: list[Likelihood | None] = [None] * len(requests)
         groups = list(asked.values())
-        with self._bar("loglikelihood", len(requests), disable_tqdm) as bar:
-            running = likelihoods(self._prefiller, contexts, endings, batch_size=self.batch_size)
-            for number, found in running:
-                for indices, answer in zip(groups[number].values(), found, strict=True):
-                    for index in indices:
-                        answers[index] = answer
-                        text = requests[index][0]
-                        if text is not None:
-                            self.cache_hook.add_partial("loglikelihood", text, tuple(answer))
-                        bar.update(1)
-        return [(answer.logprob, answer.is_greedy) for answer in answers if answer is not None]
+        for number, answers in self._engine.likelihoods([key[0] for key in asked], [tuple(group) for group in groups]):
+            for indices, answer in zip(groups[number].values(), answers, strict=True):
+                yield from ((index, answer) for index in indices)
 
     def _fitted(self, request: Encoded) -> tuple[Tokens, Tokens]:
         """Context and continuation, cut at the left to `max_length`, or refused."""
         text, context, continuation = request
         if not continuation:
             raise ValueError(f"a continuation has no tokens: {_short(text)}")
-        # A context of nothing but spaces, which belong to the continuation, leaves none.
+        # A context of only spaces, which belong to the continuation, is empty.
         context = context or [self.prefix_token_id]
         over = len(context) + len(continuation) - self.max_length
         if over > 0 and not (self.truncate and over < len(context)):
@@ -161,30 +172,43 @@ class DuoLM(TemplateLM):
         return tuple(context[max(0, over) :]), tuple(continuation)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts up to a stop string or so many tokens; prompts of one beginning share its prefill."""
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        texts = [""] * len(requests)
-        # What is wrong with any request is said before the first is computed.
-        prepared = [self._generation(requests, indices) for indices in groups.values()]
+        """Continue contexts up to a stop string or a number of tokens; prompts with one beginning share its prefill."""
+        texts: dict[int, str] = {}
         with self._bar("generate_until", len(requests), disable_tqdm) as bar:
-            for indices, (contexts, options) in zip(groups.values(), prepared, strict=True):
-                running = continuations(self.lm, self._prefiller, contexts, options, batch_size=self.batch_size)
-                for row, text in running:
-                    request = requests[indices[row]]
-                    texts[indices[row]] = text
-                    self.cache_hook.add_partial("generate_until", request.args, text)
-                    bar.update(1)
-        return texts
+            for index, text in self._texts([request.args for request in requests]):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                bar.update(1)
+        return [texts[index] for index in range(len(requests))]
 
-    def _generation(self, requests: Sequence[Instance], indices: Sequence[int]) -> tuple[list[Tokens], dict[str, Any]]:
+    def responses(self, requests: Sequence[tuple[str, Any]]) -> Iterator[tuple[int, Likelihood | str]]:
+        """Answer requests of one kind as they are finished: the index of a request, and its response.
+
+        Args:
+            requests: context and continuation, to be scored; or context and settings of a generation.
+        """
+        if isinstance(requests[0][1], str):
+            yield from self._likelihoods([(request, *self._encode_pair(*request)) for request in requests])
+        else:
+            yield from self._texts(requests)
+
+    def _texts(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[int, str]]:
+        """The index of each request, and its text."""
+        groups: dict[str, list[int]] = {}
+        for index, (_, settings) in enumerate(requests):
+            groups.setdefault(repr(sorted(settings.items())), []).append(index)
+        # Every request is checked before the first is computed.
+        prepared = [self._generation([requests[index] for index in indices]) for indices in groups.values()]
+        for indices, (contexts, options) in zip(groups.values(), prepared, strict=True):
+            for row, text in self._engine.texts(contexts, options):
+                yield indices[row], text
+
+    def _generation(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[Tokens], dict[str, Any]]:
         """Contexts of requests with the same settings, and these settings as options of a stream."""
-        options = self._options(requests[indices[0]].args[1])
+        options = self._options(requests[0][1])
         most = self.max_length - options["max_new_tokens"]
         contexts = []
-        for index in indices:
-            text = requests[index].args[0]
+        for text, _ in requests:
             tokens = self.tok_encode(text) or [self.prefix_token_id]
             if len(tokens) > most and not (self.truncate and most > 0):
                 raise ValueError(
@@ -204,13 +228,13 @@ class DuoLM(TemplateLM):
         seed = int(kwargs.pop("seed", 0))
         unknown = {name: value for name, value in kwargs.items() if NEUTRAL.get(name, ...) != value}
         if unknown:
-            raise NotImplementedError(f"generation knows no {unknown}: set them aside with --gen-kwargs")
+            raise NotImplementedError(f"generation does not support {unknown}: override them with --gen-kwargs")
         sampler: Sampler = Greedy()
         if drawn and heat:
             top_k = [TopK(int(cuts[0]))] if cuts[0] else []
             top_p = [TopP(float(cuts[1]))] if cuts[1] and cuts[1] < 1 else []
             sampler = Categorical((Temperature(float(heat)), *top_k, *top_p))
-        # A stop string that is a special token never shows up as text: it ends the row as a token.
+        # A stop string that is a special token is not in the text: it ends the row as a token.
         special = {text for text in stop if text in self.tokenizer.all_special_tokens}
         ids = {*self.lm.model.config.eos_ids, self.eot_token_id}
         ids |= {int(self.tokenizer.get_vocab()[text]) for text in special}

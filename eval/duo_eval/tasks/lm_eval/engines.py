@@ -1,0 +1,173 @@
+"""Answers to contexts of token ids: in batches under a head pattern, or one by one under any method at a KV budget.
+
+An engine scores continuations of contexts and generates text; it yields the index of a context with its answer. Knows
+no task.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from duo_eval.methods.registry import Method, greedy
+from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens, padded, plan, width
+from duo_jax import LM, Greedy, KVCache, TextStream, score
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is."""
+
+    logprob: float  # natural logarithm of the probability of all of it
+    is_greedy: bool  # whether no other token was more likely, at each of its tokens
+
+    def __and__(self, then: "Likelihood") -> "Likelihood":
+        """Likelihood of one continuation after another."""
+        return Likelihood(self.logprob + then.logprob, self.is_greedy and then.is_greedy)
+
+
+class Engine(Protocol):
+    """What answers requests."""
+
+    def likelihoods(
+        self, contexts: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> Iterator[tuple[int, list[Likelihood]]]:
+        """Score every continuation of every context; each has at least one token."""
+
+    def texts(self, contexts: Sequence[Tokens], options: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+        """Continue every context; `options` are those of `duo_jax.TextStream`, with `max_new_tokens`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batched:
+    """Full attention or one head pattern, with many contexts at a time and every context prefilled once.
+
+    The first token of each continuation is scored by the logits after the context, which all of them share: single
+    tokens, such as the letters of a multiple-choice question, cost nothing beyond the context.
+    """
+
+    lm: LM
+    batch_size: int
+    prefiller: Prefiller
+
+    def likelihoods(
+        self, contexts: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> Iterator[tuple[int, list[Likelihood]]]:
+        """See `Engine.likelihoods`."""
+        extra = [max(map(len, row)) for row in continuations]
+        longer = [[index for index, tokens in enumerate(row) if len(tokens) > 1] for row in continuations]
+        for batch in plan(contexts, extra, [len(row) for row in longer], self.batch_size):
+            cache, rests = self.prefiller.open(batch, contexts)
+            logits, cache = self.prefiller.append(cache, rests)
+            answers = {
+                row: [next_token(logits[index], tokens[0]) for tokens in continuations[row]]
+                for index, row in enumerate(batch.rows)
+            }
+            turns = max(len(longer[row]) for row in batch.rows)
+            mark = cache.mark() if turns > 1 else None
+            for turn in range(turns):
+                cache = cache.rewind(mark) if turn and mark is not None else cache
+                asked = [longer[row][turn] if turn < len(longer[row]) else None for row in batch.rows]
+                # A row without a further continuation gets any token.
+                tokens = [
+                    (0,) if which is None else continuations[row][which]
+                    for row, which in zip(batch.rows, asked, strict=True)
+                ]
+                rest, cache = self._rest(cache, tokens)
+                for index, (row, which) in enumerate(zip(batch.rows, asked, strict=True)):
+                    if which is not None:
+                        answers[row][which] &= rest[index]
+            yield from answers.items()
+
+    def texts(self, contexts: Sequence[Tokens], options: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+        """See `Engine.texts`; each batch adds its number to the seed."""
+        extra = [options["max_new_tokens"]] * len(contexts)
+        for number, batch in enumerate(plan(contexts, extra, [1] * len(contexts), self.batch_size)):
+            cache, rests = self.prefiller.open(batch, contexts)
+            running = TextStream(
+                self.lm,
+                [list(rest) for rest in rests],
+                cache=cache,
+                history=contexts[batch.rows[0]][: batch.shared],
+                chunk_size=width(max(map(len, rests)), len(rests)),
+                backend=self.prefiller.backend,
+                **{**options, "seed": options.get("seed", 0) + number},
+            )
+            for _ in running:
+                pass
+            yield from zip(batch.rows, map(str, running.replies), strict=True)
+
+    def _rest(self, cache: KVCache, rows: Sequence[Tokens]) -> tuple[list[Likelihood], KVCache]:
+        """Likelihood of all tokens of each row but the first."""
+        size = width(max(map(len, rows)), len(rows))
+        tokens, lengths = padded(rows, size)
+        scores, cache = score(
+            self.lm.model, tokens, cache, chunk_size=size, lengths=lengths, backend=self.prefiller.backend
+        )
+        logprobs, is_top = np.asarray(scores.logprobs, np.float64), np.asarray(scores.is_top)
+        counts = [len(row) - 1 for row in rows]
+        sums = [
+            Likelihood(float(logprobs[row, :count].sum()), bool(is_top[row, :count].all()))
+            for row, count in enumerate(counts)
+        ]
+        return sums, cache
+
+
+@dataclass(frozen=True, eq=False)
+class OneByOne:
+    """Any method at a KV budget, one context at a time."""
+
+    lm: LM
+    method: Method
+    budget: float
+
+    def likelihoods(
+        self, contexts: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
+    ) -> Iterator[tuple[int, list[Likelihood]]]:
+        """See `Engine.likelihoods`."""
+        model = self.lm.model
+        for row, context in enumerate(contexts):
+            room = max(map(len, continuations[row])) - 1
+            answers = []
+            state, logits = None, None
+            for tokens in continuations[row]:
+                if logits is None or len(tokens) > 1:  # A step uses its state up, and changes what the cache holds.
+                    logits, state = self.method.begin(model, np.array(context), room=room, budget=self.budget)
+                answer, after = next_token(logits, tokens[0]), logits
+                for token, then in pairwise(tokens):
+                    after, state = self.method.step(model, token, state)
+                    answer &= next_token(after, then)
+                answers.append(answer)
+            yield row, answers
+
+    def texts(self, contexts: Sequence[Tokens], options: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+        """See `Engine.texts`.
+
+        Raises:
+            NotImplementedError: a sampler other than the greedy one.
+        """
+        if not isinstance(options.get("sampler", Greedy()), Greedy):
+            raise NotImplementedError("a method at a KV budget generates greedily: set do_sample=False in --gen-kwargs")
+        eos_ids = options.get("eos_ids", self.lm.model.config.eos_ids)
+        for row, context in enumerate(contexts):
+            tokens, _ = greedy(
+                self.method,
+                self.lm.model,
+                np.array(context),
+                max_new_tokens=options["max_new_tokens"],
+                eos_ids=eos_ids,
+                budget=self.budget,
+            )
+            ended = tokens[-1] in eos_ids
+            text = str(self.lm.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True))
+            ends = [text.find(stop) for stop in options.get("stop", ())]
+            yield row, text[: min([at for at in ends if at >= 0], default=len(text))]
+
+
+def next_token(logits: Float[Array, "V"], token: int) -> Likelihood:
+    """Likelihood of a token, given the logits of the token before it."""
+    row = np.asarray(logits, np.float64)
+    total = np.log(np.exp(row - row.max()).sum()) + row.max()
+    return Likelihood(float(row[token] - total), bool(row[token] >= row.max()))

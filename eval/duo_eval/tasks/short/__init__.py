@@ -1,1 +1,0 @@
-"""Short tasks whose data comes from a package registry: full attention and head patterns, item by item."""
