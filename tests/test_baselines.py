@@ -312,7 +312,7 @@ def test_a_budget_or_a_prompt_that_cannot_be_is_refused(tiny, pattern, name, bud
         ("h2o:block=x", {}, "h2o:block is a whole number, got 'x'"),
         ("h2o:block=0", {}, "block must be at least 1, got 0"),
         ("streamingllm:renumber=yes", {}, "true or false, got 'yes'"),
-        ("fastgen:special=3", {}, "in Python alone"),
+        ("fastgen:special=3", {}, "set only in Python"),
         ("full:block=3", {}, "full has no setting block; it has none"),
         ("h2o:block", {}, "unknown method 'h2o:block'"),
     ],

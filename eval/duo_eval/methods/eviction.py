@@ -1,8 +1,9 @@
-"""Caches from which tokens are evicted: what all such rules share. A rule says which tokens stay, in a file of its own.
+"""Caches from which tokens are evicted: the code that all rules share. A rule, in its own file, ranks the tokens.
 
-A prompt is taken in block by block: a block attends to what the cache holds and, causally, to itself; then the rule
-says which of them stay. A decode step is a block of one token. Keys are cached after RoPE at their absolute positions.
-All KV heads hold as many tokens, each its own; where query heads share a KV head, their weights are averaged.
+A prompt is taken in block by block: a block attends to the tokens in the cache and, causally, to itself; then the rule
+decides which of them stay. A decode step is a block of one token. Keys are cached after RoPE at their absolute
+positions. All KV heads hold the same number of tokens, each its own; the weights of query heads that share a KV head
+are averaged.
 """
 
 import functools
@@ -26,23 +27,32 @@ ALWAYS = 1e30
 
 
 class Held(NamedTuple):
-    """What one layer holds; slots are in no order. Per layer, so that a step rewrites one layer's arrays at a time."""
+    """The cache of one layer, so that a step rewrites one layer's arrays at a time; slots are in no order."""
 
     k: Float[Array, "K C H"]
     v: Float[Array, "K C H"]
     position: Int32[Array, "K C"]  # -1: an empty slot
-    score: Float[Array, "K C"]  # what the rule remembers of a token
+    score: Float[Array, "K C"]  # the rule's memory of a token
+
+
+class Tokens(NamedTuple):
+    """The tokens of one layer among which a rule chooses: those in the cache and the new ones, `S` in one order."""
+
+    position: Int32[Array, "K S"]
+    score: Float[Array, "K S"]
+    length: Int32[Array, ""]  # tokens seen so far
+    limit: Int32[Array, ""]  # tokens that stay
 
 
 @dataclass(frozen=True)
 class EvictedState:
-    """A sequence, the length of its prompt, how many tokens of it were seen, and its budget."""
+    """A sequence: its cache, the lengths of the prompt and of everything seen, and its budget."""
 
     layers: tuple[Held, ...]
     prompt: int
     length: int
     budget: float
-    limit: int  # tokens that each head may hold now
+    limit: int  # tokens that a head may hold now
     peak_nbytes: int
 
     @property
@@ -52,7 +62,7 @@ class EvictedState:
 
     @property
     def memory(self) -> Memory:
-        """Bytes that it takes now."""
+        """Bytes that the sequence takes now."""
         heads, capacity, _ = self.layers[0].k.shape
         slots = len(self.layers) * heads * capacity
         held = self.nbytes // slots * len(self.layers) * heads * min(self.length, self.limit)
@@ -62,47 +72,44 @@ class EvictedState:
 
 @dataclass(frozen=True)
 class Eviction(Method):
-    """A rule of eviction. Its three functions are traced; `S` counts what is held and what is new, in one order."""
+    """A rule of eviction. `scores`, `priority` and `keys` are traced."""
 
     block: int = 256
-    """Tokens of a prompt taken in at a time; the rule applies after each block."""
+    """Tokens of a prompt that are taken in at a time; the rule applies after each block."""
 
     def __post_init__(self) -> None:
         """Check the block."""
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
 
-    @abstractmethod
     def scores(
         self, before: Float[Array, "K S"], weights: Float[Array, "K G T S"], valid: Bool[Array, "T"]
     ) -> Float[Array, "K S"]:
-        """What to remember of each token, given that (0 for new ones) and what the block's queries paid to it.
+        """The new scores of the tokens, by default the old ones.
 
-        Rows of `weights` that are not valid are padding.
+        Args:
+            before: scores so far, 0 for new tokens.
+            weights: attention weights of the block's queries.
+            valid: False for queries that are padding.
         """
+        return before
 
     @abstractmethod
-    def priority(
-        self,
-        position: Int32[Array, "K S"],
-        score: Float[Array, "K S"],
-        length: Int32[Array, ""],
-        limit: Int32[Array, ""],
-    ) -> Float[Array, "K S"]:
-        """The `limit` tokens with the largest stay; among equals the younger. `length` tokens were seen so far."""
+    def priority(self, tokens: Tokens) -> Float[Array, "K S"]:
+        """The `limit` tokens with the highest priority stay; among equals, the younger ones."""
 
     def keys(self, held: Held, start: Int32[Array, ""], config: ModelConfig) -> Float[Array, "K C H"]:
-        """The keys that a block from position `start` on should see."""
+        """The keys that a block from position `start` on sees."""
         return held.k
 
     def least(self, length: int) -> int:
-        """Fewest tokens that a head must be able to hold of a prompt of `length`."""
+        """Fewest tokens that a head must be able to hold with a prompt of `length`."""
         return 1
 
     def limit(self, budget: float, prompt: int, length: int) -> int:
-        """Tokens that a head may hold once `length` were seen: the budget is a fraction of full attention at any time.
+        """Tokens that a head may hold after `length` tokens: at any time the same fraction of full attention's.
 
-        While the prompt is taken in it is that of the whole prompt. The tolerance keeps 0.29 * 100 at 29.
+        While the prompt is taken in, its full length counts. The tolerance keeps 0.29 * 100 at 29.
         """
         return int(budget * max(prompt, length) + 1e-9)
 
@@ -135,14 +142,14 @@ class Eviction(Method):
         length = len(tokens)
         limit = self.limit(budget, length, length)
         layers = empty(model, capacity)
-        # A prompt shorter than a block needs no whole one: the answer is the same, in few sizes.
+        # A prompt shorter than a block is padded less, to one of few sizes; the answer is the same.
         width = min(self.block, 1 << max(4, (length - 1).bit_length()))
         padded = np.pad(tokens, (0, -length % width))
         for start in range(0, length, width):
             valid = min(width, length - start)
             block = padded[start : start + width]
             logits, layers = _take_in(self, model, block, layers, np.int32(start), np.int32(valid), np.int32(limit))
-        # Beside the cache, one layer at a time: its tokens and the block's, from which those that stay are taken.
+        # In addition to the cache, one layer at a time: its tokens and the block's, among which the rule chooses.
         entry = layers[0].k[:, :1].nbytes * 2
         allocated = sum(x.k.nbytes + x.v.nbytes for x in layers)
         return logits, EvictedState(layers, length, length, budget, limit, allocated + entry * (capacity + width))
@@ -159,7 +166,7 @@ class Eviction(Method):
 
 
 def empty(model: Model, capacity: int) -> tuple[Held, ...]:
-    """Caches of all layers with nothing in them."""
+    """Empty caches of all layers."""
     config = model.config
     shape = config.num_kv_heads, capacity
 
@@ -171,7 +178,7 @@ def empty(model: Model, capacity: int) -> tuple[Held, ...]:
 
 
 def by_head(q: Float[Array, "1 T N H"], num_kv_heads: int) -> Float[Array, "K G T H"]:
-    """Queries of one sequence, by the KV head that they share."""
+    """Queries of one sequence, grouped by the KV head that they share."""
     _, length, num_heads, head_dim = q.shape
     return q[0].reshape(length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 2, 0, 3)
 
@@ -179,14 +186,14 @@ def by_head(q: Float[Array, "1 T N H"], num_kv_heads: int) -> Float[Array, "K G 
 def attention_weights(
     q: Float[Array, "K G T H"], keys: list[Float[Array, "K _ H"]], seen: Bool[Array, "#K T S"]
 ) -> Float[Array, "K G T S"]:
-    """Softmax weights in float32 over several arrays of keys, end to end, without a copy of the keys."""
+    """Softmax weights in float32 over several arrays of keys, as if concatenated, without copying the keys."""
     logits = [jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=jnp.float32) for k in keys]
     scaled = jnp.concatenate(logits, axis=-1) * q.shape[-1] ** -0.5
     return jax.nn.softmax(jnp.where(seen[:, None], scaled, -jnp.inf), axis=-1)
 
 
 def ranked(priority: Float[Array, "K S"], position: Int32[Array, "K S"]) -> Int32[Array, "K S"]:
-    """Indices from the first to keep to the first to evict; empty ones last."""
+    """Indices in order of priority, the highest first; empty slots last."""
     priority = jnp.where(position < 0, -jnp.inf, priority)
     return jnp.lexsort((position, priority), axis=-1)[:, ::-1].astype(jnp.int32)
 
@@ -200,7 +207,7 @@ def keep(
     capacity: int,
     limit: Int32[Array, ""],
 ) -> Held:
-    """The first `limit` of an order, in a cache with `capacity` slots a head."""
+    """The cache with the first `limit` tokens of an order, with `capacity` slots for each head."""
     missing = max(0, capacity - order.shape[1])
     order = jnp.pad(order, ((0, 0), (0, missing)))[:, :capacity]
     rank = jnp.arange(capacity, dtype=jnp.int32)
@@ -218,14 +225,14 @@ def _attend(
     start: Int32[Array, ""],
     valid: Bool[Array, "T"],
 ) -> tuple[Float[Array, "1 T N H"], tuple[Array, Array, Array, Array]]:
-    """A block over the cache and itself: the output, its keys and values by head, all positions, the new scores."""
+    """Attend from a block to the cache and itself: output, the block's keys and values, all positions, new scores."""
     q, k, v = new
     length = q.shape[1]
     q = by_head(q, config.num_kv_heads)
     k, v = k[0].transpose(1, 0, 2), v[0].transpose(1, 0, 2)
     own = jnp.where(valid, start + jnp.arange(length, dtype=jnp.int32), -1)
     position = jnp.concatenate([held.position, jnp.broadcast_to(own, (k.shape[0], length))], axis=1)
-    # Padding comes after every valid token, which therefore never sees it; a padded query sees itself.
+    # Padding comes after every valid token, so no valid token sees it; a padded query sees itself.
     causal = jnp.tril(jnp.ones((length, length), bool))
     cached = jnp.broadcast_to((held.position >= 0)[:, None, :], (k.shape[0], length, held.position.shape[1]))
     seen = jnp.concatenate([cached, jnp.broadcast_to(causal, (k.shape[0], length, length))], axis=2)
@@ -248,14 +255,14 @@ def _take_in(
     count: Int32[Array, ""],
     limit: Int32[Array, ""],
 ) -> tuple[Float[Array, "V"], tuple[Held, ...]]:
-    """One block of a prompt, of which `count` tokens are not padding: the logits after it, and what stays."""
+    """Take in a block of `count` tokens and padding: the logits after it, and the caches with the tokens that stay."""
     valid = jnp.arange(tokens.shape[0], dtype=jnp.int32) < count
     capacity = layers[0].k.shape[1]
 
     def attend(state: tuple[Held, ...], layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Held, ...]]:
         held = state[layer]
         out, (k, v, position, scores) = _attend(rule, model.config, held, (q, k, v), start, valid)
-        order = ranked(rule.priority(position, scores, start + count, limit), position)
+        order = ranked(rule.priority(Tokens(position, scores, start + count, limit)), position)
         k, v = jnp.concatenate([held.k, k], axis=1), jnp.concatenate([held.v, v], axis=1)
         kept = keep(order, k, v, position, scores, capacity, limit)
         return out, (*state[:layer], kept, *state[layer + 1 :])
@@ -266,8 +273,10 @@ def _take_in(
     return decoder.logits(hidden[0, count - 1]), layers
 
 
-def _goes(priority: Float[Array, "K S"], position: Int32[Array, "K S"], limit: Int32[Array, ""]) -> Int32[Array, "K"]:
-    """Index of the token to evict; of an empty slot while the limit is not used up. The limit grows, never shrinks."""
+def _evicted(
+    priority: Float[Array, "K S"], position: Int32[Array, "K S"], limit: Int32[Array, ""]
+) -> Int32[Array, "K"]:
+    """Index of the token to evict, or of an empty slot while there are fewer than `limit`, which never shrinks."""
     is_empty = position < 0
     is_full = (~is_empty).sum(1, dtype=jnp.int32) > limit
     priority = jnp.where(is_empty, jnp.where(is_full, jnp.inf, -jnp.inf)[:, None], priority)
@@ -284,16 +293,16 @@ def _append(
     start: Int32[Array, ""],
     limit: Int32[Array, ""],
 ) -> tuple[Float[Array, "V"], tuple[Held, ...]]:
-    """One token, written over the one that goes: nothing else moves."""
+    """Append a token in the slot of the one that is evicted: nothing else moves."""
 
     def attend(state: tuple[Held, ...], layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Held, ...]]:
         held = state[layer]
         out, (k, v, position, scores) = _attend(rule, model.config, held, (q, k, v), start, jnp.ones(1, bool))
-        slot = _goes(rule.priority(position, scores, start + 1, limit), position, limit)
+        slot = _evicted(rule.priority(Tokens(position, scores, start + 1, limit)), position, limit)
         head = jnp.arange(slot.shape[0], dtype=jnp.int32)
         capacity = held.k.shape[1]
         kept = Held(
-            # The newest token itself is at index `capacity`: if it goes, nothing is written.
+            # The newest token is at index `capacity`: if it is evicted, nothing is written.
             held.k.at[head, slot].set(k[:, 0], mode="drop"),
             held.v.at[head, slot].set(v[:, 0], mode="drop"),
             held.position.at[head, slot].set(start, mode="drop"),

@@ -1,10 +1,10 @@
-"""FastGen (Ge et al. 2023, arXiv 2310.01801): each head by the cheapest of five policies that its own attention allows.
+"""FastGen (Ge et al. 2023, arXiv 2310.01801): each head uses the cheapest of five policies that its attention allows.
 
-The prompt is taken in by full attention and profiled: `peak_nbytes` counts the whole of it, beside what then stays.
+The prompt is taken in by full attention and profiled: `peak_nbytes` counts the whole prompt in addition to the cache.
 A head's recovery under a policy is the share of its attention, over all queries of the prompt, that falls on tokens
-that the policy holds. The paper fixes a threshold of recovery; here the budget does: the largest threshold at which
-the cheapest policies that reach it fit into the budget together. So heads differ in size, while their sum is the
-budget's, or less.
+that the policy holds. The paper fixes a threshold of recovery; here it follows from the budget: the largest threshold
+at which the cheapest policies that reach it fit into the budget together. Heads thus differ in size, while their sum
+meets the budget.
 """
 
 import functools
@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from duo_eval.methods.eviction import ALWAYS, by_head
 from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_eval.methods.profile import Profile, profile
-from duo_eval.methods.ragged import Ragged, attend_one, goes
+from duo_eval.methods.ragged import Ragged, attend_one, evicted
 from duo_jax import Model
 from duo_jax.checks import check_vocabulary
 from duo_jax.infer import bucket
 
-# Policies, each holding what the one before it holds, and more.
+# Policies; each holds the tokens of the one before it, and more.
 SPECIAL, PUNCTUATION, FREQUENT, LOCAL, EVERYTHING = range(5)
 
 # Kinds of tokens.
@@ -36,7 +36,7 @@ PLAIN, PUNCTUATION_TOKEN, SPECIAL_TOKEN = range(3)
 
 @dataclass(frozen=True)
 class Choice:
-    """Which tokens of the prompt each head holds, by which policy, and the threshold of recovery that came out."""
+    """The tokens of the prompt that each head holds, its policy, and the resulting threshold of recovery."""
 
     held: Bool[np.ndarray, "P T"]
     policy: Int[np.ndarray, "P"]
@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class FastGenState:
-    """A sequence, its heads' policies, the tokens seen and the most there may be."""
+    """A sequence: its cache, its heads' policies, the tokens seen and the most that fit."""
 
     cache: Ragged
     policy: Int32[np.ndarray, "P"]
@@ -62,7 +62,7 @@ class FastGenState:
 
     @property
     def memory(self) -> Memory:
-        """Bytes that it takes now."""
+        """Bytes that the sequence takes now."""
         held = int((np.asarray(self.cache.position) >= 0).sum())
         metadata = sum(x.nbytes for x in self.cache[2:]) + self.policy.nbytes
         return Memory(self.nbytes, self.nbytes // self.cache.k.shape[0] * held, self.peak_nbytes, metadata)
@@ -70,9 +70,9 @@ class FastGenState:
 
 @dataclass(frozen=True)
 class FastGen(Method):
-    """Special tokens; and punctuation; and tokens attended to often; and the most recent; or everything.
+    """Policies: special tokens; also punctuation; also tokens attended to often; also the most recent; everything.
 
-    After the prompt a head keeps its size, but for those that hold everything: a new token takes the place of one that
+    After the prompt a head keeps its size, except where it holds everything: a new token takes the place of one that
     the policy does not hold, then of the least frequent, the oldest recent, the oldest punctuation. The first token of
     a text counts as special.
     """
@@ -95,15 +95,13 @@ class FastGen(Method):
                 raise ValueError(f"{name} must be in [0, 1], got {name}={getattr(self, name)}")
 
     @classmethod
-    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "FastGen":
+    def create(cls, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "FastGen":
         """See `Method.create`: special tokens and punctuation are the tokenizer's."""
-        if value is not None:
-            raise ValueError(f"fastgen takes no value, got ={value}")
         if tokenizer is None and not {"special", "punctuation"} <= set(options):
-            raise ValueError("fastgen tells tokens apart by their text: pass tokenizer=, or special= and punctuation=")
+            raise ValueError("fastgen needs to know special tokens: pass tokenizer=, or special= and punctuation=")
         if tokenizer is not None:
-            found = {"special": tuple(tokenizer.all_special_ids), "punctuation": punctuation(tokenizer)}
-            options = found | options
+            kinds = {"special": tuple(tokenizer.all_special_ids), "punctuation": punctuation(tokenizer)}
+            options = kinds | options
         return cls(**options)
 
     def begin(
@@ -125,7 +123,7 @@ class FastGen(Method):
         logits, found = profile(model, np.pad(tokens, (0, size - length)), length, window)
         total, near = (np.asarray(x, np.float64).reshape(heads, size)[:, :length] for x in (found.total, found.near))
         choice = choose(self, total, near, kinds, int(budget * heads * length + 1e-9))
-        # As many slots as any choice may need: prompts of one bucket run the same programs.
+        # Enough slots for any choice: prompts of one bucket run the same programs.
         slots = int(budget * heads * size + 1e-9) + heads * bucket(room)
         cache = _compress(found, *(jnp.asarray(x) for x in _layout(choice, total, kinds, size, room, slots)))
         peak = found.k.nbytes + found.v.nbytes + cache.k.nbytes + cache.v.nbytes
@@ -143,7 +141,7 @@ class FastGen(Method):
         return logits, replace(state, cache=cache, length=state.length + 1)
 
     def kinds(self, tokens: Int32[np.ndarray, "T"], start: int) -> Int32[np.ndarray, "T"]:
-        """What kind of token each is, the first of them at position `start`."""
+        """The kind of each token, the first of which is at position `start`."""
         found = np.where(np.isin(tokens, self.punctuation), PUNCTUATION_TOKEN, PLAIN)
         found = np.where(np.isin(tokens, self.special), SPECIAL_TOKEN, found)
         if start == 0:
@@ -151,7 +149,7 @@ class FastGen(Method):
         return found.astype(np.int32)
 
     def priority(self, cache: Ragged, policy: Int32[Array, "P"], length: Int32[Array, ""]) -> Float[Array, "M"]:
-        """Which tokens stay longest, of `length` so far."""
+        """Priority to stay, after `length` tokens."""
         policy = jnp.append(policy, jnp.int32(SPECIAL))[cache.head]
         window = self.window(length)
         is_recent = (policy >= LOCAL) & (cache.position >= length - window)
@@ -167,7 +165,7 @@ class FastGen(Method):
 
 
 def punctuation(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids of the tokens that are nothing but punctuation, spaces aside."""
+    """Ids of the tokens that consist of punctuation, except for spaces."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return tuple(
         token
@@ -183,19 +181,19 @@ def choose(
     kinds: Int32[np.ndarray, "T"],
     budget: int,
 ) -> Choice:
-    """The policy of each head: the cheapest of those that recover as much as is affordable for all.
+    """The policy of each head: the cheapest that reaches the largest threshold of recovery that all heads can afford.
 
     Args:
         rule: the settings.
         total: attention that each token received, the mean over queries: a head's sums to 1.
-        near: of it from queries that have the token in their local window.
-        kinds: what kind of token each is.
+        near: its part from queries that have the token in their local window.
+        kinds: kind of each token.
         budget: tokens of all heads.
     """
     heads, length = total.shape
     special = np.broadcast_to(kinds == SPECIAL_TOKEN, total.shape)
     pointed = special | (kinds == PUNCTUATION_TOKEN)[None]
-    # From the lightest to the heaviest, the younger of equals later.
+    # In increasing order of weight; among equals, the younger later.
     order = np.lexsort((np.broadcast_to(np.arange(length), total.shape), total), axis=-1)
     heavy = np.zeros(total.shape, bool)
     np.put_along_axis(heavy, order[:, length - int(rule.frequent * length) :], True, axis=-1)
@@ -204,7 +202,7 @@ def choose(
     held = np.stack([special, pointed, frequent, frequent | recent, np.ones(total.shape, bool)])
 
     recovery = (total * held[:LOCAL]).sum(-1)
-    # Locally each query has a window of its own.
+    # The local window moves with the query.
     local = np.where(frequent, total, near).sum(-1)
     recovery = np.maximum.accumulate([*recovery, local, np.full(heads, np.inf)], axis=0)
     size = np.minimum(held.sum(-1) + 1, length)
@@ -216,7 +214,7 @@ def choose(
         return int(np.take_along_axis(size, policies(threshold)[None], 0).sum()) <= budget
 
     thresholds = np.unique(recovery)
-    # A higher threshold never costs less; at the lowest every head is content with the special tokens.
+    # A higher threshold never costs less. At the lowest, special tokens are enough for every head.
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -229,7 +227,7 @@ def choose(
 def _layout(
     choice: Choice, total: Float[np.ndarray, "P T"], kinds: Int32[np.ndarray, "T"], stride: int, room: int, slots: int
 ) -> tuple[np.ndarray, ...]:
-    """Where in a profile of `stride` tokens a head each slot's token is, and all of `Ragged` but keys and values."""
+    """Index of each slot's token in a profile of `stride` tokens per head, and all of `Ragged` but keys and values."""
     heads, length = total.shape
     size = choice.size + np.where(choice.policy == EVERYTHING, room, 0)
     offset = np.cumsum(size) - size
@@ -240,14 +238,14 @@ def _layout(
         begin = offset[index]
         where = slice(begin, begin + len(held))
         source[where], position[where], kind[where] = index * stride + held, held, kinds[held]
-        score[where] = total[index, held] * length  # A sum over queries, as the steps go on with.
+        score[where] = total[index, held] * length  # A sum over queries, to which steps add.
         head[begin : begin + size[index]] = index
     return source, position, score, kind, head, offset.astype(np.int32), size.astype(np.int32)
 
 
 @jax.jit
 def _compress(found: Profile, source: Int32[Array, "M"], *rest: Array) -> Ragged:
-    """What stays of a profile."""
+    """The cache with the tokens of a profile that stay."""
     k, v = (x.reshape(-1, x.shape[-1])[source] for x in (found.k, found.v))
     return Ragged(k, v, *rest)
 
@@ -262,8 +260,8 @@ def _append(
     start: Int32[Array, ""],
     kind: Int32[Array, ""],
 ) -> tuple[Float[Array, "V"], Ragged]:
-    """One token: what it displaces goes before it is attended to, in all layers."""
-    slot = goes(rule.priority(cache, policy, start), cache)
+    """Append a token: in all layers, the token that it replaces is evicted first and not attended to."""
+    slot = evicted(rule.priority(cache, policy, start), cache)
     cache = cache._replace(
         position=cache.position.at[slot].set(start),
         score=cache.score.at[slot].set(0.0),
@@ -272,8 +270,8 @@ def _append(
 
     def attend(state: Ragged, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Ragged]:
         count = k.shape[2]
-        mine = slot[layer * count : (layer + 1) * count]
-        state = state._replace(k=state.k.at[mine].set(k[0, 0]), v=state.v.at[mine].set(v[0, 0]))
+        slots = slot[layer * count : (layer + 1) * count]
+        state = state._replace(k=state.k.at[slots].set(k[0, 0]), v=state.v.at[slots].set(v[0, 0]))
         out, score = attend_one(by_head(q, count)[:, :, 0], state, layer * count)
         return out.reshape(q.shape), state._replace(score=score)
 

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
-from duo_eval.methods.eviction import ALWAYS, Eviction
+from duo_eval.methods.eviction import ALWAYS, Eviction, Tokens
 
 
 @dataclass(frozen=True)
 class H2O(Eviction):
     """Heavy hitters by attention accumulated over all queries so far, and a window.
 
-    As in the paper the sum is over queries and not their mean, so that older tokens had more time to gather weight.
+    As in the paper, weights are summed over queries, not averaged: older tokens had more time to gather weight.
     """
 
     recent: float = 0.5
@@ -28,7 +28,7 @@ class H2O(Eviction):
             raise ValueError(f"recent must be in [0, 1), got {self.recent}")
 
     def least(self, length: int) -> int:
-        """See `Eviction.least`: a heavy hitter and a recent token."""
+        """See `Eviction.least`: one heavy hitter and one recent token."""
         return 2
 
     def scores(
@@ -37,13 +37,7 @@ class H2O(Eviction):
         """See `Eviction.scores`: the weights so far, summed over queries, averaged over the query heads of a group."""
         return before + jnp.where(valid[None, None, :, None], weights, 0.0).sum(2).mean(1)
 
-    def priority(
-        self,
-        position: Int32[Array, "K S"],
-        score: Float[Array, "K S"],
-        length: Int32[Array, ""],
-        limit: Int32[Array, ""],
-    ) -> Float[Array, "K S"]:
+    def priority(self, tokens: Tokens) -> Float[Array, "K S"]:
         """See `Eviction.priority`: the window, then the heavier."""
-        window = jnp.floor(self.recent * limit.astype(jnp.float32)).astype(jnp.int32)
-        return jnp.where(position >= length - window, ALWAYS, score)
+        window = jnp.floor(self.recent * tokens.limit.astype(jnp.float32)).astype(jnp.int32)
+        return jnp.where(tokens.position >= tokens.length - window, ALWAYS, tokens.score)

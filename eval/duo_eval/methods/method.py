@@ -1,4 +1,4 @@
-"""What every method under comparison offers: take in a prompt within a KV budget, then go on token by token.
+"""The interface of methods under comparison: take in a prompt within a KV budget, then continue token by token.
 
 Knows no model internals, no tasks and no text.
 """
@@ -19,10 +19,10 @@ class Memory(NamedTuple):
     """Bytes that one sequence takes.
 
     Attributes:
-        nbytes: keys and values really allocated; sizes are rounded up, so that few programs are compiled.
-        held_nbytes: keys and values of the tokens held: what the budget counts.
-        peak_nbytes: keys and values allocated while the prompt was taken in, with what one layer needs beside them.
-        metadata_nbytes: everything else that is kept for the sequence, such as positions and accumulated scores.
+        nbytes: allocated keys and values; sizes are rounded up, to limit compilation.
+        held_nbytes: keys and values of the tokens held, which the budget limits.
+        peak_nbytes: keys and values allocated while the prompt was taken in, including the temporary ones of one layer.
+        metadata_nbytes: everything else that is stored for the sequence, such as positions and accumulated scores.
     """
 
     nbytes: int
@@ -32,11 +32,11 @@ class Memory(NamedTuple):
 
 
 class State(Protocol):
-    """A sequence as a method holds it."""
+    """A sequence in the cache of a method."""
 
     @property
     def memory(self) -> Memory:
-        """Bytes that it takes now."""
+        """Bytes that the sequence takes now."""
 
     @property
     def nbytes(self) -> int:
@@ -46,22 +46,22 @@ class State(Protocol):
 class Method(ABC):
     """A way to hold a context; a frozen dataclass whose fields are its settings."""
 
-    # As shown in tables and stored in results.
+    # For error messages.
     name: ClassVar[str]
+    # The field that VALUE of NAME=VALUE on the command line sets, if any.
+    value_field: ClassVar[str | None] = None
 
     @classmethod
-    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "Method":
-        """Make one from the command line's NAME or NAME=VALUE; `options` are fields.
+    def create(cls, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "Method":
+        """Make one from fields; those that depend on the tokenizer need not be given.
 
         Raises:
-            ValueError: a value that the method does not take, or lacks.
+            ValueError: a field that is missing or wrong.
         """
-        if value is not None:
-            raise ValueError(f"{cls.name} takes no value, got ={value}")
         return cls(**options)
 
     def check(self, model: Model, budget: float, length: int) -> None:
-        """Refuse what `begin` would refuse of any prompt of `length` tokens.
+        """Refuse whatever `begin` would refuse with any prompt of `length` tokens.
 
         Raises:
             ValueError: a budget outside (0, 1], or one that this method cannot meet there.
@@ -80,7 +80,7 @@ class Method(ABC):
             budget: fraction of the KV bytes that full attention holds after `T` tokens, in (0, 1].
 
         Returns:
-            Logits after the last token, float32, and the state to go on from.
+            Logits after the last token, float32, and the state from which to continue.
 
         Raises:
             ValueError: bad tokens or a budget that this method cannot meet, before any compute.
@@ -88,7 +88,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, model: Model, token: int, state: Any) -> tuple[Float[Array, "V"], Any]:
-        """Append one token: the logits after it, and the new state; the old one is gone."""
+        """Append one token: the logits after it, and the new state, which uses up the old one."""
 
 
 def check_arguments(model: Model, tokens: ArrayLike, room: int) -> Int32[np.ndarray, "T"]:

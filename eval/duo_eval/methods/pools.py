@@ -1,10 +1,7 @@
-"""Full attention, head patterns, and random ones: the methods that hold their context in a `KVCache`.
-
-The cache is the library's own; which heads stream is chosen so that the budget is met at the prompt's length.
-"""
+"""Full attention, head patterns, random heads: a pattern that meets the budget, in the library's own `KVCache`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -18,7 +15,7 @@ from duo_jax.infer import bucket, chunk_width
 
 @dataclass(frozen=True)
 class PooledState:
-    """A sequence in a `KVCache` of one row, and the tokens of a chunk while its prompt was taken in."""
+    """A sequence in a `KVCache` of one row, and the size of the chunks in which its prompt was taken in."""
 
     cache: KVCache
     chunk: int
@@ -30,7 +27,7 @@ class PooledState:
 
     @property
     def memory(self) -> Memory:
-        """Bytes that it takes now: a prompt's chunk stands beside the cache, one layer at a time."""
+        """Bytes that the sequence takes now. At the peak, one layer's chunk of the prompt is added to the cache."""
         cache, length = self.cache, int(self.cache.length[0])
         ring = cache.rings[0].k
         tokens = cache.full.k.shape[0] * length + ring.shape[0] * min(length, ring.shape[2])
@@ -41,10 +38,10 @@ class PooledState:
 
 
 class Pooled(Method):
-    """A method that is a head pattern."""
+    """A method that is a head pattern: a subclass chooses the streaming heads."""
 
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern | None:
-        """Which heads stream, so that `length` tokens take no more than the budget.
+        """The pattern with which `length` tokens take no more than the budget.
 
         Raises:
             ValueError: a budget that no pattern meets.
@@ -65,7 +62,7 @@ class Pooled(Method):
         self.check(model, budget, length)
         pattern = self.pattern_for(model, budget, _least_of_bucket(length))
         cache = KVCache.init(model.config, pattern, 1, bucket(length + room))
-        # Padded, and in chunks of its bucket's width: prompts of one bucket run the same programs.
+        # Padded to its bucket, in chunks of the bucket's size: prompts of one bucket run the same programs.
         padded = np.pad(tokens, (0, bucket(length) - length))[None]
         chunk = chunk_width(padded.shape[1])
         logits, cache = prefill(model, padded, cache, lengths=[length], chunk_size=chunk)
@@ -78,14 +75,14 @@ class Pooled(Method):
 
 
 def _least_of_bucket(length: int) -> int:
-    """A length up to `length` that all of its bucket share: as many heads retrieve then, and one program serves all."""
+    """The shortest length of the bucket: all its prompts then have as many retrieval heads, and run one program."""
     below = next((n for n in range(length, 0, -1) if bucket(n) < bucket(length)), 0)
     return below + 1
 
 
 @dataclass(frozen=True)
 class Full(Pooled):
-    """Full attention, the upper line of every comparison: it holds every token, so its only budget is 1."""
+    """Full attention, the reference of every comparison. It holds every token, so its only budget is 1."""
 
     name: ClassVar[str] = "full attention"
 
@@ -107,13 +104,14 @@ class Duo(Pooled):
     """Most recent tokens that a streaming head holds."""
 
     name: ClassVar[str] = "duo"
+    value_field: ClassVar[str] = "pattern"
 
     @classmethod
-    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: object) -> "Duo":
-        """See `Method.create`: duo=FOLDER or duo=PUBLISHED-NAME."""
-        if not value:
+    def create(cls, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "Duo":
+        """See `Method.create`."""
+        if not options.get("pattern"):
             raise ValueError("duo needs a pattern: duo=FOLDER, or duo=NAME of a published one")
-        return cls(value, **options)  # type: ignore[arg-type]
+        return cls(**options)
 
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""
@@ -130,7 +128,7 @@ class Duo(Pooled):
 
 @dataclass(frozen=True)
 class RandomHeads(Pooled):
-    """A head pattern whose retrieval heads are drawn at random: what the choice of heads is worth."""
+    """A head pattern with random retrieval heads, to show what the choice of heads is worth."""
 
     seed: int = 0
     """Seed of the draw."""
@@ -140,15 +138,12 @@ class RandomHeads(Pooled):
     """Most recent tokens that a streaming head holds."""
 
     name: ClassVar[str] = "random heads"
+    value_field: ClassVar[str] = "seed"
 
-    @classmethod
-    def create(cls, value: str | None, tokenizer: PreTrainedTokenizerBase | None, **options: object) -> "RandomHeads":
-        """See `Method.create`: random-heads or random-heads=SEED."""
-        if value is None:
-            return cls(**options)  # type: ignore[arg-type]
-        if not value.isdecimal():
-            raise ValueError(f"random-heads=SEED takes a whole number, got {value!r}")
-        return cls(int(value), **options)  # type: ignore[arg-type]
+    def __post_init__(self) -> None:
+        """Check the seed."""
+        if self.seed < 0:
+            raise ValueError(f"random-heads=SEED must be at least 0, got {self.seed}")
 
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""

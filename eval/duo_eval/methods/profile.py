@@ -1,6 +1,6 @@
 """A profile of a prompt: its keys and values under full attention, and how much attention each token received.
 
-Knows no rule: what is done with it is the caller's.
+Knows no rule.
 """
 
 import functools
@@ -22,12 +22,12 @@ PROFILE_BLOCK = 128
 
 
 class Profile(NamedTuple):
-    """A prompt's keys and values, and the attention that each token received: the mean over queries, and of a group."""
+    """A prompt's keys and values, and the attention that each token received: the mean over queries and a group."""
 
     k: Float[Array, "L K S H"]
     v: Float[Array, "L K S H"]
     total: Float[Array, "L K S"]
-    near: Float[Array, "L K S"]  # of it from queries that have the token in their local window
+    near: Float[Array, "L K S"]  # its part from queries that have the token in their local window
 
 
 def profile(
@@ -35,7 +35,7 @@ def profile(
 ) -> tuple[Float[Array, "V"], Profile]:
     """A prompt of `length` tokens, padded at its end: the logits after its last token, and its profile.
 
-    `window` is the tokens of a query's local window, the query's own included.
+    `window` is the size of a query's local window, which includes the query's own token.
     """
     config = model.config
     shape = config.num_layers, config.num_kv_heads, len(tokens)

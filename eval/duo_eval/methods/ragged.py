@@ -1,6 +1,6 @@
-"""A cache whose heads hold different numbers of tokens, end to end in one array. Knows no rule.
+"""A cache whose heads hold different numbers of tokens, all in one array. Knows no rule.
 
-Slots of a head lie together, heads in the order of layers; what is left over at the end belongs to no head.
+The slots of a head are contiguous, heads are in the order of layers; unused slots at the end belong to no head.
 """
 
 from typing import NamedTuple
@@ -24,14 +24,14 @@ class Ragged(NamedTuple):
     v: Float[Array, "M H"]
     position: Int32[Array, "M"]  # -1: an empty slot
     score: Float[Array, "M"]  # attention that a token received so far
-    kind: Int32[Array, "M"]  # what kind of token it is
-    head: Int32[Array, "M"]  # whose slot it is; P: nobody's
+    kind: Int32[Array, "M"]  # kind of the token
+    head: Int32[Array, "M"]  # head that owns the slot; P: none
     offset: Int32[Array, "P"]  # first slot of each head
     size: Int32[Array, "P"]  # slots of each head
 
 
-def goes(priority: Float[Array, "M"], cache: Ragged) -> Int32[Array, "P"]:
-    """Slot of each head for a new token: an empty one, else that of the lowest priority, of equals the oldest."""
+def evicted(priority: Float[Array, "M"], cache: Ragged) -> Int32[Array, "P"]:
+    """Slot of each head for a new token: an empty one, else that of the lowest priority, among equals the oldest."""
     heads = cache.offset.shape[0]
 
     def least(values: Array) -> Array:
@@ -46,7 +46,7 @@ def goes(priority: Float[Array, "M"], cache: Ragged) -> Int32[Array, "P"]:
 
 
 def attend_one(q: Float[Array, "K G H"], cache: Ragged, first: int) -> tuple[Float[Array, "K G H"], Float[Array, "M"]]:
-    """One token over the heads from `first` on: the output, and the scores with its weights added, a group's mean."""
+    """Attend from one token in the heads from `first` on: the output, and the scores plus its weights (group mean)."""
     num_heads, group, head_dim = q.shape
     block = min(BLOCK, cache.k.shape[0])
 

@@ -1,11 +1,11 @@
-"""The methods under comparison by name, and the one loop that generates with any of them.
+"""The methods under comparison by name, and the loop that generates with any of them.
 
-`METHODS` is the table: a method is a file in `eval/baselines/` and its row here. Knows no tasks.
+A method is a file in this folder and its row in `METHODS`. Knows no tasks.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -50,29 +50,34 @@ def method(
 
     Args:
         text: NAME or NAME=VALUE, the name one of `METHODS`; then fields of the method after a colon, if any.
-        tokenizer: needed by methods that tell tokens apart by their text.
-        defaults: values of fields that the text does not name, for methods that have all of these fields.
-        **options: fields of the method, such as `block=128`; as if the text named them.
+        tokenizer: needed by methods that distinguish tokens by their text.
+        defaults: values of fields that the text does not set, for methods that have all of these fields.
+        **options: further fields of the method, such as `block=128`.
 
     Raises:
         ValueError: an unknown method or field, or a value that the method does not take.
     """
     named, settings = _SETTINGS.fullmatch(text).groups()  # type: ignore[union-attr]
-    name, given, value = named.partition("=")
+    name, equals, value = named.partition("=")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     kind = METHODS[name]
+    if equals and kind.value_field is None:
+        raise ValueError(f"{name} takes no value, got ={value}")
     known = {field.name: field.default for field in fields(kind)} if is_dataclass(kind) else dict[str, Any]()
     written = dict(setting.split("=") for setting in settings.split(",")) if settings else dict[str, str]()
     unknown = sorted(set(written | options) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    set_by_text = {field: _number(f"{name}:{field}", number, known[field]) for field, number in written.items()}
+    values = {field: _number(f"{name}:{field}", number, known[field]) for field, number in written.items()}
+    if equals and kind.value_field:
+        default, shown = known[kind.value_field], f"{name}={kind.value_field.upper()}"
+        values[kind.value_field] = value if default is MISSING else _number(shown, value, default)
     usual = defaults if defaults and set(defaults) <= set(known) else {}
-    return kind.create(value if given else None, tokenizer, **{**usual, **options, **set_by_text})
+    return kind.create(tokenizer, **{**usual, **options, **values})
 
 
-# What comes before a method's settings, and these: a path may have colons of its own.
+# A method with its value, and its settings; a path may contain colons.
 _SETTINGS = re.compile(r"(.*?)(?::(\w+=[^,=:/\\]+(?:,\w+=[^,=:/\\]+)*))?", re.DOTALL)
 
 
@@ -82,8 +87,8 @@ def _number(setting: str, text: str, default: Any) -> bool | int | float:
     try:
         return {"true": True, "false": False}[text] if kind is bool else {int: int, float: float}[kind](text)
     except (KeyError, ValueError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "in Python alone")
-        raise ValueError(f"{setting} is {wanted}, got {text!r}") from None
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "set only in Python")
+        raise ValueError(f"{setting} is {expected}, got {text!r}") from None
 
 
 def greedy(

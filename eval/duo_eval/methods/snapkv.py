@@ -1,7 +1,7 @@
 """SnapKV (Li et al. 2024, arXiv 2404.14469): the prompt's last queries choose which of its tokens every head holds.
 
-As in the paper the choice comes after the whole prompt was attended to, layer by layer: one layer at a time is held in
-full, which `peak_nbytes` counts. What is generated is never evicted.
+As in the paper, a layer chooses after the whole prompt was attended to: one layer at a time is stored in full, which
+`peak_nbytes` counts. Generated tokens are never evicted.
 """
 
 import functools
@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from duo_eval.methods.eviction import (
     ALWAYS,
     EvictedState,
     Eviction,
     Held,
+    Tokens,
     attention_weights,
     by_head,
     empty,
@@ -32,12 +33,12 @@ from pallas_kernels import full_attention
 
 @dataclass(frozen=True)
 class SnapKV(Eviction):
-    """Observation window and the earlier tokens that it attends to most; `block` plays no part."""
+    """The observation window and the earlier tokens that it attends to most; `block` is not used."""
 
     window: int = 32
     """Last tokens of the prompt, which observe and stay."""
     pool: int = 7
-    """Neighbouring positions, an odd number, that share the largest of their votes: what stays, stays in clusters."""
+    """Neighbouring positions, an odd number, that share the largest of their votes, so that clusters of tokens stay."""
 
     name: ClassVar[str] = "snapkv"
 
@@ -52,28 +53,16 @@ class SnapKV(Eviction):
         return self.window + 1
 
     def limit(self, budget: float, prompt: int, length: int) -> int:
-        """See `Eviction.limit`: the budget is the prompt's, and all that is generated comes beside it."""
+        """See `Eviction.limit`: the budget is for the prompt; generated tokens are added to it."""
         return super().limit(budget, prompt, prompt) + length - prompt
 
     def capacity(self, budget: float, length: int, room: int) -> int:
         """See `Eviction.capacity`."""
         return super().capacity(budget, length, 0) + bucket(room)
 
-    def scores(
-        self, before: Float[Array, "K S"], weights: Float[Array, "K G T S"], valid: Bool[Array, "T"]
-    ) -> Float[Array, "K S"]:
-        """See `Eviction.scores`: nothing after the prompt."""
-        return before
-
-    def priority(
-        self,
-        position: Int32[Array, "K S"],
-        score: Float[Array, "K S"],
-        length: Int32[Array, ""],
-        limit: Int32[Array, ""],
-    ) -> Float[Array, "K S"]:
-        """See `Eviction.priority`: nobody goes, there is a slot for each."""
-        return jnp.zeros_like(score)
+    def priority(self, tokens: Tokens) -> Float[Array, "K S"]:
+        """See `Eviction.priority`: no token is evicted, there is a slot for each."""
+        return jnp.zeros_like(tokens.score)
 
     def prefill(
         self, model: Model, tokens: Int32[np.ndarray, "T"], capacity: int, budget: float
@@ -90,7 +79,7 @@ class SnapKV(Eviction):
     def votes(
         self, q: Float[Array, "K G T H"], k: Float[Array, "K T H"], length: Int32[Array, ""]
     ) -> Float[Array, "K T"]:
-        """Weights of the window's queries, summed over them, averaged over the group, pooled over neighbours."""
+        """Weights of the window's queries, summed over queries, averaged over the group, pooled over neighbours."""
         size = q.shape[2]
         window = min(self.window, size)
         first = jnp.maximum(length - window, 0)
@@ -98,7 +87,7 @@ class SnapKV(Eviction):
         observers = first + position[:window]
         seen = position[None, :] <= observers[:, None]
         weights = attention_weights(lax.dynamic_slice_in_dim(q, first, window, 2), [k], seen[None])
-        # A prompt shorter than the window has rows of padding.
+        # With a prompt shorter than the window, some rows are padding.
         votes = jnp.where((observers < length)[None, None, :, None], weights, 0.0).sum(2).mean(1)
         earlier = jnp.where(position < first, votes, 0.0)
         pooled = lax.reduce_window(earlier, 0.0, lax.max, (1, self.pool), (1, 1), "SAME")
@@ -114,7 +103,7 @@ def _observe(
     length: Int32[Array, ""],
     limit: Int32[Array, ""],
 ) -> tuple[Float[Array, "V"], tuple[Held, ...]]:
-    """A whole prompt, padded at its end: the logits after its last token, and what stays of each layer."""
+    """Take in a whole prompt, padded at its end: the logits after its last token, and the caches."""
     position = jnp.arange(tokens.shape[0], dtype=jnp.int32)
 
     def attend(state: tuple[Held, ...], layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Held, ...]]:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from duo_eval.methods.eviction import ALWAYS, Eviction, Held
+from duo_eval.methods.eviction import ALWAYS, Eviction, Held, Tokens
 from duo_jax import ModelConfig
 from duo_jax.rope import rotate, rotation
 
@@ -18,7 +18,7 @@ class StreamingLLM(Eviction):
     sink_size: int = 4
     """First tokens that stay; the paper's 4."""
     renumber: bool = False
-    """Count positions inside the cache, as the paper does: sinks then stand right before the window. Meant for texts
+    """Count positions inside the cache, as the paper does: the sinks then come right before the window. Meant for texts
     longer than the model was trained for; by default every token keeps its own position."""
 
     name: ClassVar[str] = "streamingllm"
@@ -33,29 +33,17 @@ class StreamingLLM(Eviction):
         """See `Eviction.least`: the sinks and one recent token."""
         return self.sink_size + 1
 
-    def scores(
-        self, before: Float[Array, "K S"], weights: Float[Array, "K G T S"], valid: Bool[Array, "T"]
-    ) -> Float[Array, "K S"]:
-        """See `Eviction.scores`: nothing."""
-        return before
-
-    def priority(
-        self,
-        position: Int32[Array, "K S"],
-        score: Float[Array, "K S"],
-        length: Int32[Array, ""],
-        limit: Int32[Array, ""],
-    ) -> Float[Array, "K S"]:
-        """See `Eviction.priority`: sinks, then the younger."""
-        return jnp.where(position < self.sink_size, ALWAYS, position.astype(jnp.float32))
+    def priority(self, tokens: Tokens) -> Float[Array, "K S"]:
+        """See `Eviction.priority`: sinks, then younger tokens."""
+        return jnp.where(tokens.position < self.sink_size, ALWAYS, tokens.position.astype(jnp.float32))
 
     def keys(self, held: Held, start: Int32[Array, ""], config: ModelConfig) -> Float[Array, "K C H"]:
-        """See `Eviction.keys`: renumbered, the sinks move forward by as many positions as were evicted."""
+        """See `Eviction.keys`: renumbered, the sinks move forward by the number of evicted tokens."""
         if not self.renumber:
             return held.k
         evicted = start - (held.position[0] >= 0).sum(dtype=jnp.int32)
         moved = jnp.where(held.position < self.sink_size, evicted, 0)
         cos, sin = rotation(config.rope, config.head_dim, moved)
-        # A key was scaled when it was first rotated: turn it further, no more.
+        # A key was scaled when it was first rotated: rotate it further without scaling.
         factor = config.rope.attention_factor
         return rotate(held.k[:, :, None], cos / factor, sin / factor)[:, :, 0]

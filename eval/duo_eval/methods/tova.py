@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
-from duo_eval.methods.eviction import Eviction
+from duo_eval.methods.eviction import Eviction, Tokens
 
 
 @dataclass(frozen=True)
 class TOVA(Eviction):
-    """By the weights of the newest query alone, averaged over all heads of the layer, which so hold the same tokens.
+    """Only the newest query's weights count, averaged over all heads of the layer, which thus hold the same tokens.
 
-    No token is safe, sinks and the newest included.
+    Any token may be evicted, sinks and the newest included.
     """
 
     name: ClassVar[str] = "tova"
@@ -21,16 +21,10 @@ class TOVA(Eviction):
     def scores(
         self, before: Float[Array, "K S"], weights: Float[Array, "K G T S"], valid: Bool[Array, "T"]
     ) -> Float[Array, "K S"]:
-        """See `Eviction.scores`: the last query's weights, nothing of before."""
+        """See `Eviction.scores`: only the last query's weights."""
         last = weights[:, :, valid.sum(dtype=jnp.int32) - 1]
         return jnp.broadcast_to(last.mean((0, 1)), before.shape)
 
-    def priority(
-        self,
-        position: Int32[Array, "K S"],
-        score: Float[Array, "K S"],
-        length: Int32[Array, ""],
-        limit: Int32[Array, ""],
-    ) -> Float[Array, "K S"]:
+    def priority(self, tokens: Tokens) -> Float[Array, "K S"]:
         """See `Eviction.priority`: the heavier."""
-        return score
+        return tokens.score
