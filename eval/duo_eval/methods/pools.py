@@ -40,7 +40,7 @@ class PooledState:
 class Pooled(Method):
     """A method that is a head pattern: a subclass chooses the streaming heads."""
 
-    def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern | None:
+    def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """The pattern with which `length` tokens take no more than the budget.
 
         Raises:
@@ -86,10 +86,11 @@ class Full(Pooled):
 
     name: ClassVar[str] = "full attention"
 
-    def pattern_for(self, model: Model, budget: float, length: int) -> None:
+    def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""
         if budget < 1.0:
             raise ValueError(f"full attention holds every token: its budget is 1.0, got {budget=}")
+        return HeadPattern.full(model.config)
 
 
 @dataclass(frozen=True)
