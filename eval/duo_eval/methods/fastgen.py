@@ -120,13 +120,13 @@ class FastGen(Method):
             )
         size = bucket(length)
         window = self.window(np.int32(length))
-        logits, found = profile(model, np.pad(tokens, (0, size - length)), length, window)
-        total, near = (np.asarray(x, np.float64).reshape(heads, size)[:, :length] for x in (found.total, found.near))
+        logits, prompt = profile(model, np.pad(tokens, (0, size - length)), length, window)
+        total, near = (np.asarray(x, np.float64).reshape(heads, size)[:, :length] for x in (prompt.total, prompt.near))
         choice = choose(self, total, near, kinds, int(budget * heads * length + 1e-9))
         # Enough slots for any choice: prompts of one bucket run the same programs.
         slots = int(budget * heads * size + 1e-9) + heads * bucket(room)
-        cache = _compress(found, *(jnp.asarray(x) for x in _layout(choice, total, kinds, size, room, slots)))
-        peak = found.k.nbytes + found.v.nbytes + cache.k.nbytes + cache.v.nbytes
+        cache = _compress(prompt, *(jnp.asarray(x) for x in _layout(choice, total, kinds, size, room, slots)))
+        peak = prompt.k.nbytes + prompt.v.nbytes + cache.k.nbytes + cache.v.nbytes
         policy = choice.policy.astype(np.int32)
         return logits, FastGenState(cache, policy, choice.threshold, length, length + room, peak)
 
@@ -142,11 +142,11 @@ class FastGen(Method):
 
     def kinds(self, tokens: Int32[np.ndarray, "T"], start: int) -> Int32[np.ndarray, "T"]:
         """The kind of each token, the first of which is at position `start`."""
-        found = np.where(np.isin(tokens, self.punctuation), PUNCTUATION_TOKEN, PLAIN)
-        found = np.where(np.isin(tokens, self.special), SPECIAL_TOKEN, found)
+        kinds = np.where(np.isin(tokens, self.punctuation), PUNCTUATION_TOKEN, PLAIN)
+        kinds = np.where(np.isin(tokens, self.special), SPECIAL_TOKEN, kinds)
         if start == 0:
-            found[0] = SPECIAL_TOKEN
-        return found.astype(np.int32)
+            kinds[0] = SPECIAL_TOKEN
+        return kinds.astype(np.int32)
 
     def priority(self, cache: Ragged, policy: Int32[Array, "P"], length: Int32[Array, ""]) -> Float[Array, "M"]:
         """Priority to stay, after `length` tokens."""
@@ -244,9 +244,9 @@ def _layout(
 
 
 @jax.jit
-def _compress(found: Profile, source: Int32[Array, "M"], *rest: Array) -> Ragged:
+def _compress(prompt: Profile, source: Int32[Array, "M"], *rest: Array) -> Ragged:
     """The cache with the tokens of a profile that stay."""
-    k, v = (x.reshape(-1, x.shape[-1])[source] for x in (found.k, found.v))
+    k, v = (x.reshape(-1, x.shape[-1])[source] for x in (prompt.k, prompt.v))
     return Ragged(k, v, *rest)
 
 

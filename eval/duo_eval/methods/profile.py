@@ -72,5 +72,5 @@ def _profile(
         return full_attention(q, k, v), Profile(*(x.at[layer].set(y) for x, y in zip(state, new, strict=True)))
 
     decoder = model.decoder
-    hidden, found = decoder.hidden(tokens[None], position[None], attend, empty)
-    return decoder.logits(hidden[0, length - 1]), found
+    hidden, result = decoder.hidden(tokens[None], position[None], attend, empty)
+    return decoder.logits(hidden[0, length - 1]), result

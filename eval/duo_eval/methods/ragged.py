@@ -56,11 +56,11 @@ def attend_one(q: Float[Array, "K G H"], cache: Ragged, first: int) -> tuple[Flo
         queries = q[i][None]
 
         def load(j: Array) -> tuple[Array, Array, Array]:
-            wanted = begin + j * block
-            at = jnp.minimum(wanted, cache.k.shape[0] - block)
+            start = begin + j * block
+            at = jnp.minimum(start, cache.k.shape[0] - block)
             index = at + jnp.arange(block, dtype=jnp.int32)
             held = lax.dynamic_slice_in_dim(cache.position, at, block) >= 0
-            return at, lax.dynamic_slice_in_dim(cache.k, at, block), held & (index >= wanted) & (index < begin + size)
+            return at, lax.dynamic_slice_in_dim(cache.k, at, block), held & (index >= start) & (index < begin + size)
 
         def add(j: Array, state: Softmax) -> Softmax:
             at, keys, seen = load(j)

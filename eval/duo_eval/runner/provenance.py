@@ -27,8 +27,8 @@ def provenance(settings: Mapping[str, Any] | None = None, *, program: str = "duo
     """The command that is running, the machine, and the settings if they are given (without the output path)."""
     # A notebook's kernel has a command line too, but it is no way to make the result again.
     command = "a notebook" if "ipykernel" in sys.modules else " ".join([program, *sys.argv[1:]])
-    shown = {} if settings is None else {"settings": {key: value for key, value in settings.items() if key != "out"}}
-    return {"command": command, "machine": machine()} | shown
+    own = {} if settings is None else {"settings": {key: value for key, value in settings.items() if key != "out"}}
+    return {"command": command, "machine": machine()} | own
 
 
 def machine() -> dict[str, Any]:

@@ -92,8 +92,8 @@ class Record:
     def missing(self, jobs: Iterable[J]) -> list[J]:
         """The jobs without a result, in their order, each once."""
         done = {_text(result[self.key]) for result in self.results}
-        wanted = {_text(_plain(job)): job for job in jobs}
-        return [job for text, job in wanted.items() if text not in done]
+        by_text = {_text(_plain(job)): job for job in jobs}
+        return [job for text, job in by_text.items() if text not in done]
 
     @contextmanager
     def writing(

@@ -103,7 +103,7 @@ def questions(path: Path | None = None, *, shots: int, count: int, seed: int) ->
     subjects: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         subjects.setdefault(row["topic"], []).append(number)
-    found = []
+    drawn = []
     for subject, numbers in sorted(subjects.items()):
         order = random.Random(f"{seed} {subject}").sample(numbers, len(numbers))
         held, texts = _held_out(rows, order, shots)
@@ -115,11 +115,11 @@ def questions(path: Path | None = None, *, shots: int, count: int, seed: int) ->
             )
         begin = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         begin += "".join(f"{_text(rows[number])} {rows[number]['correct_answer']}\n\n" for number in held)
-        found += [
+        drawn += [
             Question(number, subject, begin + _text(rows[number]), rows[number]["correct_answer"]) for number in asked
         ]
-    random.Random(seed).shuffle(found)
-    return found[:count]
+    random.Random(seed).shuffle(drawn)
+    return drawn[:count]
 
 
 def _held_out(rows: Sequence[Mapping[str, Any]], order: Sequence[int], shots: int) -> tuple[list[int], set[str]]:

@@ -76,12 +76,12 @@ def run(program: str, limits: Limits = Limits()) -> Verdict:
             start_new_session=True,
         )
         try:
-            said, _ = child.communicate(order.encode(), timeout=limits.seconds)
+            output, _ = child.communicate(order.encode(), timeout=limits.seconds)
         except subprocess.TimeoutExpired:
             return Verdict("timed out", f"more than {limits.seconds:g} s")
         finally:
             _kill(child)
-    text = said.decode(errors="replace").strip()
+    text = output.decode(errors="replace").strip()
     if text == word:
         return Verdict("passed")
     return Verdict("failed", text[:500] or f"ended early, with exit status {child.returncode}")

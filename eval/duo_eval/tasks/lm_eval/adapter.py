@@ -248,5 +248,5 @@ class DuoLM(TemplateLM):
 
 
 def _short(text: object) -> str:
-    shown = repr(text)
-    return shown if len(shown) < 120 else f"{shown[:60]} ... {shown[-60:]}"
+    quoted = repr(text)
+    return quoted if len(quoted) < 120 else f"{quoted[:60]} ... {quoted[-60:]}"

@@ -29,8 +29,8 @@ class CodeEval:
         for count in k:
             if all(len(programs) >= count for programs in predictions):
                 passed = [
-                    _pass_at(count, len(found), sum(outcome == "passed" for outcome in found))
-                    for found in outcomes.values()
+                    _pass_at(count, len(task_outcomes), sum(outcome == "passed" for outcome in task_outcomes))
+                    for task_outcomes in outcomes.values()
                 ]
                 means[f"pass@{count}"] = sum(passed) / len(passed)
         return means, outcomes

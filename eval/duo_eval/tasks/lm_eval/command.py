@@ -175,9 +175,9 @@ def harness_table(path: Path) -> str:
             metric, _, filtered = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr"):
                 error = metrics.get(f"{metric}_stderr,{filtered}")
-                shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+                error_text = f"{error:.4f}" if isinstance(error, int | float) else ""
                 label = metric if filtered in ("", "none") else f"{metric}, {filtered}"
-                rows.append([task, shots, count, label, f"{value:.4f}", shown])
+                rows.append([task, shots, count, label, f"{value:.4f}", error_text])
     return rows_to_table(rows, ["task", "shots", "n", "metric", "value", "standard error"], "lrrlr")
 
 

@@ -82,8 +82,8 @@ class RulerTask:
             longest=max(self.lengths),
             shortest=max(1, min(self.lengths) - max(TASKS[name].max_new_tokens for name in self._chosen)),
         )
-        for (length,), found in grouped(read(self.out)[1], "length").items():
-            print(f"{length} tokens:", *in_words(found), sep="\n")
+        for (length,), results in grouped(read(self.out)[1], "length").items():
+            print(f"{length} tokens:", *in_words(results), sep="\n")
 
     @property
     def _chosen(self) -> tuple[str, ...]:

@@ -28,10 +28,10 @@ class CommonWords(Kind):
         if size > len(all_words()):
             return None
         short = material.length < SHORT
-        shown = _list(rng, *((20, 3, 1) if short else (40, 10, 3)))
-        asked = _list(rng, size, *((6, 1) if short else (30, 3)))
-        answers = " ".join(f"{number}. {word}" for number, word in enumerate(shown.outputs, 1))
-        return Example(f"{shown.text} {shown.answer} {answers}\n{asked.text}", asked.answer, asked.outputs)
+        example = _list(rng, *((20, 3, 1) if short else (40, 10, 3)))
+        question = _list(rng, size, *((6, 1) if short else (30, 3)))
+        answers = " ".join(f"{number}. {word}" for number, word in enumerate(example.outputs, 1))
+        return Example(f"{example.text} {example.answer} {answers}\n{question.text}", question.answer, question.outputs)
 
 
 def _list(rng: Random, size: int, common_repeats: int, other_repeats: int) -> Example:

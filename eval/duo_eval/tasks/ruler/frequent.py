@@ -11,7 +11,7 @@ from scipy.special import zeta
 from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
 
 LETTERS = 6
-# A word for so many tokens of the whole.
+# One different word for this many tokens of the example.
 TOKENS_PER_WORD = 50
 NOISE = "..."
 
@@ -26,12 +26,12 @@ class FrequentWords(Kind):
     max_new_tokens: ClassVar[int] = 50
 
     def least(self) -> int:
-        """So many that the three words come, and each in another number."""
+        """Enough words that the three most frequent appear, each a different number of times."""
         return 64
 
     def make(self, rng: Random, size: int, material: Material) -> Example:
         """See `Kind.make`."""
-        words: dict[str, None] = {NOISE: None}  # The most frequent of all stands for nothing.
+        words: dict[str, None] = {NOISE: None}  # The most frequent word is noise.
         while len(words) < max(material.length // TOKENS_PER_WORD, 4):
             words["".join(rng.choices(string.ascii_lowercase, k=LETTERS))] = None
         ranks = np.arange(1, len(words) + 1)

@@ -78,11 +78,11 @@ def fitted(
     for attempt in range(kind.attempts):
 
         def make(size: int, attempt: int = attempt) -> Example | None:
-            made = kind.make(Random(repr((*seed, attempt))), size, material)
-            if made is None:
+            example = kind.make(Random(repr((*seed, attempt))), size, material)
+            if example is None:
                 return None
-            shortest.append(count(made) + kind.max_new_tokens)
-            return made if shortest[-1] <= material.length else None
+            shortest.append(count(example) + kind.max_new_tokens)
+            return example if shortest[-1] <= material.length else None
 
         low, high = kind.least(), 2 * kind.least()
         best = make(low)
@@ -92,10 +92,10 @@ def fitted(
             best, low, high = larger, high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            if (made := make(middle)) is None:
+            if (example := make(middle)) is None:
                 high = middle
             else:
-                best, low = made, middle
+                best, low = example, middle
         return best, low
     least = f"{min(shortest)} tokens" if shortest else "more text than there is"
     raise ValueError(f"the smallest example takes {least}, prompt and answer, got a length of {material.length}")

@@ -80,27 +80,27 @@ def load(path: Path, style: Literal["squad", "hotpot"]) -> Questions:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno} is not JSON: {error}") from None
-    found = _READERS[style](data, path)
-    if not found.questions:
+    questions = _READERS[style](data, path)
+    if not questions.questions:
         raise ValueError(f"{path} has no question with an answer")
-    return found
+    return questions
 
 
 def _squad(data: Any, path: Path) -> Questions:
     paragraphs: dict[str, int] = {}
     articles, drafts = [], []
     for a, article in enumerate(_field(data, "data", list, f"{path}")):
-        here = []
+        own = []
         for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{path}: data[{a}]")):
             place = f"{path}: data[{a}].paragraphs[{p}]"
             number = paragraphs.setdefault(_field(paragraph, "context", str, place), len(paragraphs))
-            here.append(number)
+            own.append(number)
             for q, question in enumerate(_field(paragraph, "qas", list, place)):
                 at = f"{place}.qas[{q}]"
                 texts = [_field(answer, "text", str, at) for answer in _field(question, "answers", list, at)]
                 if texts and not question.get("is_impossible"):
                     drafts.append((_field(question, "question", str, at), tuple(texts), number, a))
-        articles.append(here)
+        articles.append(own)
     questions = tuple(
         Question(text, answers, (number,), tuple(dict.fromkeys(n for n in articles[a] if n != number)))
         for text, answers, number, a in drafts

@@ -25,12 +25,12 @@ TASKS: dict[str, Kind] = {
 
 
 def score(kind: Kind, example: Example, answer: str) -> float:
-    """The paper's metric, by lm-eval's function: the fraction of outputs in an answer, or whether any is.
+    """The paper's metric, by lm-eval's function: the fraction of outputs in an answer, or whether it contains any.
 
-    Its function for the latter gives the fraction as well; so the former's is asked for one output at a time.
+    lm-eval's function for the latter also returns a fraction, so the former is called with one output at a time.
     """
     from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
-    found = postprocess_pred([answer])
+    processed = postprocess_pred([answer])
     groups = [list(example.outputs)] if kind.match == "all" else [[output] for output in example.outputs]
-    return float(max(string_match_all(found, [group]) for group in groups))
+    return float(max(string_match_all(processed, [group]) for group in groups))

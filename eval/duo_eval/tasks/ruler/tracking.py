@@ -29,9 +29,9 @@ class Tracking(Kind):
 
     def make(self, rng: Random, size: int, material: Material) -> Example:
         """See `Kind.make`."""
-        shown = self._chain(rng, EXAMPLE_LINES, EXAMPLE_LETTERS)
+        example = self._chain(rng, EXAMPLE_LINES, EXAMPLE_LETTERS)
         asked = self._chain(rng, size, self.letters)
-        before = f"{shown.text} {shown.answer} {' '.join(shown.outputs)}\n\n\n"
+        before = f"{example.text} {example.answer} {' '.join(example.outputs)}\n\n\n"
         return Example(before + asked.text, asked.answer, asked.outputs)
 
     def _chain(self, rng: Random, lines: int, letters: int) -> Example:
