@@ -130,7 +130,7 @@ def test_files_of_one_kind_are_merged(duo, tmp_path):
         pass
     both.touch()  # As a kill leaves it.
     done = duo("eval", "merge", one, two, "--out", both)
-    assert done.code == 0 and "has 3 results, 1 of which were in several files" in done.out
+    assert done.code == 0 and "has 3 results, 1 of them in several files" in done.out
     head, records = read(both)
     assert [(record["job"]["name"], record["score"]) for record in records] == [("a", 0.25), ("b", 0.25), ("c", 0.75)]
     # All three runs were alike.

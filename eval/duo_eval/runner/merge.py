@@ -20,5 +20,5 @@ class Merge:
     def run(self) -> None:
         """Read all, write one."""
         results, repeated = merge(self.files, self.out)
-        also = f"; {repeated} were in several files, the first of which counts" if repeated else ""
+        also = f", {repeated} of them in several files (the first counts)" if repeated else ""
         print(f"{self.out} has {results} results{also}")
