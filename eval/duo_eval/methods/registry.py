@@ -69,7 +69,9 @@ def method(
     unknown = sorted(set(written | options) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    values = {field: _number(f"{name}:{field}", number, known[field]) for field, number in written.items()}
+    values: dict[str, Any] = {
+        field: _number(f"{name}:{field}", number, known[field]) for field, number in written.items()
+    }
     if equals and kind.value_field:
         default, shown = known[kind.value_field], f"{name}={kind.value_field.upper()}"
         values[kind.value_field] = value if default is MISSING else _number(shown, value, default)

@@ -82,7 +82,7 @@ class Precision:
                     for pattern in filter(None, patterns.values()):
                         pattern.check(model.config)
                     for job in group:
-                        about = {"prose": job.prose, "kv_dtype": job.cache}
+                        about: dict[str, Any] = {"prose": job.prose, "kv_dtype": job.cache}
                         text = texts[job.length], job.length, job.sample
                         yield job, score_text(model, *text, patterns[job.sparsity], **about)
 

@@ -141,7 +141,7 @@ class DuoLM(TemplateLM):
                 if text is not None:
                     self.cache_hook.add_partial("loglikelihood", text, tuple(answer))
                 bar.update(1)
-        return [tuple(answers[index]) for index in range(len(requests))]
+        return [(answers[index].logprob, answers[index].is_greedy) for index in range(len(requests))]
 
     def _likelihoods(self, requests: Sequence[Encoded]) -> Iterator[tuple[int, Likelihood]]:
         """The index of each request, and its answer."""
