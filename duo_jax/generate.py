@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from duo_jax import infer
 from duo_jax.cache.cache import KVCache
 from duo_jax.checks import check_cache, check_prompt, check_room, check_vocabulary
-from duo_jax.infer import bucket, chunk_width
+from duo_jax.chunks import bucket, chunk_width
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.sampling import Greedy, Sampler

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.config import ModelConfig
-from duo_jax.infer import CHUNK_SIZE
 from duo_jax.memory import nbytes, size_text
 from duo_jax.mesh.mesh import MeshSize, abstract_mesh
 from duo_jax.mesh.place import parameter_shapes

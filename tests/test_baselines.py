@@ -10,7 +10,7 @@ from duo_eval.methods.fastgen import EVERYTHING, FREQUENT, LOCAL, PUNCTUATION
 from duo_eval.methods.registry import METHODS, greedy, method
 
 from duo_jax import Model, infer, load_tokenizer
-from duo_jax.infer import bucket
+from duo_jax.chunks import bucket, chunk_width
 from tests import dense_rules
 from tests.conftest import TINY
 from tests.dense_rules import blocks, dense, heaviest
@@ -215,8 +215,8 @@ def test_bytes_equal_the_formula_and_the_devices_buffers_and_meet_the_budget(tin
     beside = {
         "snapkv": TINY.num_kv_heads * size,
         "fastgen": heads * size,
-        "duo": TINY.num_kv_heads * infer.chunk_width(size),
-        "random-heads": TINY.num_kv_heads * infer.chunk_width(size),
+        "duo": TINY.num_kv_heads * chunk_width(size),
+        "random-heads": TINY.num_kv_heads * chunk_width(size),
     }.get(name, TINY.num_kv_heads * (int(BUDGET * most) + BLOCK))
     memory = state.memory
     assert memory.nbytes == state.nbytes == buffers(state) == slots * entry

@@ -11,11 +11,11 @@ import tyro
 
 from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
+from duo_jax.chunks import chunk_width
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timings import Timings, Watcher, show_status
-from duo_jax.infer import chunk_width
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.text.lm import LM, TextStream

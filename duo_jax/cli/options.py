@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
-from duo_jax.infer import bucket
+from duo_jax.chunks import bucket
 from duo_jax.memory import host_available
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather

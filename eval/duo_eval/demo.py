@@ -15,8 +15,8 @@ from rich.table import Table
 from duo_eval.tasks.needle.hide import hide
 from duo_eval.tasks.needle.styles import digits
 from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax.chunks import bucket
 from duo_jax.cli.timings import Timings, Watcher
-from duo_jax.infer import bucket
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.template import encode
 

@@ -12,11 +12,11 @@ import tyro
 from duo_eval.aot.verify import TOLERANCE, is_close, verify
 from duo_jax.cache.spec import MOST_TOKENS
 from duo_jax.checkpoint.load import open_config
+from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
 from duo_jax.gpus import find_gpu
-from duo_jax.infer import CHUNK_SIZE
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype

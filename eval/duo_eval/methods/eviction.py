@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_jax import Model, ModelConfig
 from duo_jax.checks import check_vocabulary
-from duo_jax.infer import bucket
+from duo_jax.chunks import bucket
 
 # A priority above every other; finite, since an empty slot's is not.
 ALWAYS = 1e30

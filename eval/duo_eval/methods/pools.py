@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_jax import HeadPattern, KVCache, Model, decode_step, prefill
-from duo_jax.infer import bucket, chunk_width
+from duo_jax.chunks import bucket, chunk_width
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from duo_eval.methods.eviction import (
     ranked,
 )
 from duo_jax import Model
-from duo_jax.infer import bucket
+from duo_jax.chunks import bucket
 from pallas_kernels import full_attention
 
 

@@ -8,7 +8,7 @@ from duo_eval.speed.ceilings import seconds
 from duo_eval.speed.engines import memory
 from duo_eval.speed.engines.subject import Subject
 from duo_jax import HeadPattern, KVCache, decode_step, prefill
-from duo_jax.infer import chunk_width
+from duo_jax.chunks import chunk_width
 
 
 class Duo:
