@@ -1,7 +1,6 @@
-"""Checks of what a caller passes in, before any compute: each error says the value, the rule and the way out.
+"""Checks of the arguments of public functions, before any compute. Errors name the value, the rule and the way out.
 
-Under a caller's own `jit` values are not known yet; what needs them is then left to the compiled program, which
-answers a cache that overflows with NaN logits.
+Under a caller's own `jit`, values are unknown and cannot be checked. A cache that overflows there gives NaN logits.
 """
 
 import warnings
@@ -21,7 +20,7 @@ _warned: set[ModelConfig] = set()
 
 
 def is_traced(*values: object) -> bool:
-    """Whether any of these has no value yet."""
+    """Whether any of these is being traced, so that its value is unknown."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
@@ -45,12 +44,12 @@ def check_prompt(
     batch, length = tokens.shape
     lengths = np.full(batch, length) if lengths is None else _integers("lengths", lengths)
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths must have one entry a row, got {lengths.shape=} beside {tokens.shape=}")
+        raise ValueError(f"lengths must have one entry a row, got {lengths.shape=} for {tokens.shape=}")
     if lengths.min() < 1 or lengths.max() > length:
         raise ValueError(f"lengths must be in [1, {length}] (an empty prompt has no answer), got {lengths.tolist()}")
     valid = np.arange(length)[None, :] < lengths[:, None]
     check_vocabulary(config, tokens[valid])
-    # Padding may be anything; it is never looked at, but must be an index of the embedding.
+    # Padding may be any number; its result is never used, but it must be a valid index of the embedding.
     tokens = np.where(valid, tokens, 0)
     return tokens.astype(np.int32), lengths.astype(np.int32)
 
@@ -58,7 +57,7 @@ def check_prompt(
 def check_step(
     config: ModelConfig, token: ArrayLike, active: ArrayLike | None
 ) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
-    """One token a row as int32, and the rows to append to as bool.
+    """One token per row as int32, and the rows to append to as bool.
 
     Raises:
         ValueError: an active row's token outside the vocabulary, or shapes that do not fit.
@@ -72,12 +71,12 @@ def check_step(
         raise ValueError(f"active must be a bool for each of {ids.shape[0]} rows, got {rows.dtype}{rows.shape}")
     if not is_traced(ids, rows):
         check_vocabulary(config, np.asarray(ids)[rows])
-        ids = np.where(rows, ids, 0)  # A row that is left out may hold anything.
+        ids = np.where(rows, ids, 0)  # The token of an inactive row may be any number.
     return jnp.asarray(ids).astype(jnp.int32), jnp.asarray(rows)
 
 
 def check_vocabulary(config: ModelConfig, tokens: np.ndarray) -> None:
-    """Raise ValueError for a token id outside the vocabulary: an embedding look-up would clamp it in silence."""
+    """Raise ValueError for a token id outside the vocabulary, which an embedding look-up would silently clamp."""
     outside = (tokens < 0) | (tokens >= config.vocab_size)
     if outside.any():
         raise ValueError(
@@ -90,8 +89,8 @@ def check_cache(model: Model, cache: KVCache, batch_size: int) -> None:
     """Raise ValueError for a cache of another model, batch or mesh."""
     config = model.config
     if cache.mesh != model.mesh:
-        theirs, ours = (MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh))
-        raise ValueError(f"the cache lies on {theirs}, the model on {ours}: give both the same mesh=")
+        sizes = [MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh)]
+        raise ValueError(f"the cache is on {sizes[0]}, the model on {sizes[1]}: give both the same mesh=")
     expected = (config.num_layers, MeshSize.of(model.mesh).kv_heads(config), config.head_dim, batch_size)
     found = (*cache.is_retrieval.shape, cache.head_dim, cache.batch_size)
     if found != expected:
@@ -103,33 +102,33 @@ def check_cache(model: Model, cache: KVCache, batch_size: int) -> None:
         cache.check_alive()
         if not np.array_equal(np.asarray(model.order), np.asarray(cache.order)):
             raise ValueError(
-                "on this mesh, the model's heads lie where another pattern wants them than the cache's: load the model "
-                "for the pattern that it is to serve, load_model(..., mesh=mesh, pattern=pattern)"
+                "on this mesh, the model's heads are placed for another pattern than the cache's: load the model for "
+                "the pattern that it will serve, load_model(..., mesh=mesh, pattern=pattern)"
             )
 
 
 def check_room(config: ModelConfig, cache: KVCache, count: ArrayLike) -> None:
-    """Check that `count` more tokens fit, and warn once where they pass the positions that the model was trained for.
+    """Check that `count` more tokens fit, and warn once if they exceed the positions that the model was trained for.
 
     Raises:
-        ValueError: an overfull or donated cache.
+        ValueError: a cache that is too short, or was donated.
     """
     if is_traced(cache, count):
         return
     cache.check_alive()
     length, count = np.asarray(cache.length), np.asarray(count, np.int64)
-    wanted = length + count
-    if (wanted > cache.max_length).any():
-        row = int(wanted.argmax())
+    total = length + count
+    if (total > cache.max_length).any():
+        row = int(total.argmax())
         new = int(np.broadcast_to(count, length.shape)[row])
         raise ValueError(
-            f"row {row} holds {length[row]} tokens and {new} more make {wanted[row]}, but the cache has "
+            f"row {row} has {length[row]} tokens and {new} more make {total[row]}, but the cache has "
             f"max_length={cache.max_length}: make a longer one, or ask for fewer tokens"
         )
-    if wanted.max() > config.trained_positions and config not in _warned:
+    if total.max() > config.trained_positions and config not in _warned:
         _warned.add(config)
         warnings.warn(
-            f"{wanted.max()} tokens of context, but the model was trained for {config.trained_positions}: "
+            f"{total.max()} tokens of context, but the model was trained for {config.trained_positions}: "
             "expect worse answers beyond that",
             stacklevel=4,
         )

@@ -75,7 +75,7 @@ class State:
     keys: Key[Array, "B"]
 
 
-# From a model, a token a row, a cache, the rows to append to and a backend to the next logits `[B, V]` and the cache.
+# (model, token [B], cache, active rows [B], backend) -> logits [B, V] of the next token and the new cache.
 StepFunction: TypeAlias = Callable[[Any, Array, Any, Array, str | None], tuple[Array, Any]]
 
 # Loop index, state, tokens [B, M], log-probabilities [B, M], tokens generated [B].

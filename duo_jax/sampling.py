@@ -1,6 +1,6 @@
-"""Samplers: how the next token is chosen from logits. Frozen dataclasses, so that they are static under jit.
+"""Samplers choose the next token from logits. They are frozen dataclasses, so that they are static under jit.
 
-`Greedy` and `Categorical` choose; transforms before them reshape the logits, in the order given:
+`Greedy` and `Categorical` choose a token; transforms are applied to the logits before, in the order given:
 `Categorical((RepetitionPenalty(1.1), Temperature(0.7), TopP(0.9)))`.
 """
 
@@ -17,7 +17,7 @@ MASKED = -1e30
 
 @runtime_checkable
 class Transform(Protocol):
-    """Reshapes logits; `seen` marks the vocabulary entries of the prompt and of what was generated so far."""
+    """Changes logits; `seen` marks the tokens of the vocabulary that occurred in the prompt or were generated."""
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """Return the logits to choose from."""
@@ -26,7 +26,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Temperature:
-    """Divide logits by `value`: below 1 sharper, above 1 flatter."""
+    """Divide logits by `value`: the distribution is sharper below 1 and flatter above."""
 
     value: float
 
@@ -59,7 +59,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """Keep the fewest most likely tokens whose probabilities sum to at least `p` (Holtzman et al. 2019)."""
+    """Keep the smallest set of most likely tokens with a total probability of at least `p` (Holtzman et al. 2019)."""
 
     p: float
 
@@ -72,7 +72,7 @@ class TopP:
         """See `Transform`."""
         descending = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(descending, axis=-1)
-        # A token stays if the ones before it do not reach p yet; the first always stays.
+        # A token stays if the more likely ones sum to less than p; the first always stays.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         least = jnp.where(before < self.p, descending, jnp.inf).min(-1, keepdims=True)
         return jnp.where(logits >= least, logits, MASKED)
@@ -97,7 +97,7 @@ class MinP:
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Make tokens already seen less likely: positive logits divided, negative multiplied (Keskar et al. 2019)."""
+    """Make seen tokens less likely: divide positive logits by `value`, multiply negative ones (Keskar et al. 2019)."""
 
     value: float
 
@@ -113,11 +113,11 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Transforms in order, then a choice."""
+    """Apply transforms in order, then choose."""
 
     transforms: Sequence[Transform] = ()
 
-    # Whether a random key is needed.
+    # Whether the choice needs a random key.
     is_random = False
 
     def __post_init__(self) -> None:
@@ -129,14 +129,14 @@ class Sampler:
     def __call__(
         self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"], keys: Key[Array, "B"]
     ) -> Int32[Array, "B"]:
-        """Choose a token for each row; row b draws from `keys[b]` alone, so that it depends on no other row."""
+        """Choose a token for each row; row b uses only `keys[b]`, so that it does not depend on other rows."""
         for transform in self.transforms:
             logits = transform(logits, seen)
         return self.choose(logits, keys)
 
     def choose(self, logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int32[Array, "B"]:
         """Choose from transformed logits."""
-        raise NotImplementedError(f"{type(self).__name__} must say how to choose: use Greedy or Categorical")
+        raise NotImplementedError(f"{type(self).__name__} does not implement choose(): use Greedy or Categorical")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Greedy(Sampler):
 
 @dataclass(frozen=True)
 class Categorical(Sampler):
-    """A draw in proportion to the probabilities; needs a key."""
+    """Sample from the probabilities; needs a key."""
 
     is_random = True
 

@@ -229,14 +229,14 @@ def test_a_donated_cache_raises(tiny, half, use):
 @calls
 def test_an_overfull_cache_raises_before_any_compute(tiny, half, use, nothing_runs):
     cache = new(half).advance(jnp.array([3, 32], jnp.int32))
-    with pytest.raises(ValueError, match=r"row 1 holds 32 tokens and \d+ more make \d+, .* max_length=32"):
+    with pytest.raises(ValueError, match=r"row 1 has 32 tokens and \d+ more make \d+, .* max_length=32"):
         use(tiny, cache)
     assert not cache.length.is_deleted()
 
 
 def test_generate_asks_for_room_for_every_new_token(tiny, half, nothing_runs):
     for call in (generate, stream):
-        with pytest.raises(ValueError, match="row 0 holds 0 tokens and 33 more make 33"):
+        with pytest.raises(ValueError, match="row 0 has 0 tokens and 33 more make 33"):
             call(tiny, TEXT, cache=new(half), max_new_tokens=17)
 
 

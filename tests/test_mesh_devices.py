@@ -283,7 +283,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
     config = model.config
     with pytest.raises(ValueError, match=r"load_model\(..., mesh=mesh, pattern=pattern\)"):
         prefill(model, tokens, KVCache.init(config, None, 1, 40, mesh=mesh))
-    with pytest.raises(ValueError, match=r"the cache lies on one device, the model on .*tensor=2, sequence=4"):
+    with pytest.raises(ValueError, match=r"the cache is on one device, the model on .*tensor=2, sequence=4"):
         prefill(model, tokens, KVCache.init(config, pattern, 1, 40))
     with pytest.raises(ValueError, match="save it from one device"):
         save_model(model, tmp_path / "model")

@@ -67,7 +67,7 @@ def test_scores_equal_those_of_the_golden_logits(kind, chunk_size, monkeypatch):
 
 def test_a_text_that_does_not_fit_is_refused(tiny):
     cache = KVCache.init(tiny.config, None, 1, 16)
-    with pytest.raises(ValueError, match="row 0 holds 0 tokens"):
+    with pytest.raises(ValueError, match="row 0 has 0 tokens"):
         score(tiny, np.zeros((1, 17), np.int32), cache)
 
 

@@ -22,7 +22,7 @@ HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit or 
 
 @dataclass(frozen=True)
 class ChatCommand:
-    """Talk to a model in several turns; each one computes only what is new."""
+    """Talk to a model in several turns; each turn computes only its new tokens."""
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
@@ -32,7 +32,7 @@ class ChatCommand:
     system: str | None = None
     """System message; the template's own by default."""
     max_length: int = 4096
-    """Tokens of conversation that the KV cache holds."""
+    """Size of the KV cache in tokens of conversation."""
     max_new_tokens: int = 512
     """Most tokens of one reply."""
 
@@ -60,7 +60,7 @@ class ChatCommand:
 
 
 def _read(chat: Chat) -> str | None:
-    """A line, with a meter of the cache before it; None at the end of input."""
+    """Read a line, after a prompt that shows how full the cache is; None at the end of input."""
     meter = f"[{chat.num_tokens}/{chat.max_length} tokens, {chat.nbytes / 1e6:.1f} MB] "
     while True:
         try:
@@ -71,11 +71,11 @@ def _read(chat: Chat) -> str | None:
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit ends the chat)")
         except UnicodeDecodeError as error:
-            print(f"(that is not UTF-8 text: {error})", file=sys.stderr)
+            print(f"(the line is not UTF-8 text: {error})", file=sys.stderr)
 
 
 def _command(chat: Chat, line: str) -> bool:
-    """Do what a slash command says; False ends the chat."""
+    """Run a slash command; False ends the chat."""
     name, _, argument = line.partition(" ")
     if name == "/exit":
         return False
@@ -104,14 +104,14 @@ def _answer(chat: Chat, line: str, **options: Any) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C end a reply between two tokens, where the cache is whole; a second one interrupts at once."""
+    """Let Ctrl-C end a reply between two tokens, when the cache is complete; a second Ctrl-C interrupts at once."""
     hits = []
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         hits.append(signum)
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, record)
     try:
         yield lambda: bool(hits)
     finally:

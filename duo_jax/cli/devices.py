@@ -1,4 +1,4 @@
-"""Flags of commands that several devices, or several processes, can share."""
+"""Flags of commands that can run on several devices or in several processes."""
 
 import json
 import os
@@ -16,24 +16,24 @@ from duo_jax.mesh.processes import check_alike, is_first, join
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Processes that do the work together."""
+    """Processes that run the command together."""
 
     distributed: bool = False
-    """This process is one of several, each started with the same flags but --process-id, or by a cluster's launcher."""
+    """Run as one of several processes, all started by a cluster or with the same flags except --process-id."""
     coordinator: str | None = None
-    """host:port of the first process; by default, like the next two, from the environment of Slurm, Open MPI or
-    Kubernetes."""
+    """host:port of the first process. The default of this flag and the next two comes from the environment of Slurm,
+    Open MPI or Kubernetes."""
     processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """Index of this process, from 0."""
 
     def join(self, settings: Mapping[str, Any]) -> None:
-        """Meet the others, before any device is used, and see that they were started with the same settings.
+        """Connect to the other processes, before any device is used, and check that their settings are the same.
 
         Raises:
-            ValueError: flags of several processes without --distributed, or some of them only; processes with other
-                settings or versions.
+            ValueError: flags of several processes without --distributed, an incomplete set of them, or processes with
+                different settings or versions.
         """
         given = self.coordinator, self.processes, self.process_id
         if self.distributed:
@@ -44,8 +44,8 @@ class ProcessOptions:
             raise ValueError("--coordinator, --processes and --process-id are for several processes: add --distributed")
 
     @contextmanager
-    def first_speaks(self) -> Iterator[None]:
-        """Let the first process print, and no other; errors pass."""
+    def only_first_prints(self) -> Iterator[None]:
+        """Silence every process but the first; errors are still raised."""
         if not self.distributed or is_first():
             yield
             return
@@ -58,18 +58,18 @@ class DeviceOptions:
     """Devices that share model and cache."""
 
     mesh: str | None = None
-    """Devices along each axis, such as tensor=4,sequence=2: tensor shares heads, sequence the tokens of retrieval
-    heads, data the rows of a batch. Without it, one device does all."""
+    """Devices along each axis, such as tensor=4,sequence=2: tensor divides heads, sequence the tokens of retrieval
+    heads, data the rows of a batch. By default, one device is used."""
 
     @property
     def size(self) -> MeshSize:
-        """How many devices share what."""
+        """The number of devices along each axis."""
         return MeshSize() if self.mesh is None else MeshSize.parse(self.mesh)
 
     def make(self) -> Mesh | None:
-        """The devices; None: the default one.
+        """The mesh of devices; None for the default device.
 
         Raises:
-            ValueError: text that is no mesh, or more devices than there are.
+            ValueError: text that is not a mesh, or more devices than exist.
         """
         return None if self.mesh is None else make_mesh(**vars(self.size))

@@ -1,4 +1,4 @@
-"""`duo generate`: text in, text out, and what it took."""
+"""`duo generate`: text in, text out, with timings and memory."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ class Generate:
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     prompt: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
     cache: Path | None = None
-    """A text that duo prefill wrote: the prompt goes on from it. Its head pattern and data types are its own."""
+    """A folder written by duo prefill: the prompt continues its text. It contains the head pattern and data types."""
     max_new_tokens: int = 128
     """Most tokens generated."""
     room: tyro.conf.OmitArgPrefixes[RoomOptions] = RoomOptions()
@@ -42,9 +42,9 @@ class Generate:
     """Print one JSON object instead of text."""
 
     def run(self) -> None:
-        """Check the flags, load, generate, report; of several processes, the first one speaks."""
+        """Check the flags, load, generate and report; of several processes, only the first prints."""
         self.processes.join({name: value for name, value in asdict(self).items() if name != "processes"})
-        with self.processes.first_speaks():
+        with self.processes.only_first_prints():
             self._run()
 
     def _run(self) -> None:
@@ -52,10 +52,10 @@ class Generate:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         mesh = self.devices.make()
         if mesh is not None and self.cache is not None:
-            raise ValueError("a saved cache lies on one device: leave out --mesh or --cache")
+            raise ValueError("a saved cache is for one device: leave out --mesh or --cache")
         prompt, sampler, before = self.prompt.text(), self.sampling.sampler(), self._saved()
         if self.pattern.kv_budget is None:
-            self.pattern.load(1)  # A wrong pattern is told before the model is loaded.
+            self.pattern.load(1)  # Reject a bad pattern before loading the model.
         tokenizer = self.model.tokenizer()
         history = None if before is None else np.asarray(before["tokens"][0], np.int32)
         if history is None:
@@ -94,12 +94,12 @@ class Generate:
             print(_summary(watcher.timings), file=sys.stderr)
 
     def _saved(self) -> dict[str, Any] | None:
-        """What is known of a prefilled text, without its keys and values."""
+        """The description of a saved cache, without its keys and values."""
         if self.cache is None:
             return None
         about = store.read_about(self.cache)
         if about["tokens"] is None or len(about["tokens"]) != 1:
-            raise ValueError(f"{self.cache} is not one text with its tokens: make it with duo prefill")
+            raise ValueError(f"{self.cache} is not one text with its tokens: write one with duo prefill")
         return about
 
     def _cache(self, model: Model, pattern: HeadPattern | None, room: int) -> KVCache:

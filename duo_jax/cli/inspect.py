@@ -1,4 +1,4 @@
-"""`duo inspect`: what a model is, which of its heads stream, and what that saves at several lengths."""
+"""`duo inspect`: a model's shape, which of its heads stream, and the memory saved at several lengths."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -21,19 +21,19 @@ LENGTHS = (4096, 32768, 131072, 1048576)
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show a model's shape, its head table, and the bytes of weights and KV cache; no weights are read."""
+    """Show a model's shape, its head table, and the bytes of weights and KV cache; without reading weights."""
 
     model: str
     """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
     dtype: FloatDtype | None = None
-    """Data type that bytes are counted in; the checkpoint's own by default."""
+    """Data type to count bytes in; the checkpoint's own by default."""
     batch_size: int = 1
     """Sequences in the KV cache."""
     lengths: tuple[int, ...] = LENGTHS
-    """Context lengths in tokens to count KV bytes at."""
+    """Context lengths to count KV bytes at, in tokens."""
     png: Path | None = None
-    """Write the head table as a picture."""
+    """Write the head table as an image."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -53,7 +53,7 @@ class Inspect:
 
 
 def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, lengths: tuple[int, ...]) -> dict:
-    """Everything that is printed, as plain values; bytes are exact."""
+    """Everything to print, as plain values; bytes are exact."""
     if pattern is not None:
         pattern.check(config)
     itemsize = jnp.dtype(config.dtype).itemsize
@@ -80,7 +80,7 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
 
 
 def draw(pattern: HeadPattern, path: Path) -> None:
-    """Head table as a picture: gates as colour, retrieval heads outlined."""
+    """Draw the head table: gates as colors, retrieval heads outlined."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle

@@ -1,4 +1,4 @@
-"""Flags that several commands share: which model, which heads stream, how tokens are chosen."""
+"""Flags that several commands share: the model, its head pattern, memory, and sampling."""
 
 import os
 import re
@@ -39,7 +39,7 @@ class ModelOptions:
     """Quantize embeddings and head too, which keep their data type by default."""
 
     def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
-        """The weights; on a mesh, where this pattern wants them."""
+        """Load the weights; on a mesh, the pattern decides where each head is placed."""
         dtypes: dict[str, Any] = {
             "dtype": self.dtype,
             "weight_dtype": self.weight_dtype,
@@ -48,14 +48,14 @@ class ModelOptions:
         return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern)
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
-        """What this model takes of memory, before its weights are read."""
+        """The memory that this model needs, computed before its weights are read."""
         config = open_config(self.model)
         dtype = usual_dtype(config, self.dtype)
         config = config.with_dtypes(dtype=dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(config, pattern, chunk_size=chunk_size, mesh=mesh)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
+        """Load the tokenizer."""
         return load_tokenizer(self.model)
 
 
@@ -77,10 +77,10 @@ class PatternOptions:
     """Most recent tokens that streaming heads keep; the pattern's own by default."""
 
     def load(self, context_length: int) -> HeadPattern | None:
-        """The pattern; `context_length` is what a KV budget is a fraction of.
+        """Load the pattern; a KV budget is a fraction of `context_length` tokens.
 
         Raises:
-            ValueError: a rule without a pattern, or one that cannot be met.
+            ValueError: a rule without a pattern, or one that no pattern meets.
         """
         rules = {name: value for name, value in vars(self).items() if name != "pattern" and value is not None}
         if self.pattern is None:
@@ -97,7 +97,7 @@ class CacheOptions:
     """The KV cache."""
 
     kv_dtype: KvDtype | None = None
-    """Data type of the cache, where not the weights'; int8 and int4 quantize keys and values of retrieval heads."""
+    """Data type of the cache, the weights' by default; int8 and int4 quantize keys and values of retrieval heads."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,16 @@ class RoomOptions:
     """The length of the KV cache."""
 
     max_context: Annotated[int | Literal["max"] | None, tyro.conf.arg(metavar="INT|max")] = None
-    """Tokens that the KV cache holds, prompt and answer together; max: as many as fit. As many as needed by default."""
+    """Size of the KV cache in tokens, prompt and answer together: as many as needed by default; max: as many as fit."""
     memory: str | None = None
-    """Memory that weights, KV cache and activations share, such as 80GB; by default the device's, of a CPU what is
-    free. What does not fit is refused before anything is allocated."""
+    """Memory for weights, KV cache and activations, such as 80GB; by default that of the device, or the free memory on
+    a CPU. A request that does not fit is refused before anything is allocated."""
 
     def tokens(self, plan: Plan, needed: int) -> int:
-        """Tokens that the cache is made for.
+        """The length of the cache in tokens.
 
         Raises:
-            ValueError: fewer than are needed, or more than fit.
+            ValueError: fewer tokens than needed, or more than fit.
         """
         memory = device_memory() if self.memory is None else parse_bytes(self.memory)
         if self.max_context == "max":
@@ -128,9 +128,9 @@ class RoomOptions:
 
 
 def device_memory() -> int:
-    """Bytes that programs may take of the default device; of the host what is free now, where that is the device.
+    """Bytes that programs may use on the default device; on a CPU, the free memory of the host.
 
-    Of several processes, what the one with the least has: they must decide alike.
+    Several processes use the smallest value among them, so that all make the same decision.
     """
     return min(row[0] for row in gather([_memory_here() >> 20])) << 20 if jax.process_count() > 1 else _memory_here()
 
@@ -162,25 +162,25 @@ class SamplingOptions:
     """How tokens are chosen."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; above, tokens are drawn at random."""
+    """0 chooses the most likely token; above 0, tokens are sampled."""
     top_k: int | None = None
-    """Draw from the k most likely tokens only."""
+    """Sample only from the k most likely tokens."""
     top_p: float | None = None
-    """Draw from the fewest tokens whose probabilities sum to p."""
+    """Sample from the smallest set of tokens whose probabilities sum to p."""
     min_p: float | None = None
-    """Draw from tokens at least p times as likely as the likeliest."""
+    """Sample from tokens at least p times as likely as the most likely one."""
     repetition_penalty: float | None = None
-    """Above 1, tokens seen before become less likely."""
+    """Above 1, tokens that have already occurred become less likely."""
     seed: int = 0
-    """Seed of the random draws."""
+    """Random seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
 
     def sampler(self) -> Sampler:
-        """The flags as a sampler.
+        """The sampler that the flags describe.
 
         Raises:
-            ValueError: a value out of range, or draws restricted where nothing is drawn.
+            ValueError: a value out of range, or restrictions on sampling at temperature 0.
         """
         transforms: list[Transform] = []
         if self.repetition_penalty is not None:

@@ -1,4 +1,4 @@
-"""`duo prefill`: read a long text once and keep its KV cache on disk, for `duo generate --cache` to ask many times."""
+"""`duo prefill`: compute the KV cache of a long text once and save it, for many questions by `duo generate --cache`."""
 
 import json
 import time
@@ -18,11 +18,11 @@ from duo_jax.infer import prefill
 
 @dataclass(frozen=True)
 class Prefill:
-    """Read a text once and write its KV cache to a folder, to be asked many times with duo generate --cache."""
+    """Compute the KV cache of a text once and save it, for many questions with duo generate --cache."""
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     out: Path
-    """Folder to write; it must not be there yet."""
+    """Folder to write; it must not exist yet."""
     prompt: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
     chunk: int | None = None
     """Tokens computed at a time; by default chosen by the text's length."""
@@ -33,7 +33,7 @@ class Prefill:
     """Print one JSON object instead of text."""
 
     def run(self) -> None:
-        """Check the flags, load, prefill, write, report."""
+        """Check the flags, load, prefill, write and report."""
         free_path(self.out)
         text = self.prompt.text()
         tokens = self.prompt.encode_document(self.model.tokenizer(), text)
@@ -58,5 +58,5 @@ class Prefill:
         size = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
         show_status("")
         record = {"out": str(self.out), "tokens": length, "prefill_seconds": seconds, "bytes": size}
-        said = f"{length} tokens in {seconds:.1f} s, compilation included; {size / 1e6:.1f} MB in {self.out}"
-        print(json.dumps(record) if self.json else said)
+        summary = f"{length} tokens in {seconds:.1f} s, compilation included; {size / 1e6:.1f} MB in {self.out}"
+        print(json.dumps(record) if self.json else summary)

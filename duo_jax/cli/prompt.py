@@ -1,4 +1,4 @@
-"""The flags of a prompt: where its text comes from, and its tokens, whole or as a part of a longer text."""
+"""The flags of a prompt: where its text comes from, and how it becomes tokens."""
 
 import sys
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class PromptOptions:
     """The prompt."""
 
     stdin: tyro.conf.Positional[Literal["-"] | None] = None
-    """`-` reads the prompt from standard input."""
+    """Give - to read the prompt from standard input."""
     prompt: str | None = None
     """The prompt itself."""
     prompt_file: Path | None = None
@@ -28,7 +28,7 @@ class PromptOptions:
     """Wrap the prompt in the model's chat template, as one user message."""
 
     def text(self) -> str:
-        """Read it.
+        """Read the prompt.
 
         Raises:
             ValueError: no prompt, more than one, an empty one, or bytes that are not text.
@@ -41,7 +41,9 @@ class PromptOptions:
                 text = self.prompt_file.read_text(encoding="utf-8")
             else:
                 text = sys.stdin.read() if self.prompt is None else self.prompt
-            text.encode("utf-8")  # The shell's own bytes arrive as lone surrogates, which no tokenizer takes.
+            text.encode(
+                "utf-8"
+            )  # Bytes that are not UTF-8 arrive from the shell as lone surrogates, which tokenizers reject.
         except UnicodeError as error:
             raise ValueError(f"{self.prompt_file or 'the prompt'} is not UTF-8 text: {error}") from None
         if not text:

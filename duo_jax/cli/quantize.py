@@ -1,4 +1,4 @@
-"""`duo quantize`: a model's weights in few bits, in a folder of their own."""
+"""`duo quantize`: save a model with quantized weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,18 @@ from duo_jax.cli.options import ModelOptions
 
 @dataclass(frozen=True)
 class Quantize:
-    """Quantize a model's weights once and save them: such a folder is a model like any other, and loads faster."""
+    """Quantize a model's weights once and save them; the folder loads like any other model, and faster."""
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     out: Path
     """Folder to write, new or empty."""
 
     def run(self) -> None:
-        """Load tensor by tensor, save."""
+        """Load and quantize tensor by tensor, then save."""
         if self.model.weight_dtype is None and self.model.embed_dtype is None:
             raise ValueError("which format? give --weight-dtype int8, w8a8, int4, int4-32 or int4-128")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise FileExistsError(f"{self.out} is there and not an empty folder: choose another --out")
+            raise FileExistsError(f"{self.out} exists and is not an empty folder: choose another --out")
         tokenizer = self.model.tokenizer()
         model = self.model.load()
         save_model(model, self.out, tokenizer)

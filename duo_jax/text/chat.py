@@ -1,4 +1,4 @@
-"""Chat: a conversation of several turns on one cache. Each turn computes only what is new."""
+"""Chat: a conversation of several turns on one cache. Each turn computes only its new tokens."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from duo_jax.text.template import Message
 class Chat:
     """A conversation.
 
-    The cache has a fixed size. A turn that does not fit is refused before anything of it is computed.
+    The cache has a fixed size. A turn that does not fit is refused before any of it is computed.
     """
 
     def __init__(self, lm: LM, *, max_length: int = 4096, system: str | None = None) -> None:
@@ -24,7 +24,7 @@ class Chat:
         self._lm = lm
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages: list[Message] = list(self._system)
-        lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # A model without a template is told now.
+        lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # Fail now if the model has no chat template.
         self.max_length = max_length
         self._running: TextStream | None = None
         self._cached: list[int] = []
@@ -32,7 +32,7 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """What was said so far, the newest answer as far as it came."""
+        """The messages so far, with the newest answer as far as it has been generated."""
         newest = [] if self._running is None else [{"role": "assistant", "content": str(self._running.reply)}]
         return [*self._messages, *newest]
 
@@ -47,16 +47,16 @@ class Chat:
         return self._newest_cache().nbytes
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Remove all messages except the system message."""
         self._settle()
         self._messages = list(self._system)
         self._restart()
 
     def say(self, text: str, *, max_new_tokens: int = 512, **options: Any) -> TextStream:
-        """Say something; iterate over the answer. What was answered when the next turn begins is what counts as said.
+        """Send a message and iterate over the answer. An answer that is left early stays in the conversation as it is.
 
         Raises:
-            ValueError: an empty message, or a conversation that no longer fits into the cache.
+            ValueError: an empty message, or a conversation that does not fit into the cache any more.
         """
         if not text.strip():
             raise ValueError("the message is empty; say something")
@@ -68,12 +68,12 @@ class Chat:
         room = self.max_length - len(tokens)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(tokens)} tokens and the cache holds {self.max_length}: it is full; "
+                f"the conversation has {len(tokens)} tokens and the cache has room for {self.max_length}: it is full; "
                 "reset it, or start one with a larger max_length"
             )
         known = len(self._cached)
         if not known or tokens[:known] != self._cached or known == len(tokens):
-            # A first turn, or a reply whose text does not give its tokens again: compute it all.
+            # Compute everything: a first turn, or a reply whose text is not encoded as the same tokens again.
             self._restart()
             known = 0
         options |= {"max_new_tokens": min(max_new_tokens, room), "cache": self._cache, "history": self._cached}
@@ -86,7 +86,7 @@ class Chat:
         return cache, cache.mark()
 
     def _restart(self) -> None:
-        """Empty the cache; make a new one if an interrupted prefill took it with it."""
+        """Empty the cache, or make a new one if an interrupted prefill donated it."""
         self._cached = []
         if self._cache.is_alive:
             self._cache = self._cache.rewind(self._empty)
@@ -94,7 +94,7 @@ class Chat:
             self._cache, self._empty = self._allocate()
 
     def _settle(self) -> None:
-        """Take back the cache from the last answer, however far it came."""
+        """Take back the cache from the last answer, finished or not."""
         if self._running is not None:
             self._messages, self._cached = self.messages, self._cached + self._running.reply.tokens
             self._cache, self._running = self._running.cache, None

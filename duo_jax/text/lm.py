@@ -40,13 +40,13 @@ def load(
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         pattern: which heads stream: a `HeadPattern`, a published name or a folder; None for full attention.
-        dtype: data type of weights and cache; by default the checkpoint's, and float32 on a CPU.
+        dtype: data type of weights and cache; by default the checkpoint's, or float32 on a CPU.
         weight_dtype: quantize the linear maps of the layers, see `load_model`.
         embed_dtype: quantize embeddings and head, see `load_model`.
-        kv_dtype: data type of the cache, where it is another: int8 and int4 quantize retrieval heads' keys and values.
+        kv_dtype: data type of the cache, the model's by default; int8 and int4 quantize the retrieval heads' part.
         mesh: devices that share model and cache, from `make_mesh`.
         progress: show a progress bar while loading; by default only in a terminal.
-        **pattern_options: as for `HeadPattern.load` (`sparsity=`, `threshold=`, ...), where `pattern` is a name.
+        **pattern_options: as for `HeadPattern.load` (`sparsity=`, `threshold=`, ...), if `pattern` is a name.
 
     Raises:
         ValueError, FileNotFoundError, PermissionError, NotImplementedError: see `load_model` and `HeadPattern.load`.
@@ -66,7 +66,7 @@ def load(
 
 @dataclass(frozen=True)
 class LM:
-    """A language model ready to use. Calls share compiled programs where their sizes fall into one bucket."""
+    """A language model ready to use. Calls whose sizes round up to the same bucket share compiled programs."""
 
     model: Model
     tokenizer: PreTrainedTokenizerBase

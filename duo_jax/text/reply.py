@@ -42,8 +42,8 @@ class Detokenizer:
             raise ValueError(f"stop must be a list of strings, none of them empty, got {stop!r}")
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._special = frozenset(tokenizer.all_special_ids)
-        # Tokens whose text is settled, of which the last ones are kept as the context that the next are decoded in
-        # (an isolated first token may lose its leading space), and tokens whose text a later one may still change.
+        # The newest tokens whose text is settled: later ones are decoded after them, since the leading space of a first
+        # token may be stripped. Then the tokens whose text a later one may still change.
         self._context: list[int] = []
         self._open: list[int] = []
         self._shown: list[str] = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 
-# Stands for a text while a template is rendered around it.
+# Placeholder for a text while a template is rendered around it.
 _HOLE = "<<the text>>"
 
 
@@ -22,7 +22,7 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, way_out: str = "call it with plain text instead") -> None:
-    """Raise ValueError for a tokenizer without a chat template; `way_out` tells the user what to do."""
+    """Raise ValueError for a tokenizer without a chat template; `way_out` ends the message."""
     if not has_template(tokenizer):
         raise ValueError(f"this model's tokenizer has no chat template: {way_out}")
 
