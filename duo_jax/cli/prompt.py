@@ -41,9 +41,8 @@ class PromptOptions:
                 text = self.prompt_file.read_text(encoding="utf-8")
             else:
                 text = sys.stdin.read() if self.prompt is None else self.prompt
-            text.encode(
-                "utf-8"
-            )  # Bytes that are not UTF-8 arrive from the shell as lone surrogates, which tokenizers reject.
+            # Bytes from the shell that are not UTF-8 arrive as lone surrogates, which tokenizers reject.
+            text.encode("utf-8")
         except UnicodeError as error:
             raise ValueError(f"{self.prompt_file or 'the prompt'} is not UTF-8 text: {error}") from None
         if not text:
