@@ -3,7 +3,8 @@
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer, save_model
 from duo_jax.config import PRESETS, ModelConfig
-from duo_jax.generate import Generation, Step, Stream, generate, stream
+from duo_jax.generate import generate, stream
+from duo_jax.generator import Generation, Step, Stream
 from duo_jax.infer import Scores, decode_step, prefill, score
 from duo_jax.mesh.mesh import make_mesh
 from duo_jax.model import Model

@@ -22,7 +22,7 @@ from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
-from duo_jax.generate import Generator
+from duo_jax.generator import Generator
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method"]
 

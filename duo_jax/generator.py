@@ -1,0 +1,225 @@
+"""Generator: the loop body that chooses a token and appends it, run as one program or step by step. Knows no text.
+
+Arguments have been checked; `duo_jax.generate` does that.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Key
+
+from duo_jax import infer
+from duo_jax.cache.cache import KVCache
+from duo_jax.model import Model
+from duo_jax.sampling import Greedy, Sampler
+
+
+class Generation(NamedTuple):
+    """Result of `generate`.
+
+    Attributes:
+        tokens: `[B, max_new_tokens]`; beyond a row's length it repeats an EOS id (0 if there is none).
+        lengths: `[B]` tokens generated, an EOS token included.
+        logprobs: `[B, max_new_tokens]` log-probability of each token under the model itself, before any transform.
+        cache: the cache with the prompt and `tokens[b, :lengths[b]]` in it.
+    """
+
+    tokens: Int32[Array, "B M"]
+    lengths: Int32[Array, "B"]
+    logprobs: Float[Array, "B M"]
+    cache: KVCache
+
+
+class Step(NamedTuple):
+    """One step of a stream: for each row a token, its log-probability, and whether the row was still active."""
+
+    token: np.ndarray
+    logprob: np.ndarray
+    active: np.ndarray
+
+
+class Prompt(NamedTuple):
+    """Token ids, right-padded, with the number of valid ones; the tokens that each row has seen; and its random key."""
+
+    tokens: Int32[Array | np.ndarray, "B T"]
+    lengths: Int32[Array | np.ndarray, "B"]
+    seen: Bool[Array | np.ndarray, "B V"]
+    keys: Key[Array, "B"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "logits", "seen", "active", "keys"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class State:
+    """Everything that changes from one token to the next. The cache is whatever the generator's `step` works on."""
+
+    cache: Any
+    logits: Float[Array, "B V"]
+    seen: Bool[Array | np.ndarray, "B V"]
+    active: Bool[Array, "B"]
+    keys: Key[Array, "B"]
+
+
+# (model, token [B], cache, active rows [B], backend) -> logits [B, V] of the next token and the new cache.
+StepFunction: TypeAlias = Callable[[Any, Array, Any, Array, str | None], tuple[Array, Any]]
+
+# Loop index, state, tokens [B, M], log-probabilities [B, M], tokens generated [B].
+_Carry: TypeAlias = tuple[Array, State, Array, Array, Array]
+
+# Called with the phase that begins, or None while the generator waits for its caller.
+Watch: TypeAlias = Callable[[Literal["compile", "prefill", "decode"] | None], None]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """How tokens are generated. Hashable, so that it is static under jit.
+
+    Attributes:
+        sampler: chooses a token from logits.
+        eos_ids: tokens that end a row.
+        backend: attention backend; None takes the best one verified on this device.
+        step: appends a token to the cache; `stream` also accepts a function that cannot be traced.
+    """
+
+    sampler: Sampler = Greedy()
+    eos_ids: tuple[int, ...] = ()
+    backend: str | None = None
+    step: StepFunction = infer.jitted_step
+
+    def advance(self, model: Model, state: State) -> tuple[State, Int32[Array, "B"], Float[Array, "B"]]:
+        """Choose a token for every active row, append it, and compute the logits after it."""
+        token, logprob, seen, active, keys = _choose(
+            state.logits, state.seen, state.active, state.keys, self.sampler, self.eos_ids
+        )
+        logits, cache = self.step(model, token, state.cache, state.active, self.backend)
+        return State(cache, logits, seen, active, keys), token, logprob
+
+    @functools.partial(jax.jit, static_argnames=("self", "capacity", "width"), donate_argnames="cache")
+    def run(
+        self, model: Model, prompt: Prompt, cache: KVCache, limit: Int32[Array, ""], *, capacity: int, width: int
+    ) -> Generation:
+        """Prefill and generate in one program.
+
+        Args:
+            model: the weights.
+            prompt: its tokens padded to a multiple of `width`.
+            cache: the cache to continue from; it is donated.
+            limit: most tokens generated per row.
+            capacity: columns of the result, at least `limit`.
+            width: prompt tokens computed at a time.
+        """
+        tokens, lengths, seen, keys = prompt
+        batch = tokens.shape[0]
+
+        def one_chunk(index: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+            last, cache = carry
+            chunk = lax.dynamic_slice_in_dim(tokens, index * width, width, 1)
+            return infer.extend(model, chunk, cache, jnp.clip(lengths - index * width, 0, width), last, self.backend)
+
+        last = jnp.zeros((batch, model.config.embed_dim), model.dtype)
+        num_chunks = (lengths.max() + width - 1) // width
+        last, cache = lax.fori_loop(jnp.int32(0), num_chunks, one_chunk, (last, cache))
+
+        def is_unfinished(carry: _Carry) -> Array:
+            index, state = carry[:2]
+            return (index < limit) & state.active.any()
+
+        def one_token(carry: _Carry) -> _Carry:
+            index, state, tokens, logprobs, count = carry
+            count = count + state.active.astype(jnp.int32)
+            state, token, logprob = self.advance(model, state)
+            tokens = lax.dynamic_update_index_in_dim(tokens, token, index, 1)
+            return index + 1, state, tokens, lax.dynamic_update_index_in_dim(logprobs, logprob, index, 1), count
+
+        state = State(cache, infer.head(model, last), seen, jnp.ones(batch, bool), keys)
+        filled = jnp.full((batch, capacity), _padding(self.eos_ids), jnp.int32)
+        carry = (jnp.int32(0), state, filled, jnp.zeros((batch, capacity)), jnp.zeros(batch, jnp.int32))
+        _, state, tokens, logprobs, count = lax.while_loop(is_unfinished, one_token, carry)
+        return Generation(tokens, count, logprobs, state.cache)
+
+    def stream(
+        self,
+        model: Model,
+        logits: Float[Array, "B V"],
+        cache: Any,
+        max_new_tokens: int,
+        *,
+        seen: Bool[np.ndarray, "B V"] | None = None,
+        keys: Key[Array, "B"] | None = None,
+        watch: Watch | None = None,
+    ) -> "Stream":
+        """Generate step by step from the logits after a prompt; `seen` and `keys` are for samplers that use them."""
+        seen = np.zeros(logits.shape, bool) if seen is None else seen
+        keys = row_keys(0, len(logits)) if keys is None else keys
+        state = State(cache, logits, seen, jnp.ones(len(logits), bool), keys)
+        return Stream(self, model, state, max_new_tokens, watch)
+
+
+class Stream(Iterator[Step]):
+    """An iterator over steps. `cache` holds the prompt and the tokens so far; take it to stop early."""
+
+    def __init__(
+        self, generator: Generator, model: Model, state: State, max_new_tokens: int, watch: Watch | None = None
+    ) -> None:
+        """See `stream`."""
+        self._generator, self._model, self._state = generator, model, state
+        self._remaining, self._watch = max_new_tokens, watch or (lambda phase: None)
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache as it is now. The next step donates it."""
+        return self._state.cache
+
+    def stop(self, row: int) -> None:
+        """End one row here, as an EOS token would."""
+        self._state = replace(self._state, active=self._state.active.at[row].set(False))
+
+    def __next__(self) -> Step:
+        """Generate one token for every active row."""
+        active = np.asarray(self._state.active)
+        if not self._remaining or not active.any():
+            raise StopIteration
+        self._watch("decode")
+        self._remaining -= 1
+        self._state, token, logprob = self._generator.advance(self._model, self._state)
+        step = Step(np.asarray(token), np.asarray(logprob), active)
+        self._watch(None)
+        return step
+
+
+def row_keys(key: Array | int | None, batch: int) -> Key[Array, "B"]:
+    """One random key for each row, which depends only on `key` and the row's index."""
+    if key is None or isinstance(key, int | np.integer):
+        key = jax.random.key(int(key or 0))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "eos_ids"))
+def _choose(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    active: Bool[Array, "B"],
+    keys: Key[Array, "B"],
+    sampler: Sampler,
+    eos_ids: tuple[int, ...],
+) -> tuple[Int32[Array, "B"], Float[Array, "B"], Bool[Array, "B V"], Bool[Array, "B"], Key[Array, "B"]]:
+    """A token for every active row with its log-probability; then what was seen, which rows remain, and new keys."""
+    split = jax.vmap(jax.random.split)(keys)
+    token = jnp.where(active, sampler(logits, seen, split[:, 0]), _padding(eos_ids))
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    remaining = active & ~jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+    return token, jnp.where(active, logprob, 0.0), seen, remaining, split[:, 1]
+
+
+def _padding(eos_ids: tuple[int, ...]) -> int:
+    return eos_ids[0] if eos_ids else 0
