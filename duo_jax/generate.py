@@ -20,6 +20,7 @@ from duo_jax.generator import Generation, Generator, Prompt, Stream, Watch, row_
 from duo_jax.infer import run_prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from duo_jax.precision import AnyDtype
 from duo_jax.sampling import Greedy, Sampler
 
 
@@ -80,7 +81,7 @@ def prepare(
     eos_ids: tuple[int, ...] = (),
     key: Array | int | None = None,
     cache: KVCache | None = None,
-    kv_dtype: str | None = None,
+    kv_dtype: AnyDtype | None = None,
     history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,

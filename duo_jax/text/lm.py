@@ -19,6 +19,7 @@ from duo_jax.generator import Generation, Watch
 from duo_jax.infer import prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from duo_jax.precision import AnyDtype
 from duo_jax.text import template
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
@@ -28,10 +29,10 @@ def load(
     source: str | Path,
     *,
     pattern: HeadPattern | str | Path | None = None,
-    dtype: str | None = None,
-    weight_dtype: str | None = None,
-    embed_dtype: str | None = None,
-    kv_dtype: str | None = None,
+    dtype: AnyDtype | None = None,
+    weight_dtype: AnyDtype | None = None,
+    embed_dtype: AnyDtype | None = None,
+    kv_dtype: AnyDtype | None = None,
     mesh: Mesh | None = None,
     progress: bool | None = None,
     **pattern_options: Any,
@@ -72,7 +73,7 @@ class LM:
     model: Model
     tokenizer: PreTrainedTokenizerBase
     pattern: HeadPattern | None = None
-    kv_dtype: str | None = None
+    kv_dtype: AnyDtype | None = None
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> "Reply | list[Reply]":
         """Continue a text, or several at once; `options` as for `stream`."""
