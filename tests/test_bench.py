@@ -49,6 +49,7 @@ def test_saving_realized_is_one_when_time_follows_cost():
     assert saving_realized(100.0, 100.0, 1000, 600) == 0
 
 
+@pytest.mark.process
 def test_bench_measures_and_resumes(text_model, duo, tmp_path):
     out = tmp_path / "bench.json"
     flags = ("--model", text_model, "--pattern", text_model / "pattern", "--contexts", 48, "--batch-sizes", 2)

@@ -41,7 +41,7 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("kind", ["full", "duo"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.full_matrix), "duo"])
 @pytest.mark.parametrize("chunk_size", [None, 33])
 def test_scores_equal_those_of_the_golden_logits(kind, chunk_size, monkeypatch):
     monkeypatch.setattr(infer, "SCORE_BLOCK", 7)
@@ -140,6 +140,7 @@ def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
     assert "had all of it" in duo(*command).out and out.read_text() == before
 
 
+@pytest.mark.full_matrix
 def test_recall_compares_sizes(duo, text_model, tmp_path):
     out = tmp_path / "sizes.jsonl"
     sizes = ("--sink-size", "4", "--recent-size", "16", "--sparsity", "0.5", "--random", "0", "--prose", "0")
@@ -210,6 +211,7 @@ def test_paired_scores_that_all_agree_leave_room_for_doubt():
     assert of_differences(parts, parts + 0.2).low < -0.3, "not a point where all differ alike"
 
 
+@pytest.mark.full_matrix
 def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):
     out = tmp_path / "training.json"
     done = duo("eval", "training", "--model", text_model, "--lengths", "64", "--steps", "1", "--out", out)
