@@ -1,4 +1,4 @@
-"""The wheel: which names it installs, and that `duo` works where the user's own files have names like our folders."""
+"""The wheel: the names that it installs, and `duo` next to files of the user named like our folders."""
 
 import os
 import shutil
@@ -17,7 +17,13 @@ PACKAGES = {"duo_jax", "pallas_kernels", "duo_train", "duo_eval"}
 # As pip writes it. A script's own folder is on the path, the current one is not.
 SCRIPT = "from duo_jax.cli import main\nmain()\n"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
+LOAD_COMMANDS = """
+from importlib.metadata import entry_points
+
+for entry in entry_points(group="duo.commands"):
+    entry.load()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +76,8 @@ def test_the_wheel_holds_the_four_packages_and_their_data_files(wheel):
         assert {name for name in names if name.startswith(f"{package}/")} == wanted
 
 
-def test_our_folders_names_are_not_importable_and_every_package_is(site, tmp_path):
-    done = python(site, "-c", "import duo_jax, pallas_kernels, duo_train, duo_eval", cwd=tmp_path)
+def test_every_command_is_importable_and_our_folders_names_are_not(site, tmp_path):
+    done = python(site, "-c", LOAD_COMMANDS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("eval", "train", "tests"):
         done = python(site, "-c", f"import {name}", cwd=tmp_path)
@@ -79,7 +85,7 @@ def test_our_folders_names_are_not_importable_and_every_package_is(site, tmp_pat
 
 
 @pytest.mark.parametrize("where", ["a user's folder", "the repository"])
-def test_duo_works_beside_files_named_like_our_folders(site, tmp_path, where):
+def test_duo_works_next_to_files_named_like_our_folders(site, tmp_path, where):
     folder = ROOT
     if where != "the repository":
         folder = tmp_path
@@ -87,7 +93,6 @@ def test_duo_works_beside_files_named_like_our_folders(site, tmp_path, where):
         (folder / "train").mkdir()
         (folder / "train" / "__init__.py").write_text("raise RuntimeError('this is the train of the user')\n")
     duo = site / "bin" / "duo"
-    # Lists every command, and so imports all of them.
     done = python(site, duo, "--help", cwd=folder, path=[folder])
     assert done.returncode == 0 and "identify" in done.stdout and "eval" in done.stdout, done.stderr
     model = GOLDEN / "llama"
