@@ -16,7 +16,7 @@ def _leaf_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape) // 2 if x.dtype.name in ("int4", "uint4") else math.prod(x.shape) * x.dtype.itemsize
 
 
-def size_text(count: float, *, digits: int = 1) -> str:
+def size_text(count: int | float, *, digits: int = 1) -> str:
     """A number of bytes with its decimal unit."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:

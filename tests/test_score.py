@@ -125,7 +125,7 @@ def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
     out, needles = tmp_path / "precision.jsonl", QUICK[QUICK.index("--sink-size") :]
     command = ("eval", "precision", "--model", text_model, "--pattern", gates, "--out", out, *needles)
     command += ("--lengths", 300, "--samples", 2, "--prose", 1, "--caches", "int4", "--weights", "int8", "--both")
-    assert_refused(duo(*command, "--caches", "int3"), "caches float32, bfloat16", "with 'int3'")
+    assert_refused(duo(*command, "--caches", "int3"), "must be one of float32, bfloat16", "'int3'")
     assert duo(*command).code == 0
     table = precision_table(out)
     assert type_of(out).title == "Fewer bits"
