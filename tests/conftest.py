@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -18,16 +19,20 @@ from duo_jax import HeadPattern, Model, ModelConfig, load_model
 from duo_jax.checkpoint.packaged import packaged_model
 from duo_jax.cli import main
 from tests.text_models import Result, make_model
-from tests.xla_flags import FLAGS
 
-# What a user's strict configuration would refuse must never be in this library.
+# The library must work under a user's strict configuration.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tests of meshes run in this process, on eight devices that share the CPU.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Also in processes that tests start. An empty XLA_FLAGS leaves the optimizations on, for tests of the real model.
+# Most tests compile much and compute little: without LLVM's optimizations they take three quarters of the time, and
+# half with the older emitters of loops, which jaxlib has before 0.11. Processes that tests start inherit the flags.
+# An empty XLA_FLAGS leaves the optimizations on, for tests of the real model.
+FLAGS = ["--xla_backend_optimization_level=0"]
+if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 # Programs are compiled once for all workers and runs. `fresh_programs` turns this off.
@@ -51,13 +56,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
-# Attention backends that do everything on a CPU, in no long time.
+# Attention backends that do everything on a CPU, fast enough for tests.
 ON_CPU = ("reference", "xla", "triton")
 FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
 
 
 def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:
-    """Families as parameters, of which `make test` runs the core ones."""
+    """Families as parameters; `make test` runs the core ones only."""
     return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in of]
 
 
@@ -77,7 +82,7 @@ TINY = ModelConfig(
 )
 
 
-# Memory mappings of a process, of which compiled programs take some each. Linux allows 65530; beyond, XLA aborts.
+# Compiled programs take memory mappings. Linux allows a process 65530; XLA aborts beyond that.
 MAPPINGS = Path("/proc/self/maps")
 
 
@@ -175,7 +180,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def duo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """The command in this process: it starts in no time."""
+    """Runs `duo` in this process, which starts faster than a process of its own."""
 
     def run(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["duo", *map(str, args)])

@@ -1,4 +1,4 @@
-"""What holds of the project as a whole: which way imports point, what is public, what is documented."""
+"""The project as a whole: which way imports point, what is public, what is documented."""
 
 import ast
 import tomllib

@@ -1,4 +1,4 @@
-"""A golden checkpoint with a tokenizer, small enough to run the command and the text interface in no time."""
+"""A golden checkpoint with a tokenizer, small enough to run the command and the text interface quickly."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def save_tokenizer(folder: Path, *, chat: bool) -> None:
 
 
 def make_model(folder: Path, *, chat: bool = False, layers: int = 2) -> Path:
-    """The first layers of a golden checkpoint: each costs seconds of compilation in every program."""
+    """The first layers of a golden checkpoint: each layer adds seconds of compilation to every program."""
     shutil.copytree(GOLDEN / "llama", folder)
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
@@ -43,14 +43,14 @@ def make_model(folder: Path, *, chat: bool = False, layers: int = 2) -> Path:
         save_file(weights, path)
     rows = folder / "pattern" / "full_attention_heads.tsv"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:layers]))
-    (folder / "generation_config.json").write_text('{"eos_token_id": null}')  # Runs go on to the end.
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')  # Runs continue to the end.
     save_tokenizer(folder, chat=chat)
     return folder
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
