@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from duo_eval.speed import efficiency
+from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.efficiency import Efficiency, Point
-from duo_eval.speed.engines import ENGINES, Subject
+from duo_eval.speed.engines import ENGINES
 from duo_eval.speed.engines.cudnn import Cudnn
 from duo_eval.speed.roofline import decode_bytes, kv_bytes_read, prefill_flops, saving_realized, visible_pairs
 
@@ -72,12 +73,12 @@ class PlainCudnn(Cudnn):
 
 
 def test_engines_compute_the_same_logits(text_model):
-    subject = Subject(str(text_model))
-    tokens = np.random.default_rng(0).integers(3, subject.config.vocab_size, (2, 20)).astype(np.int32)
+    model = BenchModel(str(text_model))
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, 20)).astype(np.int32)
     engines = [ENGINES["duo"], PlainCudnn] + ([ENGINES["transformers"]] if find_spec("torch") else [])
     found = []
     for kind in engines:
-        engine = kind(subject, None, room=4)
+        engine = kind(model, None, room=4)
         prompt = np.asarray(engine.prefill(tokens))
         found.append([prompt, *(np.asarray(engine.decode(tokens[:, column])) for column in range(2))])
         assert engine.kv_bytes > 0 and min(engine.memory().values()) > 0
@@ -86,45 +87,44 @@ def test_engines_compute_the_same_logits(text_model):
 
 
 def test_engines_say_what_they_cannot_do(text_model):
-    subject = Subject(str(text_model))
+    model = BenchModel(str(text_model))
     with pytest.raises(NotImplementedError, match="GPU"):
-        Cudnn(subject, None, room=4)
+        Cudnn(model, None, room=4)
     with pytest.raises(NotImplementedError, match="no streaming heads"):
-        PlainCudnn(subject, subject.pattern(None, 0.5, None, None), room=4)
+        PlainCudnn(model, model.pattern(None, 0.5, None, None), room=4)
 
 
 def test_a_preset_is_cut_and_says_so():
-    subject = Subject("llama-3-8b", layers=2)
-    assert subject.config.num_layers == 2 and subject.name == "llama-3-8b, 2 of 32 layers"
-    random = subject.pattern(None, 0.5, None, None)
+    model = BenchModel("llama-3-8b", layers=2)
+    assert model.config.num_layers == 2 and model.name == "llama-3-8b, 2 of 32 layers"
+    random = model.pattern(None, 0.5, None, None)
     assert (random.num_streaming, random.sink_size, random.recent_size) == (8, 128, 256)
-    assert subject.pattern(None, 0.5, 0, 4).sink_size == 0
-    published = subject.pattern("llama-3-8b-instruct-gradient-1048k", 0.25, None, None)
+    assert model.pattern(None, 0.5, 0, 4).sink_size == 0
+    published = model.pattern("llama-3-8b-instruct-gradient-1048k", 0.25, None, None)
     whole = HeadPattern.load("llama-3-8b-instruct-gradient-1048k")
     assert published.num_streaming == 4 and np.array_equal(published.gates, whole.gates[:2])
     # Its last layers would fit this model, but it is another's.
     with pytest.raises(ValueError, match="another model"):
-        Subject("llama-2-7b", layers=2).pattern("llama-3-8b-instruct-gradient-1048k", 0.5, None, None)
+        BenchModel("llama-2-7b", layers=2).pattern("llama-3-8b-instruct-gradient-1048k", 0.5, None, None)
 
 
 def test_what_does_not_fit_is_said_before_weights_are_made():
     point = Point("duo", "llama-3-70b", None, "float32", 1 << 30, 64)
-    found = efficiency._answer("point", asdict(point))
+    found = efficiency.measure_or_reason(**asdict(point))
     assert set(found) == {"cannot"} and "does not fit into memory: weights and cache take" in found["cannot"]
 
 
 def test_efficiency_goes_on_after_an_interrupt_and_after_what_does_not_fit(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def answer(what, point):
-        if what == "device":
-            return {"device": "a device", "platform": "cpu"}
+    def measured(point):
         asked.append(point)
         if len(asked) == 3:
             raise KeyboardInterrupt
         return {"cannot": "does not fit into memory"} if point.context == 64 and len(asked) < 4 else dict(FOUND)
 
-    monkeypatch.setattr(efficiency, "_ask", answer)
+    monkeypatch.setattr(efficiency, "measured", measured)
+    monkeypatch.setattr(efficiency, "in_fresh_process", lambda name: {"device": "a device", "platform": "cpu"})
     task = Efficiency(("smollm2-135m",), 1, contexts=(64, 128), chunk_sizes=(32,), peer=False, out=tmp_path / "e.json")
     with pytest.raises(KeyboardInterrupt):
         task.run()
@@ -149,7 +149,7 @@ FOUND = {
 
 
 def test_points_of_other_settings_do_not_join_a_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(efficiency, "_ask", lambda what, point: {"device": "cpu", "platform": "cpu"})
+    monkeypatch.setattr(efficiency, "in_fresh_process", lambda name: {"device": "cpu", "platform": "cpu"})
     monkeypatch.setattr(efficiency, "provenance", lambda: {"machine": {}})
     task = Efficiency(("llama-3-8b",), contexts=(64,), peer=False, out=tmp_path / "out.json")
     points = [asdict(point) for point in task._points("cpu")]

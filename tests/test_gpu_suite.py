@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
+from pkgutil import resolve_name
 
 import pytest
 from duo_eval.gpu_suite import __main__ as command
-from duo_eval.gpu_suite import numerics, worker
+from duo_eval.gpu_suite import numerics
 from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
-from duo_eval.gpu_suite.worker import Worker
+from duo_eval.runner.process import ProcessError, Worker, first_line
 
 import pallas_kernels
 
@@ -56,23 +56,27 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
 
 
 class Here(Worker):
-    """The worker's work, in this process."""
+    """Calls functions in this process."""
 
-    def device(self):
-        return worker.device()
+    def call(self, function, arguments=None):
+        try:
+            return resolve_name(function)(**(arguments or {}))
+        except Exception as error:
+            raise ProcessError(first_line(error)) from None
 
-    def measured(self, section, case):
-        return worker.measured(section, case)
 
-
-def test_a_case_that_hangs_or_breaks_its_process_costs_no_more_than_itself():
-    hanging, dying = Worker(1.0), Worker(120.0)
-    with pytest.raises(ChildProcessError, match="gave no answer for 1 s"):
-        hanging._call(time.sleep, 600)
-    with pytest.raises(ChildProcessError, match="ended with exit code 3"):
-        dying._call(os._exit, 3)
-    assert dying.device() == {"device": "cpu", "is_gpu": False}
-    dying.stop()
+def test_a_call_that_hangs_or_breaks_its_process_costs_only_itself(capfd):
+    with Worker(2.0) as worker:
+        with pytest.raises(ProcessError, match="no answer within 2 s"):
+            worker.call("signal:pause")
+        with pytest.raises(ProcessError, match="exited with code 3") as ended:
+            worker.call("os:_exit", {"status": 3})
+        assert ended.value.exit_code == 3
+        with pytest.raises(ProcessError, match="JSONDecodeError: Expecting value"):
+            worker.call("json:loads", {"s": "soon"})
+        assert "Traceback" in capfd.readouterr().err
+        first = worker.call("os:getpid")
+        assert first == worker.call("os:getpid") != os.getpid()
 
 
 def test_what_cannot_be_is_refused_or_written_down(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from duo_eval.gpu_suite import layer
-from duo_eval.gpu_suite.section import fastest, first_line, seconds_of_layer
+from duo_eval.runner.process import first_line
+from duo_eval.speed.timing import fastest
 from duo_jax.files import write_text
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying
@@ -84,10 +85,10 @@ class Tune:
 
         # Made anew for each candidate: tiles are read while a program is traced.
         if task == "flash":
-            return lambda: seconds_of_layer(prefill, *made)
+            return lambda: layer.seconds_of_layer(prefill, *made)
         if task == "decode":
-            return lambda: seconds_of_layer(decode, made.q[:, 0], made.pools, made.heads)
-        return lambda: fastest(jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2))), made.q, made.k, made.v)
+            return lambda: layer.seconds_of_layer(decode, made.q[:, 0], made.pools, made.heads)
+        return lambda: fastest(jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2))), made.q, made.k, made.v, least=0.1)
 
 
 def candidates(kernel: str) -> Iterator[Any]:

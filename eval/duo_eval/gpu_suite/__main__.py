@@ -1,18 +1,22 @@
-"""The command: which sections, where to, how long."""
+"""The command: checks and measures the kernels section by section, within a time limit."""
 
 import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from duo_eval.gpu_suite.section import Case
-from duo_eval.gpu_suite.worker import SECTIONS, Worker
+from duo_eval.gpu_suite.sections import SECTIONS, describe
+from duo_eval.runner.process import ProcessError, Worker
 from duo_eval.runner.record import provenance, write
+
+# Exit status when time ran out before the end: call the command again.
+UNFINISHED = 75
 
 
 @dataclass(frozen=True)
@@ -20,92 +24,90 @@ class Suite:
     """Check the kernels on this GPU and measure them."""
 
     out: Path
-    """Folder of results, a file a section; what is there already is not measured again."""
+    """Folder of results, a file for each section; stored results are not measured again."""
     sections: tuple[str, ...] = tuple(SECTIONS)
     """Sections, in this order."""
     backends: tuple[str, ...] = ("triton", "mosaic", "jax_triton")
-    """Attention backends; what one says it cannot do is written down, and is no failure."""
+    """Attention backends; a case that a backend does not support is noted, and is no failure."""
     minutes: float = 6.0
-    """No case is begun after so long; call again to go on."""
+    """No case starts after this time; call again to continue."""
     case_seconds: float = 150.0
-    """A case that takes longer is given up: a kernel may hang."""
+    """Time limit of a case: a kernel may hang."""
     smoke: bool = False
-    """Toy sizes: does it run? On a CPU too."""
+    """Toy sizes, to see that the suite runs, also on a CPU."""
 
     def run(self) -> bool:
-        """Measure what the folder lacks, and what failed before; False if time ran out first.
+        """Measure what is missing or failed before; False if time ran out first.
 
         Raises:
             ValueError: an unknown section, no GPU, or a folder of other code or another machine.
-            ArithmeticError: a kernel is wrong, or could not be run; everything else was measured.
+            ArithmeticError: a kernel is wrong or could not run; everything else was measured.
         """
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"unknown sections {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-        worker = Worker(self.case_seconds)
-        try:
-            return self._measure(worker)
-        finally:
-            worker.stop()
-
-    def _measure(self, worker: Worker) -> bool:
-        begin, bad, here = time.monotonic(), 0, worker.device()
-        if not here["is_gpu"] and not self.smoke:
-            raise ValueError(f"no GPU here, only {here['device']}: --smoke tries the suite at toy sizes")
-        for name in self.sections:
-            path = self.out / f"{name}.json"
-            record = self._open(path, here["device"])
-            record["results"] = [result for result in record["results"] if "failed" not in result]
-            done = [result["case"] for result in record["results"]]
-            for case in self._cases(name):
-                if case in done:
-                    continue
-                if time.monotonic() - begin > 60 * self.minutes:
-                    print(f"{self.minutes:g} minutes are over: call again to go on with {name}")
-                    return False
-                result = worker.measured(name, case)
-                record["results"].append(result)
-                write(path, record)
-                said = result.get("failed") or result.get("cannot") or SECTIONS[name].line(case, result)
-                print(f"{name}: {said}", flush=True)
-            bad += sum("failed" in result or not result.get("is_right", True) for result in record["results"])
+        with Worker(self.case_seconds) as worker:
+            device = worker.call("duo_eval.speed.device:describe")
+            if device["platform"] != "gpu" and not self.smoke:
+                raise ValueError(f"no GPU here, only {device['device']}: --smoke tries the suite at toy sizes")
+            end = time.monotonic() + 60 * self.minutes
+            records = {name: self._open(self.out / f"{name}.json", device["device"]) for name in self.sections}
+            if not all(self._measure(name, record, worker, end) for name, record in records.items()):
+                return False
+        results = [result for record in records.values() for result in record["results"]]
+        bad = sum("failed" in result or not result.get("is_right", True) for result in results)
         if bad:
             raise ArithmeticError(f"{bad} results in {self.out} are wrong or failed")
         return True
 
+    def _measure(self, name: str, record: dict[str, Any], worker: Worker, end: float) -> bool:
+        """Add the missing cases of a section; False if time ran out first."""
+        done = [result["case"] for result in record["results"]]
+        for case in self._cases(name):
+            if case in done:
+                continue
+            if time.monotonic() > end:
+                print(f"{self.minutes:g} minutes are over: call again to continue with {name}")
+                return False
+            try:
+                result = worker.call("duo_eval.gpu_suite.sections:measure", {"section": name, "case": case})
+            except ProcessError as error:
+                result = {"failed": str(error)}
+            record["results"].append({"case": case} | result)
+            write(self.out / f"{name}.json", record)
+            print(f"{name}: {describe(name, record['results'][-1])}", flush=True)
+        return True
+
     def _cases(self, name: str) -> list[Case]:
-        """As they read back from JSON; of each backend, where it matters which."""
+        """The cases of a section for each backend, as they are read back from JSON."""
         cases = list(SECTIONS[name].cases(smoke=self.smoke))
         if name != "ceilings":
             cases = [case | {"backend": backend} for case in cases for backend in self.backends]
         return json.loads(json.dumps(cases))
 
     def _open(self, path: Path, device: str) -> dict[str, Any]:
-        """The section's record, begun if there is none."""
-        about = provenance(
-            asdict(self) | {"sections": None, "minutes": None, "case_seconds": None},
-            program="python -m duo_eval.gpu_suite",
-        )
-        about |= {"device": device, "code": _code()}
+        """The record of a section without failures, or a new one."""
+        settings = {"out": self.out, "backends": self.backends, "smoke": self.smoke}
+        about = provenance(settings, program="python -m duo_eval.gpu_suite") | {"device": device, "code": _code()}
         if not path.exists():
             return about | {"results": []}
         record = json.loads(path.read_text(encoding="utf-8"))
         if any(record.get(name) != about[name] for name in ("device", "code")):
             raise ValueError(f"{path} was measured on another device or with other code; choose another --out")
-        return record
+        return record | {"results": [result for result in record["results"] if "failed" not in result]}
 
 
 def _code() -> str:
-    """A fingerprint of what is measured: a commit changes with everything, and says nothing of a dirty tree."""
-    root, found = Path(__file__).parents[3], hashlib.sha256()
+    """A fingerprint of the measured code: a commit changes with any file, and does not describe a dirty tree."""
+    root, digest = Path(__file__).parents[3], hashlib.sha256()
     for folder in ("pallas_kernels", "duo_jax", "eval/duo_eval/gpu_suite"):
         for path in sorted((root / folder).rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(0 if tyro.cli(Suite, prog="python -m duo_eval.gpu_suite").run() else 75)
+        sys.exit(0 if tyro.cli(Suite, prog="python -m duo_eval.gpu_suite").run() else UNFINISHED)
     except (ValueError, ArithmeticError) as error:
         sys.exit(f"error: {error}")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from duo_eval.gpu_suite import layer
-from duo_eval.gpu_suite.section import Case, seconds_of_layer
+from duo_eval.gpu_suite.section import Case
 from pallas_kernels import decode_attention
 
 HEADS = (32, 8, 128)
@@ -39,13 +39,13 @@ def measure(case: Case) -> dict[str, Any]:
     def attend(q: jax.Array, *rest: Any) -> jax.Array:
         return decode_attention(q, *rest, lengths=lengths, window=layer.WINDOW, backend=case["backend"])
 
-    seconds = seconds_of_layer(attend, made.q[:, 0], made.pools, made.heads)
+    seconds = layer.seconds_of_layer(attend, made.q[:, 0], made.pools, made.heads)
     size = sum(x.nbytes for x in jax.tree.leaves(made.pools))
     return {"seconds": seconds, "bytes": size, "bytes_per_second": size / seconds}
 
 
-def line(case: Case, found: dict[str, Any]) -> str:
-    """In words."""
+def line(case: Case, result: dict[str, Any]) -> str:
+    """Bandwidth and time."""
     about = f"{case['length']} tokens, batch {case['batch']}, {case['streaming']:.0%} streaming, {case['backend']}"
     about += f", {case['cache']} cache" if "cache" in case else ""
-    return f"{about}: {found['bytes_per_second'] / 1e12:.2f} TB/s, {1e6 * found['seconds']:.0f} us"
+    return f"{about}: {result['bytes_per_second'] / 1e12:.2f} TB/s, {1e6 * result['seconds']:.0f} us"

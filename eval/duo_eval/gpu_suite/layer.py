@@ -1,15 +1,19 @@
 """One attention layer with random contents: the arguments of the operations."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from duo_eval.speed.timing import fastest
 from pallas_kernels import Heads, Pools, Window
 from pallas_kernels.quantized import empty, store
 
 SINK_SIZE, RECENT_SIZE = 64, 256
 WINDOW = Window(SINK_SIZE, RECENT_SIZE)
+# Calls in a row of one program.
+CHAIN = 8
 
 
 class Layer(NamedTuple):
@@ -55,3 +59,16 @@ def make(
         *(store(normal(n, batch, size, head_dim), kind) for (n, size), kind in zip(shapes, kept_as, strict=True))
     )
     return Layer(q, k, v, pools, Heads(is_retrieval, slot))
+
+
+def seconds_of_layer(attend: Callable[..., jax.Array], q: jax.Array, *rest: Any) -> float:
+    """Seconds of one call of `attend(q, *rest)`, as a mean over a chain of calls in one program.
+
+    A short kernel ends before the host launches the next one. Each call's queries are the outputs of the one before.
+    """
+
+    @jax.jit
+    def chain(q: jax.Array, *rest: Any) -> jax.Array:
+        return jax.lax.fori_loop(0, CHAIN, lambda _, q: attend(q, *rest), q)
+
+    return fastest(chain, q, *rest, least=0.1) / CHAIN

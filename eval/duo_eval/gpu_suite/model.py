@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from duo_eval.aot.memory import decode as decode_step
 from duo_eval.aot.memory import prefill_chunk
 from duo_eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
-from duo_eval.gpu_suite.section import Case, fastest
+from duo_eval.gpu_suite.section import Case
+from duo_eval.speed.timing import fastest
 from duo_jax import PRESETS, KVCache, Model, ModelConfig
 from duo_jax.infer import extend, step
 from duo_jax.memory import nbytes
@@ -78,8 +79,8 @@ def measure(case: Case) -> dict[str, Any]:
         logits, box["cache"] = decode(model, filled(box["cache"], case["context"] - STEPS), tokens[:, 0])
         return logits
 
-    chunk_seconds = fastest(one_chunk, least=0.0)
-    step_seconds = fastest(some_steps, least=0.0) / STEPS
+    chunk_seconds = fastest(one_chunk)
+    step_seconds = fastest(some_steps) / STEPS
     # Every weight but the embedding, which is a look-up, and every key and value.
     embedding = 0 if config.tied_head else nbytes(model.decoder.embed.embedding.get_value())
     read = plan.weights - embedding + cache.nbytes
@@ -135,7 +136,7 @@ def _needs(program: jax.stages.Compiled) -> int | None:
 
 
 def line(case: Case, found: dict[str, Any]) -> str:
-    """In words."""
+    """Times of a token and of the last chunk."""
     about = f"{case['model']}, {case['context']} tokens, {case['streaming']:.0%} streaming, {case['backend']}"
     about += f", {case['weights']} weights, {case['cache']} cache" if "cache" in case else ""
     chunk = f"{found['chunk_seconds']:.2f} s the last {case['chunk']} tokens"

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from duo_eval.gpu_suite import layer
-from duo_eval.gpu_suite.section import Case, first_line, seconds_of_layer
+from duo_eval.gpu_suite.section import Case
+from duo_eval.runner.process import first_line
 from duo_eval.speed.roofline import visible_pairs
 from pallas_kernels import prefill_attention
 
@@ -30,15 +31,15 @@ def measure(case: Case) -> dict[str, Any]:
     def attend(q: jax.Array, *rest: Any) -> jax.Array:
         return prefill_attention(q, *rest, start=start, lengths=lengths, window=layer.WINDOW, backend=case["backend"])
 
-    seconds = seconds_of_layer(attend, *made)
+    seconds = layer.seconds_of_layer(attend, *made)
     ring = layer.SINK_SIZE + layer.RECENT_SIZE
     streaming = round(case["streaming"] * heads[1])
     pairs = (heads[1] - streaming) * visible_pairs(tokens, tokens) + streaming * visible_pairs(tokens, ring)
     flops = 4 * heads[2] * (heads[0] // heads[1]) * pairs
-    found = {"seconds": seconds, "flops_per_second": flops / seconds}
+    result = {"seconds": seconds, "flops_per_second": flops / seconds}
     if case["streaming"] == 0.0:
-        found |= _cudnn(made, flops)
-    return found
+        result |= _cudnn(made, flops)
+    return result
 
 
 def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
@@ -46,14 +47,14 @@ def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
     try:
-        seconds = seconds_of_layer(attend, made.q, made.k, made.v)
+        seconds = layer.seconds_of_layer(attend, made.q, made.k, made.v)
     except Exception as error:  # What is raised without cuDNN, or on shapes it does not take, differs.
         return {"cudnn": f"not run: {first_line(error)}"}
     return {"cudnn_seconds": seconds, "cudnn_flops_per_second": flops / seconds}
 
 
-def line(case: Case, found: dict[str, Any]) -> str:
-    """In words."""
-    rate = f"{found['flops_per_second'] / 1e12:.0f} TFLOP/s, {1e3 * found['seconds']:.2f} ms"
-    peer = f"; cuDNN {found['cudnn_flops_per_second'] / 1e12:.0f}" if "cudnn_flops_per_second" in found else ""
+def line(case: Case, result: dict[str, Any]) -> str:
+    """Rate and time."""
+    rate = f"{result['flops_per_second'] / 1e12:.0f} TFLOP/s, {1e3 * result['seconds']:.2f} ms"
+    peer = f"; cuDNN {result['cudnn_flops_per_second'] / 1e12:.0f}" if "cudnn_flops_per_second" in result else ""
     return f"{case['tokens']} tokens, {case['streaming']:.0%} streaming, {case['backend']}: {rate}{peer}"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from duo_eval.aot import context, kernels, memory, meshes
-from duo_eval.gpu_suite import worker
+from duo_eval.gpu_suite import results as gpu_suite
 from duo_eval.runner.provenance import host
 from duo_eval.runner.record import read
 from duo_eval.show import patterns, score_table
@@ -25,7 +25,7 @@ RESULT_TYPES: tuple[ResultType, ...] = (
     harness.RESULT,
     efficiency_results.RESULT,
     meshes.RESULT,
-    worker.RESULT,
+    gpu_suite.RESULT,
     adapter.RESULT,
     training.RESULT,
     memory.RESULT,

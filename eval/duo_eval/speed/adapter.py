@@ -1,47 +1,32 @@
-"""`duo eval harness-bench`: the adapter beside lm-eval's own for transformers, the same weights, the same requests.
+"""`duo eval harness-bench`: this adapter and lm-eval's own for transformers, on the same weights and requests.
 
-Each engine is a process of its own. A first call with all requests, which does not count, compiles what they need.
-Transformers in float64 may say how far each of the two is off.
+Each engine runs in a process of its own. A first call with all requests, which does not count, compiles what they need.
+Transformers in float64 can show how far each of the two is off.
 """
 
 import json
 import os
 import random
-import subprocess
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from duo_train.data.haystack import load_haystack
-from jaxtyping import Float
 
+from duo_eval.runner.process import in_fresh_process
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import begun, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.engines.transformers import torch_model
+from duo_eval.speed.timing import seconds
 from duo_eval.tasks import mmlu
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One engine's work."""
-
-    engine: Literal["duo", "transformers"]
-    dtype: Literal["float32", "float64"]
-    model: str
-    kind: str
-    count: int
-    batch_size: int
-    repeats: int
-    seed: int
+ENGINES = "duo", "transformers"
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,7 @@ class HarnessBench:
     count: int = 34
     """Requests of each kind."""
     kinds: tuple[str, ...] = ("choices", "texts", "letters")
-    """Kinds of requests: five-shot MMLU letters; choices of several tokens; contexts of their own, ragged."""
+    """Kinds of requests: five-shot MMLU letters; choices of several tokens; ragged texts, each with its own context."""
     batch_size: int = 8
     """Most texts computed together, in both."""
     repeats: int = 2
@@ -72,39 +57,37 @@ class HarnessBench:
             raise ValueError(f"kinds are {', '.join(KINDS)} and numbers at least 1, got {self}")
         record = begun(self.out, asdict(self))
         for kind in self.kinds:
-            shared: dict[str, Any] = {"model": self.model, "kind": kind, "count": self.count, "seed": self.seed}
-            shared |= {"batch_size": self.batch_size, "repeats": self.repeats}
-            ours, theirs = (_in_own_process(Run(engine, "float32", **shared)) for engine in ("duo", "transformers"))
-            mine, other = _logprobs(ours), _logprobs(theirs)
-            same = [a[1] == b[1] for a, b in zip(ours["answers"], theirs["answers"], strict=True)]
-            result = {
+            answers = {engine: self._answers(engine, kind) for engine in ENGINES}
+            logprobs = {engine: np.array(each["logprobs"]) for engine, each in answers.items()}
+            is_greedy = [answers[engine]["is_greedy"] for engine in ENGINES]
+            times = {engine: each["times"] for engine, each in answers.items()}
+            best = {engine: min(each) for engine, each in times.items()}
+            result: dict[str, Any] = {
                 "kind": kind,
-                "requests": len(mine),
-                "max_difference": float(np.abs(mine - other).max()),
-                "greedy_differs": len(same) - sum(same),
-                "seconds": {"duo": min(ours["times"]), "transformers": min(theirs["times"])},
-                "times": {"duo": ours["times"], "transformers": theirs["times"]},
-                "first_call_seconds": {"duo": ours["first"], "transformers": theirs["first"]},
-                "speedup": min(theirs["times"]) / min(ours["times"]),
-                # Processes that wanted a core, over the last minute: above this run's own, the machine was shared.
-                "load": {"duo": ours["load"], "transformers": theirs["load"]},
+                "requests": len(logprobs["duo"]),
+                "max_difference": float(np.abs(logprobs["duo"] - logprobs["transformers"]).max()),
+                "greedy_differs": sum(duo != other for duo, other in zip(*is_greedy, strict=True)),
+                "seconds": best,
+                "times": times,
+                "first_call_seconds": {engine: each["first"] for engine, each in answers.items()},
+                "speedup": best["transformers"] / best["duo"],
+                # Runnable processes over the last minute: if more than this run's own, the machine was shared.
+                "load": {engine: each["load"] for engine, each in answers.items()},
             }
             if self.exact:
-                exact = _logprobs(_in_own_process(Run("transformers", "float64", **shared | {"repeats": 0})))
-                result["errors"] = {
-                    "duo": float(np.abs(mine - exact).max()),
-                    "transformers": float(np.abs(other - exact).max()),
-                }
+                exact = np.array(self._answers("transformers", kind, dtype="float64", repeats=0)["logprobs"])
+                result["errors"] = {engine: float(np.abs(each - exact).max()) for engine, each in logprobs.items()}
             record["results"].append(result)
             write(self.out, record)
             print(
-                f"{kind}: {len(mine)} requests, largest difference {result['max_difference']:.1e}, "
-                f"duo {min(ours['times']):.1f} s, transformers {min(theirs['times']):.1f} s"
+                f"{kind}: {result['requests']} requests, largest difference {result['max_difference']:.1e}, "
+                f"duo {best['duo']:.1f} s, transformers {best['transformers']:.1f} s"
             )
 
-
-def _logprobs(done: dict[str, Any]) -> Float[np.ndarray, "R"]:
-    return np.array([logprob for logprob, _ in done["answers"]])
+    def _answers(self, engine: str, kind: str, **changes: Any) -> dict[str, Any]:
+        shared = {"model": self.model, "count": self.count, "batch_size": self.batch_size, "seed": self.seed}
+        arguments = shared | {"engine": engine, "kind": kind, "dtype": "float32", "repeats": self.repeats} | changes
+        return in_fresh_process("duo_eval.speed.adapter:measure", arguments)
 
 
 def requests(kind: str, count: int, seed: int) -> list[Pair]:
@@ -113,62 +96,65 @@ def requests(kind: str, count: int, seed: int) -> list[Pair]:
 
 
 def _letters(count: int, rng: random.Random) -> list[Pair]:
-    asked = mmlu.questions(shots=5, count=-(-count // 4), seed=rng.randrange(1000))
-    return [(question.prompt, f" {letter}") for question in asked for letter in mmlu.LETTERS]
+    questions = mmlu.questions(shots=5, count=-(-count // 4), seed=rng.randrange(1000))
+    return [(question.prompt, f" {letter}") for question in questions for letter in mmlu.LETTERS]
 
 
 def _choices(count: int, rng: random.Random) -> list[Pair]:
-    """A context of the haystack with four continuations: its own, and those of other places."""
+    """A context of the haystack with four continuations: its own, and three from elsewhere."""
     text = load_haystack(max_chars=200_000)
-    found = []
+    pairs = []
     for _ in range(-(-count // 4)):
         at, size = rng.randrange(100_000), rng.randrange(200, 800)
         ends = [at + size, *(rng.randrange(150_000) for _ in range(3))]
-        found += [
+        pairs += [
             (text[at : at + size].rstrip(), " " + text[end : end + rng.randrange(20, 80)].strip()) for end in ends
         ]
-    return found
+    return pairs
 
 
 def _texts(count: int, rng: random.Random) -> list[Pair]:
     text = load_haystack(max_chars=200_000)
-    found = []
+    pairs = []
     for _ in range(count):
         at, size, more = rng.randrange(150_000), rng.randrange(20, 800), rng.randrange(5, 200)
-        found.append((text[at : at + size].rstrip(), " " + text[at + size : at + size + more].strip()))
-    return found
+        pairs.append((text[at : at + size].rstrip(), " " + text[at + size : at + size + more].strip()))
+    return pairs
 
 
 KINDS = {"letters": _letters, "choices": _choices, "texts": _texts}
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(
+    engine: str, dtype: str, model: str, kind: str, count: int, batch_size: int, repeats: int, seed: int
+) -> dict[str, Any]:
     """Answers and times of one engine, in this process."""
     from lm_eval.api.instance import Instance
 
-    adapter = _adapter(run)
-    pairs = requests(run.kind, run.count, run.seed)
-    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    times = []
-    for _ in range(1 + run.repeats):
-        begin = time.perf_counter()
-        answers = adapter.loglikelihood(asked, disable_tqdm=True)
-        times.append(time.perf_counter() - begin)
+    adapter = _adapter(engine, model, dtype, batch_size)
+    pairs = requests(kind, count, seed)
+    instances = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    answers: list[Any] = []
+
+    def answer() -> None:
+        answers[:] = adapter.loglikelihood(instances, disable_tqdm=True)
+
+    times = [seconds(answer) for _ in range(1 + repeats)]
     return {
-        "answers": [[float(one), bool(top)] for one, top in answers],
+        "logprobs": [float(logprob) for logprob, _ in answers],
+        "is_greedy": [bool(is_greedy) for _, is_greedy in answers],
         "first": times[0],
         "times": times[1:],
         "load": os.getloadavg()[0],
     }
 
 
-def _adapter(run: Run) -> Any:
-    tokenizer = load_tokenizer(run.model)
-    if run.engine == "duo":
+def _adapter(engine: str, name: str, dtype: str, batch_size: int) -> Any:
+    tokenizer = load_tokenizer(name)
+    if engine == "duo":
         from duo_eval.tasks.lm_eval.adapter import DuoLM
 
-        model = load_model(run.model, dtype=run.dtype)
-        return DuoLM(LM(model, tokenizer, None), batch_size=run.batch_size, progress=False)
+        return DuoLM(LM(load_model(name, dtype=dtype), tokenizer, None), batch_size=batch_size, progress=False)
     try:
         import torch
         from lm_eval.models.huggingface import HFLM
@@ -176,18 +162,9 @@ def _adapter(run: Run) -> Any:
         raise ValueError(
             f"transformers' adapter needs torch and accelerate ({error}): pip install 'duo-jax[bench]'"
         ) from None
-    source = open_source(run.model)
-    model = torch_model(source.config, source, dtype=run.dtype, device=torch.device("cpu"))
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.batch_size, device="cpu")
-
-
-def _in_own_process(run: Run) -> dict[str, Any]:
-    # -P keeps modules of the working directory from being imported.
-    command = [sys.executable, "-P", "-m", "duo_eval.speed.adapter", json.dumps(asdict(run))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ValueError(f"the measurement of {run} failed; what it said is above")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    source = open_source(name)
+    model = torch_model(source.config, source, dtype=dtype, device=torch.device("cpu"))
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
 
 
 def adapter_table(path: Path) -> str:
@@ -211,7 +188,3 @@ RESULT = ResultType(
     with_fields("max_difference", "speedup"),
     {"Requests": adapter_table},
 )
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(Run(**json.loads(sys.argv[1])))))

@@ -8,7 +8,7 @@ from duo_eval.speed.efficiency import Efficiency
 
 @dataclass(frozen=True)
 class Bench(Efficiency):
-    """Time prefill and decode of SmolLM2, full attention and a head pattern, beside Hugging Face transformers."""
+    """Time prefill and decode of SmolLM2 with full attention, a head pattern, and Hugging Face transformers."""
 
     model: tuple[str, ...] = ("smollm2-135m-instruct",)
     pattern: str | None = "smollm2-135m-instruct"

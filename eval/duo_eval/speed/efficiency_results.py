@@ -8,7 +8,7 @@ from typing import Any
 from duo_eval.show.curves import Line, chart
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn, ResultType, with_fields
-from duo_eval.speed.engines import Subject
+from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.roofline import saving_realized
 
 # Where the costs promise a smaller saving than this, the saving realized would be noise.
@@ -110,7 +110,7 @@ def _against_context(results: list[Result], field: str, floor: str | None, scale
 def place(result: Result) -> tuple[str, int, int, int | None]:
     """The point at which engines are compared: model (and its layers), batch size, context, chunk size."""
     point = result["point"]
-    model = Subject(point["model"], point.get("layers")).name
+    model = BenchModel(point["model"], point.get("layers")).name
     return model, point["batch_size"], point["context"], point.get("chunk_size")
 
 

@@ -16,8 +16,9 @@ from duo_train.recipes import Distill
 from duo_eval.runner.record import begun, write
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from duo_eval.speed.ceilings import fastest, flops_per_second
+from duo_eval.speed.ceilings import flops_per_second
 from duo_eval.speed.roofline import prefill_flops
+from duo_eval.speed.timing import fastest
 from duo_jax import HeadPattern, ModelConfig, load_model
 
 
@@ -80,7 +81,7 @@ class Training:
             "rematerialize": attention.rematerialize,
             "compile_seconds": compiled,
             "temporary_bytes": analysis.temp_size_in_bytes if analysis else 0,
-            "seconds": fastest(lambda: program(model, state, batch, targets), self.steps),
+            "seconds": fastest(program, model, state, batch, targets, rounds=self.steps),
         }
 
 

@@ -3,11 +3,10 @@
 from duo_eval.speed.engines.base import Engine
 from duo_eval.speed.engines.cudnn import Cudnn
 from duo_eval.speed.engines.duo import Duo
-from duo_eval.speed.engines.subject import Subject
 from duo_eval.speed.engines.transformers import Transformers
 
-__all__ = ["ENGINES", "PEERS", "Engine", "Subject"]
+__all__ = ["ENGINES", "PEERS", "Engine"]
 
 ENGINES: dict[str, type[Engine]] = {"transformers": Transformers, "cudnn": Cudnn, "duo": Duo}
-# Those that this library is held against, measured before it at each point.
+# The others, measured before this library at each point.
 PEERS = tuple(name for name in ENGINES if name != "duo")

@@ -1,40 +1,47 @@
-"""What a measurement needs of an engine. Knows no engine."""
+"""What a measurement needs from an engine. Knows no engine."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from duo_eval.speed.engines.subject import Subject
+from duo_eval.speed import device
+from duo_eval.speed.bench_model import BenchModel
 from duo_jax import HeadPattern
 
 
-class Engine(Protocol):
-    """Prefills a batch of prompts, then decodes one token a row at a time; calls return when the work is done."""
+class Engine(ABC):
+    """Prefills a batch of prompts, then decodes one token a row at a time; calls return when the work is done.
+
+    Attributes:
+        compile_seconds: by phase.
+        kv_bytes: bytes of keys and values that the cache has room for.
+    """
 
     compile_seconds: dict[str, float]
     kv_bytes: int
 
-    def __init__(self, subject: Subject, pattern: HeadPattern | None, *, room: int, **options: Any) -> None:
-        """Load the weights; `room` is how many tokens will be decoded after a prompt.
+    @abstractmethod
+    def __init__(self, model: BenchModel, pattern: HeadPattern | None, *, room: int, **options: Any) -> None:
+        """Load the weights; `room` is the number of tokens that will be decoded after a prompt.
 
         Raises:
-            NotImplementedError: what this engine cannot do, or what it needs and is not here.
+            NotImplementedError: the engine does not support this, or needs something that is not installed.
         """
-        ...
 
+    @abstractmethod
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
         """Compile and allocate what these prompts need."""
-        ...
 
+    @abstractmethod
     def prefill(self, tokens: Int[np.ndarray, "B T"]) -> Any:
-        """Start over and compute prompts: the logits `[B, V]` after them."""
-        ...
+        """Start again with an empty cache and compute prompts: the logits `[B, V]` after them."""
 
+    @abstractmethod
     def decode(self, token: Int[np.ndarray, "B"]) -> Any:
-        """Append one token a row: the logits `[B, V]` after it."""
-        ...
+        """Append one token to each row: the logits `[B, V]` after it."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes: `peak`, the most that was needed so far, and `now`, what is held."""
-        ...
+        """Bytes in use: `peak`, the most so far, and `now`."""
+        return device.memory()

@@ -11,38 +11,39 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from duo_eval.speed.ceilings import seconds
-from duo_eval.speed.engines import memory
-from duo_eval.speed.engines.subject import Subject
+from duo_eval.speed.bench_model import BenchModel
+from duo_eval.speed.engines.base import Engine
+from duo_eval.speed.timing import compile_seconds
 from duo_jax import HeadPattern, Model
 from pallas_kernels.window import consecutive
 
 Cache = tuple[list[Float[Array, "B S K H"]], list[Float[Array, "B S K H"]]]
 
 
-class Cudnn:
+class Cudnn(Engine):
     """Full attention by cuDNN's flash kernels."""
 
-    # What jax calls it; its plain XLA attention takes the same arguments, so that tests need no GPU.
+    # Jax's name for it; its plain XLA attention takes the same arguments, so tests need no GPU.
     implementation = "cudnn"
 
-    def __init__(self, subject: Subject, pattern: HeadPattern | None, *, room: int) -> None:
+    def __init__(self, model: BenchModel, pattern: HeadPattern | None, *, room: int) -> None:
         """See `Engine`."""
         if pattern is not None:
             raise NotImplementedError("cuDNN has no streaming heads: leave the pattern out")
         if self.implementation == "cudnn" and jax.default_backend() != "gpu":
             raise NotImplementedError("cuDNN runs on GPUs")
-        self.compile_seconds: dict[str, float] = {}
+        self.compile_seconds = {}
         self.kv_bytes = 0
-        self._model, self._room = subject.load(), room
+        self._model, self._room = model.load(), room
         self._cache: Cache | None = None
         self._length = 0
 
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
-        """Compile; the whole prompt is one program."""
-        for name, call in (("prefill", lambda: self.prefill(tokens)), ("decode", lambda: self.decode(tokens[:, 0]))):
-            times = [seconds(call) for _ in range(2)]
-            self.compile_seconds[name] = times[0] - times[1]
+        """See `Engine`; the whole prompt is one program."""
+        self.compile_seconds = {
+            "prefill": compile_seconds(lambda: self.prefill(tokens)),
+            "decode": compile_seconds(lambda: self.decode(tokens[:, 0])),
+        }
 
     def prefill(self, tokens: Int[np.ndarray, "B T"]) -> Float[Array, "B V"]:
         """See `Engine`."""
@@ -58,10 +59,6 @@ class Cudnn:
         """See `Engine`."""
         return self._run(token[:, None], self._cache)
 
-    def memory(self) -> dict[str, int]:
-        """See `Engine`."""
-        return memory.of_jax()
-
     def _run(self, tokens: Int[np.ndarray, "B T"], cache: Any) -> Float[Array, "B V"]:
         begin = jnp.full(len(tokens), self._length, jnp.int32)
         logits, self._cache = _append(self._model, jnp.asarray(tokens, jnp.int32), cache, begin, self.implementation)
@@ -73,7 +70,7 @@ class Cudnn:
 def _append(
     model: Model, tokens: Int32[Array, "B T"], cache: Any, begin: Int32[Array, "B"], implementation: Any
 ) -> tuple[Float[Array, "B V"], Any]:
-    """A whole prompt into an empty cache, or one token behind the others."""
+    """A whole prompt into an empty cache, or one token after the others."""
     is_prompt = tokens.shape[1] > 1
 
     def attend(state: Any, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:

@@ -4,19 +4,19 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from duo_eval.speed.ceilings import seconds
-from duo_eval.speed.engines import memory
-from duo_eval.speed.engines.subject import Subject
+from duo_eval.speed.bench_model import BenchModel
+from duo_eval.speed.engines.base import Engine
+from duo_eval.speed.timing import compile_seconds
 from duo_jax import HeadPattern, KVCache, decode_step, prefill
 from duo_jax.chunks import chunk_width
 
 
-class Duo:
+class Duo(Engine):
     """`duo_jax.prefill` and `duo_jax.decode_step`, one call a token."""
 
     def __init__(
         self,
-        subject: Subject,
+        model: BenchModel,
         pattern: HeadPattern | None,
         *,
         room: int,
@@ -24,21 +24,19 @@ class Duo:
         backend: str | None = None,
     ) -> None:
         """See `Engine`."""
-        self.compile_seconds: dict[str, float] = {}
+        self.compile_seconds = {}
         self.kv_bytes = 0
-        self._model, self._pattern, self._room = subject.load(), pattern, room
+        self._model, self._pattern, self._room = model.load(), pattern, room
         self._chunk_size, self._backend = chunk_size, backend
         self._cache: KVCache | None = None
 
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
-        """Compile; the time of a first call beside that of a second is the compilation's."""
+        """See `Engine`; the first chunk is enough."""
         width = chunk_width(tokens.shape[1], self._chunk_size)
-        for name, call in (
-            ("prefill", lambda: self._prefill(tokens[:, :width], tokens.shape[1], width)),
-            ("decode", lambda: self.decode(tokens[:, 0])),
-        ):
-            times = [seconds(call) for _ in range(2)]
-            self.compile_seconds[name] = times[0] - times[1]
+        self.compile_seconds = {
+            "prefill": compile_seconds(lambda: self._prefill(tokens[:, :width], tokens.shape[1], width)),
+            "decode": compile_seconds(lambda: self.decode(tokens[:, 0])),
+        }
 
     def prefill(self, tokens: Int[np.ndarray, "B T"]) -> Float[Array, "B V"]:
         """See `Engine`."""
@@ -51,12 +49,8 @@ class Duo:
         jax.block_until_ready((logits, self._cache))
         return logits
 
-    def memory(self) -> dict[str, int]:
-        """See `Engine`."""
-        return memory.of_jax()
-
     def _prefill(self, tokens: Int[np.ndarray, "B T"], length: int, chunk_size: int | None) -> Float[Array, "B V"]:
-        self._cache = None  # Free the last one first: two would count as this engine's memory.
+        self._cache = None  # Free the old cache first: two would count as this engine's memory.
         config = self._model.config
         cache = KVCache.init(config, self._pattern, len(tokens), length + self._room, dtype=config.dtype)
         self.kv_bytes = cache.nbytes

@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from duo_eval.speed.ceilings import seconds
-from duo_eval.speed.engines import memory
-from duo_eval.speed.engines.subject import Subject
+from duo_eval.speed import device
+from duo_eval.speed.bench_model import BenchModel
+from duo_eval.speed.engines.base import Engine
 from duo_jax import HeadPattern, ModelConfig
 from duo_jax.checkpoint.source import Source
 
 
-class Transformers:
+class Transformers(Engine):
     """The model class of transformers, with the weights that this library loads from the same file, or random ones."""
 
-    def __init__(self, subject: Subject, pattern: HeadPattern | None, *, room: int) -> None:
+    def __init__(self, model: BenchModel, pattern: HeadPattern | None, *, room: int) -> None:
         """See `Engine`."""
         try:
             import torch
@@ -24,17 +24,17 @@ class Transformers:
             raise NotImplementedError("the transformers engine needs torch: pip install 'duo-jax[bench]'") from None
         if pattern is not None:
             raise NotImplementedError("transformers has no streaming heads: leave the pattern out")
-        self.compile_seconds: dict[str, float] = {}
+        self.compile_seconds = {}
         self.kv_bytes = 0
         self._torch, self._cache_class = torch, transformers.DynamicCache
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = torch_model(subject.config, subject.source(), dtype=subject.dtype, device=self._device)
+        self._model = torch_model(model.config, model.tensors(), dtype=model.dtype, device=self._device)
         self._cache: Any = None
 
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
-        """Nothing is compiled; a short call makes torch allocate what it keeps."""
-        for call in (lambda: self.prefill(tokens[:, :64]), lambda: self.decode(tokens[:, 0])):
-            seconds(call)
+        """See `Engine`; nothing is compiled, but a short call makes torch allocate its buffers."""
+        self.prefill(tokens[:, :64])
+        self.decode(tokens[:, 0])
 
     def prefill(self, tokens: Int[np.ndarray, "B T"]) -> Any:
         """See `Engine`."""
@@ -50,7 +50,7 @@ class Transformers:
     def memory(self) -> dict[str, int]:
         """See `Engine`."""
         if self._device.type == "cpu":
-            return memory.of_process()
+            return device.process_memory()
         cuda = self._torch.cuda
         return {"peak": cuda.max_memory_allocated(), "now": cuda.memory_allocated()}
 
@@ -67,7 +67,7 @@ def torch_model(config: ModelConfig, source: Source | None, *, dtype: str, devic
     """The model class of transformers with the weights of a checkpoint, or random ones.
 
     Raises:
-        NotImplementedError: weights that it has no place for.
+        NotImplementedError: weights that the model class does not have.
     """
     import torch
     import transformers
@@ -79,13 +79,13 @@ def torch_model(config: ModelConfig, source: Source | None, *, dtype: str, devic
         weights = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
-            raise NotImplementedError(f"transformers has other weights for this model; {missing=}, {unexpected=}")
+            raise NotImplementedError(f"the weights of transformers' model differ: {missing=}, {unexpected=}")
         model.tie_weights()
     return model
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    """The shape in Hugging Face's terms. RoPE is unscaled: its frequencies change no time."""
+    """The shape in Hugging Face's terms. RoPE is not scaled: frequencies do not affect time."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,

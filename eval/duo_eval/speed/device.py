@@ -1,4 +1,4 @@
-"""Bytes that a process needs of the device, or of a CPU's memory. Knows no engine."""
+"""The device of this process, and memory: of the device, or on a CPU of the process."""
 
 import resource
 from pathlib import Path
@@ -8,23 +8,28 @@ import jax
 from duo_jax.memory import host_available, read_kilobytes
 
 
+def describe() -> dict[str, str]:
+    """Kind and platform of the first device."""
+    return {"device": jax.devices()[0].device_kind, "platform": jax.default_backend()}
+
+
 def available() -> int | None:
-    """Bytes free for weights and cache: on the device, or in the CPU's memory; None where nobody says."""
+    """Bytes free for weights and cache; None if the system does not report it."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     return host_available()
 
 
-def of_jax() -> dict[str, int]:
-    """What jax holds of its device; on a CPU what the process holds."""
+def memory() -> dict[str, int]:
+    """Bytes that jax uses of its device now, and at most so far; on a CPU, those of the process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return {"peak": stats["peak_bytes_in_use"], "now": stats["bytes_in_use"]}
-    return of_process()
+    return process_memory()
 
 
-def of_process() -> dict[str, int]:
-    """Resident bytes of this process."""
+def process_memory() -> dict[str, int]:
+    """Resident bytes of this process now, and at most so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak": peak, "now": read_kilobytes(Path("/proc/self/status"), "VmRSS:") or peak}

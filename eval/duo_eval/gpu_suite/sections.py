@@ -1,0 +1,30 @@
+"""The sections of the suite, and how their results are measured and shown."""
+
+from typing import Any
+
+from duo_eval.gpu_suite import ceilings, decode, model, numerics, prefill
+from duo_eval.gpu_suite.section import Case, Section
+from duo_eval.runner.process import first_line
+from pallas_kernels import Unsupported
+
+# In the order in which they run: the most important first.
+SECTIONS: dict[str, Section] = {
+    "ceilings": ceilings,
+    "numerics": numerics,
+    "prefill": prefill,
+    "decode": decode,
+    "model": model,
+}
+
+
+def measure(section: str, case: Case) -> dict[str, Any]:
+    """The result of one case; "cannot" if the backend does not support it."""
+    try:
+        return SECTIONS[section].measure(case)
+    except Unsupported as error:
+        return {"cannot": first_line(error)}
+
+
+def describe(section: str, result: dict[str, Any]) -> str:
+    """A stored result in one line."""
+    return result.get("failed") or result.get("cannot") or SECTIONS[section].line(result["case"], result)
