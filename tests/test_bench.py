@@ -149,23 +149,25 @@ FOUND = {
 
 
 def test_points_of_other_settings_do_not_join_a_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(efficiency, "in_fresh_process", lambda name: {"device": "cpu", "platform": "cpu"})
-    monkeypatch.setattr(efficiency, "provenance", lambda: {"machine": {}})
+    cpu = {"device": "cpu", "platform": "cpu"}
     task = Efficiency(("llama-3-8b",), contexts=(64,), peer=False, out=tmp_path / "out.json")
     points = [asdict(point) for point in task._points("cpu")]
-    task.out.write_text(json.dumps({"machine": {}, "device": "cpu", "results": [{"point": point} for point in points]}))
-    assert len(task._record()["results"]) == 2
+    record = task._record(cpu)
+    with record.writing() as append:
+        for point in points:
+            append(point, {})
+    assert task._record(cpu).results == [{"point": point} for point in points]
     for name, value in (("dtype", "bfloat16"), ("sink_size", 4), ("backend", "xla")):
-        with pytest.raises(ValueError, match=f"another {name.replace('_', ' ')}"):
-            replace(task, **{name: value})._record()
-    assert len(replace(task, contexts=(64, 128))._record()["results"]) == 2
+        with pytest.raises(ValueError, match=f"other settings: {name} was"):
+            replace(task, **{name: value})._record(cpu)
+    assert len(replace(task, contexts=(64, 128))._record(cpu).results) == 2
 
 
 def test_bench_refuses_what_it_cannot_do(text_model, duo, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     for flags, word in (
         (("--contexts", "0"), "at least 1"),
-        (("--out", tmp_path / "other.json"), "not a result of this command"),
+        (("--out", tmp_path / "other.json"), "not a line of a file of results"),
         (("--out", tmp_path / "other.json" / "x.json"), "other.json"),
         (("--layers", "1"), "cuts presets"),
         (("--model", "llama-3-8b", "--pattern", "None", "--layers", "33"), "in [1, 32]"),

@@ -35,7 +35,9 @@ def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_pat
         "decode",
         "training",
     }
-    assert records["ceilings"]["device"] == "cpu" and records["ceilings"]["machine"]["versions"]["jax"]
+    assert (
+        records["ceilings"]["about"]["device"] == "cpu" and records["ceilings"]["runs"][0]["machine"]["versions"]["jax"]
+    )
     again = subprocess.run(suite, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and again.stdout == ""
 
@@ -91,7 +93,8 @@ def test_what_cannot_be_is_refused_or_written_down(tmp_path, monkeypatch):
         suite.run()
     results = json.loads((tmp_path / "ceilings.json").read_text())["results"]
     assert [result["failed"] for result in results] == ["ZeroDivisionError: division by zero"] * 2
-    record = json.loads((tmp_path / "ceilings.json").read_text()) | {"device": "NVIDIA Abacus"}
+    record = json.loads((tmp_path / "ceilings.json").read_text())
+    record["about"]["device"] = "NVIDIA Abacus"
     (tmp_path / "ceilings.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="measured on another device"):
+    with pytest.raises(ValueError, match="other settings: device was 'NVIDIA Abacus'"):
         suite.run()

@@ -112,7 +112,7 @@ def test_the_plan_is_of_each_device(duo):
     both = json.loads(duo(*options, "--mesh", "tensor=2,sequence=2").out)
     assert both["kv_per_token"] * 4 == one["kv_per_token"]
     said = duo(*options[:-1], "--mesh", "tensor=16")
-    assert "Every KV head lies on 2 of them" in said.out and "of 16 slots" in said.out
+    assert "Every KV head is on 2 of them" in said.out and "of 16 slots" in said.out
     refused = duo(*options, "--mesh", "tensor=3")
     assert refused.code == 2 and "tensor may be 1, 2, 4, 8" in refused.err
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from duo_eval.aot.collectives import collectives, summary
 from duo_eval.aot.compile import memory_of
-from duo_eval.aot.memory import decode, prefill_chunk, training_step
+from duo_eval.aot.programs import decode, prefill_chunk, training_step
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
 from duo_train.metrics import METRICS_FILE

@@ -127,7 +127,7 @@ def test_a_plan_that_is_off_is_said_and_fails(duo, monkeypatch):
     monkeypatch.setattr("duo_eval.aot.plan.verify", off)
     result = duo("plan", "--model", "llama-3-8b", "--gpu", "h200", "--verify")
     assert result.code == 2 and "planned" in result.out
-    assert "+4.0% off what the compiler says, more than 3%" in result.err
+    assert "+4.0% off the compiler's figure, more than 3%" in result.err
 
 
 def test_generate_refuses_before_it_loads(text_model, duo):

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from duo_eval.aot.context import ContextTask
+from duo_eval.aot.context import ContextTask, MeshesTask
 from duo_eval.aot.kernels import Kernels
 from duo_eval.aot.memory import MemoryTask
-from duo_eval.aot.meshes import MeshesTask
 from duo_eval.aot.tune import Tune
 from duo_eval.runner.merge import Merge
 from duo_eval.show.plot import PlotTask

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it; an output that takes its argument's place counts once."""
+        """The sum; an output in the place of an argument counts once."""
         return self.arguments + self.outputs + self.temporaries - self.aliased
+
+    def sizes(self) -> dict[str, int]:
+        """All of these, as results store them."""
+        return {**asdict(self), "total": self.total}
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,11 @@ def gpus_of(gpu: str, mesh: str | None) -> str:
     return f"{rows} in all, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), of each"
 
 
-def compiled_with(record: Mapping[str, Any]) -> str:
+def compiled_with(head: Mapping[str, Any]) -> str:
     """Provenance of a result of the compiler, for the footer of its table."""
-    machine = record["machine"]
-    return f"Jax {machine['versions']['jax']}, commit {machine['commit']}; `{record['command']}`."
+    run = head["runs"][-1]
+    machine = run["machine"]
+    return f"Jax {machine['versions']['jax']}, commit {machine['commit']}; `{run['command']}`."
 
 
 def compile_for(

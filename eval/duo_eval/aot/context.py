@@ -1,22 +1,29 @@
-"""`duo eval context`: the longest contexts of the paper's models on one GPU, planned and held against the compiler."""
+"""`duo eval context` and `duo eval meshes`: the longest contexts of large models, planned and checked by the compiler.
 
-import json
+On one GPU for each data type, with full attention and a pattern; and on several GPUs. None of them need be present.
+"""
+
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from duo_eval.aot.compile import compiled_with
-from duo_eval.aot.verify import verify
-from duo_eval.runner.record import provenance, write
+from duo_eval.aot.plan import describe
+from duo_eval.aot.programs import verify
+from duo_eval.runner.provenance import provenance
+from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax import PRESETS
 from duo_jax.gpus import GPUS, find_gpu
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 
 # The paper's operating points (section 3.1): the fraction of KV heads that stream, and the saving in decode memory
-# that it reports, with the context where it does.
+# that it reports, with its context.
 MODELS: dict[str, tuple[float, int, float]] = {
     "llama-3-8b": (0.5, 500_000, 1.67),
     "llama-2-7b": (0.75, 100_000, 2.55),
@@ -47,48 +54,42 @@ class ContextTask:
     compile: bool = True
     """Compile prefill and decode at the longest context; a cell takes minutes."""
     out: Path | None = None
-    """File to write; compiled cells that are there are kept where the plan is the same."""
+    """File to write; compiled cells that it contains are kept where the plan is the same."""
 
     def run(self) -> None:
         """Plan every cell, compile it, print a line for each."""
-        for name, chosen, known in (("models", self.models, MODELS), ("dtypes", self.dtypes, DTYPES)):
-            if not set(chosen) <= set(known):
-                raise ValueError(f"unknown {name} in {chosen}; there are {', '.join(known)}")
-        before = self._known()
-        record: dict[str, Any] = provenance(asdict(self)) | {"savings": [_saving(model) for model in self.models]}
-        record["results"] = results = []
-        for gpu in self.gpus:
-            for model in self.models:
-                for dtypes in self.dtypes:
-                    for heads in ("full", "duo"):
-                        cell = {"gpu": gpu, "model": model, "dtypes": dtypes, "heads": heads, "chunk": self.chunk}
-                        results.append(self._cell(cell, before))
-                        print(_line(results[-1]), flush=True)
-                        if self.out is not None:
-                            write(self.out, record)
+        _check("models", self.models, MODELS)
+        _check("dtypes", self.dtypes, DTYPES)
+        settings = {name: value for name, value in asdict(self).items() if name != "out"}
+        compiled = read(self.out)[1] if self.out is not None and self.out.exists() else []
+        record = Record.open(self.out, {"task": "context", **settings}, again=True)
+        record.head["savings"] = [_saving(model) for model in self.models]
+        with record.writing() as append:
+            for gpu in self.gpus:
+                for model in self.models:
+                    for dtypes in self.dtypes:
+                        for heads in ("full", "duo"):
+                            cell = {"gpu": gpu, "model": model, "dtypes": dtypes, "heads": heads, "chunk": self.chunk}
+                            cell = self._cell(cell, compiled)
+                            append(None, cell)
+                            print(_line(cell), flush=True)
 
-    def _known(self) -> list[dict[str, Any]]:
-        if self.out is None or not self.out.exists():
-            return []
-        return json.loads(self.out.read_text(encoding="utf-8"))["results"]
-
-    def _cell(self, cell: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, Any]:
+    def _cell(self, cell: dict[str, Any], compiled: list[dict[str, Any]]) -> dict[str, Any]:
         plan = planned(cell["model"], cell["dtypes"], cell["heads"] == "duo", self.chunk)
         context = plan.max_context(find_gpu(cell["gpu"]).usable_bytes)
         sizes = {"weights": plan.weights, "kv": plan.kv(context), "activations": plan.activations}
         cell |= {"context": context, "kv_per_token": plan.kv_per_token, **sizes, "verified": None}
-        for other in known:
+        for other in compiled:
             if other["verified"] and all(other[name] == cell[name] for name in cell if name != "verified"):
                 return other
         if self.compile:
             begin = time.perf_counter()
             try:
-                found = verify(plan, context, cell["gpu"])
+                verified = verify(plan, context, cell["gpu"])
             except NotImplementedError as error:
                 return cell | {"why_not": str(error)}
-            machine = provenance()["machine"]
-            about = {"seconds": time.perf_counter() - begin, "commit": machine["commit"]}
-            cell["verified"] = found | about
+            commit = provenance()["machine"]["commit"]
+            cell["verified"] = verified | {"seconds": time.perf_counter() - begin, "commit": commit}
         return cell
 
 
@@ -102,7 +103,7 @@ def planned(model: str, dtypes: str, duo: bool, chunk: int) -> Plan:
 
 
 def _saving(model: str) -> dict[str, Any]:
-    """Full attention's bytes of weights and cache over duo's, in bfloat16, where the paper measured them."""
+    """Full attention's bytes of weights and cache divided by duo's, in bfloat16, where the paper measured them."""
     full, duo = (planned(model, "bf16", is_duo, 1) for is_duo in (False, True))
     _, context, goal = MODELS[model]
 
@@ -118,17 +119,79 @@ def _saving(model: str) -> dict[str, Any]:
 
 def _line(cell: dict[str, Any]) -> str:
     text = f"{cell['gpu']}, {cell['model']}, {cell['dtypes']}, {cell['heads']}: {cell['context'] / 1e6:.2f}M tokens"
-    found = cell["verified"]
-    if found is None:
+    verified = cell["verified"]
+    if verified is None:
         return f"{text}, not compiled" + (f": {cell['why_not']}" if "why_not" in cell else "")
-    return f"{text}, planned {found['planned'] / 1e9:.2f} GB, compiled {found['total'] / 1e9:.2f} GB"
+    return f"{text}, planned {verified['planned'] / 1e9:.2f} GB, compiled {verified['total'] / 1e9:.2f} GB"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on several GPUs of one kind."""
+
+    gpu: str
+    model: str
+    mesh: str
+    sparsity: float | None = None
+    kv_dtype: str | None = None
+    context: int | None = None  # tokens; None: as many as fit
+
+    def plan(self, chunk: int) -> Plan:
+        """Its plan, with weights and activations in bfloat16."""
+        config = replace(PRESETS[self.model], dtype="bfloat16")
+        pattern = None if self.sparsity is None else any_pattern(config, self.sparsity)
+        return Plan(config, pattern, chunk_size=chunk, kv_dtype=self.kv_dtype, mesh=MeshSize.parse(self.mesh))
+
+
+CASES = {
+    "70b-full": Case("h100-80g", "llama-3-70b", "tensor=8"),
+    "70b": Case("h100-80g", "llama-3-70b", "tensor=8", 0.5),
+    "10m": Case("h200", "llama-3-8b", "tensor=8", 0.5, "int4", 10_000_000),
+    "10m-striped": Case("h200", "llama-3-8b", "tensor=4,sequence=2", 0.5, "int4", 10_000_000),
+}
+
+
+@dataclass(frozen=True)
+class MeshesTask:
+    """Plan large models on eight GPUs, compile prefill and decode for them, and read the traffic between the GPUs."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    """70b-full, 70b (Llama-3-70B on 8 x H100, the longest context, all heads or half), 10m, 10m-striped (Llama-3-8B at
+    ten million tokens in 4 bits on 8 x H200)."""
+    chunk: int = 4096
+    """Tokens of a chunk of the prompt."""
+    out: Path | None = None
+    """File to write."""
+
+    def run(self) -> None:
+        """Plan and compile every case, print a line for each."""
+        _check("cases", self.cases, CASES)
+        record = Record.open(self.out, {"task": "meshes", "cases": self.cases, "chunk": self.chunk}, again=True)
+        with record.writing() as append:
+            for name in self.cases:
+                case, plan = CASES[name], CASES[name].plan(self.chunk)
+                gpu = find_gpu(case.gpu)
+                described = describe(plan, gpu.usable_bytes, case.context)
+                verified = verify(plan, case.context or described["max_context"], case.gpu)
+                append(None, {"case": name, **asdict(case), **described, "verified": verified})
+                print(
+                    f"{name}: {case.model} on {plan.mesh.devices} x {gpu.name} ({case.mesh}), "
+                    f"{verified['context']:,} tokens: {verified['total'] / 1e9:.2f} GB each, "
+                    f"plan {verified['deviation']:+.2%}",
+                    flush=True,
+                )
+
+
+def _check(name: str, chosen: Sequence[str], known: dict[str, Any]) -> None:
+    if not set(chosen) <= set(known):
+        raise ValueError(f"unknown {name} in {chosen}; there are {', '.join(known)}")
 
 
 def plan_table(path: Path) -> str:
     """The longest contexts by plan, and the deviation of the plan from the compiler's figure."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    head, results = read(path)
     cells: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for cell in record["results"]:
+    for cell in results:
         cells.setdefault((cell["gpu"], cell["model"], cell["dtypes"]), {})[cell["heads"]] = cell
     rows = []
     for key, by_heads in cells.items():
@@ -136,27 +199,60 @@ def plan_table(path: Path) -> str:
         for heads in ("full", "duo"):
             cell = by_heads.get(heads)
             verified = cell and cell["verified"]
-            row += [
-                f"{cell['context']:,}" if cell else "",
-                f"{verified['deviation']:+.2%}" if verified else "not compiled",
-            ]
+            row.append(f"{cell['context']:,}" if cell else "")
+            row.append(f"{verified['deviation']:+.2%}" if verified else "not compiled")
         rows.append(row)
     headers = ["GPU", "model", "weights, cache", "full attention, tokens", "plan", "duo, tokens", "plan"]
-    gpus = {cell["gpu"]: GPUS[cell["gpu"]] for cell in record["results"]}
+    gpus = {cell["gpu"]: GPUS[cell["gpu"]] for cell in results}
     usable = ", ".join(f"{gpu.name} {gpu.usable_bytes / 1e9:.2f} GB" for gpu in gpus.values())
     savings = [
         f"{saving['model']} at {saving['context']:,} tokens needs {saving['saving']:.2f} times less than with full "
         f"attention (the paper: {saving['goal']}), and passes the paper's figure at {saving['goal_passed_at']:,}"
-        for saving in record["savings"]
+        for saving in head["savings"]
     ]
-    chunk = record["settings"]["chunk"]
+    chunk = head["about"]["chunk"]
     return (
         f"{rows_to_table(rows, headers, 'lllr')}\n\n"
         f"Chunks of {chunk} tokens; usable: {usable}. *plan*: its total compared with the compiler's; not run.\n\n"
-        f"Decode memory in bfloat16, weights and cache: {'; '.join(savings)}.\n\n{compiled_with(record)}"
+        f"Decode memory in bfloat16, weights and cache: {'; '.join(savings)}.\n\n{compiled_with(head)}"
     )
+
+
+def mesh_table(path: Path) -> str:
+    """Large models on several GPUs: bytes of each from the compiler, and the traffic between them in a layer."""
+    head, results = read(path)
+    rows = []
+    for cell in results:
+        verified, devices = cell["verified"], math.prod(cell["settings"]["mesh"].values())
+        sent = {name: sizes["collectives"]["bytes_in_a_layer"] for name, sizes in verified["programs"].items()}
+        rows.append(
+            (
+                f"{devices} x {cell['gpu']}",
+                cell["model"],
+                cell["mesh"],
+                cell["settings"]["kv_dtype"],
+                f"{cell['sparsity'] or 0:.0%}",
+                f"{verified['context']:,}",
+                f"{verified['total'] / 1e9:.2f}",
+                f"{verified['deviation']:+.2%}",
+                f"{cell['devices']['imbalance']:.1%}",
+                f"{sent['decode'] / 1e3:.1f}",
+                f"{sent['prefill'] / 1e6:.1f}",
+            )
+        )
+    headers = ["GPUs", "model", "mesh", "cache", "streaming", "tokens", "each, GB", "plan"]
+    headers += ["largest pool, above the mean", "decode, KB a layer", "prefill, MB a layer"]
+    note = (
+        f"Weights and activations in bfloat16, one row, chunks of {head['about']['chunk']} tokens. *Each*: bytes of "
+        "each GPU, from the compiler; *plan*: the plan compared with that; *a layer*: bytes that its collectives "
+        "deliver to each GPU. Not run."
+    )
+    return f"{rows_to_table(rows, headers, 'llllr')}\n\n{note}\n\n{compiled_with(head)}"
 
 
 RESULT = ResultType(
     "Longest contexts, planned and compiled", with_fields("dtypes", "context"), {"On one GPU": plan_table}
+)
+MESHES_RESULT = ResultType(
+    "Several GPUs, planned and compiled", with_fields("case", "mesh", "verified"), {"Each GPU": mesh_table}
 )

@@ -1,6 +1,5 @@
 """`duo eval kernels`: registers, spills and shared memory of the GPU kernels, from the compiler; no GPU is needed."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from duo_eval.aot.compile import Kernel, compiled_with, kernels_on
-from duo_eval.runner.record import begun, write
+from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax.gpus import GPUS
@@ -23,18 +22,18 @@ OPERATIONS = ("prefill", "decode", "training")
 
 @dataclass(frozen=True)
 class Kernels:
-    """Compile every GPU kernel ahead of time and report what it takes of a multiprocessor."""
+    """Compile every GPU kernel ahead of time and report the resources of a multiprocessor that it needs."""
 
     gpus: tuple[str, ...] = ("a100-80g", "h200")
     """a100-80g, h100-80g or h200."""
     backends: tuple[Literal["triton", "mosaic"], ...] = ("triton", "mosaic")
-    """Whose kernels; what a backend or a GPU cannot do is left out."""
+    """Backends; a case that a backend or a GPU does not support is left out."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """Data types of queries, keys and values."""
     caches: tuple[Literal["same", "int8", "int4"], ...] = ("same", "int8", "int4")
-    """Data types of retrieval heads' cached keys and values; same: that of the queries."""
+    """Data types of retrieval heads' cached keys and values; same: the data type of the queries."""
     out: Path | None = None
     """File to write."""
 
@@ -46,31 +45,30 @@ class Kernels:
         ):
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
-        record: dict[str, Any] = begun(self.out, asdict(self))
+        settings = {name: value for name, value in asdict(self).items() if name != "out"}
+        record = Record.open(self.out, {"task": "kernels", **settings}, again=True)
         names = "backend", "gpu", "dtype", "head_dim", "operation", "cache"
-        for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
-            about: dict[str, Any] = dict(zip(names, case, strict=True))
-            if about["operation"] == "training" and about["cache"] != "same":
-                continue  # Training has no cache.
-            begin = time.perf_counter()
-            try:
-                found = self._kernels(**about)
-            except Unsupported as error:
-                print(f"{', '.join(map(str, case))}: {error}", flush=True)
-                continue
-            seconds = time.perf_counter() - begin
-            record["results"].append(
-                about | {"compile_seconds": seconds, "kernels": [asdict(kernel) for kernel in found]}
-            )
-            for kernel in found:
-                print(
-                    f"{', '.join(map(str, case))}: {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} "
-                    f"bytes spilled, {kernel.shared_memory / 1024:.0f} KiB shared memory",
-                    flush=True,
-                )
-            if self.out is not None:
-                write(self.out, record)
-        if not record["results"]:
+        with record.writing() as append:
+            for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
+                about: dict[str, Any] = dict(zip(names, case, strict=True))
+                if about["operation"] == "training" and about["cache"] != "same":
+                    continue  # Training has no cache.
+                label = ", ".join(map(str, case))
+                begin = time.perf_counter()
+                try:
+                    kernels = self._kernels(**about)
+                except Unsupported as error:
+                    print(f"{label}: {error}", flush=True)
+                    continue
+                seconds = time.perf_counter() - begin
+                append(None, about | {"compile_seconds": seconds, "kernels": [asdict(kernel) for kernel in kernels]})
+                for kernel in kernels:
+                    print(
+                        f"{label}: {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} bytes spilled, "
+                        f"{kernel.shared_memory / 1024:.0f} KiB shared memory",
+                        flush=True,
+                    )
+        if not record.results:
             raise ValueError("nothing could be compiled")
 
     def _kernels(self, *, gpu: str, operation: str, backend: str, **settings: Any) -> list[Kernel]:
@@ -126,10 +124,10 @@ def program(
 
 def kernels_table(path: Path) -> str:
     """Registers, spills and shared memory of every kernel."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    gpus = record["settings"]["gpus"]
+    head, results = read(path)
+    gpus = head["about"]["gpus"]
     launches: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for result in record["results"]:
+    for result in results:
         for kernel in result["kernels"]:
             # A second launch of the same kernel has a number as suffix.
             name = kernel["name"].partition("__")[0].removesuffix("_mosaic_gpu_kernel")
@@ -150,7 +148,7 @@ def kernels_table(path: Path) -> str:
     for gpu in gpus:
         headers += [f"registers, {gpu}", "spilled bytes", "shared KiB"]
     note = "The largest of an operation's launches; an empty cache column means the data type of the queries."
-    return f"{rows_to_table(rows, headers, 'lllllr')}\n\n{note} {compiled_with(record)}"
+    return f"{rows_to_table(rows, headers, 'lllllr')}\n\n{note} {compiled_with(head)}"
 
 
 RESULT = ResultType("Kernels, from the compiler", with_fields("kernels", "backend"), {"Kernels": kernels_table})

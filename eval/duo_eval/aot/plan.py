@@ -1,6 +1,6 @@
 """`duo plan`: the longest context that a model has on a GPU, or the memory that a context needs; no weights are read.
 
-The arithmetic is `duo_jax.plan`; with `--verify` the compiler's figures stand beside it, which is why it is here.
+The arithmetic is `duo_jax.plan`. `--verify` compares it with the compiler's figures, which is why it is here.
 """
 
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from duo_eval.aot.verify import TOLERANCE, is_close, verify
+from duo_eval.aot.programs import TOLERANCE, is_close, verify
 from duo_jax.cache.spec import MOST_TOKENS
 from duo_jax.checkpoint.load import open_config
 from duo_jax.chunks import CHUNK_SIZE
@@ -24,21 +24,21 @@ from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Say how long a context fits into a memory, or what memory a context needs; no weights are read."""
+    """Compute the longest context that fits into a memory, or the memory that a context needs; no weights are read."""
 
     model: str
     """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
     memory: str | None = None
     """Memory that weights, KV cache and activations share: 80GB is 80e9 bytes, all usable; by default the GPU's."""
     gpu: str | None = None
-    """a100-80g, h100-80g, h200, b200 or rtx-4090: what the driver leaves, times the fraction that jax is to take."""
+    """a100-80g, h100-80g, h200, b200 or rtx-4090: what the driver leaves, times the fraction that jax uses."""
     context: int | None = None
-    """Tokens that must fit; without --memory and --gpu, what they need is said."""
+    """Tokens that must fit; without --memory and --gpu, the memory that they need is printed."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
     kv_dtype: KvDtype | None = None
     """Data type of the cache; int8 and int4 quantize keys and values of retrieval heads."""
     streaming_kv_dtype: KvDtype | None = None
-    """Data type of streaming heads' keys and values, which are few."""
+    """Data type of streaming heads' keys and values, which take little memory."""
     weight_dtype: WeightDtype | None = None
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
     embed_dtype: EmbedDtype | None = None
@@ -49,11 +49,11 @@ class PlanCommand:
     batch: int = 1
     """Sequences."""
     chunk: int = CHUNK_SIZE
-    """Tokens of a prompt that are computed at a time."""
+    """Tokens of a prompt computed at a time."""
     verify: bool = False
-    """Compile prefill and decode for the GPU, which need not be there, and compare; needs jax's CUDA plugin."""
+    """Compile prefill and decode for the GPU, which need not be present, and compare; needs jax's CUDA plugin."""
     backend: str = "triton"
-    """Attention backend that is compiled."""
+    """Attention backend to compile."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -73,14 +73,14 @@ class PlanCommand:
         if self.verify:
             assert self.gpu is not None
             length = self.context or record["max_context"]
-            record["verified"] = found = verify(plan, length, self.gpu.lower(), self.backend)
+            record["verified"] = verify(plan, length, self.gpu.lower(), self.backend)
             if not self.json:
-                print("\n".join(_verified(found)))
+                print("\n".join(_verified(record["verified"])))
         if self.json:
             print(json.dumps(record))
         if self.verify and not is_close(record["verified"]):
             raise ValueError(
-                f"the plan is {record['verified']['deviation']:+.1%} off what the compiler says, more than "
+                f"the plan is {record['verified']['deviation']:+.1%} off the compiler's figure, more than "
                 f"{TOLERANCE:.0%}: do not rely on it for these settings"
             )
 
@@ -111,7 +111,7 @@ class PlanCommand:
 
 
 def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, Any]:
-    """Everything that is printed, as plain values; sizes are in bytes."""
+    """Everything that the command prints, as plain values; sizes are in bytes."""
     full = replace(plan, pattern=HeadPattern.full(plan.config))
     return {
         "settings": {
@@ -134,16 +134,16 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
 
 
 def _devices(plan: Plan) -> dict[str, Any]:
-    """What each device along `tensor` holds of the heads, and what its pools are made for."""
-    config, found = plan.config, plan.cache(1).heads
-    heads, real = found.order.size // plan.mesh.tensor, found.num_retrieval
+    """Heads and slots of each device along `tensor`."""
+    config, balanced = plan.config, plan.cache(1).heads
+    heads, real = balanced.order.size // plan.mesh.tensor, balanced.num_retrieval
     return {
         "retrieval_heads": real.tolist(),
         "streaming_heads": (heads - real).tolist(),
-        "retrieval_slots": found.retrieval_slots,
-        "streaming_slots": found.streaming_slots,
+        "retrieval_slots": balanced.retrieval_slots,
+        "streaming_slots": balanced.streaming_slots,
         "copies_of_a_head": plan.mesh.kv_heads(config) // config.num_kv_heads,
-        # What the fullest has more than the average: the others' slots are as many, and empty.
+        # Every device has as many slots as the fullest one needs: its excess over the mean is unused elsewhere.
         "imbalance": float(real.max() / real.mean() - 1) if real.any() else 0.0,
     }
 
@@ -175,10 +175,10 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
         ("weights, GB", "weights", 1e9),
         ("activations, GB", "activations", 1e9),
     ]
-    rows += [("KV bytes a token", "kv_per_token", 1), ("KV cache, GB", "kv", 1e9), ("in all, GB", "total", 1e9)]
+    rows += [("KV bytes a token", "kv_per_token", 1), ("KV cache, GB", "kv", 1e9), ("total, GB", "total", 1e9)]
     rows += [("longest context", "max_context", 1)] if memory is not None else []
     for label, name, unit in rows:
-        cells = "".join(_cell(found[name], unit) for found in columns.values())
+        cells = "".join(_cell(sizes[name], unit) for sizes in columns.values())
         lines.append(f"{label:<22}{cells}")
     if mesh.devices > 1:
         lines += _shared(plan, record["devices"])
@@ -192,16 +192,16 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
 def _shared(plan: Plan, devices: dict[str, Any]) -> list[str]:
     mesh = plan.mesh
     lines = [
-        f"Each of {mesh.devices} devices (tensor {mesh.tensor}, sequence {mesh.sequence}, data {mesh.data}) takes this "
-        f"of its own; tokens are of each sequence.",
+        f"Sizes are of each of {mesh.devices} devices (tensor {mesh.tensor}, sequence {mesh.sequence}, data "
+        f"{mesh.data}); tokens are of each sequence.",
         f"{'device along tensor':<22}" + "".join(f"{i:>6}" for i in range(mesh.tensor)),
     ]
     for kind in ("retrieval", "streaming"):
         cells = "".join(f"{count:>6}" for count in devices[f"{kind}_heads"])
         lines.append(f"{f'{kind} heads':<22}{cells}   of {devices[f'{kind}_slots']} slots")
     if devices["copies_of_a_head"] > 1:
-        lines.append(f"Every KV head lies on {devices['copies_of_a_head']} of them.")
-    return [*lines, f"The fullest pool of retrieval heads has {devices['imbalance']:.1%} more than the average."]
+        lines.append(f"Every KV head is on {devices['copies_of_a_head']} of them.")
+    return [*lines, f"The largest pool of retrieval heads is {devices['imbalance']:.1%} above the mean."]
 
 
 def _cell(value: int | None, unit: int | float) -> str:
@@ -212,20 +212,21 @@ def _cell(value: int | None, unit: int | float) -> str:
     return f"{value:>16}" if unit == 1 else f"{value / unit:>16.2f}"
 
 
-def _verified(found: dict[str, Any]) -> list[str]:
-    lines = [f"compiled for {find_gpu(found['gpu']).name}, {found['context']} tokens, {found['backend']}:"]
-    for name, sizes in found["programs"].items():
+def _verified(verified: dict[str, Any]) -> list[str]:
+    gpu = find_gpu(verified["gpu"]).name
+    lines = [f"compiled for {gpu}, {verified['context']} tokens, {verified['backend']}:"]
+    for name, sizes in verified["programs"].items():
         output = sizes["outputs"] - sizes["aliased"]
         lines.append(
-            f"  {name}: arguments {sizes['arguments'] / 1e9:.3f} GB, output {output / 1e9:.3f} GB beside them, "
-            f"temporaries {sizes['temporaries'] / 1e9:.3f} GB, in all {sizes['total'] / 1e9:.3f} GB"
+            f"  {name}: arguments {sizes['arguments'] / 1e9:.3f} GB, new outputs {output / 1e9:.3f} GB, "
+            f"temporaries {sizes['temporaries'] / 1e9:.3f} GB, total {sizes['total'] / 1e9:.3f} GB"
         )
         if "collectives" in sizes:
             sent = sizes["collectives"]
             kinds = ", ".join(f"{count} {kind}" for kind, count in sent["in_a_layer"].items())
             lines.append(
-                f"    collectives in a layer: {kinds}, {sent['bytes_in_a_layer'] / 1e6:.3f} MB; beside the layers "
+                f"    collectives in a layer: {kinds}, {sent['bytes_in_a_layer'] / 1e6:.3f} MB; outside the layers "
                 f"{sent['bytes_elsewhere'] / 1e6:.3f} MB; the largest {sent['largest']['nbytes'] / 1e6:.3f} MB"
             )
-    lines.append(f"  planned {found['planned'] / 1e9:.3f} GB, {found['deviation']:+.2%}")
+    lines.append(f"  planned {verified['planned'] / 1e9:.3f} GB, {verified['deviation']:+.2%}")
     return lines

@@ -1,19 +1,17 @@
 """The command: checks and measures the kernels section by section, within a time limit."""
 
 import hashlib
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from duo_eval.gpu_suite.section import Case
 from duo_eval.gpu_suite.sections import SECTIONS, describe
 from duo_eval.runner.process import ProcessError, Worker
-from duo_eval.runner.record import provenance, write
+from duo_eval.runner.record import Record
 
 # Exit status when time ran out before the end: call the command again.
 UNFINISHED = 75
@@ -51,50 +49,50 @@ class Suite:
             if device["platform"] != "gpu" and not self.smoke:
                 raise ValueError(f"no GPU here, only {device['device']}: --smoke tries the suite at toy sizes")
             end = time.monotonic() + 60 * self.minutes
-            records = {name: self._open(self.out / f"{name}.json", device["device"]) for name in self.sections}
+            records = {name: self._record(name, device["device"]) for name in self.sections}
             if not all(self._measure(name, record, worker, end) for name, record in records.items()):
                 return False
-        results = [result for record in records.values() for result in record["results"]]
+        results = [result for record in records.values() for result in record.results]
         bad = sum("failed" in result or not result.get("is_right", True) for result in results)
         if bad:
             raise ArithmeticError(f"{bad} results in {self.out} are wrong or failed")
         return True
 
-    def _measure(self, name: str, record: dict[str, Any], worker: Worker, end: float) -> bool:
+    def _measure(self, name: str, record: Record, worker: Worker, end: float) -> bool:
         """Add the missing cases of a section; False if time ran out first."""
-        done = [result["case"] for result in record["results"]]
-        for case in self._cases(name):
-            if case in done:
-                continue
-            if time.monotonic() > end:
-                print(f"{self.minutes:g} minutes are over: call again to continue with {name}")
-                return False
-            try:
-                result = worker.call("duo_eval.gpu_suite.sections:measure", {"section": name, "case": case})
-            except ProcessError as error:
-                result = {"failed": str(error)}
-            record["results"].append({"case": case} | result)
-            write(self.out / f"{name}.json", record)
-            print(f"{name}: {describe(name, record['results'][-1])}", flush=True)
+        missing = record.missing(self._cases(name))
+        if not missing:
+            return True
+        with record.writing(device=record.head["about"]["device"], program="python -m duo_eval.gpu_suite") as append:
+            for case in missing:
+                if time.monotonic() > end:
+                    print(f"{self.minutes:g} minutes are over: call again to continue with {name}")
+                    return False
+                try:
+                    result = worker.call("duo_eval.gpu_suite.sections:measure", {"section": name, "case": case})
+                except ProcessError as error:
+                    result = {"failed": str(error)}
+                append(case, result)
+                print(f"{name}: {describe(name, record.results[-1])}", flush=True)
         return True
 
     def _cases(self, name: str) -> list[Case]:
-        """The cases of a section for each backend, as they are read back from JSON."""
+        """The cases of a section, for each backend if that matters."""
         cases = list(SECTIONS[name].cases(smoke=self.smoke))
-        if name != "ceilings":
-            cases = [case | {"backend": backend} for case in cases for backend in self.backends]
-        return json.loads(json.dumps(cases))
+        if name == "ceilings":
+            return cases
+        return [case | {"backend": backend} for case in cases for backend in self.backends]
 
-    def _open(self, path: Path, device: str) -> dict[str, Any]:
-        """The record of a section without failures, or a new one."""
-        settings = {"out": self.out, "backends": self.backends, "smoke": self.smoke}
-        about = provenance(settings, program="python -m duo_eval.gpu_suite") | {"device": device, "code": _code()}
-        if not path.exists():
-            return about | {"results": []}
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if any(record.get(name) != about[name] for name in ("device", "code")):
-            raise ValueError(f"{path} was measured on another device or with other code; choose another --out")
-        return record | {"results": [result for result in record["results"] if "failed" not in result]}
+    def _record(self, name: str, device: str) -> Record:
+        """The results of a section so far, without failures; a file has those of one device and one state of the code.
+
+        Raises:
+            ValueError: a file of another device or other code.
+        """
+        about = {"task": "gpu-suite", "section": name, "smoke": self.smoke, "device": device, "code": _code()}
+        record = Record.open(self.out / f"{name}.json", about, key="case")
+        record.results = [result for result in record.results if "failed" not in result]
+        return record
 
 
 def _code() -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from duo_eval.aot.memory import decode as decode_step
-from duo_eval.aot.memory import prefill_chunk
+from duo_eval.aot.compile import memory_of
+from duo_eval.aot.programs import decode as decode_step
+from duo_eval.aot.programs import prefill_chunk
 from duo_eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
 from duo_eval.gpu_suite.section import Case
 from duo_eval.speed.timing import fastest
@@ -88,8 +89,8 @@ def measure(case: Case) -> dict[str, Any]:
         "chunk_seconds": chunk_seconds,
         "decode_ms": 1e3 * step_seconds,
         "decode_bytes_per_second": read / step_seconds,
-        "chunk_memory_bytes": _needs(chunk),
-        "decode_memory_bytes": _needs(decode),
+        "chunk_memory_bytes": memory_of(chunk).total,
+        "decode_memory_bytes": memory_of(decode).total,
     }
 
 
@@ -124,15 +125,6 @@ def _decode(model: Model, cache: KVCache, token: jax.Array, backend: str) -> tup
 
     logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
     return jax.lax.fori_loop(0, STEPS, one, (logits, cache))
-
-
-def _needs(program: jax.stages.Compiled) -> int | None:
-    """Bytes of device memory while a program runs, from the compiler; an output in its argument's place counts once."""
-    found = program.memory_analysis()
-    if found is None:
-        return None
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return held + found.temp_size_in_bytes
 
 
 def line(case: Case, found: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from duo_eval.aot import context, kernels, memory, meshes
+from duo_eval.aot import context, kernels, memory
 from duo_eval.gpu_suite import results as gpu_suite
 from duo_eval.runner.provenance import host
 from duo_eval.runner.record import read
@@ -24,7 +24,7 @@ RESULT_TYPES: tuple[ResultType, ...] = (
     score_table.RESULT,  # every other task that scores answers
     harness.RESULT,
     efficiency_results.RESULT,
-    meshes.RESULT,
+    context.MESHES_RESULT,
     gpu_suite.RESULT,
     adapter.RESULT,
     training.RESULT,

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from duo_eval.aot.context import plan_table
+from duo_eval.aot.context import mesh_table, plan_table
 from duo_eval.aot.kernels import kernels_table
 from duo_eval.aot.memory import memory_table
-from duo_eval.aot.meshes import mesh_table
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
 from duo_eval.speed.efficiency_results import bench_table

@@ -4,9 +4,9 @@ Each engine runs in a process of its own. A first call with all requests, which 
 Transformers in float64 can show how far each of the two is off.
 """
 
-import json
 import os
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from duo_train.data.haystack import load_haystack
 
 from duo_eval.runner.process import in_fresh_process
 from duo_eval.runner.provenance import origin
-from duo_eval.runner.record import begun, write
+from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.engines.transformers import torch_model
@@ -55,7 +55,12 @@ class HarnessBench:
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds or min(self.count, self.batch_size, self.repeats) < 1:
             raise ValueError(f"kinds are {', '.join(KINDS)} and numbers at least 1, got {self}")
-        record = begun(self.out, asdict(self))
+        settings = {name: value for name, value in asdict(self).items() if name != "out"}
+        record = Record.open(self.out, {"task": "harness-bench", **settings}, again=True)
+        with record.writing() as append:
+            self._compare(append)
+
+    def _compare(self, append: Callable[[Any, Mapping[str, Any]], None]) -> None:
         for kind in self.kinds:
             answers = {engine: self._answers(engine, kind) for engine in ENGINES}
             logprobs = {engine: np.array(each["logprobs"]) for engine, each in answers.items()}
@@ -77,8 +82,7 @@ class HarnessBench:
             if self.exact:
                 exact = np.array(self._answers("transformers", kind, dtype="float64", repeats=0)["logprobs"])
                 result["errors"] = {engine: float(np.abs(each - exact).max()) for engine, each in logprobs.items()}
-            record["results"].append(result)
-            write(self.out, record)
+            append(None, result)
             print(
                 f"{kind}: {result['requests']} requests, largest difference {result['max_difference']:.1e}, "
                 f"duo {best['duo']:.1f} s, transformers {best['transformers']:.1f} s"
@@ -169,9 +173,9 @@ def _adapter(engine: str, name: str, dtype: str, batch_size: int) -> Any:
 
 def adapter_table(path: Path) -> str:
     """Likelihoods and seconds of lm-eval's requests, compared with transformers' own adapter."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    head, results = read(path)
     rows = []
-    for result in record["results"]:
+    for result in results:
         seconds, errors = result["seconds"], result.get("errors", {})
         off = (f"{errors[name]:.1e}" if name in errors else "" for name in ("duo", "transformers"))
         times = (f"{seconds[name]:.1f}" for name in ("duo", "transformers"))
@@ -180,7 +184,7 @@ def adapter_table(path: Path) -> str:
     headers = ["requests", "number", "largest difference", "to float64, duo", "to float64, transformers"]
     table = rows_to_table(rows, [*headers, "seconds, duo", "seconds, transformers", "speedup"])
     about = "Differences are in nats of a whole continuation, the largest over the requests. Compilation is left out."
-    return f"{table}\n\n{about} {origin([record], record['command'])}"
+    return f"{table}\n\n{about} {origin(head['runs'], head['runs'][-1]['command'])}"
 
 
 RESULT = ResultType(

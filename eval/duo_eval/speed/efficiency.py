@@ -5,8 +5,7 @@ that a machine that slows down slows all of them. A floor is the time of what a 
 (`duo_eval.speed.roofline`), at rates measured in the same minute (`duo_eval.speed.ceilings`).
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from duo_eval.runner.process import KILLED, ProcessError, in_fresh_process
-from duo_eval.runner.record import provenance, write
+from duo_eval.runner.provenance import machine
+from duo_eval.runner.record import Record
 from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.ceilings import bytes_per_second, flops_per_second
 from duo_eval.speed.device import available
@@ -98,18 +98,22 @@ class Efficiency:
     def run(self) -> None:
         """Measure the missing points one by one; each is saved as it ends."""
         self._check()
-        record = self._record()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.peer and find_spec("torch") is None and not self.out.exists():
+            print("transformers is left out: it needs torch (pip install 'duo-jax[bench]')")
+        device = in_fresh_process("duo_eval.speed.device:describe")
+        record = self._record(device)
         # Points that did not fit may fit now.
-        record["results"] = [result for result in record["results"] if "cannot" not in result]
-        done = [result["point"] for result in record["results"]]
-        for point in self._points(record["platform"]):
-            if asdict(point) in done:
-                continue
-            print(point, end="", flush=True)
-            result = {"point": asdict(point), **measured(point)}
-            record["results"].append(result)
-            write(self.out, record)
-            print(f": {_describe(result)}", flush=True)
+        record.results = [result for result in record.results if "cannot" not in result]
+        missing = record.missing(self._points(device["platform"]))
+        if not missing:
+            return
+        with record.writing(device=device["device"]) as append:
+            for point in missing:
+                print(point, end="", flush=True)
+                result = measured(point)
+                append(point, result)
+                print(f": {_describe(result)}", flush=True)
 
     def _check(self) -> None:
         for name in ("model", "contexts", "batch_sizes", "sparsity"):
@@ -143,40 +147,11 @@ class Efficiency:
                         for sparsity in self.sparsity:
                             yield Point("duo", **own, **sizes, pattern=self.pattern, sparsity=sparsity)
 
-    def _record(self) -> dict[str, Any]:
-        """The contents of the file, or a new record."""
-        known = self._known()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        about = provenance() | in_fresh_process("duo_eval.speed.device:describe")
-        if known is None:
-            if self.peer and find_spec("torch") is None:
-                print("transformers is left out: it needs torch (pip install 'duo-jax[bench]')")
-            return about | {"results": []}
-        if any(known.get(name) != about[name] for name in ("machine", "device")):
-            raise ValueError(f"{self.out} was measured on another machine, versions or commit; choose another --out")
-        ours = next(point for point in self._points(about["platform"]) if point.sparsity is not None)
-        for result in known["results"]:
-            different = _differing(ours, result["point"])
-            if different:
-                raise ValueError(f"{self.out} was measured with another {', '.join(different)}; choose another --out")
-        return known
-
-    def _known(self) -> dict[str, Any] | None:
-        if not self.out.exists():
-            return None
-        try:
-            record = json.loads(self.out.read_text(encoding="utf-8"))
-            [(record["machine"], result["point"]) for result in record["results"]]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.out} is not a result of this command; choose another --out") from None
-        return record
-
-
-def _differing(ours: Point, theirs: Mapping[str, Any]) -> list[str]:
-    """Settings that all points of a file share, but these two do not."""
-    names = [] if theirs["engine"] != "duo" else ["dtype", "backend"]
-    names += [] if theirs["sparsity"] is None else ["pattern", "sink_size", "recent_size"]
-    return [name.replace("_", " ") for name in names if getattr(ours, name) != theirs.get(name)]
+    def _record(self, device: dict[str, str]) -> Record:
+        """The file, which has results of one machine and commit, and of one pattern, data type and backend."""
+        shared = ("pattern", "sink_size", "recent_size", "dtype", "backend")
+        about = {"task": "efficiency", **device, "machine": machine()} | {name: getattr(self, name) for name in shared}
+        return Record.open(self.out, about, key="point")
 
 
 def measured(point: Point) -> dict[str, Any]:

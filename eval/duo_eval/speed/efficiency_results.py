@@ -1,10 +1,11 @@
 """Results of `duo bench` and `duo eval efficiency`: tables and curves, each point next to its floor."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from duo_eval.runner.provenance import origin
+from duo_eval.runner.record import read
 from duo_eval.show.curves import Line, chart
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn, ResultType, with_fields
@@ -23,32 +24,32 @@ Result = dict[str, Any]
 
 def bench_table(path: Path) -> str:
     """Prefill and decode of every point, and the fraction of the promised saving that was realized."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    head, results = read(path)
     points: dict[tuple[int, int], dict[str, Result]] = {}
-    for result in record["results"]:
+    for result in results:
         point = result["point"]
         points.setdefault((point["batch_size"], point["context"]), {})[engine_name(result)] = result
     names = {"transformers": "transformers", "full": "full", "50% streaming": "50 % streaming"}
-    engines = [name for name in names if any(name in results for results in points.values())]
+    engines = [name for name in names if any(name in by_engine for by_engine in points.values())]
     rows = []
-    for point, results in sorted(points.items()):
-        full, half = results["full"], results["50% streaming"]
+    for point, by_engine in sorted(points.items()):
+        full, half = by_engine["full"], by_engine["50% streaming"]
         row = [*map(str, point)]
         for time, _, cost, spec in PHASES:
-            row += [f"{results[engine][time]:{spec}}" for engine in engines]
+            row += [f"{by_engine[engine][time]:{spec}}" for engine in engines]
             row.append(f"{saving_realized(full[time], half[time], full[cost], half[cost]):.2f}")
         rows.append([*row, *(f"{result['kv_bytes'] / 1e6:.0f}" for result in (full, half))])
     headers = ["batch", "tokens"]
     for phase in ("prefill s", "decode ms"):
         headers += [*(f"{phase}, {names[engine]}" for engine in engines), "saving realized"]
     table = rows_to_table(rows, [*headers, "KV MB", "KV MB, 50 %"], "r")
-    return f"{table}\n\n{_footer(record)}"
+    return f"{table}\n\n{_footer(head, results)}"
 
 
 def efficiency_table(path: Path) -> str:
     """Every point next to its floor and the fraction of the promised saving realized; then what did not run and why."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    done = [result for result in record["results"] if "cannot" not in result]
+    head, every = read(path)
+    done = [result for result in every if "cannot" not in result]
     full = {place(result): result for result in done if engine_name(result) == "full"}
     rows = []
     for result in done:
@@ -65,8 +66,8 @@ def efficiency_table(path: Path) -> str:
     for phase in ("prefill, s", "decode, ms"):
         headers += [phase, "times floor", "saving realized"]
     parts = [rows_to_table(rows, [*headers, "KV, GB", "memory, GB"], "lrrrlr")]
-    parts += [_footer(record)] if done else []
-    for result in record["results"]:
+    parts += [_footer(head, done)] if done else []
+    for result in every:
         if "cannot" in result:
             model, batch, tokens, chunk = place(result)
             point = f"{model}, batch {batch}, {tokens} tokens" + (f", chunks of {chunk}" if chunk else "")
@@ -76,8 +77,7 @@ def efficiency_table(path: Path) -> str:
 
 def efficiency_curves(path: Path) -> Iterator[Drawn]:
     """Prefill, decode and memory against context length, this library's floors dashed."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    done = [result for result in record["results"] if "cannot" not in result]
+    done = [result for result in read(path)[1] if "cannot" not in result]
     for model, batch in dict.fromkeys(place(result)[:2] for result in done):
         results = [result for result in done if place(result)[:2] == (model, batch)]
         for name, field, floor, unit, scale in (
@@ -126,24 +126,19 @@ def _optional(value: float | None, spec: str) -> str:
     return "" if value is None else f"{value:{spec}}"
 
 
-def _footer(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    results = [result for result in record["results"] if "cannot" not in result]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+def _footer(head: dict[str, Any], results: list[Result]) -> str:
     compiled = [result["compile_seconds"] for result in results if result["compile_seconds"]]
     prefill, decode = (max((times[phase] for times in compiled), default=0.0) for phase in ("prefill", "decode"))
-    dtypes = ", ".join(sorted({result["point"].get("dtype", "float32") for result in results}))
-    device = f"{record['device']}, " if record.get("device", "cpu") != "cpu" else ""
     peak: dict[str, int] = {}
     for result in sorted(results, key=lambda result: result["point"]["engine"]):
         engine = result["point"]["engine"]
         peak[engine] = max(result["peak_memory_bytes"], peak.get(engine, 0))
     memory = ", ".join(f"{engine} {size / 1e9:.1f} GB" for engine, size in peak.items())
+    dtypes = sorted({result["point"].get("dtype", "float32") for result in results})
+    runs = [run | {"dtype": ", ".join(dtypes)} for run in head["runs"]]
     return (
-        f"{device}{machine['processor']}, {machine['cores']} cores, {dtypes}, Python {machine['python']}, {versions}, "
-        f"commit {machine['commit']}. Medians; `{record['command']}`.\n"
-        f"Compilation took at most {prefill:.1f} s (prefill) and {decode:.1f} s (decode). "
-        f"Largest process memory: {memory}."
+        f"Medians. {origin(runs, runs[-1]['command'])}\nCompilation took at most {prefill:.1f} s (prefill) and "
+        f"{decode:.1f} s (decode). Largest process memory: {memory}."
     )
 
 

@@ -1,8 +1,8 @@
 """`duo eval training`: seconds and memory of a training step, and how much of the device's matmul rate it reaches."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from duo_train.gated import GatedModel
 from duo_train.loop import State, step
 from duo_train.recipes import Distill
 
-from duo_eval.runner.record import begun, write
+from duo_eval.runner.provenance import origin
+from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.ceilings import flops_per_second
@@ -43,23 +44,23 @@ class Training:
         """Measure every length with and without rematerialization."""
         if not self.lengths or min(self.lengths) < 1 or self.steps < 1:
             raise ValueError(f"need lengths and steps of at least 1, got {self.lengths=}, {self.steps=}")
+        settings = {name: value for name, value in asdict(self).items() if name != "out"}
+        record = Record.open(self.out, {"task": "training", **settings}, again=True)
         model = load_model(self.model)
-        record: dict[str, Any] = begun(self.out, asdict(self))
-        for length in self.lengths:
-            for rematerialize in (True, False):
+        with record.writing(dtype=str(model.dtype)) as append:
+            for length, rematerialize in product(self.lengths, (True, False)):
                 attention = GatedModel(self.sink_size, self.recent_size, rematerialize=rematerialize)
-                found = self._measure(model, attention, length)
-                # Beside each measurement: machines are shared, and what they can do changes.
+                result = self._measure(model, attention, length)
+                # Measured each time: machines are shared, and their rates change.
                 rate = flops_per_second(model.dtype)
                 flops = step_flops(model.config, attention, length)
-                found |= {"matmul_flops_per_second": rate, "flops": flops}
-                found["fraction_of_matmul_rate"] = flops / found["seconds"] / rate
-                record["results"].append(found)
-                write(self.out, record)
+                result |= {"matmul_flops_per_second": rate, "flops": flops}
+                result["fraction_of_matmul_rate"] = flops / result["seconds"] / rate
+                append(None, result)
                 print(
                     f"{length} tokens, {'with' if rematerialize else 'without'} rematerialization: "
-                    f"{found['seconds']:.1f} s a step, {found['fraction_of_matmul_rate']:.0%} of the matmul rate, "
-                    f"{found['temporary_bytes'] / 1e9:.2f} GB",
+                    f"{result['seconds']:.1f} s a step, {result['fraction_of_matmul_rate']:.0%} of the matmul rate, "
+                    f"{result['temporary_bytes'] / 1e9:.2f} GB",
                     flush=True,
                 )
 
@@ -104,7 +105,7 @@ def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
 
 def training_table(path: Path) -> str:
     """Seconds, matmul rate and memory of a training step."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    head, results = read(path)
     rows = [
         (
             result["tokens"],
@@ -113,17 +114,12 @@ def training_table(path: Path) -> str:
             f"{result['fraction_of_matmul_rate']:.0%}",
             f"{result['temporary_bytes'] / 1e9:.2f}",
         )
-        for result in record["results"]
+        for result in results
     ]
     headers = ["tokens", "rematerialized", "seconds a step", "of the matmul rate", "temporary memory, GB"]
-    machine = record["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rates = [result["matmul_flops_per_second"] / 1e9 for result in record["results"]]
-    footer = (
-        f"{machine['processor']}, {machine['cores']} cores, float32, Python {machine['python']}, {versions}, commit "
-        f"{machine['commit']}; matmul rate {min(rates):.0f} to {max(rates):.0f} GFLOP/s; `{record['command']}`."
-    )
-    return f"{rows_to_table(rows, headers, 'rlr')}\n\n{footer}"
+    rates = [result["matmul_flops_per_second"] / 1e9 for result in results]
+    note = f"Matmul rate {min(rates):.0f} to {max(rates):.0f} GFLOP/s."
+    return f"{rows_to_table(rows, headers, 'rlr')}\n\n{note} {origin(head['runs'], head['runs'][-1]['command'])}"
 
 
 RESULT = ResultType("A training step", with_fields("rematerialize"), {"Steps": training_table})
