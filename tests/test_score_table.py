@@ -1,4 +1,4 @@
-"""Tables of scores: what stands in them, and that differences are of the same questions."""
+"""Tables of scores: their cells, and that differences are between the same questions."""
 
 import json
 import re

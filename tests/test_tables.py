@@ -1,4 +1,4 @@
-"""Tables stay in step with the results that they are made from."""
+"""Tables in the pages match the results that they are made from."""
 
 import pytest
 from duo_eval.show.tables import PAGES, render

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program: read from its text, a line for each collective operation."""
+"""Traffic between devices in a compiled program, read from its text: one line for each collective operation."""
 
 import math
 import re
@@ -22,8 +22,8 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        nbytes: of what it gives each device.
-        layer: of the model, None: outside of them.
+        nbytes: bytes that it delivers to each device.
+        layer: index of the model's layer; None: outside the layers.
     """
 
     kind: str
@@ -32,36 +32,36 @@ class Collective:
 
 
 def collectives(program: jax.stages.Compiled) -> list[Collective]:
-    """Every collective operation of a program. One inside a loop counts once."""
-    found = []
+    """Every collective operation of a program; an operation inside a loop counts once."""
+    operations = []
     for line in (program.as_text() or "").splitlines():
         match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
         if match is None:
             continue
         sizes = [_nbytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", match.group(1))]
         if match.group(3) and match.group(2) in ("all-gather", "collective-permute"):
-            sizes = sizes[len(sizes) // 2 :]  # Begun, these name what they take too.
+            sizes = sizes[len(sizes) // 2 :]  # The start of an asynchronous operation lists its operands too.
         layer = re.search(r"layer_(\d+)/", line)
-        found.append(Collective(match.group(2), sum(sizes), int(layer.group(1)) if layer else None))
-    return found
+        operations.append(Collective(match.group(2), sum(sizes), int(layer.group(1)) if layer else None))
+    return operations
 
 
-def summary(found: list[Collective]) -> dict[str, Any]:
-    """The most that any layer has and sends, what is outside of the layers, and the largest of all; sizes in bytes."""
-    layers = sorted({one.layer for one in found if one.layer is not None})
-    by_layer = [[one for one in found if one.layer == layer] for layer in layers]
-    fullest = max(by_layer, key=lambda ones: sum(one.nbytes for one in ones), default=[])
+def summary(operations: list[Collective]) -> dict[str, Any]:
+    """The layer with the most traffic, the traffic outside the layers, and the largest operation; sizes in bytes."""
+    layers = sorted({each.layer for each in operations if each.layer is not None})
+    by_layer = [[each for each in operations if each.layer == layer] for layer in layers]
+    fullest = max(by_layer, key=lambda layer: sum(each.nbytes for each in layer), default=[])
     return {
-        "in_a_layer": dict(Counter(one.kind for one in fullest)),
-        "bytes_in_a_layer": sum(one.nbytes for one in fullest),
-        "bytes_elsewhere": sum(one.nbytes for one in found if one.layer is None),
-        "largest": asdict(max(found, key=lambda one: one.nbytes)) if found else None,
+        "in_a_layer": dict(Counter(each.kind for each in fullest)),
+        "bytes_in_a_layer": sum(each.nbytes for each in fullest),
+        "bytes_elsewhere": sum(each.nbytes for each in operations if each.layer is None),
+        "largest": asdict(max(operations, key=lambda each: each.nbytes)) if operations else None,
     }
 
 
 def _nbytes(dtype: str, shape: str) -> int:
     name = TYPES.get(dtype)
     if name is None:
-        raise ValueError(f"a collective operation of an unknown data type, {dtype!r}")
+        raise ValueError(f"a collective operation has an unknown data type, {dtype!r}: add it to TYPES")
     count = math.prod(int(n) for n in shape.split(",") if n)
     return (count + 1) // 2 if name in ("int4", "uint4") else count * jnp.dtype(name).itemsize

@@ -1,7 +1,7 @@
-"""Programs compiled ahead of time for a GPU that need not be there: what they take of its memory and registers.
+"""Ahead-of-time compilation for a GPU that need not be present; reports memory and registers.
 
 Needs the CUDA plugin of jax (`pip install jax-cuda12-plugin jax-cuda12-pjrt`, the version of jax), for registers also
-`nvidia-cuda-nvcc-cu12`, and neither a driver nor a device. Executables are not run.
+`nvidia-cuda-nvcc-cu12`, but neither a driver nor a device. Executables are not run.
 """
 
 import contextlib
@@ -47,29 +47,29 @@ class Memory:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one Pallas kernel takes of a multiprocessor, as `ptxas` and the Triton and Mosaic compilers report it."""
+    """Resources of a multiprocessor that one Pallas kernel uses, reported by `ptxas` and the kernel's compiler."""
 
     name: str
     registers: int  # of each thread
     spill_bytes: int  # registers that did not fit, stored and loaded again
     shared_memory: int  # bytes of each program
-    address_bits: int | None  # of the widest offset into an array; None: not looked at, as in Mosaic's
+    address_bits: int | None  # of the widest offset into an array; None: unknown, as in Mosaic's kernels
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory:
-    """What a compiled program needs of each device."""
-    found = program.memory_analysis()
-    assert found is not None, "XLA's GPU compiler has this analysis"
+    """The memory that a compiled program needs on each device."""
+    analysis = program.memory_analysis()
+    assert analysis is not None
     return Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.alias_size_in_bytes,
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.alias_size_in_bytes,
     )
 
 
 def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Kernel]:
-    """Compile a jitted function for one GPU and read what each of its Pallas kernels takes.
+    """Compile a jitted function for one GPU and read the resources of each of its Pallas kernels.
 
     Raises:
         ValueError: an unknown GPU.
@@ -79,27 +79,27 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
         folder = Path(dump)
         with _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
             compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
-        # By the name of its entry: shared memory, and bits of the widest address.
-        found: dict[str, tuple[int, int | None]] = {}
+        # By the kernel's entry: shared memory, and bits of the widest address.
+        entries: dict[str, tuple[int, int | None]] = {}
         for path in folder.glob("*.triton-to-llvm.txt"):
             text = path.read_text(encoding="utf-8")
             shared = re.search(r"ttg\.shared = (\d+)", text)
             wide = re.search(r"tt\.addptr\W[^\n]*xi64", text)
-            found[path.name.split(".")[1]] = int(shared.group(1)) if shared else 0, 64 if wide else 32
+            entries[path.name.split(".")[1]] = int(shared.group(1)) if shared else 0, 64 if wide else 32
         for path in folder.glob("*.mlir-passes.log"):
             shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(encoding="utf-8"))
             entry = re.sub(r"_\d+\.mlir-passes\.log$", "_mosaic_gpu_kernel", path.name)
-            found[entry] = int(shared.group(1)) if shared else 0, None
-        # Mosaic assembles its kernels itself, and reports on that.
+            entries[entry] = int(shared.group(1)) if shared else 0, None
+        # Mosaic assembles its kernels itself and writes a report.
         uses = [use for path in sorted(folder.glob("*.ptxas")) for use in _uses(path.read_text(encoding="utf-8"))]
         for path in sorted(folder.glob("*.ptx")):
             text = path.read_text(encoding="utf-8")
-            if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in found):
-                continue  # Reported on, or one of XLA's own kernels, whose constants are elsewhere.
+            if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in entries):
+                continue  # Already reported, or one of XLA's own kernels, whose constants are elsewhere.
             uses += assemble(gpu, path)
-    kernels = [Kernel(name, registers, spills, *found[name]) for name, registers, spills in uses if name in found]
+    kernels = [Kernel(name, registers, spills, *entries[name]) for name, registers, spills in uses if name in entries]
     if not kernels:
-        raise ValueError("the program holds no Pallas kernel")
+        raise ValueError("the program has no Pallas kernel")
     return kernels
 
 
@@ -130,7 +130,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def gpus_like(gpu: str, count: int) -> list[Any]:
-    """GPUs that need not be there, to compile for.
+    """GPUs to compile for, which need not be present.
 
     Raises:
         ValueError: an unknown GPU.
@@ -150,12 +150,12 @@ def gpus_like(gpu: str, count: int) -> list[Any]:
 
 
 def gpus_of(gpu: str, mesh: str | None) -> str:
-    """What was compiled for, in words; `mesh` as on the command line."""
+    """The target of a compilation, for footers; `mesh` as on the command line."""
     size = MeshSize() if mesh is None else MeshSize.parse(mesh)
     if size.devices == 1:
         return f"one row, compiled for {GPUS[gpu].name}"
     rows = "one row" if size.data == 1 else f"{size.data} rows"
-    return f"{rows} in all, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), of each"
+    return f"{rows} in total, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), sizes of each"
 
 
 def compiled_with(head: Mapping[str, Any]) -> str:
@@ -174,7 +174,7 @@ def compile_for(
         gpu: its name, see `duo_jax.gpus`.
         function: the program.
         shapes: its arguments, pytrees of `jax.ShapeDtypeStruct`.
-        mesh: where arrays lie that do not say so themselves; by default one GPU.
+        mesh: devices of the arrays that have no sharding of their own; by default one GPU.
         options: XLA's.
 
     Raises:
@@ -185,7 +185,7 @@ def compile_for(
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    # An executable for a device that is not there can be written to the cache, and not read.
+    # An executable for an absent device can be written to the cache, but not read.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with jax.set_mesh(mesh):
@@ -195,7 +195,7 @@ def compile_for(
 
 
 def _target_config(gpu: Gpu) -> str:
-    """What the compiler asks about a GPU, a `GpuTargetConfigProto` as text."""
+    """The compiler's description of a GPU, a `GpuTargetConfigProto` as text."""
     major, minor = CAPABILITIES[gpu.name]
     features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
@@ -218,25 +218,25 @@ def _target_config(gpu: Gpu) -> str:
     """
 
 
-def _uses(said: str) -> list[tuple[str, int, int]]:
-    """Name, registers and spilled bytes of each kernel that `ptxas -v` speaks of."""
-    found = []
-    for part in said.split("Compiling entry function '")[1:]:
+def _uses(report: str) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each kernel in the report of `ptxas -v`."""
+    uses = []
+    for part in report.split("Compiling entry function '")[1:]:
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers = re.search(r"Used (\d+) registers", part)
         if spills is None or registers is None:
-            raise ValueError(f"cannot read what ptxas said: {part}")
-        found.append((part.split("'")[0], int(registers.group(1)), max(map(int, spills.groups()))))
-    return found
+            raise ValueError(f"cannot parse the report of ptxas: {part}")
+        uses.append((part.split("'")[0], int(registers.group(1)), max(map(int, spills.groups()))))
+    return uses
 
 
 def _ptxas() -> str:
-    """The assembler: of a CUDA toolkit, or of the package nvidia-cuda-nvcc-cu12."""
+    """The assembler, from a CUDA toolkit or the package nvidia-cuda-nvcc-cu12."""
     with contextlib.suppress(PackageNotFoundError):
-        for path in files("nvidia-cuda-nvcc-cu12") or ():
-            if path.name == "ptxas":
-                return str(path.locate())
-    found = shutil.which("ptxas")
-    if found is None:
+        for file in files("nvidia-cuda-nvcc-cu12") or ():
+            if file.name == "ptxas":
+                return str(file.locate())
+    path = shutil.which("ptxas")
+    if path is None:
         raise NotImplementedError("ptxas was not found: pip install nvidia-cuda-nvcc-cu12")
-    return found
+    return path

@@ -1,4 +1,4 @@
-"""`duo eval tune`: the fastest tile sizes of every kernel on this GPU, written where `pallas_kernels.gpus` looks."""
+"""`duo eval tune`: the fastest tile sizes of every kernel on this GPU, for the table that `pallas_kernels` reads."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -35,10 +35,10 @@ class Tune:
     context: int = 262_144
     """Tokens in the cache when decode is timed."""
     out: Path = TABLE
-    """The table; other entries stay."""
+    """The table; its other entries are kept."""
 
     def run(self) -> None:
-        """Time every candidate; what does not compile or fit is left out."""
+        """Time every candidate; those that do not compile or fit are left out."""
         if set(self.kernels) - set(KINDS):
             raise ValueError(f"kernels are among {', '.join(KINDS)}, got {', '.join(self.kernels)}")
         if min(self.tokens, self.context, *self.head_dims) < 1:
@@ -52,7 +52,7 @@ class Tune:
                 try:
                     with trying(kernel, tiles):
                         results.append((call(), tiles))
-                except Exception as error:  # Too much shared memory, say: what is raised differs.
+                except Exception as error:  # Error types differ; too much shared memory, for example.
                     print(f"{kernel}, {dtype}, head dim {head_dim}: {tiles}: {first_line(error)}")
             if not results:
                 print(f"{kernel}, {dtype}, head dim {head_dim}: no tiles run here", flush=True)
@@ -83,7 +83,7 @@ class Tune:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return gated_attention(q, k, v, jnp.full(8, 0.5, jnp.float32), **sizes).astype(jnp.float32).sum()
 
-        # Made anew for each candidate: tiles are read while a program is traced.
+        # Traced again for each candidate: tiles are read during tracing.
         if task == "flash":
             return lambda: layer.seconds_of_layer(prefill, *made)
         if task == "decode":
@@ -92,7 +92,7 @@ class Tune:
 
 
 def candidates(kernel: str) -> Iterator[Any]:
-    """Tile sizes that are worth a try."""
+    """Tile sizes to try."""
     if kernel == "decode":
         for block, split, programs, warps, stages in product((32, 64, 128), (256, 512), (528, 1056), (2, 4), (2, 3)):
             yield DecodeTiles(block, split, programs, warps, stages)

@@ -35,7 +35,7 @@ class Suite:
     """Toy sizes, to see that the suite runs, also on a CPU."""
 
     def run(self) -> bool:
-        """Measure what is missing or failed before; False if time ran out first.
+        """Measure the cases that are missing or failed before; False if time ran out first.
 
         Raises:
             ValueError: an unknown section, no GPU, or a folder of other code or another machine.

@@ -1,4 +1,4 @@
-"""Decode attention of one layer: bytes of keys and values that are read a second."""
+"""Decode attention of one layer: bytes of keys and values read per second."""
 
 from collections.abc import Iterator
 from itertools import product

@@ -51,7 +51,7 @@ def measure(case: Case) -> dict[str, Any]:
     if case["streaming"]:
         pattern = any_pattern(config, case["streaming"], sink_size=SINK_SIZE, recent_size=RECENT_SIZE)
     plan = Plan(config, pattern, chunk_size=case["chunk"], kv_dtype=case.get("cache"))
-    # What the backend cannot do, it says before weights are made.
+    # A backend that does not support this raises before weights are made.
     for program in (prefill_chunk, decode_step):
         function, *shapes = program(plan, case["context"], case["backend"])
         function.trace(*shapes)
@@ -95,14 +95,14 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _noise(pools: Any) -> Any:
-    """Random contents of pools, made where they are: keys and values around 1, of quantized ones every number."""
+    """Random contents of pools, made in place: keys and values around 1, and every number of quantized ones."""
 
     def bits(x: jax.Array) -> jax.Array:
-        """A hash of every element's place."""
+        """A hash of every element's index."""
         mixed = jnp.uint32(2463534242)
         for axis in range(x.ndim):
-            place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            mixed = (mixed ^ place) * jnp.uint32(0x9E3779B1)
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            mixed = (mixed ^ index) * jnp.uint32(0x9E3779B1)
             mixed = mixed ^ (mixed >> jnp.uint32(15))
         return mixed
 
@@ -117,19 +117,19 @@ def _noise(pools: Any) -> Any:
 
 
 def _decode(model: Model, cache: KVCache, token: jax.Array, backend: str) -> tuple[jax.Array, KVCache]:
-    """Some steps in one program, as `generate` makes them."""
+    """`STEPS` steps in one program, as `generate` runs them."""
     active = jnp.ones(token.shape, bool)
 
-    def one(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+    def one_step(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         return step(model, token, carry[1], active, backend)
 
     logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
-    return jax.lax.fori_loop(0, STEPS, one, (logits, cache))
+    return jax.lax.fori_loop(0, STEPS, one_step, (logits, cache))
 
 
-def line(case: Case, found: dict[str, Any]) -> str:
+def line(case: Case, result: dict[str, Any]) -> str:
     """Times of a token and of the last chunk."""
     about = f"{case['model']}, {case['context']} tokens, {case['streaming']:.0%} streaming, {case['backend']}"
     about += f", {case['weights']} weights, {case['cache']} cache" if "cache" in case else ""
-    chunk = f"{found['chunk_seconds']:.2f} s the last {case['chunk']} tokens"
-    return f"{about}: {found['decode_ms']:.2f} ms a token, {chunk}"
+    chunk = f"{result['chunk_seconds']:.2f} s for the last {case['chunk']} tokens"
+    return f"{about}: {result['decode_ms']:.2f} ms a token, {chunk}"

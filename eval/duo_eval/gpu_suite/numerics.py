@@ -1,4 +1,4 @@
-"""Every kernel against the dense reference in float32, on random inputs that no other run had."""
+"""Every kernel compared with the dense reference in float32, on random inputs that differ in each run."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pallas_kernels import decode_attention, gated_attention, prefill_attention
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # Tokens over which an error is a relative one.
 TOKENS = 64
-# What an operation gives back; in training the gradients are named after their inputs.
+# The outputs of an operation; in training, gradients are named after their inputs.
 NAMES = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v", "gates")}
 
 
@@ -40,29 +40,29 @@ def cases(*, smoke: bool) -> Iterator[Case]:
     for operation in ("prefill", "decode"):
         for streaming in (0.0, 1.0):
             yield {"operation": operation, "dtype": "bfloat16", "heads": shapes[0], "streaming": streaming, **size}
-    # So long that the keys are split as far as programs go.
+    # Long enough for the largest number of splits.
     long = {"operation": "decode", "dtype": "bfloat16", "heads": shapes[0], "streaming": 0.5}
     yield long | {"tokens": 1, "capacity": 300_000, "batch": 1}
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Error of the outputs, in training of the gradients too."""
+    """Errors of the outputs and, in training, of the gradients."""
     seed = time.time_ns() % (1 << 31)
     shape = {name: case[name] for name in ("dtype", "streaming", "tokens", "capacity", "batch")}
     made = layer.make(heads=tuple(case["heads"]), seed=seed, cache=case.get("cache"), **shape)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, made)
     program = jax.jit(run, static_argnums=(1, 2, 3)).lower(made, case["operation"], case["backend"], seed).compile()
     poison()
-    found = program(made)
+    outputs = program(made)
     with jax.default_matmul_precision("highest"):
-        right = jax.jit(run, static_argnums=(1, 2, 3))(exact, case["operation"], "reference", seed)
+        expected = jax.jit(run, static_argnums=(1, 2, 3))(exact, case["operation"], "reference", seed)
     names = NAMES[case["operation"]]
     errors = {}
-    for name, one, other in zip(names, jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
-        errors[name] = worst(*(np.asarray(x.astype(jnp.float32), np.float64) for x in (one, other)))
-    # Not the gates' gradient: no kernel makes it, and as a sum with signs it may be nearly 0.
+    for name, *pair in zip(names, jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
+        errors[name] = worst(*(np.asarray(x.astype(jnp.float32), np.float64) for x in pair))
+    # The gates' gradient is not judged: no kernel computes it, and as a sum with signs it may be nearly 0.
     judged = [error for name, error in errors.items() if name != "gates"]
-    # Not the other way round: an error that is NaN is not right either.
+    # `error < tolerance`, not `not error > tolerance`: NaN is wrong too.
     return {"seed": seed, "errors": errors, "is_right": all(error < TOLERANCE[case["dtype"]] for error in judged)}
 
 
@@ -78,7 +78,7 @@ def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
         lengths = jnp.asarray([tokens, *rng.integers(1, tokens, batch - 2), tokens][:batch], jnp.int32)
         rows: dict[str, Any] = {"start": start, "lengths": lengths}
         out = prefill_attention(made.q, made.k, made.v, made.pools, made.heads, **rows, **sizes)
-        # What lies beyond a row's tokens is unspecified.
+        # Outputs beyond a row's tokens are unspecified.
         return jnp.where((jnp.arange(tokens) < lengths[:, None])[:, :, None, None], out, 0)
     if operation == "decode":
         lengths = jnp.asarray(rng.integers(1, capacity, batch), jnp.int32)
@@ -94,29 +94,29 @@ def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
     return out, gradients
 
 
-def worst(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest relative error: of every row and head, over some tokens at a time; of a vector as a whole."""
-    if found.ndim == 4:  # [B, T, N, H]
-        squares = [np.square(x).sum(-1) for x in (found - wanted, wanted)]
-        edges = np.arange(0, found.shape[1], TOKENS)
+def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
+    """The largest relative error over rows, heads and blocks of `TOKENS` tokens; vectors count as a whole."""
+    if outputs.ndim == 4:  # [B, T, N, H]
+        squares = [np.square(x).sum(-1) for x in (outputs - expected, expected)]
+        edges = np.arange(0, outputs.shape[1], TOKENS)
         error, size = (np.add.reduceat(x, edges, axis=1) for x in squares)
     else:  # [B, N, H], [K]
-        error, size = (np.square(x).sum(-1) for x in (found - wanted, wanted))
+        error, size = (np.square(x).sum(-1) for x in (outputs - expected, expected))
     ratios = np.sqrt(error / np.where(size > 0, size, 1.0))
     return float(ratios.max()) if np.isfinite(ratios).all() else float("inf")
 
 
 def poison() -> None:
-    """Leave NaN in the memory that the next program is given: what a kernel does not write shows."""
+    """Fill free memory with NaN and release it: elements that a kernel does not write then show."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     used = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
     blocks = max(1, int(0.8 * (limit - used)) >> 28)  # of 256 MiB
     jax.block_until_ready([jnp.full((1 << 26,), jnp.nan, jnp.float32) for _ in range(min(blocks, 400))])
 
 
-def line(case: Case, found: dict[str, Any]) -> str:
-    """In words."""
-    verdict = "right" if found["is_right"] else "WRONG"
+def line(case: Case, result: dict[str, Any]) -> str:
+    """Verdict and error."""
+    verdict = "right" if result["is_right"] else "WRONG"
     about = f"{case['operation']}, {case['dtype']}, heads {tuple(case['heads'])}, {case['backend']}"
     about += f", {case['cache']} cache" if "cache" in case else ""
-    return f"{about}: {verdict}, error {max(found['errors'].values()):.1e}"
+    return f"{about}: {verdict}, error {max(result['errors'].values()):.1e}"

@@ -1,4 +1,4 @@
-"""Prefill attention of one layer: operations a second on the visible pairs, beside cuDNN's causal attention."""
+"""Prefill attention of one layer: operations a second on the visible pairs, compared with cuDNN's causal attention."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ def cases(*, smoke: bool) -> Iterator[Case]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds and operations a second; cuDNN's for full attention, where it runs."""
+    """Seconds and operations a second; for full attention also cuDNN's, if it runs."""
     tokens, heads = case["tokens"], tuple(case["heads"])
     made = layer.make(heads=heads, dtype="bfloat16", streaming=case["streaming"], tokens=tokens, capacity=tokens)
     start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
@@ -48,7 +48,7 @@ def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
 
     try:
         seconds = layer.seconds_of_layer(attend, made.q, made.k, made.v)
-    except Exception as error:  # What is raised without cuDNN, or on shapes it does not take, differs.
+    except Exception as error:  # Errors differ: no cuDNN, or a shape that it does not support.
         return {"cudnn": f"not run: {first_line(error)}"}
     return {"cudnn_seconds": seconds, "cudnn_flops_per_second": flops / seconds}
 

@@ -1,4 +1,4 @@
-"""What a section of the suite is. Knows none."""
+"""The interface of a section."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable

@@ -11,23 +11,23 @@ from matplotlib.transforms import ScaledTranslation
 
 from duo_eval.show.curves import Line
 
-# Beyond, numbers in cells would not be readable.
+# With more lengths than this, numbers in cells would be unreadable.
 MOST_NUMBERS = 14
 COLUMNS = 3
 MOST_TICKS = 7
-# Told apart by all kinds of colour vision, on white and on black.
+# Distinguishable with any colour vision, on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7570b3", "#56b4e9", "#a0522d")
-MARKERS = "osD^vPX"  # One fewer than colours: a ninth curve differs from the first in its marker.
-# Points between intervals of neighbouring curves, which would hide each other where curves share their places.
+MARKERS = "osD^vPX"  # One fewer than colours: a ninth line differs from the first in its marker.
+# Offset in points between intervals of neighbouring lines, which would hide each other at the same x.
 APART = 2.5
 
 
 def heatmaps(
     maps: Sequence[Mapping[str, Float[np.ndarray, "D L"]]], lengths: Sequence[int], depths: Sequence[float], title: str
 ) -> Figure:
-    """Maps of scores, depths by lengths, all on one scale from 0 to 1; what is NaN stays grey.
+    """Maps of scores, depths by lengths, all on one scale from 0 to 1; NaN is grey.
 
-    Maps that belong together share a row; where none do, rows are filled up.
+    Each mapping is a row; mappings of one map each are packed into rows of `COLUMNS`.
     """
     if all(len(row) == 1 for row in maps):
         every = [item for row in maps for item in row.items()]
@@ -62,10 +62,10 @@ def heatmaps(
 def lines_figure(
     lines: Sequence[Line], *, title: str, x: str, y: str, level: Line | None = None, x_is_tokens: bool = False
 ) -> Figure:
-    """Curves with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
+    """Lines with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
 
-    Intervals stand a little beside each other, in the order of the curves.
-    Axes are logarithmic where numbers of tokens span more than a factor of eight (x), or values one of fifty (y).
+    Intervals at the same x are drawn side by side, in the order of the lines. The x axis is logarithmic if it shows
+    tokens over more than a factor of 8, the y axis if values span more than a factor of 50.
     """
     figure = Figure(figsize=(4.6, 3.5 + 0.1 * len(lines)), layout="constrained")
     axes = figure.subplots()
@@ -80,10 +80,10 @@ def lines_figure(
             continue
         if line.low is not None and line.high is not None:
             ends = np.stack([values - np.asarray(line.low)[order], np.asarray(line.high)[order] - values])
-            beside = APART * (with_intervals.index(line) - (len(with_intervals) - 1) / 2) / 72
-            shift = ScaledTranslation(beside, 0, figure.dpi_scale_trans)
+            offset = APART * (with_intervals.index(line) - (len(with_intervals) - 1) / 2) / 72
+            shift = ScaledTranslation(offset, 0, figure.dpi_scale_trans)
             style |= {"yerr": ends, "capsize": 2, "elinewidth": 0.8, "transform": axes.transData + shift}
-            # What is drawn by a transform of its own does not count for the limits.
+            # Artists with a transform of their own do not count for the limits.
             axes.update_datalim(np.column_stack([[*line.x, *line.x], [*line.low, *line.high]]))
         marker = MARKERS[number % len(MARKERS)]
         axes.errorbar(np.asarray(line.x, float)[order], values, marker=marker, markersize=4, **style)
@@ -95,7 +95,7 @@ def lines_figure(
     x_values, y_values = (np.concatenate(parts) for parts in ([line.x for line in lines], [line.y for line in lines]))
     if x_is_tokens and x_values.min() > 0 and x_values.max() > 8 * x_values.min():
         axes.set_xscale("log")
-        # Where the points are, not at powers of ten.
+        # Ticks at the points, not at powers of ten.
         ticks = np.unique(x_values)[:: -(-len(np.unique(x_values)) // MOST_TICKS)]
         axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
         axes.set_xticks([], minor=True)

@@ -1,6 +1,6 @@
-"""What a phase must cost at least: bytes read by a decode step, floating-point operations of a prefill.
+"""The least cost of a phase: bytes read by a decode step, floating-point operations of a prefill.
 
-Measurements are held against these; formulas count what is actually visible, for any head pattern.
+Measurements are compared with these. The formulas count the pairs that are actually visible, for any head pattern.
 """
 
 from duo_jax import HeadPattern, ModelConfig
@@ -17,7 +17,7 @@ def kv_bytes_read(
 def decode_bytes(
     config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int, itemsize: int
 ) -> int:
-    """Bytes that one decode step reads at least: every weight once, and the visible keys and values.
+    """The least bytes that one decode step reads: every weight once, and the visible keys and values.
 
     The embedding is a look-up, unless the head is the same table.
     """
@@ -27,9 +27,9 @@ def decode_bytes(
 
 
 def prefill_flops(config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int) -> int:
-    """Floating-point operations of a prefill: two a weight and token, `4 * H` a visible pair of a query head.
+    """Floating-point operations of a prefill: two per weight and token, `4 * H` per visible pair of a query head.
 
-    The embedding is a look-up, and the head is needed for the last token of a row alone.
+    The embedding is a look-up, and the head is needed only for the last token of a row.
     """
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
     weights = (config.num_parameters - embeddings) * length + config.vocab_size * config.embed_dim
@@ -45,7 +45,7 @@ def visible_pairs(length: int, capacity: int) -> int:
 
 
 def saving_realized(full_time: float, duo_time: float, full_cost: int, duo_cost: int) -> float:
-    """How much of the time that the costs promise was saved: 1 is all of it."""
+    """The fraction of the saving that the costs promise: 1 is all of it."""
     return (full_time - duo_time) / (full_time * (1 - duo_cost / full_cost))
 
 

@@ -1,4 +1,4 @@
-"""`duo eval training`: seconds and memory of a training step, and how much of the device's matmul rate it reaches."""
+"""`duo eval training`: seconds and memory of a training step, and its fraction of the device's matmul rate."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -25,14 +25,14 @@ from duo_jax import HeadPattern, ModelConfig, load_model
 
 @dataclass(frozen=True)
 class Training:
-    """Time a step of `distill`, and read its memory from the compiler."""
+    """Time a step of `distill` and read its memory from the compiler."""
 
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     """Tokens of a sample."""
     steps: int = 3
-    """Steps that are timed after the first; the fastest counts."""
+    """Timed steps after the first; the fastest counts."""
     sink_size: int = 32
     """First tokens that a streaming head sees."""
     recent_size: int = 128
@@ -87,7 +87,7 @@ class Training:
 
 
 def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
-    """Operations that a student's forward and backward pass need, the teacher and what is computed twice not counted.
+    """Operations of a student's forward and backward pass, without the teacher and without rematerialization.
 
     Weights are frozen: the backward pass multiplies by each of them once. Attention's multiplies five times where its
     forward pass multiplies twice.

@@ -1,4 +1,4 @@
-"""`duo report`: which folder, where to."""
+"""`duo report`: writes the page of a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +9,18 @@ from duo_jax.files import write_text
 
 @dataclass(frozen=True)
 class Report:
-    """Show a folder of results as one HTML page: figures, tables, and where each comes from."""
+    """Show a folder of results as one HTML page: figures, tables, and their provenance."""
 
     results: Path = Path("eval/results")
-    """Folder of results; everything below it is read."""
+    """Folder of results, read with all its subfolders."""
     out: Path = Path("report.html")
-    """File to write; it loads nothing from anywhere, and can be sent as it is."""
+    """File to write; it is self-contained and can be sent by itself."""
 
     def run(self) -> None:
         """Read, draw, write.
 
         Raises:
-            ValueError: files that could not be shown; the page is written all the same, and names them.
+            ValueError: files that could not be shown; the page is still written, and lists them.
         """
         if not self.results.is_dir():
             raise FileNotFoundError(f"no folder {self.results}: --results names a folder of results")
@@ -29,7 +29,9 @@ class Report:
 
         page = Page.of(self.results)
         write_text(self.out, page.html())
-        print(f"{self.out}: {len(page.parts)} results" + (f", {len(page.unknown)} not known" if page.unknown else ""))
+        print(
+            f"{self.out}: {len(page.parts)} results" + (f", {len(page.unknown)} unknown files" if page.unknown else "")
+        )
         if page.broken:
             listed = "".join(f"\n  {path}: {reason}" for path, reason in page.broken.items())
-            raise ValueError(f"{len(page.broken)} files could not be shown, the page says so too:{listed}")
+            raise ValueError(f"{len(page.broken)} files could not be shown; the page lists them too:{listed}")

@@ -1,6 +1,8 @@
-"""A folder of results as one HTML page, which loads nothing from anywhere. Knows no type of result."""
+"""A folder of results as one self-contained HTML page. Knows no type of result."""
 
+import io
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +10,21 @@ from pathlib import Path
 import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
+from matplotlib import rc_context
 
-from duo_eval.show.report.svg import inline, page_style
-from duo_eval.show.result_type import ResultType
+from duo_eval.show.result_type import Drawn, ResultType
 from duo_eval.show.result_types import RESULT_TYPES, about, type_of
 from duo_jax.pattern import GATES_FILE
 
-# Drawn from the results beside them.
+# Figures in the folder were drawn from the results.
 FIGURES = (".png", ".svg")
-# A longer table is shown when it is asked for.
-LONG = 25
+# Tables with more rows are folded.
+MAX_ROWS = 25
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what it is, as HTML, and its rows."""
+    """One table as HTML, its caption and number of rows."""
 
     caption: str
     html: Markup
@@ -31,17 +33,25 @@ class Table:
     @property
     def is_long(self) -> bool:
         """Whether it is folded."""
-        return self.rows > LONG
+        return self.rows > MAX_ROWS
+
+
+@dataclass(frozen=True)
+class Image:
+    """One figure: its source as a data URI, and its description."""
+
+    src: str
+    alt: str
 
 
 @dataclass(frozen=True)
 class Part:
-    """One result: its place in the folder, where it comes from, and what shows it."""
+    """One result: its path in the folder, its provenance, figures and tables."""
 
     title: str
     path: str
     about: dict[str, str]
-    figures: list[Markup]
+    figures: list[Image]
     tables: list[Table]
 
 
@@ -50,8 +60,9 @@ class Page:
     """A report.
 
     Attributes:
-        parts: results, in the order of their kinds.
-        unknown: files that are of no kind known.
+        folder: the folder of results.
+        parts: results, in the order of `RESULT_TYPES`.
+        unknown: files of no known type.
         broken: files that could not be shown, and why.
     """
 
@@ -63,24 +74,20 @@ class Page:
     @classmethod
     def of(cls, folder: Path) -> "Page":
         """Read everything below a folder."""
-        found: list[tuple[int, Part]] = []
-        unknown, broken, number = [], {}, 0
+        parts: list[tuple[int, Part]] = []
+        unknown, broken = [], {}
         for path in _results(folder):
-            place = path.relative_to(folder).as_posix()
+            name = path.relative_to(folder).as_posix()
             try:
                 kind = type_of(path)
                 if kind is None:
-                    unknown.append(place)
-                    continue
-                part = _part(kind, path, place, number)
+                    unknown.append(name)
+                else:
+                    parts.append((RESULT_TYPES.index(kind), _part(kind, path, name)))
             except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-                # A file may hold anything.
-                broken[place] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-                continue
-            number += len(part.figures)
-            found.append((RESULT_TYPES.index(kind), part))
-        parts = [part for _, part in sorted(found, key=lambda item: item[0])]
-        return cls(str(folder), parts, unknown, broken)
+                # A file may contain anything.
+                broken[name] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return cls(str(folder), [part for _, part in sorted(parts, key=lambda part: part[0])], unknown, broken)
 
     def html(self) -> str:
         """The page."""
@@ -92,7 +99,7 @@ class Page:
 
 
 def _results(folder: Path) -> Iterator[Path]:
-    """Files of results, and folders of patterns, whose files are not results of their own."""
+    """Files of results, and folders of patterns, without the files inside these."""
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
@@ -103,16 +110,21 @@ def _results(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _part(kind: ResultType, path: Path, place: str, number: int) -> Part:
-    with page_style():
-        drawn = list(kind.draw(path))
-    figures = [Markup(inline(found.figure, number + index, found.alt)) for index, found in enumerate(drawn)]
+def _part(kind: ResultType, path: Path, name: str) -> Part:
     tables = [_table(caption, table(path)) for caption, table in kind.tables.items()]
-    return Part(kind.title, place, about(path), figures, [table for table in tables if table.html])
+    figures = [_image(drawn) for drawn in kind.draw(path)]
+    return Part(kind.title, name, about(path), figures, [table for table in tables if table.html])
+
+
+def _image(drawn: Drawn) -> Image:
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": "duo"}):
+        drawn.figure.savefig(file, format="svg", metadata={"Date": None})
+    return Image(f"data:image/svg+xml;base64,{b64encode(file.getvalue()).decode()}", drawn.alt)
 
 
 def _table(caption: str, text: str) -> Table:
-    """Markdown as HTML; what looks like HTML in it is escaped."""
+    """Markdown as HTML; HTML inside it is escaped."""
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     # Focusable, so that a wide table can be scrolled by keyboard.
     wide = f'<div class="wide" role="region" aria-label="{escape(caption)}" tabindex="0"><table>'
