@@ -35,9 +35,8 @@ def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_pat
         "decode",
         "training",
     }
-    assert (
-        records["ceilings"]["about"]["device"] == "cpu" and records["ceilings"]["runs"][0]["machine"]["versions"]["jax"]
-    )
+    ceilings = records["ceilings"]
+    assert ceilings["about"]["device"] == "cpu" and ceilings["runs"][0]["machine"]["versions"]["jax"]
     again = subprocess.run(suite, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and again.stdout == ""
 

@@ -160,10 +160,10 @@ class CacheSpec:
         Raises:
             ValueError: it does not fit into the device's memory, or the mesh has no devices.
         """
-        if isinstance(self.mesh, MeshSize):
+        if isinstance(self.mesh, MeshSize) and self.mesh.devices > 1:
             raise ValueError(f"a cache is made on devices, got {self.mesh}: use duo_jax.make_mesh")
         try:
-            return self._make(self.mesh)
+            return self._make(None if isinstance(self.mesh, MeshSize) else self.mesh)
         except RuntimeError as error:
             raise ValueError(
                 f"a cache of {self.nbytes / 1e9:.1f} GB (batch {self.batch_size}, {self.max_length} tokens) does not "
