@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from duo_eval.tasks.needle.hide import hide
+from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import digits
 from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.chunks import bucket
@@ -52,12 +52,12 @@ class Demo:
         rng = np.random.default_rng(self.seed)
         needle = digits(rng)
         hay = np.asarray(encode(tokenizer, load_haystack(self.haystack)), np.int32)
-        hidden = hide(tokenizer, hay, needle, rng, length=self.length, depth=self.depth)
+        prompt = insert_needle(tokenizer, hay, needle, rng, length=self.length, depth=self.depth)
         some = HeadPattern.load(self.pattern, sparsity=self.sparsity)
         none = HeadPattern.load(self.pattern, sparsity=1.0)
         model = load_model(self.model)
         console.print(
-            f"{self.model}: the passkey {needle.key[0]} lies at token {hidden.position} of {len(hidden.tokens)}; "
+            f"{self.model}: the passkey {needle.key[0]} is at token {prompt.position} of {len(prompt.tokens)}; "
             f"streaming heads see the first {some.sink_size} and the last {some.recent_size} tokens."
         )
         runs = {
@@ -68,7 +68,7 @@ class Demo:
         table = Table(*("attention", "answer", "KV MB", "prefill s", "tok/s", "compile s"))
         for name, pattern in runs.items():
             with progress.status(name) as spinner:
-                answer, timings = self._ask(LM(model, tokenizer, pattern), hidden.tokens, partial(_show, spinner, name))
+                answer, timings = self._ask(LM(model, tokenizer, pattern), prompt.tokens, partial(_show, spinner, name))
             verdict = "right" if needle.score(answer, needle.key) else "wrong"
             table.add_row(
                 name,

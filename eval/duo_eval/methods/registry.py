@@ -103,7 +103,7 @@ def greedy(
     budget: float = 1.0,
     later: int = 0,
 ) -> tuple[list[int], Memory]:
-    """Continue one prompt, always by the likeliest token, the whole prompt through the method.
+    """Continue one prompt with the likeliest tokens; the whole prompt goes through the method.
 
     Args:
         method: holds the context.
@@ -112,12 +112,11 @@ def greedy(
         max_new_tokens: of the answer.
         eos_ids: tokens that end it.
         budget: fraction of the KV bytes that full attention holds.
-        later: last tokens of the prompt that come one by one, like what is said after a document was read: the method
-            does not know them while it takes in the rest, of which the budget is a fraction then.
+        later: last tokens of the prompt that are appended one by one, as with a question about a stored document: the
+            method does not know them while it takes in the rest, to which the budget then applies.
 
     Returns:
-        The new tokens, an EOS token that ended them included, and the bytes that the sequence took after what was
-        taken in.
+        The new tokens, including an EOS token that ended them, and the bytes of the sequence before `later` tokens.
 
     Raises:
         ValueError: what `Method.begin` refuses, fewer than one new token, or nothing before what comes later.

@@ -1,6 +1,6 @@
 """A question as tokens: in the model's chat template or plain, with the first words of its answer.
 
-Knows no task: what is asked is text that comes from elsewhere.
+Knows no task.
 """
 
 from duo_train.data.needles import DATE, beginning
@@ -10,7 +10,7 @@ from duo_jax.text.template import encode, has_template, split
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[list[int], str | None]:
-    """What comes before a user's message, as tokens, and after it, as text; None after it where there is no template.
+    """The tokens before a user's message and the text after it, which is None where there is no template.
 
     Raises:
         ValueError: a chat template that does not show a message once.
@@ -34,11 +34,11 @@ def prompt(
 
     Args:
         tokenizer: the model's.
-        text: what is asked.
-        answer: what its answer begins with.
+        text: the question.
+        answer: the beginning of its answer.
         use_chat: ask in the chat template, where there is one.
-        joint: comes before `answer` where there is none.
-        limit: most tokens. Of a longer text the middle is left out, as LongBench does: what is asked is at its ends.
+        joint: text before `answer` where there is no template.
+        limit: most tokens. A longer text loses its middle, as in LongBench: the question is at its ends.
 
     Raises:
         ValueError: a limit that leaves no room for any text.
@@ -51,5 +51,5 @@ def prompt(
     body, tail = encode(tokenizer, text), encode(tokenizer, ending)
     room = limit - len(before) - len(tail)
     if room < 2:
-        raise ValueError(f"{limit} tokens leave {room} for a text beside {len(before) + len(tail)} of its frame")
+        raise ValueError(f"{limit} tokens leave {room} for the text: its frame needs {len(before) + len(tail)}")
     return [*before, *body[: room - room // 2], *body[len(body) - room // 2 :], *tail]

@@ -18,7 +18,7 @@ from duo_eval.show.heatmaps import needle_maps, needle_poster
 from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
-from duo_eval.tasks.needle.hide import hide
+from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import STYLES
 from duo_jax.text.template import encode
 
@@ -102,7 +102,7 @@ class NeedleTask:
         """The same needle in the same text for every method."""
         rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
         needle = STYLES[self.style](rng)
-        hidden = hide(
+        needle_prompt = insert_needle(
             self.comparison.tokenizer,
             # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
             np.resize(self._hay, max(len(self._hay), job.length)),
@@ -112,10 +112,10 @@ class NeedleTask:
             depth=job.depth,
             use_chat=self.comparison.chat,
         )
-        facts: dict[str, Any] = {"key": " ".join(needle.key), "position": hidden.position}
-        later = hidden.asking if self.question_later else 0
+        facts: dict[str, Any] = {"key": " ".join(needle.key), "position": needle_prompt.position}
+        later = needle_prompt.question_length if self.question_later else 0
         return Question(
-            hidden.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts, later
+            needle_prompt.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts, later
         )
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A needle in a stretch of text, and the question for it, as a prompt of an exact length in tokens."""
+"""Insert a needle into a stretch of text and append its question, for a prompt of an exact length in tokens."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from duo_jax.text.template import encode
 
 
 @dataclass(frozen=True, eq=False)
-class Hidden:
-    """A prompt, where in it the needle begins, and how many tokens of it, at its end, ask for the needle."""
+class NeedlePrompt:
+    """A prompt that contains a needle at `position`; its last `question_length` tokens ask for it."""
 
     tokens: Int32[np.ndarray, "T"]
     position: int
-    asking: int
+    question_length: int
 
 
-def hide(
+def insert_needle(
     tokenizer: PreTrainedTokenizerBase,
     hay: Int32[np.ndarray, "S"],
     needle: Needle,
@@ -29,10 +29,8 @@ def hide(
     length: int,
     depth: float,
     use_chat: bool = True,
-) -> Hidden:
-    """Hide a needle at `depth` (0 the start, 1 the end) of so much text that the prompt has `length` tokens.
-
-    Which stretch of the text that is, `rng` decides.
+) -> NeedlePrompt:
+    """Put a needle at `depth` (0 the start, 1 the end) of a random stretch of text, for a prompt of `length` tokens.
 
     Raises:
         ValueError: a depth outside [0, 1], or a text or length that is too short.
@@ -44,9 +42,11 @@ def hide(
     sentence = encode(tokenizer, needle.sentence)
     room = length - len(head) - len(sentence) - len(tail)
     if not 0 < room <= len(hay):
-        raise ValueError(f"{length=} leaves {room} tokens for text, which must be in [1, {len(hay)}] (all there is)")
+        raise ValueError(
+            f"{length=} leaves {room} tokens for text, which must be in [1, {len(hay)}], the length of the haystack"
+        )
     begin = int(rng.integers(0, len(hay) - room + 1))
     text = hay[begin : begin + room]
     cut = round(depth * room)
     tokens = [*head, *text[:cut], *sentence, *text[cut:], *tail]
-    return Hidden(np.asarray(tokens, np.int32), len(head) + cut, len(tail))
+    return NeedlePrompt(np.asarray(tokens, np.int32), len(head) + cut, len(tail))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from duo_eval.demo import Demo
-from duo_eval.tasks.needle.hide import hide
+from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import STYLES, digits
 from duo_train.data.haystack import load_haystack
 
@@ -24,7 +24,7 @@ def hay(tokenizer):
 def hidden(tokenizer, hay, *, seed=0, style=digits, **where):
     rng = np.random.default_rng(seed)
     needle = style(rng)
-    return needle, hide(tokenizer, hay, needle, rng, **where)
+    return needle, insert_needle(tokenizer, hay, needle, rng, **where)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
