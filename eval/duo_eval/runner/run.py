@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_eval.methods.pools import Duo
 from duo_eval.methods.registry import Method, greedy, method
-from duo_eval.runner.record import Record, fingerprint, sha256
+from duo_eval.runner.record import Record, Result, fingerprint, sha256
 from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
@@ -176,8 +176,8 @@ class Comparison:
         data: Mapping[str, str] | None = None,
         longest: int,
         shortest: int | None,
-    ) -> None:
-        """Do every job that the file lacks.
+    ) -> list[Result]:
+        """Do every job that the file lacks; returns all results of the file.
 
         Args:
             out: the file of results.
@@ -229,6 +229,7 @@ class Comparison:
         refused = [result["refused"] for result in record.results if "refused" in result]
         if refused:
             print(f"{len(refused)} without a score: {refused[0]}")
+        return record.results
 
 
 def _fingerprint(method: Method) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from duo_train.data.haystack import hub_rows
 
-from duo_eval.runner.record import read, sha256
+from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import in_words
 from duo_eval.tasks.lm_eval_files import tasks_folder
@@ -106,7 +106,7 @@ class LongBenchTask:
         room = max(task.max_new_tokens for task in self._tasks.values())
         if self._length <= 2 * room:
             raise ValueError(f"--max-length must be above {2 * room}, twice the longest answer, got {self._length}")
-        self.comparison.run(
+        results = self.comparison.run(
             self.out,
             {"task": "longbench", "max_length": self._length},
             self._jobs(),
@@ -115,7 +115,7 @@ class LongBenchTask:
             longest=self._length,
             shortest=None,
         )
-        print("\n".join(in_words(read(self.out)[1])))
+        print("\n".join(in_words(results)))
 
     @property
     def _length(self) -> int:

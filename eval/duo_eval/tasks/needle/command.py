@@ -11,7 +11,7 @@ import tyro
 from duo_train.data.haystack import DEFAULT, load_haystack
 from jaxtyping import Int32
 
-from duo_eval.runner.record import read, sha256
+from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.show.curves import score_curves
 from duo_eval.show.heatmaps import needle_maps, needle_poster
@@ -71,7 +71,7 @@ class NeedleTask:
         # Stored only if set: in older files, which lack it, the question was in the prompt.
         shared |= {"question_later": True} if self.question_later else {}
         room = self._room
-        self.comparison.run(
+        results = self.comparison.run(
             self.out,
             {"task": "needle", **shared},
             self._jobs(),
@@ -80,9 +80,8 @@ class NeedleTask:
             longest=max(self.lengths),
             shortest=max(min(self.lengths) - room, 1),
         )
-        records = scored(read(self.out)[1])
-        print("\n".join(in_words(records)))
-        for path in RESULT.save_figures(self.out) if records else ():
+        print("\n".join(in_words(scored(results))))
+        for path in RESULT.save_figures(self.out) if scored(results) else ():
             print(path)
 
     def _jobs(self) -> Iterator[Cell]:

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from duo_train.data.haystack import load_haystack
 
-from duo_eval.runner.record import read, sha256
+from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import grouped, in_words
 from duo_eval.tasks.lm_eval_files import tasks_folder
@@ -73,7 +73,7 @@ class RulerTask:
         _ = self._questions  # Refuse malformed files first.
         data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
         data["haystack"] = sha256(" ".join(self._words).encode())
-        self.comparison.run(
+        results = self.comparison.run(
             self.out,
             {"task": "ruler", **shared},
             self._jobs(),
@@ -82,8 +82,8 @@ class RulerTask:
             longest=max(self.lengths),
             shortest=max(1, min(self.lengths) - max(TASKS[name].max_new_tokens for name in self._chosen)),
         )
-        for (length,), results in grouped(read(self.out)[1], "length").items():
-            print(f"{length} tokens:", *in_words(results), sep="\n")
+        for (length,), group in grouped(results, "length").items():
+            print(f"{length} tokens:", *in_words(group), sep="\n")
 
     @property
     def _chosen(self) -> tuple[str, ...]:
