@@ -4,6 +4,7 @@ Under a caller's own `jit`, values are unknown and cannot be checked. A cache th
 """
 
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model import Model
+from duo_jax.sampling import Sampler
 
 _warned: set[ModelConfig] = set()
 
@@ -85,44 +87,41 @@ def check_vocabulary(config: ModelConfig, tokens: np.ndarray) -> None:
         )
 
 
-def check_cache(model: Model, cache: KVCache, batch_size: int) -> None:
-    """Raise ValueError for a cache of another model, batch or mesh."""
-    config = model.config
+def check_cache(
+    model: Model, cache: KVCache, count: Int32[Array | np.ndarray, "B"] | Bool[Array | np.ndarray, "B"]
+) -> None:
+    """Check that the cache is of this model, and that `count` more tokens fit into each of its rows.
+
+    Warns once if they exceed the positions that the model was trained for.
+
+    Raises:
+        ValueError: a cache of another model, batch or mesh, one that is too short, or one that was donated.
+    """
+    config, sizes = model.config, MeshSize.of(model.mesh)
     if cache.mesh != model.mesh:
-        sizes = [MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh)]
-        raise ValueError(f"the cache is on {sizes[0]}, the model on {sizes[1]}: give both the same mesh=")
-    expected = (config.num_layers, MeshSize.of(model.mesh).kv_heads(config), config.head_dim, batch_size)
+        places = [MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh)]
+        raise ValueError(f"the cache is on {places[0]}, the model on {places[1]}: give both the same mesh=")
+    expected = (config.num_layers, sizes.kv_heads(config), config.head_dim, count.shape[0])
     found = (*cache.is_retrieval.shape, cache.head_dim, cache.batch_size)
     if found != expected:
         raise ValueError(
             f"the cache was made for (layers, kv heads, head dim, batch) = {found}, model and prompt have {expected}; "
             "make one with KVCache.init(model.config, pattern, batch_size, max_length)"
         )
-    if model.mesh is not None and not is_traced(model, cache):
-        cache.check_alive()
-        if not np.array_equal(np.asarray(model.order), np.asarray(cache.order)):
-            raise ValueError(
-                "on this mesh, the model's heads are placed for another pattern than the cache's: load the model for "
-                "the pattern that it will serve, load_model(..., mesh=mesh, pattern=pattern)"
-            )
-
-
-def check_room(config: ModelConfig, cache: KVCache, count: ArrayLike) -> None:
-    """Check that `count` more tokens fit, and warn once if they exceed the positions that the model was trained for.
-
-    Raises:
-        ValueError: a cache that is too short, or was donated.
-    """
     if is_traced(cache, count):
         return
     cache.check_alive()
+    if model.mesh is not None and not is_traced(model) and not np.array_equal(model.order, cache.order):
+        raise ValueError(
+            "on this mesh, the model's heads are placed for another pattern than the cache's: load the model for the "
+            "pattern that it will serve, load_model(..., mesh=mesh, pattern=pattern)"
+        )
     length, count = np.asarray(cache.length), np.asarray(count, np.int64)
     total = length + count
     if (total > cache.max_length).any():
         row = int(total.argmax())
-        new = int(np.broadcast_to(count, length.shape)[row])
         raise ValueError(
-            f"row {row} has {length[row]} tokens and {new} more make {total[row]}, but the cache has "
+            f"row {row} has {length[row]} tokens and {count[row]} more make {total[row]}, but the cache has "
             f"max_length={cache.max_length}: make a longer one, or ask for fewer tokens"
         )
     if total.max() > config.trained_positions and config not in _warned:
@@ -132,6 +131,34 @@ def check_room(config: ModelConfig, cache: KVCache, count: ArrayLike) -> None:
             "expect worse answers beyond that",
             stacklevel=4,
         )
+
+
+def check_generation(
+    config: ModelConfig,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    key: object,
+    eos_ids: Sequence[int],
+    cache: KVCache | None,
+    **of_new_cache: object,
+) -> None:
+    """Check how tokens are generated; `of_new_cache` are options that only a new cache takes.
+
+    Raises:
+        ValueError: fewer than one new token, a random sampler without a key, an EOS id outside the vocabulary, or an
+            option that does not go with a cache.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for name, value in of_new_cache.items():
+        if value is not None and cache is not None:
+            raise ValueError(f"a cache has its {name} already: give {name} or cache, not both")
+    if sampler.is_random and key is None:
+        raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
+    if not isinstance(eos_ids, tuple | list):
+        raise ValueError(f"eos_ids must be a tuple of token ids, got {eos_ids!r}")
+    check_vocabulary(config, np.asarray(eos_ids, np.int64))
 
 
 def _integers(name: str, values: ArrayLike) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
-from duo_jax.checks import check_cache, check_prompt, check_room, check_vocabulary
+from duo_jax.checks import check_cache, check_generation, check_prompt, check_vocabulary
 from duo_jax.chunks import bucket, chunk_width
 from duo_jax.generator import Generation, Generator, Prompt, Stream, Watch, row_keys
 from duo_jax.infer import run_prefill
@@ -106,17 +106,8 @@ def prepare(
     Raises:
         ValueError: an invalid argument, before any compute.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if pattern is not None and cache is not None:
-        raise ValueError("a cache has its pattern already: give pattern or cache, not both")
-    if kv_dtype is not None and cache is not None:
-        raise ValueError("a cache has its data type already: give kv_dtype or cache, not both")
-    if sampler.is_random and key is None:
-        raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
-    if not isinstance(eos_ids, tuple | list):
-        raise ValueError(f"eos_ids must be a tuple of token ids, got {eos_ids!r}")
-    check_vocabulary(model.config, np.asarray(eos_ids, np.int64))
+    how = {"max_new_tokens": max_new_tokens, "sampler": sampler, "key": key, "eos_ids": eos_ids}
+    check_generation(model.config, **how, pattern=pattern, kv_dtype=kv_dtype, cache=cache)
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     longest = int(np.max(lengths))
     tokens = tokens[:, :longest]
@@ -124,8 +115,7 @@ def prepare(
     if cache is None:
         room = bucket(longest + max_new_tokens)
         cache = KVCache.init(model.config, pattern, len(tokens), room, dtype=kv_dtype, mesh=model.mesh)
-    check_cache(model, cache, len(tokens))
-    check_room(model.config, cache, lengths + max_new_tokens)
+    check_cache(model, cache, lengths + max_new_tokens)
     seen = np.zeros((len(tokens), model.config.vocab_size), bool)
     for row, count in enumerate(lengths):
         seen[row, tokens[row, :count]] = True

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
-from duo_jax.checks import check_cache, check_prompt, check_room, check_step, is_traced
+from duo_jax.checks import check_cache, check_prompt, check_step, is_traced
 from duo_jax.chunks import chunk_width, chunks, pad_columns
 from duo_jax.mesh.attend import on_devices
 from duo_jax.mesh.mesh import constrain
@@ -54,7 +54,8 @@ def prefill(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
-    tokens, lengths = _check(model, tokens, cache, lengths)
+    tokens, lengths = check_prompt(model.config, tokens, lengths)
+    check_cache(model, cache, lengths)
     # Columns that are padding in every row cost nothing where the lengths are known.
     longest = tokens.shape[1] if is_traced(lengths) else int(np.max(lengths))
     width = chunk_width(longest, chunk_size)
@@ -100,8 +101,7 @@ def decode_step(
         ValueError: a token outside the vocabulary, a cache of another model, one that would overflow.
     """
     token, active = check_step(model.config, token, active)
-    check_cache(model, cache, token.shape[0])
-    check_room(model.config, cache, active)
+    check_cache(model, cache, active)
     return jitted_step(model, token, cache, active, backend)
 
 
@@ -139,7 +139,8 @@ def score(
     Raises:
         ValueError: an empty text, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
-    tokens, lengths = _check(model, tokens, cache, lengths)
+    tokens, lengths = check_prompt(model.config, tokens, lengths)
+    check_cache(model, cache, lengths)
     width = chunk_width(tokens.shape[1], chunk_size)
     following = chunks(pad_columns(tokens[:, 1:], 1), lengths, width)
     parts = []
@@ -147,15 +148,6 @@ def score(
         part, cache = _score(model, chunk, targets, cache, counts, backend)
         parts.append(part)
     return Scores(*(jnp.concatenate(x, axis=1)[:, : tokens.shape[1] - 1] for x in zip(*parts, strict=True))), cache
-
-
-def _check(
-    model: Model, tokens: ArrayLike, cache: KVCache, lengths: ArrayLike | None
-) -> tuple[Int32[Array | np.ndarray, "B T"], Int32[Array | np.ndarray, "B"]]:
-    tokens, lengths = check_prompt(model.config, tokens, lengths)
-    check_cache(model, cache, tokens.shape[0])
-    check_room(model.config, cache, lengths)
-    return tokens, lengths
 
 
 def extend(
