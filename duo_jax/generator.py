@@ -107,15 +107,9 @@ class Generator:
     def run(
         self, model: Model, prompt: Prompt, cache: KVCache, limit: Int32[Array, ""], *, capacity: int, width: int
     ) -> Generation:
-        """Prefill and generate in one program.
+        """Prefill, `width` tokens at a time, and generate up to `limit` tokens per row, in one program.
 
-        Args:
-            model: the weights.
-            prompt: its tokens padded to a multiple of `width`.
-            cache: the cache to continue from; it is donated.
-            limit: most tokens generated per row.
-            capacity: columns of the result, at least `limit`.
-            width: prompt tokens computed at a time.
+        The prompt is padded to a multiple of `width`; the result has `capacity` columns. The cache is donated.
         """
         tokens, lengths, seen, keys = prompt
         batch = tokens.shape[0]

@@ -20,7 +20,7 @@ from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
 from duo_jax.cli import doctor
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM, TextStream
-from duo_jax.text.reply import Detokenizer
+from duo_jax.text.reply import Row
 
 PROMPT = "What is a needle?"
 NEW = 8
@@ -178,7 +178,7 @@ def _say(chat: Chat, text: str, **options) -> str:
 def test_a_character_split_over_tokens_is_shown_whole(smollm2_gguf):
     tokenizer = duo_jax.load_tokenizer(smollm2_gguf)
     text = "naïve 🧵 straw"
-    shown = Detokenizer(tokenizer)
+    shown = Row(tokenizer)
     pieces = [shown.add(token) for token in tokenizer.encode(text)]
     assert "".join([*pieces, shown.rest()]) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
@@ -219,19 +219,19 @@ def test_pieces_joined_are_the_decoded_tokens(name, data):
     some = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
     tokens = tokenizer.encode(text, add_special_tokens=False)[: data.draw(st.integers(0, 24))] + data.draw(some)
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
-    shown = Detokenizer(tokenizer)
+    shown = Row(tokenizer)
     pieces = [shown.add(token) for token in tokens]
     before = "".join(pieces)
-    assert whole.startswith(before) and shown.text == whole
-    assert before + shown.rest() == whole == shown.text
+    assert whole.startswith(before) and shown.reply == whole
+    assert before + shown.rest() == whole == shown.reply
 
 
 def test_a_stop_string_of_a_byte_token_ends_the_text_at_once():
     tokenizer = TOKENIZERS["llama-2"]
-    shown = Detokenizer(tokenizer, ["\n"])
+    shown = Row(tokenizer, stop=["\n"])
     assert shown.add(tokenizer.convert_tokens_to_ids("a")) == "a"
     assert shown.add(tokenizer.convert_tokens_to_ids("<0x0A>")) == "" and shown.stopped
-    assert shown.text == "a"
+    assert shown.reply == "a"
 
 
 def test_detokenization_takes_linear_time(monkeypatch):
@@ -240,7 +240,7 @@ def test_detokenization_takes_linear_time(monkeypatch):
     monkeypatch.setattr(
         type(tokenizer), "decode", lambda self, ids, **how: decoded.append(len(ids)) or whole(self, ids, **how)
     )
-    shown = Detokenizer(tokenizer, ["no such text"])
+    shown = Row(tokenizer, stop=["no such text"])
     for _ in range(300):
         shown.add(70)
     assert max(decoded) <= 2

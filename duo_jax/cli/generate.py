@@ -15,11 +15,10 @@ from duo_jax.chunks import chunk_width
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
-from duo_jax.cli.timings import Timings, Watcher, show_status
+from duo_jax.cli.timings import Timings, show_status
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.text.lm import LM, TextStream
-from duo_jax.text.reply import Reply
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Generate:
         room = self.room.tokens(replace(plan, kv_dtype=before["dtypes"][0] if before else self.kv.kv_dtype), needed)
         model = self.model.load(mesh=mesh, pattern=pattern)
         cache = self._cache(model, pattern, room)
-        watcher = Watcher(model.config, cache, len(tokens), show_status)
+        timings = Timings(model.config, cache, len(tokens))
         running = TextStream(
             LM(model, tokenizer),
             [tokens.tolist()],
@@ -79,8 +78,8 @@ class Generate:
             sampler=sampler,
             seed=self.sampling.seed,
             stop=self.sampling.stop,
-            progress=watcher.progress,
-            watch=watcher.watch,
+            progress=timings.progress,
+            watch=timings.watch,
         )
         for piece in running:
             if not self.json:
@@ -88,10 +87,12 @@ class Generate:
                 print(piece, end="", flush=True)
         show_status("")
         if self.json:
-            print(json.dumps(_record(running.reply, watcher.timings), ensure_ascii=False))
+            reply = running.reply
+            record = {"text": reply, "tokens": reply.tokens, "logprobs": reply.logprobs, **timings.record()}
+            print(json.dumps(record, ensure_ascii=False))
         else:
             print()
-            print(_summary(watcher.timings), file=sys.stderr)
+            print(_summary(timings.record()), file=sys.stderr)
 
     def _saved(self) -> dict[str, Any] | None:
         """The description of a saved cache, without its keys and values."""
@@ -109,16 +110,9 @@ class Generate:
         return KVCache.load(self.cache, model, pattern=pattern, dtype=dtype, max_length=room)
 
 
-def _record(reply: Reply, timings: Timings) -> dict:
-    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
-    numbers = asdict(timings) | {name: getattr(timings, name) for name in rates}
-    return {"text": reply, "tokens": reply.tokens, "logprobs": reply.logprobs, **numbers}
-
-
-def _summary(timings: Timings) -> str:
+def _summary(record: dict[str, float]) -> str:
     return (
-        f"prompt {timings.prompt_tokens} tokens in {timings.prefill_seconds:.2f} s "
-        f"({timings.prefill_tokens_per_second:.0f}/s), {timings.new_tokens} new at "
-        f"{timings.decode_tokens_per_second:.1f}/s, compiling {timings.compile_seconds:.1f} s; KV cache "
-        f"{timings.kv_bytes / 1e6:.1f} MB, full attention {timings.kv_bytes_full / 1e6:.1f} MB"
-    )
+        "prompt {prompt_tokens} tokens in {prefill_seconds:.2f} s ({prefill_tokens_per_second:.0f}/s), "
+        "{new_tokens} new at {decode_tokens_per_second:.1f}/s, compiling {compile_seconds:.1f} s; KV cache {kv} MB, "
+        "full attention {full} MB"
+    ).format(**record, kv=f"{record['kv_bytes'] / 1e6:.1f}", full=f"{record['kv_bytes_full'] / 1e6:.1f}")

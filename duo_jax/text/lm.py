@@ -152,15 +152,9 @@ class LM:
         history: Sequence[int] = (),
         **options: Any,
     ) -> Request:
-        """Prompts of token ids as the engine takes them.
+        """Check prompts of token ids that continue `cache`, or an empty one; see `LM.stream` and `duo_jax.generate`.
 
-        Args:
-            prompts: token ids.
-            seed: an integer or `jax.random` key; needed by a random sampler.
-            eos_ids: tokens that end a row; the model's own by default.
-            cache: a cache to continue from; it is donated. By default, one of the right size is made.
-            history: the tokens that every row of `cache` contains.
-            **options: the other options of `duo_jax.generate`.
+        `history` are the tokens that every row of `cache` contains.
         """
         if not prompts:
             raise ValueError("no prompts were given; pass at least one")

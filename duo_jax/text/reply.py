@@ -29,19 +29,24 @@ class Reply(str):
         return reply
 
 
-class Detokenizer:
-    """Text from token ids as they arrive, up to a stop string: nothing is shown that a later token could change.
+class Row:
+    """One reply in the making. No text is shown that a later token could change.
 
     A character split over tokens is held back until it is complete, and the beginning of a stop string until it is
     known not to be one. Time is linear in the number of tokens: each is decoded together with the few before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """Start with no tokens; `stop` are strings that end the text."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        """Start with no tokens; `eos_ids` and the strings `stop` end the text and are not part of it."""
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {stop!r}")
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._eos_ids, self._stop = tokenizer, frozenset(eos_ids), tuple(stop)
         self._special = frozenset(tokenizer.all_special_ids)
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._finish_reason = "length"
         # The newest tokens whose text is settled: later ones are decoded after them, since the leading space of a first
         # token may be stripped. Then the tokens whose text a later one may still change.
         self._context: list[int] = []
@@ -49,34 +54,42 @@ class Detokenizer:
         self._shown: list[str] = []
         self._held = ""  # settled, but it may begin a stop string
         self._tail = ""  # the text of the open tokens
-        self.stopped = False
 
     @property
-    def text(self) -> str:
-        """All of the text so far."""
-        return "".join(self._shown) + self._held + self._tail
+    def reply(self) -> Reply:
+        """The reply so far."""
+        text = "".join(self._shown) + self._held + self._tail
+        return Reply(text, self._tokens, self._logprobs, self._finish_reason)
 
-    def add(self, token: int) -> str:
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was generated."""
+        return self._finish_reason == "stop"
+
+    def add(self, token: int, logprob: float = 0.0) -> str:
         """Append a token and return the text that can be shown now."""
+        self._tokens.append(token)
+        self._logprobs.append(logprob)
+        if token in self._eos_ids:
+            self._finish_reason = "eos"
+            return ""
         self._open.append(token)
         before = self._decode(self._context)
         self._tail = self._decode(self._context + self._open)[len(before) :]
         text = self._held + self._tail
         ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if ends:
-            self.stopped = True
+            self._finish_reason = "stop"
             self._held, self._tail = text[: min(ends)], ""
             return self.rest()
         if self._tail and self._is_settled(token):
             self._context, self._open = self._open, []
             self._held, self._tail = text, ""
-        pending = max(
-            (size for stop in self._stop for size in range(len(stop)) if self._held.endswith(stop[:size])), default=0
-        )
-        return self._show(len(self._held) - pending)
+        begun = (size for stop in self._stop for size in range(len(stop)) if self._held.endswith(stop[:size]))
+        return self._show(len(self._held) - max(begun, default=0))
 
     def rest(self) -> str:
-        """Return what was held back, once there are no more tokens."""
+        """Return the text that was held back, once there are no more tokens."""
         self._held, self._tail = self._held + self._tail, ""
         return self._show(len(self._held))
 
@@ -93,41 +106,3 @@ class Detokenizer:
         # A run of byte tokens is decoded as a whole, special tokens within it skipped.
         is_byte = _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token)))
         return not (is_byte or token in self._special or self._tail.endswith("\N{REPLACEMENT CHARACTER}"))
-
-
-class Row:
-    """One reply in the making."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], stop: Sequence[str] = ()) -> None:
-        """Begin without a token; `stop` are strings that end the text."""
-        self._text = Detokenizer(tokenizer, stop)
-        self._eos_ids = eos_ids
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._finish_reason = "length"
-
-    def add(self, token: int, logprob: float) -> str:
-        """Append a token and return the text that can be shown now."""
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        if token in self._eos_ids:
-            self._finish_reason = "eos"
-            return ""
-        new = self._text.add(token)
-        if self.stopped:
-            self._finish_reason = "stop"
-        return new
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string was generated."""
-        return self._text.stopped
-
-    def rest(self) -> str:
-        """Return the text that was held back."""
-        return self._text.rest()
-
-    @property
-    def reply(self) -> Reply:
-        """The reply so far."""
-        return Reply(self._text.text, self._tokens, self._logprobs, self._finish_reason)

@@ -16,7 +16,7 @@ from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import digits
 from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.chunks import bucket
-from duo_jax.cli.timings import Timings, Watcher
+from duo_jax.cli.timings import Timings
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.template import encode
 
@@ -68,26 +68,28 @@ class Demo:
         table = Table(*("attention", "answer", "KV MB", "prefill s", "tok/s", "compile s"))
         for name, pattern in runs.items():
             with progress.status(name) as spinner:
-                answer, timings = self._ask(LM(model, tokenizer, pattern), prompt.tokens, partial(_show, spinner, name))
+                answer, took = self._ask(LM(model, tokenizer, pattern), prompt.tokens, partial(_show, spinner, name))
             verdict = "right" if needle.score(answer, needle.key) else "wrong"
             table.add_row(
                 name,
                 verdict,
-                f"{timings.kv_bytes / 1e6:.1f}",
-                f"{timings.prefill_seconds:.2f}",
-                f"{timings.decode_tokens_per_second:.1f}",
-                f"{timings.compile_seconds:.1f}",
+                f"{took['kv_bytes'] / 1e6:.1f}",
+                f"{took['prefill_seconds']:.2f}",
+                f"{took['decode_tokens_per_second']:.1f}",
+                f"{took['compile_seconds']:.1f}",
             )
             console.print(f"{name}: {answer!r} is {verdict}")
         console.print(table)
         console.print(f"{time.perf_counter() - begin:.0f} s in all")
 
-    def _ask(self, lm: LM, tokens: Int32[np.ndarray, "T"], status: Callable[[str], None]) -> tuple[str, Timings]:
+    def _ask(
+        self, lm: LM, tokens: Int32[np.ndarray, "T"], status: Callable[[str], None]
+    ) -> tuple[str, dict[str, float]]:
         cache = lm.make_cache(bucket(len(tokens) + self.max_new_tokens))
-        watcher = Watcher(lm.model.config, cache, len(tokens), status)
-        watching = {"progress": watcher.progress, "watch": watcher.watch}
+        timings = Timings(lm.model.config, cache, len(tokens), status)
+        watching = {"progress": timings.progress, "watch": timings.watch}
         running = TextStream(lm, [tokens.tolist()], cache=cache, max_new_tokens=self.max_new_tokens, **watching)
-        return running.finish()[0], watcher.timings
+        return running.finish()[0], timings.record()
 
 
 def _show(spinner: Status, name: str, text: str) -> None:
