@@ -30,10 +30,10 @@ def test_visible_pairs_are_those_of_the_mask():
 def test_a_decode_step_reads_the_bytes_that_the_paper_counts():
     config, pattern = PRESETS["llama-3-8b"], _half()
     one = {"batch_size": 1, "length": 1000, "itemsize": 2}
-    assert kv_bytes_read(config, None, **one) == 131072 * 1000
+    assert kv_bytes_read(config, HeadPattern.full(config), **one) == 131072 * 1000
     assert kv_bytes_read(config, pattern, **one) == 65536 * 1000 + 65536 * 384
     assert (
-        decode_bytes(config, None, **one) == 2 * (8030261248 - 128256 * 4096) + 131072 * 1000
+        decode_bytes(config, HeadPattern.full(config), **one) == 2 * (8030261248 - 128256 * 4096) + 131072 * 1000
     )  # a row of the table is looked up
 
 
@@ -41,7 +41,7 @@ def test_prefill_counts_weights_and_pairs():
     config = PRESETS["llama-3-8b"]
     body = 8030261248 - 2 * 128256 * 4096
     expected = 2 * (body * 10 + 128256 * 4096) + 4 * 128 * 32 * 32 * 55
-    assert prefill_flops(config, None, batch_size=1, length=10) == expected
+    assert prefill_flops(config, HeadPattern.full(config), batch_size=1, length=10) == expected
     assert prefill_flops(config, _half(), batch_size=3, length=10) == 3 * expected  # Shorter than the window.
 
 
@@ -78,7 +78,7 @@ def test_engines_compute_the_same_logits(text_model):
     engines = [ENGINES["duo"], PlainCudnn] + ([ENGINES["transformers"]] if find_spec("torch") else [])
     found = []
     for kind in engines:
-        engine = kind(model, None, room=4)
+        engine = kind(model, HeadPattern.full(model.config), room=4)
         prompt = np.asarray(engine.prefill(tokens))
         found.append([prompt, *(np.asarray(engine.decode(tokens[:, column])) for column in range(2))])
         assert engine.kv_bytes > 0 and min(engine.memory().values()) > 0
@@ -89,7 +89,7 @@ def test_engines_compute_the_same_logits(text_model):
 def test_engines_say_what_they_cannot_do(text_model):
     model = BenchModel(str(text_model))
     with pytest.raises(NotImplementedError, match="GPU"):
-        Cudnn(model, None, room=4)
+        Cudnn(model, HeadPattern.full(model.config), room=4)
     with pytest.raises(NotImplementedError, match="no streaming heads"):
         PlainCudnn(model, model.pattern(None, 0.5, None, None), room=4)
 

@@ -138,11 +138,14 @@ def kernels_table(path: Path) -> str:
     for key, by_gpu in launches.items():
         row = [*key]
         for gpu in gpus:
-            most = [
-                max((launch[name] for launch in by_gpu.get(gpu, ())), default=None)
-                for name in ("registers", "spill_bytes", "shared_memory")
-            ]
-            row += ["", "", ""] if None in most else [*most[:2], f"{most[2] / 1024:.0f}"]
+            uses = by_gpu.get(gpu)
+            if uses is None:
+                row += ["", "", ""]
+                continue
+            registers, spills, shared = (
+                max(use[name] for use in uses) for name in ("registers", "spill_bytes", "shared_memory")
+            )
+            row += [registers, spills, f"{shared / 1024:.0f}"]
         rows.append(row)
     headers = ["backend", "operation", "kernel", "type", "cache", "head dim"]
     for gpu in gpus:

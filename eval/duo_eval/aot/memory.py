@@ -18,6 +18,7 @@ from duo_jax.cli.devices import DeviceOptions
 from duo_jax.gpus import GPUS
 from duo_jax.mesh.mesh import mesh_of
 from duo_jax.plan import Plan, any_pattern
+from duo_jax.precision import FloatDtype, KvDtype, WeightDtype
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class MemoryTask:
     """a100-80g, h100-80g, h200, b200 or rtx-4090."""
     layers: int | None = None
     """Number of layers; all of the model's by default."""
-    dtype: str = "bfloat16"
+    dtype: FloatDtype = "bfloat16"
     """Data type of weights, activations and cache."""
-    weight_dtype: str | None = None
+    weight_dtype: WeightDtype | None = None
     """Quantize the weights of linear maps, in prefill and decode: int8, w8a8, int4, int4-32 or int4-128."""
-    kv_dtype: str | None = None
+    kv_dtype: KvDtype | None = None
     """Data type of the cache if it differs: int8 and int4 quantize retrieval heads' keys and values."""
     backend: str = "triton"
     """Attention backend."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from duo_eval.speed.timing import fastest
 from pallas_kernels import Heads, Pools, Window
-from pallas_kernels.quantized import empty, store
+from pallas_kernels.quantized import Stored, empty, store
 
 SINK_SIZE, RECENT_SIZE = 64, 256
 WINDOW = Window(SINK_SIZE, RECENT_SIZE)
@@ -53,11 +53,13 @@ def make(
         return jax.random.normal(next(keys), shape, jnp.dtype(dtype))
 
     q, k, v = (normal(batch, tokens, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads))
-    shapes = ((num_kv_heads - num_streaming, capacity),) * 2 + ((num_streaming, WINDOW.size),) * 2
-    kept_as = [empty((1, head_dim), cache or dtype)] * 2 + [empty((1, head_dim), dtype)] * 2
-    pools = Pools(
-        *(store(normal(n, batch, size, head_dim), kind) for (n, size), kind in zip(shapes, kept_as, strict=True))
-    )
+
+    def pool(slots: int, tokens: int, kept_as: str) -> Stored:
+        return store(normal(slots, batch, tokens, head_dim), empty((1, head_dim), kept_as))
+
+    full = [pool(num_kv_heads - num_streaming, capacity, cache or dtype) for _ in "kv"]
+    ring = [pool(num_streaming, WINDOW.size, dtype) for _ in "kv"]
+    pools = Pools(full[0], full[1], ring[0], ring[1])
     return Layer(q, k, v, pools, Heads(is_retrieval, slot))
 
 

@@ -23,7 +23,7 @@ from duo_eval.speed.device import available
 from duo_eval.speed.engines import ENGINES, PEERS
 from duo_eval.speed.roofline import decode_bytes, prefill_flops
 from duo_eval.speed.timing import seconds
-from duo_jax import KVCache
+from duo_jax import HeadPattern, KVCache
 from duo_jax.precision import FloatDtype
 from pallas_kernels import BACKENDS
 
@@ -188,7 +188,8 @@ def measure(point: Point) -> dict[str, Any]:
         MemoryError: weights and cache are larger than the free memory.
     """
     model = point.bench_model
-    config, pattern = model.config, None
+    config = model.config
+    pattern = HeadPattern.full(config)
     if point.sparsity is not None:
         pattern = model.pattern(point.pattern, point.sparsity, point.sink_size, point.recent_size)
     itemsize, room = jnp.dtype(point.dtype).itemsize, DECODE_STEPS + 8

@@ -6,17 +6,13 @@ Measurements are compared with these. The formulas count the pairs that are actu
 from duo_jax import HeadPattern, ModelConfig
 
 
-def kv_bytes_read(
-    config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int, itemsize: int
-) -> int:
+def kv_bytes_read(config: ModelConfig, pattern: HeadPattern, *, batch_size: int, length: int, itemsize: int) -> int:
     """Bytes of keys and values that one decode step reads: `2 * H * bytes * B * (Pr * length + Ps * ring)`."""
-    tokens = sum(keep * heads for keep, heads in _kept(config, pattern, length))
+    tokens = sum(keep * heads for keep, heads in _kept(pattern, length))
     return 2 * config.head_dim * itemsize * batch_size * tokens
 
 
-def decode_bytes(
-    config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int, itemsize: int
-) -> int:
+def decode_bytes(config: ModelConfig, pattern: HeadPattern, *, batch_size: int, length: int, itemsize: int) -> int:
     """The least bytes that one decode step reads: every weight once, and the visible keys and values.
 
     The embedding is a look-up, unless the head is the same table.
@@ -26,7 +22,7 @@ def decode_bytes(
     return weights * itemsize + kv
 
 
-def prefill_flops(config: ModelConfig, pattern: HeadPattern | None, *, batch_size: int, length: int) -> int:
+def prefill_flops(config: ModelConfig, pattern: HeadPattern, *, batch_size: int, length: int) -> int:
     """Floating-point operations of a prefill: two per weight and token, `4 * H` per visible pair of a query head.
 
     The embedding is a look-up, and the head is needed only for the last token of a row.
@@ -34,7 +30,7 @@ def prefill_flops(config: ModelConfig, pattern: HeadPattern | None, *, batch_siz
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
     weights = (config.num_parameters - embeddings) * length + config.vocab_size * config.embed_dim
     group = config.num_heads // config.num_kv_heads
-    pairs = sum(heads * visible_pairs(length, keep) for keep, heads in _kept(config, pattern, length))
+    pairs = sum(heads * visible_pairs(length, keep) for keep, heads in _kept(pattern, length))
     return batch_size * (2 * weights + 4 * config.head_dim * group * pairs)
 
 
@@ -49,9 +45,6 @@ def saving_realized(full_time: float, duo_time: float, full_cost: int, duo_cost:
     return (full_time - duo_time) / (full_time * (1 - duo_cost / full_cost))
 
 
-def _kept(config: ModelConfig, pattern: HeadPattern | None, length: int) -> list[tuple[int, int]]:
-    """(tokens a head keeps, how many heads) by head type."""
-    if pattern is None:
-        return [(length, config.num_layers * config.num_kv_heads)]
-    ring = min(length, int(pattern.sink_size + pattern.recent_size))
-    return [(length, pattern.num_retrieval), (ring, pattern.num_streaming)]
+def _kept(pattern: HeadPattern, length: int) -> list[tuple[int, int]]:
+    """(tokens a head keeps, number of heads) by head type."""
+    return [(length, pattern.num_retrieval), (min(length, pattern.window.size), pattern.num_streaming)]

@@ -99,7 +99,7 @@ def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
     costs: dict[str, Any] = {"batch_size": 1, "length": length}
     own = 4 * config.head_dim * config.num_heads * config.num_layers * length  # each token sees itself
     body = prefill_flops(config, nothing, **costs) - own
-    mixed = sum(prefill_flops(config, pattern, **costs) - body for pattern in (None, streaming))
+    mixed = sum(prefill_flops(config, pattern, **costs) - body for pattern in (HeadPattern.full(config), streaming))
     return round(2 * body + 3.5 * mixed)
 
 

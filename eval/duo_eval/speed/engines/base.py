@@ -23,7 +23,7 @@ class Engine(ABC):
     kv_bytes: int
 
     @abstractmethod
-    def __init__(self, model: BenchModel, pattern: HeadPattern | None, *, room: int, **options: Any) -> None:
+    def __init__(self, model: BenchModel, pattern: HeadPattern, *, room: int, **options: Any) -> None:
         """Load the weights; `room` is the number of tokens that will be decoded after a prompt.
 
         Raises:

@@ -26,9 +26,9 @@ class Cudnn(Engine):
     # Jax's name for it; its plain XLA attention takes the same arguments, so tests need no GPU.
     implementation = "cudnn"
 
-    def __init__(self, model: BenchModel, pattern: HeadPattern | None, *, room: int) -> None:
+    def __init__(self, model: BenchModel, pattern: HeadPattern, *, room: int) -> None:
         """See `Engine`."""
-        if pattern is not None:
+        if pattern.num_streaming:
             raise NotImplementedError("cuDNN has no streaming heads: leave the pattern out")
         if self.implementation == "cudnn" and jax.default_backend() != "gpu":
             raise NotImplementedError("cuDNN runs on GPUs")

@@ -17,7 +17,7 @@ class Duo(Engine):
     def __init__(
         self,
         model: BenchModel,
-        pattern: HeadPattern | None,
+        pattern: HeadPattern,
         *,
         room: int,
         chunk_size: int | None = None,
