@@ -1,21 +1,106 @@
-"""Merging attention over parts of the keys, which several devices hold, by their log-sum-exp. Knows no pools."""
+"""A softmax over keys that are met in parts: the running state, and the merge of parts by their log-sum-exp."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.quantized import compute_dtype
 from pallas_kernels.types import Partial
 
+# Kernels compute powers of two: a GPU has no other exponential.
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 
-def merge(part: Partial, axis: str, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
-    """Attention over all keys, from every device's part of them (Dao 2023, section 3.1); in `dtype`.
+# Finite: a block without a visible key leaves no NaN, and its weights vanish at the first visible one.
+MASKED = -1e30
 
-    What is sent has the size of the output, whatever the number of keys. Devices that all have the same keys have the
-    same weight, and their mean is what each has.
+
+class Softmax(NamedTuple):
+    """Running softmax over blocks of keys (Milakov & Gimelshein 2018), to whatever base `add` is given."""
+
+    values: Any  # [*rows, H] float32, the weighted sum
+    maximum: Any  # [*rows]
+    total: Any  # [*rows], the sum of the weights
+
+
+def empty(rows: tuple[int, ...], head_dim: int) -> Softmax:
+    """A softmax over no key yet."""
+    zeros = jnp.zeros(rows, jnp.float32)
+    return Softmax(jnp.zeros((*rows, head_dim), jnp.float32), zeros + MASKED, zeros)
+
+
+def add(state: Softmax, scores: Array, add_product: Callable[[Array, Array], Array], exp: Callable) -> Softmax:
+    """Add a block of keys with `scores [*rows, S]`; `add_product(values, weights)` is `values + weights @ v`."""
+    maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
+    decay = exp(state.maximum - maximum)
+    weights = exp(scores - _across(maximum, scores))
+    total = state.total * decay + weights.sum(axis=-1)
+    return Softmax(add_product(state.values * _across(decay, state.values), weights), maximum, total)
+
+
+def finish(state: Softmax, log: Callable) -> tuple[Array, Array]:
+    """The weighted mean of the values, zero without a key, and the logarithm of the sum of the weights."""
+    total = jnp.maximum(state.total, 1e-30)
+    return state.values / _across(total, state.values), state.maximum + log(total)
+
+
+def _across(x: Array, like: Array) -> Array:
+    # Not `x[..., None]`: Mosaic has no such shape.
+    return lax.broadcast_in_dim(x, like.shape, tuple(range(x.ndim)))
+
+
+def accumulate(
+    state: Softmax,
+    q: Float[Array, "B M H"],
+    k: Float[Array, "B S H"],
+    v: Float[Array, "B S H"],
+    keep: Bool[Array, "#B #M S"],
+) -> Softmax:
+    """Add one block of keys in plain XLA, to base e; products in `compute_dtype`, sums in float32."""
+    compute = compute_dtype(q, k)
+    f32 = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bmh,bsh->bms", q.astype(compute), k.astype(compute), **f32) * q.shape[-1] ** -0.5
+
+    def add_product(values: Array, weights: Array) -> Array:
+        return values + jnp.einsum("bms,bsh->bmh", weights.astype(compute), v.astype(compute), **f32)
+
+    return add(state, jnp.where(keep, scores, MASKED), add_product, jnp.exp)
+
+
+def partial_of(state: Softmax, dtype: Any) -> Partial:
+    """The result of a softmax to base e, its output in `dtype`."""
+    out, log_sum = finish(state, jnp.log)
+    return Partial(out.astype(dtype), log_sum)
+
+
+def merge_splits(parts: Partial, is_used: Bool[Array, "..."], axis: int) -> Partial:
+    """One softmax out of those over parts of the keys, along an array axis; unused parts may be anything."""
+    out, log_sum = jnp.where(is_used[..., None], parts.out, 0.0), jnp.where(is_used, parts.log_sum, MASKED)
+    most = log_sum.max(axis)
+    return _merged(Partial(out, log_sum), jnp.expand_dims(most, axis), most, lambda *x: [y.sum(axis) for y in x])
+
+
+def merge_shards(part: Partial, axis: str) -> Partial:
+    """One softmax out of those over the keys of every device, along a mesh axis.
+
+    The message has the size of the output, whatever the number of keys. Devices that all have the same keys have the
+    same weight, and the result is their mean.
     """
+
+    def total(weighted: Array, weights: Array) -> tuple[Array, Array]:
+        # One message for both.
+        both = lax.psum(jnp.concatenate([weighted, weights[..., None]], axis=-1), axis)
+        return both[..., :-1], both[..., -1]
+
     most = lax.pmax(part.log_sum, axis)
-    weight = jnp.exp(part.log_sum - most)
-    # One message: the weights beside what they weigh.
-    weighed = jnp.concatenate([part.out.astype(jnp.float32) * weight[..., None], weight[..., None]], axis=-1)
-    total = lax.psum(weighed, axis)
-    return (total[..., :-1] / total[..., -1:]).astype(dtype)
+    return _merged(part, most, most, total)
+
+
+def _merged(part: Partial, most: Array, most_of_all: Array, total: Callable[[Array, Array], Any]) -> Partial:
+    """Dao 2023, section 3.1; in float32."""
+    weights = jnp.exp(part.log_sum - most)
+    values, weight = total(part.out.astype(jnp.float32) * weights[..., None], weights)
+    return Partial(values / weight[..., None], most_of_all + jnp.log(weight))

@@ -1,14 +1,12 @@
-"""The operations: they validate, pick a backend, or raise for a named one that cannot.
+"""The operations: they check their arguments, choose a backend, and merge what devices computed in parts.
 
-A backend is a module of this package with the operations that it has as functions; a new one is a file beside its
-siblings and its name in `BACKENDS`. It is imported when it is first used: some need what not every machine has.
+A backend is a module of this package with a `BACKEND`; a new one is a file next to the others and its name in
+`BACKENDS`. Its module is imported when it is first considered: some need packages that not every machine has.
 """
 
 import importlib
 import warnings
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +14,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpus import device_kind
-from pallas_kernels.merge import merge
-from pallas_kernels.quantized import Stored, read, store
-from pallas_kernels.types import Heads, Pools, TokenShards, Unsupported
+from pallas_kernels.merge import merge_shards
+from pallas_kernels.quantized import Quantized, Stored, read, store
+from pallas_kernels.types import OPERATIONS, Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
 from pallas_kernels.window import Window
 
 BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
 
-# Kinds of device (`jax.devices()[0].device_kind`) and the best backend whose numerics were verified there, by committed
-# results of `python -m duo_eval.gpu_suite`. Without an entry: `xla`.
-VERIFIED: dict[str, str] = {"cpu": "xla"}
+# Backends by kind of device (`jax.devices()[0].device_kind`) and operation, the best first: those whose numerics were
+# verified there, by committed results of `python -m duo_eval.gpu_suite`.
+PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {"cpu": dict.fromkeys(OPERATIONS, ("xla", "reference"))}
+# Elsewhere.
+UNVERIFIED = ("xla", "reference")
 
 
 def prefill_attention(
@@ -43,9 +43,9 @@ def prefill_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of one chunk of a prompt, for one layer, over the cache as it was *before* the chunk and the chunk.
 
-    Retrieval heads see every earlier token; streaming heads the sinks and the recent tokens of `window`
-    (paper section 2.1), exactly, wherever the chunk begins. Scores are divided by
-    `sqrt(H)`; softmax is in float32. Rows of the output beyond `lengths` are unspecified but finite.
+    Retrieval heads see every earlier token, streaming heads exactly what `window` shows them (paper section 2.1),
+    wherever the chunk begins. Scores are divided by `sqrt(H)`; softmax is in float32. Rows of the output beyond
+    `lengths` are unspecified but finite.
 
     Args:
         q: queries after RoPE.
@@ -54,10 +54,10 @@ def prefill_attention(
         pools: keys and values of all earlier tokens.
         heads: this layer's row of the head table.
         start: position of the chunk's first token, per row: the number of tokens in the pools.
-        lengths: valid tokens of the chunk, per row; what follows is padding.
+        lengths: valid tokens of the chunk, per row; the rest is padding.
         window: what streaming heads see.
-        shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
-            Each attends to what it holds, and their parts are merged: no pool is gathered.
+        shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None if this device has
+            all. Each attends to its own tokens, and the parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
     Raises:
@@ -66,15 +66,14 @@ def prefill_attention(
     """
     _check(q.shape[0], q.shape[2:], pools, heads, window)
     if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
-        raise ValueError(f"k and v must be [B, T, K, H] beside {q.shape=}, got {k.shape=}, {v.shape=}")
-    k = _as_held(k, pools.full_k, pools.ring_k, heads, q.dtype)
-    v = _as_held(v, pools.full_v, pools.ring_v, heads, q.dtype)
-    rows = {"start": start, "lengths": lengths}
+        raise ValueError(f"k and v must be [B, T, K, H] like {q.shape=}, got {k.shape=}, {v.shape=}")
+    k = _as_stored(k, pools.full_k, pools.ring_k, heads, q.dtype)
+    v = _as_stored(v, pools.full_v, pools.ring_v, heads, q.dtype)
+    chosen = choose(_request("prefill", q, (k, v), pools, heads.slot.shape[0], shards), backend)
+    assert chosen.prefill is not None
     with jax.named_scope("prefill_attention"):
-        if shards is not None:
-            part = _operation(backend, "prefill_partial")(q, k, v, pools, heads, shards=shards, **rows, window=window)
-            return merge(part, shards.axis, q.dtype)
-        return _operation(backend, "prefill_attention")(q, k, v, pools, heads, **rows, window=window)
+        part = chosen.prefill(q, k, v, pools, heads, start=start, lengths=lengths, window=window, shards=shards)
+        return _merged(part, shards).astype(q.dtype)
 
 
 def decode_attention(
@@ -87,16 +86,15 @@ def decode_attention(
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B N H"]:
-    """Attention of one new token a row, for one layer, over pools that hold its key and value already.
+    """Attention of one new token per row, for one layer, over pools that contain its key and value already.
 
     Args:
-        q: queries after RoPE, one token a row.
+        q: queries after RoPE, one token per row.
         pools: keys and values, the new token's included.
         heads: this layer's row of the head table.
         lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
         window: what streaming heads see.
-        shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None: this one has all.
-            Each attends to what it holds, and their parts are merged: no pool is gathered.
+        shards: as in `prefill_attention`.
         backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
 
     Raises:
@@ -104,12 +102,11 @@ def decode_attention(
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check(q.shape[0], q.shape[1:], pools, heads, window)
-    rows = {"lengths": lengths}
+    chosen = choose(_request("decode", q, (), pools, heads.slot.shape[0], shards), backend)
+    assert chosen.decode is not None
     with jax.named_scope("decode_attention"):
-        if shards is not None:
-            part = _operation(backend, "decode_partial")(q, pools, heads, shards=shards, **rows, window=window)
-            return merge(part, shards.axis, q.dtype)
-        return _operation(backend, "decode_attention")(q, pools, heads, **rows, window=window)
+        part = chosen.decode(q, pools, heads, lengths=lengths, window=window, shards=shards)
+        return _merged(part, shards).astype(q.dtype)
 
 
 def gated_attention(
@@ -139,13 +136,16 @@ def gated_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
-    _check_training(q, k, v)
     if gates.shape != k.shape[2:3]:
-        raise ValueError(f"gates must be one per KV head, got {gates.shape=} beside {k.shape=}")
+        raise ValueError(f"gates must be one per KV head, got {gates.shape=} with {k.shape=}")
     if full is not None and full.shape != q.shape:
-        raise ValueError(f"full must have the queries' shape, got {full.shape=} beside {q.shape=}")
+        raise ValueError(f"full must have the queries' shape, got {full.shape=} with {q.shape=}")
     with jax.named_scope("gated_attention"):
-        return _operation(backend, "gated_attention")(q, k, v, gates, window=window, full=full)
+        full = _training(q, k, v, None, backend) if full is None else full
+        streaming = _training(q, k, v, window, backend)
+        gate = jnp.repeat(gates, q.shape[2] // k.shape[2], total_repeat_length=q.shape[2])[None, None, :, None]
+        # In the gates' type.
+        return (gate * full.astype(gate.dtype) + (1 - gate) * streaming.astype(gate.dtype)).astype(full.dtype)
 
 
 def full_attention(
@@ -167,27 +167,100 @@ def full_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
-    _check_training(q, k, v)
     with jax.named_scope("full_attention"):
-        return _operation(backend, "full_attention")(q, k, v)
+        return _training(q, k, v, None, backend)
 
 
-def _as_held(
-    x: Float[Array, "B T K H"], retrieval: Stored, streaming: Stored, heads: Heads, dtype: jnp.dtype
-) -> Float[Array, "B T K H"]:
-    """A chunk's keys or values as the cache will hold them: otherwise results would depend on where a chunk begins."""
-    kinds = [pool for pool in (retrieval, streaming) if pool.shape[0]]
-    held = [read(store(x, pool), dtype) for pool in kinds]
-    if len(kinds) == 2 and (kinds[0].dtype != kinds[1].dtype):
-        common = np.promote_types(held[0].dtype, held[1].dtype)
-        of_type = heads.is_retrieval[None, None, :, None]
-        return jnp.where(of_type, held[0].astype(common), held[1].astype(common))
-    return held[0]
+def find_backend(name: str) -> Backend:
+    """A backend by name.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    return importlib.import_module(f"pallas_kernels.{name}").BACKEND
 
 
-def _check_training(q: Array, k: Array, v: Array) -> None:
+def preferences(device: str, operation: str) -> tuple[str, ...]:
+    """Names of the backends to try on a kind of device, the best first."""
+    return PREFERENCES[device][operation] if device in PREFERENCES else UNVERIFIED
+
+
+def choose(request: Request, name: str | None = None) -> Backend:
+    """The named backend, or the first of `preferences` that can run the request.
+
+    Raises:
+        ValueError: an unknown name.
+        Unsupported: the backend cannot run the request.
+    """
+    if name is None:
+        if request.device not in PREFERENCES:
+            _warn_of(request.device)
+        able = (find_backend(name) for name in preferences(request.device, request.operation))
+        return next(backend for backend in able if backend.supports(request) is None)
+    backend = find_backend(name)
+    reason = backend.supports(request)
+    if reason is not None:
+        able = (find_backend(other) for other in ("triton", "xla", "reference"))
+        other = next(backend.name for backend in able if backend.supports(request) is None)
+        raise Unsupported(f"the {name} backend {reason}: use backend={other!r}")
+    return backend
+
+
+@cache
+def _warn_of(device: str) -> None:
+    warnings.warn(f"no attention backend is verified on {device!r} yet: using {UNVERIFIED[0]!r}", stacklevel=4)
+
+
+def _merged(part: Partial, shards: TokenShards | None) -> Array:
+    return part.out if shards is None else merge_shards(part, shards.axis).out
+
+
+def _training(q: Array, k: Array, v: Array, window: Window | None, backend: str | None) -> Array:
+    """Causal attention of retrieval heads, or of streaming heads with a window."""
     if q.shape[2] % k.shape[2] or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] with K dividing N, got {q.shape=}, {k.shape=}, {v.shape=}")
+    chosen = choose(_request("training", q, (k, v), None, k.shape[2], None), backend)
+    assert chosen.training is not None
+    return chosen.training(q, k, v, window)
+
+
+def _request(
+    operation: str,
+    q: Array,
+    own: tuple[Array, ...],
+    pools: Pools | None,
+    num_kv_heads: int,
+    shards: TokenShards | None,
+) -> Request:
+    used = [pool for pool in pools.stored if pool.shape[0]] if pools else []
+    arrays = [q, *own, *(pool for pool in used if not isinstance(pool, Quantized))]
+    sizes = [kind[0].shape[2] for kind in (pools.full, pools.ring) if kind[0].shape[0]] if pools else []
+    return Request(
+        operation=operation,
+        device=device_kind(),
+        dtypes=frozenset(x.dtype.name for x in arrays),
+        head_dim=q.shape[-1],
+        group=q.shape[-2] // num_kv_heads,
+        bits=frozenset(pool.bits for pool in used if isinstance(pool, Quantized)),
+        capacities=tuple(sizes),
+        is_paged=pools is not None and pools.pages is not None,
+        is_sharded=shards is not None,
+    )
+
+
+def _as_stored(
+    x: Float[Array, "B T K H"], full: Stored, ring: Stored, heads: Heads, dtype: jnp.dtype
+) -> Float[Array, "B T K H"]:
+    """A chunk's keys or values rounded as the cache will store them: results must not depend on where chunks begin."""
+    kinds = [pool for pool in (full, ring) if pool.shape[0]]
+    rounded = [read(store(x, pool), dtype) for pool in kinds]
+    if len(kinds) == 2 and kinds[0].dtype != kinds[1].dtype:
+        common = np.promote_types(rounded[0].dtype, rounded[1].dtype)
+        is_retrieval = heads.is_retrieval[None, None, :, None]
+        return jnp.where(is_retrieval, rounded[0].astype(common), rounded[1].astype(common))
+    return rounded[0]
 
 
 def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, window: Window) -> None:
@@ -196,24 +269,11 @@ def _check(batch: int, q_heads: tuple[int, ...], pools: Pools, heads: Heads, win
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads=} and {num_kv_heads=}")
     for name, pool in zip(Pools._fields, pools.stored, strict=False):
-        if pool.shape[1] != batch or pool.shape[3] != head_dim:
-            raise ValueError(f"{name} must be [P, {batch}, S, {head_dim}] beside the queries, got {pool.shape}")
+        is_paged = name.startswith("full") and pools.pages is not None
+        rows = pool.shape[1] if is_paged else batch
+        if pool.shape[1] != rows or pool.shape[3] != head_dim:
+            raise ValueError(f"{name} must be [P, {rows}, S, {head_dim}] to fit the queries, got {pool.shape}")
+    if pools.pages is not None and pools.pages.shape[0] != batch:
+        raise ValueError(f"the page table must have a row for each of {batch} rows, got {pools.pages.shape=}")
     if pools.ring_k.shape[0] and pools.ring_k.shape[2] != window.size:
         raise ValueError(f"a ring must have window.size entries, got {pools.ring_k.shape=} and {window=}")
-
-
-def _operation(backend: str | None, operation: str) -> Callable[..., Any]:
-    name = _default_backend(device_kind()) if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
-    found = getattr(importlib.import_module(f"pallas_kernels.{name}"), operation, None)
-    if found is None:
-        raise Unsupported(f"the {name} backend has no {operation}: use backend='triton'")
-    return found
-
-
-@cache
-def _default_backend(kind: str) -> str:
-    if kind not in VERIFIED:
-        warnings.warn(f"no attention backend is verified on {kind!r} yet: using 'xla'", stacklevel=4)
-    return VERIFIED.get(kind, "xla")

@@ -1,8 +1,8 @@
-"""Keys and values in 8 or 4 bits: how a pool stores them, and how blocks of one are read back. Knows no attention.
+"""Keys and values in 8 or 4 bits: how pools store them, and how they are read back. Knows no attention.
 
-Asymmetric, one scale and one zero for each token of each head (the paper's 4-bit cache, section 3.4): a number is
-`scale * n + zero`, n from 0 to `2 ** bits - 1`. Zeros are rounded down and scales up, so that the grid always covers
-the row; both are bfloat16, which neither overflows nor vanishes where float32 does not.
+Quantization is asymmetric, with one scale and one zero for each token of each head (the paper's 4-bit cache, section
+3.4): a number is `scale * n + zero`, n from 0 to `2 ** bits - 1`. Zeros are rounded down and scales up, so that the
+grid always covers the row. Both are bfloat16, which has the range of float32.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt32
 
@@ -21,7 +22,7 @@ WORD_BITS = 16
 
 BITS = {"int8": 8, "int4": 4}
 
-# The smallest scale: below it, bfloat16 loses bits, and processors that flush such numbers to zero lose all of them.
+# The smallest scale: below it bfloat16 loses bits, and processors that flush subnormal numbers lose all of them.
 TINY = float(jnp.finfo(jnp.bfloat16).tiny)
 # The largest number: the whole range of a row must be a float32 too.
 HUGE = float(jnp.finfo(jnp.bfloat16).max) / 4
@@ -30,16 +31,16 @@ HUGE = float(jnp.finfo(jnp.bfloat16).max) / 4
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "grid"], meta_fields=["head_dim", "bits"])
 @dataclass(frozen=True)
 class Quantized:
-    """Rows `[..., H]` of numbers in few bits; a pool of them, a part of one, or a kernel's references to one.
+    """Rows `[..., H]` of numbers in few bits: a pool, a part of one, or a kernel's references to one.
 
     Attributes:
-        words: `[..., W]` uint16; channel h lies in word `h % W` at bit `bits * (h // W)`, where `W` words hold a row.
-        grid: `[...]` uint32; of each row, the scale in the upper half and the zero in the lower one, as bfloat16.
+        words: `[..., W]` uint16; channel h is in word `h % W` at bit `bits * (h // W)`, with `W` words a row.
+        grid: `[...]` uint32, one per row: the scale in the upper half, the zero in the lower one, as bfloat16.
         head_dim: H (static).
         bits: 8 or 4 (static).
     """
 
-    # Arrays, or what stands for them: shapes before a compilation, references inside a kernel.
+    # Arrays; before a compilation, shapes; inside a kernel, references.
     words: Any
     grid: Any
     head_dim: int
@@ -47,12 +48,12 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the numbers."""
+        """Shape of the numbers."""
         return (*self.words.shape[:-1], self.head_dim)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the numbers as stored."""
+        """Data type of the stored numbers."""
         return jnp.dtype(f"uint{self.bits}")
 
 
@@ -79,30 +80,29 @@ def any_quantized(pools: Iterable[Stored]) -> bool:
     return any(isinstance(pool, Quantized) for pool in pools)
 
 
-def plain(pools: Iterable[Stored]) -> list[Float[Array, "..."]]:
-    """Pools of a kernel that takes no quantized ones, which its backend has refused."""
-    arrays = [pool for pool in pools if not isinstance(pool, Quantized)]
-    assert len(arrays) == 4
-    return arrays
-
-
 def store(x: Float[Array, "*rows H"], like: Stored) -> Stored:
     """`x` as `like` stores it."""
     return quantize(x, like.bits) if isinstance(like, Quantized) else x.astype(like.dtype)
 
 
 def read(stored: Stored, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
-    """What is stored, for use beside numbers of `dtype`: quantized numbers in that type, others as they are."""
+    """Stored numbers, for use with numbers of `dtype`: quantized ones in that type, others unchanged."""
     return dequantize(stored, dtype) if isinstance(stored, Quantized) else stored
 
 
 def read_dtype(stored: Stored, dtype: jnp.dtype) -> jnp.dtype:
-    """The type that `read` returns."""
+    """Data type of the result of `read`."""
     return dtype if isinstance(stored, Quantized) else stored.dtype
 
 
+def compute_dtype(q: Array, k: Stored) -> np.dtype:
+    """Data type of products of queries and keys: theirs if they agree, else their common type, at least float32."""
+    of_keys = read_dtype(k, q.dtype)
+    return q.dtype if q.dtype == of_keys else np.promote_types(np.promote_types(np.float32, q.dtype), of_keys)
+
+
 def quantize(x: Float[Array, "*rows H"], bits: int) -> Quantized:
-    """Round every row to its own grid; numbers beyond `HUGE` count as that."""
+    """Round every row to its own grid; numbers beyond `HUGE` are clipped."""
     x = jnp.clip(x.astype(jnp.float32), -HUGE, HUGE)
     most = 2**bits - 1
     zero = _rounded(x.min(-1), up=False)
@@ -141,7 +141,7 @@ def scale_and_zero(grid: UInt32[Array, "*rows"]) -> tuple[Float[Array, "*rows"],
 
 
 def _rounded(x: Float[Array, "*n"], *, up: bool) -> Float[Array, "*n"]:
-    """Float32 numbers rounded to ones that bfloat16 holds, up or down."""
+    """Float32 numbers rounded to ones that bfloat16 can represent, up or down."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     away = ((bits & jnp.uint32(0xFFFF)) != 0) & ((x > 0) == up)
     bits = (bits & jnp.uint32(0xFFFF0000)) + jnp.where(away, jnp.uint32(0x10000), jnp.uint32(0))

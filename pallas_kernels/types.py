@@ -1,12 +1,14 @@
-"""The two arguments that every attention operation shares: the KV pools and one layer's row of the head table.
+"""The nouns of attention: pools, heads, shards of tokens, requests, and the backends that answer them.
 
 Axis letters: `B` batch, `T` query length, `S` key length, `N` query heads, `K` KV heads, `G = N // K`, `H` head dim,
 `P` pool slots (`Pr` retrieval, `Ps` streaming), `R = window.size` ring entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -14,7 +16,7 @@ from pallas_kernels.quantized import Quantized
 
 
 class Pools(NamedTuple):
-    """Keys and values of the whole model, split by head type; a slot holds one KV head of one layer.
+    """Keys and values of the whole model, split by head type; a slot stores one KV head of one layer.
 
     Either pair may be quantized. Keys are stored after RoPE at their absolute position; a streaming head's slot is a
     ring, see `Window`.
@@ -24,8 +26,8 @@ class Pools(NamedTuple):
         full_v: their values.
         ring_k: keys of streaming heads, `[Ps, B, R, H]`.
         ring_v: their values.
-        pages: None, or the page table that all retrieval heads share: entry `[b, i]` is the page of row `b` with the
-            tokens from `i * page` on.
+        pages: None, or the page table that all retrieval heads share: entry `[b, i]` is the page with the tokens of
+            row `b` from `i * page` on. Entries beyond a row's tokens are ignored.
     """
 
     full_k: Float[Array, "Pr B S H"] | Quantized
@@ -51,27 +53,34 @@ class Pools(NamedTuple):
         """All keys and values."""
         return self.full + self.ring
 
-
-class Unsupported(NotImplementedError):
-    """A backend says that it cannot do what it was asked; a NotImplementedError from elsewhere is a fault."""
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row that a retrieval slot has room for."""
+        page = self.full_k.shape[2]
+        return page if self.pages is None else page * self.pages.shape[1]
 
 
 class Heads(NamedTuple):
-    """One layer's row of the head table: which pool, and which slot of it, holds each KV head. Traced, not static."""
+    """One layer's row of the head table: the pool and the slot of each KV head. Traced, not static."""
 
     is_retrieval: Bool[Array, "K"]
     slot: Int32[Array, "K"]
 
+    def by_type(self) -> tuple[Int32[Array, "K"], Int32[Array, ""]]:
+        """KV heads, retrieval heads first, and the number of retrieval heads."""
+        order = jnp.argsort(~self.is_retrieval, stable=True).astype(jnp.int32)
+        return order, self.is_retrieval.sum(dtype=jnp.int32)
+
 
 @dataclass(frozen=True)
 class TokenShards:
-    """Where several devices share the tokens of a retrieval slot: token p lies on device `p % count`, at `p // count`.
+    """Devices that share the tokens of a retrieval slot: device `p % count` stores token p, at index `p // count`.
 
-    Rings are not shared: every device holds all of each. Used inside `jax.shard_map`.
+    Rings are not shared: every device stores all of each. Used inside `jax.shard_map`.
 
     Attributes:
-        axis: the mesh axis along which the devices lie (static).
-        count: how many there are (static).
+        axis: the mesh axis of the devices (static).
+        count: their number (static).
     """
 
     axis: str
@@ -79,16 +88,76 @@ class TokenShards:
 
     @property
     def index(self) -> Int32[Array, ""]:
-        """Which of them this device is."""
+        """Index of this device among them."""
         return lax.axis_index(self.axis)
 
     def held(self, length: Int32[Array, "B"]) -> Int32[Array, "B"]:
-        """How many of the first `length` tokens lie on this device."""
+        """Number of the first `length` tokens that this device stores."""
         return lax.div(length + (self.count - 1) - self.index, lax.full_like(length, self.count))
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys, to be merged with that over the others."""
+    """Attention over some of the keys, to be merged with attention over the others."""
 
     out: Float[Array, "*rows H"]
-    log_sum: Float[Array, "*rows"]  # of the softmax's denominator, the natural logarithm
+    log_sum: Float[Array, "*rows"]  # natural logarithm of the softmax's denominator
+
+
+class Unsupported(NotImplementedError):
+    """A backend cannot do what was asked of it; any other NotImplementedError is a fault."""
+
+
+OPERATIONS = ("prefill", "decode", "training")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides whether a backend can run an operation, known before tracing.
+
+    Attributes:
+        operation: a name in `OPERATIONS`.
+        device: kind of device, as `jax.Device.device_kind` names it.
+        dtypes: data types of queries, keys, values and the pools that are not quantized.
+        head_dim: H.
+        group: query heads of a KV head.
+        bits: bits of the quantized pools.
+        capacities: tokens of a slot, for each pool that has slots.
+        is_paged: whether a page table leads to the tokens of retrieval heads.
+        is_sharded: whether devices share the tokens of retrieval heads.
+    """
+
+    operation: str
+    device: str
+    dtypes: frozenset[str]
+    head_dim: int
+    group: int
+    bits: frozenset[int] = frozenset()
+    capacities: tuple[int, ...] = ()
+    is_paged: bool = False
+    is_sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of attention: its operations, and the requests it refuses.
+
+    Attributes:
+        name: as the operations' `backend` argument.
+        refuses: the reason why the backend cannot run a request, as in "takes no paged caches", or None.
+        prefill: `(q, k, v, pools, heads, *, start, lengths, window, shards) -> Partial`, `[B, T, N, H]`.
+        decode: `(q, pools, heads, *, lengths, window, shards) -> Partial`, `[B, N, H]`.
+        training: `(q, k, v, window) -> [B, T, N, H]`, differentiable causal attention over a sequence's own keys, of
+            retrieval heads where `window` is None, of streaming heads otherwise.
+    """
+
+    name: str
+    refuses: Callable[[Request], str | None]
+    prefill: Callable[..., Partial] | None = None
+    decode: Callable[..., Partial] | None = None
+    training: Callable[..., Array] | None = None
+
+    def supports(self, request: Request) -> str | None:
+        """None if this backend can run the request, otherwise the reason why not."""
+        if getattr(self, request.operation) is None:
+            return f"has no {request.operation} attention"
+        return self.refuses(request)

@@ -5,28 +5,19 @@ that the head table stays data: two loops with trip counts read from it, and no 
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, log_sum_exp
+from pallas_kernels.merge import accumulate, empty, partial_of
 from pallas_kernels.quantized import Stored, read
-from pallas_kernels.types import Heads, Partial, Pools, TokenShards
+from pallas_kernels.schedule import block_at, cdiv, div
+from pallas_kernels.types import Backend, Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window, consecutive
-from pallas_kernels.xla_train import full_attention, gated_attention
-
-__all__ = [
-    "decode_attention",
-    "decode_partial",
-    "full_attention",
-    "gated_attention",
-    "prefill_attention",
-    "prefill_partial",
-]
+from pallas_kernels.xla_train import training
 
 # Tokens per block. Large enough for a matrix product to be worth its call, small enough that scores stay in cache.
 Q_BLOCK = 512
@@ -34,7 +25,7 @@ K_BLOCK = 512
 STREAMING_Q_BLOCK = 128
 
 
-def prefill_attention(
+def prefill(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -44,118 +35,125 @@ def prefill_attention(
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
     window: Window,
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.prefill_attention`."""
-    close = partial(finish, dtype=q.dtype)
-    return _prefill(q, k, v, pools, heads, None, close, start, lengths, window)
-
-
-def prefill_partial(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    pools: Pools,
-    heads: Heads,
-    *,
-    start: Int32[Array, "B"],
-    lengths: Int32[Array, "B"],
-    shards: TokenShards,
-    window: Window,
+    shards: TokenShards | None = None,
 ) -> Partial:
-    """A device's part of `prefill_attention`: the tokens of its pools, and every so manieth block of the chunk."""
-    return _prefill(q, k, v, pools, heads, shards, _part, start, lengths, window)
-
-
-def _prefill(q, k, v, pools, heads, shards, close, start, lengths, window):
-    """Attention of a chunk; `close` makes of a finished softmax what is returned."""
+    """See `pallas_kernels.prefill_attention`; of several shards, each counts every n-th block of the chunk's keys."""
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
-    group = num_heads // num_kv_heads
     # Heads first: a head's queries, keys and values are then contiguous.
-    q_heads = q.reshape(batch, length, num_kv_heads, group, head_dim).transpose(2, 0, 1, 3, 4)
+    q_heads = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(2, 0, 1, 3, 4)
     k_heads, v_heads = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)
+    dtype = q.dtype if shards is None else jnp.dtype(jnp.float32)
+    blank = _blank(q_heads, dtype)
     longest = lengths.max()
 
-    def retrieval(head: Array) -> Any:
-        args = q_heads[head], k_heads[head], v_heads[head], pools.full_k, pools.full_v, heads.slot[head]
-        return _prefill_retrieval(*args, shards, close, start=start, longest=longest)
+    def retrieval(head: Array) -> Partial:
+        slot = Slot.of(pools.full, heads.slot[head], pools.pages)
+        args = q_heads[head], k_heads[head], v_heads[head], slot, shards
+        return _prefill_retrieval(*args, _head(blank), start=start, longest=longest)
 
-    def streaming(head: Array) -> Any:
-        slot, whole = heads.slot[head], jnp.int32(0)
-        rings = (_load(pool, slot, whole, pool.shape[2], q.dtype).astype(k.dtype) for pool in pools.ring)
-        args = q_heads[head], k_heads[head], v_heads[head], *rings, close
+    def streaming(head: Array) -> Partial:
+        ring_k, ring_v = Slot.of(pools.ring, heads.slot[head]).load(jnp.int32(0), window.size, q.dtype)
+        ring = ring_k.astype(k.dtype), ring_v.astype(v.dtype)
+        args = q_heads[head], k_heads[head], v_heads[head], ring, _head(blank)
         return _prefill_streaming(*args, start=start, longest=longest, window=window)
 
-    out = _over_heads(retrieval, streaming, pools, heads, _blank(close, q_heads))
+    out = _over_heads(retrieval, streaming, pools, heads, blank)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length, num_heads, *x.shape[4:]), out)
 
 
-def decode_attention(
+def decode(
     q: Float[Array, "B N H"],
     pools: Pools,
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
     window: Window,
-) -> Float[Array, "B N H"]:
-    """See `pallas_kernels.decode_attention`."""
-    return _decode(q, pools, heads, partial(finish, dtype=q.dtype), lengths, lengths)
-
-
-def decode_partial(
-    q: Float[Array, "B N H"],
-    pools: Pools,
-    heads: Heads,
-    *,
-    lengths: Int32[Array, "B"],
-    shards: TokenShards,
-    window: Window,
+    shards: TokenShards | None = None,
 ) -> Partial:
-    """A device's part of `decode_attention`: the tokens of its pools."""
-    return _decode(q, pools, heads, _part, shards.held(lengths), lengths)
-
-
-def _decode(q, pools, heads, close, held, lengths):
-    """Attention of one token a row over the first `held` entries of a retrieval slot, or a ring of `lengths` tokens."""
+    """See `pallas_kernels.decode_attention`; of several shards, each attends to the tokens that it stores."""
+    del window  # A ring stores nothing but visible tokens.
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     q_heads = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 0, 2, 3)
+    held = lengths if shards is None else shards.held(lengths)
 
-    def retrieval(head: Array) -> Any:
-        return _decode_pool(q_heads[head], pools.full_k, pools.full_v, heads.slot[head], held, close)
+    def retrieval(head: Array) -> Partial:
+        return _decode_slot(q_heads[head], Slot.of(pools.full, heads.slot[head], pools.pages), held)
 
-    def streaming(head: Array) -> Any:
-        # A ring fills from its first index and then stays full: every index below `length` holds a visible token.
-        return _decode_pool(q_heads[head], pools.ring_k, pools.ring_v, heads.slot[head], lengths, close)
+    def streaming(head: Array) -> Partial:
+        # A ring fills from its first index and then stays full: every index below `length` has a visible token.
+        return _decode_slot(q_heads[head], Slot.of(pools.ring, heads.slot[head]), lengths)
 
-    out = _over_heads(retrieval, streaming, pools, heads, _blank(close, q_heads))
+    out = _over_heads(retrieval, streaming, pools, heads, _blank(q_heads, jnp.dtype(jnp.float32)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, num_heads, *x.shape[3:]), out)
 
 
-def _part(state: Softmax) -> Partial:
-    return Partial(finish(state, jnp.dtype(jnp.float32)), log_sum_exp(state))
+class Slot(NamedTuple):
+    """Keys and values of one head, read by blocks of tokens: the one place that knows how pools store them."""
 
+    k: Stored
+    v: Stored
+    slot: Int32[Array, ""]
+    pages: Int32[Array, "B n"] | None
 
-def _blank(close: Callable[[Softmax], Any], q: Float[Array, "*B H"]) -> Any:
-    """Zeros for what `close` makes of every query."""
-    made = jax.eval_shape(lambda: close(empty(1, 1, q.shape[-1])))
-    return jax.tree.map(lambda x: jnp.zeros((*q.shape[:-1], *x.shape[2:]), x.dtype), made)
+    @classmethod
+    def of(cls, pool: tuple[Stored, Stored], slot: Array, pages: Array | None = None) -> "Slot":
+        """A slot of the keys and values of one type of head."""
+        return cls(*pool, slot, pages)
+
+    @property
+    def size(self) -> int:
+        """Tokens of a row that there is room for."""
+        page = self.k.shape[2]
+        return page if self.pages is None else page * self.pages.shape[1]
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block, whole pages."""
+        page = self.k.shape[2]
+        if self.pages is None:
+            return min(K_BLOCK, page)
+        return page * min(max(1, K_BLOCK // page), self.pages.shape[1])
+
+    def load(
+        self, begin: Array, size: int, dtype: jnp.dtype
+    ) -> tuple[Float[Array, "B size H"], Float[Array, "B size H"]]:
+        """Keys and values of `size` tokens of each row; with pages, those begin and end with one."""
+
+        def contiguous(x: Array) -> Array:
+            zero = jnp.int32(0)
+            at = self.slot, zero, begin, *(zero,) * (x.ndim - 3)
+            return lax.dynamic_slice(x, at, (1, x.shape[1], size, *x.shape[3:]))[0]
+
+        def paged(x: Array) -> Array:
+            page = x.shape[2]
+            numbers = lax.dynamic_slice_in_dim(self.pages, div(begin, page), size // page, 1)
+            found = x.at[self.slot, numbers].get(mode="clip")  # [B, pages of the block, page, ...]
+            return found.reshape(found.shape[0], size, *found.shape[3:])
+
+        rows = contiguous if self.pages is None else paged
+        k, v = (read(jax.tree.map(rows, pool), dtype) for pool in (self.k, self.v))
+        return k, v
 
 
 def _over_heads(
-    retrieval: Callable[[Array], Any], streaming: Callable[[Array], Any], pools: Pools, heads: Heads, out: Any
-) -> Any:
+    retrieval: Callable[[Array], Partial],
+    streaming: Callable[[Array], Partial],
+    pools: Pools,
+    heads: Heads,
+    out: Partial,
+) -> Partial:
     """Fill arrays `out [K ...]`, each KV head by the function of its type."""
-    order = jnp.argsort(~heads.is_retrieval, stable=True).astype(jnp.int32)
-    num_retrieval = heads.is_retrieval.sum(dtype=jnp.int32)
+    order, num_retrieval = heads.by_type()
 
-    def run(function: Callable[[Array], Any]) -> Callable[[Array, Any], Any]:
-        def one(i: Array, out: Any) -> Any:
+    def run(function: Callable[[Array], Partial]) -> Callable[[Array, Partial], Partial]:
+        def one_head(i: Array, out: Partial) -> Partial:
             return jax.tree.map(
                 lambda x, new: lax.dynamic_update_index_in_dim(x, new, order[i], 0), out, function(order[i])
             )
 
-        return one
+        return one_head
 
     if pools.full_k.shape[0]:
         out = lax.fori_loop(jnp.int32(0), num_retrieval, run(retrieval), out)
@@ -164,72 +162,68 @@ def _over_heads(
     return out
 
 
-def _prefill_retrieval(q, k, v, pool_k, pool_v, slot, shards, close, *, start, longest):
+def _blank(q: Float[Array, "*B H"], dtype: jnp.dtype) -> Partial:
+    """Zeros for the result of every query."""
+    return Partial(jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:-1], jnp.float32))
+
+
+def _head(blank: Partial) -> Partial:
+    """The same, of one KV head."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), blank)
+
+
+def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
     """One retrieval head: query blocks over the filled key blocks of its slot, then over the chunk, causally."""
     batch, length, group, head_dim = q.shape
-    q_block, own_block = min(Q_BLOCK, length), min(K_BLOCK, length)
-    pool_block = min(K_BLOCK, pool_k.shape[2])
+    q_block, own_block, pool_block = min(Q_BLOCK, length), min(K_BLOCK, length), slot.block
     held = start if shards is None else shards.held(start)
     past_blocks = cdiv(held.max(), pool_block)
+    # A device counts every n-th block of the chunk.
+    first_own, step = (jnp.int32(0), 1) if shards is None else (shards.index, shards.count)
 
     def one_q_block(i, out):
         first = jnp.minimum(i * q_block, length - q_block)
         rows = lax.dynamic_slice_in_dim(q, first, q_block, 1)
         q_index = jnp.repeat(first + jnp.arange(q_block, dtype=jnp.int32), group, total_repeat_length=q_block * group)
-        state = empty(batch, q_block * group, head_dim)
         rows = rows.reshape(batch, q_block * group, head_dim)
 
         def past(j, state):
-            begin, index = block_at(j, pool_block, pool_k.shape[2])
+            begin, index = block_at(j, pool_block, slot.size)
             keep = (index >= j * pool_block) & (index < held[:, None])
-            keys, values = (_load(pool, slot, begin, pool_block, q.dtype) for pool in (pool_k, pool_v))
-            return accumulate(state, rows, keys, values, keep[:, None, :])
+            return accumulate(state, rows, *slot.load(begin, pool_block, q.dtype), keep[:, None, :])
 
         def own(j, state):
+            j = first_own + j * step
             begin, index = block_at(j, own_block, length)
             keep = (index >= j * own_block) & (index <= q_index[:, None])
-            keys = lax.dynamic_slice_in_dim(k, begin, own_block, 1)
-            values = lax.dynamic_slice_in_dim(v, begin, own_block, 1)
+            keys, values = (lax.dynamic_slice_in_dim(x, begin, own_block, 1) for x in (k, v))
             return accumulate(state, rows, keys, values, keep[None])
 
+        state = empty((batch, q_block * group), head_dim)
         state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
-        own_blocks = cdiv(first + q_block, own_block)
-        if shards is None:
-            state = lax.fori_loop(jnp.int32(0), own_blocks, own, state)
-        else:
-            mine = cdiv(own_blocks - shards.index, shards.count)
-            state = lax.fori_loop(jnp.int32(0), mine, lambda j, s: own(j * shards.count + shards.index, s), state)
-        return _write(out, close(state), first, q_block)
+        own_blocks = cdiv(cdiv(first + q_block, own_block) - first_own, step)
+        state = lax.fori_loop(jnp.int32(0), own_blocks, own, state)
+        return _write(out, partial_of(state, out.out.dtype), first, q_block)
 
-    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, _blank(close, q))
+    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, blank)
 
 
-def _write(out, block, first, q_block):
-    """Put what a block of queries gave, `[B q_block*G ...]`, into `out [B T G ...]`."""
-
-    def one(x, new):
-        new = new.reshape(x.shape[0], q_block, *x.shape[2:])
-        return lax.dynamic_update_slice_in_dim(x, new, first, 1)
-
-    return jax.tree.map(one, out, block)
-
-
-def _prefill_streaming(q, k, v, ring_k, ring_v, close, *, start, longest, window):
+def _prefill_streaming(q, k, v, ring, blank, *, start, longest, window):
     """One streaming head: each query block sees the sinks and one contiguous band of keys, so work is linear in T."""
     batch, length, group, head_dim = q.shape
     q_block = min(STREAMING_Q_BLOCK, length)
     sink_pos = consecutive(jnp.zeros_like(start), window.sink)
-    # The window as it was before the chunk, in order, then the chunk: entry j holds position start - recent + j.
+    # The window as it was before the chunk, in order, then the chunk: entry j has position start - recent + j.
     window_pos = consecutive(start - window.recent, window.recent)
     window_index = jnp.maximum(window.index(window_pos), 0)
     in_chunk = jnp.clip(sink_pos - start[:, None], 0, length - 1)
 
     def gather(ring: Array, chunk: Array) -> tuple[Array, Array]:
-        cached = (sink_pos < start[:, None])[:, :, None]
-        sinks = jnp.where(cached, ring[:, : window.sink], _take(chunk, in_chunk))
+        is_cached = (sink_pos < start[:, None])[:, :, None]
+        sinks = jnp.where(is_cached, ring[:, : window.sink], _take(chunk, in_chunk))
         return sinks, jnp.concatenate([_take(ring, window_index), chunk], axis=1)
 
-    (sink_k, band_k), (sink_v, band_v) = gather(ring_k, k), gather(ring_v, v)
+    (sink_k, band_k), (sink_v, band_v) = gather(ring[0], k), gather(ring[1], v)
     width = q_block + window.recent
 
     def one_q_block(i, out):
@@ -238,49 +232,42 @@ def _prefill_streaming(q, k, v, ring_k, ring_v, close, *, start, longest, window
         offset = jnp.repeat(jnp.arange(q_block, dtype=jnp.int32), group, total_repeat_length=q_block * group)
         q_pos = (start[:, None] + first + offset[None, :])[:, :, None]
         band_pos = consecutive(start - window.recent + first, width)[:, None, :]
-        # Sinks come from `sink_k` alone: a band that reaches back to them must not count them twice.
+        # Sinks come from `sink_k` only: a band that reaches back to them must not count them twice.
         keep_band = window.visible(q_pos, band_pos) & (band_pos >= window.sink)
         keys = jnp.concatenate([sink_k, lax.dynamic_slice_in_dim(band_k, first, width, 1)], axis=1)
         values = jnp.concatenate([sink_v, lax.dynamic_slice_in_dim(band_v, first, width, 1)], axis=1)
         keep = jnp.concatenate([sink_pos[:, None, :] <= q_pos, keep_band], axis=2)
-        state = accumulate(empty(batch, q_block * group, head_dim), rows, keys, values, keep)
-        return _write(out, close(state), first, q_block)
+        state = accumulate(empty((batch, q_block * group), head_dim), rows, keys, values, keep)
+        return _write(out, partial_of(state, out.out.dtype), first, q_block)
 
-    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, _blank(close, q))
+    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, blank)
 
 
-def _decode_pool(
-    q: Float[Array, "B G H"],
-    pool_k: Stored,
-    pool_v: Stored,
-    slot: Int32[Array, ""],
-    lengths: Int32[Array, "B"],
-    close: Callable[[Softmax], Any],
-) -> Any:
+def _write(out: Partial, block: Partial, first: Array, q_block: int) -> Partial:
+    """Put the result of a block of queries, `[B q_block*G ...]`, into `out [B T G ...]`."""
+
+    def put(x: Array, new: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(x, new.reshape(x.shape[0], q_block, *x.shape[2:]), first, 1)
+
+    return jax.tree.map(put, out, block)
+
+
+def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"]) -> Partial:
     """One head's query group over the filled blocks of its slot."""
-    size = pool_k.shape[2]
-    block = min(K_BLOCK, size)
+    block, size = slot.block, slot.size
 
-    def one_block(j, state):
+    def add_block(j, state):
         begin, index = block_at(j, block, size)
         keep = (index >= j * block) & (index < lengths[:, None])
-        keys, values = (_load(pool, slot, begin, block, q.dtype) for pool in (pool_k, pool_v))
-        return accumulate(state, q, keys, values, keep[:, None, :])
+        return accumulate(state, q, *slot.load(begin, block, q.dtype), keep[:, None, :])
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
-    return close(lax.fori_loop(jnp.int32(0), num_blocks, one_block, empty(*q.shape)))
-
-
-def _load(pool: Stored, slot: Array, begin: Array, size: int, dtype: jnp.dtype) -> Float[Array, "B size H"]:
-    """One block of one slot. Pools are read here alone: how they are stored matters nowhere else."""
-
-    def block(x: Array) -> Array:
-        zero = jnp.int32(0)
-        start = slot, zero, begin, *(zero,) * (x.ndim - 3)
-        return lax.dynamic_slice(x, start, (1, x.shape[1], size, *x.shape[3:]))[0]
-
-    return read(jax.tree.map(block, pool), dtype)
+    state = lax.fori_loop(jnp.int32(0), num_blocks, add_block, empty(q.shape[:2], q.shape[2]))
+    return partial_of(state, jnp.float32)
 
 
 def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Array, "B I H"]:
     return jnp.take_along_axis(rows, index[:, :, None], axis=1)
+
+
+BACKEND = Backend("xla", lambda request: None, prefill, decode, training)

@@ -1,8 +1,8 @@
 """Attention for training gates, in plain XLA: differentiable, memory linear in T forward and backward.
 
-Full and streaming attention are two functions with the same custom backward pass: per block of queries, the weights are
-computed again from the logarithm of their sum. They differ in which keys a block of queries meets, nothing else.
-Heads run one after the other, so that scores stay in cache.
+Full and streaming attention share one custom backward pass: for each block of queries, the weights are computed again
+from the logarithm of their sum. They differ only in the keys that a block of queries visits. Heads run one after the
+other, so that scores stay in cache.
 """
 
 from collections.abc import Callable
@@ -11,40 +11,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.blocks import Softmax, accumulate, block_at, cdiv, empty, finish, gradients, log_sum_exp
-from pallas_kernels.mixing import mix
+from pallas_kernels.merge import Softmax, accumulate, empty, partial_of
+from pallas_kernels.schedule import block_at, cdiv
 from pallas_kernels.window import Window
 
 # Tokens per block of queries, and of keys in full attention. Smaller blocks waste less above the diagonal.
 BLOCK = 256
 
 
-def gated_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    gates: Float[Array, "K"],
-    *,
-    window: Window,
-    full: Float[Array, "B T N H"] | None,
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.gated_attention`."""
-    full = full_attention(q, k, v) if full is None else full
-    return mix(gates, full, _attention(q, k, v, window))
-
-
-def full_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.full_attention`."""
-    return _attention(q, k, v, None)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q, k, v, window):
-    """Causal attention: over all earlier tokens if `window` is None, else over what it sees."""
+def training(q, k, v, window):
+    """Causal attention: over all earlier tokens if `window` is None, else over the tokens that it shows."""
     return _forward(q, k, v, window)[0]
 
 
@@ -57,7 +36,7 @@ def _forward(q, k, v, window):
 def _backward(window, residuals, grad):
     q, k, v, out, log_total = residuals
     num_kv_heads = k.shape[2]
-    # Float32: a difference of two nearly equal sums is taken with it.
+    # Float32: two nearly equal sums are subtracted.
     delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1, keepdims=True)
     delta = _to_heads(delta, num_kv_heads)[..., 0]
     heads = (
@@ -73,7 +52,7 @@ def _backward(window, residuals, grad):
     return _from_heads(d_q).astype(q.dtype), heads_back(d_k).astype(k.dtype), heads_back(d_v).astype(v.dtype)
 
 
-_attention.defvjp(_forward, _backward)
+training.defvjp(_forward, _backward)
 
 
 def _forward_head(head, window):
@@ -90,11 +69,10 @@ def _forward_head(head, window):
         def keys(key_block, keep, state):
             return accumulate(state, queries, key_block(k), key_block(v), keep)
 
-        state: Softmax = _over_keys(i, index, group, length, window, keys, empty(batch, block * group, head_dim))
-        done = finish(state, q.dtype).reshape(batch, block, group, head_dim)
-        log = log_sum_exp(state).reshape(batch, block, group)
-        out = lax.dynamic_update_slice_in_dim(out, done, first, 1)
-        return out, lax.dynamic_update_slice_in_dim(log_total, log, first, 1)
+        state: Softmax = _over_keys(i, index, group, length, window, keys, empty((batch, block * group), head_dim))
+        new = partial_of(state, q.dtype)
+        out = lax.dynamic_update_slice_in_dim(out, new.out.reshape(batch, block, group, head_dim), first, 1)
+        return out, lax.dynamic_update_slice_in_dim(log_total, new.log_sum.reshape(batch, block, group), first, 1)
 
     start = jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32)
     return lax.fori_loop(0, -(-length // block), rows, start)
@@ -113,13 +91,13 @@ def _backward_head(head, window):
         logs, deltas = (
             lax.dynamic_slice_in_dim(x, first, block, 1).reshape(batch, block * group) for x in (log_total, delta)
         )
-        # The last block reaches back: rows that another block has done already must not count twice.
+        # The last block reaches back: rows of the block before it must not count twice.
         fresh = jnp.repeat(index[0] >= i * block, group, total_repeat_length=block * group)[None, :, None]
 
         def keys(key_block, keep, carry):
             d_rows, d_k, d_v = carry
             args = queries, key_block(k), key_block(v), keep & fresh, logs, deltas, grads
-            more_q, more_k, more_v = gradients(*args)
+            more_q, more_k, more_v = _gradients(*args)
             return d_rows + more_q, key_block.add(d_k, more_k), key_block.add(d_v, more_v)
 
         nothing = jnp.zeros((batch, block * group, head_dim), jnp.float32)
@@ -130,8 +108,32 @@ def _backward_head(head, window):
     return lax.fori_loop(0, -(-length // block), rows, (jnp.zeros(q.shape, jnp.float32), zeros, zeros))
 
 
+def _gradients(
+    q: Float[Array, "B M H"],
+    k: Float[Array, "B S H"],
+    v: Float[Array, "B S H"],
+    keep: Bool[Array, "#B #M S"],
+    log_total: Float[Array, "B M"],
+    delta: Float[Array, "B M"],
+    grad: Float[Array, "B M H"],
+) -> tuple[Float[Array, "B M H"], Float[Array, "B S H"], Float[Array, "B S H"]]:
+    """Contribution of one block of queries and keys to the gradients of q, k and v, float32 (Dao 2023, algorithm 2).
+
+    `delta` is the sum over H of the output times its gradient `grad`.
+    """
+    scale, f32 = q.shape[-1] ** -0.5, {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bmh,bsh->bms", q, k, **f32) * scale
+    weights = jnp.where(keep, jnp.exp(jnp.minimum(scores - log_total[:, :, None], 0.0)), 0.0)
+    d_weights = jnp.einsum("bmh,bsh->bms", grad, v, **f32)
+    d_scores = (weights * (d_weights - delta[:, :, None]) * scale).astype(q.dtype)
+    d_q = jnp.einsum("bms,bsh->bmh", d_scores, k, **f32)
+    d_k = jnp.einsum("bms,bmh->bsh", d_scores, q, **f32)
+    d_v = jnp.einsum("bms,bmh->bsh", weights.astype(grad.dtype), grad, **f32)
+    return d_q, d_k, d_v
+
+
 class _KeyBlock:
-    """A contiguous block of keys: takes it out of an array `[B T H]`, or adds to it there."""
+    """A contiguous block of keys: read from an array `[B T H]`, or added to in it."""
 
     def __init__(self, begin: Array, size: int) -> None:
         self.begin, self.size = begin, size

@@ -1,4 +1,4 @@
-"""Programs compiled for GPUs that are not there; needs jax's CUDA plugin: `make test-aot`."""
+"""Programs compiled for absent GPUs; needs jax's CUDA plugin: `make test-aot`."""
 
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,9 +12,9 @@ from duo_eval.aot.programs import prefill_chunk, training_step
 from duo_train.gated import GatedModel
 
 from duo_jax import PRESETS
-from duo_jax.gpus import GPUS
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
+from pallas_kernels.gpus import GPUS
 
 try:
     PLUGIN = version("jax-cuda12-plugin")
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(not PLUGIN, reason="needs jax'
 
 @pytest.fixture(autouse=True)
 def shapes_for_arrays(monkeypatch):
-    """Shapes stand for arrays here, which the check of annotations would refuse."""
+    """Arguments are shapes instead of arrays, which the check of annotations would refuse."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -36,7 +36,7 @@ def test_a_training_step_s_memory_is_linear_in_the_tokens():
         memory_of(compile_for("a100-80g", *training_step(config, length, GatedModel()))) for length in (4096, 8192)
     )
     assert large.temporaries < 2.1 * small.temporaries
-    # The weights that are used: all but the head.
+    # All weights but the head are used.
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
     assert small.arguments == pytest.approx(2 * (2 * layer + 128256 * 4096), rel=0.01)
     assert large.total < GPUS["a100-80g"].memory_bytes
@@ -52,7 +52,7 @@ def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
     plan = Plan(config, any_pattern(config, 0.5), chunk_size=8192)
     found = memory_of(compile_for(gpu, *decode(plan, length, "triton")))
     assert found.arguments == pytest.approx(weights + pools, rel=1e-3)
-    # Its pools are written where they are: nothing of their size is made, and what is made is small.
+    # Pools are written in place: nothing of their size is allocated, and the temporaries are small.
     assert found.aliased >= pools and found.temporaries < 0.01 * pools
     chunk = memory_of(compile_for(gpu, *prefill_chunk(plan, length, "triton")))
     assert chunk.aliased >= pools and chunk.temporaries < 2e9

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import Heads, Pools, gpus, ops, xla
+from pallas_kernels import Heads, Pools, Unsupported, gpus, ops, xla
 from pallas_kernels.gpus import DecodeTiles, FlashTiles
 from pallas_kernels.quantized import BITS, empty, read, store
+from pallas_kernels.types import OPERATIONS, Request
 from pallas_kernels.window import Window
 from tests.conftest import ON_CPU
 
@@ -27,7 +28,7 @@ SMALL_TILES = {
 }
 # Of values around 1: sums are in float32, weights and output are rounded to the type of the queries.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
-OPERATIONS = {"prefill": pallas_kernels.prefill_attention, "decode": pallas_kernels.decode_attention}
+CALLS = {"prefill": pallas_kernels.prefill_attention, "decode": pallas_kernels.decode_attention}
 # Mosaic takes larger shapes than these: tests/test_mosaic.py.
 backends = pytest.mark.parametrize("backend", ON_CPU)
 
@@ -91,7 +92,7 @@ def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., ja
                 for name, size in SMALL_BLOCKS.items():
                     patch.setattr(xla, name, size)
                 patch.setattr(gpus, "_default", lambda kernel, *_: SMALL_TILES[kernel])
-            return OPERATIONS[operation](*args, **sizes, backend=backend)
+            return CALLS[operation](*args, **sizes, backend=backend)
 
     return jax.jit(traced, static_argnames="window")
 
@@ -112,7 +113,7 @@ class Problem:
         normal = functools.partial(rng.normal, size=(batch, total, num_kv_heads, case.head_dim))
         q = rng.normal(size=(batch, total, num_kv_heads * case.group, case.head_dim))
         self.q, self.k, self.v = (x.astype(jnp.dtype(case.dtype)) for x in (q, normal(), normal()))
-        # What the pools hold is rounded to their type, the chunk's own keys included.
+        # Pools round keys and values to their type, the chunk's own included.
         self.kept = {kind: [self.kept_as(x, kind) for x in (self.k, self.v)] for kind in (True, False)}
         # This layer's slots lie among those of other layers, in no order.
         self.is_retrieval, self.slot = np.array(case.is_retrieval), np.zeros(num_kv_heads, np.int32)
@@ -218,7 +219,7 @@ def test_any_start_and_length_in_one_program(backend, data):
 
 @backends
 def test_heads_are_data(backend):
-    """Any table with these slots runs in the same program: nothing depends on which head is of which type."""
+    """Any table with these slots runs in the same program, whatever the types of the heads."""
     run = jitted("decode", backend, "small")
     before = None
     for is_retrieval in ((True, False, False), (False, True, False), (False, False, True)):
@@ -229,7 +230,7 @@ def test_heads_are_data(backend):
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", CALLS)
 @pytest.mark.parametrize("name", ["full", "ring"])
 def test_blocks_beyond_the_filled_ones_are_never_read(operation, name, backend):
     """NaN times a weight of zero is NaN: a finite output shows that trip counts follow the lengths."""
@@ -302,7 +303,7 @@ def test_prefill_memory_is_linear_in_the_chunk(heads):
 
 
 @pytest.mark.usefixtures("fresh_programs")
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", CALLS)
 def test_memory_does_not_depend_on_the_capacity(operation):
     short, long = (Shapes(capacity=capacity).lower(operation) for capacity in (2048, 65536))
     assert temporary_bytes(short) == temporary_bytes(long)
@@ -339,7 +340,7 @@ def test_visible_is_the_mask_of_the_method():
 
 
 def arguments(operation: str, **changed: object) -> Callable[[], jax.Array]:
-    """A call that fits together, but for what is changed."""
+    """A valid call, except for the changed arguments."""
     pool, ring = jnp.zeros((1, 2, 16, 8)), jnp.zeros((1, 2, 5, 8))
     given = {
         "q": jnp.zeros((2, 3, 4, 8) if operation == "prefill" else (2, 4, 8)),
@@ -350,12 +351,12 @@ def arguments(operation: str, **changed: object) -> Callable[[], jax.Array]:
     }
     if operation == "prefill":
         given |= {"k": jnp.zeros((2, 3, 2, 8)), "v": jnp.zeros((2, 3, 2, 8)), "start": jnp.zeros(2, jnp.int32)}
-    return functools.partial(OPERATIONS[operation], **(given | changed))
+    return functools.partial(CALLS[operation], **(given | changed))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", CALLS)
 def test_arguments_that_do_not_fit_raise(operation):
-    arguments(operation)()  # What is changed below is what is wrong.
+    arguments(operation)()  # Valid, so that each change below is the only fault.
     with pytest.raises(ValueError, match=r"unknown attention backend 'cuda'; there are .*reference.*xla"):
         arguments(operation, backend="cuda")()
     three = Heads(jnp.ones(3, bool), jnp.zeros(3, jnp.int32))
@@ -378,14 +379,81 @@ def test_a_chunk_of_another_shape_raises(changed):
         prefill(**call.keywords)
 
 
+class Paged(NamedTuple):
+    """The pages of a problem's retrieval heads, in any order among unused ones."""
+
+    page: int
+    seed: int
+
+    def of(self, pools: Pools) -> Pools:
+        """Pools with the contents of `pools`, whose retrieval heads have their tokens in pages."""
+        slots, batch, capacity, _ = pools.full_k.shape
+        count = -(-capacity // self.page)
+        rng = np.random.default_rng(self.seed)
+        pages = rng.permutation(batch * count + 3)[: batch * count].reshape(batch, count).astype(np.int32)
+
+        def paged(x: jax.Array) -> jax.Array:
+            padded = np.pad(
+                np.asarray(x), ((0, 0), (0, 0), (0, count * self.page - capacity)) + ((0, 0),) * (x.ndim - 3)
+            )
+            out = np.full((slots, batch * count + 3, self.page, *x.shape[3:]), 3, x.dtype)
+            out[:, pages.ravel()] = padded.reshape(slots, batch * count, self.page, *x.shape[3:])
+            return jnp.asarray(out)
+
+        full = [jax.tree.map(paged, pool) for pool in pools.full]
+        return Pools(*full, *pools.ring, pages=jnp.asarray(pages))
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(page=st.sampled_from([1, 4, 8, 16, 64]), seed=st.integers(0, 99), data=st.data())
+def test_pages_in_any_order_equal_contiguous_pools(backend, page, seed, data):
+    """Pages smaller and larger than a block of keys; a last page partly used; any order, unused pages between."""
+    starts = data.draw(st.lists(st.integers(0, 48), min_size=3, max_size=3))
+    problem = Problem(Case(MIXED, starts=(48, 48, 48))._replace(starts=tuple(starts)), garbage=1.0)
+    filled, _ = problem.fill(problem.starts)
+    pools = Paged(page, seed).of(filled)
+    np.testing.assert_allclose(problem.prefill(backend, pools), problem.prefill(backend), rtol=0, atol=2e-6)
+    counts = problem.starts + problem.lengths
+    filled, _ = problem.fill(counts)
+    decoded = problem.decode(backend, counts, Paged(page, seed).of(filled))
+    np.testing.assert_allclose(decoded, problem.decode(backend, counts), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_quantized_pages_equal_contiguous_pools(backend):
+    problem = Problem(CASES["int4_cache_int8_rings"], garbage=1.0)
+    counts = problem.starts + problem.lengths
+    filled, _ = problem.fill(counts)
+    decoded = problem.decode(backend, counts, Paged(16, 0).of(filled))
+    np.testing.assert_allclose(decoded, problem.decode(backend, counts), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "jax_triton", "mosaic"])
+def test_kernels_refuse_pages(backend):
+    problem = Problem(CASES["gqa_2_one_row"])
+    filled, _ = problem.fill(problem.starts + 1)
+    with pytest.raises(Unsupported, match=f"the {backend} backend takes no paged caches: use backend='xla'"):
+        problem.decode(backend, problem.starts + 1, Paged(8, 0).of(filled))
+
+
+def test_a_page_table_of_other_rows_raises():
+    with pytest.raises(ValueError, match="the page table must have a row for each of 2 rows"):
+        pools = arguments("decode").keywords["pools"]
+        arguments("decode", pools=pools._replace(pages=jnp.zeros((3, 4), jnp.int32)))()
+
+
 def test_a_device_without_a_verified_backend_falls_back_and_says_so_once():
-    ops._default_backend.cache_clear()
+    requests = [Request(name, "abacus", frozenset(["float32"]), head_dim=64, group=1) for name in OPERATIONS]
+    ops._warn_of.cache_clear()
     with pytest.warns(UserWarning, match="no attention backend is verified on 'abacus'"):
-        assert ops._default_backend("abacus") == "xla"
-    assert ops._default_backend("abacus") == "xla"  # A second warning would be an error.
-    ops._default_backend.cache_clear()
+        assert ops.choose(requests[0]).name == "xla"
+    assert [ops.choose(request).name for request in requests] == ["xla"] * 3  # A second warning would be an error.
+    ops._warn_of.cache_clear()
 
 
 def test_the_default_backend_is_one_that_exists():
     problem = Problem(CASES["gqa_2_one_row"])
-    np.testing.assert_array_equal(problem.prefill(None), problem.prefill(ops._default_backend(gpus.device_kind())))
+    np.testing.assert_array_equal(
+        problem.prefill(None), problem.prefill(ops.preferences(gpus.device_kind(), "prefill")[0])
+    )

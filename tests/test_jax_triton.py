@@ -1,4 +1,4 @@
-"""The kernel in Triton's own language: in Triton's interpreter, and compiled for GPUs that are not there."""
+"""The kernel in Triton's own language: in Triton's interpreter, and compiled for absent GPUs."""
 
 import os
 import re
@@ -11,9 +11,9 @@ import pytest
 from duo_eval.aot.compile import assemble, compile_for
 from duo_eval.aot.kernels import program
 
-from duo_jax.gpus import GPUS
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
-from pallas_kernels.gpus import tiles_for
+from pallas_kernels.gpus import GPUS, tiles_for
+from pallas_kernels.schedule import Splits
 from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -26,8 +26,8 @@ def needs_triton(test):
     return pytest.mark.aot(skip(test))
 
 
-# Triton decides on import whether it interprets. What it takes for an array has PyTorch's methods; and it makes numbers
-# of arrays in a way that NumPy has given up.
+# Triton decides on import whether it interprets. Its arrays must have PyTorch's methods, and it converts arrays to
+# numbers in a way that NumPy no longer allows.
 INTERPRET = """
 import builtins
 
@@ -38,7 +38,7 @@ from triton.runtime import interpreter
 from pallas_kernels import Pools, decode_attention
 from pallas_kernels.jax_triton import decode
 from pallas_kernels.quantized import empty, store
-from pallas_kernels.gpus import DecodeTiles
+from pallas_kernels.gpus import DecodeTiles, trying
 from tests.test_mosaic import WINDOW, problem
 
 class OfInt(type):
@@ -93,8 +93,8 @@ for head_dim, dtype, is_retrieval, kept, kept_in_rings in cases:
     given = zip(pools.stored, like, strict=True)
     pools = Pools(*(store(pool, kind) if pool.shape[0] else pool for pool, kind in given))
     lengths = jnp.asarray([600, 33], jnp.int32)
-    tiles = DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)
-    found = decode.split_attention(q[:, 0], pools, heads, lengths=lengths, tiles=tiles, capability=90)
+    with trying("decode", DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)):
+        found = decode.decode(q[:, 0], pools, heads, lengths=lengths, capability=90).out
     wanted = decode_attention(q[:, 0], pools, heads, lengths=lengths, window=WINDOW, backend="reference")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if dtype == "float32" else 3e-3)
 """
@@ -132,11 +132,12 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, bits, gpu, capabili
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # jax_triton unsets it.
     tiles = tiles_for("decode", head_dim, 4 if dtype == "fp32" else 2, quantized=bits > 0)
-    settings = sizes(4, head_dim, 1, 8, (1 << 22, 320), (bits, 0), 128, tiles)
+    splits = Splits(128, (1 << 22, 320), tiles.block_k, tiles.min_split)
+    settings = sizes(4, head_dim, 1, 8, (bits, 0), splits)
     full = ["*u16", "*u32"] if bits else [f"*{dtype}"] * 2
     types = [f"*{dtype}", *full, *full, *[f"*{dtype}"] * 4, *["*i32"] * 3, *["*fp32"] * 2]
     signature = dict(zip(decode_kernel.arg_names, types, strict=False)) | dict.fromkeys(settings, "constexpr")
-    # jax_triton promises as much of every array.
+    # jax_triton guarantees this alignment for every array.
     attributes = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
     source = triton.compiler.ASTSource(decode_kernel, signature, constexprs=settings, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
@@ -150,20 +151,20 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, bits, gpu, capabili
 
 @needs_triton
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
-def test_a_layer_compiles_for_a_gpu_that_is_not_there(gpu):
+def test_a_layer_compiles_for_an_absent_gpu(gpu):
     function, shapes = program("decode", "jax_triton")
     assert "triton_kernel_call" in compile_for(gpu, function, *shapes).as_text()
 
 
-def test_says_what_it_cannot_do():
+def test_refusals_name_the_reason():
     count = jnp.ones(1, jnp.int32)
     rows = {"start": count, "lengths": count, "window": WINDOW, "backend": "jax_triton"}
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
-    with pytest.raises(NotImplementedError, match="has no prefill_attention: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="has no prefill attention: use backend='triton'"):
         prefill_attention(q, k, v, pools, heads, **rows)
-    with pytest.raises(NotImplementedError, match="has no gated_attention: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="has no training attention: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="jax_triton")
-    with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs alone"):
+    with pytest.raises(NotImplementedError, match="runs only on NVIDIA GPUs"):
         decode_attention(q[:, 0], pools, heads, lengths=count, window=WINDOW, backend="jax_triton")
     with pytest.raises(NotImplementedError, match=r"one of them for queries and cache.* got bfloat16, float32 with 64"):
         decode_attention(q[:, 0].astype(jnp.float32), pools, heads, lengths=count, window=WINDOW, backend="jax_triton")

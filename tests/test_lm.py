@@ -373,7 +373,7 @@ def test_inspect_refuses(duo, flags, word):
 def test_doctor_tries_every_backend(duo):
     found = json.loads(duo("doctor", "--json").out)
     rest = dict(found["backends"])
-    for name, why_not in (("mosaic", "bfloat16 or float16"), ("jax_triton", "runs on NVIDIA GPUs alone")):
+    for name, why_not in (("mosaic", "bfloat16 or float16"), ("jax_triton", "runs only on NVIDIA GPUs")):
         decode = rest.pop(name)["decode"]
         assert decode["is_right"] is None and why_not in decode["why_not"]
     assert rest.keys() == {"reference", "xla", "triton"}

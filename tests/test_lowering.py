@@ -1,4 +1,4 @@
-"""Every GPU kernel is lowered for CUDA on a machine without one: what Pallas refuses there, it refuses here."""
+"""Lower every GPU kernel for CUDA on a machine without a GPU: Pallas refuses the same programs here as there."""
 
 import re
 
@@ -20,7 +20,7 @@ KERNELS = {
 
 
 def launches(function, shapes):
-    """Names of the kernels that a program for CUDA launches, in no order."""
+    """Sorted names of the kernels that a program for CUDA launches."""
     with use_abstract_mesh(H200):
         text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     return sorted(re.findall(r'name = "(\w+?_kernel)"', text))
@@ -55,7 +55,7 @@ def test_the_mosaic_kernels_lower_for_cuda(operation, head_dim):
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float8_e4m3fn", 64), ("float32", 320)])
-def test_triton_says_what_it_cannot_do(dtype, head_dim):
+def test_triton_names_the_reason_of_a_refusal(dtype, head_dim):
     def zeros(*shape):
         return jnp.zeros(shape, jnp.dtype(dtype))
 

@@ -1,4 +1,4 @@
-"""The Mosaic kernel in its interpreter, which knows barriers, copies and races, against the reference."""
+"""The Mosaic kernels in their interpreter, which models barriers and copies, against the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ WINDOW = Window(16, 64)
 
 
 def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity=248, dtype=jnp.bfloat16):
-    """Two query heads a KV head, pools with one slot more than are used."""
+    """Two query heads per KV head, pools with one unused slot."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -55,9 +55,9 @@ def test_prefill_equals_the_reference(case):
 
 
 @pytest.mark.full_matrix
-@pytest.mark.parametrize("is_retrieval", [(True, False), (False,)], ids=["both", "streaming_alone"])
+@pytest.mark.parametrize("is_retrieval", [(True, False), (False,)], ids=["both", "only_streaming"])
 def test_decode_equals_the_reference(is_retrieval):
-    """Two programs, of which the second row leaves one idle; buffers used again; a last tile partly filled."""
+    """Two programs, one of them idle for the second row; stages used again; a last tile partly filled."""
     q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=304, is_retrieval=is_retrieval)
     lengths = jnp.asarray([299, 33], jnp.int32)
 
@@ -70,7 +70,7 @@ def test_decode_equals_the_reference(is_retrieval):
     np.testing.assert_allclose(found, attend("reference"), rtol=0, atol=1e-2)
 
 
-def test_says_what_it_cannot_do():
+def test_refusals_name_the_reason():
     count = jnp.ones(1, jnp.int32)
     rows = {"start": count, "lengths": count, "window": WINDOW, "backend": "mosaic"}
     with pytest.raises(NotImplementedError, match=r"takes bfloat16 or float16.* got float32 with 64: use"):
@@ -81,9 +81,9 @@ def test_says_what_it_cannot_do():
     with pytest.raises(NotImplementedError, match="up to 64 query heads a KV head, got 65"):
         many = jnp.tile(q[:, 0], (1, 33, 1))[:, :130]
         decode_attention(many, pools, heads, lengths=count, window=WINDOW, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="the mosaic backend has no gated_attention: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="the mosaic backend has no training attention: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="multiples of 8, and at least 16, got 8, 8, 80, 80"):
+    with pytest.raises(NotImplementedError, match="multiples of 8, and at least 16, got 8, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)
     with pytest.raises(NotImplementedError, match=r"multiples of 8.* got 300"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=300), **rows)

@@ -1,4 +1,4 @@
-"""The tuner writes what the kernels then use; tile sizes that cannot be are left out."""
+"""The tuner writes the tiles that kernels then use; impossible tile sizes are left out."""
 
 import json
 
@@ -13,25 +13,25 @@ from pallas_kernels.gpus import DecodeTiles, PipelineTiles, tiles_for, trying
 def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
     table = tmp_path / "tiles.json"
     table.write_text(json.dumps({"NVIDIA Abacus": {"flash": {"64x2": {}}}}))
-    wrong, right = DecodeTiles(24, 256, 64, 4, 2), DecodeTiles(32, 256, 64, 4, 2)  # Pallas wants powers of two
+    wrong, right = DecodeTiles(24, 264, 64, 4, 2), DecodeTiles(32, 256, 64, 4, 2)  # Pallas needs powers of two
     monkeypatch.setattr(tune, "candidates", lambda kernel: [wrong, right])
     Tune(kernels=("decode",), head_dims=(16,), tokens=1, context=300, out=table).run()
     found = json.loads(table.read_text())
     assert found["NVIDIA Abacus"] == {"flash": {"64x2": {}}}
     assert found["cpu"]["decode"].keys() == {"16x2"}
-    monkeypatch.setattr(gpus, "_table", lambda: found)
+    monkeypatch.setattr(gpus, "_tuned", lambda: found)
     assert tiles_for("decode", 16, 2) in (wrong, right)
     assert tiles_for("decode", 16, 4) == gpus._default("decode", 16, 4, False)
 
 
-def test_tiles_on_trial_are_used_within_alone():
-    mine, before = DecodeTiles(8, 16, 4, 1, 1), tiles_for("decode", 128, 2)
-    with trying("decode", mine):
-        assert tiles_for("decode", 128, 2) is mine
+def test_tiles_on_trial_are_used_only_within():
+    on_trial, before = DecodeTiles(8, 16, 4, 1, 1), tiles_for("decode", 128, 2)
+    with trying("decode", on_trial):
+        assert tiles_for("decode", 128, 2) is on_trial
     assert tiles_for("decode", 128, 2) == before
 
 
-def test_what_a_kernel_refuses_is_left_out(tmp_path, monkeypatch, capsys):
+def test_tiles_that_a_kernel_refuses_are_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "candidates", lambda kernel: [PipelineTiles(16, 2)])
     with pytest.raises(ValueError, match="no tiles of mosaic_flash run here"):
         Tune(kernels=("mosaic_flash",), head_dims=(256,), tokens=16, context=300, out=tmp_path / "tiles.json").run()

@@ -12,7 +12,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
-from duo_jax.gpus import MEMORY_FRACTION
+from pallas_kernels.gpus import MEMORY_FRACTION
 
 # Errors that users can cause and fix: reported in one line, without a traceback.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)

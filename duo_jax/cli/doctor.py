@@ -3,12 +3,15 @@
 import json
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import (
     BACKENDS,
@@ -21,7 +24,7 @@ from pallas_kernels import (
     prefill_attention,
 )
 from pallas_kernels.gpus import device_kind
-from pallas_kernels.ops import VERIFIED
+from pallas_kernels.ops import preferences
 
 PACKAGES = (
     "duo-jax",
@@ -36,8 +39,8 @@ PACKAGES = (
     "jax-triton",
 )
 
-# Type of what is tried, and the error relative to the dense reference that counts as right. The fastest kernels for
-# GPUs take no float32.
+# Data type of the trials, and the largest error, relative to the dense reference, that counts as right. The fastest
+# kernels for GPUs take no float32.
 TRIED = {"cpu": ("float32", 1e-4), "gpu": ("bfloat16", 1e-2)}
 
 
@@ -49,7 +52,7 @@ class Doctor:
     """Print one JSON object instead of text."""
 
     def run(self) -> None:
-        """Look, try, print."""
+        """Examine this machine and print the findings."""
         record = examine()
         print(json.dumps(record) if self.json else _text(record))
         tried = [found for backend in record["backends"].values() for found in backend.values()]
@@ -58,7 +61,7 @@ class Doctor:
 
 
 def examine() -> dict:
-    """Everything that is printed, as plain values."""
+    """All findings, as plain values."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -67,25 +70,33 @@ def examine() -> dict:
             for device in jax.devices()
         ],
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "default_backend": VERIFIED.get(device_kind(), "xla"),
-        "backends": {name: {operation: _try(operation, name) for operation in OPERATIONS} for name in BACKENDS},
+        "default_backend": preferences(device_kind(), "decode")[0],
+        "backends": _examine_backends(),
     }
 
 
-def _try(operation: str, backend: str) -> dict:
-    """Compare a backend with the reference on a small random case."""
+def _examine_backends() -> dict[str, dict[str, dict]]:
+    """Each operation of each backend, compared with the reference on a small random case."""
     name, tolerance = TRIED["cpu" if jax.default_backend() == "cpu" else "gpu"]
-    dtype = jnp.dtype(name)
+    found: dict[str, dict[str, dict]] = {backend: {} for backend in BACKENDS}
+    for operation, make in OPERATIONS.items():
+        run, *arrays = make(jnp.dtype(name))
+        # Without this, GPUs multiply float32 with fewer bits.
+        with jax.default_matmul_precision("highest"):
+            right = np.asarray(jax.jit(partial(run, backend="reference"))(*arrays), np.float32)
+        for backend in BACKENDS:
+            found[backend][operation] = _try(partial(run, backend=backend), arrays, right, tolerance)
+    return found
+
+
+def _try(run: Callable[..., jax.Array], arrays: list[Any], right: np.ndarray, tolerance: float) -> dict:
     try:
-        found = OPERATIONS[operation](dtype, backend).astype(jnp.float32)
+        out = np.asarray(jax.jit(run)(*arrays), np.float32)
     except Unsupported as error:
         return {"is_right": None, "why_not": str(error)}
-    except Exception as error:  # Whatever a compiler or a driver may say: the other backends are still tried.
+    except Exception as error:  # Compilers and drivers raise anything: the other backends are still tried.
         return {"is_right": False, "failed": (str(error).splitlines() or [type(error).__name__])[0]}
-    # GPUs otherwise multiply float32 with fewer bits.
-    with jax.default_matmul_precision("highest"):
-        right = OPERATIONS[operation](dtype, "reference").astype(jnp.float32)
-    worst = float(jnp.linalg.norm(right - found) / jnp.linalg.norm(right))
+    worst = float(np.linalg.norm(right - out) / np.linalg.norm(right))
     return {"is_right": worst < tolerance, "error": worst}
 
 
@@ -93,30 +104,34 @@ WINDOW = Window(16, 32)
 
 
 def _draw(seed: int, dtype: jnp.dtype, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def _cache(dtype: jnp.dtype) -> tuple[Pools, Heads]:
-    shapes = ((1, 1, 640, 64),) * 2 + ((1, 1, 48, 64),) * 2
+    shapes = ((1, 1, 640, 64),) * 2 + ((1, 1, WINDOW.size, 64),) * 2
     pools = Pools(*(_draw(seed, dtype, *shape) for seed, shape in enumerate(shapes)))
     return pools, Heads(jnp.array([True, False]), jnp.zeros(2, jnp.int32))
 
 
-def _prefill(dtype: jnp.dtype, backend: str) -> jax.Array:
-    q, k, v = (_draw(4 + i, dtype, 1, 150, count, 64) for i, count in enumerate((4, 2, 2)))
+def _qkv(dtype: jnp.dtype, tokens: int) -> list[jax.Array]:
+    return [_draw(4 + i, dtype, 1, tokens, heads, 64) for i, heads in enumerate((4, 2, 2))]
+
+
+# For each operation, a function of (arrays, backend) and its arrays.
+
+
+def _prefill(dtype: jnp.dtype) -> list[Any]:
     rows: dict[str, Any] = {"start": jnp.array([200], jnp.int32), "lengths": jnp.array([150], jnp.int32)}
-    pools, heads = _cache(dtype)
-    return prefill_attention(q, k, v, pools, heads, **rows, window=WINDOW, backend=backend)
+    return [partial(prefill_attention, **rows, window=WINDOW), *_qkv(dtype, 150), *_cache(dtype)]
 
 
-def _decode(dtype: jnp.dtype, backend: str) -> jax.Array:
-    lengths = jnp.array([600], jnp.int32)
-    return decode_attention(_draw(4, dtype, 1, 4, 64), *_cache(dtype), lengths=lengths, window=WINDOW, backend=backend)
+def _decode(dtype: jnp.dtype) -> list[Any]:
+    run = partial(decode_attention, lengths=jnp.array([600], jnp.int32), window=WINDOW)
+    return [run, _draw(4, dtype, 1, 4, 64), *_cache(dtype)]
 
 
-def _training(dtype: jnp.dtype, backend: str) -> jax.Array:
-    q, k, v = (_draw(4 + i, dtype, 1, 128, heads, 64) for i, heads in enumerate((4, 2, 2)))
-    return gated_attention(q, k, v, jnp.array([0.25, 0.75], jnp.float32), window=WINDOW, backend=backend)
+def _training(dtype: jnp.dtype) -> list[Any]:
+    return [partial(gated_attention, window=WINDOW), *_qkv(dtype, 128), jnp.array([0.25, 0.75], jnp.float32)]
 
 
 OPERATIONS = {"prefill": _prefill, "decode": _decode, "training": _training}

@@ -1,6 +1,6 @@
 """Decode as a kernel in Triton's own language, through jax_triton: for when Pallas's Triton lowering is gone.
 
-Decode alone, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or `[cuda13]`.
+Only decode, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or `[cuda13]`.
 """
 
 import importlib
@@ -8,48 +8,52 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpus import compute_capability, tiles_for
-from pallas_kernels.quantized import any_quantized, read_dtype
-from pallas_kernels.types import Heads, Pools, Unsupported
+from pallas_kernels.gpus import compute_capability
+from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards
 from pallas_kernels.window import Window
 
-__all__ = ["decode_attention"]
+__all__ = ["BACKEND"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
+KERNEL = "pallas_kernels.jax_triton.decode"
 
 
-def decode_attention(
+def refuses(request: Request) -> str | None:
+    """The reason why the kernel cannot run a request, or None."""
+    if request.is_paged or request.is_sharded:
+        return f"takes no {'paged caches' if request.is_paged else 'caches whose tokens devices share'}"
+    if len(request.dtypes) > 1 or request.dtypes - set(DTYPES) or request.head_dim > MAX_HEAD_DIM:
+        types = ", ".join(sorted(request.dtypes))
+        return (
+            f"takes {', '.join(DTYPES)}, one of them for queries and cache, and head dims up to {MAX_HEAD_DIM}, got "
+            f"{types} with {request.head_dim}"
+        )
+    if request.bits and (request.head_dim < 16 or request.head_dim.bit_count() > 1):
+        return f"takes quantized caches of head dims that are powers of two, at least 16, got {request.head_dim}"
+    if compute_capability() is None:
+        return "runs only on NVIDIA GPUs"
+    try:
+        importlib.import_module(KERNEL)
+    except ImportError as error:
+        return f"needs jax-triton and triton ({error})"
+    return None
+
+
+def decode(
     q: Float[Array, "B N H"],
     pools: Pools,
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
     window: Window,
-) -> Float[Array, "B N H"]:
+    shards: TokenShards | None = None,
+) -> Partial:
     """See `pallas_kernels.decode_attention`."""
-    types = {q.dtype.name, *(read_dtype(pool, q.dtype).name for pool in pools.stored)}
-    head_dim, quantized = q.shape[-1], any_quantized(pools.stored)
-    if len(types) > 1 or types - set(DTYPES) or head_dim > MAX_HEAD_DIM:
-        raise Unsupported(
-            f"the jax_triton backend takes {', '.join(DTYPES)}, one of them for queries and cache, and head dims up to "
-            f"{MAX_HEAD_DIM}, got {', '.join(sorted(types))} with {head_dim}: use backend='triton'"
-        )
-    if quantized and (head_dim < 16 or head_dim.bit_count() > 1):
-        raise Unsupported(
-            "the jax_triton backend takes quantized caches of head dims that are powers of two, at least 16, got "
-            f"{head_dim}: use backend='xla'"
-        )
-    capability = compute_capability()
-    if capability is None:
-        raise Unsupported("the jax_triton backend runs on NVIDIA GPUs alone: use backend='triton'")
-    try:
-        decode: Any = importlib.import_module("pallas_kernels.jax_triton.decode")
-    except ImportError as error:
-        raise Unsupported(f"the jax_triton backend needs jax-triton and triton: {error}") from None
-    del window  # A ring of them holds what is visible.
-    settings: dict[str, Any] = {
-        "tiles": tiles_for("decode", head_dim, q.dtype.itemsize, quantized=quantized),
-        "capability": 10 * capability[0] + capability[1],
-    }
-    return decode.split_attention(q, pools, heads, lengths=lengths, **settings)
+    del window, shards  # A ring stores nothing but visible tokens; shards are refused.
+    kernel: Any = importlib.import_module(KERNEL)
+    major, minor = compute_capability() or (0, 0)
+    return kernel.decode(q, pools, heads, lengths=lengths, capability=10 * major + minor)
+
+
+BACKEND = Backend("jax_triton", refuses, decode=decode)

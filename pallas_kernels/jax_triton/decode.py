@@ -1,4 +1,4 @@
-"""Attention of one new token a row: the kernel of `pallas_kernels.triton.decode`, in Triton's own language."""
+"""Attention of one new token per row: the kernel of `pallas_kernels.triton.decode`, in Triton's own language."""
 
 from typing import no_type_check
 
@@ -9,55 +9,47 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import splits
-from pallas_kernels.blocks import LOG2_E, MASKED
-from pallas_kernels.gpus import DecodeTiles
-from pallas_kernels.quantized import Quantized, Stored
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.gpus import DecodeTiles, tiles_for
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, merge_splits
+from pallas_kernels.quantized import Quantized, Stored, any_quantized
+from pallas_kernels.schedule import Splits
+from pallas_kernels.types import Heads, Partial, Pools
 
-# A matrix product has at least so many rows and columns.
+# Least rows and columns of a matrix product.
 MIN_ROWS = 16
 
 
-def split_attention(
-    q: Float[Array, "B N H"],
-    pools: Pools,
-    heads: Heads,
-    *,
-    lengths: Int32[Array, "B"],
-    tiles: DecodeTiles,
-    capability: int,
-) -> Float[Array, "B N H"]:
-    """Attention of one token a row over pools that hold it already."""
+def decode(
+    q: Float[Array, "B N H"], pools: Pools, heads: Heads, *, lengths: Int32[Array, "B"], capability: int
+) -> Partial:
+    """See `pallas_kernels.decode_attention`."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    capacities = splits.capacities_of(pools)
-    count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
-    # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries stand for them,
+    quantized = any_quantized(pools.stored)
+    tiles: DecodeTiles = tiles_for("decode", head_dim, q.dtype.itemsize, quantized=quantized)
+    splits = Splits.of(pools, batch * num_kv_heads, tiles)
+    # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries take their place,
     # since an argument cannot be empty.
     present = (x for pool in pools.stored for x in _leaves(pool, q))
-    parts = batch, num_kv_heads, count, group
-    values, log_total = jax_triton.triton_call(
+    parts = batch, num_kv_heads, splits.count, group
+    values, log_sums = jax_triton.triton_call(
         q,
         *present,
         heads.is_retrieval.astype(jnp.int32),
         heads.slot,
         lengths,
         kernel=decode_kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
-        ],
-        grid=(count, num_kv_heads, batch),
+        out_shape=[jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)],
+        grid=(splits.count, num_kv_heads, batch),
         name="decode_kernel",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
-        window=window(group, head_dim, batch, num_kv_heads, capacities, _bits(pools), count, tiles),
+        **sizes(group, head_dim, batch, num_kv_heads, _bits(pools), splits),
     )
-    merged, _ = splits.merge(values, log_total, capacities, heads, lengths, tiles)
-    return merged.reshape(q.shape).astype(q.dtype)
+    merged = merge_splits(Partial(values, log_sums), splits.used(heads, lengths)[..., None], axis=2)
+    return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 
 
 def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:
@@ -67,22 +59,15 @@ def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:
 
 
 def _bits(pools: Pools) -> tuple[int, int]:
-    """Bits of a retrieval and of a streaming head's numbers; 0: they are not quantized."""
-    retrieval, streaming = (pool.bits if isinstance(pool, Quantized) else 0 for pool in (pools.full_k, pools.ring_k))
-    return retrieval, streaming
+    """Bits of a number in the full pools and in the rings; 0 if they are not quantized."""
+    full, ring = (pool.bits if isinstance(pool, Quantized) else 0 for pool in (pools.full_k, pools.ring_k))
+    return full, ring
 
 
 def sizes(
-    group: int,
-    head_dim: int,
-    batch: int,
-    num_kv_heads: int,
-    capacities: tuple[int, int],
-    bits: tuple[int, int],
-    count: int,
-    tiles: DecodeTiles,
+    group: int, head_dim: int, batch: int, num_kv_heads: int, bits: tuple[int, int], splits: Splits
 ) -> dict[str, int | float]:
-    """What the kernel is compiled with."""
+    """The constants that the kernel is compiled with."""
     return {
         "batch": batch,
         "num_kv_heads": num_kv_heads,
@@ -90,15 +75,16 @@ def sizes(
         "head_dim": head_dim,
         "rows": max(MIN_ROWS, triton.next_power_of_2(group)),
         "width": max(MIN_ROWS, triton.next_power_of_2(head_dim)),
-        "full_capacity": capacities[0],
-        "ring_capacity": capacities[1],
+        "full_capacity": splits.capacities[0],
+        "ring_capacity": splits.capacities[1],
         "full_bits": bits[0],
         "ring_bits": bits[1],
-        "count": count,
-        "block_k": tiles.block_k,
-        "min_split": tiles.min_split,
+        "count": splits.count,
+        "block_k": splits.block_k,
+        "min_split": splits.min_split,
         "scale": head_dim**-0.5 * LOG2_E,
         "masked": MASKED,
+        "ln_2": LN_2,
     }
 
 
@@ -208,6 +194,7 @@ def decode_kernel(
     min_split: tl.constexpr,
     scale: tl.constexpr,
     masked: tl.constexpr,
+    ln_2: tl.constexpr,
 ):
     """One part of the keys of one KV head, for its query heads."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -223,8 +210,8 @@ def decode_kernel(
         in_group = tl.arange(0, rows)
         column = tl.arange(0, width)
         query = (row * num_kv_heads + kv_head) * group + in_group
-        here = (in_group < group)[:, None] & (column < head_dim)[None, :]
-        q = tl.load(q_ptr + query[:, None] * head_dim + column[None, :], mask=here, other=0.0)
+        is_real = (in_group < group)[:, None] & (column < head_dim)[None, :]
+        q = tl.load(q_ptr + query[:, None] * head_dim + column[None, :], mask=is_real, other=0.0)
         first = (slot * batch + row) * capacity
         if is_retrieval:
             values, maximum, total = over_keys(
@@ -238,5 +225,5 @@ def decode_kernel(
             )  # fmt: skip
         part = ((row * num_kv_heads + kv_head) * count + split) * group + in_group
         values = values / total[:, None]
-        tl.store(out_ptr + part[:, None] * head_dim + column[None, :], values, mask=here)
-        tl.store(log_ptr + part, maximum + tl.log2(total), mask=in_group < group)
+        tl.store(out_ptr + part[:, None] * head_dim + column[None, :], values, mask=is_real)
+        tl.store(log_ptr + part, (maximum + tl.log2(total)) * ln_2, mask=in_group < group)

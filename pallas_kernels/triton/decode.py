@@ -1,7 +1,7 @@
-"""Attention of one new token a row: the keys of a head are split over many programs, whose results are merged.
+"""Attention of one new token per row: the keys of a head are split over many programs, whose results are merged.
 
-Retrieval and streaming heads share the launch. How many programs a row's keys keep busy follows from its length, which
-is read on the device: programs beyond it exit at once.
+Retrieval and streaming heads share the launch. The number of programs that a row's keys keep busy follows from its
+length, which is read on the device: programs beyond it exit at once.
 """
 
 from functools import partial
@@ -13,60 +13,56 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import splits
-from pallas_kernels.blocks import LOG2_E, cdiv, div
-from pallas_kernels.gpus import DecodeTiles
+from pallas_kernels.gpus import DecodeTiles, tiles_for
+from pallas_kernels.merge import Softmax, empty, merge_splits
+from pallas_kernels.quantized import any_quantized, compute_dtype
+from pallas_kernels.schedule import Splits, cdiv, div
 from pallas_kernels.triton import tile
-from pallas_kernels.triton.tile import Softmax
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
+from pallas_kernels.window import Window
 
 
 class Arrays(NamedTuple):
-    """What the kernel reads."""
+    """The kernel's inputs."""
 
     q: Float[Array, "B N H"]
     pools: tile.Present
     is_retrieval: Int32[Array, "K"]
     slot: Int32[Array, "K"]
     lengths: Int32[Array, "B"]
-    held: Int32[Array, "B"] | None  # where devices share the tokens: how many of a retrieval slot's lie here
+    held: Int32[Array, "B"] | None  # of several shards: tokens of a retrieval slot that are stored here
 
 
-def split_attention(
+def decode(
     q: Float[Array, "B N H"],
     pools: Pools,
     heads: Heads,
     *,
     lengths: Int32[Array, "B"],
-    tiles: DecodeTiles,
+    window: Window,
     shards: TokenShards | None = None,
 ) -> Partial:
-    """Attention of one token a row over pools that hold it already; with shards, this device's part of it."""
+    """See `pallas_kernels.decode_attention`; of several shards, each attends to the tokens that it stores."""
+    del window  # A ring stores nothing but visible tokens.
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
-    group = num_heads // num_kv_heads
-    capacities = splits.capacities_of(pools)
-    count = splits.num_splits(capacities, batch * num_kv_heads, tiles)
+    itemsize = compute_dtype(q, pools.full_k).itemsize
+    tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=any_quantized(pools.stored))
+    splits = Splits.of(pools, batch * num_kv_heads, tiles)
     held = None if shards is None else shards.held(lengths)
     arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths, held)
-    parts = batch, num_kv_heads, count, group
-    out = [
-        jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct(parts, jnp.float32),
-    ]
-    kernel = partial(decode_kernel, capacities=capacities, count=count, tiles=tiles)
-    values, log_total = tile.call(
-        kernel, out, arrays, grid=(count, num_kv_heads, batch), warps=tiles.num_warps, stages=tiles.num_stages
-    )
-    merged, log_total = splits.merge(values, log_total, capacities, heads, lengths, tiles, held)
-    return Partial(merged.reshape(q.shape), log_total.reshape(q.shape[:2]) / LOG2_E)
+    parts = batch, num_kv_heads, splits.count, num_heads // num_kv_heads
+    out = Partial(jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32))
+    grid = (splits.count, num_kv_heads, batch)
+    launch = {"grid": grid, "warps": tiles.num_warps, "stages": tiles.num_stages}
+    found = Partial(*tile.call(partial(decode_kernel, splits=splits), list(out), arrays, **launch))
+    merged = merge_splits(found, splits.used(heads, lengths, held)[..., None], axis=2)
+    return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 
 
-def decode_kernel(
-    arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, capacities: tuple[int, int], count: int, tiles: DecodeTiles
-) -> None:
+def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: Splits) -> None:
     """One part of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
-    block_k = tiles.block_k
+    block_k = splits.block_k
     _, num_heads, head_dim = arrays.q.shape
     group, width = num_heads // arrays.slot.shape[0], tile.width(head_dim)
     rows = max(tile.MIN_ROWS, pl.next_power_of_2(group))
@@ -75,10 +71,10 @@ def decode_kernel(
     is_retrieval = arrays.is_retrieval[kv_head] == 1
     if arrays.held is not None:
         length = jnp.where(is_retrieval, arrays.held[row], length)
-    size = splits.filled(capacities, is_retrieval, length)
-    per_split = splits.split_size(size, count, tiles)
+    filled = splits.filled(is_retrieval, length)
+    per_split = splits.size(filled)
     begin = split * per_split
-    end = jnp.minimum(begin + per_split, size)
+    end = jnp.minimum(begin + per_split, filled)
 
     @pl.when(begin < end)
     def compute() -> None:
@@ -105,12 +101,12 @@ def decode_kernel(
             state = lax.fori_loop(zero, whole, inside, state)
             return lax.fori_loop(whole, jnp.where(runs, cdiv(end - begin, block_k), zero), last, state)
 
-        state = tile.empty(rows, width)
+        state = empty((rows,), width)
         if arrays.pools.full_k is not None:
             state = over(arrays.pools.full_k, arrays.pools.full_v, is_retrieval, state)
         if arrays.pools.ring_k is not None:
-            # A ring fills from its first index and then stays full: every index below its size holds a visible token.
+            # A ring fills from its first index and then stays full: every index below its size has a visible token.
             state = over(arrays.pools.ring_k, arrays.pools.ring_v, ~is_retrieval, state)
-        values, log_total = tile.finish(state)
+        values, log_sum = tile.finish(state)
         tile.store(out_ref.at[row, kv_head, split, pl.ds(0, rows), columns], values, in_group, head_dim)
-        tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_total, in_group)
+        tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_sum, in_group)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: a running softmax over one tile, products, loads that end with the array, the call."""
+"""Shared by the Triton kernels: a step of the softmax, products, loads that end with the array, and the launch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,23 +9,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.blocks import LOG2_E, MASKED, compute_dtype
-from pallas_kernels.quantized import WORD_BITS, Quantized, Stored, on_grid
-from pallas_kernels.types import Pools, Unsupported
+from pallas_kernels import merge
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, add
+from pallas_kernels.quantized import WORD_BITS, Quantized, Stored, compute_dtype, on_grid
+from pallas_kernels.types import Pools
 
-# A matrix product has at least so many rows.
+# Least rows of a matrix product.
 MIN_ROWS = 16
-
-DTYPES = ("float32", "bfloat16", "float16")
-# Two tiles of so many columns still fit into shared memory.
-MAX_HEAD_DIM = 256
 
 # A reference to memory that a kernel reads or writes; Pallas has no public name for its type.
 Ref = Any
 
 
 class Present(NamedTuple):
-    """The pools that have a slot; a kernel is compiled without the others."""
+    """The pools that have a slot; kernels are compiled without the others."""
 
     full_k: Stored | None
     full_v: Stored | None
@@ -34,67 +31,26 @@ class Present(NamedTuple):
 
 
 def present(pools: Pools | None) -> Present:
-    """The pools that have a slot; no pools, none of them."""
-    return (
-        Present(*(pool if pool.shape[0] else None for pool in pools.stored))
-        if pools
-        else Present(None, None, None, None)
-    )
+    """The pools that have a slot; without pools, none."""
+    return Present(*(pool if pool.shape[0] else None for pool in pools.stored)) if pools else Present(*4 * [None])
 
 
-class Softmax(NamedTuple):
-    """Running softmax of one tile of queries, to the base of two (Dao 2023, algorithm 1)."""
-
-    values: jax.Array  # [M, H] float32
-    maximum: jax.Array  # [M]
-    total: jax.Array  # [M]
-
-
-def check(*arrays: Stored) -> None:
-    """Refuse what the kernels cannot do.
-
-    Raises:
-        Unsupported: a type or head dim (the last axis) that they were not made for.
-    """
-    for array in arrays:
-        if isinstance(array, Quantized) and width(array.head_dim) != array.head_dim:
-            raise Unsupported(
-                "the triton backend takes quantized caches of head dims that are powers of two, at least "
-                f"{MIN_ROWS}, got {array.head_dim}: use backend='xla'"
-            )
-    for array in arrays:
-        known = isinstance(array, Quantized) or array.dtype.name in DTYPES
-        if not known or array.shape[-1] > MAX_HEAD_DIM:
-            raise Unsupported(
-                f"the triton backend takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got "
-                f"{array.dtype.name} with {array.shape[-1]}: use backend='xla'"
-            )
-
-
-def empty(rows: int, width: int) -> Softmax:
-    """A softmax over no key yet."""
-    zero = jnp.zeros((rows,), jnp.float32)
-    return Softmax(jnp.zeros((rows, width), jnp.float32), zero + MASKED, zero)
-
-
-def accumulate(state: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, scale: float):
-    """Add a tile of keys; `keep [M, S]` says which of them a query sees, None that it sees all."""
+def accumulate(
+    state: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, scale: float
+) -> Softmax:
+    """Add a tile of keys, to base two; `keep [M, S]` are the keys that each query sees, None if it sees all."""
     compute = compute_dtype(q, k)
     q, k, v = q.astype(compute), k.astype(compute), v.astype(compute)
     scores = dot_t(q, k) * jnp.float32(scale * LOG2_E)
     if keep is not None:
         scores = jnp.where(keep, scores, MASKED)
-    maximum = jnp.maximum(state.maximum, scores.max(axis=1))
-    weights = jnp.exp2(scores - maximum[:, None])
-    decay = jnp.exp2(state.maximum - maximum)
-    values = state.values * decay[:, None] + dot(weights.astype(v.dtype), v)
-    return Softmax(values, maximum, state.total * decay + weights.sum(axis=1))
+    return add(state, scores, lambda values, weights: values + dot(weights.astype(v.dtype), v), jnp.exp2)
 
 
 def finish(state: Softmax) -> tuple[jax.Array, jax.Array]:
-    """The weighted mean of the values, zero where no key was added; and the logarithm (base 2) of the weights' sum."""
-    total = jnp.maximum(state.total, 1e-30)
-    return state.values / total[:, None], state.maximum + jnp.log2(total)
+    """The weighted mean of the values, zero without a key, and the natural logarithm of the sum of the weights."""
+    values, log_total = merge.finish(state, jnp.log2)
+    return values, log_total * jnp.float32(LN_2)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -114,20 +70,20 @@ def t_dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        # Not what the user's configuration asks for: that is for XLA.
+        # The precision of the user's configuration is for XLA, not for kernels.
         precision, axes = lax.Precision.DEFAULT, (((a_axis,), (b_axis,)), ((), ()))
         return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
     if a.dtype != jnp.float32:
         return product(a, b)
-    # A GPU's matrix units round float32 to TF32, which has the mantissa of float16: they get what that keeps, and the
-    # rest, in turn. (Exact products, without those units, take minutes to compile and more registers than there are.)
+    # A GPU's matrix units round float32 to TF32, which has the mantissa of float16: multiply the part that TF32 keeps,
+    # and the rest, in turn. (Exact products, without those units, compile for minutes and need too many registers.)
     (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
     return product(a, b) + (product(a, b_rest) + product(a_rest, b))
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The part of float32 numbers that TF32 can hold, and what is left of them."""
+    """The part of float32 numbers that TF32 can represent, and the rest."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFE000)
     most = lax.bitcast_convert_type(bits, jnp.float32)
     return most, x - most
@@ -152,17 +108,17 @@ def load_keys(
     pool: Ref, slot: jax.Array, row: jax.Array, begin: jax.Array, rows: int, exists: jax.Array | None, dtype: Any
 ) -> jax.Array:
     """A tile `[rows, width(H)]` of keys or values of a slot; quantized ones become numbers of `dtype` in registers."""
-    here, columns = pl.ds(begin, rows), width(pool.shape[-1])
+    keys, columns = pl.ds(begin, rows), width(pool.shape[-1])
     if not isinstance(pool, Quantized):
-        at = slot, row, here, pl.ds(0, columns)
+        at = slot, row, keys, pl.ds(0, columns)
         return load(pool.at[*at], exists, pool.shape[-1])
     words, parts = pool.words.shape[-1], WORD_BITS // pool.bits
     mask, other = _mask((rows, words), exists, words), None if exists is None else 0
-    packed = plgpu.load(pool.words.at[slot, row, here, pl.ds(0, words)], mask=mask, other=other)
+    packed = plgpu.load(pool.words.at[slot, row, keys, pl.ds(0, words)], mask=mask, other=other)
     packed = jnp.broadcast_to(packed.astype(jnp.int32)[:, None, :], (rows, parts, words))
     shift = lax.broadcasted_iota(jnp.int32, packed.shape, 1) * pool.bits
     numbers = ((packed >> shift) & (2**pool.bits - 1)).reshape(rows, columns)
-    return on_grid(numbers, plgpu.load(pool.grid.at[slot, row, here], mask=exists, other=other), dtype)
+    return on_grid(numbers, plgpu.load(pool.grid.at[slot, row, keys], mask=exists, other=other), dtype)
 
 
 def store(ref: Ref, value: jax.Array, rows: jax.Array, head_dim: int) -> None:
@@ -190,7 +146,7 @@ def _mask(shape: tuple[int, ...], rows: jax.Array | None, head_dim: int) -> jax.
 def call(kernel: Callable[..., None], out: Any, arrays: Any, *, grid: tuple[int, ...], warps: int, stages: int) -> Any:
     """Run a kernel over a grid: compiled for a GPU, interpreted on a CPU.
 
-    `arrays` is a pytree that the kernel gets as references, whole; so are the outputs.
+    The kernel gets references to whole arrays, in the pytree `arrays`, and to the outputs.
     """
 
     def run(*leaves: jax.Array, interpret: bool) -> Any:

@@ -21,9 +21,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from duo_jax.gpus import GPUS, Gpu, find_gpu
 from duo_jax.mesh.mesh import MeshSize
-from pallas_kernels.gpus import CAPABILITIES
+from pallas_kernels.gpus import GPUS, find_gpu
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,7 @@ def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
     Raises:
         NotImplementedError: `ptxas` is not installed.
     """
-    major, minor = CAPABILITIES[GPUS[gpu].name]
-    arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
-    command = [_ptxas(), "-v", arch, str(path), "-o", os.devnull]
+    command = [_ptxas(), "-v", f"-arch={GPUS[gpu].architecture}", str(path), "-o", os.devnull]
     return _uses(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
@@ -138,7 +135,7 @@ def gpus_like(gpu: str, count: int) -> list[Any]:
     """
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=gpu, target_config=_target_config(find_gpu(gpu)), topology=f"1x1x{count}"
+            platform="cuda", topology_name=gpu, target_config=find_gpu(gpu).target_config, topology=f"1x1x{count}"
         )
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -171,7 +168,7 @@ def compile_for(
     """Compile a jitted function for one GPU, or a mesh of `gpus_like` it, with XLA's options.
 
     Args:
-        gpu: its name, see `duo_jax.gpus`.
+        gpu: its name, see `pallas_kernels.gpus`.
         function: the program.
         shapes: its arguments, pytrees of `jax.ShapeDtypeStruct`.
         mesh: devices of the arrays that have no sharding of their own; by default one GPU.
@@ -192,30 +189,6 @@ def compile_for(
             return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
-
-
-def _target_config(gpu: Gpu) -> str:
-    """The compiler's description of a GPU, a `GpuTargetConfigProto` as text."""
-    major, minor = CAPABILITIES[gpu.name]
-    features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
-    return f"""
-        gpu_device_info {{
-          name: "{gpu.name}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
-          cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
-          core_count: {gpu.cores} fpus_per_core: 128 clock_rate_ghz: {gpu.clock_ghz}
-          device_memory_size: {gpu.memory_bytes} memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2_bytes}
-          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-          shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_memory_per_core}
-          shared_memory_per_block_optin: {gpu.shared_memory_per_core - 1024}
-          registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-          driver_version: "12.8.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
-          dnn_version: "9.12.0"
-        }}
-        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
-        runtime_version {{ major: 12 minor: 8 patch: 0 }} device_description_str: "{gpu.name}"
-    """
 
 
 def _uses(report: str) -> list[tuple[str, int, int]]:

@@ -18,9 +18,9 @@ from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax import PRESETS
-from duo_jax.gpus import GPUS, find_gpu
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
+from pallas_kernels.gpus import GPUS, find_gpu
 
 # The paper's operating points (section 3.1): the fraction of KV heads that stream, and the saving in decode memory
 # that it reports, with its context.

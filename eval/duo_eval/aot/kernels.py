@@ -13,8 +13,8 @@ from duo_eval.aot.compile import Kernel, compiled_with, kernels_on
 from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from duo_jax.gpus import GPUS
 from pallas_kernels import Heads, Pools, Unsupported, Window, decode_attention, gated_attention, prefill_attention
+from pallas_kernels.gpus import GPUS
 from pallas_kernels.quantized import empty
 
 OPERATIONS = ("prefill", "decode", "training")

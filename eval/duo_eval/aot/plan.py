@@ -16,10 +16,10 @@ from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
-from duo_jax.gpus import find_gpu
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
+from pallas_kernels.gpus import find_gpu
 
 
 @dataclass(frozen=True)

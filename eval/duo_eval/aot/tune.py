@@ -1,4 +1,4 @@
-"""`duo eval tune`: the fastest tile sizes of every kernel on this GPU, for the table that `pallas_kernels` reads."""
+"""`duo eval tune`: find the fastest tile sizes of every kernel on this GPU, for `pallas_kernels.gpus` to read."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,9 +15,7 @@ from duo_eval.runner.process import first_line
 from duo_eval.speed.timing import fastest
 from duo_jax.files import write_text
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
-from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying
-
-TABLE = Path(__file__).parents[3] / "pallas_kernels" / "tiles.json"
+from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying, tuned_file
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Tune:
     """Tokens of the prefill and of the training step that are timed."""
     context: int = 262_144
     """Tokens in the cache when decode is timed."""
-    out: Path = TABLE
-    """The table; its other entries are kept."""
+    out: Path | None = None
+    """The table, by default that of this user, which the kernels read; other entries stay."""
 
     def run(self) -> None:
         """Time every candidate; those that do not compile or fit are left out."""
@@ -43,7 +41,9 @@ class Tune:
             raise ValueError(f"kernels are among {', '.join(KINDS)}, got {', '.join(self.kernels)}")
         if min(self.tokens, self.context, *self.head_dims) < 1:
             raise ValueError(f"need sizes of at least 1, got {self.tokens=}, {self.context=}, {self.head_dims=}")
-        table = json.loads(self.out.read_text(encoding="utf-8")) if self.out.exists() else {}
+        out = self.out or tuned_file()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        table = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         tuned = 0
         for kernel, dtype, head_dim in product(self.kernels, self.dtypes, self.head_dims):
             call = self._timed(kernel, dtype, head_dim)
@@ -61,7 +61,7 @@ class Tune:
             seconds, best = min(results, key=lambda result: result[0])
             name = f"{max(16, 1 << (head_dim - 1).bit_length())}x{jnp.dtype(dtype).itemsize}"
             table.setdefault(device_kind(), {}).setdefault(kernel, {})[name] = asdict(best)
-            write_text(self.out, json.dumps(table, indent=1) + "\n")
+            write_text(out, json.dumps(table, indent=1) + "\n")
             print(f"{kernel}, {dtype}, head dim {head_dim}: {1e3 * seconds:.3f} ms with {best}", flush=True)
         if not tuned:
             raise ValueError(f"no tiles of {', '.join(self.kernels)} run here")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from duo_eval.methods.eviction import attention_weights, by_head
 from duo_jax import Model
 from pallas_kernels import full_attention
-from pallas_kernels.blocks import block_at, cdiv
+from pallas_kernels.schedule import block_at, cdiv
 
 # Queries whose weights are in memory at once while the prompt is profiled.
 PROFILE_BLOCK = 128

@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.blocks import Softmax, accumulate, cdiv, empty, finish, log_sum_exp
+from pallas_kernels.merge import Softmax, accumulate, empty, partial_of
+from pallas_kernels.schedule import cdiv
 
 # Slots read at a time.
 BLOCK = 256
@@ -68,8 +69,9 @@ def attend_one(q: Float[Array, "K G H"], cache: Ragged, first: int) -> tuple[Flo
             return accumulate(state, queries, keys[None], values[None], seen[None, None, :])
 
         blocks = cdiv(size, block)
-        state = lax.fori_loop(jnp.int32(0), blocks, add, empty(1, group, head_dim))
-        total = log_sum_exp(state)[0]
+        state = lax.fori_loop(jnp.int32(0), blocks, add, empty((1, group), head_dim))
+        attended = partial_of(state, q.dtype)
+        total = attended.log_sum[0]
 
         def remember(j: Array, score: Array) -> Array:
             at, keys, seen = load(j)
@@ -78,6 +80,6 @@ def attend_one(q: Float[Array, "K G H"], cache: Ragged, first: int) -> tuple[Flo
             return lax.dynamic_update_slice_in_dim(score, lax.dynamic_slice_in_dim(score, at, block) + weights, at, 0)
 
         score = lax.fori_loop(jnp.int32(0), blocks, remember, score)
-        return lax.dynamic_update_index_in_dim(out, finish(state, q.dtype)[0], i, 0), score
+        return lax.dynamic_update_index_in_dim(out, attended.out[0], i, 0), score
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(num_heads), one_head, (jnp.zeros_like(q), cache.score))

@@ -1,7 +1,8 @@
-"""Gradients of flash attention over a sequence's own keys: the weights are computed again from the log of their sum.
+"""Training: attention over a sequence's own keys by the flash kernel, with a backward pass of its own.
 
-Two kernels (Dao 2023, algorithm 2): a tile of queries collects its gradient over the keys it sees, and a tile of keys
-over the queries that see it; so no two programs write to one place.
+The backward pass computes the weights again from the logarithm of their sum. It has two kernels (Dao 2023, algorithm
+2): a tile of queries collects its gradient over the keys it sees, and a tile of keys over the queries that see it; no
+two programs write to one place.
 """
 
 from functools import partial
@@ -13,37 +14,41 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import cdiv, div
-from pallas_kernels.gpus import FlashTiles
+from pallas_kernels.gpus import FlashTiles, tiles_for
+from pallas_kernels.merge import LOG2_E
+from pallas_kernels.schedule import cdiv, div, steps_of
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.flash import flash_attention
+from pallas_kernels.types import Heads
 from pallas_kernels.window import Window
 
-
-class Arrays(NamedTuple):
-    """What the kernels read."""
-
-    q: Float[Array, "B T N H"]
-    k: Float[Array, "B T K H"]
-    v: Float[Array, "B T K H"]
-    grad: Float[Array, "B T N H"]  # of the output
-    log_total: Float[Array, "B N T"]  # logarithm (base 2) of each query's sum of weights
-    delta: Float[Array, "B N T"]  # sum over H of the output times its gradient
+# For retrieval heads, which look at no window.
+NO_WINDOW = Window(0, 1)
 
 
-def flash_gradients(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    grad: Float[Array, "B T N H"],
-    log_total: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    *,
-    window: Window | None,
-    tiles: FlashTiles,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Gradients of q, k and v; `window` is None for full attention, else a streaming head's."""
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def training(q, k, v, window):
+    """Causal attention: over all earlier tokens if `window` is None, else over the tokens that it shows."""
+    return _forward(q, k, v, window)[0]
+
+
+def _forward(q, k, v, window):
+    batch, length, _, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    heads = Heads(jnp.full((num_kv_heads,), window is None), jnp.zeros((num_kv_heads,), jnp.int32))
+    start = jnp.zeros((batch,), jnp.int32)
+    settings: dict[str, Any] = {"window": window or NO_WINDOW, "tiles": tiles_for("flash", head_dim, q.dtype.itemsize)}
+    out, log_sum = flash_attention(q, k, v, None, heads, start=start, lengths=start + length, **settings)
+    return out, (q, k, v, out, log_sum)
+
+
+def _backward(window, residuals, grad):
+    q, k, v, out, log_sum = residuals
+    tiles: FlashTiles = tiles_for("backward", q.shape[3], q.dtype.itemsize)
+    # Float32: the kernels subtract two nearly equal sums.
+    delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
+    arrays = Arrays(q, k, v, grad, log_sum.swapaxes(1, 2), delta.swapaxes(1, 2))
     batch, length, num_heads, _ = q.shape
-    arrays = Arrays(q, k, v, grad, log_total, delta)
     settings: dict[str, Any] = {"window": window, "tiles": tiles}
     launch: dict[str, Any] = {"warps": tiles.num_warps, "stages": tiles.num_stages}
     query_tiles, key_tiles = -(-length // tiles.block_q), -(-length // tiles.block_k)
@@ -53,6 +58,20 @@ def flash_gradients(
     grid = (key_tiles, k.shape[2], batch)
     d_k, d_v = tile.call(partial(key_gradient_kernel, **settings), like([k, v]), arrays, grid=grid, **launch)
     return d_q, d_k, d_v
+
+
+training.defvjp(_forward, _backward)
+
+
+class Arrays(NamedTuple):
+    """The inputs of the backward kernels."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    grad: Float[Array, "B T N H"]  # of the output
+    log_sum: Float[Array, "B N T"]  # natural logarithm of the sum of each query's weights
+    delta: Float[Array, "B N T"]  # sum over H of the output times its gradient
 
 
 def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, tiles: FlashTiles) -> None:
@@ -70,13 +89,10 @@ def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, til
         _, d_scores = queries.gradients(k, v, _seen(queries.index, index, length, window))
         return d_q + tile.dot(d_scores.astype(k.dtype), k)
 
-    zero, end = jnp.int32(0), cdiv(jnp.minimum(first + block_q, length), block_k)
-    left, sinks = zero, zero
-    if window is not None:
-        left = div(jnp.maximum(first + 1 - window.recent, zero), block_k)
-        sinks = jnp.minimum(jnp.int32(-(-window.sink // block_k)), left)
-    d_q = lax.fori_loop(zero, sinks, visit, jnp.zeros((block_q, tile.width(head_dim)), jnp.float32))
-    d_q = lax.fori_loop(left, end, visit, d_q)
+    zero, sizes = jnp.int32(0), {"length": length, "block_q": block_q, "block_k": block_k}
+    steps = steps_of(first, zero, jnp.bool_(window is None), **sizes, window=window or NO_WINDOW)
+    d_q = lax.fori_loop(zero, steps.sinks, visit, jnp.zeros((block_q, tile.width(head_dim)), jnp.float32))
+    d_q = lax.fori_loop(steps.left, steps.end, visit, d_q)
     tile.store(out_ref.at[row, pl.ds(first, block_q), head, pl.ds(0, d_q.shape[1])], d_q, queries.exists, head_dim)
 
 
@@ -119,15 +135,15 @@ class _Queries:
         self.q, self.grad = (
             tile.load(ref.at[row, rows, head, columns], self.exists, self.head_dim) for ref in (arrays.q, arrays.grad)
         )
-        self.log_total, self.delta = (
-            tile.load_row(ref.at[row, head, rows], self.exists) for ref in (arrays.log_total, arrays.delta)
+        self.log_sum, self.delta = (
+            tile.load_row(ref.at[row, head, rows], self.exists) for ref in (arrays.log_sum, arrays.delta)
         )
 
     def gradients(self, k: Array, v: Array, keep: Array) -> tuple[Array, Array]:
         """Weights and the gradient of the scores, `[Q, S]`."""
         scale = self.head_dim**-0.5
-        scores = tile.dot_t(self.q, k) * jnp.float32(scale * tile.LOG2_E)
-        weights = jnp.where(keep, jnp.exp2(scores - self.log_total[:, None]), 0.0)
+        scores = tile.dot_t(self.q, k) * jnp.float32(scale * LOG2_E)
+        weights = jnp.where(keep, jnp.exp2(scores - self.log_sum[:, None] * jnp.float32(LOG2_E)), 0.0)
         d_weights = tile.dot_t(self.grad, v)
         return weights, weights * (d_weights - self.delta[:, None]) * jnp.float32(scale)
 

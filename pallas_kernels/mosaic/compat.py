@@ -1,6 +1,6 @@
-"""Mosaic as the kernels here speak it: where jax's versions differ, and where its interpreter knows less than a GPU.
+"""Compatibility layer over jax's versions of Mosaic GPU, and over its interpreter, which lacks some operations.
 
-The one file with a private import.
+The only file with a private import.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-# A reference to memory of the GPU, or to a multiprocessor's; Pallas has no public name for its type.
+from pallas_kernels.gpus import device_kind
+
+# A reference to global or shared memory; Pallas has no public name for its type.
 Ref = Any
-# How a warpgroup holds the result of a product, and sums or maxima of its rows.
+# Registers of a warpgroup for the result of a product, and for sums or maxima of its rows.
 TILE_LAYOUT = plgpu.Layout.WGMMA
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """Operations of a warpgroup on a tile in its registers."""
+class Warpgroup:
+    """Operations of a warpgroup on tiles in its registers."""
 
     interpreted: bool
 
@@ -39,7 +41,7 @@ class Dialect:
 
     def product_t(self, a: Ref, b: Ref) -> Array:
         """`a @ b.T` of two matrices in shared memory, float32."""
-        if self.interpreted:  # It has no transposed matrices.
+        if self.interpreted:  # The interpreter has no transposed matrices.
             return lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         transposed = b.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(b, (1, 0))
 
@@ -51,7 +53,7 @@ class Dialect:
 
     def add_product(self, c: Array, a: Array, b: Ref) -> Array:
         """`c + a @ b`, float32; `b` is in shared memory."""
-        if self.interpreted:  # It has no accumulator that begins with a value.
+        if self.interpreted:  # The interpreter has no accumulator with an initial value.
             return c + lax.dot_general(a, b[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
         def multiply(accumulator: Ref) -> None:
@@ -59,16 +61,19 @@ class Dialect:
 
         return pl.run_state(multiply)(plgpu.ACC.init(c))
 
-    def registers(self, count: int, action: Literal["increase", "decrease"]) -> None:
+    def limit(self, count: int, action: Literal["increase", "decrease"]) -> None:
         """Give a warpgroup more or fewer registers than an even share."""
         if not self.interpreted:
             plgpu.set_max_registers(count, action=action)
 
 
-def interpreter(**options: Any) -> Any:
-    """What makes `plgpu.kernel` run on a CPU; a copy that reaches over an array's end fills with zeros, as TMA does."""
+def interpreter() -> Any:
+    """On a CPU, options that interpret `plgpu.kernel`; copies beyond an array's end give zeros, as with TMA."""
+    # Not by `lax.platform_dependent`: the interpreter's side effects cannot be in a branch that is not taken.
+    if device_kind() != "cpu":
+        return None
     if hasattr(plgpu, "InterpretGPUParams"):
         params = plgpu.InterpretGPUParams
     else:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params
-    return params(out_of_bounds_reads="uninitialized", uninitialized_memory="zero", **options)
+    return params(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")

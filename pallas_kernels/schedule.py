@@ -1,0 +1,208 @@
+"""Which tiles of keys a kernel visits, in which order, and which of them need a mask; scalars only.
+
+Every kernel reads the same schedule, so that it is written once. All numbers are int32 scalars of the device.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from pallas_kernels.gpus import DecodeTiles
+from pallas_kernels.types import Heads, Pools
+from pallas_kernels.window import Window
+
+
+class Steps(NamedTuple):
+    """The tiles of keys for one tile of queries of one head in prefill.
+
+    A retrieval head visits the full pool (`whole` tiles, then a partly filled `tail`), a streaming head the `ring`.
+    Both then visit the chunk's own keys:
+
+        0 .. sinks            the sinks, if they are in the chunk          mask
+        left .. inner         the left edge of the window                  mask
+        inner .. diagonal     keys that every query of the tile sees       no mask
+        diagonal .. end       the causal diagonal                          mask
+
+    For a retrieval head `sinks`, `left` and `inner` are 0. A tile without a visible key does no harm: the weights of
+    its keys vanish at the first visible one.
+    """
+
+    whole: Array
+    tail: Array
+    ring: Array
+    sinks: Array
+    left: Array
+    inner: Array
+    diagonal: Array
+    end: Array
+
+    @property
+    def unmasked(self) -> Array:
+        """Tiles of pool and chunk that need no mask."""
+        return self.whole + (self.diagonal - self.inner)
+
+    @property
+    def edges(self) -> Array:
+        """Tiles of the chunk that need a mask."""
+        return self.sinks + (self.inner - self.left) + (self.end - self.diagonal)
+
+    @property
+    def total(self) -> Array:
+        """All tiles."""
+        return self.unmasked + self.tail + self.ring + self.edges
+
+    def edge(self, i: Array) -> Array:
+        """The i-th tile of the chunk that needs a mask."""
+        tile = jnp.where(i < self.sinks, i, self.left + i - self.sinks)
+        return jnp.where(tile < self.inner, tile, self.diagonal + tile - self.inner)
+
+    def source(self, step: Array) -> tuple[Array, Array, Array]:
+        """Whether a step's tile is in the full pool, whether in the ring (else in the chunk), and its number.
+
+        The order is: whole tiles of the pool, unmasked tiles of the chunk, tail, ring, edges.
+        """
+        own = step - self.whole
+        tail = own - (self.diagonal - self.inner)
+        ring = tail - self.tail
+        edge = ring - self.ring
+        is_full = (own < 0) | ((tail >= 0) & (ring < 0))
+        is_ring = (ring >= 0) & (edge < 0)
+        tile = jnp.where(own < 0, step, self.inner + own)
+        tile = jnp.where(tail < 0, tile, self.whole)
+        tile = jnp.where(ring < 0, tile, ring)
+        return is_full, is_ring, jnp.where(edge < 0, tile, self.edge(edge))
+
+
+def steps_of(
+    first: Array,
+    start: Array,
+    is_retrieval: Array,
+    *,
+    length: int,
+    block_q: int,
+    block_k: int,
+    window: Window,
+    filled: Array | None = None,
+    has_chunk: Array | None = None,
+) -> Steps:
+    """The tiles of keys for the tile of queries that begins at index `first` of the chunk.
+
+    Args:
+        first: index of the first query.
+        start: position of the chunk's first token.
+        is_retrieval: type of the head.
+        length: tokens of the chunk.
+        block_q: queries of a tile.
+        block_k: keys of a tile.
+        window: what a streaming head sees.
+        filled: tokens in the full pool, where they are not `start`.
+        has_chunk: False where another device counts the chunk's own keys for retrieval heads.
+    """
+    zero = jnp.int32(0)
+    filled = start if filled is None else filled
+
+    def retrieval(x: Array) -> Array:
+        return jnp.where(is_retrieval, x, zero)
+
+    def streaming(x: Array) -> Array:
+        return jnp.where(is_retrieval, zero, x)
+
+    whole = retrieval(div(filled, block_k))
+    tail = retrieval(cdiv(filled, block_k)) - whole
+    # Beyond the reach of the window only the sinks of a ring are left to see.
+    reach = jnp.where(first + 2 <= window.recent, jnp.int32(window.size), jnp.int32(window.sink))
+    ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
+    end = cdiv(jnp.minimum(first + block_q, length), block_k)
+    if has_chunk is not None:
+        end = jnp.where(is_retrieval & ~has_chunk, zero, end)
+    left = streaming(div(jnp.maximum(first + 1 - window.recent, zero), block_k))
+    sinks = jnp.minimum(cdiv(jnp.maximum(window.sink - start, zero), block_k), left)
+    inner = jnp.clip(streaming(cdiv(jnp.maximum(first + block_q - window.recent, zero), block_k)), left, end)
+    diagonal = jnp.clip(div(first + 1, block_k), inner, end)
+    return Steps(whole, tail, ring, sinks, left, inner, diagonal, end)
+
+
+def query_tile(
+    number: Array, order: Any, num_retrieval: Array, *, num_heads: int, group: int, tiles: int
+) -> tuple[Array, Array, Array]:
+    """Query head of a program of prefill, whether it retrieves, and its tile of queries: heavy tiles first.
+
+    Programs start in the order of their numbers. Late tiles of retrieval heads come first; the programs of streaming
+    heads are short and fill the gaps at the end. `order` has the KV heads, retrieval heads first.
+    """
+    heavy = num_retrieval * group
+    is_retrieval = number < heavy * tiles
+    rank = jnp.where(is_retrieval, number, number - heavy * tiles)
+    heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
+    place = rem(rank, heads) + jnp.where(is_retrieval, jnp.int32(0), heavy)
+    head = order[div(place, group)] * group + rem(place, group)
+    return head, is_retrieval, tiles - 1 - div(rank, heads)
+
+
+class Splits(NamedTuple):
+    """How decode spreads the keys of a head over programs.
+
+    Static. The device decides at run time how many of the programs have keys.
+    """
+
+    count: int  # programs of each head of each row
+    capacities: tuple[int, int]  # tokens of a slot of the full pool and of a ring; 0 for a pool without slots
+    block_k: int
+    min_split: int
+
+    @classmethod
+    def of(cls, pools: Pools, rows: int, tiles: DecodeTiles) -> "Splits":
+        """Splits for `rows` heads of all rows of a batch."""
+        full, ring = (x.shape[2] if x.shape[0] else 0 for x in (pools.full_k, pools.ring_k))
+        count = min(-(-max(full, ring) // tiles.min_split), max(1, tiles.max_programs // rows))
+        return cls(count, (full, ring), tiles.block_k, tiles.min_split)
+
+    def filled(self, is_retrieval: Array, length: Array) -> Array:
+        """Tokens in a head's slot, at most its capacity: the next slot begins there."""
+        full, ring = self.capacities
+        return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(full), jnp.int32(ring)))
+
+    def size(self, filled: Array) -> Array:
+        """Keys of each program: an even share in whole tiles, and at least `min_split`."""
+        share = cdiv(cdiv(filled, self.count), self.block_k) * self.block_k
+        return jnp.maximum(share, jnp.int32(self.min_split))
+
+    def used(
+        self, heads: Heads, lengths: Int32[Array, "B"], held: Int32[Array, "B"] | None = None
+    ) -> Bool[Array, "B K P"]:
+        """Which programs had keys; `held` are the tokens in a retrieval slot, where they are not `lengths`."""
+        is_retrieval, length = heads.is_retrieval[None, :], lengths[:, None]
+        length = length if held is None else jnp.where(is_retrieval, held[:, None], length)
+        filled = self.filled(is_retrieval, length)
+        begin = jnp.arange(self.count, dtype=jnp.int32)[None, None, :] * self.size(filled)[:, :, None]
+        return begin < filled[:, :, None]
+
+
+def block_at(j: Array, block: int, size: int) -> tuple[Array, Int32[Array, "1 block"]]:
+    """Begin of block j and the indices in it; the last one reaches back instead of over the end."""
+    begin = jnp.minimum(j * block, size - block)
+    return begin, (begin + jnp.arange(block, dtype=jnp.int32))[None, :]
+
+
+def cdiv(a: Array, b: int) -> Array:
+    """Blocks of size `b` that cover `a`, which is not negative."""
+    return div(a + (b - 1), b)
+
+
+def div(a: Array, b: Array | int) -> Array:
+    """`a // b` of numbers that are not negative: one instruction, where `//` tests signs."""
+    return lax.div(a, _like(a, b))
+
+
+def rem(a: Array, b: Array | int) -> Array:
+    """`a % b` of numbers that are not negative."""
+    return lax.rem(a, _like(a, b))
+
+
+def _like(a: Array, b: Array | int) -> Any:
+    if not isinstance(b, int):
+        return b
+    # Mosaic cannot lower an operation that makes a number out of a number.
+    return a.dtype.type(b) if a.ndim == 0 else lax.full_like(a, b)
