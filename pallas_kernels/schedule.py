@@ -75,15 +75,21 @@ class Steps(NamedTuple):
         return is_full, is_ring, jnp.where(edge < 0, tile, self.edge(edge))
 
 
+class Sizes(NamedTuple):
+    """The static sizes of a schedule."""
+
+    length: int  # tokens of the chunk
+    block_q: int  # queries of a tile
+    block_k: int  # keys of a tile
+    window: Window  # what a streaming head sees
+
+
 def steps_of(
     first: Array,
     start: Array,
     is_retrieval: Array,
+    sizes: Sizes,
     *,
-    length: int,
-    block_q: int,
-    block_k: int,
-    window: Window,
     filled: Array | None = None,
     has_chunk: Array | None = None,
 ) -> Steps:
@@ -93,13 +99,11 @@ def steps_of(
         first: index of the first query.
         start: position of the chunk's first token.
         is_retrieval: type of the head.
-        length: tokens of the chunk.
-        block_q: queries of a tile.
-        block_k: keys of a tile.
-        window: what a streaming head sees.
+        sizes: the static sizes.
         filled: tokens in the full pool, where they are not `start`.
         has_chunk: False where another device counts the chunk's own keys for retrieval heads.
     """
+    length, block_q, block_k, window = sizes
     zero = jnp.int32(0)
     filled = start if filled is None else filled
 
@@ -125,7 +129,7 @@ def steps_of(
 
 
 def query_tile(
-    number: Array, order: Any, num_retrieval: Array, *, num_heads: int, group: int, tiles: int
+    number: Array, order: Any, num_retrieval: Array, num_heads: int, group: int, tiles: int
 ) -> tuple[Array, Array, Array]:
     """Query head of a program of prefill, whether it retrieves, and its tile of queries: heavy tiles first.
 
@@ -147,7 +151,7 @@ class Splits(NamedTuple):
     Static. The device decides at run time how many of the programs have keys.
     """
 
-    count: int  # programs of each head of each row
+    programs: int  # of each head of each row
     capacities: tuple[int, int]  # tokens of a slot of the full pool and of a ring; 0 for a pool without slots
     block_k: int
     min_split: int
@@ -156,8 +160,8 @@ class Splits(NamedTuple):
     def of(cls, pools: Pools, rows: int, tiles: DecodeTiles) -> "Splits":
         """Splits for `rows` heads of all rows of a batch."""
         full, ring = (x.shape[2] if x.shape[0] else 0 for x in (pools.full_k, pools.ring_k))
-        count = min(-(-max(full, ring) // tiles.min_split), max(1, tiles.max_programs // rows))
-        return cls(count, (full, ring), tiles.block_k, tiles.min_split)
+        programs = min(-(-max(full, ring) // tiles.min_split), max(1, tiles.max_programs // rows))
+        return cls(programs, (full, ring), tiles.block_k, tiles.min_split)
 
     def filled(self, is_retrieval: Array, length: Array) -> Array:
         """Tokens in a head's slot, at most its capacity: the next slot begins there."""
@@ -166,7 +170,7 @@ class Splits(NamedTuple):
 
     def size(self, filled: Array) -> Array:
         """Keys of each program: an even share in whole tiles, and at least `min_split`."""
-        share = cdiv(cdiv(filled, self.count), self.block_k) * self.block_k
+        share = cdiv(cdiv(filled, self.programs), self.block_k) * self.block_k
         return jnp.maximum(share, jnp.int32(self.min_split))
 
     def used(
@@ -176,7 +180,7 @@ class Splits(NamedTuple):
         is_retrieval, length = heads.is_retrieval[None, :], lengths[:, None]
         length = length if held is None else jnp.where(is_retrieval, held[:, None], length)
         filled = self.filled(is_retrieval, length)
-        begin = jnp.arange(self.count, dtype=jnp.int32)[None, None, :] * self.size(filled)[:, :, None]
+        begin = jnp.arange(self.programs, dtype=jnp.int32)[None, None, :] * self.size(filled)[:, :, None]
         return begin < filled[:, :, None]
 
 

@@ -127,6 +127,7 @@ class Slot(NamedTuple):
             return lax.dynamic_slice(x, at, (1, x.shape[1], size, *x.shape[3:]))[0]
 
         def paged(x: Array) -> Array:
+            assert self.pages is not None
             page = x.shape[2]
             numbers = lax.dynamic_slice_in_dim(self.pages, div(begin, page), size // page, 1)
             found = x.at[self.slot, numbers].get(mode="clip")  # [B, pages of the block, page, ...]
@@ -190,7 +191,8 @@ def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
         def past(j, state):
             begin, index = block_at(j, pool_block, slot.size)
             keep = (index >= j * pool_block) & (index < held[:, None])
-            return accumulate(state, rows, *slot.load(begin, pool_block, q.dtype), keep[:, None, :])
+            keys, values = slot.load(begin, pool_block, q.dtype)
+            return accumulate(state, rows, keys, values, keep[:, None, :])
 
         def own(j, state):
             j = first_own + j * step
@@ -259,7 +261,8 @@ def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"
     def add_block(j, state):
         begin, index = block_at(j, block, size)
         keep = (index >= j * block) & (index < lengths[:, None])
-        return accumulate(state, q, *slot.load(begin, block, q.dtype), keep[:, None, :])
+        keys, values = slot.load(begin, block, q.dtype)
+        return accumulate(state, q, keys, values, keep[:, None, :])
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
     state = lax.fori_loop(jnp.int32(0), num_blocks, add_block, empty(q.shape[:2], q.shape[2]))

@@ -406,7 +406,7 @@ class Paged(NamedTuple):
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(page=st.sampled_from([1, 4, 8, 16, 64]), seed=st.integers(0, 99), data=st.data())
+@given(page=st.sampled_from([4, 8, 24]), seed=st.integers(0, 99), data=st.data())
 def test_pages_in_any_order_equal_contiguous_pools(backend, page, seed, data):
     """Pages smaller and larger than a block of keys; a last page partly used; any order, unused pages between."""
     starts = data.draw(st.lists(st.integers(0, 48), min_size=3, max_size=3))

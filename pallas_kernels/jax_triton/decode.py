@@ -32,7 +32,7 @@ def decode(
     # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries take their place,
     # since an argument cannot be empty.
     present = (x for pool in pools.stored for x in _leaves(pool, q))
-    parts = batch, num_kv_heads, splits.count, group
+    parts = batch, num_kv_heads, splits.programs, group
     values, log_sums = jax_triton.triton_call(
         q,
         *present,
@@ -41,7 +41,7 @@ def decode(
         lengths,
         kernel=decode_kernel,
         out_shape=[jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)],
-        grid=(splits.count, num_kv_heads, batch),
+        grid=(splits.programs, num_kv_heads, batch),
         name="decode_kernel",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -79,7 +79,7 @@ def sizes(
         "ring_capacity": splits.capacities[1],
         "full_bits": bits[0],
         "ring_bits": bits[1],
-        "count": splits.count,
+        "count": splits.programs,
         "block_k": splits.block_k,
         "min_split": splits.min_split,
         "scale": head_dim**-0.5 * LOG2_E,

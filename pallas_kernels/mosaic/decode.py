@@ -59,7 +59,7 @@ def decode(
     grouped = q.reshape(batch, num_kv_heads, group, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     arrays = Arrays(grouped, *stored, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
-    parts = batch, num_kv_heads, splits.count
+    parts = batch, num_kv_heads, splits.programs
     interpret = interpreter()
     values, log_sums = plgpu.kernel(
         update_wrapper(partial(decode_kernel, splits=splits, interpreted=bool(interpret)), decode_kernel),
@@ -74,7 +74,7 @@ def decode(
             plgpu.Barrier(),
             *Pipeline.scratch(tiles.num_stages, block_k, head_dim, q.dtype, consumers=1),
         ],
-        grid=(splits.count, num_kv_heads, batch),
+        grid=(splits.programs, num_kv_heads, batch),
         grid_names=("split", "kv_head", "row"),
         num_threads=2,
         thread_name="warpgroup",

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpus import PipelineTiles, tiles_for
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty_state, stored_tiles, tile_memory, write
-from pallas_kernels.schedule import div, query_tile, steps_of
+from pallas_kernels.schedule import Sizes, div, query_tile, steps_of
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 
@@ -67,10 +67,10 @@ def prefill(
     stored, block_k = stored_tiles(pools, tiles.block_k)
     order, count = heads.by_type()
     arrays = Arrays(q, k, v, *stored, order, heads.slot, count[None], start, lengths)
-    settings = {"window": window, "block_k": block_k}
     interpret = interpreter()
+    kernel = partial(flash_kernel, window=window, block_k=block_k, interpreted=bool(interpret))
     out, log_sum = plgpu.kernel(
-        update_wrapper(partial(flash_kernel, **settings, interpreted=bool(interpret)), flash_kernel),
+        update_wrapper(kernel, flash_kernel),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
@@ -99,13 +99,11 @@ def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False)
     _, length, num_heads, head_dim = arrays.q.shape
     group = num_heads // arrays.k.shape[2]
     row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
-    sizes = {"num_heads": num_heads, "group": group, "tiles": length // BLOCK_Q}
-    program = lax.axis_index("tile")
-    head, is_retrieval, number = query_tile(program, arrays.order, arrays.num_retrieval[0], **sizes)
+    program, retrieving = lax.axis_index("tile"), arrays.num_retrieval[0]
+    head, is_retrieval, number = query_tile(program, arrays.order, retrieving, num_heads, group, length // BLOCK_Q)
     kv_head, first = div(head, group), number * BLOCK_Q
     slot, start = arrays.slot[kv_head], arrays.start[row]
-    blocks = {"block_q": BLOCK_Q, "block_k": block_k}
-    steps = steps_of(first, start, is_retrieval, length=length, **blocks, window=window)
+    steps = steps_of(first, start, is_retrieval, Sizes(length, BLOCK_Q, block_k, window))
     # A tile of padding meets no key, and is written as zeros.
     is_live = first < arrays.lengths[row]
     unmasked, count = (jnp.where(is_live, x, jnp.int32(0)) for x in (steps.unmasked, steps.total))

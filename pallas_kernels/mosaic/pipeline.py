@@ -126,11 +126,12 @@ def tile_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def stored_tiles(pools: Pools, block_k: int) -> tuple[tuple[Array, ...], int]:
+def stored_tiles(pools: Pools, block_k: int) -> tuple[tuple[Array, Array, Array, Array], int]:
     """Pools for a kernel, which has every argument, and the keys of a tile, no more than a slot of any pool has.
 
     One tile takes the place of a pool without a slot, and is never read.
     """
     block_k = min([block_k, *(1 << (pool.shape[2].bit_length() - 1) for pool in pools.stored if pool.shape[0])])
     tile = jnp.zeros((1, pools.full_k.shape[1], block_k, pools.full_k.shape[3]), pools.full_k.dtype)
-    return tuple(pool if pool.shape[0] else tile for pool in pools.stored), block_k
+    full_k, full_v, ring_k, ring_v = (pool if pool.shape[0] else tile for pool in pools.stored)
+    return (full_k, full_v, ring_k, ring_v), block_k

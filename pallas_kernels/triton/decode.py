@@ -51,11 +51,10 @@ def decode(
     splits = Splits.of(pools, batch * num_kv_heads, tiles)
     held = None if shards is None else shards.held(lengths)
     arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths, held)
-    parts = batch, num_kv_heads, splits.count, num_heads // num_kv_heads
-    out = Partial(jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32))
-    grid = (splits.count, num_kv_heads, batch)
-    launch = {"grid": grid, "warps": tiles.num_warps, "stages": tiles.num_stages}
-    found = Partial(*tile.call(partial(decode_kernel, splits=splits), list(out), arrays, **launch))
+    parts = batch, num_kv_heads, splits.programs, num_heads // num_kv_heads
+    out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
+    kernel, grid = partial(decode_kernel, splits=splits), (splits.programs, num_kv_heads, batch)
+    found = Partial(*tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages))
     merged = merge_splits(found, splits.used(heads, lengths, held)[..., None], axis=2)
     return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpus import FlashTiles, tiles_for
 from pallas_kernels.merge import Softmax, empty
 from pallas_kernels.quantized import any_quantized, compute_dtype
-from pallas_kernels.schedule import div, query_tile, steps_of
+from pallas_kernels.schedule import Sizes, div, query_tile, steps_of
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Ref
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
@@ -92,8 +92,8 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
     group, width = num_heads // num_kv_heads, tile.width(head_dim)
     columns = pl.ds(0, width)
     row = pl.program_id(1)
-    sizes = {"num_heads": num_heads, "group": group, "tiles": -(-length // block_q)}
-    head, is_retrieval, number = query_tile(pl.program_id(0), arrays.order, arrays.num_retrieval[0], **sizes)
+    tiles_of_head, retrieving = -(-length // block_q), arrays.num_retrieval[0]
+    head, is_retrieval, number = query_tile(pl.program_id(0), arrays.order, retrieving, num_heads, group, tiles_of_head)
     kv_head, first = div(head, group), number * block_q
     slot, start = arrays.slot[kv_head], arrays.start[row]
     q_index = tile.indices(first, block_q)
@@ -122,17 +122,9 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
     filled = start if arrays.held is None else arrays.held[row]
     if arrays.pools.full_k is not None:
         filled = jnp.minimum(filled, jnp.int32(arrays.pools.full_k.shape[2]))  # the next slot begins there
-    steps = steps_of(
-        first,
-        start,
-        is_retrieval,
-        length=length,
-        block_q=block_q,
-        block_k=block_k,
-        window=window,
-        filled=filled,
-        has_chunk=None if arrays.has_chunk is None else arrays.has_chunk[0] != 0,
-    )
+    has_chunk = None if arrays.has_chunk is None else arrays.has_chunk[0] != 0
+    sizes = Sizes(length, block_q, block_k, window)
+    steps = steps_of(first, start, is_retrieval, sizes, filled=filled, has_chunk=has_chunk)
     if arrays.pools.full_k is not None:
         pool: tuple[Ref, Ref] = arrays.pools.full_k, arrays.pools.full_v
 

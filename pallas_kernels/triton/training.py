@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.gpus import FlashTiles, tiles_for
 from pallas_kernels.merge import LOG2_E
-from pallas_kernels.schedule import cdiv, div, steps_of
+from pallas_kernels.schedule import Sizes, cdiv, div, steps_of
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.types import Heads
@@ -89,8 +89,8 @@ def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, til
         _, d_scores = queries.gradients(k, v, _seen(queries.index, index, length, window))
         return d_q + tile.dot(d_scores.astype(k.dtype), k)
 
-    zero, sizes = jnp.int32(0), {"length": length, "block_q": block_q, "block_k": block_k}
-    steps = steps_of(first, zero, jnp.bool_(window is None), **sizes, window=window or NO_WINDOW)
+    zero, sizes = jnp.int32(0), Sizes(length, block_q, block_k, window or NO_WINDOW)
+    steps = steps_of(first, zero, jnp.bool_(window is None), sizes)
     d_q = lax.fori_loop(zero, steps.sinks, visit, jnp.zeros((block_q, tile.width(head_dim)), jnp.float32))
     d_q = lax.fori_loop(steps.left, steps.end, visit, d_q)
     tile.store(out_ref.at[row, pl.ds(first, block_q), head, pl.ds(0, d_q.shape[1])], d_q, queries.exists, head_dim)
