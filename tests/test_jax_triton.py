@@ -70,8 +70,8 @@ class Buffer:
     set_ = copy_ = lambda self, *other: None
 
 
-def triton_call(*args, kernel, out_shape, grid, name, num_warps, num_stages, compute_capability, **sizes):
-    out = [Buffer(np.full(shape.shape, np.nan, shape.dtype)) for shape in out_shape]
+def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, **sizes):
+    out = [Buffer(np.full(shape.shape, np.nan, shape.dtype)) for shape in sizes.pop(decode.OUT_TYPE)]
     kernel[grid](*map(Buffer, args), *out, **sizes)
     return [jnp.asarray(buffer.array) for buffer in out]
 

@@ -1,5 +1,6 @@
 """Attention of one new token per row: the kernel of `pallas_kernels.triton.decode`, in Triton's own language."""
 
+import inspect
 from typing import no_type_check
 
 import jax
@@ -17,6 +18,8 @@ from pallas_kernels.types import Heads, Partial, Pools
 
 # Least rows and columns of a matrix product.
 MIN_ROWS = 16
+# jax-triton 0.4 renamed out_shape.
+OUT_TYPE = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
 
 
 def decode(
@@ -40,7 +43,7 @@ def decode(
         heads.slot,
         lengths,
         kernel=decode_kernel,
-        out_shape=[jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)],
+        **{OUT_TYPE: [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*parts, head_dim), parts)]},
         grid=(splits.programs, num_kv_heads, batch),
         name="decode_kernel",
         num_warps=tiles.num_warps,

@@ -77,7 +77,7 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
 
     @pl.when(begin < end)
     def compute() -> None:
-        columns, index = pl.ds(0, width), tile.indices(0, rows)
+        columns, index = tile.leading(width), tile.indices(0, rows)
         in_group = index < group
         q = tile.load(arrays.q.at[row, pl.ds(kv_head * group, rows), columns], in_group, head_dim)
 
@@ -107,5 +107,5 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
             # A ring fills from its first index and then stays full: every index below its size has a visible token.
             state = over(arrays.pools.ring_k, arrays.pools.ring_v, ~is_retrieval, state)
         values, log_sum = tile.finish(state)
-        tile.store(out_ref.at[row, kv_head, split, pl.ds(0, rows), columns], values, in_group, head_dim)
-        tile.store_row(log_ref.at[row, kv_head, split, pl.ds(0, rows)], log_sum, in_group)
+        tile.store(out_ref.at[row, kv_head, split, tile.leading(rows), columns], values, in_group, head_dim)
+        tile.store_row(log_ref.at[row, kv_head, split, tile.leading(rows)], log_sum, in_group)

@@ -90,7 +90,7 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
     _, length, num_heads, head_dim = arrays.q.shape
     num_kv_heads = arrays.k.shape[2]
     group, width = num_heads // num_kv_heads, tile.width(head_dim)
-    columns = pl.ds(0, width)
+    columns = tile.leading(width)
     row = pl.program_id(1)
     tiles_of_head, retrieving = -(-length // block_q), arrays.num_retrieval[0]
     head, is_retrieval, number = query_tile(pl.program_id(0), arrays.order, retrieving, num_heads, group, tiles_of_head)

@@ -94,6 +94,14 @@ def indices(begin: jax.Array | int, count: int) -> jax.Array:
     return begin + jnp.arange(count, dtype=jnp.int32)
 
 
+def leading(count: int) -> Any:
+    """The first `count` entries of an axis, possibly more than it has: a mask must hide the rest.
+
+    Pallas rejects a constant slice that ends beyond the axis, but not one with a traced start.
+    """
+    return pl.ds(jnp.int32(0), count)
+
+
 def width(head_dim: int) -> int:
     """Columns of a tile: Triton's have a power of two, at least 16."""
     return max(MIN_ROWS, pl.next_power_of_2(head_dim))
@@ -110,11 +118,11 @@ def load_keys(
     """A tile `[rows, width(H)]` of keys or values of a slot; quantized ones become numbers of `dtype` in registers."""
     keys, columns = pl.ds(begin, rows), width(pool.shape[-1])
     if not isinstance(pool, Quantized):
-        at = slot, row, keys, pl.ds(0, columns)
+        at = slot, row, keys, leading(columns)
         return load(pool.at[*at], exists, pool.shape[-1])
     words, parts = pool.words.shape[-1], WORD_BITS // pool.bits
     mask, other = _mask((rows, words), exists, words), None if exists is None else 0
-    packed = plgpu.load(pool.words.at[slot, row, keys, pl.ds(0, words)], mask=mask, other=other)
+    packed = plgpu.load(pool.words.at[slot, row, keys, leading(words)], mask=mask, other=other)
     packed = jnp.broadcast_to(packed.astype(jnp.int32)[:, None, :], (rows, parts, words))
     shift = lax.broadcasted_iota(jnp.int32, packed.shape, 1) * pool.bits
     numbers = ((packed >> shift) & (2**pool.bits - 1)).reshape(rows, columns)

@@ -93,7 +93,7 @@ def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, til
     steps = steps_of(first, zero, jnp.bool_(window is None), sizes)
     d_q = lax.fori_loop(zero, steps.sinks, visit, jnp.zeros((block_q, tile.width(head_dim)), jnp.float32))
     d_q = lax.fori_loop(steps.left, steps.end, visit, d_q)
-    tile.store(out_ref.at[row, pl.ds(first, block_q), head, pl.ds(0, d_q.shape[1])], d_q, queries.exists, head_dim)
+    tile.store(out_ref.at[row, pl.ds(first, block_q), head, tile.leading(d_q.shape[1])], d_q, queries.exists, head_dim)
 
 
 def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: Window | None, tiles: FlashTiles) -> None:
@@ -121,7 +121,9 @@ def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: Window | No
     zeros = jnp.zeros((block_k, tile.width(head_dim)), jnp.float32)
     totals = lax.fori_loop(jnp.int32(0), jnp.int32(group), one_head, (zeros, zeros))
     for ref, value in zip((d_k_ref, d_v_ref), totals, strict=True):
-        tile.store(ref.at[row, pl.ds(first, block_k), kv_head, pl.ds(0, k.shape[1])], value, index < length, head_dim)
+        tile.store(
+            ref.at[row, pl.ds(first, block_k), kv_head, tile.leading(k.shape[1])], value, index < length, head_dim
+        )
 
 
 class _Queries:
@@ -129,7 +131,7 @@ class _Queries:
 
     def __init__(self, arrays: Arrays, row: Array, head: Array, first: Array, count: int) -> None:
         _, length, _, self.head_dim = arrays.q.shape
-        rows, columns = pl.ds(first, count), pl.ds(0, tile.width(self.head_dim))
+        rows, columns = pl.ds(first, count), tile.leading(tile.width(self.head_dim))
         self.index = tile.indices(first, count)
         self.exists = self.index < length
         self.q, self.grad = (
@@ -151,7 +153,7 @@ class _Queries:
 def _keys(arrays: Arrays, row: Array, kv_head: Array, first: Array, count: int) -> tuple[Array, Array]:
     _, length, _, head_dim = arrays.k.shape
     exists = tile.indices(first, count) < length
-    at = row, pl.ds(first, count), kv_head, pl.ds(0, tile.width(head_dim))
+    at = row, pl.ds(first, count), kv_head, tile.leading(tile.width(head_dim))
     return tile.load(arrays.k.at[*at], exists, head_dim), tile.load(arrays.v.at[*at], exists, head_dim)
 
 
