@@ -27,7 +27,7 @@ def extend(model, cache, tokens, lengths=None):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """A check that comes too late fails here: the compiled phases must not be reached."""
+    """Fails a check that comes too late: the compiled functions must not be called."""
 
     def reached(*args, **kwargs):
         raise AssertionError("computed before it was checked")
@@ -90,7 +90,7 @@ def test_a_pattern_of_another_model_raises():
 
 @pytest.mark.parametrize("pattern", [True, False], ids=["half", "full"])
 def test_one_document_is_asked_many_times(tiny, half, pattern):
-    """Ragged rows; the questions are longer than the rings, so that the rings are overwritten whole."""
+    """With ragged rows, and questions that overwrite the whole rings."""
     lengths = np.array([16, 5])
     _, cache = extend(tiny, new(half, pattern=pattern), TEXT, lengths)
     mark = cache.mark()
@@ -119,7 +119,7 @@ def test_marks_nest(tiny, half):
 
 @pytest.mark.parametrize("count", [1, 3, 7, 16], ids=lambda n: f"{n}_tokens")
 def test_a_mark_whose_tokens_were_overwritten_raises(tiny, half, count):
-    """Even where the newest token of the mark is still there, or its first ones are the same."""
+    """Even if the newest token of the mark is still there, or its first tokens are the same."""
     _, cache = extend(tiny, new(half), TEXT, [5, 5])
     early = cache.mark()
     _, cache = extend(tiny, cache, MORE, [8, 8])

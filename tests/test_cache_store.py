@@ -1,4 +1,4 @@
-"""Caches on disk: they go on bit for bit, are refused where they do not belong, and tell when they were damaged."""
+"""Saved caches: generation continues bit for bit; other models and patterns, and damaged files, are refused."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def pools_of(cache):
 
 @pytest.fixture(scope="module", params=DTYPES)
 def filled(request, tiny, half):
-    """A ragged batch in a cache with room left."""
+    """A ragged batch in a cache that is not full."""
     cache = KVCache.init(tiny.config, half, 2, 48, dtype=request.param)
     return prefill(tiny, TOKENS, cache, lengths=[24, 15])[1]
 
@@ -93,7 +93,7 @@ def test_windows_and_pages_are_saved(tiny, half, tmp_path):
 
 
 def test_a_large_cache_takes_its_own_size_on_disk(tmp_path):
-    """Of 4096 tokens: what is stored beside keys and values is small."""
+    """With 4096 tokens: everything that is not keys and values is small."""
     pattern = HeadPattern.from_gates(np.eye(2), sink_size=3, recent_size=8)
     cache = KVCache.init(TINY, pattern, 4, 4096)
     noise = jax.random.normal(jax.random.key(0), cache.full.k.shape)
@@ -140,7 +140,7 @@ def test_what_is_there_is_not_overwritten_and_nothing_is_not_saved(folder, tiny,
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
 def test_no_damage_goes_unnoticed(folder, damage, tmp_path):
-    """Every file is needed: what is loaded is what was saved."""
+    """Every file is needed, and every byte is checked."""
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["cache-00000.safetensors", ABOUT]
     for number, name in enumerate(names):
@@ -178,7 +178,7 @@ def test_a_write_that_is_interrupted_leaves_nothing_under_the_name(filled, tiny,
 
 
 def test_a_book_is_prefilled_once_and_asked_later(chat_model, duo, tmp_path):
-    """In two commands as in one: the same tokens."""
+    """Two commands give the same tokens as one."""
     book, question = "A needle is thin. The key is 7134.", " What is the key?"
     options = ("--model", chat_model, "--pattern", chat_model / "pattern", "--sparsity", 0.5)
     done = duo("prefill", *options, "--prompt", book, "--out", tmp_path / "book", "--json")

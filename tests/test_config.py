@@ -1,4 +1,4 @@
-"""ModelConfig and RoPE: what is read from a configuration, what is refused by name, and the published sizes."""
+"""ModelConfig and RoPE: fields read from a configuration, features refused by name, and published sizes."""
 
 import json
 import math
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
 
 
 def from_folder(folder: Path, **values: Any) -> ModelConfig:
-    """As a model folder's config.json is read, by way of transformers."""
+    """Read a model folder's config.json through transformers."""
     (folder / "config.json").write_text(json.dumps(BASE | values))
     return Folder(folder).config
 

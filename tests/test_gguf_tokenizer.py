@@ -1,4 +1,4 @@
-"""The tokenizer read from GGUF metadata: against transformers' own of the same file, and plain-Python SentencePiece."""
+"""Tokenizers from GGUF metadata, compared with transformers' reader and with a plain-Python SentencePiece."""
 
 import json
 import pydoc_data.topics
@@ -49,7 +49,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def golden_metadata() -> dict[str, object]:
-    """GGUF metadata of the golden tokenizer.json, for what needs a real vocabulary but no GGUF file."""
+    """GGUF metadata of the golden tokenizer.json: a real vocabulary without a GGUF file."""
     data = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
     vocab, merges = data["model"]["vocab"], data["model"]["merges"]
     special = {token["content"] for token in data["added_tokens"]}
@@ -103,8 +103,8 @@ def without_space_before_numerals(text: str) -> str:
 
 
 def test_smollm2_is_what_transformers_reads(smollm2, texts):
-    # transformers' GGUF reader leaves out this vocabulary's rule that a digit stands alone, so it cuts the space before
-    # numerals otherwise. Here that space is narrowed to where both agree; the next test puts the rule back instead.
+    # transformers' GGUF reader lacks this vocabulary's rule that digits are split one by one, so it splits the space
+    # before numerals differently. Here the texts avoid that; the next test adds the rule to it instead.
     assert_same_ids_and_text(smollm2, golden_tokenizer(), [without_space_before_numerals(text) for text in texts])
 
 
@@ -216,7 +216,7 @@ def test_bos_and_eos(golden_metadata, flags, before, after):
 
 
 def spm_metadata(**more: object) -> dict[str, object]:
-    """A small SentencePiece vocabulary; the scores, not the order, say what is merged first."""
+    """A small SentencePiece vocabulary, in which scores, not the order, decide what is merged first."""
     specials = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<tool>", 0.0, 4)]
     byte_tokens = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
     learnt = "▁t he in ▁the ▁a re er on ▁s nd ▁th or en ▁w is ▁▁ it ▁o ing ▁and ▁▁▁▁ ere ▁there th ▁the▁ s> <s"
@@ -236,7 +236,7 @@ def spm_metadata(**more: object) -> dict[str, object]:
 
 
 def sentencepiece_tokens(text: str, metadata: dict[str, object]) -> list[str]:
-    """SentencePiece's BPE as its paper has it: join the best-scoring neighbours, leftmost first, until none can be."""
+    """SentencePiece's BPE: join the best-scoring neighbours, leftmost first, until no pair is left."""
     rows = zip(metadata[KEY + "tokens"], metadata[KEY + "scores"], metadata[KEY + "token_type"], strict=True)
     score = {token: value for token, value, kind in rows if kind == 1}
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
@@ -311,7 +311,7 @@ def test_unknown_characters_fuse_without_byte_tokens():
     assert tokenizer_from_gguf(metadata).tokenize("a漢字") == ["▁a", "<unk>"]
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize("missing", ["model", "tokens", "token_type", "pre", "merges"])

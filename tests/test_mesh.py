@@ -23,7 +23,7 @@ from tests.test_train import DATA
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_every_device_holds_as_many_retrieval_heads_up_to_one(data):
-    """In each layer and over all of them; every head is somewhere, and the numbers of slots have no gap."""
+    """In each layer and in total. Every head is on a device, and slots are numbered without gaps."""
     layers, heads = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     tensor = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 8, 16) if max(n, heads) % min(n, heads) == 0]))
     bits = data.draw(st.lists(st.booleans(), min_size=layers * heads, max_size=layers * heads))
@@ -63,7 +63,7 @@ def test_published_patterns_waste_less_than_two_percent_on_eight_devices():
 
 
 def test_bytes_of_a_device(half):
-    """Its own slots, rows and tokens; a ring whole."""
+    """Its own slots, rows and tokens of retrieval heads, and whole rings."""
     sizes = MeshSize(tensor=2, sequence=2, data=2)
     one = KVCache.bytes_for(TINY, half, 1, 32)
     row = 2 * 4 * TINY.head_dim
@@ -103,7 +103,7 @@ def test_training_refuses_a_model_on_a_mesh(tiny, half, text_model, tmp_path):
 
 
 def test_the_plan_is_of_each_device(duo):
-    """Half of the weights, of the cache and of the heads' slots; copies of KV heads are said."""
+    """Two devices have half of the weights, the cache and the slots each; copies of KV heads are reported."""
     options = ("plan", "--model", "llama-3-8b", "--memory", "80GB", "--sparsity", 0.5, "--json")
     one, two = (json.loads(duo(*options, *more).out) for more in ((), ("--mesh", "tensor=2")))
     assert two["kv_per_token"] * 2 == one["kv_per_token"] and two["max_context"] > 2 * one["max_context"]

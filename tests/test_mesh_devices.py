@@ -71,7 +71,7 @@ def answer(model: Model, folder: Path, pattern: HeadPattern | None, dtype: str |
 
 
 def held(cache: KVCache) -> dict[tuple[int, int], np.ndarray]:
-    """Keys and values `[2, B, tokens, H]` of each layer's KV heads, wherever they lie."""
+    """Keys and values `[2, B, tokens, H]` of each layer's KV heads, from all devices."""
     size = MeshSize.of(cache.mesh)
     pools = [np.asarray(read(pool, np.dtype(np.float32))) for pool in (*cache.full, *cache.rings[0])]
     # Tokens of retrieval heads in their order: one from each of those that share them.
@@ -135,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("size", "with_pattern", "dtype", "backend"),
     [
         (MeshSize(tensor=2, sequence=2, data=2), True, None, None),
-        (MeshSize(tensor=8), False, "int4", None),  # Each of four KV heads lies on two devices.
+        (MeshSize(tensor=8), False, "int4", None),  # Each of four KV heads is on two devices.
         pytest.param(MeshSize(sequence=4), True, "int8", "reference", marks=pytest.mark.mesh),
     ],
 )
@@ -166,8 +166,8 @@ def test_generate(folder):
 @pytest.mark.parametrize("program", [decode, prefill_chunk])
 @pytest.mark.usefixtures("fresh_programs")
 def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, program, size, in_a_layer):
-    """And pools are written where they are."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.
+    """And pools are written in place."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Arguments are shapes, not arrays.
     config = replace(TINY, num_heads=8, num_kv_heads=4)
     plan = Plan(config, any_pattern(config, 0.5, sink_size=2, recent_size=6), 2, chunk_size=8, mesh=size)
     found, temporaries = {}, {}
@@ -195,7 +195,7 @@ def test_what_devices_send_each_other_does_not_grow_with_the_cache(monkeypatch, 
 @pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.mesh)])
 @pytest.mark.parametrize("backend", ["reference", "xla", pytest.param("triton", marks=pytest.mark.mesh)])
 def test_attention_over_shards_of_the_tokens_is_that_over_all_tokens(backend, dtype):
-    """Of retrieval and streaming heads, in rows of different lengths, one of them in its first token."""
+    """For retrieval and streaming heads, in rows of different lengths, one of them at its first token."""
     batch, length, capacity, head_dim, window = 3, 24, 64, 16, Window(2, 6)
     shards, random = TokenShards("sequence", 4), np.random.default_rng(0)
     start, counts = jnp.asarray([50, 3, 0], jnp.int32), jnp.asarray([14, 24, 1], jnp.int32)
@@ -267,7 +267,7 @@ def test_a_cache_is_marked_rewound_and_forked(folder):
     _, cache = prefill(model, tokens, KVCache.init(model.config, pattern, 1, 40, mesh=mesh))
     mark = cache.mark()
     _, cache = prefill(model, tokens[:, ::-1], cache)
-    # Chunks are written over what was there: the mark's tokens are told from others.
+    # Chunks overwrite the entries: the mark's tokens are distinguished from others.
     again = cache.rewind(mark).fork()
     assert again.mesh == mesh and np.asarray(again.length) == CHUNK and cache.fork(3).batch_size == 3
     emptied = KVCache.init(model.config, pattern, 1, 40, mesh=mesh)
@@ -297,7 +297,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
 
 @pytest.mark.mesh
 def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
-    """As they are on one device: numbers and scales, in another order."""
+    """They are the same numbers and scales as on one device, in another order."""
     pattern = HeadPattern.load(folder / "pattern")
     one = load_model(folder, weight_dtype="int8")
     save_model(one, tmp_path / "saved")
@@ -324,7 +324,7 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
             {"rematerialize": True},
             marks=pytest.mark.mesh,
         ),
-        # Each of four KV heads lies on two devices, and a kernel runs on each.
+        # Each of four KV heads is on two devices, and a kernel runs on each.
         pytest.param(
             MeshSize(sequence=8),
             replace(RECIPE, reg_weight=1e-4),
@@ -347,13 +347,13 @@ def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size,
         losses.append([json.loads(line)[recipe.loss_name] for line in lines])
     np.testing.assert_allclose(gates[1], gates[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3, atol=1e-9)
-    assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-4  # Ten times what is let pass above.
+    assert losses[0][-1] > 1e-4 and np.ptp(gates[0]) > 1e-4  # Ten times the tolerance above.
 
 
 @pytest.mark.mesh
 def test_a_training_step_on_devices_that_share_tokens(monkeypatch, fresh_programs):
-    """Takes a fraction of the memory, and only attention's arrays are exchanged: never those of all tokens."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Shapes stand for arrays.
+    """It takes a fraction of the memory, and exchanges only arrays of attention, never those of all tokens."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Arguments are shapes, not arrays.
     config, length = replace(TINY, num_heads=8, num_kv_heads=4), 4096
     temporaries = {}
     for count in (1, 4):

@@ -1,4 +1,4 @@
-"""Several processes on one machine, over the loopback: gates that one process finds, and what ends them all."""
+"""Several processes on one machine find the gates of one process, and end together."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def begin(model, out, count, *flags, of_last=(), devices=1):
-    """`duo identify` in so many processes, the last one with further flags."""
+    """`duo identify` in `count` processes, the last one with further flags."""
     words = ("identify", "--model", model, "--out", out, *FLAGS, *flags)
     return processes(count, *words, of_last=of_last, devices=devices)
 
@@ -78,12 +78,12 @@ def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh, 
     assert ((alone > 0) & (alone < 0.9)).any()
     lines = (tmp_path / "out" / METRICS_FILE).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
-    assert ["gates from" in said for (said, _), _ in ended] == [True, False], "one of them speaks"
+    assert ["gates from" in said for (said, _), _ in ended] == [True, False], "only the first prints"
 
 
 @pytest.mark.process
 def test_a_process_that_dies_ends_the_others_and_one_goes_on(text_model, alone, tmp_path):
-    """They share each sample's tokens, and it does not."""
+    """Two processes share each sample's tokens; the one that resumes has them all."""
     out = tmp_path / "out"
     started = begin(text_model, out, 2, "--distill.steps", 20, "--mesh", "sequence=2")
     deadline = time.monotonic() + 200

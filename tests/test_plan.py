@@ -1,4 +1,4 @@
-"""The planner: exact where bytes are exact, monotone, and clear about what does not fit."""
+"""The planner: exact bytes, the longest context that fits, and clear refusals of one that does not."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ HALF = any_pattern(LLAMA, 0.5)
 
 
 def test_the_paper_s_setting_passes_four_million_tokens():
-    """17,408 bytes a token, as METHOD's arithmetic has it; the paper has 3.30M and 1.84M tokens."""
+    """A token takes 17,408 bytes; the paper reports 3.30M and 1.84M tokens."""
     duo = Plan(W8, HALF, chunk_size=4096, kv_dtype="int4")
     assert duo.kv_per_token == 17_408
     assert duo.max_context(80 * 10**9) > 4_000_000

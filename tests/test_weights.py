@@ -85,7 +85,7 @@ def test_loaded_weights_are_those_of_the_checkpoint_quantized(weight_dtype):
 
 @pytest.mark.parametrize(("family", "is_tied"), [("llama", False), ("llama31", True)])
 def test_embeddings_and_head_are_quantized_if_asked(family, is_tied):
-    """A look-up and logits of rounded rows; the same rounding for a table as for the kernel that it is, turned."""
+    """Look-up and logits use rounded rows; a table is rounded like its transpose, a kernel."""
     plain, found = (load_model(GOLDEN / family, embed_dtype=embed_dtype) for embed_dtype in (None, "int8"))
     assert plain.config.tied_head == is_tied
     table, rounded = plain.decoder.embed.embedding.get_value(), found.decoder.embed.embedding.get_value()
