@@ -99,7 +99,7 @@ def contiguous(cache):
 
 
 def test_tokens_are_written_where_the_page_table_says():
-    """As into a contiguous cache, past its end too, in rows that own any pages; and hashed alike."""
+    """The same entries and hashes as in a contiguous cache, with pages in any order; tokens past the end are dropped."""
     plain, paged = spec(max_length=48).empty(), spec(page_size=8, max_length=48).empty()
     pages = jnp.asarray(RNG.permutation(12).reshape(2, 6), jnp.int32)
     paged = replace(paged, pages=pages)

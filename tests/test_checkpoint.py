@@ -546,7 +546,7 @@ def test_gguf_gives_golden_logits(family: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", config, tensors, divisors=divisors, arch=config.family)
     model = load_model(path)
     assert isinstance(model.config.rope, DividedRope) == (family == "llama31")
-    # Llama 3's scaling becomes divisors; the norm's epsilon is a float32 in a GGUF file, which has no data type for the model.
+    # In a GGUF file, Llama 3's scaling is divisors, the norm's epsilon is a float32, and the model has no data type.
     same = {"rope": config.rope} if family == "llama31" else {}
     assert replace(model.config, norm_eps=config.norm_eps, dtype=config.dtype, **same) == config
     assert_golden(model, GOLDEN / family)
