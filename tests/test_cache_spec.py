@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, KVCache, Model, prefill
+from duo_jax import HeadPattern, KVCache, Model, decode_step, prefill
 from duo_jax.cache.cache import KeyValues
 from duo_jax.cache.pools import fingerprint
 from duo_jax.cache.spec import CacheSpec
@@ -99,7 +99,7 @@ def contiguous(cache):
 
 
 def test_tokens_are_written_where_the_page_table_says():
-    """The same entries and hashes as in a contiguous cache, with pages in any order; tokens past the end are dropped."""
+    """The same entries and hashes as in a contiguous cache, with pages in any order; overflow is dropped."""
     plain, paged = spec(max_length=48).empty(), spec(page_size=8, max_length=48).empty()
     pages = jnp.asarray(RNG.permutation(12).reshape(2, 6), jnp.int32)
     paged = replace(paged, pages=pages)
@@ -138,6 +138,39 @@ def test_what_no_cache_can_be_is_refused():
             spec(**changes)
     with pytest.raises(ValueError, match="a cache is made on devices"):
         spec(mesh=MeshSize(tensor=2)).empty()
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_a_paged_cache_equals_a_contiguous_one(model, expected, backend):
+    """Rows own any pages; then one of them is forked, and the cache is rewound."""
+    tokens, logits_at = expected
+    cache = spec(page_size=8).empty()
+    pages = jnp.asarray(RNG.permutation(12).reshape(2, 6), jnp.int32)
+    cache = replace(cache, pages=pages)
+    lengths = np.array([20, 7])
+    logits, cache = prefill(model, tokens[:, :20], cache, lengths=lengths, chunk_size=16, backend=backend)
+    np.testing.assert_allclose(logits, logits_at[[0, 1], lengths - 1], **TOLERANCE)
+    mark = cache.mark()
+    for step in range(12):
+        at = lengths + step
+        logits, cache = decode_step(model, tokens[[0, 1], at], cache, backend=backend)
+        np.testing.assert_allclose(logits, logits_at[[0, 1], at], **TOLERANCE)
+    cache = cache.rewind(mark)
+    logits, cache = decode_step(model, tokens[[0, 1], lengths], cache, backend=backend)
+    np.testing.assert_allclose(logits, logits_at[[0, 1], lengths], **TOLERANCE)
+
+
+def test_a_paged_row_is_forked_into_rows(model, expected):
+    tokens, logits_at = expected
+    cache = spec(page_size=8, batch_size=1).empty()
+    _, cache = prefill(model, tokens[:1, :20], replace(cache, pages=cache.pages[:, ::-1]), chunk_size=16)
+    rows = cache.fork(2)
+    assert rows.nbytes == 2 * cache.nbytes and len(np.unique(rows.pages)) == rows.pages.size
+    logits, rows = decode_step(model, tokens[[0, 1], 20], rows)
+    np.testing.assert_allclose(logits[0], logits_at[0, 20], **TOLERANCE)
+    # The other row wrote into pages of its own.
+    logits, _ = decode_step(model, tokens[[0, 0], 21], rows)
+    np.testing.assert_allclose(logits[0], logits_at[0, 21], **TOLERANCE)
 
 
 def test_init_makes_what_the_spec_says(half):
