@@ -14,7 +14,7 @@ from duo_jax.cache.spec import CacheSpec
 from duo_jax.mesh.mesh import MeshSize
 from pallas_kernels import Window
 from tests.conftest import TINY
-from tests.test_inference import TOLERANCE, decode_rest, dense_logits
+from tests.test_infer import TOLERANCE, decode_rest, dense_logits
 
 THREE = replace(TINY, num_layers=3)
 PATTERN = HeadPattern.from_gates(np.array([[1, 0], [1, 1], [0, 1]]), sink_size=3, recent_size=8)

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 import duo_jax
 from duo_jax import LM, HeadPattern, KVCache, score
-from tests.test_inference import dense_logits
+from tests.test_infer import dense_logits
 from tests.text_models import make_model
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "

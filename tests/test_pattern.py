@@ -1,3 +1,5 @@
+"""Head patterns: files, choices of heads, and what is refused."""
+
 import json
 import shutil
 from pathlib import Path
