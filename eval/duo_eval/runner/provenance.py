@@ -23,12 +23,11 @@ PACKAGES = [
 ]
 
 
-def provenance(settings: Mapping[str, Any] | None = None, *, program: str = "duo") -> dict[str, Any]:
-    """The command that is running, the machine, and the settings if they are given (without the output path)."""
+def provenance(*, program: str = "duo") -> dict[str, Any]:
+    """The command that is running, and the machine."""
     # A notebook's kernel has a command line too, but it is no way to make the result again.
     command = "a notebook" if "ipykernel" in sys.modules else " ".join([program, *sys.argv[1:]])
-    own = {} if settings is None else {"settings": {key: value for key, value in settings.items() if key != "out"}}
-    return {"command": command, "machine": machine()} | own
+    return {"command": command, "machine": machine()}
 
 
 def machine() -> dict[str, Any]:

@@ -273,18 +273,3 @@ def _plain(job: Any) -> Any:
 
 def _text(job: Any) -> str:
     return json.dumps(job, sort_keys=True)
-
-
-def begun(out: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The old form of `Record.open(..., again=True)`."""
-    record = provenance(settings)
-    if out is not None and out.is_dir():
-        raise ValueError(f"{out} is a folder: --out names a file")
-    if out is not None and out.exists():
-        try:
-            command = json.loads(out.read_text(encoding="utf-8"))["command"]
-        except (ValueError, LookupError, TypeError):
-            command = ""
-        if command.split()[:3] != record["command"].split()[:3]:
-            raise ValueError(f"{out} is not a result of this command; choose another --out")
-    return record | {"results": []}
