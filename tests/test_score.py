@@ -77,7 +77,7 @@ def test_a_sample_s_answers_are_scored_given_all_before_them(text_model):
     data = fit(config, tokenizer, 400)
     assert all(360 < len(data[number].tokens) <= 400 for number in range(40))
     sample = data[0]
-    found = score_sample(model, sample, 400, None)
+    found = score_sample(model, sample, 400, HeadPattern.full(model.config))
     hidden, _ = GatedModel().teacher(model, jnp.asarray(sample.tokens)[None])
     logprobs = np.asarray(jax.nn.log_softmax(model.decoder.logits(hidden))[0], np.float64)
     for (first, last), tokens, hits, nll in zip(sample.answers, *found.values(), strict=True):

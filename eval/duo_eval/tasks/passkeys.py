@@ -36,7 +36,7 @@ def score_text(
     data: NeedleData,
     length: int,
     number: int,
-    pattern: HeadPattern | None,
+    pattern: HeadPattern,
     *,
     prose: bool,
     kv_dtype: str | None = None,
@@ -48,7 +48,7 @@ def score_text(
 
 
 def score_sample(
-    model: Model, sample: Sample, length: int, pattern: HeadPattern | None, *, kv_dtype: str | None = None
+    model: Model, sample: Sample, length: int, pattern: HeadPattern, *, kv_dtype: str | None = None
 ) -> dict[str, Any]:
     """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
     tokens = jnp.asarray(sample.tokens)[None]
@@ -71,7 +71,7 @@ def score_prose(
     data: NeedleData,
     length: int,
     number: int,
-    pattern: HeadPattern | None,
+    pattern: HeadPattern,
     *,
     kv_dtype: str | None = None,
 ) -> dict[str, Any]:

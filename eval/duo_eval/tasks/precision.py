@@ -84,7 +84,8 @@ class Precision:
                     for job in group:
                         about: dict[str, Any] = {"prose": job.prose, "kv_dtype": job.cache}
                         text = texts[job.length], job.length, job.sample
-                        yield job, score_text(model, *text, patterns[job.sparsity], **about)
+                        pattern = patterns[job.sparsity] or HeadPattern.full(model.config)
+                        yield job, score_text(model, *text, pattern, **about)
 
             return FLOAT, score
 

@@ -20,7 +20,7 @@ from duo_eval.runner.run import Answer, run
 from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
-from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax import HeadPattern, ModelConfig, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,12 @@ class Recall:
         """Load the model, check the patterns."""
         model, tokenizer = load_model(self.model), load_tokenizer(self.model)
         texts = self.scoring.texts(tokenizer)
-        shape = model.config.num_layers, model.config.num_kv_heads
         for source in sources.values():
             HeadPattern.load(source).check(model.config)
 
         def score(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
             for job in jobs:
-                pattern = self._pattern(job, sources, shape)
+                pattern = self._pattern(job, sources, model.config)
                 data = texts[max(texts) if job.prose else job.length]
                 yield job, score_text(model, data, job.length, job.sample, pattern, prose=job.prose)
 
@@ -184,15 +183,15 @@ class Recall:
         else:
             yield from (SizedJob(**asdict(job), sink_size=sizes[0], recent_size=sizes[1]) for job in jobs)
 
-    def _pattern(self, job: Job, sources: Mapping[str, str], shape: tuple[int, int]) -> HeadPattern | None:
+    def _pattern(self, job: Job, sources: Mapping[str, str], config: ModelConfig) -> HeadPattern:
         if job.method == FULL_ATTENTION:
-            return None
+            return HeadPattern.full(config)
         at = job if isinstance(job, SizedJob) else self.scoring
         sizes: dict[str, Any] = {"sink_size": at.sink_size, "recent_size": at.recent_size}
         if job.method in sources:
             return HeadPattern.load(sources[job.method], sparsity=job.sparsity, **sizes)
         seed = 0 if job.method == STREAMING else int(job.method.removeprefix(RANDOM))
-        gates = np.random.default_rng(seed).random(shape)
+        gates = np.random.default_rng(seed).random((config.num_layers, config.num_kv_heads))
         return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
 
     def _record(self, gates: Mapping[str, str]) -> Record:
