@@ -108,8 +108,10 @@ def compare(
     jobs = [Job(method, name) for stage in stages for method in methods for name in stage]
 
     def prepare(missing: list[Job]) -> tuple[str, Answer[Job]]:
-        from duo_eval.tasks.lm_eval.adapter import DuoLM
-
+        try:
+            from duo_eval.tasks.lm_eval.adapter import DuoLM
+        except ImportError as error:
+            raise NotImplementedError(f"short tasks need lm-eval ({error}): pip install 'duo-jax[eval]'") from None
         weights, tokenizer = model.load(), model.tokenizer()
         for pattern in filter(None, methods.values()):
             pattern.check(weights.config)
