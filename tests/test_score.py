@@ -220,8 +220,12 @@ def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):
     assert [result["rematerialize"] for result in results] == [True, False]
     assert all(0 < result["fraction_of_matmul_rate"] < 1 and result["temporary_bytes"] > 0 for result in results)
     assert_refused(duo("eval", "training", "--lengths", "0"), "at least 1")
-    out.write_text('{"command": "duo eval needle --out training.json"}')
-    assert_refused(duo("eval", "training", "--out", out), "not a result of this command")
+    for text, words in (
+        ('{"command": "duo eval needle --out training.json", "machine": {}, "results": []}', "a result of needle"),
+        ("[]", "not a line of a file of results"),
+    ):
+        out.write_text(text)
+        assert_refused(duo("eval", "training", "--out", out), words, "choose another --out")
 
 
 def test_memory_of_another_machine_s_gpu_says_what_is_missing(duo):
