@@ -1,4 +1,4 @@
-"""The `duo` command, run for real: what it prints, and how it refuses what it cannot do."""
+"""The `duo` command as users run it: its output, and its refusals."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def shell(*args: object, stdin: str | bytes = b"", cwd: Path | None = None) -> R
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-# What it does.
+# Output.
 
 
 def test_the_prompt_may_come_three_ways(
@@ -181,7 +181,7 @@ def test_a_shell_pipes_a_prompt_and_an_interrupt_ends_it_with_130(model: Path) -
     assert b"duo generate: interrupted" in err and b"Traceback" not in err
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(model: Path) -> None:
+def test_a_closed_pipe_is_no_error(model: Path) -> None:
     command = (
         f'"{DUO}" generate --model "{model}" --prompt x --max-new-tokens 3000 | head -c 3; echo ${{PIPESTATUS[0]}}'
     )
@@ -189,7 +189,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(model: Path) -> None:
     assert done.stdout[3:].strip() == "0" and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
-# What it refuses. Arguments after `generate --model MODEL`, and what the message must say.
+# Refusals: arguments after `generate --model MODEL`, and words that the message must contain.
 
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
@@ -204,8 +204,8 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "sparsity nan": (["--prompt", "a", "--pattern", "{pattern}", "--sparsity", "nan"], ["[0, 1]", "nan"]),
     "budget 2": (["--prompt", "a", "--pattern", "{pattern}", "--kv-budget", "2"], ["[0, 1]"]),
     "two rules": (["--prompt", "a", "--pattern", "{pattern}", "--sparsity", "0.5", "--threshold", "0.5"], ["give one"]),
-    "sparsity alone": (["--prompt", "a", "--sparsity", "0.5"], ["--sparsity", "without --pattern"]),
-    "sink size alone": (["--prompt", "a", "--sink-size", "4"], ["--sink-size", "without --pattern"]),
+    "sparsity without pattern": (["--prompt", "a", "--sparsity", "0.5"], ["--sparsity", "without --pattern"]),
+    "sink size without pattern": (["--prompt", "a", "--sink-size", "4"], ["--sink-size", "without --pattern"]),
     "recent size 0": (["--prompt", "a", "--pattern", "{pattern}", "--recent-size", "0"], ["recent_size", "0"]),
     "pattern of another model": (
         ["--prompt", "a", "--pattern", "smollm2-135m-instruct"],
@@ -288,7 +288,7 @@ def test_wrong_use_is_refused_by_the_shell_command_too(model: Path) -> None:
     assert_refused(shell("generate", "--model", model, "--no-such-flag", "1"), "--no-such-flag")
 
 
-def test_a_traceback_is_there_for_who_asks(
+def test_a_traceback_is_shown_on_request(
     model: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DUO_TRACEBACK", "1")

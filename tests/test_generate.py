@@ -80,7 +80,7 @@ def test_stream_gives_the_tokens_of_generate(tiny, half, sampler, eos_ids):
     np.testing.assert_array_equal(steps.cache.length, out.cache.length)
 
 
-def test_a_stream_that_is_left_early_holds_what_it_gave(tiny, half, greedy):
+def test_a_stream_that_is_left_early_has_its_tokens_in_the_cache(tiny, half, greedy):
     steps = stream(tiny, PROMPT, pattern=half, lengths=LENGTHS, max_new_tokens=NEW)
     given = [next(steps).token for _ in range(3)]
     np.testing.assert_array_equal(np.stack(given, 1), greedy.tokens[:, :3])
@@ -106,7 +106,7 @@ def test_each_row_stops_at_its_own_eos(tiny, half, greedy):
         np.testing.assert_allclose(out.logprobs[row, :length], greedy.logprobs[row, :length], rtol=0, atol=1e-5)
         assert not out.logprobs[row, length:].any()
         assert out.cache.length[row] == LENGTHS[row] + length
-    assert len(set(out.lengths.tolist())) == 2  # One row went on alone.
+    assert len(set(out.lengths.tolist())) == 2  # One row continued after the other had ended.
 
 
 def test_one_new_token(tiny, half, greedy):
@@ -116,7 +116,7 @@ def test_one_new_token(tiny, half, greedy):
 
 
 def test_a_conversation_equals_one_run_over_the_concatenation(tiny, half):
-    """The second turn passes its own tokens and the cache alone; rows are of different lengths in both turns."""
+    """The second turn passes only its own tokens and the cache; the rows have different lengths in both turns."""
     more, counts = np.random.default_rng(1).integers(0, 61, (2, 6)), [2, 6]
     cache = KVCache.init(TINY, half, 2, 64)
     first = generate(tiny, PROMPT, lengths=LENGTHS, cache=cache, max_new_tokens=NEW)
@@ -147,8 +147,8 @@ def test_a_seed_is_a_key_and_gives_the_same_tokens(tiny, half):
     assert not np.array_equal(first, sample(tiny, half, 6))
 
 
-def test_a_row_draws_the_same_whatever_stands_beside_it(tiny, half):
-    """Row b depends on (key, b) alone, not on the other rows nor on their number."""
+def test_a_row_does_not_depend_on_the_other_rows(tiny, half):
+    """Row b depends only on (key, b), not on the other rows or on their number."""
     other = PROMPT.copy()
     other[1] = (other[1] + 1) % 61
     both, changed = sample(tiny, half, 5), sample(tiny, half, 5, prompt=other)
@@ -159,7 +159,7 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(tiny, half):
 
 
 def test_the_repetition_penalty_sees_prompt_and_answer_but_not_padding(tiny, half):
-    """A penalty so large that no token comes twice, and none of the prompt; tokens of the padding still may."""
+    """A penalty so large that no token occurs twice, nor one of the prompt; tokens of the padding may occur."""
     allowed = set(range(61))
     prompt = np.full((1, 12), 9)
     prompt[0, :5] = [1, 2, 3, 4, 5]
@@ -203,7 +203,7 @@ BAD = {
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """A check that comes too late fails here: no compiled program must be called."""
+    """Fail if a compiled program is called: all checks must come before."""
 
     def reached(*args, **kwargs):
         raise AssertionError("computed before it was checked")
@@ -222,7 +222,7 @@ def test_a_bad_argument_raises_before_any_compute(request, tiny, half, call, tok
 
 
 @pytest.mark.parametrize("call", [generate, stream])
-def test_pattern_beside_cache_raises(tiny, half, call, nothing_runs):
+def test_a_pattern_with_a_cache_raises(tiny, half, call, nothing_runs):
     with pytest.raises(ValueError, match="give pattern or cache, not both"):
         call(tiny, PROMPT, pattern=half, cache=KVCache.init(TINY, half, 2, 32), max_new_tokens=4)
 

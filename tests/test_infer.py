@@ -165,7 +165,7 @@ def test_any_mixture_of_head_types_equals_a_dense_forward_pass(tiny, gates, sink
 
 
 def prefill_tiny(model, pattern, tokens, lengths=None):
-    """All tests of the tiny model that can share these shapes, and so their programs."""
+    """Prefill with shapes that the tests of the tiny model share, and so their programs."""
     cache = KVCache.init(model.config, pattern, len(tokens), 32)
     return prefill(model, tokens, cache, lengths=lengths, chunk_size=16)
 
@@ -234,7 +234,7 @@ def test_prompts_in_one_bucket_share_a_program(tiny, half):
     assert Generator.run._cache_size() == programs[1] + 1
 
 
-def test_patterns_with_as_many_retrieval_heads_share_a_program(tiny):
+def test_patterns_with_equally_many_retrieval_heads_share_a_program(tiny):
     def run(gates):
         pattern = HeadPattern.from_gates(np.array(gates), sink_size=3, recent_size=8)
         tokens = np.arange(16)[None]
@@ -276,8 +276,8 @@ def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stage
     ("phase", "dtype"), [("extend", None), ("step", None), ("generate", None), ("extend", "int4"), ("step", "int4")]
 )
 def test_a_phase_writes_into_the_cache_that_it_was_given(annotations_off, fresh_programs, tiny, half, phase, dtype):
-    """Neither a second cache, in any precision, nor logits of every position."""
-    tokens, vocabulary = 272, tiny.config.vocab_size  # 272 and 61 occur nowhere else.
+    """No second cache, in any precision, and no logits of every position."""
+    tokens, vocabulary = 272, tiny.config.vocab_size  # No other axis has 272 or 61 entries.
     cache = KVCache.init(tiny.config, half, 1, 1 << (19 if dtype else 16), dtype=dtype)
     program = compiled(phase, tiny, cache, tokens)
     memory = program.memory_analysis()
@@ -303,7 +303,7 @@ def test_prefill_and_decode_step_work_inside_a_users_jit(tiny, half):
         second, cache = decode_step(model, token, cache)
         return first, second, cache
 
-    def room():  # Row 0 has room for the prompt alone.
+    def room():  # Row 0 has room only for the prompt.
         return replace(KVCache.init(tiny.config, half, 2, 32), length=jnp.array([16, 0], jnp.int32))
 
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 16)), jnp.int32)

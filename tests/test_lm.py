@@ -37,7 +37,7 @@ def chat_lm(chat_model: Path) -> LM:
     return duo_jax.load(chat_model, pattern=chat_model / "pattern")
 
 
-def test_a_call_says_what_generate_says(lm):
+def test_a_call_gives_the_tokens_of_generate(lm):
     reply = lm(PROMPT, max_new_tokens=NEW)
     tokens = np.asarray([lm.tokenizer.encode(PROMPT)])
     out = duo_jax.generate(lm.model, tokens, pattern=lm.pattern, max_new_tokens=NEW)
@@ -47,7 +47,7 @@ def test_a_call_says_what_generate_says(lm):
     assert reply.finish_reason == "length"
 
 
-def test_a_batch_says_what_single_calls_say(lm):
+def test_a_batch_gives_the_replies_of_single_calls(lm):
     prompts = [PROMPT, "a", "A much longer prompt than the others."]
     assert lm(prompts, max_new_tokens=NEW) == [lm(prompt, max_new_tokens=NEW) for prompt in prompts]
 
@@ -143,7 +143,7 @@ def test_a_chat_computes_only_what_is_new_and_answers_the_same(chat_lm):
     assert chat.messages == [*messages, {"role": "assistant", "content": second}]
 
 
-def test_a_reply_that_was_stopped_counts_as_far_as_it_came(chat_lm):
+def test_a_reply_that_is_left_early_stays_in_the_conversation(chat_lm):
     chat = Chat(chat_lm, max_length=256)
     running = chat.say("Hello.", max_new_tokens=NEW)
     said = next(running) + next(running)
@@ -157,7 +157,7 @@ def test_a_reply_that_was_stopped_counts_as_far_as_it_came(chat_lm):
     assert again == chat_lm.chat(messages, max_new_tokens=NEW)
 
 
-def test_a_full_chat_says_so_and_a_reset_empties_it(chat_lm):
+def test_a_full_chat_refuses_and_a_reset_empties_it(chat_lm):
     chat = Chat(chat_lm, max_length=48)
     _say(chat, "Hello there, you.", max_new_tokens=100)
     assert chat.num_tokens == 48
@@ -213,7 +213,7 @@ TOKENIZERS = {
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_pieces_joined_are_the_decoded_tokens(name, data):
-    """Any tokens: text with characters of several bytes, or bytes that are no text, special tokens, and a stop."""
+    """Any tokens: characters of several bytes, bytes that are not text, special tokens."""
     tokenizer = TOKENIZERS[name]
     text = data.draw(st.text("aé漢🧵 \n", max_size=8), label="text")
     some = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
@@ -294,7 +294,7 @@ def test_chat_talks_saves_and_forgets(chat_model, duo, monkeypatch, tmp_path):
     assert result.out.count("/reset forgets") == 2
 
 
-def test_chat_says_when_the_cache_is_full(chat_model, duo, monkeypatch):
+def test_chat_reports_a_full_cache(chat_model, duo, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello there.\nMore?\n"))
     result = duo("chat", "--model", chat_model, "--max-length", 40)
     assert result.code == 0, result
@@ -399,7 +399,7 @@ def test_a_repetition_penalty_counts_what_is_cached(chat_lm):
     assert answer == chat_lm.chat(whole, max_new_tokens=NEW, sampler=sampler)
 
 
-def test_a_chat_goes_on_after_a_turn_that_was_refused(chat_lm):
+def test_a_chat_continues_after_a_refused_turn(chat_lm):
     chat = Chat(chat_lm, max_length=256)
     with pytest.raises(ValueError, match="none of them empty"):
         chat.say("Hello.", stop=[""])
@@ -407,7 +407,7 @@ def test_a_chat_goes_on_after_a_turn_that_was_refused(chat_lm):
     assert again == chat_lm.chat([{"role": "user", "content": "Hello."}], max_new_tokens=NEW)
 
 
-def test_a_template_that_refuses_is_told_without_a_traceback(chat_model, duo, tmp_path):
+def test_a_refusal_of_the_template_is_reported_without_a_traceback(chat_model, duo, tmp_path):
     folder = shutil.copytree(chat_model, tmp_path / "strict")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role here') }}")
     result = duo("chat", "--model", folder, "--system", "Be brief.")

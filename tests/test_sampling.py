@@ -138,7 +138,7 @@ def test_the_same_keys_draw_the_same_tokens_and_others_do_not():
     assert first != other
 
 
-def test_a_row_draws_from_its_own_key_alone():
+def test_a_row_draws_only_from_its_own_key():
     sampler = Categorical((RepetitionPenalty(1.2), Temperature(0.8), TopK(6), TopP(0.9), MinP(0.01)))
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(8, VOCAB)), jnp.float32)
@@ -172,7 +172,7 @@ def test_a_parameter_out_of_range_raises_and_is_named(transform, value):
         transform(value)
 
 
-def test_a_sampler_that_does_not_choose_says_so():
+def test_a_sampler_without_a_choice_raises():
     with pytest.raises(NotImplementedError, match="Greedy or Categorical"):
         Sampler()(jnp.zeros((1, 3)), jnp.zeros((1, 3), bool), keys(0, 1))
 
