@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from jax._src import compilation_cache
 
-from duo_jax import HeadPattern, Model, ModelConfig, load_model
+from duo_jax import HeadPattern, Model, load_model
 from duo_jax.checkpoint.packaged import packaged_model
 from duo_jax.cli import main
+from tests.shapes import GOLDEN, TINY, families
 from tests.text_models import Result, make_model
 
 # The library must work under a user's strict configuration.
@@ -54,33 +55,6 @@ MOST_SECONDS = 90
 # A process that was started in the background ignores Ctrl-C, and so would the commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-GOLDEN = Path(__file__).parent / "golden"
-# Attention backends that do everything on a CPU, fast enough for tests.
-ON_CPU = ("reference", "xla", "triton")
-FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
-
-
-def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:
-    """Families as parameters; `make test` runs the core ones only."""
-    return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in of]
-
-
-# A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.
-TINY = ModelConfig(
-    "llama",
-    vocab_size=61,
-    num_layers=2,
-    embed_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    mlp_dim=48,
-    max_positions=4096,
-    dtype="float32",
-    eos_ids=(2,),
-)
-
 
 # Compiled programs take memory mappings. Linux allows a process 65530; XLA aborts beyond that.
 MAPPINGS = Path("/proc/self/maps")

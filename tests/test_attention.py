@@ -18,7 +18,7 @@ from pallas_kernels.gpus import DecodeTiles, FlashTiles
 from pallas_kernels.quantized import BITS, empty, read, store
 from pallas_kernels.types import OPERATIONS, Request
 from pallas_kernels.window import Window
-from tests.conftest import ON_CPU
+from tests.shapes import ON_CPU
 
 SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}
 SMALL_TILES = {

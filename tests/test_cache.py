@@ -10,7 +10,7 @@ import pytest
 
 from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, infer, prefill, stream
 from duo_jax.generator import Generator
-from tests.conftest import TINY
+from tests.shapes import TINY
 
 RNG = np.random.default_rng(0)
 TEXT = RNG.integers(0, 61, (2, 16))

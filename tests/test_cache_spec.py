@@ -13,7 +13,7 @@ from duo_jax.cache.pools import fingerprint
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.mesh.mesh import MeshSize
 from pallas_kernels import Window
-from tests.conftest import TINY
+from tests.shapes import TINY
 from tests.test_infer import TOLERANCE, decode_rest, dense_logits
 
 THREE = replace(TINY, num_layers=3)

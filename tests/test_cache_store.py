@@ -15,7 +15,7 @@ from duo_jax.cache.spec import CacheSpec
 from duo_jax.cache.store import ABOUT
 from duo_jax.cli.prompt import PromptOptions
 from pallas_kernels import Window
-from tests.conftest import TINY
+from tests.shapes import TINY
 from tests.text_models import assert_refused
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24)).astype(np.int32)

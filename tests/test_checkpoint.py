@@ -39,7 +39,7 @@ from duo_jax.checkpoint.folder import INDEX, Folder
 from duo_jax.checkpoint.gguf_file import LAYER_MODULES, MODEL_TENSORS, GgufFile
 from duo_jax.checkpoint.table import weight_table
 from duo_jax.rope import DividedRope
-from tests.conftest import FAMILIES, GOLDEN, families
+from tests.shapes import FAMILIES, GOLDEN, families
 
 Tensors = dict[str, np.ndarray]
 

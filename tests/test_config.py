@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from duo_jax import PRESETS, ModelConfig
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope
-from tests.conftest import FAMILIES, GOLDEN
+from tests.shapes import FAMILIES, GOLDEN
 
 BASE: dict[str, Any] = {
     "model_type": "llama",

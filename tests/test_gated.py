@@ -13,7 +13,7 @@ from duo_jax import load_model
 from pallas_kernels import full_attention, gated_attention, gpus, ops, xla_train
 from pallas_kernels.gpus import FlashTiles
 from pallas_kernels.window import Window
-from tests.conftest import ON_CPU
+from tests.shapes import ON_CPU
 
 # Mosaic has no kernel for training.
 backends = pytest.mark.parametrize("backend", ON_CPU)

@@ -19,7 +19,7 @@ from duo_jax import (
     stream,
 )
 from duo_jax.generator import Generator
-from tests.conftest import TINY
+from tests.shapes import TINY
 
 PROMPT = np.random.default_rng(0).integers(0, 61, (2, 12))
 LENGTHS = np.array([12, 5])

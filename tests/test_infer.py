@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
 from duo_jax.generator import Generator, Prompt
-from tests.conftest import GOLDEN
+from tests.shapes import GOLDEN
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 KINDS = {"full": "full_logits", "duo": "duo_logits"}

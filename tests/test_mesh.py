@@ -16,7 +16,7 @@ from duo_jax.cache.spec import CacheSpec
 from duo_jax.mesh.balance import balance, query_heads
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
-from tests.conftest import TINY
+from tests.shapes import TINY
 from tests.test_train import DATA
 
 

@@ -37,7 +37,7 @@ from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Heads, Pools, TokenShards, Window, decode_attention, prefill_attention
 from pallas_kernels.quantized import empty, read, store
-from tests.conftest import FAMILIES, GOLDEN, TINY
+from tests.shapes import FAMILIES, GOLDEN, TINY
 from tests.test_train import ATTENTION, DATA, RECIPE
 from tests.text_models import make_model
 

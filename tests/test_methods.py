@@ -12,8 +12,8 @@ from duo_eval.methods.registry import METHODS, greedy, method
 from duo_jax import Model, infer, load_tokenizer
 from duo_jax.chunks import bucket, chunk_width
 from tests import dense_rules
-from tests.conftest import TINY
 from tests.dense_rules import blocks, dense, heaviest
+from tests.shapes import TINY
 
 # Half the budget for a prompt takes as many slots as all of it for a short one: both run the same programs.
 LENGTH, SHORT, NEW, BLOCK, BUDGET = 120, 50, 7, 16, 0.5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import GOLDEN
+from tests.shapes import GOLDEN
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("duo_jax", "pallas_kernels", "train", "eval/duo_eval", ".packages")

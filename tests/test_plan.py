@@ -10,7 +10,7 @@ from duo_jax import PRESETS, KVCache, Model, Plan
 from duo_jax.cli.options import RoomOptions, parse_bytes
 from duo_jax.plan import any_pattern, weight_bytes
 from pallas_kernels.gpus import GPUS
-from tests.conftest import TINY
+from tests.shapes import TINY
 from tests.text_models import assert_refused
 
 LLAMA = PRESETS["llama-3-8b"]

@@ -8,7 +8,7 @@ from duo_jax import KVCache, Model, load_model
 from duo_jax.precision import ALLOWED, Precision
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS
 from pallas_kernels.quantized import BITS
-from tests.conftest import GOLDEN, TINY
+from tests.shapes import GOLDEN, TINY
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"), np.dtype(jnp.bfloat16)], ids=str)

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from duo_jax import HeadPattern, KVCache, generate, prefill, score
 from pallas_kernels.quantized import HUGE, TINY, dequantize, empty, quantize, scale_and_zero
-from tests.conftest import TINY as MODEL
+from tests.shapes import TINY as MODEL
 
 F32 = jnp.dtype("float32")
 BITS = pytest.mark.parametrize("bits", [8, 4])

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from duo_jax import load_model, make_mesh
 from duo_jax.cli.options import ModelOptions
 from pallas_kernels import full_attention
-from tests.conftest import GOLDEN, families
+from tests.shapes import GOLDEN, families
 from tests.test_train import ATTENTION, DATA, metrics
 
 

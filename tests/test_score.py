@@ -17,7 +17,7 @@ from duo_train.gated import GatedModel
 from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, infer, load_model, prefill, score
-from tests.conftest import GOLDEN
+from tests.shapes import GOLDEN
 from tests.text_models import assert_refused
 
 QUICK = (

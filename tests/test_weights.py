@@ -13,7 +13,7 @@ from duo_jax import KVCache, Model, arrays, load_model, load_tokenizer, prefill,
 from duo_jax.layers import Linear
 from duo_jax.memory import nbytes
 from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
-from tests.conftest import GOLDEN
+from tests.shapes import GOLDEN
 
 formats = pytest.mark.parametrize("weight_dtype", WEIGHT_FORMATS)
 KERNEL = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)

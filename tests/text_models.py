@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.shapes import GOLDEN
 
 
 def save_tokenizer(folder: Path, *, chat: bool) -> None:

@@ -1,0 +1,33 @@
+"""The models that tests share, and so their compiled programs: a test that needs no other uses `TINY`."""
+
+from pathlib import Path
+
+import pytest
+
+from duo_jax import ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+# Attention backends that do everything on a CPU, fast enough for tests.
+ON_CPU = ("reference", "xla", "triton")
+FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear")
+
+
+def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:
+    """Families as parameters; `make test` runs the core ones only."""
+    return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in of]
+
+
+# A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.
+TINY = ModelConfig(
+    "llama",
+    vocab_size=61,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=48,
+    max_positions=4096,
+    dtype="float32",
+    eos_ids=(2,),
+)
