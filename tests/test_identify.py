@@ -1,4 +1,4 @@
-"""`duo identify` from the command line: what it writes, how it goes on, what it refuses."""
+"""`duo identify` from the command line: its files, resuming, and refusals."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_writes_a_pattern_that_loads_with_all_that_made_it(identify, tmp_path, text_model, duo):
+def test_writes_a_pattern_that_loads_with_all_its_settings(identify, tmp_path, text_model, duo):
     done = identify()
     assert done.code == 0 and "of 8 above 0.5" in done.out
     folder = tmp_path / "run"
@@ -50,7 +50,7 @@ def test_writes_a_pattern_that_loads_with_all_that_made_it(identify, tmp_path, t
     assert begun.pop("contents").keys() == {"weights", "text", "start"}
     assert begun == {k: v for k, v in training.items() if k != "duo_jax"}
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
-    # The gates go on to what uses them, and a finished run may be resumed.
+    # Other commands can use the gates, and resuming a finished run changes nothing.
     assert duo("inspect", "--model", text_model, "--pattern", folder, "--sparsity", "0.5").code == 0
     before = contents(folder)
     assert identify("--resume").code == 0
@@ -133,12 +133,12 @@ def test_a_start_with_nan_is_refused(identify, tmp_path):
 
 
 @pytest.mark.process
-def test_a_disk_that_takes_no_more_is_said_in_a_line_and_the_run_goes_on_later(identify, text_model, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_the_run_can_be_resumed(identify, text_model, tmp_path):
     out = tmp_path / "run"
     prulong = ("--recipe", "prulong", "--prulong.steps", "3", "--prulong.pad-multiple", "64")
     command = ["identify", "--model", text_model, "--out", out, *QUICK, *prulong]
     start = "import sys; from duo_jax.cli import main; sys.argv[0] = 'duo'; main()"
-    # No file may grow beyond 4 KiB, which a checkpoint's description does: to a program, the same as a full disk.
+    # No file may grow beyond 4 KiB, and the description of a checkpoint does: a program sees a full disk.
     limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", sys.executable, "-c", start, *map(str, command)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run(limited, capture_output=True, text=True, env=environment)

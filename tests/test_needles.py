@@ -1,4 +1,4 @@
-"""Needle data: what is hidden is asked for and labelled, and sample i depends on (seed, i) alone."""
+"""Needle data: every hidden passkey is asked for and labelled, and sample i depends only on (seed, i)."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def chat(chat_model):
 
 
 def check(data, number):
-    """A sample against its own words: every needle lies in the text, every answer is right and labelled."""
+    """A sample against its own words: every needle is in the text, every answer is right and labelled."""
     sample, config = data[number], data.config
     text = data.tokenizer.decode
     assert len(sample.passkeys) == len(sample.needles) == len(sample.answers) == config.num_passkeys
@@ -59,7 +59,7 @@ def test_a_chat_template_may_be_left_out(chat):
     assert "[assistant]" not in chat.decode(sample.tokens)
 
 
-def test_a_sample_depends_on_the_seed_and_its_number_alone(plain):
+def test_a_sample_depends_only_on_the_seed_and_its_number(plain):
     data, again = NeedleData(SMALL, plain), NeedleData(SMALL, plain)
     want = [data[i].tokens for i in range(4)]
     for number in (3, 0, 2, 1):

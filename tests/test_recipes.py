@@ -110,7 +110,7 @@ def test_kvzip_is_the_most_attention_that_a_context_receives_while_it_is_repeate
     np.testing.assert_allclose(found, np.mean(scores, axis=0), atol=1e-5)
 
 
-def test_recipes_without_training_say_what_they_cannot_do(run):
+def test_recipes_without_training_reject_what_they_cannot_do(run):
     with pytest.raises(ValueError, match="fewer than"):
         KVzip(length=10**6).find(run())
     with pytest.raises(ValueError, match="length > 2"):
@@ -146,7 +146,7 @@ def test_the_target_sparsity_rises_and_the_multipliers_go_uphill():
     assert updates["multipliers"][0] < 0 < updates["multipliers"][1]
 
 
-def test_prulong_reaches_the_sparsity_that_it_is_told(run):
+def test_prulong_reaches_its_target_sparsity(run):
     recipe = PruLong(steps=100, multiplier_rate=0.3, target_sparsity=0.5, pad_multiple=64)
     run = run(checkpoint_every=100)
     recipe.find(run)
@@ -181,7 +181,7 @@ def test_prulong_reaches_a_high_sparsity_soon_and_keeps_the_heads_that_matter(se
         params = train(params)
     assert float(recipe.penalty(params, jnp.int32(199))[1]["sparsity"]) == pytest.approx(0.7, abs=0.06)
     order, gates = np.argsort(-np.ravel(cost)), np.ravel(recipe.gates(params))
-    for kept in (27, 45):  # at the sparsity it was told, and at a lower one
+    for kept in (27, 45):  # at its target sparsity, and at a lower one
         assert len(set(order[:kept]) & set(np.argsort(-gates)[:kept])) >= 0.85 * kept
 
 

@@ -43,7 +43,7 @@ ATTENTION = GatedModel(sink_size=2, recent_size=8, rematerialize=False)
 
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory):
-    """One layer: what is tested here are steps and checkpoints."""
+    """One layer: these tests are about steps and checkpoints."""
     return make_model(tmp_path_factory.mktemp("train") / "model", layers=1)
 
 
