@@ -61,8 +61,8 @@ class ContextTask:
         _check("models", self.models, MODELS)
         _check("dtypes", self.dtypes, DTYPES)
         settings = {name: value for name, value in asdict(self).items() if name != "out"}
-        compiled = read(self.out)[1] if self.out is not None and self.out.exists() else []
         record = Record.open(self.out, {"task": "context", **settings}, again=True)
+        compiled = read(self.out)[1] if self.out is not None and self.out.exists() else []
         record.head["savings"] = [_saving(model) for model in self.models]
         with record.writing() as append:
             for gpu in self.gpus:
