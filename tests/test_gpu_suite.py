@@ -8,7 +8,7 @@ from pkgutil import resolve_name
 
 import pytest
 from duo_eval.gpu_suite import __main__ as command
-from duo_eval.gpu_suite import numerics
+from duo_eval.gpu_suite import layer, numerics
 from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
 from duo_eval.runner.process import ProcessError, Worker, first_line
 
@@ -47,7 +47,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
     right = pallas_kernels.decode_attention
     for wrong in (lambda out: out * 1.02, lambda out: out.at[0, 0, 0].set(float("nan"))):
         monkeypatch.setattr(
-            numerics,
+            layer,
             "decode_attention",
             lambda *args, wrong=wrong, **kwargs: (
                 wrong(right(*args, **kwargs)) if kwargs["backend"] == "xla" else right(*args, **kwargs)

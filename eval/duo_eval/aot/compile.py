@@ -10,11 +10,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
     """
     with tempfile.TemporaryDirectory() as dump:
         folder = Path(dump)
-        with _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
+        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
             compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
         # By the kernel's entry: shared memory, and bits of the widest address.
         entries: dict[str, tuple[int, int | None]] = {}
@@ -110,20 +111,6 @@ def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
     """
     command = [_ptxas(), "-v", f"-arch={GPUS[gpu].architecture}", str(path), "-o", os.devnull]
     return _uses(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def gpus_like(gpu: str, count: int) -> list[Any]:

@@ -60,8 +60,7 @@ class ContextTask:
         """Plan every cell, compile it, print a line for each."""
         _check("models", self.models, MODELS)
         _check("dtypes", self.dtypes, DTYPES)
-        settings = {name: value for name, value in asdict(self).items() if name != "out"}
-        record = Record.open(self.out, {"task": "context", **settings}, again=True)
+        record = Record.open(self.out, {"task": "context", **asdict(self)}, again=True)
         compiled = read(self.out)[1] if self.out is not None and self.out.exists() else []
         record.head["savings"] = [_saving(model) for model in self.models]
         with record.writing() as append:

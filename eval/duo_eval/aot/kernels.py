@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from duo_eval.aot.compile import Kernel, compiled_with, kernels_on
+from duo_eval.gpu_suite import layer
 from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from pallas_kernels import Heads, Pools, Unsupported, Window, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Unsupported
 from pallas_kernels.gpus import GPUS
-from pallas_kernels.quantized import empty
 
 OPERATIONS = ("prefill", "decode", "training")
+# Slots of each pool, of half the KV heads of all layers.
+SLOTS = 128
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class Kernels:
         ):
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
-        settings = {name: value for name, value in asdict(self).items() if name != "out"}
-        record = Record.open(self.out, {"task": "kernels", **settings}, again=True)
+        record = Record.open(self.out, {"task": "kernels", **asdict(self)}, again=True)
         names = "backend", "gpu", "dtype", "head_dim", "operation", "cache"
         with record.writing() as append:
             for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
@@ -85,41 +86,28 @@ def program(
     cache: str = "same",
     tokens: int = 2048,
     capacity: int = 65536,
-    slots: int = 128,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
-    """An operation, jitted, and the shapes of its arguments: heads as in Llama-3-8B, one row.
+    """An operation, jitted, and the shapes of its arguments: one row, heads and slots as in Llama-3-8B.
 
     `cache` is one of `Kernels.caches`.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    batch, num_heads, num_kv_heads = 1, 32, 8
-    sizes: dict[str, Any] = {"window": Window(64, 256), "backend": backend}
-
-    def shape(*dims: int, dtype: Any = dtype) -> Any:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
-
-    def prefill(q: Any, k: Any, v: Any, pools: Pools, heads: Heads, start: Any, lengths: Any) -> Any:
-        return prefill_attention(q, k, v, pools, heads, start=start, lengths=lengths, **sizes)
-
-    def decode(q: Any, pools: Pools, heads: Heads, lengths: Any) -> Any:
-        return decode_attention(q, pools, heads, lengths=lengths, **sizes)
+    sizes: dict[str, Any] = {"heads": (32, 8, head_dim), "dtype": dtype, "streaming": 0.5, "capacity": capacity}
+    sizes |= {"tokens": 1 if operation == "decode" else tokens, "cache": None if cache == "same" else cache}
+    one = jax.eval_shape(lambda: layer.make(**sizes))
+    pools = jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, *x.shape[1:]), x.dtype), one.pools)
+    shapes = one._replace(pools=pools), jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
-        return gated_attention(q, k, v, gates, **sizes).astype(jnp.float32).sum()
+        made = layer.Layer(q, k, v, pools, one.heads)
+        return made.gated(gates, backend=backend).astype(jnp.float32).sum()
 
-    q, kv = shape(batch, tokens, num_heads, head_dim), shape(batch, tokens, num_kv_heads, head_dim)
-    stored = dtype if cache == "same" else cache
-    pool = jax.eval_shape(lambda: empty((slots, batch, capacity, head_dim), stored))
-    ring = shape(slots, batch, 320, head_dim)
-    pools = Pools(pool, pool, ring, ring)
-    heads = Heads(shape(num_kv_heads, dtype=bool), shape(num_kv_heads, dtype=jnp.int32))
-    count = shape(batch, dtype=jnp.int32)
     if operation == "prefill":
-        return jax.jit(prefill), (q, kv, kv, pools, heads, count, count)
+        return jax.jit(lambda made, count: made.prefill(start=count, lengths=count, backend=backend)), shapes
     if operation == "decode":
-        return jax.jit(decode), (shape(batch, num_heads, head_dim), pools, heads, count)
-    return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (q, kv, kv, shape(num_kv_heads, dtype=jnp.float32))
+        return jax.jit(lambda made, count: made.decode(lengths=count, backend=backend)), shapes
+    return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (*one[:3], jax.ShapeDtypeStruct((8,), jnp.float32))
 
 
 def kernels_table(path: Path) -> str:

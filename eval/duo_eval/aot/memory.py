@@ -55,8 +55,7 @@ class MemoryTask:
     def run(self) -> None:
         """Compile every program at every length, print a line for each."""
         config, mesh = self._config(), self._mesh()
-        settings = {name: value for name, value in asdict(self).items() if name != "out"}
-        record = Record.open(self.out, {"task": "memory", **settings}, again=True)
+        record = Record.open(self.out, {"task": "memory", **asdict(self)}, again=True)
         with record.writing() as append:
             for program in self.programs:
                 for length in self.lengths:

@@ -14,7 +14,6 @@ from duo_eval.gpu_suite import layer
 from duo_eval.runner.process import first_line
 from duo_eval.speed.timing import fastest
 from duo_jax.files import write_text
-from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying, tuned_file
 
 
@@ -71,24 +70,20 @@ class Tune:
         backend, _, task = kernel.rpartition("_")
         length = self.context if task == "decode" else self.tokens
         made = layer.make(heads=(32, 8, head_dim), dtype=dtype, streaming=0.5, tokens=self.tokens, capacity=length)
-        sizes: dict[str, Any] = {"window": layer.WINDOW, "backend": backend or "triton"}
-        count = jnp.full(1, length, jnp.int32)
-
-        def prefill(q: jax.Array, *rest: Any) -> jax.Array:
-            return prefill_attention(q, *rest, start=jnp.zeros_like(count), lengths=count, **sizes)
-
-        def decode(q: jax.Array, *rest: Any) -> jax.Array:
-            return decode_attention(q, *rest, lengths=count, **sizes)
-
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return gated_attention(q, k, v, jnp.full(8, 0.5, jnp.float32), **sizes).astype(jnp.float32).sum()
-
+        backend, count = backend or "triton", jnp.full(1, length, jnp.int32)
         # Traced again for each candidate: tiles are read during tracing.
         if task == "flash":
-            return lambda: layer.seconds_of_layer(prefill, *made)
+            rows = {"start": jnp.zeros_like(count), "lengths": count}
+            return lambda: layer.seconds_of(lambda made: made.prefill(**rows, backend=backend), made)
         if task == "decode":
-            return lambda: layer.seconds_of_layer(decode, made.q[:, 0], made.pools, made.heads)
-        return lambda: fastest(jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2))), made.q, made.k, made.v, least=0.1)
+            one = made._replace(q=made.q[:, :1])
+            return lambda: layer.seconds_of(lambda made: made.decode(lengths=count, backend=backend), one)
+
+        def loss(*qkv: jax.Array) -> jax.Array:
+            gates = jnp.full(8, 0.5, jnp.float32)
+            return layer.Layer(*qkv, made.pools, made.heads).gated(gates, backend=backend).astype(jnp.float32).sum()
+
+        return lambda: fastest(jax.jit(jax.grad(lambda *qkv: loss(*qkv), (0, 1, 2))), *made[:3], least=0.1)
 
 
 def candidates(kernel: str) -> Iterator[Any]:

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from duo_eval.gpu_suite import layer
 from duo_eval.gpu_suite.section import Case
-from pallas_kernels import decode_attention
+from duo_jax.memory import nbytes
 
 HEADS = (32, 8, 128)
 
@@ -19,12 +18,8 @@ def cases(*, smoke: bool) -> Iterator[Case]:
     for batch in (1, 2) if smoke else (1, 8):
         for length in (500,) if smoke else (131_072, 524_288, 1_048_576):
             for streaming in (0.0, 0.5, 0.75):
-                yield {
-                    "batch": batch,
-                    "length": length,
-                    "streaming": streaming,
-                    "heads": (8, 4, 16) if smoke else HEADS,
-                }
+                heads = (8, 4, 16) if smoke else HEADS
+                yield {"batch": batch, "length": length, "streaming": streaming, "heads": heads}
     for batch, cache in () if smoke else product((1, 8), ("int8", "int4")):
         yield {"batch": batch, "length": 524_288, "streaming": 0.5, "heads": HEADS, "cache": cache}
 
@@ -35,12 +30,8 @@ def measure(case: Case) -> dict[str, Any]:
     shape = {"streaming": case["streaming"], "batch": batch, "capacity": length}
     made = layer.make(heads=heads, dtype="bfloat16", tokens=1, cache=case.get("cache"), **shape)
     lengths = jnp.full(batch, length, jnp.int32)
-
-    def attend(q: jax.Array, *rest: Any) -> jax.Array:
-        return decode_attention(q, *rest, lengths=lengths, window=layer.WINDOW, backend=case["backend"])
-
-    seconds = layer.seconds_of_layer(attend, made.q[:, 0], made.pools, made.heads)
-    size = sum(x.nbytes for x in jax.tree.leaves(made.pools))
+    seconds = layer.seconds_of(lambda made: made.decode(lengths=lengths, backend=case["backend"]), made)
+    size = nbytes(made.pools)
     return {"seconds": seconds, "bytes": size, "bytes_per_second": size / seconds}
 
 

@@ -1,13 +1,14 @@
-"""One attention layer with random contents: the arguments of the operations."""
+"""One attention layer with random contents: the operations on it, and their time."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from duo_eval.speed.timing import fastest
-from pallas_kernels import Heads, Pools, Window
+from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import Stored, empty, store
 
 SINK_SIZE, RECENT_SIZE = 64, 256
@@ -19,11 +20,25 @@ CHAIN = 8
 class Layer(NamedTuple):
     """Queries, keys and values of a chunk, and the pools before it."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
     pools: Pools
     heads: Heads
+
+    def prefill(self, *, start: Int32[Array, "B"], lengths: Int32[Array, "B"], backend: str) -> Float[Array, "B T N H"]:
+        """Attention of the chunk."""
+        rows = {"start": start, "lengths": lengths}
+        return prefill_attention(self.q, self.k, self.v, self.pools, self.heads, **rows, window=WINDOW, backend=backend)
+
+    def decode(self, *, lengths: Int32[Array, "B"], backend: str) -> Float[Array, "B 1 N H"]:
+        """Attention of the chunk's first query, as a decode step."""
+        q = self.q[:, 0]
+        return decode_attention(q, self.pools, self.heads, lengths=lengths, window=WINDOW, backend=backend)[:, None]
+
+    def gated(self, gates: Float32[Array, "K"], *, backend: str) -> Float[Array, "B T N H"]:
+        """Attention of the chunk by itself, as in training."""
+        return gated_attention(self.q, self.k, self.v, gates, window=WINDOW, backend=backend)
 
 
 def make(
@@ -63,14 +78,15 @@ def make(
     return Layer(q, k, v, pools, Heads(is_retrieval, slot))
 
 
-def seconds_of_layer(attend: Callable[..., jax.Array], q: jax.Array, *rest: Any) -> float:
-    """Seconds of one call of `attend(q, *rest)`, as a mean over a chain of calls in one program.
+def seconds_of(attend: Callable[[Layer], jax.Array], layer: Layer) -> float:
+    """Seconds of one call of `attend`, whose output has the shape of the queries.
 
-    A short kernel ends before the host launches the next one. Each call's queries are the outputs of the one before.
+    The mean over a chain of calls in one program, in which each call's queries are the outputs of the one before: a
+    short kernel ends before the host launches the next one.
     """
 
     @jax.jit
-    def chain(q: jax.Array, *rest: Any) -> jax.Array:
-        return jax.lax.fori_loop(0, CHAIN, lambda _, q: attend(q, *rest), q)
+    def chain(layer: Layer) -> jax.Array:
+        return jax.lax.fori_loop(0, CHAIN, lambda _, q: attend(layer._replace(q=q)), layer.q)
 
-    return fastest(chain, q, *rest, least=0.1) / CHAIN
+    return fastest(chain, layer, least=0.1) / CHAIN

@@ -11,7 +11,6 @@ import numpy as np
 
 from duo_eval.gpu_suite import layer
 from duo_eval.gpu_suite.section import Case
-from pallas_kernels import decode_attention, gated_attention, prefill_attention
 
 # Relative error in the Euclidean norm that counts as right.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -71,23 +70,21 @@ def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
     batch, tokens = made.q.shape[:2]
     capacity = made.pools.full_k.shape[2]
     rng = np.random.default_rng(seed)
-    sizes: dict[str, Any] = {"window": layer.WINDOW, "backend": backend}
     if operation == "prefill":
         # A first chunk, a chunk with padding, one after a whole cache.
         start = jnp.asarray([0, *rng.integers(0, capacity - tokens, batch - 2), capacity - tokens][:batch], jnp.int32)
         lengths = jnp.asarray([tokens, *rng.integers(1, tokens, batch - 2), tokens][:batch], jnp.int32)
-        rows: dict[str, Any] = {"start": start, "lengths": lengths}
-        out = prefill_attention(made.q, made.k, made.v, made.pools, made.heads, **rows, **sizes)
+        out = made.prefill(start=start, lengths=lengths, backend=backend)
         # Outputs beyond a row's tokens are unspecified.
         return jnp.where((jnp.arange(tokens) < lengths[:, None])[:, :, None, None], out, 0)
     if operation == "decode":
         lengths = jnp.asarray(rng.integers(1, capacity, batch), jnp.int32)
-        return decode_attention(made.q[:, 0], made.pools, made.heads, lengths=lengths, **sizes)
+        return made.decode(lengths=lengths, backend=backend)
     gates = jnp.asarray(rng.random(made.k.shape[2]), jnp.float32)
     weights = jnp.asarray(rng.normal(size=made.q.shape), jnp.float32)
 
     def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
-        out = gated_attention(q, k, v, gates, **sizes).astype(jnp.float32)
+        out = made._replace(q=q, k=k, v=v).gated(gates, backend=backend).astype(jnp.float32)
         return (weights * out).sum(), out
 
     gradients, out = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(made.q, made.k, made.v, gates)
@@ -100,7 +97,7 @@ def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
         squares = [np.square(x).sum(-1) for x in (outputs - expected, expected)]
         edges = np.arange(0, outputs.shape[1], TOKENS)
         error, size = (np.add.reduceat(x, edges, axis=1) for x in squares)
-    else:  # [B, N, H], [K]
+    else:  # [K]
         error, size = (np.square(x).sum(-1) for x in (outputs - expected, expected))
     ratios = np.sqrt(error / np.where(size > 0, size, 1.0))
     return float(ratios.max()) if np.isfinite(ratios).all() else float("inf")

@@ -10,7 +10,6 @@ from duo_eval.gpu_suite import layer
 from duo_eval.gpu_suite.section import Case
 from duo_eval.runner.process import first_line
 from duo_eval.speed.roofline import visible_pairs
-from pallas_kernels import prefill_attention
 
 HEADS = (32, 8, 128)
 
@@ -26,15 +25,11 @@ def measure(case: Case) -> dict[str, Any]:
     """Seconds and operations a second; for full attention also cuDNN's, if it runs."""
     tokens, heads = case["tokens"], tuple(case["heads"])
     made = layer.make(heads=heads, dtype="bfloat16", streaming=case["streaming"], tokens=tokens, capacity=tokens)
-    start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
-
-    def attend(q: jax.Array, *rest: Any) -> jax.Array:
-        return prefill_attention(q, *rest, start=start, lengths=lengths, window=layer.WINDOW, backend=case["backend"])
-
-    seconds = layer.seconds_of_layer(attend, *made)
-    ring = layer.SINK_SIZE + layer.RECENT_SIZE
+    rows = {"start": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, tokens, jnp.int32)}
+    seconds = layer.seconds_of(lambda made: made.prefill(**rows, backend=case["backend"]), made)
     streaming = round(case["streaming"] * heads[1])
-    pairs = (heads[1] - streaming) * visible_pairs(tokens, tokens) + streaming * visible_pairs(tokens, ring)
+    pairs = (heads[1] - streaming) * visible_pairs(tokens, tokens)
+    pairs += streaming * visible_pairs(tokens, layer.WINDOW.size)
     flops = 4 * heads[2] * (heads[0] // heads[1]) * pairs
     result = {"seconds": seconds, "flops_per_second": flops / seconds}
     if case["streaming"] == 0.0:
@@ -43,11 +38,11 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    def attend(made: layer.Layer) -> jax.Array:
+        return jax.nn.dot_product_attention(made.q, made.k, made.v, is_causal=True, implementation="cudnn")
 
     try:
-        seconds = layer.seconds_of_layer(attend, made.q, made.k, made.v)
+        seconds = layer.seconds_of(attend, made)
     except Exception as error:  # Errors differ: no cuDNN, or a shape that it does not support.
         return {"cudnn": f"not run: {first_line(error)}"}
     return {"cudnn_seconds": seconds, "cudnn_flops_per_second": flops / seconds}

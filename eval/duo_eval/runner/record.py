@@ -63,7 +63,7 @@ class Record:
 
         Args:
             path: the file.
-            about: the settings that all results share; "task" names the command.
+            about: the settings that all results share; "task" names the command. "out", the path, is not stored.
             sources: fingerprints of gates and data by name. A later run may add names, but not change a fingerprint.
             key: the field of a result that contains its job.
             again: measure everything again: drop the results of an earlier run of the same task, whatever its settings.
@@ -71,7 +71,8 @@ class Record:
         Raises:
             ValueError: the path is a folder, the file is not a file of results, or it belongs to another run.
         """
-        head = {"about": json.loads(json.dumps(about)), "gates": dict(sources or {}), "runs": []}
+        settings = {name: value for name, value in about.items() if name != "out"}
+        head = {"about": json.loads(json.dumps(settings)), "gates": dict(sources or {}), "runs": []}
         if path is not None and path.is_dir():
             raise ValueError(f"{path} is a folder: --out names a file")
         if path is None or not _has_text(path):

@@ -55,8 +55,7 @@ class HarnessBench:
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds or min(self.count, self.batch_size, self.repeats) < 1:
             raise ValueError(f"kinds are {', '.join(KINDS)} and numbers at least 1, got {self}")
-        settings = {name: value for name, value in asdict(self).items() if name != "out"}
-        record = Record.open(self.out, {"task": "harness-bench", **settings}, again=True)
+        record = Record.open(self.out, {"task": "harness-bench", **asdict(self)}, again=True)
         with record.writing() as append:
             self._compare(append)
 

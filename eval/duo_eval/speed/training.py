@@ -44,8 +44,7 @@ class Training:
         """Measure every length with and without rematerialization."""
         if not self.lengths or min(self.lengths) < 1 or self.steps < 1:
             raise ValueError(f"need lengths and steps of at least 1, got {self.lengths=}, {self.steps=}")
-        settings = {name: value for name, value in asdict(self).items() if name != "out"}
-        record = Record.open(self.out, {"task": "training", **settings}, again=True)
+        record = Record.open(self.out, {"task": "training", **asdict(self)}, again=True)
         model = load_model(self.model)
         with record.writing(dtype=str(model.dtype)) as append:
             for length, rematerialize in product(self.lengths, (True, False)):
