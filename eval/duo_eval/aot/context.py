@@ -196,9 +196,9 @@ def plan_table(path: Path) -> str:
     for key, by_heads in cells.items():
         row = [*key]
         for heads in ("full", "duo"):
-            cell = by_heads.get(heads)
-            verified = cell and cell["verified"]
-            row.append(f"{cell['context']:,}" if cell else "")
+            planned_cell = by_heads.get(heads)
+            verified = planned_cell and planned_cell["verified"]
+            row.append(f"{planned_cell['context']:,}" if planned_cell else "")
             row.append(f"{verified['deviation']:+.2%}" if verified else "not compiled")
         rows.append(row)
     headers = ["GPU", "model", "weights, cache", "full attention, tokens", "plan", "duo, tokens", "plan"]
