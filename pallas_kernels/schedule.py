@@ -81,7 +81,7 @@ class Sizes(NamedTuple):
     length: int  # tokens of the chunk
     block_q: int  # queries of a tile
     block_k: int  # keys of a tile
-    window: Window  # what a streaming head sees
+    window: Window  # of streaming heads
 
 
 def steps_of(

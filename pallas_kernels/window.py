@@ -1,4 +1,4 @@
-"""What a streaming head sees: the first `sink` tokens and the last `recent`, and where its ring stores them."""
+"""The window of a streaming head: which keys it sees, and at which index of a ring each is stored."""
 
 from dataclasses import dataclass
 

@@ -99,12 +99,12 @@ def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False)
     _, length, num_heads, head_dim = arrays.q.shape
     group = num_heads // arrays.k.shape[2]
     row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
-    program, retrieving = lax.axis_index("tile"), arrays.num_retrieval[0]
-    head, is_retrieval, number = query_tile(program, arrays.order, retrieving, num_heads, group, length // BLOCK_Q)
+    program, num_retrieval = lax.axis_index("tile"), arrays.num_retrieval[0]
+    head, is_retrieval, number = query_tile(program, arrays.order, num_retrieval, num_heads, group, length // BLOCK_Q)
     kv_head, first = div(head, group), number * BLOCK_Q
     slot, start = arrays.slot[kv_head], arrays.start[row]
     steps = steps_of(first, start, is_retrieval, Sizes(length, BLOCK_Q, block_k, window))
-    # A tile of padding meets no key, and is written as zeros.
+    # A tile of padding visits no key, and is written as zeros.
     is_live = first < arrays.lengths[row]
     unmasked, count = (jnp.where(is_live, x, jnp.int32(0)) for x in (steps.unmasked, steps.total))
 

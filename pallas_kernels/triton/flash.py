@@ -92,8 +92,8 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
     group, width = num_heads // num_kv_heads, tile.width(head_dim)
     columns = tile.leading(width)
     row = pl.program_id(1)
-    tiles_of_head, retrieving = -(-length // block_q), arrays.num_retrieval[0]
-    head, is_retrieval, number = query_tile(pl.program_id(0), arrays.order, retrieving, num_heads, group, tiles_of_head)
+    program, num_retrieval, q_tiles = pl.program_id(0), arrays.num_retrieval[0], -(-length // block_q)
+    head, is_retrieval, number = query_tile(program, arrays.order, num_retrieval, num_heads, group, q_tiles)
     kv_head, first = div(head, group), number * block_q
     slot, start = arrays.slot[kv_head], arrays.start[row]
     q_index = tile.indices(first, block_q)
