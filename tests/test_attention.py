@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -441,6 +442,39 @@ def test_a_page_table_of_other_rows_raises():
     with pytest.raises(ValueError, match="the page table must have a row for each of 2 rows"):
         pools = arguments("decode").keywords["pools"]
         arguments("decode", pools=pools._replace(pages=jnp.zeros((3, 4), jnp.int32)))()
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_log_sums_equal_those_of_the_reference(backend):
+    """Parts over different keys merge by them."""
+    problem = Problem(Case(MIXED, starts=(20, 5, 41), lengths=(9, 1, 7)))
+    own = problem.starts[:, None] + np.arange(problem.case.tokens)
+    q, k, v = (jnp.asarray(np.stack([x[b, own[b]] for b in range(3)])) for x in (problem.q, problem.k, problem.v))
+    counts = {"start": jnp.asarray(problem.starts), "lengths": jnp.asarray(problem.lengths)}
+    (filled, heads), window = problem.fill(problem.starts), problem.window
+
+    def parts(name: str) -> tuple[np.ndarray, np.ndarray]:
+        prefill, decode = ops.find_backend(name).prefill, ops.find_backend(name).decode
+        chunk = jax.jit(functools.partial(prefill, **counts, window=window))(q, k, v, filled, heads)
+        token = jax.jit(functools.partial(decode, lengths=counts["start"], window=window))(q[:, 0], filled, heads)
+        is_valid = np.arange(q.shape[1]) < problem.lengths[:, None]
+        return np.asarray(chunk.log_sum)[is_valid], np.asarray(token.log_sum)
+
+    for found, expected in zip(parts(backend), parts("reference"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_default_skips_backends_that_cannot_run_a_request(monkeypatch):
+    request = Request("decode", "cpu", frozenset(["float32"]), head_dim=64, group=1, capacities=(64,))
+    monkeypatch.setitem(ops.PREFERENCES, "cpu", {"decode": ("jax_triton", "mosaic", "triton", "xla")})
+    assert ops.choose(request).name == "triton"
+    assert ops.choose(replace(request, head_dim=512)).name == "xla"
+    with pytest.raises(Unsupported, match=r"the mosaic backend takes bfloat16 or float16.* got float32 with 64: use"):
+        ops.choose(request, "mosaic")
+    for name in ops.BACKENDS:
+        for operation in OPERATIONS:
+            reason = ops.find_backend(name).supports(replace(request, operation=operation))
+            assert reason is None or reason.startswith(("takes", "has no", "needs", "is for", "runs only"))
 
 
 def test_a_device_without_a_verified_backend_falls_back_and_says_so_once():
