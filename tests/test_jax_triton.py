@@ -36,7 +36,7 @@ import numpy as np
 from triton.runtime import interpreter
 
 from pallas_kernels import Pools, decode_attention
-from pallas_kernels.jax_triton import decode
+from pallas_kernels.jax_triton import decode_kernel as implementation
 from pallas_kernels.quantized import empty, store
 from pallas_kernels.gpus import DecodeTiles, trying
 from tests.test_mosaic import WINDOW, problem
@@ -71,12 +71,12 @@ class Buffer:
 
 
 def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, **sizes):
-    out = [Buffer(np.full(shape.shape, np.nan, shape.dtype)) for shape in sizes.pop(decode.OUT_TYPE)]
+    out = [Buffer(np.full(shape.shape, np.nan, shape.dtype)) for shape in sizes.pop(implementation.OUT_TYPE)]
     kernel[grid](*map(Buffer, args), *out, **sizes)
     return [jnp.asarray(buffer.array) for buffer in out]
 
 
-decode.jax_triton.triton_call = triton_call
+implementation.jax_triton.triton_call = triton_call
 cases = (
     (64, "float32", (True, False), None, None),
     (40, "float16", (False,), None, None),
@@ -94,7 +94,7 @@ for head_dim, dtype, is_retrieval, kept, kept_in_rings in cases:
     pools = Pools(*(store(pool, kind) if pool.shape[0] else pool for pool, kind in given))
     lengths = jnp.asarray([600, 33], jnp.int32)
     with trying("decode", DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)):
-        found = decode.decode(q[:, 0], pools, heads, lengths=lengths, capability=90).out
+        found = implementation.decode(q[:, 0], pools, heads, lengths=lengths, capability=90).out
     wanted = decode_attention(q[:, 0], pools, heads, lengths=lengths, window=WINDOW, backend="reference")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if dtype == "float32" else 3e-3)
 """
@@ -128,7 +128,7 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, bits, gpu, capabili
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from pallas_kernels.jax_triton.decode import decode_kernel, sizes
+    from pallas_kernels.jax_triton.decode_kernel import decode_kernel, sizes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # jax_triton unsets it.
     tiles = tiles_for("decode", head_dim, 4 if dtype == "fp32" else 2, quantized=bits > 0)

@@ -16,7 +16,7 @@ __all__ = ["BACKEND"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
-KERNEL = "pallas_kernels.jax_triton.decode"
+KERNEL = "pallas_kernels.jax_triton.decode_kernel"
 
 
 def refuses(request: Request) -> str | None:
