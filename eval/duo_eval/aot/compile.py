@@ -53,7 +53,7 @@ class Kernel:
     registers: int  # of each thread
     spill_bytes: int  # registers that did not fit, stored and loaded again
     shared_memory: int  # bytes of each program
-    address_bits: int | None  # of the widest offset into an array; None: unknown, as in Mosaic's kernels
+    address_bits: int | None  # width of the widest offset into an array; None: unknown, as in Mosaic's kernels
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory:

@@ -1,4 +1,4 @@
-"""What a type of result is: how its files are recognized, and which tables and figures show them.
+"""A type of result: how its files are recognized, and which tables and figures show them.
 
 A measurement defines its own, next to the code that makes the data; `result_types` lists all of them.
 """

@@ -63,7 +63,7 @@ def score_table(path: Path) -> str:
         rows.append([*key[:-1], f"{key[-1]:.0%}", score, _minus_full(group, full), *sizes])
     headers = [*fields, "method", "budget", "score, %", "minus full, points", "KV held, MB", "KV at most, MB"]
     table = rows_to_table(rows, headers, "l" * (len(fields) + 1) + "r")
-    what = "*Held*: after the prompt. *At most*: while it was read, one layer's tokens beside the cache included."
+    what = "*Held*: after the prompt. *At most*: while it was read, including one layer's tokens outside the cache."
     return f"{table}\n\n{what}\n{_footer(head, records)}"
 
 

@@ -1,4 +1,4 @@
-"""What a measurement needs from an engine. Knows no engine."""
+"""The interface of an engine. Knows no engine."""
 
 from abc import ABC, abstractmethod
 from typing import Any
