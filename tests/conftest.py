@@ -64,7 +64,7 @@ MAPPINGS = Path("/proc/self/maps")
 def few_programs() -> Iterator[None]:
     """Forget compiled programs between files, once there are many."""
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_text(encoding="utf-8").count("\n") > 10_000:
+    if MAPPINGS.exists() and MAPPINGS.read_text(encoding="utf-8").count("\n") > 25_000:
         jax.clear_caches()
         gc.collect()
 
