@@ -111,7 +111,11 @@ def check_cache(
     if is_traced(cache, count):
         return
     cache.check_alive()
-    if model.mesh is not None and not is_traced(model) and not np.array_equal(model.order, cache.order):
+    if (
+        model.mesh is not None
+        and not is_traced(model)
+        and not np.array_equal(np.asarray(model.order), np.asarray(cache.order))
+    ):
         raise ValueError(
             "on this mesh, the model's heads are placed for another pattern than the cache's: load the model for the "
             "pattern that it will serve, load_model(..., mesh=mesh, pattern=pattern)"

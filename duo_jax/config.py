@@ -71,8 +71,10 @@ class ModelConfig:
             ValueError: an unknown data type, or one that does not fit the model's widths.
         """
         given = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
-        changes: dict[str, Any] = {name: dtype for name, dtype in given.items() if dtype is not None}
-        return replace(self, **{name: check_name(name, dtype, ALLOWED[name]) for name, dtype in changes.items()})
+        changes: dict[str, Any] = {
+            name: check_name(name, dtype, ALLOWED[name]) for name, dtype in given.items() if dtype is not None
+        }
+        return replace(self, **changes)
 
     def precision(self, *, kv_dtype: AnyDtype | None = None, streaming_dtype: AnyDtype | None = None) -> Precision:
         """The model's data types, together with those of its KV cache."""

@@ -106,8 +106,16 @@ def prepare(
     Raises:
         ValueError: an invalid argument, before any compute.
     """
-    how = {"max_new_tokens": max_new_tokens, "sampler": sampler, "key": key, "eos_ids": eos_ids}
-    check_generation(model.config, **how, pattern=pattern, kv_dtype=kv_dtype, cache=cache)
+    check_generation(
+        model.config,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        key=key,
+        eos_ids=eos_ids,
+        cache=cache,
+        pattern=pattern,
+        kv_dtype=kv_dtype,
+    )
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     longest = int(np.max(lengths))
     tokens = tokens[:, :longest]

@@ -147,7 +147,7 @@ class Generator:
         cache: Any,
         max_new_tokens: int,
         *,
-        seen: Bool[np.ndarray, "B V"] | None = None,
+        seen: Bool[Array | np.ndarray, "B V"] | None = None,
         keys: Key[Array, "B"] | None = None,
         watch: Watch | None = None,
     ) -> "Stream":

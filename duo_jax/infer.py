@@ -173,9 +173,18 @@ def _hidden(
     def attend(
         cache: KVCache, layer: int, q: Array, k: Array, v: Array, lengths: Int32[Array, "B"]
     ) -> tuple[Array, KVCache]:
-        sizes = {"window": cache.window(layer), "shards": cache.shards, "backend": backend}
-        pools, heads = cache.pools_of(layer), cache.heads(layer)
-        out = prefill_attention(q, k, v, pools, heads, start=cache.length, lengths=lengths, **sizes)
+        out = prefill_attention(
+            q,
+            k,
+            v,
+            cache.pools_of(layer),
+            cache.heads(layer),
+            start=cache.length,
+            lengths=lengths,
+            window=cache.window(layer),
+            shards=cache.shards,
+            backend=backend,
+        )
         return out, cache.append_chunk(layer, k, v, _after(out, lengths))
 
     positions = consecutive(cache.length, tokens.shape[1])
@@ -216,9 +225,15 @@ def step(
         cache: KVCache, layer: int, q: Array, k: Array, v: Array, active: Bool[Array, "B"]
     ) -> tuple[Array, KVCache]:
         cache = cache.append_token(layer, k[:, 0], v[:, 0], active)
-        lengths = cache.length + active.astype(jnp.int32)
-        sizes = {"window": cache.window(layer), "shards": cache.shards, "backend": backend}
-        out = decode_attention(q[:, 0], cache.pools_of(layer), cache.heads(layer), lengths=lengths, **sizes)
+        out = decode_attention(
+            q[:, 0],
+            cache.pools_of(layer),
+            cache.heads(layer),
+            lengths=cache.length + active.astype(jnp.int32),
+            window=cache.window(layer),
+            shards=cache.shards,
+            backend=backend,
+        )
         return out[:, None], cache
 
     hidden, new = model.decoder.hidden(token[:, None], cache.length[:, None], on_devices(attend, active), cache)

@@ -87,8 +87,14 @@ class Demo:
     ) -> tuple[str, dict[str, float]]:
         cache = lm.make_cache(bucket(len(tokens) + self.max_new_tokens))
         timings = Timings(lm.model.config, cache, len(tokens), status)
-        watching = {"progress": timings.progress, "watch": timings.watch}
-        running = TextStream(lm, [tokens.tolist()], cache=cache, max_new_tokens=self.max_new_tokens, **watching)
+        running = TextStream(
+            lm,
+            [tokens.tolist()],
+            cache=cache,
+            max_new_tokens=self.max_new_tokens,
+            progress=timings.progress,
+            watch=timings.watch,
+        )
         return running.finish()[0], timings.record()
 
 
