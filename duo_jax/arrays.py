@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from duo_jax.memory import nbytes
+from duo_jax.sizes import nbytes
 
 # The most bytes of a shard, unless one array has more: this much is copied to the host at a time.
 SHARD_BYTES = 1 << 30

@@ -16,12 +16,12 @@ from numpy.typing import ArrayLike
 from duo_jax.cache.cache import KVCache
 from duo_jax.checks import check_cache, check_generation, check_prompt, check_vocabulary
 from duo_jax.chunks import bucket, chunk_width
-from duo_jax.generator import Generation, Generator, Prompt, Stream, Watch, row_keys
 from duo_jax.infer import run_prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
 from duo_jax.sampling import Greedy, Sampler
+from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, row_keys
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
-from duo_jax.memory import nbytes
 from duo_jax.mesh.mesh import AnyMesh, constrain
 from duo_jax.precision import AnyDtype
 from duo_jax.rope import rotation
+from duo_jax.sizes import nbytes
 from duo_jax.weights import multiply
 
 State = TypeVar("State")

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.config import ModelConfig
-from duo_jax.memory import nbytes, size_text
 from duo_jax.mesh.mesh import MeshSize, abstract_mesh
 from duo_jax.mesh.place import parameter_shapes
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
+from duo_jax.sizes import nbytes, size_text
 
 
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:

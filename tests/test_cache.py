@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, infer, prefill, stream
-from duo_jax.generator import Generator
+from duo_jax.token_loop import Generator
 from tests.shapes import TINY
 
 RNG = np.random.default_rng(0)

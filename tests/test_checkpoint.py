@@ -37,7 +37,7 @@ from duo_jax import PRESETS, KVCache, Model, ModelConfig, generate, load_model, 
 from duo_jax.checkpoint import hub, packaged
 from duo_jax.checkpoint.folder import INDEX, Folder
 from duo_jax.checkpoint.gguf_file import LAYER_MODULES, MODEL_TENSORS, GgufFile
-from duo_jax.checkpoint.table import weight_table
+from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.rope import DividedRope
 from tests.shapes import FAMILIES, GOLDEN, families
 

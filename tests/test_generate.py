@@ -18,7 +18,7 @@ from duo_jax import (
     prefill,
     stream,
 )
-from duo_jax.generator import Generator
+from duo_jax.token_loop import Generator
 from tests.shapes import TINY
 
 PROMPT = np.random.default_rng(0).integers(0, 61, (2, 12))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
-from duo_jax.generator import Generator, Prompt
+from duo_jax.token_loop import Generator, Prompt
 from tests.shapes import GOLDEN
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

@@ -79,7 +79,11 @@ def check(model, rule, budget, expected, after_block, *, positions=held):
             logits, state = rule.step(model, int(TOKENS[LENGTH + step]), state)
 
 
-@pytest.mark.parametrize("name", ["streamingllm", "h2o", "tova"])
+def test_every_rule_of_eviction_has_a_dense_statement():
+    assert {name for name, kind in METHODS.items() if issubclass(kind, eviction.Eviction)} == set(RULES)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if "block" in OPTIONS[name]])
 def test_a_rule_holds_the_tokens_and_gives_the_logits_of_its_dense_statement(tiny, name):
     parts = blocks(LENGTH, LENGTH + NEW, BLOCK, lambda seen: int(BUDGET * seen))
     check(tiny, make(name, None), BUDGET, *dense(tiny, TOKENS, parts, RULES[name]))

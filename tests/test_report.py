@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from duo_eval.show.result_types import RESULT_TYPES, type_of
+from duo_eval.show.registry import RESULT_TYPES, type_of
 from duo_eval.show.tables import RESULTS
 
 pytest.importorskip("matplotlib", reason="needs the eval extra")

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 from duo_eval.runner.record import read
-from duo_eval.tasks.lm_eval_files import literal
+from duo_eval.tasks.lm_eval.files import literal
 from duo_eval.tasks.ruler import qa
 from duo_eval.tasks.ruler.kind import Material, fitted
 from duo_eval.tasks.ruler.tasks import TASKS, score

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
-from duo_eval.tasks import sandbox
-from duo_eval.tasks.sandbox import Limits, Verdict, run
+from duo_eval.tasks.sandbox import sandbox
+from duo_eval.tasks.sandbox.sandbox import Limits, Verdict, run
 
 QUICK = Limits(seconds=3.0)
 RIGHT = "def add(a, b):\n    return a + b\n"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from duo_eval.show.result_types import type_of
+from duo_eval.show.registry import type_of
 from duo_eval.stats.intervals import Estimate, of_differences, of_scores, ratio
 from duo_eval.stats.recall_cells import FULL_ATTENTION, STREAMING, Key, recall_cells
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_sample

@@ -11,7 +11,7 @@ from flax import nnx
 
 from duo_jax import KVCache, Model, arrays, load_model, load_tokenizer, prefill, save_model, score
 from duo_jax.layers import Linear
-from duo_jax.memory import nbytes
+from duo_jax.sizes import nbytes
 from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
 from tests.shapes import GOLDEN
 

@@ -20,11 +20,11 @@ from numpy.typing import ArrayLike
 
 from duo_jax.cache.pools import fingerprint, write_chunk, write_token
 from duo_jax.config import ModelConfig
-from duo_jax.memory import nbytes
 from duo_jax.mesh.mesh import MeshSize, constrain
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
+from duo_jax.sizes import nbytes
 from pallas_kernels import Heads, Pools, TokenShards, Window
 
 T = TypeVar("T")

@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from duo_jax.cache.cache import FULL_AXES, RING_AXES, KeyValues, KVCache
 from duo_jax.config import ModelConfig
-from duo_jax.memory import nbytes
 from duo_jax.mesh.balance import Balance, balance
 from duo_jax.mesh.mesh import MeshSize, place
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import Precision
+from duo_jax.sizes import nbytes
 from pallas_kernels import Window
 from pallas_kernels.quantized import empty
 

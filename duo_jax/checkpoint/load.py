@@ -20,7 +20,7 @@ from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
-from duo_jax.checkpoint.table import Weight, ignorable, weight_table
+from duo_jax.checkpoint.weight_table import Weight, ignorable, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh

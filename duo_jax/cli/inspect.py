@@ -12,9 +12,9 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig
-from duo_jax.memory import size_text
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import FloatDtype
+from duo_jax.sizes import size_text
 
 LENGTHS = (4096, 32768, 131072, 1048576)
 

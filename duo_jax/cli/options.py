@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
 from duo_jax.chunks import bucket
-from duo_jax.memory import host_available
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
 from duo_jax.model import Model
@@ -21,6 +20,7 @@ from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
 from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
+from duo_jax.sizes import host_available
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Timings:
         self._status, self._phase, self._since = status, "", 0.0
 
     def watch(self, phase: str | None) -> None:
-        """Count the time since the last call as that of the phase that ends now; see `duo_jax.generator.Watch`."""
+        """Count the time since the last call as that of the phase that ends now; see `duo_jax.token_loop.Watch`."""
         now = time.perf_counter()
         if self._phase:
             self.seconds[self._phase] += now - self._since

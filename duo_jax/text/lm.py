@@ -15,7 +15,6 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.chunks import bucket
 from duo_jax.generate import Request, prepare
-from duo_jax.generator import Generation, Watch
 from duo_jax.infer import prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
@@ -23,6 +22,7 @@ from duo_jax.precision import AnyDtype
 from duo_jax.text import template
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
+from duo_jax.token_loop import Generation, Watch
 
 
 def load(

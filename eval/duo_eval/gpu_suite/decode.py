@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from duo_eval.gpu_suite import layer
 from duo_eval.gpu_suite.section import Case
-from duo_jax.memory import nbytes
+from duo_jax.sizes import nbytes
 
 HEADS = (32, 8, 128)
 

@@ -15,8 +15,8 @@ from duo_eval.gpu_suite.section import Case
 from duo_eval.speed.timing import fastest
 from duo_jax import PRESETS, KVCache, Model, ModelConfig
 from duo_jax.infer import extend, step
-from duo_jax.memory import nbytes
 from duo_jax.plan import Plan, any_pattern
+from duo_jax.sizes import nbytes
 from pallas_kernels.quantized import Quantized, Stored
 
 TOY = ModelConfig("llama", 61, 2, 32, 4, 2, 16, 48, max_positions=4096, dtype="float32", eos_ids=(2,))

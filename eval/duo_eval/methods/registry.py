@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from duo_eval.methods.fastgen import FastGen
 from duo_eval.methods.h2o import H2O
 from duo_eval.methods.method import Memory, Method, State
-from duo_eval.methods.pools import Duo, Full, RandomHeads
+from duo_eval.methods.patterns import Duo, Full, RandomHeads
 from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
-from duo_jax.generator import Generator
+from duo_jax.token_loop import Generator
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method"]
 

@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from duo_eval.methods.pools import Duo
+from duo_eval.methods.patterns import Duo
 from duo_eval.methods.registry import Method, greedy, method
 from duo_eval.runner.record import Record, Result, fingerprint, sha256
 from duo_eval.stats.scores import FULL

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from duo_eval.show.result_types import RESULT_TYPES, type_of
+from duo_eval.show.registry import RESULT_TYPES, type_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A type of result: how its files are recognized, and which tables and figures show them.
 
-A measurement defines its own, next to the code that makes the data; `result_types` lists all of them.
+A measurement defines its own, next to the code that makes the data; `registry` lists all of them.
 """
 
 import re

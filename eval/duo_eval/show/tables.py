@@ -1,5 +1,6 @@
 """Tables of README and docs, made from committed results: `python -m duo_eval.show.tables` rewrites them."""
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -55,8 +56,11 @@ def render(text: str) -> str:
     """The text with a new table between each pair of markers.
 
     Raises:
-        ValueError: a marker without its end.
+        ValueError: a marker without its end, or with a name that is not in `TABLES`.
     """
+    unknown = sorted(set(re.findall(r"^<!-- /(.+) -->$", text, re.MULTILINE)) - set(TABLES))
+    if unknown:
+        raise ValueError(f"no table has the name {', '.join(unknown)}: add a row to TABLES, or correct the marker")
     for name, (path, table) in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from duo_jax.memory import host_available, read_kilobytes
+from duo_jax.sizes import host_available, read_kilobytes
 
 
 def describe() -> dict[str, str]:

@@ -8,7 +8,7 @@ import tyro
 
 from duo_eval.tasks.item_by_item import SMOLLM2, Item, Patterns, compare, digest
 from duo_eval.tasks.rows import read_rows
-from duo_eval.tasks.sandbox import Limits, Verdict, isolation, run
+from duo_eval.tasks.sandbox.sandbox import Limits, Verdict, isolation, run
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
 from duo_jax.cli.options import ModelOptions
 

@@ -18,7 +18,7 @@ from duo_train.data.haystack import hub_rows
 from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import in_words
-from duo_eval.tasks.lm_eval_files import tasks_folder
+from duo_eval.tasks.lm_eval.files import tasks_folder
 from duo_eval.tasks.prompt import prompt
 from duo_eval.tasks.rows import read_rows
 

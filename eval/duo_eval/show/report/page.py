@@ -12,8 +12,8 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 
+from duo_eval.show.registry import RESULT_TYPES, about, type_of
 from duo_eval.show.result_type import Drawn, ResultType
-from duo_eval.show.result_types import RESULT_TYPES, about, type_of
 from duo_jax.pattern import GATES_FILE
 
 # Figures in the folder were drawn from the results.

@@ -10,8 +10,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from duo_eval.methods.method import Method
+from duo_eval.tasks.lm_eval.answering import Batched, Engine, Likelihood, OneByOne
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens
-from duo_eval.tasks.lm_eval.engines import Batched, Engine, Likelihood, OneByOne
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
 from duo_jax.sampling import Sampler
 from duo_jax.text.template import check_template, render

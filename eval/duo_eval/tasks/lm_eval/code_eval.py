@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from duo_eval.tasks.sandbox import Limits, run
+from duo_eval.tasks.sandbox.sandbox import Limits, run
 
 # The sandbox's verdict on a program.
 Outcome = Literal["passed", "failed", "timed out"]

@@ -121,7 +121,7 @@ class Harness:
         )
         record = provenance() | {"about": about} | _kept(results, self.samples)
         if unsafe:
-            from duo_eval.tasks.sandbox import isolation
+            from duo_eval.tasks.sandbox.sandbox import isolation
 
             record["sandbox"] = isolation()
         write(self.out, json.loads(json.dumps(record, default=str)))

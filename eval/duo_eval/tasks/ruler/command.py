@@ -13,7 +13,7 @@ from duo_train.data.haystack import load_haystack
 from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import grouped, in_words
-from duo_eval.tasks.lm_eval_files import tasks_folder
+from duo_eval.tasks.lm_eval.files import tasks_folder
 from duo_eval.tasks.prompt import prompt
 from duo_eval.tasks.ruler.kind import Example, Material, fitted
 from duo_eval.tasks.ruler.qa import Questions, load

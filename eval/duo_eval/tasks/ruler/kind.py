@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar, Literal
 
-from duo_eval.tasks.lm_eval_files import literal, tasks_folder
+from duo_eval.tasks.lm_eval.files import literal, tasks_folder
 
 
 @dataclass(frozen=True)

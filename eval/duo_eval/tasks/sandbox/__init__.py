@@ -1,0 +1,1 @@
+"""Running generated code in a process of its own, with limits."""
