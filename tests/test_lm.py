@@ -59,7 +59,9 @@ def test_a_stream_is_the_reply_in_pieces(lm):
     assert len(pieces) > NEW / 2
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampled", [False, pytest.param(True, marks=pytest.mark.full_matrix)], ids=["greedy", "sampled"]
+)
 def test_one_program_gives_the_replies_of_a_stream(lm, sampled):
     sampler = Categorical((RepetitionPenalty(1.3), Temperature(1.5))) if sampled else Greedy()
     prompts = [lm.encode(PROMPT), lm.encode("Another prompt")]
@@ -382,6 +384,7 @@ def test_doctor_tries_every_backend(duo):
     assert "xla, the default here\n  prefill     right, error" in doctor._text(found)
 
 
+@pytest.mark.full_matrix
 def test_a_repetition_penalty_counts_what_is_cached(chat_lm):
     sampler = Greedy((RepetitionPenalty(1.5),))
     chat = Chat(chat_lm, max_length=256)
