@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def nbytes(arrays: Any) -> int:
@@ -12,7 +13,7 @@ def nbytes(arrays: Any) -> int:
     return sum(_leaf_bytes(x) for x in jax.tree.leaves(arrays))
 
 
-def _leaf_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+def _leaf_bytes(x: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape) // 2 if x.dtype.name in ("int4", "uint4") else math.prod(x.shape) * x.dtype.itemsize
 
 

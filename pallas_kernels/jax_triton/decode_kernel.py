@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax_triton
 import triton
 import triton.language as tl
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpus import DecodeTiles, tiles_for
@@ -20,6 +21,13 @@ from pallas_kernels.types import Heads, Partial, Pools
 MIN_ROWS = 16
 # jax-triton 0.4 renamed out_shape.
 OUT_TYPE = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+
+# jax 0.12 calls rules of dead-code elimination with the live inputs too, which jax-triton 0.4.1's rule does not accept.
+# Without that rule, jax uses its default.
+if jax.__version_info__ >= (0, 12):
+    for primitive, rule in list(partial_eval.dce_rules.items()):
+        if primitive.name == "triton_kernel_call" and len(inspect.signature(rule).parameters) == 2:
+            del partial_eval.dce_rules[primitive]
 
 
 def decode(
