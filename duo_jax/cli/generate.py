@@ -110,7 +110,7 @@ class Generate:
         return KVCache.load(self.cache, model, pattern=pattern, dtype=dtype, max_length=room)
 
 
-def _summary(record: dict[str, float]) -> str:
+def _summary(record: dict[str, int | float]) -> str:
     return (
         "prompt {prompt_tokens} tokens in {prefill_seconds:.2f} s ({prefill_tokens_per_second:.0f}/s), "
         "{new_tokens} new at {decode_tokens_per_second:.1f}/s, compiling {compile_seconds:.1f} s; KV cache {kv} MB, "

@@ -44,7 +44,7 @@ class Timings:
         """Show how many tokens of the prompt have been computed."""
         self._status(f"prefill {done}/{self.prompt_tokens} tokens")
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> dict[str, int | float]:
         """All numbers by name."""
         tokens = {"prefill": self.prompt_tokens, "decode": self.new_tokens}
         rates = {name: count / self.seconds[name] if self.seconds[name] else 0.0 for name, count in tokens.items()}
