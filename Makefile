@@ -1,4 +1,4 @@
-# Every target sets up what it needs: `make demo` or `make test` works in a fresh clone.
+# Each target installs its own requirements: `make demo` or `make test` works in a fresh clone.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # Annotations of every package are checked.
 PYTEST_ALL = $(PYTEST) --jaxtyping-packages=duo_jax,pallas_kernels,duo_train,duo_eval,beartype.beartype
-# What pytest says where no test was chosen.
+# pytest's exit status when no test was selected.
 NOTHING := 5
 
 .PHONY: help venv demo model test test-all test-meshes test-aot gpu-suite check docs clean
@@ -76,7 +76,7 @@ test-aot: ## compile for GPUs that are not there, in an environment of its own, 
 	@echo "Compiling for GPUs"
 	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
 
-# Says by exit status 75 that its minutes are over and that there is more to do: call it again.
+# Exits with status 75 when the time limit is reached; run it again to continue.
 gpu-suite: ## check and measure the GPU kernels with PYTHON, which has jax for the GPU; results go to OUT=eval/results/gpu
 	@PYTHONPATH=.packages $(PYTHON) -m duo_eval.gpu_suite --out $(OUT)
 

@@ -93,9 +93,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("core")
     if config.option.part:
         number, count = map(int, config.option.part.split("/"))
-        mine = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number % count]
-        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
-        items[:] = mine
+        part = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number % count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in part])
+        items[:] = part
 
 
 @pytest.hookimpl(wrapper=True)
