@@ -117,7 +117,7 @@ def test_a_file_has_one_data_type(tmp_path):
     path = tmp_path / "out.jsonl"
     fill(path, JOBS[:1])
     whole = path.read_text()
-    with pytest.raises(ValueError, match="another data type: float32, not bfloat16; ask for that one"):
+    with pytest.raises(ValueError, match="another data type: float32, not bfloat16; use the same settings"):
         fill(path, JOBS, dtype="bfloat16")
     assert path.read_text() == whole
 
@@ -174,6 +174,37 @@ def test_files_that_do_not_belong_together_are_not_merged(duo, tmp_path):
     assert refused(one, three).strip().endswith("three.jsonl:1 is not a line of a file of results")
     with Record.open(one, ABOUT).writing(dtype="float32"):
         assert "another process writes" in refused(one, two)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"about": {"tasks": ["a"]}, "command": "duo eval harness", "machine": {}, "results": {"a": {"acc,none": 1.0}}},
+        {"command": "duo bench", "machine": {}, "results": [{"point": {"context": 64}, "decode_ms": 1.0}]},
+        {"about": {"task": "a"}, "gates": {}, "runs": [], "results": [], "n-shot": {"a": 1}},
+    ],
+)
+def test_files_without_jobs_are_not_merged(duo, tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    before = path.read_text()
+    done = duo("eval", "merge", path, path, "--out", path)
+    assert done.code == 2 and path.read_text() == before
+    assert f"{path} is not a file of results by job" in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("name", ["bench", "bench.json", "bench.jsonl"])
+def test_measurements_are_read_back_whatever_the_name_of_their_file(tmp_path, name):
+    path, points = tmp_path / name, [{"context": 1}, {"context": 2}]
+    for count in (1, 2):
+        record = Record.open(path, ABOUT, key="point")
+        with record.writing() as append:
+            for point in record.missing(points[:count]):
+                append(point, {"seconds": 1.0})
+    assert read(path)[1] == [{"point": point, "seconds": 1.0} for point in points]
+    with Record.open(path, ABOUT, again=True).writing() as append:
+        append(None, {"seconds": 2.0})
+    assert read(path)[1] == [{"seconds": 2.0}]
 
 
 def test_a_committed_file_has_its_jobs():

@@ -1,8 +1,9 @@
 """A file of results that survives a kill: a head that states what it is, and a result for each finished job.
 
-In a `.jsonl` file the head is the first line and every result another line. A `.json` file is one object: the fields of
-the head, and "results". The head has three fields: "about", the settings that all results share; "gates", fingerprints
-of whatever is known by name only (gates, data); and "runs", the provenance of each run that added results.
+In a file of lines the head is the first line and every result another line. A `.json` file, and every file whose
+results are not stored under "job", is one object: the fields of the head, and "results". The head has three fields:
+"about", the settings that all results share; "gates", fingerprints of gates and data that settings only name; and
+"runs", the provenance of each run that added results.
 
 Knows no task: a job is a dataclass or a mapping, stored in its result under the record's key.
 """
@@ -38,16 +39,19 @@ class Record:
         head: "about", "gates" and "runs", and whatever else a command stores there.
         results: one for each finished job, in the order in which they finished.
         key: the field of a result that contains its job.
+        one_object: write one object, as into a `.json` file, whatever the path's suffix is.
     """
 
     path: Path | None
     head: Head
     results: list[Result]
     key: str = "job"
+    one_object: bool = False
 
     def __post_init__(self) -> None:
         """Remember the number of results, to detect another writer."""
         self._stored = len(self.results)
+        self.one_object = self.one_object or (self.path is not None and self.path.suffix == ".json")
 
     @classmethod
     def open(
@@ -75,8 +79,9 @@ class Record:
         head = {"about": json.loads(json.dumps(settings)), "gates": dict(sources or {}), "runs": []}
         if path is not None and path.is_dir():
             raise ValueError(f"{path} is a folder: --out names a file")
+        one_object = again or key != "job"  # Only results with a job can be lines.
         if path is None or not _has_text(path):
-            return cls(path, head, [], key)
+            return cls(path, head, [], key, one_object)
         try:
             old, results = read(path)
         except ValueError as error:
@@ -86,7 +91,7 @@ class Record:
             raise ValueError(f"{path} is a result of {names[0]}, not of {names[1]}; choose another --out")
         if not again and (conflict := contradiction(old, head)):
             raise ValueError(f"{path} was made with {conflict}; choose another --out")
-        record = cls(path, head if again else old | {"gates": old["gates"] | head["gates"]}, results, key)
+        record = cls(path, head if again else old | {"gates": old["gates"] | head["gates"]}, results, key, one_object)
         record.results = [] if again else results
         return record
 
@@ -100,7 +105,7 @@ class Record:
     def writing(
         self, *, dtype: str | None = None, device: str | None = None, program: str = "duo"
     ) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
-        """Note a new run, then `append(job, result)` one by one; each is handed to the system when the call returns.
+        """Note a new run, then `append(job, result)` one by one; each result is flushed before the call returns.
 
         Args:
             dtype: the data type in which the run computes, where there is one.
@@ -114,11 +119,11 @@ class Record:
         run = provenance(program=program) | {"device": device or jax.devices()[0].device_kind}
         run |= {"dtype": dtype} if dtype else {}
         if conflict := contradiction(self.head, self.head | {"runs": [run]}):
-            raise ValueError(f"{self.path} was made with {conflict}; ask for that one, or choose another --out")
+            raise ValueError(f"{self.path} was made with {conflict}; use the same settings, or choose another --out")
 
         def append(job: Any, result: Mapping[str, Any]) -> None:
             self.results.append(({} if job is None else {self.key: _plain(job)}) | dict(result))
-            if self.path is None or self.path.suffix == ".json":
+            if self.path is None or self.one_object:
                 self._save()
             else:
                 with self.path.open("a", encoding="utf-8") as file:
@@ -142,7 +147,7 @@ class Record:
     def _save(self) -> None:
         if self.path is None:
             return
-        if self.path.suffix == ".json":
+        if self.one_object:
             write(self.path, self.head | {"results": self.results})
         else:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in (self.head, *self.results)))
@@ -211,7 +216,8 @@ def merge(paths: Sequence[Path], out: Path) -> tuple[int, int]:
         The number of jobs in `out`, and how many of these were in more than one file.
 
     Raises:
-        ValueError: files that do not belong together, another result in `out`, or a process that writes to it.
+        ValueError: a file without jobs, such as one of measurements; files that do not belong together; another
+            result in `out`; or a process that writes to it.
     """
     if len(paths) < 2:
         raise ValueError(f"need two or more files to merge, got {len(paths)}")
@@ -220,11 +226,14 @@ def merge(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     exists = _has_text(out)
     if exists and not any(path.exists() and out.samefile(path) for path in paths):
         raise ValueError(f"{out} exists already: name it among the files too, or choose another --out")
-    record = Record(out, *read(out)) if exists else Record(out, {}, [])
     files = {path: read(path) for path in paths}
+    for path, (head, results) in files.items():
+        if not set(head) <= {"about", "gates", "runs"} or not all("job" in result for result in results):
+            raise ValueError(f"{path} is not a file of results by job: only those can be merged")
     for (first, (head, _)), (second, (other, _)) in combinations(files.items(), 2):
         if conflict := contradiction(head, other):
             raise ValueError(f"{first} was made with {conflict} in {second}: they do not belong together")
+    record = Record(out, *read(out)) if exists else Record(out, {}, [])
     heads = [head for head, _ in files.values()]
     runs = {_text(run): run for head in heads for run in head["runs"]}
     gates = {name: value for head in heads for name, value in head["gates"].items()}
@@ -268,7 +277,7 @@ def _has_text(path: Path) -> bool:
 
 
 def _plain(job: Any) -> Any:
-    """A job as JSON has it."""
+    """A job converted to JSON types."""
     return json.loads(json.dumps(asdict(job) if is_dataclass(job) and not isinstance(job, type) else job))
 
 
