@@ -98,8 +98,27 @@ def test_a_task_by_another_method(tmp_path, duo, model, tasks):
     record = json.loads(out.read_text())
     assert (record["about"]["method"], record["about"]["budget"]) == ("h2o:block=16", 0.5)
     assert_refused(harness(duo, model, out, *flags, "--budget", 0.75), "budget was 0.5, now 0.75")
-    refused = harness(duo, model, tmp_path / "new.json", *flags, "--pattern", model / "pattern")
-    assert_refused(refused, "--method takes the place of --pattern")
+    # A pattern is named after the model where a method has none of its own.
+    refused = harness(duo, model, tmp_path / "new.json", *flags[:-1], "duo")
+    assert_refused(refused, f"'{model.name}'")
+    refused = harness(duo, model, tmp_path / "new.json", *flags, "--budget", 0.01)
+    assert_refused(refused, "a budget of 0.01 is too small for a context of", "every request: raise --budget")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--budget", 0.5), ["--budget is a method's", "--method"]),
+        (("--method", "h2o", "--pattern", "here"), ["--method takes the place of --pattern"]),
+        (("--method", "h2o", "--backend", "xla", "--sink-size", 4), ["leave out --sink-size, --backend"]),
+        (("--method", "h2o", "--batch-size", 4), ["leave out --batch-size"]),
+        (("--method", "h2o", "--budget", 0), ["--budget is a fraction", "got 0"]),
+        (("--method", "h2o", "--budget", 1.5), ["--budget is a fraction", "got 1.5"]),
+        (("--method", "full", "--budget", 0.5), ["--budget must be 1"]),
+    ],
+)
+def test_flags_without_an_effect_are_refused(tmp_path, duo, flags, words):
+    assert_refused(duo("eval", "harness", "--model", "none", "--tasks", "a", "--out", tmp_path / "o", *flags), *words)
 
 
 def test_mbpp_from_a_local_file(tmp_path, duo, model):

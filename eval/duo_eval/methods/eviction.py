@@ -119,8 +119,8 @@ class Eviction(Method):
         limit, least = self.limit(budget, length, length), self.least(length)
         if limit < min(length, least):
             raise ValueError(
-                f"{budget=} of {length} tokens lets a head hold {limit}, but {self.name} needs at least {least}: raise "
-                "the budget, or give a longer prompt"
+                f"{budget=} of {length} tokens allows {limit} tokens per head; {self.name} needs {least}: raise the "
+                "budget, or give a longer prompt"
             )
 
     def begin(

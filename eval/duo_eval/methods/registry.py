@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
 def method(
     text: str,
     *,
+    model: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     defaults: Mapping[str, Any] | None = None,
     **options: Any,
@@ -50,6 +52,7 @@ def method(
 
     Args:
         text: NAME or NAME=VALUE, the name one of `METHODS`; then fields of the method after a colon, if any.
+        model: path or name of the model whose published pattern a `duo` without a value uses.
         tokenizer: needed by methods that distinguish tokens by their text.
         defaults: values of fields that the text does not set, for methods that have all of these fields.
         **options: further fields of the method, such as `block=128`.
@@ -57,6 +60,8 @@ def method(
     Raises:
         ValueError: an unknown method or field, or a value that the method does not take.
     """
+    if model is not None:  # A published pattern has the name of its model.
+        text = re.sub(r"^duo(?=:|$)", f"duo={Path(model).name.lower()}", text)
     named, settings = _SETTINGS.fullmatch(text).groups()  # type: ignore[union-attr]
     name, equals, value = named.partition("=")
     if name not in METHODS:

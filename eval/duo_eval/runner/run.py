@@ -3,7 +3,6 @@
 Knows no task: a task lists its jobs, says what is asked in each, and how an answer is scored.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,12 +158,7 @@ class Comparison:
         """
         # Methods that evict tokens have sizes of their own.
         sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
-        # A published pattern has the name of its model.
-        published = f"duo={Path(self.model).name.lower()}"
-        return {
-            text: method(re.sub(r"^duo(?=:|$)", published, text), tokenizer=self.tokenizer, defaults=sizes)
-            for text in self.methods
-        }
+        return {text: method(text, model=self.model, tokenizer=self.tokenizer, defaults=sizes) for text in self.methods}
 
     def run(
         self,
@@ -200,7 +194,7 @@ class Comparison:
             )
         methods = self.resolved()
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        sources = {name: _fingerprint(each) for name, each in methods.items()} | dict(data or {})
+        sources = {name: method_fingerprint(each) for name, each in methods.items()} | dict(data or {})
         record = Record.open(out, {**task, **own}, sources)
 
         def prepare(missing: list[M]) -> tuple[str, Answer[M]]:
@@ -232,6 +226,6 @@ class Comparison:
         return record.results
 
 
-def _fingerprint(method: Method) -> str:
-    """What the method's name stands for: its gates, or its settings, whose defaults may change between versions."""
+def method_fingerprint(method: Method) -> str:
+    """Fingerprint of the method's gates or settings, whose defaults may change between versions."""
     return fingerprint(HeadPattern.load(method.pattern)) if isinstance(method, Duo) else sha256(repr(method).encode())

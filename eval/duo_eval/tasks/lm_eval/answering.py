@@ -126,14 +126,19 @@ class OneByOne:
     def likelihoods(
         self, contexts: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> Iterator[tuple[int, list[Likelihood]]]:
-        """See `Engine.likelihoods`."""
+        """See `Engine.likelihoods`.
+
+        Raises:
+            ValueError: a context too short for the budget, before anything is computed.
+        """
+        self._check(contexts)
         model = self.lm.model
         for row, context in enumerate(contexts):
             room = max(map(len, continuations[row])) - 1
             answers = []
             state, logits = None, None
             for tokens in continuations[row]:
-                if logits is None or len(tokens) > 1:  # A step uses its state up, and changes what the cache holds.
+                if logits is None or len(tokens) > 1:  # A step consumes its state and changes what the cache holds.
                     logits, state = self.method.begin(model, np.array(context), room=room, budget=self.budget)
                 answer, after = next_token(logits, tokens[0]), logits
                 for token, then in pairwise(tokens):
@@ -147,7 +152,9 @@ class OneByOne:
 
         Raises:
             NotImplementedError: a sampler other than the greedy one.
+            ValueError: a context too short for the budget, before anything is computed.
         """
+        self._check(contexts)
         if not isinstance(options.get("sampler", Greedy()), Greedy):
             raise NotImplementedError("a method at a KV budget generates greedily: set do_sample=False in --gen-kwargs")
         eos_ids = options.get("eos_ids", self.lm.model.config.eos_ids)
@@ -164,6 +171,18 @@ class OneByOne:
             text = str(self.lm.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True))
             ends = [text.find(stop) for stop in options.get("stop", ())]
             yield row, text[: min([at for at in ends if at >= 0], default=len(text))]
+
+    def _check(self, contexts: Sequence[Tokens]) -> None:
+        """Refuse contexts that the method cannot hold within its budget; lm-eval cannot leave a request out."""
+        for length in sorted({len(context) for context in contexts}):
+            try:
+                self.method.check(self.lm.model, self.budget, length)
+            except ValueError as error:
+                raise ValueError(
+                    f"a budget of {self.budget:g} is too small for a context of {length} tokens ({error}); lm-eval "
+                    "needs a number for every request: raise --budget, ask for more shots, or leave out the tasks with "
+                    "short contexts"
+                ) from None
 
 
 def next_token(logits: Float[Array, "V"], token: int) -> Likelihood:

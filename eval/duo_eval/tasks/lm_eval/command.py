@@ -9,11 +9,13 @@ from typing import Any
 
 import tyro
 
-from duo_eval.methods.registry import method
+from duo_eval.methods.registry import Method, method
 from duo_eval.runner.provenance import provenance
 from duo_eval.runner.record import Record, fingerprint, sha256, write
+from duo_eval.runner.run import method_fingerprint
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType
+from duo_eval.stats.scores import FULL
 from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions, PatternOptions
 
@@ -29,8 +31,8 @@ class Harness:
     method: str | None = None
     """Hold the context by a method in place of a head pattern: snapkv, h2o, ..., as `duo eval needle` names them. Every
     context is then computed by itself."""
-    budget: float = 0.5
-    """Fraction of full attention's KV bytes that the method may hold."""
+    budget: float | None = None
+    """Fraction of full attention's KV bytes that the method may hold; 0.5 by default, 1 for full. Needs --method."""
     out: Path = Path("harness.json")
     """File to write. Requests that were answered before an interruption are not computed again."""
     include_path: tuple[Path, ...] = ()
@@ -43,8 +45,8 @@ class Harness:
     """Questions of each task, from the first on; all by default."""
     gen_kwargs: str | None = None
     """Settings of generation that replace a task's own: max_gen_toks=64,temperature=0.7"""
-    batch_size: int = 8
-    """Most texts computed together."""
+    batch_size: int | None = None
+    """Most texts computed together; 8 by default, always 1 with --method."""
     max_length: int | None = None
     """Most tokens of a text; by default as many as the model was trained for."""
     truncate: bool = False
@@ -58,7 +60,7 @@ class Harness:
     samples: bool = False
     """Keep every question with its prompt, answer and score in the file."""
     backend: str | None = None
-    """Attention backend; by default the best one verified on this device."""
+    """Attention backend; by default the best one verified on this device. Not with --method."""
     seed: int = 1234
     """Seed of the worked examples."""
 
@@ -74,16 +76,18 @@ class Harness:
             raise ValueError(f"duo eval harness needs lm-eval ({error}): pip install 'duo-jax[eval]'") from None
         if not self.tasks:
             raise ValueError("--tasks names no task")
-        if self.method and self.pattern.pattern:
-            raise ValueError("--method takes the place of --pattern: give one of them")
-        about = self._about()
+        self._check()
+        tokenizer = chosen = None
+        if self.method is not None:
+            tokenizer = self.model.tokenizer()
+            chosen = method(self.method, model=self.model.model, tokenizer=tokenizer)
+        about = self._about(chosen)
         Record.open(self.out, about)  # Refuses a file of another run; one of this run is made again.
         loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data())
         unsafe = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and not self.run_code:
             raise ValueError(f"{', '.join(unsafe)} runs code that the model writes: allow it with --run-code")
-        tokenizer = self.model.tokenizer()
-        chosen = method(self.method, tokenizer=tokenizer) if self.method else None
+        tokenizer = tokenizer or self.model.tokenizer()
         model = self.model.load()
         length = self.max_length or model.config.trained_positions
         pattern = self.pattern.load(length)
@@ -92,9 +96,9 @@ class Harness:
         lm = DuoLM(
             LM(model, tokenizer, pattern),
             method=chosen,
-            budget=self.budget,
+            budget=self._budget,
             name=self.model.model,
-            batch_size=self.batch_size,
+            batch_size=self._batch_size,
             max_length=self.max_length,
             truncate=self.truncate,
             backend=self.backend,
@@ -130,12 +134,44 @@ class Harness:
         print(make_table(results))
         print(f"written to {self.out}")
 
-    def _about(self) -> dict[str, Any]:
-        """The settings that scores depend on, with fingerprints of gates and files."""
-        unused = {"out"} if self.method else {"out", "method", "budget"}
+    def _check(self) -> None:
+        """Refuse flags that would have no effect.
+
+        Raises:
+            ValueError: with the flags.
+        """
+        if self.method is None:
+            if self.budget is not None:
+                raise ValueError("--budget is a method's: give --method, or --kv-budget with --pattern")
+            return
+        if self.pattern.pattern:
+            raise ValueError("--method takes the place of --pattern: give one of them")
+        unused: dict[str, Any] = {**vars(self.pattern), "backend": self.backend}
+        unused["batch_size"] = None if self.batch_size == 1 else self.batch_size
+        if flags := [f"--{name.replace('_', '-')}" for name, value in unused.items() if value is not None]:
+            raise ValueError(f"--method computes every context by itself, in its own way: leave out {', '.join(flags)}")
+        if not 0 < self._budget <= 1:
+            raise ValueError(f"--budget is a fraction of full attention's KV bytes, in (0, 1], got {self.budget}")
+        if self.method == FULL and self._budget < 1:
+            raise ValueError(f"full attention holds every token: --budget must be 1, got {self.budget}")
+
+    @property
+    def _budget(self) -> float:
+        return self.budget if self.budget is not None else 1.0 if self.method == FULL else 0.5
+
+    @property
+    def _batch_size(self) -> int:
+        return self.batch_size if self.batch_size is not None else 8 if self.method is None else 1
+
+    def _about(self, chosen: Method | None) -> dict[str, Any]:
+        """The settings that scores depend on, with fingerprints of gates, a method's settings and files."""
+        unused = {"out"} if chosen else {"out", "method", "budget"}
         about: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in unused}
+        about |= {"batch_size": self._batch_size} | ({"budget": self._budget} if chosen else {})
         if self.pattern.pattern:
             about["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
+        if chosen:
+            about["gates"] = method_fingerprint(chosen)
         files = [*self._data().values(), *(path for folder in self.include_path for path in sorted(folder.rglob("*")))]
         about["files"] = {str(path): sha256(path.read_bytes()) for path in files if path.is_file()}
         return dict(json.loads(json.dumps(about, default=str)))
