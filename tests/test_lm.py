@@ -271,6 +271,15 @@ def test_wrong_use_is_refused(lm, call, message):
         call(lm)
 
 
+@pytest.mark.parametrize("options", [{"pattern": None}, {"kv_dtype": "int4"}], ids=["pattern", "kv_dtype"])
+def test_a_pattern_or_data_type_for_one_call_is_refused(lm, chat_lm, options):
+    """They belong to the model that was loaded: a call would ignore them."""
+    chat = [{"role": "user", "content": "Hi"}]
+    for call in (lm, lm.stream, lm.document("abc").ask, lambda _, **options: chat_lm.chat(chat, **options)):
+        with pytest.raises(TypeError, match=f"loaded with its {next(iter(options))}: give them to duo_jax.load"):
+            call(PROMPT, **options)
+
+
 def test_rules_without_a_named_pattern_are_refused(text_model):
     with pytest.raises(ValueError, match="choose heads from a named pattern"):
         duo_jax.load(text_model, sparsity=0.5)
@@ -382,6 +391,16 @@ def test_doctor_tries_every_backend(duo):
     assert all(tried["is_right"] for backend in rest.values() for tried in backend.values())
     assert found["default_backend"] == "xla" and found["packages"]["jax"]
     assert "xla, the default here\n  prefill     right, error" in doctor._text(found)
+
+
+def test_doctor_reports_a_reference_that_fails(monkeypatch, capsys):
+    def broken(dtype):
+        raise RuntimeError("no memory\nand more lines")
+
+    monkeypatch.setattr(doctor, "OPERATIONS", {"decode": broken})
+    with pytest.raises(ValueError, match="a backend fails"):
+        doctor.Doctor().run()
+    assert capsys.readouterr().out.count("decode      FAILED: the reference: no memory\n") == len(doctor.BACKENDS)
 
 
 @pytest.mark.full_matrix

@@ -156,6 +156,8 @@ class LM:
 
         `history` are the tokens that every row of `cache` contains.
         """
+        if fixed := sorted({"pattern", "kv_dtype"} & set(options)):
+            raise TypeError(f"the model was loaded with its {' and '.join(fixed)}: give them to duo_jax.load instead")
         if not prompts:
             raise ValueError("no prompts were given; pass at least one")
         lengths = [len(prompt) for prompt in prompts]
