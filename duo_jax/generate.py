@@ -4,10 +4,8 @@ Afterwards the cache holds the prompt and every token generated: to continue a c
 new tokens.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Array
@@ -70,7 +68,7 @@ class Request:
         return running.cache.rewind(mark)
 
 
-def prepare(
+def generate(
     model: Model,
     tokens: ArrayLike,
     *,
@@ -85,8 +83,8 @@ def prepare(
     history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
-) -> Request:
-    """Check the arguments of `generate` and `stream`, and make a cache if none was given.
+) -> Generation:
+    """Continue a batch of prompts in one compiled program; every row ends independently.
 
     Args:
         model: the weights.
@@ -106,6 +104,80 @@ def prepare(
     Raises:
         ValueError: an invalid argument, before any compute.
     """
+    request = prepare(
+        model,
+        tokens,
+        pattern=pattern,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        lengths=lengths,
+        eos_ids=eos_ids,
+        key=key,
+        cache=cache,
+        kv_dtype=kv_dtype,
+        history=history,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return request.run()
+
+
+def stream(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    pattern: HeadPattern | None = None,
+    max_new_tokens: int = 128,
+    sampler: Sampler = Greedy(),
+    lengths: ArrayLike | None = None,
+    eos_ids: tuple[int, ...] = (),
+    key: Array | int | None = None,
+    cache: KVCache | None = None,
+    kv_dtype: AnyDtype | None = None,
+    history: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Stream:
+    """Like `generate`, one step at a time: `for step in stream(...): step.token`.
+
+    The prompt is computed before this returns; `progress` is called as in `prefill`.
+    """
+    request = prepare(
+        model,
+        tokens,
+        pattern=pattern,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        lengths=lengths,
+        eos_ids=eos_ids,
+        key=key,
+        cache=cache,
+        kv_dtype=kv_dtype,
+        history=history,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return request.stream(progress)
+
+
+def prepare(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    pattern: HeadPattern | None = None,
+    max_new_tokens: int = 128,
+    sampler: Sampler = Greedy(),
+    lengths: ArrayLike | None = None,
+    eos_ids: tuple[int, ...] = (),
+    key: Array | int | None = None,
+    cache: KVCache | None = None,
+    kv_dtype: AnyDtype | None = None,
+    history: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Request:
+    """Check the arguments of `generate` and `stream`, and make a cache if none was given."""
     check_generation(
         model.config,
         max_new_tokens=max_new_tokens,
@@ -133,33 +205,3 @@ def prepare(
         seen[np.arange(len(seen))[:, None], history] = True
     prompt = Prompt(tokens, lengths, seen, row_keys(key, len(tokens)))
     return Request(Generator(sampler, tuple(eos_ids), backend), model, prompt, cache, max_new_tokens, width)
-
-
-def generate(model: Model, tokens: ArrayLike, **options: Any) -> Generation:
-    """Continue a batch of prompts in one compiled program; every row ends independently.
-
-    `options` are the keyword arguments of `prepare`: `pattern=`, `max_new_tokens=`, `sampler=`, `eos_ids=`, ...
-
-    Raises:
-        ValueError: an invalid argument, before any compute.
-    """
-    return prepare(model, tokens, **options).run()
-
-
-def stream(model: Model, tokens: ArrayLike, *, progress: Callable[[int], None] | None = None, **options: Any) -> Stream:
-    """Like `generate`, one step at a time: `for step in stream(...): step.token`.
-
-    The prompt is computed before this returns; `progress` is called as in `prefill`.
-    """
-    return prepare(model, tokens, **options).stream(progress)
-
-
-def _show_arguments(function: Callable[..., Any]) -> None:
-    """Let `help` and editors show the arguments of `prepare` in place of `**options`."""
-    own, full = inspect.signature(function), inspect.signature(prepare)
-    extra = [own.parameters[name] for name in own.parameters if name not in {"options", *full.parameters}]
-    function.__signature__ = own.replace(parameters=[*full.parameters.values(), *extra])  # type: ignore[attr-defined]
-
-
-_show_arguments(generate)
-_show_arguments(stream)

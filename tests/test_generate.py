@@ -253,3 +253,9 @@ def test_prefill_refuses_the_same_prompts(tiny, half, name, nothing_runs):
 def test_decode_step_refuses_bad_tokens(tiny, half, token, active, message, nothing_runs):
     with pytest.raises(ValueError, match=message):
         decode_step(tiny, token, KVCache.init(TINY, half, 2, 32), active=active)
+
+
+@pytest.mark.parametrize("function", [generate, stream])
+def test_a_wrong_name_is_refused_in_the_name_of_the_function(tiny, function):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument 'max_tokens'"):
+        function(tiny, PROMPT, max_tokens=3)
