@@ -92,6 +92,18 @@ def test_windows_and_pages_are_saved(tiny, half, tmp_path):
         KVCache.load(tmp_path / "cache", pattern=HeadPattern.full(tiny.config))
 
 
+def test_layers_with_windows_of_their_own_and_no_retrieval_heads_are_matched(tiny, tmp_path):
+    """The pattern's window is not that of the first layer."""
+    pattern = HeadPattern.from_gates(np.zeros((2, 2)), sink_size=3, recent_size=8)
+    spec = CacheSpec(tiny.config, pattern, 1, 16, tiny.config.precision(), layer_windows=(Window(0, 8), None))
+    replace(spec.empty(), length=jnp.full(1, 9, jnp.int32)).save(tmp_path / "cache")
+    loaded = KVCache.load(tmp_path / "cache", pattern=pattern)
+    assert [loaded.window(layer) for layer in range(2)] == [Window(0, 8), pattern.window]
+    other = HeadPattern.from_gates(np.zeros((2, 2)), sink_size=4, recent_size=8)
+    with pytest.raises(ValueError, match="or different ones"):
+        KVCache.load(tmp_path / "cache", pattern=other)
+
+
 def test_a_large_cache_takes_its_own_size_on_disk(tmp_path):
     """With 4096 tokens: everything that is not keys and values is small."""
     pattern = HeadPattern.from_gates(np.eye(2), sink_size=3, recent_size=8)

@@ -236,9 +236,12 @@ def _check_identity(path: str | Path, saved: dict[str, Any] | None, given: dict[
 
 def _check_pattern(path: str | Path, pattern: HeadPattern, about: Mapping[str, Any]) -> None:
     saved, table = pattern_of(about), pattern.is_retrieval
-    if about["layer_windows"] is not None and len(table) == saved.num_layers:
-        table = table & np.asarray([window is None for window in about["layer_windows"]])[:, None]
-    if saved.window != pattern.window or not np.array_equal(saved.is_retrieval, table):
+    windows = [Window(*(window or about["window"])) for window in about["layer_windows"] or [None] * saved.num_layers]
+    # The pattern decides in layers with its window; in the others every head streams.
+    is_decided = np.asarray([window == pattern.window for window in windows])
+    if len(table) == saved.num_layers:
+        table = table & is_decided[:, None]
+    if not is_decided.any() or not np.array_equal(saved.is_retrieval, table):
         raise ValueError(
             f"{path} was made with {_text(saved)}, the pattern has {_text(pattern)}, or different ones: "
             "leave the pattern out, or prefill again"
