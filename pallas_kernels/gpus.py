@@ -1,4 +1,4 @@
-"""Every fact about GPUs: memory and compute capability by name, what a compiler asks, and the kernels' tile sizes."""
+"""Facts about GPUs: memory and compute capability by name, a description for compilers, and the kernels' tile sizes."""
 
 import json
 import os
@@ -209,7 +209,10 @@ def tuned_file() -> Path:
 @cache
 def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     path = tuned_file()
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or was altered ({error}): delete it, then tune again") from None
 
 
 def _default(kernel: str, width: int, itemsize: int, quantized: bool) -> Any:

@@ -202,7 +202,9 @@ def choose(request: Request, name: str | None = None) -> Backend:
     backend = find_backend(name)
     reason = backend.supports(request)
     if reason is not None:
-        able = (find_backend(other) for other in ("triton", "xla", "reference"))
+        # A CPU only interprets Triton's kernels.
+        others = ("xla", "triton", "reference") if request.device == "cpu" else ("triton", "xla", "reference")
+        able = (find_backend(other) for other in others)
         other = next(backend.name for backend in able if backend.supports(request) is None)
         raise Unsupported(f"the {name} backend {reason}: use backend={other!r}")
     return backend

@@ -469,7 +469,9 @@ def test_the_default_skips_backends_that_cannot_run_a_request(monkeypatch):
     monkeypatch.setitem(ops.PREFERENCES, "cpu", {"decode": ("jax_triton", "mosaic", "triton", "xla")})
     assert ops.choose(request).name == "triton"
     assert ops.choose(replace(request, head_dim=512)).name == "xla"
-    with pytest.raises(Unsupported, match=r"the mosaic backend takes bfloat16 or float16.* got float32 with 64: use"):
+    with pytest.raises(
+        Unsupported, match=r"the mosaic backend takes bfloat16 or float16.* got float32 with 64: use backend='xla'"
+    ):
         ops.choose(request, "mosaic")
     for name in ops.BACKENDS:
         for operation in OPERATIONS:

@@ -24,6 +24,14 @@ def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
     assert tiles_for("decode", 16, 4) == gpus._default("decode", 16, 4, False)
 
 
+def test_a_truncated_table_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path))
+    (tmp_path / "tiles.json").write_text('{"cpu": {"flash"')
+    gpus._tuned.cache_clear()  # A failure is not kept.
+    with pytest.raises(ValueError, match=r"tiles.json is truncated or was altered .*: delete it, then tune again"):
+        tiles_for("decode", 16, 2)
+
+
 def test_tiles_on_trial_are_used_only_within():
     on_trial, before = DecodeTiles(8, 16, 4, 1, 1), tiles_for("decode", 128, 2)
     with trying("decode", on_trial):
