@@ -53,7 +53,7 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, mon
     drawn = [folder / line.rsplit("/", 1)[1] for line in done.out.splitlines() if line.endswith((".png", ".svg"))]
     assert drawn and all(path.stat().st_size for path in drawn)
     before = (folder / "recall.jsonl").read_text()
-    assert "had all of it" in ablation("mine=", HEADS).out and (folder / "recall.jsonl").read_text() == before
+    assert "already complete" in ablation("mine=", HEADS).out and (folder / "recall.jsonl").read_text() == before
     # Other settings of a variant that is there already, or of the scoring.
     assert "has other settings" in ablation("mine=", "heads=--recipe kvzip").err
     assert "other settings" in ablation("mine=", HEADS, flags=("--recent-size", "17")).err

@@ -116,7 +116,7 @@ def test_longbench_asks_every_method_resumes_and_refuses(duo, chat_model, folder
         ("hotpotqa", 1),
     ]
     assert [record["tokens"] for record in records[:4]] == [400 - 32] * 2 + [400 - 64] * 2
-    assert "had all of it" in run("--max-length", "400").out
+    assert "already complete" in run("--max-length", "400").out
     assert_refused(run("--max-length", "401"), "max_length was 400, now 401")
     folder("trec", ROW)
     assert_refused(run("--max-length", "400"), "other gates or data under the name of trec")

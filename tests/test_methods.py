@@ -367,7 +367,7 @@ def test_what_comes_later_is_not_known_before(tiny, pattern):
     whole, _ = greedy(make("full", pattern), tiny, prompt, **options)
     later, memory = greedy(make("full", pattern), tiny, prompt, later=7, **options)
     assert later == whole
-    # The bytes are those of what was taken in, and so is the budget.
+    # The bytes are those of the prefill, and so is the budget.
     rule = make("snapkv", pattern)
     logits, state = rule.begin(tiny, prompt[:-7], room=10, budget=BUDGET)
     assert state.memory.held_nbytes <= BUDGET * memory.held_nbytes

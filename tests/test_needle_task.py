@@ -49,7 +49,7 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     again = read(out)[1]
     assert left < len(again) == len(records)
     assert [{**a, "seconds": 0} for a in again] == [{**b, "seconds": 0} for b in records]
-    assert "had all of it" in run().out
+    assert "already complete" in run().out
     # More cells join the same file.
     assert run("--lengths", "400", "390").code == 0
     assert len(read(out)[1]) == 2 * len(records)

@@ -103,7 +103,7 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
     assert out.read_text().splitlines()[1:] == whole.splitlines()[1:]
     assert len(json.loads(out.read_text().splitlines()[0])["runs"]) == 2
     whole = out.read_text()
-    assert "had all of it" in run("--patterns", pattern).out
+    assert "already complete" in run("--patterns", pattern).out
     for table in (recall_table, recall_details, prose_table):
         text = table(out)
         assert "mine" in text and "nan" not in text
@@ -137,7 +137,7 @@ def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
     ]
     assert [bool(row[5].strip()) for row in rows] == [False, False, True, True, True, True]
     before = out.read_text()
-    assert "had all of it" in duo(*command).out and out.read_text() == before
+    assert "already complete" in duo(*command).out and out.read_text() == before
 
 
 @pytest.mark.full_matrix
@@ -155,7 +155,7 @@ def test_recall_compares_sizes(duo, text_model, tmp_path):
         (FULL_ATTENTION, 0, 0),
         *((method, 4, recent) for method in (STREAMING, "mine") for recent in (16, 24)),
     }
-    assert "had all of it" in run(*pattern, "--sink-sizes", "4", "--recent-sizes", "24", "16").out
+    assert "already complete" in run(*pattern, "--sink-sizes", "4", "--recent-sizes", "24", "16").out
     table = recall_table(out)
     assert re.search(r"\| +sinks \| +16 recent \| +24 recent \|", table) and "nan" not in table + recall_details(out)
     key = Key(300, "mine", 0.5, 4, 16)

@@ -219,7 +219,7 @@ def test_mtbench_answers_are_a_conversation_in_fastchats_format(tmp_path, duo, c
     assert duo("eval", "mtbench", *flags, "--questions", asked).code == 0
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert again[0] == answers[0] and [one["choices"] for one in again] == [one["choices"] for one in answers]
-    assert "had all of it" in duo("eval", "mtbench", *flags, "--questions", asked).out
+    assert "already complete" in duo("eval", "mtbench", *flags, "--questions", asked).out
     other = duo("eval", "mtbench", *flags, "--questions", asked, "--model-id", "other")
     assert_refused(other, "model_id was 'chat', now 'other'")
     asked.write_text(asked.read_text().replace("Question 1?", "Something else?"))

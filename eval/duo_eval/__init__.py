@@ -1,1 +1,1 @@
-"""What a KV budget costs in accuracy, and what it buys. Builds on `duo_jax`, and on `train` for its texts."""
+"""Accuracy and speed under a KV budget; builds on `duo_jax` and `duo_train`."""

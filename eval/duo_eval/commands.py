@@ -28,7 +28,7 @@ from duo_eval.tasks.ruler.command import RulerTask
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure what a head pattern costs and what it buys."""
+    """Measure the accuracy, memory and speed of a head pattern."""
 
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]

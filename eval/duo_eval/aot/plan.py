@@ -31,7 +31,7 @@ class PlanCommand:
     memory: str | None = None
     """Memory that weights, KV cache and activations share: 80GB is 80e9 bytes, all usable; by default the GPU's."""
     gpu: str | None = None
-    """a100-80g, h100-80g, h200, b200 or rtx-4090: what the driver leaves, times the fraction that jax uses."""
+    """a100-80g, h100-80g, h200, b200 or rtx-4090: its memory after the driver, times the fraction that jax uses."""
     context: int | None = None
     """Tokens that must fit; without --memory and --gpu, the memory that they need is printed."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()

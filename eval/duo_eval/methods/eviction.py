@@ -1,6 +1,6 @@
 """Caches from which tokens are evicted: the code that all rules share. A rule, in its own file, ranks the tokens.
 
-A prompt is taken in block by block: a block attends to the tokens in the cache and, causally, to itself; then the rule
+The prefill goes block by block: a block attends to the tokens in the cache and, causally, to itself; then the rule
 decides which of them stay. A decode step is a block of one token. Keys are cached after RoPE at their absolute
 positions. All KV heads hold the same number of tokens, each its own; the weights of query heads that share a KV head
 are averaged.
@@ -75,7 +75,7 @@ class Eviction(Method):
     """A rule of eviction. `scores`, `priority` and `keys` are traced."""
 
     block: int = 256
-    """Tokens of a prompt that are taken in at a time; the rule applies after each block."""
+    """Tokens of a prompt in each block of the prefill; the rule applies after each block."""
 
     def __post_init__(self) -> None:
         """Check the block."""
@@ -109,7 +109,7 @@ class Eviction(Method):
     def limit(self, budget: float, prompt: int, length: int) -> int:
         """Tokens that a head may hold after `length` tokens: at any time the same fraction of full attention's.
 
-        While the prompt is taken in, its full length counts. The tolerance keeps 0.29 * 100 at 29.
+        During the prefill, the prompt's full length counts. The tolerance keeps 0.29 * 100 at 29.
         """
         return int(budget * max(prompt, length) + 1e-9)
 

@@ -1,6 +1,6 @@
 """FastGen (Ge et al. 2023, arXiv 2310.01801): each head uses the cheapest of five policies that its attention allows.
 
-The prompt is taken in by full attention and profiled: `peak_nbytes` counts the whole prompt in addition to the cache.
+The prefill uses full attention and is profiled: `peak_nbytes` counts the whole prompt in addition to the cache.
 A head's recovery under a policy is the share of its attention, over all queries of the prompt, that falls on tokens
 that the policy holds. The paper fixes a threshold of recovery; here it follows from the budget: the largest threshold
 at which the cheapest policies that reach it fit into the budget together. Heads thus differ in size, while their sum

@@ -1,4 +1,4 @@
-"""The interface of methods under comparison: take in a prompt within a KV budget, then continue token by token.
+"""The interface of methods under comparison: prefill a prompt within a KV budget, then continue token by token.
 
 Knows no model internals, no tasks and no text.
 """
@@ -21,7 +21,7 @@ class Memory(NamedTuple):
     Attributes:
         nbytes: allocated keys and values; sizes are rounded up, to limit compilation.
         held_nbytes: keys and values of the tokens held, which the budget limits.
-        peak_nbytes: keys and values allocated while the prompt was taken in, including the temporary ones of one layer.
+        peak_nbytes: keys and values allocated during the prefill, including the temporary ones of one layer.
         metadata_nbytes: everything else that is stored for the sequence, such as positions and accumulated scores.
     """
 
@@ -71,7 +71,7 @@ class Method(ABC):
 
     @abstractmethod
     def begin(self, model: Model, tokens: ArrayLike, *, room: int, budget: float) -> tuple[Float[Array, "V"], Any]:
-        """Take in a whole prompt, all of it through the method.
+        """Prefill a whole prompt, all of it through the method.
 
         Args:
             model: the weights.

@@ -15,7 +15,7 @@ from duo_jax.chunks import bucket, chunk_width
 
 @dataclass(frozen=True)
 class PooledState:
-    """A sequence in a `KVCache` of one row, and the size of the chunks in which its prompt was taken in."""
+    """A sequence in a `KVCache` of one row, and the size of the chunks of its prefill."""
 
     cache: KVCache
     chunk: int
@@ -129,7 +129,7 @@ class Duo(Pooled):
 
 @dataclass(frozen=True)
 class RandomHeads(Pooled):
-    """A head pattern with random retrieval heads, to show what the choice of heads is worth."""
+    """A head pattern with random retrieval heads, the baseline for a choice of heads."""
 
     seed: int = 0
     """Seed of the draw."""

@@ -118,7 +118,7 @@ def greedy(
         eos_ids: tokens that end it.
         budget: fraction of the KV bytes that full attention holds.
         later: last tokens of the prompt that are appended one by one, as with a question about a stored document: the
-            method does not know them while it takes in the rest, to which the budget then applies.
+            method does not know them during the prefill of the rest, to which the budget then applies.
 
     Returns:
         The new tokens, including an EOS token that ended them, and the bytes of the sequence before `later` tokens.

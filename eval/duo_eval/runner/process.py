@@ -1,4 +1,4 @@
-"""Functions that run in a process of their own: its memory is its own, and a call that hangs or dies costs only itself.
+"""Run functions in a separate process, with its own memory: a call that hangs or crashes does not affect this process.
 
 This process does not import what the function needs, so it never touches the device.
 """

@@ -46,7 +46,7 @@ def run(record: Record, jobs: Iterable[J], prepare: Callable[[list[J]], tuple[st
             for job, result in answer(missing):
                 append(job, result)
                 bar.update()
-    print(f"{record.path} {'has' if missing else 'had'} all of it")
+    print(f"{record.path} is {'' if missing else 'already '}complete")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Question:
         max_new_tokens: room for the answer.
         score: function from the text of an answer to its score, 0 to 1.
         facts: further fields of the result, such as the right answer.
-        later: last tokens of the prompt that the method does not know while it takes in the rest; see `greedy`.
+        later: last tokens of the prompt that the method does not know during the prefill of the rest; see `greedy`.
     """
 
     tokens: Int32[np.ndarray, "T"]
@@ -123,7 +123,7 @@ class Comparison:
     recent_size: int = 256
     """Most recent tokens that streaming heads keep."""
     chat: bool = True
-    """Ask in the tokenizer's chat template, where it has one."""
+    """Ask in the tokenizer's chat template, if it has one."""
     dtype: FloatDtype | None = None
     """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
 
@@ -171,7 +171,7 @@ class Comparison:
         longest: int,
         shortest: int | None,
     ) -> list[Result]:
-        """Do every job that the file lacks; returns all results of the file.
+        """Do the missing jobs; returns all results of the file.
 
         Args:
             out: the file of results.
@@ -214,7 +214,7 @@ class Comparison:
                     check_vocabulary(model.config, asked.tokens)
                     try:
                         yield job, asked.ask(methods[job.method], job.budget, model, self.tokenizer)
-                    except ValueError as error:  # Only the budget can be wrong now.
+                    except ValueError as error:  # Everything else was checked, so the budget is too small.
                         yield job, {"score": None, "refused": str(error), "tokens": len(asked.tokens)}
 
             return str(model.dtype), answer

@@ -9,7 +9,7 @@ from duo_jax import PRESETS, HeadPattern, Model, ModelConfig, load_model
 from duo_jax.checkpoint.load import open_source
 from duo_jax.checkpoint.source import Source
 
-# What streaming heads keep unless a pattern says otherwise: the paper's sizes for efficiency (section 3.1).
+# Sinks and recent tokens of streaming heads by default: the paper's sizes for efficiency (section 3.1).
 SINK_SIZE, RECENT_SIZE = 128, 256
 
 

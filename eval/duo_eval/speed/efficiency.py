@@ -1,7 +1,7 @@
 """`duo eval efficiency`: prefill time, decode latency and memory of engines side by side, each next to its floor.
 
-Every measurement runs in a process of its own, so that its memory is its own too. Engines take turns at each point, so
-that a machine that slows down slows all of them. A floor is the time of what a phase must cost at least
+Every measurement runs in a separate process, with its own memory. Engines take turns at each point, so that a slowdown
+of the machine affects all of them. A floor is the time of what a phase must cost at least
 (`duo_eval.speed.roofline`), at rates measured in the same minute (`duo_eval.speed.ceilings`).
 """
 

@@ -35,7 +35,7 @@ class Ablation:
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring(random=0, prose=0)
 
     def run(self) -> None:
-        """Train what is missing, score what is missing, draw."""
+        """Train missing gates, score them and plot."""
         require_matplotlib()
         trainings = self._trainings()
         recall = Recall(

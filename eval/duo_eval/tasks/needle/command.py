@@ -60,7 +60,7 @@ class NeedleTask:
     """Decides keys and stretches of text."""
 
     def run(self) -> None:
-        """Ask for what the file lacks, cell by cell; draw."""
+        """Run the missing questions, cell by cell, and plot."""
         if not self.lengths or min(*self.lengths, self.samples) < 1 or self.depths < 2:
             raise ValueError(
                 f"need lengths and samples of at least 1 and 2 depths, got {self.lengths=}, {self.samples=}, "

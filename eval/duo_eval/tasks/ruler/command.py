@@ -58,7 +58,7 @@ class RulerTask:
     """Example i of a task depends only on this, its length, and i."""
 
     def run(self) -> None:
-        """Ask for what the file lacks; print the means."""
+        """Run the missing questions and print the means."""
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown:
             raise ValueError(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
