@@ -229,6 +229,27 @@ def test_mtbench_answers_are_a_conversation_in_fastchats_format(tmp_path, duo, c
     assert duo("eval", "mtbench", *flags, "--questions", asked).code == 0 and len(out.read_text().splitlines()) == 4
 
 
+def test_mtbench_resumes_answers_of_the_first_release(tmp_path, duo, chat_model):
+    asked, out = questions(tmp_path / "question.jsonl", 2), tmp_path / "toy.jsonl"
+    flags = ("--model", chat_model, "--max-new-tokens", 6, "--max-length", 256, "--out", out, "--questions", asked)
+    assert duo("eval", "mtbench", *flags).code == 0
+    path = tmp_path / "toy.jsonl.about.json"
+    head = json.loads(path.read_text())
+    settings = {name: value for name, value in head["about"].items() if name != "task"}
+    settings["questions"] = {name.removeprefix("question "): value for name, value in head["gates"].items()}
+    run = {name: head["runs"][0][name] for name in ("command", "machine")}
+    old = json.dumps({"about": settings, **run})
+    path.write_text(old)
+    assert "already complete" in duo("eval", "mtbench", *flags).out and path.read_text() == old
+    assert_refused(duo("eval", "mtbench", *flags, "--seed", 1), "seed was 0, now 1")
+    first = out.read_text().splitlines()[0]
+    out.write_text(first + "\n")
+    assert duo("eval", "mtbench", *flags).code == 0
+    assert [out.read_text().splitlines()[0], len(out.read_text().splitlines())] == [first, 2]
+    asked.write_text(asked.read_text().replace("Question 1?", "Something else?"))
+    assert_refused(duo("eval", "mtbench", *flags), "under the name of question 82")
+
+
 def test_mtbench_refuses_what_it_cannot_read(tmp_path, duo, chat_model):
     asked = questions(tmp_path / "question.jsonl", 1)
     asked.write_text(asked.read_text() + '{"question_id": 82, "category": "math", "turns": []}\n')

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from duo_eval.speed import efficiency
+from duo_eval.speed.bench import Bench
 from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.efficiency import Efficiency, Point
 from duo_eval.speed.engines import ENGINES
@@ -153,7 +154,7 @@ def test_points_of_other_settings_do_not_join_a_file(monkeypatch, tmp_path):
     task = Efficiency(("llama-3-8b",), contexts=(64,), peer=False, out=tmp_path / "out.json")
     points = [asdict(point) for point in task._points("cpu")]
     record = task._record(cpu)
-    with record.writing() as append:
+    with record.writing(device="cpu") as append:
         for point in points:
             append(point, {})
     assert task._record(cpu).results == [{"point": point} for point in points]
@@ -161,6 +162,20 @@ def test_points_of_other_settings_do_not_join_a_file(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=f"other settings: {name} was"):
             replace(task, **{name: value})._record(cpu)
     assert len(replace(task, contexts=(64, 128))._record(cpu).results) == 2
+    # The data type that a CPU has by default, and a file of the first release.
+    assert not replace(task, dtype="float32")._record(cpu).missing(replace(task, dtype="float32")._points("cpu"))
+    run = record.head["runs"][0]
+    old = {"command": "duo eval efficiency", "machine": run["machine"], **cpu, "results": record.results}
+    task.out.write_text(json.dumps(old))
+    assert not task._record(cpu).missing(task._points("cpu"))
+    bench = Bench(task.model, pattern=None, contexts=(64,), batch_sizes=(1,), peer=False, out=tmp_path / "bench.json")
+    bench.out.write_text(json.dumps(old | {"command": "duo bench"}))
+    assert not bench._record(cpu).missing(bench._points("cpu"))
+    bench.out.write_text(json.dumps(old | {"command": "duo bench", "results": [{}]}))
+    with pytest.raises(ValueError, match="not a result of this command"):
+        bench._record(cpu)
+    with pytest.raises(ValueError, match="another machine, versions or commit"):
+        task._record({"device": "gpu", "platform": "gpu"})
 
 
 def test_bench_refuses_what_it_cannot_do(text_model, duo, tmp_path):

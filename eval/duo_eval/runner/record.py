@@ -202,6 +202,13 @@ def _from_object(whole: Result) -> tuple[Head, list[Result]]:
     words = [*run.get("command", "").split(), "", "", ""]
     task = words[2] if words[1] == "eval" else words[1]
     about = {"task": task, **whole.pop("settings", {})} if run else {}
+    if isinstance(whole.get("about"), dict) and isinstance(whole["about"].get("questions"), dict):
+        # Of `duo eval mtbench` 0.1, which stored fingerprints among the settings, and no data type.
+        settings = whole.pop("about")
+        questions = {f"question {name}": value for name, value in settings.pop("questions").items()}
+        whole["gates"] = questions | ({"pattern": settings.pop("gates")} if "gates" in settings else {})
+        about = {"task": "mtbench"} | settings
+        run["dtype"] = None
     return {"about": about, "gates": {}, "runs": [run] if run else []} | whole, results
 
 
@@ -254,8 +261,8 @@ def contradiction(head: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     known = head["gates"]
     if changed := [name for name, value in other["gates"].items() if known.get(name, value) != value]:
         return f"other gates or data under the name of {', '.join(changed)}"
-    # By default the device decides the type, so it is not among the settings.
-    before, now = ({run.get("dtype", "float32") for run in each["runs"]} for each in (head, other))
+    # By default the device decides the type, so it is not among the settings. None: unknown.
+    before, now = ({run.get("dtype", "float32") for run in each["runs"]} - {None} for each in (head, other))
     if before and now and before != now:
         return f"another data type: {', '.join(sorted(before))}, not {', '.join(sorted(now))}"
     return ""

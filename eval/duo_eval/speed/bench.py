@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from duo_eval.speed.efficiency import Efficiency
 
@@ -15,3 +16,5 @@ class Bench(Efficiency):
     contexts: tuple[int, ...] = (2048, 4096, 8192)
     batch_sizes: tuple[int, ...] = (1, 4)
     out: Path = Path("bench.json")
+
+    task: ClassVar[str] = "bench"

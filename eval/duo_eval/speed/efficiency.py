@@ -5,11 +5,11 @@ of the machine affects all of them. A floor is the time of what a phase must cos
 (`duo_eval.speed.roofline`), at rates measured in the same minute (`duo_eval.speed.ceilings`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ from duo_eval.speed.engines import ENGINES, PEERS
 from duo_eval.speed.roofline import decode_bytes, prefill_flops
 from duo_eval.speed.timing import seconds
 from duo_jax import HeadPattern, KVCache
+from duo_jax.differences import changes
 from duo_jax.precision import FloatDtype
 from pallas_kernels import BACKENDS
 
@@ -95,6 +96,9 @@ class Efficiency:
     out: Path = Path("efficiency.json")
     """File to write; points that it already contains are not measured again."""
 
+    # In the file.
+    task: ClassVar[str] = "efficiency"
+
     def run(self) -> None:
         """Measure the missing points one by one; each is saved as it ends."""
         self._check()
@@ -148,10 +152,29 @@ class Efficiency:
                             yield Point("duo", **own, **sizes, pattern=self.pattern, sparsity=sparsity)
 
     def _record(self, device: dict[str, str]) -> Record:
-        """The file, which has results of one machine and commit, and of one pattern, data type and backend."""
-        shared = ("pattern", "sink_size", "recent_size", "dtype", "backend")
-        about = {"task": "efficiency", **device, "machine": machine()} | {name: getattr(self, name) for name in shared}
-        return Record.open(self.out, about, key="point")
+        """The file, which has results of one machine and commit, and of one pattern, data type and backend.
+
+        Raises:
+            ValueError: a file of another command, machine or commit, or with points of other settings.
+        """
+        record = Record.open(self.out, {"task": self.task}, key="point")
+        if not all(isinstance(result.get("point"), dict) for result in record.results):
+            raise ValueError(f"{self.out} is not a result of this command; choose another --out")
+        here = {"machine": machine(), "device": device["device"]}
+        if any(run.get(name) != value for run in record.head["runs"] for name, value in here.items()):
+            raise ValueError(f"{self.out} was measured on another machine, versions or commit; choose another --out")
+        own = next(point for point in self._points(device["platform"]) if point.sparsity is not None)
+        for result in record.results:
+            if different := _differing(own, result["point"]):
+                raise ValueError(f"{self.out} was made with other settings: {different}; choose another --out")
+        return record
+
+
+def _differing(own: Point, other: Mapping[str, Any]) -> str:
+    """How two points differ in settings that all points of a file share; empty if they do not."""
+    names = ["dtype", "backend"] if other.get("engine") == "duo" else []
+    names += [] if other.get("sparsity") is None else ["pattern", "sink_size", "recent_size"]
+    return "; ".join(changes({name: other.get(name) for name in names}, {name: getattr(own, name) for name in names}))
 
 
 def measured(point: Point) -> dict[str, Any]:
