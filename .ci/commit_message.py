@@ -30,7 +30,7 @@ IMPERATIVES = {
 
 
 def faults(message: str) -> list[str]:
-    """What is wrong with the message; empty if nothing is."""
+    """The message's faults; empty if it has none."""
     lines = message.partition(SCISSORS)[0].splitlines()
     lines = [line.rstrip() for line in lines if not line.startswith("#")]
     while lines and not lines[0]:

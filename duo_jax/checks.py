@@ -102,10 +102,10 @@ def check_cache(
         places = [MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh)]
         raise ValueError(f"the cache is on {places[0]}, the model on {places[1]}: give both the same mesh=")
     expected = (config.num_layers, sizes.kv_heads(config), config.head_dim, count.shape[0])
-    found = (*cache.is_retrieval.shape, cache.head_dim, cache.batch_size)
-    if found != expected:
+    actual = (*cache.is_retrieval.shape, cache.head_dim, cache.batch_size)
+    if actual != expected:
         raise ValueError(
-            f"the cache was made for (layers, kv heads, head dim, batch) = {found}, model and prompt have {expected}; "
+            f"the cache was made for (layers, kv heads, head dim, batch) = {actual}, model and prompt have {expected}; "
             "make one with KVCache.init(model.config, pattern, batch_size, max_length)"
         )
     if is_traced(cache, count):
@@ -157,7 +157,7 @@ def check_generation(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for name, value in of_new_cache.items():
         if value is not None and cache is not None:
-            raise ValueError(f"a cache has its {name} already: give {name} or cache, not both")
+            raise ValueError(f"the cache already has a {name}: give {name} or cache, not both")
     if sampler.is_random and key is None:
         raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
     if not isinstance(eos_ids, tuple | list):

@@ -41,8 +41,8 @@ def weight_bytes(config: ModelConfig, mesh: MeshSize = MeshSize()) -> int:
         leaves = jax.tree.leaves(parameter_shapes(fewer, abstract_mesh(mesh))[1])
         return nbytes([jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves])
 
-    one, two = bytes_of(1), bytes_of(2)
-    return one + (config.num_layers - 1) * (two - one)
+    first = bytes_of(1)
+    return first + (config.num_layers - 1) * (bytes_of(2) - first)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ MASKED = -1e30
 
 
 class Softmax(NamedTuple):
-    """Running softmax over blocks of keys (Milakov & Gimelshein 2018), to whatever base `add` is given."""
+    """Running softmax over blocks of keys (Milakov & Gimelshein 2018), in the base of the `exp` that `add` gets."""
 
     values: Any  # [*rows, H] float32, the weighted sum
     maximum: Any  # [*rows]
@@ -77,7 +77,7 @@ def partial_of(state: Softmax, dtype: Any) -> Partial:
 
 
 def merge_splits(parts: Partial, is_used: Bool[Array, "..."], axis: int) -> Partial:
-    """One softmax out of those over parts of the keys, along an array axis; unused parts may be anything."""
+    """One softmax out of those over parts of the keys, along an array axis; unused parts may have any values."""
     out, log_sum = jnp.where(is_used[..., None], parts.out, 0.0), jnp.where(is_used, parts.log_sum, MASKED)
     most = log_sum.max(axis)
     return _merged(Partial(out, log_sum), jnp.expand_dims(most, axis), most, lambda *x: [y.sum(axis) for y in x])
@@ -91,9 +91,9 @@ def merge_shards(part: Partial, axis: str) -> Partial:
     """
 
     def total(weighted: Array, weights: Array) -> tuple[Array, Array]:
-        # One message for both.
-        both = lax.psum(jnp.concatenate([weighted, weights[..., None]], axis=-1), axis)
-        return both[..., :-1], both[..., -1]
+        # One message with values and weights.
+        summed = lax.psum(jnp.concatenate([weighted, weights[..., None]], axis=-1), axis)
+        return summed[..., :-1], summed[..., -1]
 
     most = lax.pmax(part.log_sum, axis)
     return _merged(part, most, most, total)

@@ -86,9 +86,9 @@ def _over_pools(
     ring_pos = window.positions(cached) if pools.ring_k.shape[0] else full_pos[:, :0]
 
     def one_head(q_h: Array, k_h: Array, v_h: Array, is_retrieval: Array, slot: Array) -> Partial:
-        every = _join(pools.full, pools.pages, slot, full_pos, (k_h, v_h, own[1]))
+        context = _join(pools.full, pools.pages, slot, full_pos, (k_h, v_h, own[1]))
         seen = _join(pools.ring, None, slot, ring_pos, (k_h, v_h, own[0]))
-        both = _attend(q_h, every, q_pos, None), _attend(q_h, seen, q_pos, window)
+        both = _attend(q_h, context, q_pos, None), _attend(q_h, seen, q_pos, window)
         return jax.tree.map(lambda x, y: jnp.where(is_retrieval, x, y), *both)
 
     args = _by_kv_head(q, heads.slot.shape[0]), k, v, heads.is_retrieval, heads.slot

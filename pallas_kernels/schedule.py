@@ -115,7 +115,7 @@ def steps_of(
 
     whole = retrieval(div(filled, block_k))
     tail = retrieval(cdiv(filled, block_k)) - whole
-    # Beyond the reach of the window only the sinks of a ring are left to see.
+    # Beyond the reach of the window only the sinks of a ring remain visible.
     reach = jnp.where(first + 2 <= window.recent, jnp.int32(window.size), jnp.int32(window.sink))
     ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
     end = cdiv(jnp.minimum(first + block_q, length), block_k)

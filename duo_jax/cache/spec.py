@@ -138,11 +138,13 @@ class CacheSpec:
         """The largest `max_length` whose keys and values fit into `memory` bytes of each device; 0 if none does."""
         # The unit in which tokens are allocated.
         unit = self.page_size or self.size.sequence
-        one, two = (replace(self, max_length=n * unit).nbytes for n in (1, 2))
-        if memory < one:
+        one_unit, two_units = (replace(self, max_length=n * unit).nbytes for n in (1, 2))
+        if memory < one_unit:
             return 0
         # Without retrieval heads any length fits: positions end at the largest int32.
-        return min(MOST_TOKENS, unit * (1 + (memory - one) // (two - one))) if two > one else MOST_TOKENS
+        if two_units == one_unit:
+            return MOST_TOKENS
+        return min(MOST_TOKENS, unit * (1 + (memory - one_unit) // (two_units - one_unit)))
 
     def check(self, memory: int) -> None:
         """Raise ValueError if keys and values do not fit into `memory` bytes of each device."""

@@ -151,10 +151,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: anything else.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found.group(2).upper() not in UNITS or not float(found.group(1)):
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match.group(2).upper() not in UNITS or not float(match.group(1)):
         raise ValueError(f"a size is a number above 0 and a unit, such as 80GB or 79.1GiB, got {text!r}")
-    return int(float(found.group(1)) * UNITS[found.group(2).upper()])
+    return int(float(match.group(1)) * UNITS[match.group(2).upper()])
 
 
 @dataclass(frozen=True)

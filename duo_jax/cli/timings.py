@@ -15,7 +15,7 @@ def show_status(text: str) -> None:
 
 
 class Timings:
-    """Tokens, seconds and bytes of one stream, which calls `watch` and `progress`; `status` receives what is going on.
+    """Tokens, seconds and bytes of one stream, which calls `watch` and `progress`; `status` receives each activity.
 
     Begin it before the stream, with the stream's cache of one row.
     """

@@ -81,8 +81,8 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
-    found = Partial(values, log_sums[..., :group])
-    merged = merge_splits(found, splits.used(heads, lengths)[..., None], axis=2)
+    parts = Partial(values, log_sums[..., :group])
+    merged = merge_splits(parts, splits.used(heads, lengths)[..., None], axis=2)
     return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 
 
