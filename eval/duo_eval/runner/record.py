@@ -198,7 +198,8 @@ def _from_object(whole: Result) -> tuple[Head, list[Result]]:
     if not isinstance(results, list):  # Of lm-evaluation-harness: by task.
         whole |= {} if results is None else {"results": results}
         results = []
-    run = {name: whole.pop(name) for name in ("command", "machine", "device", "platform") if name in whole}
+    origin = ("command", "machine", "device", "platform")
+    run: dict[str, Any] = {name: whole.pop(name) for name in origin if name in whole}
     words = [*run.get("command", "").split(), "", "", ""]
     task = words[2] if words[1] == "eval" else words[1]
     about = {"task": task, **whole.pop("settings", {})} if run else {}
