@@ -130,7 +130,7 @@ def test_a_prompt_too_short_for_a_budget_has_a_record_without_a_score(duo, chat_
         *("eval", "longbench", "--model", chat_model, "--out", out, "--data", where, *sizes),
         *("--methods", f"duo={chat_model / 'pattern'}", "--budgets", "0.5"),
     )
-    assert done.code == 0 and "1 without a score" in done.out and "streaming heads alone" in done.out, done
+    assert done.code == 0 and "1 without a score" in done.out and "streaming heads keep already" in done.out, done
     assert read(out)[1][0]["score"] is None
 
 

@@ -69,7 +69,7 @@ def test_threshold_alone_is_a_rule(gates, threshold):
 def test_kv_budget_takes_as_many_retrieval_heads_as_fit(gates, budget, context):
     least = min(context, 16) / context
     if budget < least:
-        with pytest.raises(ValueError, match="streaming heads alone"):
+        with pytest.raises(ValueError, match="streaming heads keep already"):
             HeadPattern.from_gates(gates, kv_budget=budget, context_length=context, **SIZES)
         return
     pattern = HeadPattern.from_gates(gates, kv_budget=budget, context_length=context, **SIZES)
