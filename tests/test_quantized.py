@@ -102,14 +102,14 @@ def test_bytes_equal_the_formula_and_what_the_device_holds(half, kind):
 @kinds
 def test_any_chunk_size_and_decoding_give_the_same_scores(tiny, half, kind):
     """Attention sees quantized keys, the chunk's own included: nothing depends on where a chunk begins."""
-    whole, expected = score(tiny, TEXT, new(half, kind), lengths=LENGTHS, chunk_size=64)
+    # Float32 sums depend on the chunk, and a number halfway between two steps of the grid may then round either way.
+    # This text has no such number, with jax 0.10.2 and 0.12.
+    text = np.random.default_rng(1).integers(0, 61, (2, 40))
+    whole, expected = score(tiny, text, new(half, kind), lengths=LENGTHS, chunk_size=64)
     for chunk_size in (1, 7):
-        parts, cache = score(tiny, TEXT, new(half, kind), lengths=LENGTHS, chunk_size=chunk_size)
+        parts, cache = score(tiny, text, new(half, kind), lengths=LENGTHS, chunk_size=chunk_size)
         for row, length in enumerate(LENGTHS):
-            difference = np.abs(np.asarray(parts.logprobs - whole.logprobs))[row, : length - 1]
-            # A number halfway between two steps of the grid may round either way, because float32 sums depend on the
-            # chunk: one such number moves one position by more than rounding does.
-            assert (difference > 2e-4).sum() <= 1 and difference.max() < 5e-3
+            np.testing.assert_allclose(parts.logprobs[row, : length - 1], whole.logprobs[row, : length - 1], atol=2e-4)
         assert cache.length.tolist() == expected.length.tolist()
 
 
