@@ -84,7 +84,7 @@ class Demo:
 
     def _ask(
         self, lm: LM, tokens: Int32[np.ndarray, "T"], status: Callable[[str], None]
-    ) -> tuple[str, dict[str, float]]:
+    ) -> tuple[str, dict[str, int | float]]:
         cache = lm.make_cache(bucket(len(tokens) + self.max_new_tokens))
         timings = Timings(lm.model.config, cache, len(tokens), status)
         running = TextStream(
