@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from jax._src import compilation_cache
@@ -67,6 +68,12 @@ def few_programs() -> Iterator[None]:
     if MAPPINGS.exists() and MAPPINGS.read_text(encoding="utf-8").count("\n") > 25_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def annotations_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays may be replaced by their shapes, for programs that are compiled and not run."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -57,7 +57,9 @@ def test_writes_a_pattern_that_loads_with_all_its_settings(identify, tmp_path, t
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("recipe", ["prulong", "attention-profile", "kvzip"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("prulong", marks=pytest.mark.full_matrix), "attention-profile", "kvzip"]
+)
 def test_every_recipe_ends_in_the_same_files(identify, tmp_path, recipe):
     quick = ("--prulong.steps", "2", "--attention-profile.length", "40", "--kvzip.length", "40")
     done = identify("--recipe", recipe, *quick)

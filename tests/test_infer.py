@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -249,14 +248,6 @@ def test_patterns_with_equally_many_retrieval_heads_share_a_program(tiny):
     for gates in ([[0.0, 1.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]):
         run(gates)
     assert [function._cache_size() for function in jitted] == programs
-
-
-@pytest.fixture
-def annotations_off():
-    """`lower` fills pytrees with descriptions of arguments, which are not arrays."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def compiled(phase: str, model: Model, cache: KVCache, tokens: int) -> jax.stages.Compiled:

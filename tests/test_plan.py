@@ -144,6 +144,7 @@ def test_room_is_what_is_asked_for_or_what_fits():
         RoomOptions(max_context="max", memory="1MB").tokens(plan, 10**6)
 
 
+@pytest.mark.full_matrix
 def test_the_table_keeps_what_was_compiled(monkeypatch, tmp_path):
     """A cell that was compiled with the same plan is not compiled again."""
     calls = []

@@ -42,7 +42,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.full_matrix), "duo"])
-@pytest.mark.parametrize("chunk_size", [None, 33])
+@pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.full_matrix), 33])
 def test_scores_equal_those_of_the_golden_logits(kind, chunk_size, monkeypatch):
     monkeypatch.setattr(infer, "SCORE_BLOCK", 7)
     folder = GOLDEN / "qwen3"
@@ -119,6 +119,7 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
         assert out.read_text() == foreign
 
 
+@pytest.mark.full_matrix
 def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
     gates = tmp_path / "gates"
     HeadPattern.from_gates(np.array([[1.0, 0.0] * 2, [0.0, 1.0] * 2]), sink_size=4, recent_size=16).save(gates)

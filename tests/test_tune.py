@@ -10,6 +10,7 @@ from pallas_kernels import gpus
 from pallas_kernels.gpus import DecodeTiles, PipelineTiles, tiles_for, trying
 
 
+@pytest.mark.full_matrix
 def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
     table = tmp_path / "tiles.json"
     table.write_text(json.dumps({"NVIDIA Abacus": {"flash": {"64x2": {}}}}))

@@ -83,7 +83,9 @@ def test_loaded_weights_are_those_of_the_checkpoint_quantized(weight_dtype):
     assert np.isfinite(np.asarray(logits)).all()
 
 
-@pytest.mark.parametrize(("family", "is_tied"), [("llama", False), ("llama31", True)])
+@pytest.mark.parametrize(
+    ("family", "is_tied"), [pytest.param("llama", False, marks=pytest.mark.full_matrix), ("llama31", True)]
+)
 def test_embeddings_and_head_are_quantized_if_asked(family, is_tied):
     """Look-up and logits use rounded rows; a table is rounded like its transpose, a kernel."""
     plain, found = (load_model(GOLDEN / family, embed_dtype=embed_dtype) for embed_dtype in (None, "int8"))

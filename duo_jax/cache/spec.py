@@ -86,7 +86,8 @@ class CacheSpec:
     @property
     def ring_of_layer(self) -> tuple[int, ...]:
         """For each layer, which of `windows` its streaming heads have."""
-        return tuple(self.windows.index(window) for window in self._window_of_layer)
+        windows = self.windows
+        return tuple(windows.index(window) for window in self._window_of_layer)
 
     @property
     def _window_of_layer(self) -> tuple[Window, ...]:
