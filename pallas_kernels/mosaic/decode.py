@@ -81,8 +81,7 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
-    parts = Partial(values, log_sums[..., :group])
-    merged = merge_splits(parts, splits.used(heads, lengths)[..., None], axis=2)
+    merged = merge_splits(Partial(values, log_sums[..., :group]), splits.used(heads, lengths)[..., None], axis=2)
     return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 
 

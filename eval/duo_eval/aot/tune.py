@@ -79,11 +79,11 @@ class Tune:
             one = made._replace(q=made.q[:, :1])
             return lambda: layer.seconds_of(lambda made: made.decode(lengths=count, backend=backend), one)
 
-        def loss(*qkv: jax.Array) -> jax.Array:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             gates = jnp.full(8, 0.5, jnp.float32)
-            return layer.Layer(*qkv, made.pools, made.heads).gated(gates, backend=backend).astype(jnp.float32).sum()
+            return made._replace(q=q, k=k, v=v).gated(gates, backend=backend).astype(jnp.float32).sum()
 
-        return lambda: fastest(jax.jit(jax.grad(lambda *qkv: loss(*qkv), (0, 1, 2))), *made[:3], least=0.1)
+        return lambda: fastest(jax.jit(jax.grad(loss, (0, 1, 2))), *made[:3], least=0.1)
 
 
 def candidates(kernel: str) -> Iterator[Any]:

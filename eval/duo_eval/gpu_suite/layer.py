@@ -28,8 +28,10 @@ class Layer(NamedTuple):
 
     def prefill(self, *, start: Int32[Array, "B"], lengths: Int32[Array, "B"], backend: str) -> Float[Array, "B T N H"]:
         """Attention of the chunk."""
-        rows = {"start": start, "lengths": lengths}
-        return prefill_attention(self.q, self.k, self.v, self.pools, self.heads, **rows, window=WINDOW, backend=backend)
+        own = self.q, self.k, self.v
+        return prefill_attention(
+            *own, self.pools, self.heads, start=start, lengths=lengths, window=WINDOW, backend=backend
+        )
 
     def decode(self, *, lengths: Int32[Array, "B"], backend: str) -> Float[Array, "B 1 N H"]:
         """Attention of the chunk's first query, as a decode step."""
