@@ -20,8 +20,11 @@ SHARD_BYTES = 1 << 30
 def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array | np.ndarray]]) -> None:
     """Write named arrays to `stem-00000.safetensors` and so on, in a folder that exists."""
     for number, shard in enumerate(_shards(arrays)):
-        contiguous = {name: np.ascontiguousarray(x) for name, x in shard.items()}
-        save_file(contiguous, folder / f"{stem}-{number:05}.safetensors")
+        path = folder / f"{stem}-{number:05}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode  # safetensors makes files that only their owner can read.
+        save_file({name: np.ascontiguousarray(x) for name, x in shard.items()}, path)
+        path.chmod(mode)
 
 
 def _shards(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:

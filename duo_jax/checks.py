@@ -153,6 +153,8 @@ def check_generation(
         ValueError: fewer than one new token, a random sampler without a key, an EOS id outside the vocabulary, or an
             option that does not go with a cache.
     """
+    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool):
+        raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for name, value in of_new_cache.items():

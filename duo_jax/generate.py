@@ -193,7 +193,7 @@ def prepare(
     tokens = tokens[:, :longest]
     width = chunk_width(longest, chunk_size)
     if cache is None:
-        room = bucket(longest + max_new_tokens)
+        room = bucket(longest + int(max_new_tokens))
         cache = KVCache.init(model.config, pattern, len(tokens), room, dtype=kv_dtype, mesh=model.mesh)
     check_cache(model, cache, lengths + max_new_tokens)
     seen = np.zeros((len(tokens), model.config.vocab_size), bool)
@@ -204,4 +204,4 @@ def prepare(
         check_vocabulary(model.config, history)
         seen[np.arange(len(seen))[:, None], history] = True
     prompt = Prompt(tokens, lengths, seen, row_keys(key, len(tokens)))
-    return Request(Generator(sampler, tuple(eos_ids), backend), model, prompt, cache, max_new_tokens, width)
+    return Request(Generator(sampler, tuple(eos_ids), backend), model, prompt, cache, int(max_new_tokens), width)

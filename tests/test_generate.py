@@ -261,3 +261,12 @@ def test_decode_step_refuses_bad_tokens(tiny, half, token, active, message, noth
 def test_a_wrong_name_is_refused_in_the_name_of_the_function(tiny, function):
     with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument 'max_tokens'"):
         inspect.unwrap(function)(tiny, PROMPT, max_tokens=3)  # Shape checks have another message.
+
+
+@pytest.mark.usefixtures("annotations_off")
+def test_a_numpy_integer_of_new_tokens_is_taken_and_a_fraction_is_refused(tiny):
+    tokens = np.arange(3, 9)[None]
+    out = generate(tiny, tokens, max_new_tokens=np.int64(3))
+    assert np.array_equal(out.tokens, generate(tiny, tokens, max_new_tokens=3).tokens)
+    with pytest.raises(ValueError, match="max_new_tokens must be an integer"):
+        generate(tiny, tokens, max_new_tokens=2.5)
