@@ -160,7 +160,7 @@ def test_refusals_name_the_reason():
     count = jnp.ones(1, jnp.int32)
     rows = {"start": count, "lengths": count, "window": WINDOW, "backend": "jax_triton"}
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
-    with pytest.raises(NotImplementedError, match="has no prefill attention: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="has no prefill attention: use backend='xla'"):
         prefill_attention(q, k, v, pools, heads, **rows)
     with pytest.raises(NotImplementedError, match="has no training attention: use backend='triton'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="jax_triton")
