@@ -162,7 +162,7 @@ def test_refusals_name_the_reason():
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
     with pytest.raises(NotImplementedError, match="has no prefill attention: use backend='xla'"):
         prefill_attention(q, k, v, pools, heads, **rows)
-    with pytest.raises(NotImplementedError, match="has no training attention: use backend='triton'"):
+    with pytest.raises(NotImplementedError, match="has no training attention: use backend='xla'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="jax_triton")
     with pytest.raises(NotImplementedError, match="runs only on NVIDIA GPUs"):
         decode_attention(q[:, 0], pools, heads, lengths=count, window=WINDOW, backend="jax_triton")
