@@ -17,10 +17,13 @@ from numpy.typing import ArrayLike
 
 from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
+from duo_jax.reading import parse_object, read_text
 from pallas_kernels.window import Window
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
+# A thousand times the largest published pattern.
+MOST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,18 +189,17 @@ class HeadPattern:
         """
         folder = _find(source)
         config_text = _read(folder / CONFIG_FILE)
-        try:
-            metadata = json.loads(config_text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
+        metadata = parse_object(config_text, folder / CONFIG_FILE)
         sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
         for name, override in sizes.items():
-            if override is None and not (isinstance(metadata, dict) and name in metadata):
+            if override is None and name not in metadata:
                 raise ValueError(f"{folder / CONFIG_FILE} has no {name!r}; add it or pass {name}=")
             sizes[name] = metadata[name] if override is None else override
         rules: dict[str, Any] = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
         _check_sizes(**sizes)
         gates = _read_gates(folder / GATES_FILE)
+        if not np.isfinite(gates).all():
+            raise ValueError(f"{folder / GATES_FILE}: gates must be finite numbers")
         pattern = cls.from_gates(gates, **sizes, **rules, context_length=context_length, metadata=metadata)
         object.__setattr__(pattern, "_config_text", config_text)
         return pattern
@@ -273,19 +275,23 @@ def _find(source: str | Path) -> Path:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, most=MOST_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: a pattern is {GATES_FILE} and {CONFIG_FILE}") from None
 
 
 def _read_gates(path: Path) -> np.ndarray:
-    rows = [line.split("\t") for line in _read(path).splitlines() if line.strip()]
-    if not rows or len({len(row) for row in rows}) != 1:
-        lengths = sorted({len(row) for row in rows})
+    rows = [line.split("\t") for line in _read(path).split("\n") if line.strip()]
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) != 1:
         raise ValueError(
-            f"{path} must have the same number of tab-separated gates in every row (layer), got rows of {lengths}"
+            f"{path} must have the same number of tab-separated gates in every row (layer), got rows of {lengths[:9]}"
         )
+    return np.array([[_gate(gate, path) for gate in row] for row in rows])
+
+
+def _gate(text: str, path: Path) -> float:
     try:
-        return np.array([[float(gate) for gate in row] for row in rows])
-    except ValueError as error:
-        raise ValueError(f"{path} has an entry that is not a number: {error}") from None
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{path} has an entry that is not a number: {text[:40]!r}") from None

@@ -143,12 +143,12 @@ def test_gates_with_nan_are_refused_with_their_place():
     [
         (GATES_FILE, "1.0\t0.5\n1.0\n", "same number of tab-separated gates"),
         (GATES_FILE, "1.0\tx\n", "not a number"),
-        (GATES_FILE, "nan\t1.0\n", "must be finite"),
+        (GATES_FILE, "nan\t1.0\n", r"heads\.tsv: gates must be finite"),
         (GATES_FILE, "", "same number of tab-separated gates"),
         (CONFIG_FILE, "{", "not JSON"),
         (CONFIG_FILE, '{"sink_size": 4}', "has no 'recent_size'"),
         (CONFIG_FILE, '{"sink_size": 4, "recent_size": "12"}', "recent_size must be an integer"),
-        (CONFIG_FILE, "[]", "has no 'sink_size'"),
+        (CONFIG_FILE, "[]", "must contain a JSON object, not a list"),
     ],
 )
 def test_a_damaged_file_is_named(file, text, message, tmp_path):

@@ -28,6 +28,7 @@ from duo_jax.files import free_path, whole_folder, write_text
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, Precision, name_of
+from duo_jax.reading import read_json
 from pallas_kernels import Window
 
 ABOUT = "duo_cache.json"
@@ -82,7 +83,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
     if not (path / ABOUT).is_file():
         raise ValueError(f"{path} has no {ABOUT}: it is not a saved cache, is incomplete, or was altered")
     try:
-        record = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        record = read_json(path / ABOUT)
         own = record.pop("own")
         about, checksums = record["about"], record["checksums"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

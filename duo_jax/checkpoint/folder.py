@@ -1,6 +1,5 @@
 """A Hugging Face folder: `config.json`, one or more safetensors shards, tokenizer files."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from duo_jax.arrays import Shards
 from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
+from duo_jax.reading import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -83,17 +83,6 @@ class Folder(Source):
         if missing:
             raise FileNotFoundError(f"{self.path} lacks the shards {missing} that {INDEX} names; download them again")
         return Shards([self.path / name for name in shards])
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, or a ValueError with the path."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must contain a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arrays import write_shards
-from duo_jax.checkpoint.folder import Folder, read_json
+from duo_jax.checkpoint.folder import Folder
 from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
 from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
+from duo_jax.reading import read_json
 from duo_jax.rope import ROPES
 
 CONFIG = "duo_model.json"

@@ -1,0 +1,212 @@
+"""Reading text, JSON and JSON lines. All are bounded and checked here, and every error names the file and the line.
+
+Knows no format beyond that: a caller checks which fields an object has.
+"""
+
+import gzip
+import io
+import json
+import math
+import re
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# A file that is larger, packed or unpacked, is refused: reading takes a few times its size in memory.
+MOST_BYTES = 1 << 29
+# Objects in memory take up to twenty times the bytes of their JSON.
+MOST_JSON_BYTES = 1 << 27
+# Code that walks a structure (to copy, compare or write it) calls itself: far below Python's limit of 1000 calls.
+MOST_LEVELS = 64
+# Every integer of this many digits is also a finite float.
+MOST_DIGITS = 308
+ZST_PIECE = 1024
+# JSON may have half of a UTF-16 pair as \ud83d. The resulting text is not Unicode and could not be written.
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
+    r"""The text of a UTF-8 file, with `\n` at the ends of lines and no byte order mark.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see `read_bytes`; or bytes that are not UTF-8.
+    """
+    return decode(read_bytes(path, most=most), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path, *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see `read_text` and `parse_object`.
+    """
+    return parse_object(read_text(path, most=most), path)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of JSON lines, each after `FILE:LINE` for messages; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see `read_text` and `parse_object`, with the line.
+    """
+    return json_lines(read_text(path), path)
+
+
+def json_lines(text: str, name: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    r"""As `read_json_lines`, of text read before. Only `\n` ends a line: strings may contain other separators."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{name}:{number}", parse_object(line, f"{name}:{number}")
+
+
+def parse_object(text: str, place: object) -> dict[str, Any]:
+    """As `parse_json`, of text that must be an object."""
+    value = parse_json(text, place)
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must contain a JSON object, not {_kind(value)}")
+    return value
+
+
+def parse_json(text: str, place: object) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the whole text.
+        place: the file, or file and line, for messages.
+
+    Raises:
+        ValueError: text that is not JSON; a name twice in an object; a number that is not finite; more than
+            `MOST_LEVELS` levels; or half of a surrogate pair.
+    """
+    try:
+        value = json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_object
+        )
+    except json.JSONDecodeError as error:
+        # In JSON lines the place has the line already.
+        line = f":{error.lineno}" if "\n" in text.strip() else ""
+        raise ValueError(f"{place}{line} is not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{place} has JSON of more than {MOST_LEVELS} levels") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if text.count("[") + text.count("{") > MOST_LEVELS and _is_deep(value):
+        raise ValueError(f"{place} has JSON of more than {MOST_LEVELS} levels")
+    if _HALF_PAIR.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{place} has half of a surrogate pair (\\ud800 to \\udfff), which is not text") from None
+    return value
+
+
+def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file; `.gz` and `.zst` are unpacked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, pipe or device; more than `most` bytes; or a packed file that is truncated or damaged.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise ValueError(f"{path} is {kind}, and only regular files are read here")
+    with path.open("rb") as file:
+        content = _unpacked(path, file, most) if status.st_size <= most else b""
+    if max(len(content), status.st_size) > most:
+        raise ValueError(f"{path} has more than {most} bytes, the most that is read of such a file: make it smaller")
+    return content
+
+
+def decode(content: bytes, place: object) -> str:
+    """UTF-8 text, without a byte order mark.
+
+    Raises:
+        ValueError: other bytes, with the place.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 text: {error}; save it in that encoding") from None
+
+
+def _unpacked(path: Path, file: BinaryIO, most: int) -> bytes:
+    """At most one byte more than `most`."""
+    if path.suffix == ".gz":
+        try:
+            return gzip.GzipFile(fileobj=file).read(most + 1)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is no gzip file, or is truncated: {error}") from None
+    if path.suffix == ".zst":
+        return _unpacked_zst(path, file.read(), most)
+    return file.read(most + 1)
+
+
+def _unpacked_zst(path: Path, content: bytes, most: int) -> bytes:
+    try:
+        from zstandard import ZstdDecompressor, ZstdError
+    except ImportError:
+        raise ValueError(f"{path} needs zstandard: pip install 'duo-jax[train]'") from None
+    # A frame whose window is larger would take as much memory before its first byte.
+    unpack = ZstdDecompressor(max_window_size=1 << 27)
+    out, begin = io.BytesIO(), 0
+    # Frame by frame: zstandard's file objects accept a truncated file as complete. In small pieces: a kilobyte may
+    # stand for 30 MB.
+    while begin < len(content) and out.tell() <= most:
+        frame = unpack.decompressobj()
+        try:
+            while begin < len(content) and not frame.eof and out.tell() <= most:
+                out.write(frame.decompress(content[begin : begin + ZST_PIECE]))
+                begin += ZST_PIECE
+        except ZstdError as error:
+            raise ValueError(f"{path} is not a zstd file: {error}") from None
+        if not frame.eof and out.tell() <= most:
+            raise ValueError(f"{path} is cut off: its last zstd frame has no end")
+        begin = min(begin, len(content)) - len(frame.unused_data)
+    return out.getvalue()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"the name {twice[:80]!r} is there twice in one object")
+    return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"the number {digits[:20]}... has {len(digits)} digits, more than {MOST_DIGITS}")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _is_deep(value: Any) -> bool:
+    level, left = 0, [value]
+    while left:
+        level += 1
+        values = (each for parent in left for each in (parent.values() if isinstance(parent, dict) else parent))
+        left = [each for each in values if isinstance(each, dict | list)]
+    return level > MOST_LEVELS
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
