@@ -5,14 +5,16 @@ Symmetric integers, with a scale for each output channel or for each group of in
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import qwix
 from jaxtyping import Array, Float, Int
 
 from duo_jax.precision import check_name
+
+if TYPE_CHECKING:
+    import qwix  # imported when weights are quantized
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,10 @@ WEIGHT_FORMATS = {
 EMBED_FORMATS = {name: how for name, how in WEIGHT_FORMATS.items() if not how.dynamic}
 
 
-def quantize_kernel(kernel: Float[Array, "n m"], weight_dtype: str, *, input_axis: int = 0) -> qwix.QArray:
+def quantize_kernel(kernel: Float[Array, "n m"], weight_dtype: str, *, input_axis: int = 0) -> "qwix.QArray":
     """A kernel `[I, O]`, or a table `[O, I]` with `input_axis=1`, in few bits; its scales have its own data type."""
+    import qwix
+
     how = WEIGHT_FORMATS[weight_dtype]
     tiles = {} if how.group is None else {input_axis: how.group}
     return qwix.quantize(kernel, how.qtype, channelwise_axes=(1 - input_axis,), tiled_axes=tiles)
@@ -48,13 +52,15 @@ def quantize_kernel(kernel: Float[Array, "n m"], weight_dtype: str, *, input_axi
 
 def multiply(
     x: Float[Array, "*B I"],
-    kernel: qwix.QArray,
+    kernel: "qwix.QArray",
     *,
     dynamic: bool = False,
     input_axis: int = 0,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*B O"]:
     """`x @ kernel`, in `dtype` or the type of `x`; `dynamic` first rounds `x` to int8, token by token."""
+    import qwix
+
     dimensions = (((x.ndim - 1,), (input_axis,)), ((), ()))
     # qwix promotes integers implicitly, which a strict configuration would refuse.
     with jax.numpy_dtype_promotion("standard"):
@@ -62,8 +68,10 @@ def multiply(
         return qwix.dot_general(left, kernel, dimensions, preferred_element_type=dtype).astype(dtype or x.dtype)
 
 
-def look_up(table: qwix.QArray, tokens: Int[Array, "*B"]) -> Float[Array, "*B I"]:
+def look_up(table: "qwix.QArray", tokens: Int[Array, "*B"]) -> Float[Array, "*B I"]:
     """Rows of a quantized table, in the data type of its scales."""
+    import qwix
+
     rows = jax.tree.map(lambda x: x[tokens], table)
     with jax.numpy_dtype_promotion("standard"):
         return qwix.dequantize(rows).astype(rows.scale.dtype)

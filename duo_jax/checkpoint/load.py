@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from qwix import QArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +28,9 @@ from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, name_of
 from duo_jax.weights import quantize_kernel
+
+if TYPE_CHECKING:
+    import qwix  # imported when weights are quantized
 
 
 def load_model(
@@ -161,7 +164,7 @@ def _in_file_order(
 
 def _read(
     checkpoint: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
-) -> Array | np.ndarray | QArray:
+) -> "Array | np.ndarray | qwix.QArray":
     """A parameter of the decoder, on the default device, or on the host, from where it is divided over a mesh."""
     parts = [checkpoint.read(name) for name in weight.names]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -171,7 +174,7 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _convert(x: Array, dtype: jnp.dtype, transpose: bool, weight_dtype: str | None) -> Array | QArray:
+def _convert(x: Array, dtype: jnp.dtype, transpose: bool, weight_dtype: str | None) -> "Array | qwix.QArray":
     placed = (x.T if transpose else x).astype(dtype)
     return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype, input_axis=int(not transpose))
 

@@ -12,8 +12,6 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
-from pallas_kernels.gpus import MEMORY_FRACTION
-
 # Errors that users can cause and fix: reported in one line, without a traceback.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
@@ -65,6 +63,8 @@ def _warn(name: str, message: Warning | str, *place: object) -> None:
 
 def _take_memory() -> None:
     """Let jax use as much of a GPU as `duo plan` assumes, unless the user has set the fraction."""
+    from pallas_kernels.gpus import MEMORY_FRACTION
+
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
 

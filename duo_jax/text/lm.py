@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.chunks import bucket
-from duo_jax.generate import Request, prepare
+from duo_jax.generation import Request, prepare
 from duo_jax.infer import prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern

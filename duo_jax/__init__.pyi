@@ -1,0 +1,51 @@
+# The public API: each name is imported when it is first used.
+from .cache.cache import KVCache
+from .checkpoint import load_model, load_tokenizer, save_model
+from .config import PRESETS, ModelConfig
+from .generation import generate, stream
+from .infer import Scores, decode_step, prefill, score
+from .mesh.mesh import make_mesh
+from .model import Model
+from .pattern import HeadPattern, published_patterns
+from .plan import Plan
+from .sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
+from .text.lm import LM, Document, TextStream, load
+from .text.reply import Reply
+from .token_loop import Generation, Step, Stream
+
+__version__: str
+
+__all__ = [
+    "LM",
+    "PRESETS",
+    "Categorical",
+    "Document",
+    "Generation",
+    "Greedy",
+    "HeadPattern",
+    "KVCache",
+    "MinP",
+    "Model",
+    "ModelConfig",
+    "Plan",
+    "RepetitionPenalty",
+    "Reply",
+    "Scores",
+    "Step",
+    "Stream",
+    "Temperature",
+    "TextStream",
+    "TopK",
+    "TopP",
+    "decode_step",
+    "generate",
+    "load",
+    "load_model",
+    "load_tokenizer",
+    "make_mesh",
+    "prefill",
+    "published_patterns",
+    "save_model",
+    "score",
+    "stream",
+]
