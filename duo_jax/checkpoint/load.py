@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
-from duo_jax.checkpoint.gguf_file import ROPE_DIVISORS, GgufFile
+from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
-from duo_jax.checkpoint.weight_table import Weight, ignorable, weight_table
+from duo_jax.checkpoint.weight_table import Weight, check_tensors, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
@@ -75,7 +75,7 @@ def load_model(
     config = checkpoint.config.with_dtypes(**dtypes | {"dtype": usual_dtype(checkpoint.config, dtype)})
     placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern)
     table = weight_table(config)
-    _check_tensors(checkpoint, config, table, str(source))
+    check_tensors(checkpoint.shapes, table, config, label=str(source))
     graphdef, abstract = abstract_decoder(config)
     flat = dict(nnx.to_flat_state(abstract))
     total = sum(int(np.prod(shape)) for weight in table.values() for shape in weight.shapes)
@@ -137,23 +137,6 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
     )
 
 
-def _check_tensors(
-    checkpoint: Source, config: ModelConfig, table: dict[tuple[str | int, ...], Weight], label: str
-) -> None:
-    """Name every tensor that is missing, extra or misshapen, before the first one is read."""
-    expected = {
-        name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
-    }
-    shapes = checkpoint.shapes
-    missing = [name for name in expected if name not in shapes]
-    extra = [name for name in shapes if name not in expected and name != ROPE_DIVISORS and not ignorable(name, config)]
-    wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
-    problems = {"missing": missing, "unknown to this architecture": extra, "of the wrong shape": wrong}
-    lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in problems.items() if names]
-    if lines:
-        raise ValueError(f"{label}: the tensors do not match its configuration\n" + "\n".join(lines))
-
-
 def _in_file_order(
     table: dict[tuple[str | int, ...], Weight], checkpoint: Source
 ) -> Iterator[tuple[tuple[str | int, ...], Weight]]:
@@ -177,7 +160,3 @@ def _read(
 def _convert(x: Array, dtype: jnp.dtype, transpose: bool, weight_dtype: str | None) -> "Array | qwix.QArray":
     placed = (x.T if transpose else x).astype(dtype)
     return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype, input_axis=int(not transpose))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -3,6 +3,7 @@
 Every supported family uses the same names. Parts that a configuration lacks (biases, q/k-norm, a head) have no row.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from duo_jax.config import ModelConfig
@@ -62,3 +63,27 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
 def ignorable(name: str, config: ModelConfig) -> bool:
     """Tensors in checkpoints that are not needed: stored RoPE frequencies, a second copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
+
+
+def check_tensors(
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Mapping[tuple[str | int, ...], Weight],
+    config: ModelConfig,
+    *,
+    label: str,
+) -> None:
+    """Raise ValueError with every tensor that is missing, extra or misshapen."""
+    expected = {
+        name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected and not ignorable(name, config)]
+    wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
+    problems = {"missing": missing, "unknown to this architecture": extra, "of the wrong shape": wrong}
+    lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"{label}: the tensors do not match its configuration\n" + "\n".join(lines))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
