@@ -6,6 +6,7 @@ The original is downloaded from a hub and runs code in forks of this process, wi
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from duo_eval.tasks.sandbox.sandbox import Limits, run
@@ -14,15 +15,18 @@ from duo_eval.tasks.sandbox.sandbox import Limits, run
 Outcome = Literal["passed", "failed", "timed out"]
 
 
+@dataclass(frozen=True)
 class CodeEval:
     """The part of `evaluate`'s metric `code_eval` that lm-eval's tasks use."""
+
+    unsafe: bool = False
 
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
         """pass@k by its unbiased estimator (Chen et al. 2021, section 2.1), and the outcome of each program."""
         outcomes = {
-            task: [run(f"{program}\n{test}", Limits()).outcome for program in programs]
+            task: [run(f"{program}\n{test}", Limits(), unsafe=self.unsafe).outcome for program in programs]
             for task, (test, programs) in enumerate(zip(references, predictions, strict=True))
         }
         means = {}
@@ -37,14 +41,14 @@ class CodeEval:
 
 
 @contextmanager
-def sandboxed() -> Iterator[None]:
+def sandboxed(*, unsafe: bool = False) -> Iterator[None]:
     """Make `evaluate.load("code_eval")` return the metric above, while tasks are loaded."""
     import evaluate
 
     real = evaluate.load
 
     def load(path: str, *args: Any, **kwargs: Any) -> Any:
-        return CodeEval() if path == "code_eval" else real(path, *args, **kwargs)
+        return CodeEval(unsafe) if path == "code_eval" else real(path, *args, **kwargs)
 
     evaluate.load = load
     try:
