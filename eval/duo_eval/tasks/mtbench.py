@@ -53,7 +53,7 @@ class MtBench:
             raise ValueError(
                 f"need at least 1 new token and 2 of cache, got {self.max_new_tokens=}, {self.max_length=}"
             )
-        asked = read_rows(self.questions, QUESTION_FIELDS, _wrong)
+        asked = read_rows(self.questions, QUESTION_FIELDS, _wrong, texts=("category",))
         record = Record.open(self.out.with_name(f"{self.out.name}.about.json"), self._about(), self._sources(asked))
         done = self._done()
         if done and not record.head["runs"]:
@@ -126,5 +126,10 @@ class MtBench:
 def _wrong(row: dict[str, Any]) -> str | None:
     turns = row["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        return f"turns must be a list of texts, got {turns!r}"
+        return f"turns must be a list of texts, got {turns!r:.80}"
+    if not isinstance(row["question_id"], int | str):
+        return f"question_id must be a number or a text, got {row['question_id']!r:.80}"
+    heat = row.get("required_temperature", 0.0)
+    if not isinstance(heat, int | float) or heat < 0:
+        return f"required_temperature must be a number of at least 0, got {heat!r:.80}"
     return None

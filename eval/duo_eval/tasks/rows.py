@@ -1,14 +1,18 @@
 """Data files of tasks: JSON lines, with a check of the fields of every row. Knows no task."""
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from duo_jax.reading import read_json_lines
+
 
 def read_rows(
-    path: Path, fields: Sequence[str] = (), wrong: Callable[[dict[str, Any]], str | None] = lambda row: None
+    path: Path,
+    fields: Sequence[str] = (),
+    wrong: Callable[[dict[str, Any]], str | None] = lambda row: None,
+    *,
+    texts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Rows of a `.jsonl` or `.jsonl.gz` file, in their order; blank lines are skipped.
 
@@ -16,34 +20,25 @@ def read_rows(
         path: the file.
         fields: names that every row must have.
         wrong: function of a row that returns a complaint, or None.
+        texts: names of fields that every row must have, with text.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not a JSON object, lacks a field or gets a complaint, with its number; or no rows.
+        ValueError: a file that `read_json_lines` refuses; a line that lacks a field or gets a complaint, with its
+            number; or no rows.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no data file at {str(path)!r}")
-    content = path.read_bytes()
-    try:
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (EOFError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not UTF-8 text, or is a truncated gzip file: {error}") from None
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-        missing = [field for field in fields if field not in row]
+    for place, row in read_json_lines(path):
+        missing = [field for field in (*fields, *texts) if field not in row]
         if missing:
-            raise ValueError(f"{path}:{number}: no {', '.join(missing)}, only {', '.join(row)}")
-        complaint = wrong(row)
-        if complaint:
-            raise ValueError(f"{path}:{number}: {complaint}")
+            raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(row)}"[:500])
+        for field in texts:
+            if not isinstance(row[field], str):
+                raise ValueError(f"{place}: {field} must be a text, got {row[field]!r:.80}")
+        if complaint := wrong(row):
+            raise ValueError(f"{place}: {complaint}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows")

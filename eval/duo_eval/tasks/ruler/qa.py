@@ -3,7 +3,6 @@
 Reads files in the formats of SQuAD and HotpotQA; knows no network.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_jax.reading import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,9 @@ def load(path: Path, style: Literal["squad", "hotpot"]) -> Questions:
         ValueError: not JSON, with the line; or not of the format, with the place.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path), path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: give a file in the format of {style}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno} is not JSON: {error}") from None
     questions = _READERS[style](data, path)
     if not questions.questions:
         raise ValueError(f"{path} has no question with an answer")
