@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from duo_eval.methods.registry import greedy
+from duo_eval.methods.registry import reply
 from duo_eval.runner import run as runner
 from duo_eval.runner.record import read
 from duo_eval.runner.run import Comparison
@@ -82,10 +82,10 @@ def test_an_interrupt_loses_the_needle_in_hand_alone(needle, monkeypatch):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return greedy(*args, **options)
+        return reply(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "greedy", interrupted)
+        patch.setattr(runner, "reply", interrupted)
         stopped = run()
     assert stopped.code == 130 and "interrupted" in stopped.err and "Traceback" not in stopped.err
     first = read(out)[1]

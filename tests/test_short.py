@@ -1,6 +1,7 @@
 """Short tasks: their data, their comparison item by item, resuming, and what is refused; on small checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,22 +74,25 @@ def test_a_malformed_line_is_named(tmp_path, duo, line, words):
     assert_refused(duo("eval", "mmlu", "--data", path, "--out", tmp_path / "out.jsonl"), *words)
 
 
-def test_missing_data_and_wrong_settings_are_refused(tmp_path, duo, mmlu_file):
+def test_missing_data_and_wrong_settings_are_refused(tmp_path, duo, model, mmlu_file):
     out = ("--out", tmp_path / "out.jsonl")
     assert_refused(duo("eval", "mmlu", "--data", tmp_path / "none.jsonl", *out), "no data file", "none.jsonl")
     assert_refused(duo("eval", "mmlu", "--data", mmlu_file, "--shots", 9, *out), "too few", "--shots")
-    assert_refused(duo("eval", "mmlu", "--data", mmlu_file, "--shots", 1, "--sizes", "32-128", *out), "SINK/RECENT")
+    wrong = ("--model", model, "--methods", "full", "duo:sparsity=2")
+    assert_refused(duo("eval", "mmlu", "--data", mmlu_file, "--shots", 1, *wrong, *out), "duo:sparsity", "got 2")
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def run_mmlu(duo, folder: Path, data: Path, out: Path, *more):
-    pattern = ("--pattern", folder / "pattern", "--sparsity", 0.5, 0.0, "--sizes", "4/16")
+def run_mmlu(duo, folder: Path, data: Path, out: Path, *more, pattern: Path | None = None):
+    half, none = (f"duo={pattern or folder / 'pattern'}:sparsity={sparsity}" for sparsity in (0.5, 0.0))
+    methods = ("--methods", "full", half, none, "snapkv:window=64", "--budgets", 0.1, 0.9)
+    methods += ("--sink-size", 4, "--recent-size", 16)
     return duo(
         "eval",
         "mmlu",
         "--model",
         folder,
-        *pattern,
+        *methods,
         "--data",
         data,
         "--shots",
@@ -103,40 +107,47 @@ def run_mmlu(duo, folder: Path, data: Path, out: Path, *more):
 
 def test_mmlu_compares_item_by_item_and_goes_on_where_it_stopped(tmp_path, duo, model, mmlu_file):
     out = tmp_path / "out.jsonl"
-    whole = run_mmlu(duo, model, mmlu_file, out)
+    pattern = shutil.copytree(model / "pattern", tmp_path / "pattern")
+    whole = run_mmlu(duo, model, mmlu_file, out, pattern=pattern)
     assert whole.code == 0, whole
-    assert short_table(out).count("\n| 0") == 2 and "duo eval mmlu" in short_table(out)
+    assert short_table(out).count(":sparsity=0") == 2 and "duo eval mmlu" in short_table(out)
+    assert "snapkv:window=64 at 0.9" in short_table(out) and "snapkv:window=64 at 0.1" not in short_table(out)
     head, *records = [json.loads(line) for line in out.read_text().splitlines()]
     count = len(mmlu.questions(mmlu_file, shots=1, count=500, seed=0))
-    assert len(records) == 3 * count and head["about"]["shots"] == 1
+    assert len(records) == 5 * count and head["about"]["shots"] == 1
+    # A tenth of the bytes is less than the window of snapkv: these have no answer, and the run goes on.
+    refused = [one for one in records if one["job"]["budget"] == 0.1]
+    assert len(refused) == count and all("snapkv needs 65" in one["refused"] for one in refused)
+    records = [one for one in records if one not in refused]
     by_job = {(one["job"]["method"], one["job"]["item"]): one for one in records}
     for (method, item), record in by_job.items():
         assert record["answer"] == "ABCD"[int(np.argmax(record["logprobs"]))]
         full = by_job["full", item]["logprobs"]
         # A pattern in which no head streams is full attention, one in which half stream is not.
-        assert np.allclose(record["logprobs"], full, atol=1e-4) is (method != "0.5 4/16")
+        assert np.allclose(record["logprobs"], full, atol=1e-4) is (method == "full" or "=0.0" in method)
     # A run that was killed in the middle of a line ends with the same records.
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:5]) + lines[5][:20])
-    again = run_mmlu(duo, model, mmlu_file, out)
+    again = run_mmlu(duo, model, mmlu_file, out, pattern=pattern)
     assert again.code == 0 and again.out == whole.out
     done = [json.loads(line) for line in out.read_text().splitlines()[1:]]
-    assert {(one["job"]["method"], one["job"]["item"]): one["answer"] for one in done} == {
+    assert {(one["job"]["method"], one["job"]["item"]): one["answer"] for one in done if "answer" in one} == {
         job: one["answer"] for job, one in by_job.items()
     }
-    assert len(done) == len(records)
-    assert_refused(run_mmlu(duo, model, mmlu_file, out, "--seed", 1), "seed was 0, now 1")
-    gates = 1 - duo_jax.HeadPattern.load(model / "pattern").gates
+    assert len(done) == 5 * count
+    assert_refused(run_mmlu(duo, model, mmlu_file, out, "--seed", 1, pattern=pattern), "seed was 0, now 1")
+    gates = 1 - duo_jax.HeadPattern.load(pattern).gates
     duo_jax.HeadPattern.from_gates(gates, sink_size=4, recent_size=16).save(tmp_path / "other")
-    other = run_mmlu(duo, model, mmlu_file, out, "--pattern", tmp_path / "other")
-    assert_refused(other, "other gates", "pattern")
+    shutil.rmtree(pattern)
+    shutil.move(tmp_path / "other", pattern)
+    assert_refused(run_mmlu(duo, model, mmlu_file, out, pattern=pattern), "other gates", "pattern:sparsity=0.5")
 
 
 def test_a_prompt_beyond_the_model_is_refused(tmp_path, duo, model):
     rows = [row(number, "sums") | {"question": "x" * 300} for number in range(2)]
     rows[1]["question"] += "y"
     path = write(tmp_path / "mmlu.jsonl", rows)
-    assert_refused(run_mmlu(duo, model, path, tmp_path / "out.jsonl"), "beyond the model's 512")
+    assert_refused(run_mmlu(duo, model, path, tmp_path / "out.jsonl"), "are more than the 512", "trained for")
 
 
 def test_the_table_is_of_pairs():
@@ -179,7 +190,7 @@ def test_a_solution_is_judged_by_its_tests(tmp_path):
 def test_humaneval_writes_judges_and_compares(tmp_path, duo, model):
     problems = [PROBLEM, PROBLEM | {"task_id": "Toy/1", "prompt": "def other(a, b):\n", "entry_point": "other"}]
     data, out = write(tmp_path / "p.jsonl", problems), tmp_path / "out.jsonl"
-    pattern = ("--pattern", model / "pattern", "--sizes", "4/16")
+    pattern = ("--methods", "full", f"duo={model / 'pattern'}:sparsity=0.5,sink_size=4,recent_size=16")
     flags = ("--model", model, *pattern, "--data", data, "--max-new-tokens", 4, "--out", out)
     done = duo("eval", "humaneval", *flags)
     assert done.code == 0, done

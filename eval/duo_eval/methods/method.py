@@ -60,6 +60,11 @@ class Method(ABC):
         """
         return cls(**options)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it holds every prompt by one rule, whatever the budget, which is then 1."""
+        return False
+
     def check(self, model: Model, budget: float, length: int) -> None:
         """Refuse whatever `begin` would refuse with any prompt of `length` tokens.
 

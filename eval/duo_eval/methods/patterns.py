@@ -41,7 +41,7 @@ class Pooled(Method):
     """A method that is a head pattern: a subclass chooses the streaming heads."""
 
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
-        """The pattern with which `length` tokens take no more than the budget.
+        """The pattern with which `length` tokens take no more than the budget; the same for all if `is_fixed`.
 
         Raises:
             ValueError: a budget that no pattern meets.
@@ -86,6 +86,11 @@ class Full(Pooled):
 
     name: ClassVar[str] = "full attention"
 
+    @property
+    def is_fixed(self) -> bool:
+        """See `Method.is_fixed`."""
+        return True
+
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""
         if budget < 1.0:
@@ -103,9 +108,16 @@ class Duo(Pooled):
     """First tokens that a streaming head holds."""
     recent_size: int = 256
     """Most recent tokens that a streaming head holds."""
+    sparsity: float | None = None
+    """Fraction of KV heads that stream with every prompt; without it the budget decides."""
 
     name: ClassVar[str] = "duo"
     value_field: ClassVar[str] = "pattern"
+
+    def __post_init__(self) -> None:
+        """Check the sparsity."""
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise ValueError(f"duo:sparsity must be in [0, 1], got {self.sparsity}")
 
     @classmethod
     def create(cls, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "Duo":
@@ -114,15 +126,18 @@ class Duo(Pooled):
             raise ValueError("duo needs a pattern: duo=FOLDER, or duo=NAME of a published one")
         return cls(**options)
 
+    @property
+    def is_fixed(self) -> bool:
+        """See `Method.is_fixed`."""
+        return self.sparsity is not None
+
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""
-        pattern = HeadPattern.load(
-            self.pattern,
-            kv_budget=budget,
-            context_length=length,
-            sink_size=self.sink_size,
-            recent_size=self.recent_size,
-        )
+        if self.is_fixed and budget < 1.0:
+            raise ValueError(f"duo with a sparsity is as large at every budget: its budget is 1.0, got {budget=}")
+        size: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        size |= {"sparsity": self.sparsity} if self.is_fixed else {"kv_budget": budget, "context_length": length}
+        pattern = HeadPattern.load(self.pattern, **size)
         pattern.check(model.config)
         return pattern
 

@@ -4,7 +4,7 @@ A method is a file in this folder and its row in `METHODS`. Knows no tasks.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from duo_eval.methods.tova import TOVA
 from duo_jax import Model
 from duo_jax.token_loop import Generator
 
-__all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method"]
+__all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method", "reply"]
 
 # By the command line's name.
 METHODS: dict[str, type[Method]] = {
@@ -89,8 +89,8 @@ _SETTINGS = re.compile(r"(.*?)(?::(\w+=[^,=:/\\]+(?:,\w+=[^,=:/\\]+)*))?", re.DO
 
 
 def _number(setting: str, text: str, default: Any) -> bool | int | float:
-    """A setting's value, of the type that its default has."""
-    kind = type(default)
+    """A setting's value, of the type that its default has; a number where there is none by default."""
+    kind = float if default is None else type(default)
     try:
         return {"true": True, "false": False}[text] if kind is bool else {int: int, float: float}[kind](text)
     except (KeyError, ValueError):
@@ -139,6 +139,26 @@ def greedy(
     generator = Generator(eos_ids=tuple(eos_ids), step=partial(_step, method))
     steps = generator.stream(model, logits[None], state, max_new_tokens)
     return [int(step.token[0]) for step in steps], memory
+
+
+def reply(
+    method: Method,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: ArrayLike,
+    *,
+    stop: Iterable[str] = (),
+    eos_ids: Collection[int] = (),
+    **options: Any,
+) -> tuple[str, int, Memory]:
+    """Continue one prompt as text: the text up to the first stop string, the number of new tokens, and the memory.
+
+    `options` are those of `greedy`.
+    """
+    new, memory = greedy(method, model, tokens, eos_ids=eos_ids, **options)
+    text = str(tokenizer.decode(new[: len(new) - (new[-1] in eos_ids)], skip_special_tokens=True))
+    ends = [at for at in map(text.find, stop) if at >= 0]
+    return text[: min(ends, default=len(text))], len(new), memory
 
 
 def _step(

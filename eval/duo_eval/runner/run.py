@@ -6,7 +6,7 @@ Knows no task: a task lists its jobs, says what is asked in each, and how an ans
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from duo_eval.methods.patterns import Duo
-from duo_eval.methods.registry import Method, greedy, method
+from duo_eval.methods.registry import Method, method, reply
 from duo_eval.runner.record import Record, Result, fingerprint, sha256
 from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_source
 from duo_jax.checks import check_vocabulary
-from duo_jax.precision import FloatDtype
+from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
 
 J = TypeVar("J")
 # From jobs to each job's result, as they are finished.
@@ -83,23 +83,15 @@ class Question:
     def ask(self, method: Method, budget: float, model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Generate an answer; returns the score, the answer, and the memory and time that it took."""
         begin = time.perf_counter()
-        tokens, memory = greedy(
-            method,
-            model,
-            self.tokens,
-            max_new_tokens=self.max_new_tokens,
-            eos_ids=model.config.eos_ids,
-            budget=budget,
-            later=self.later,
-        )
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "later": self.later, "budget": budget}
+        text, new_tokens, memory = reply(method, model, tokenizer, self.tokens, eos_ids=model.config.eos_ids, **options)
         seconds = time.perf_counter() - begin
-        answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
         return {
-            "score": self.score(answer),
-            "answer": answer,
+            "score": self.score(text),
+            "answer": text,
             **self.facts,
             "tokens": len(self.tokens),
-            "new_tokens": len(tokens),
+            "new_tokens": new_tokens,
             "kv_bytes": memory.nbytes,
             "held_bytes": memory.held_nbytes,
             "peak_bytes": memory.peak_nbytes,
@@ -117,15 +109,18 @@ class Comparison:
     """Ways to hold the context: full, duo (the pattern published for the model), duo=FOLDER, duo=PUBLISHED-NAME,
     random-heads, streamingllm, h2o, tova, snapkv, fastgen; settings after a colon: snapkv:window=64,pool=5."""
     budgets: tuple[float, ...] = (0.5,)
-    """Fractions of full attention's KV bytes at the prompt's length. Full attention is run once, at budget 1."""
+    """Fractions of full attention's KV bytes at the prompt's length. Full attention and duo:sparsity=FRACTION, whose
+    size is fixed, are run once, at budget 1."""
     sink_size: int = 64
     """First tokens that streaming heads keep."""
     recent_size: int = 256
     """Most recent tokens that streaming heads keep."""
-    chat: bool = True
-    """Ask in the tokenizer's chat template, if it has one."""
     dtype: FloatDtype | None = None
     """Data type of weights and cache; the checkpoint's own by default, float32 on a CPU."""
+    weight_dtype: WeightDtype | None = None
+    """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
+    embed_dtype: EmbedDtype | None = None
+    """Quantize embeddings and head too, which keep their data type by default."""
 
     @cached_property
     def trained_positions(self) -> int:
@@ -143,13 +138,18 @@ class Comparison:
                 raise ValueError(f"--{name} needs at least one value, and each of them once, got {values}")
         if not all(0 < budget <= 1 for budget in self.budgets):
             raise ValueError(f"--budgets are fractions of full attention's KV bytes, in (0, 1], got {self.budgets}")
-        return tuple((name, budget) for name in self.methods for budget in ((1.0,) if name == FULL else self.budgets))
+        return tuple(
+            (name, budget)
+            for name, each in self.resolved.items()
+            for budget in ((1.0,) if each.is_fixed else self.budgets)
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return load_tokenizer(self.model)
 
+    @cached_property
     def resolved(self) -> dict[str, Method]:
         """Every method by its name on the command line.
 
@@ -165,8 +165,9 @@ class Comparison:
         out: Path,
         task: Mapping[str, Any],
         jobs: Iterable[M],
-        question: Callable[[M], Question],
+        question: Callable[[M], Any],
         *,
+        answer: Callable[[Model, Sequence[M]], Iterator[tuple[M, Mapping[str, Any]]]] | None = None,
         data: Mapping[str, str] | None = None,
         longest: int,
         shortest: int | None,
@@ -177,7 +178,8 @@ class Comparison:
             out: the file of results.
             task: settings of the task, stored in the file with those of the model.
             jobs: in an order in which every stage is a usable result.
-            question: makes the prompt of a job; the same for every method and budget.
+            question: makes the `Question` of a job; the same for every method and budget.
+            answer: yields each job with its result; by default every question is asked by itself.
             data: fingerprints of the files that questions are made of, by name.
             longest: tokens of the longest prompt and answer.
             shortest: tokens of the shortest prompt, or slightly fewer: a budget that a method cannot meet at this
@@ -192,38 +194,44 @@ class Comparison:
                 f"{longest} tokens of prompt and answer are more than the {self.trained_positions} that {self.model} "
                 "was trained for: ask for less"
             )
-        methods = self.resolved()
-        own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size", "chat", "dtype")}
-        sources = {name: method_fingerprint(each) for name, each in methods.items()} | dict(data or {})
+        dtypes: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "embed_dtype")}
+        own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size")} | dtypes
+        sources = {name: method_fingerprint(each) for name, each in self.resolved.items()} | dict(data or {})
         record = Record.open(out, {**task, **own}, sources)
 
         def prepare(missing: list[M]) -> tuple[str, Answer[M]]:
             question(missing[0])  # Refuses bad data before the weights are read.
-            model = load_model(self.model, dtype=self.dtype)
+            model = load_model(self.model, **dtypes)
             for name, budget in self.cells():
-                if shortest is not None:
-                    methods[name].check(model, budget, shortest)
-
-            def answer(jobs: Sequence[M]) -> Iterator[tuple[M, dict[str, Any]]]:
-                previous: tuple[M, Question] | None = None
-                for job in jobs:
-                    same = replace(job, method="", budget=0.0)
-                    if previous is None or previous[0] != same:
-                        previous = same, question(job)
-                    asked = previous[1]
-                    check_vocabulary(model.config, asked.tokens)
-                    try:
-                        yield job, asked.ask(methods[job.method], job.budget, model, self.tokenizer)
-                    except ValueError as error:  # Everything else was checked, so the budget is too small.
-                        yield job, {"score": None, "refused": str(error), "tokens": len(asked.tokens)}
-
-            return str(model.dtype), answer
+                if shortest is not None or self.resolved[name].is_fixed:
+                    self.resolved[name].check(model, budget, shortest or 1)
+            return str(model.dtype), partial(answer or partial(self._one_by_one, question), model)
 
         run(record, jobs, prepare, unit="question")
-        refused = [result["refused"] for result in record.results if "refused" in result]
-        if refused:
-            print(f"{len(refused)} without a score: {refused[0]}")
+        reasons = [result["refused"] for result in record.results if "refused" in result]
+        if reasons:
+            print(f"{len(reasons)} without a score: {reasons[0]}")
         return record.results
+
+    def _one_by_one(
+        self, question: Callable[[M], Question], model: Model, jobs: Sequence[M]
+    ) -> Iterator[tuple[M, dict[str, Any]]]:
+        previous: tuple[M, Question] | None = None
+        for job in jobs:
+            same = replace(job, method="", budget=0.0)
+            if previous is None or previous[0] != same:
+                previous = same, question(job)
+            asked = previous[1]
+            check_vocabulary(model.config, asked.tokens)
+            try:
+                yield job, asked.ask(self.resolved[job.method], job.budget, model, self.tokenizer)
+            except ValueError as error:  # Everything else was checked, so the budget is too small.
+                yield job, refused(error, len(asked.tokens))
+
+
+def refused(error: ValueError, num_tokens: int) -> dict[str, Any]:
+    """The result of a prompt that a method cannot hold within its budget."""
+    return {"score": None, "refused": str(error), "tokens": num_tokens}
 
 
 def method_fingerprint(method: Method) -> str:

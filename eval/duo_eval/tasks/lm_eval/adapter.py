@@ -1,6 +1,7 @@
 """DuoLM: a model with a head pattern as lm-evaluation-harness sees it, text in, likelihoods and text out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -10,6 +11,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from duo_eval.methods.method import Method
+from duo_eval.methods.patterns import Pooled
 from duo_eval.tasks.lm_eval.answering import Batched, Engine, Likelihood, OneByOne
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
@@ -33,12 +35,12 @@ class DuoLM(TemplateLM):
 
     Args:
         lm: model, tokenizer and head pattern.
-        method: a way to hold the context, in place of the head pattern: contexts are then computed one by one.
+        method: a way to hold the context, in place of the head pattern. Unless it is a fixed pattern, contexts are then
+            computed one by one.
         budget: fraction of full attention's KV bytes that the method may hold.
         name: name of the model in results and in lm-eval's caches of requests.
         batch_size: most rows computed together.
-        max_length: most tokens that the model reads for a request; by default the length that it was trained for. As in
-            lm-eval, the last token of a scored text is not read.
+        max_length: most tokens of a text; by default the length that the model was trained for.
         truncate: cut longer texts at the left, as lm-eval does for transformers, in place of refusing them.
         backend: attention backend; None takes the best one verified on this device.
         progress: show progress bars.
@@ -68,6 +70,10 @@ class DuoLM(TemplateLM):
         self._progress = progress
         if method is not None and lm.pattern is not None:
             raise ValueError("a method takes the place of a head pattern: give one of them")
+        if isinstance(method, Pooled) and method.is_fixed:
+            lm, method = replace(lm, pattern=method.pattern_for(lm.model, budget, 1)), None
+        if method is not None and backend is not None:
+            raise ValueError(f"{method.name} at a KV budget computes in its own way: leave out backend={backend!r}")
         self._engine: Engine = (
             Batched(lm, batch_size, Prefiller(lm.model, lm.pattern, backend=backend))
             if method is None
@@ -118,7 +124,8 @@ class DuoLM(TemplateLM):
         owners: list[int] = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            rolled = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            # The last token of a window is in the cache too; lm-eval counts only inputs.
+            rolled = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, 1)
             pieces = [make_disjoint_window(window) for window in rolled]
             windows += [(None, context, continuation) for context, continuation in pieces]
             owners += [owner] * len(pieces)
@@ -156,21 +163,18 @@ class DuoLM(TemplateLM):
                 yield from ((index, answer) for index in indices)
 
     def _fitted(self, request: Encoded) -> tuple[Tokens, Tokens]:
-        """Context and continuation, cut at the left, or refused.
-
-        As in lm-eval, `max_length` counts inputs: the last token of a continuation is none.
-        """
+        """Context and continuation, cut at the left to `max_length`, or refused."""
         text, context, continuation = request
         if not continuation:
             raise ValueError(f"a continuation has no tokens: {_short(text)}")
         # A context of only spaces, which belong to the continuation, is empty.
         context = context or [self.prefix_token_id]
-        over = len(context) + len(continuation) - 1 - self.max_length
+        over = len(context) + len(continuation) - self.max_length
         if over > 0 and not (self.truncate and over < len(context)):
             raise ValueError(
-                f"a context of {len(context)} tokens and a continuation of {len(continuation)}, whose last one is no "
-                f"input, are more than the {self.max_length} of max_length: {_short(text)}; give fewer shots, or "
-                "--truncate to cut the context at the left"
+                f"a context of {len(context)} tokens and a continuation of {len(continuation)} are more than the "
+                f"{self.max_length} of max_length: {_short(text)}; give fewer shots, or --truncate to cut the context "
+                "at the left"
             )
         return tuple(context[max(0, over) :]), tuple(continuation)
 

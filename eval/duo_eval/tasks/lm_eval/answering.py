@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Float
 
-from duo_eval.methods.registry import Method, greedy
+from duo_eval.methods.registry import Method, reply
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens, padded, plan, width
-from duo_jax import LM, Greedy, KVCache, TextStream
-from duo_jax.infer import score_targets
+from duo_jax import LM, Greedy, KVCache, TextStream, score
 
 
 class Likelihood(NamedTuple):
@@ -57,7 +56,7 @@ class Batched:
         self, contexts: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> Iterator[tuple[int, list[Likelihood]]]:
         """See `Engine.likelihoods`."""
-        extra = [max(1, *(len(tokens) - 1 for tokens in row)) for row in continuations]
+        extra = [max(map(len, row)) for row in continuations]
         longer = [[index for index, tokens in enumerate(row) if len(tokens) > 1] for row in continuations]
         for batch in plan(contexts, extra, [len(row) for row in longer], self.batch_size):
             cache, rests = self.prefiller.open(batch, contexts)
@@ -101,18 +100,11 @@ class Batched:
             yield from zip(batch.rows, map(str, running.replies), strict=True)
 
     def _rest(self, cache: KVCache, rows: Sequence[Tokens]) -> tuple[list[Likelihood], KVCache]:
-        """Likelihood of all tokens of each row but the first. The last one is scored, but is no input."""
-        inputs, targets = zip(*((row[:-1] or row, row[1:] or row) for row in rows), strict=True)
-        size = width(max(map(len, inputs)), len(rows))
-        tokens, lengths = padded(inputs, size)
-        scores, cache = score_targets(
-            self.lm.model,
-            tokens,
-            padded(targets, size)[0],
-            cache,
-            chunk_size=size,
-            lengths=lengths,
-            backend=self.prefiller.backend,
+        """Likelihood of all tokens of each row but the first."""
+        size = width(max(map(len, rows)), len(rows))
+        tokens, lengths = padded(rows, size)
+        scores, cache = score(
+            self.lm.model, tokens, cache, chunk_size=size, lengths=lengths, backend=self.prefiller.backend
         )
         logprobs, is_top = np.asarray(scores.logprobs, np.float64), np.asarray(scores.is_top)
         counts = [len(row) - 1 for row in rows]
@@ -165,20 +157,10 @@ class OneByOne:
         self._check(contexts)
         if not isinstance(options.get("sampler", Greedy()), Greedy):
             raise NotImplementedError("a method at a KV budget generates greedily: set do_sample=False in --gen-kwargs")
-        eos_ids = options.get("eos_ids", self.lm.model.config.eos_ids)
+        asked = {name: options[name] for name in ("max_new_tokens", "stop", "eos_ids") if name in options}
+        asked = {"eos_ids": self.lm.model.config.eos_ids, "budget": self.budget} | asked
         for row, context in enumerate(contexts):
-            tokens, _ = greedy(
-                self.method,
-                self.lm.model,
-                np.array(context),
-                max_new_tokens=options["max_new_tokens"],
-                eos_ids=eos_ids,
-                budget=self.budget,
-            )
-            ended = tokens[-1] in eos_ids
-            text = str(self.lm.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True))
-            ends = [text.find(stop) for stop in options.get("stop", ())]
-            yield row, text[: min([at for at in ends if at >= 0], default=len(text))]
+            yield row, reply(self.method, self.lm.model, self.lm.tokenizer, np.array(context), **asked)[0]
 
     def _check(self, contexts: Sequence[Tokens]) -> None:
         """Refuse contexts that the method cannot hold within its budget; lm-eval cannot leave a request out."""

@@ -16,6 +16,7 @@ from duo_eval.runner.run import method_fingerprint
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.stats.scores import FULL
+from duo_eval.tasks.sandbox.sandbox import isolation
 from duo_jax import LM, HeadPattern
 from duo_jax.cli.options import ModelOptions, PatternOptions
 
@@ -56,7 +57,9 @@ class Harness:
     system: str | None = None
     """System message."""
     run_code: bool = False
-    """Allow tasks that run generated code: each program in a process of its own, with limits."""
+    """Allow tasks that run generated code: each program in a process of its own, isolated by the system."""
+    unsafe: bool = False
+    """Run that code even where the system cannot isolate it: it may change your files."""
     samples: bool = False
     """Keep every question with its prompt, answer and score in the file."""
     backend: str | None = None
@@ -83,10 +86,11 @@ class Harness:
             chosen = method(self.method, model=self.model.model, tokenizer=tokenizer)
         about = self._about(chosen)
         Record.open(self.out, about)  # Refuses a file of another run; one of this run is made again.
-        loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data())
-        unsafe = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
-        if unsafe and not self.run_code:
-            raise ValueError(f"{', '.join(unsafe)} runs code that the model writes: allow it with --run-code")
+        loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data(), unsafe=self.unsafe)
+        runs_code = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
+        if runs_code and not self.run_code:
+            raise ValueError(f"{', '.join(runs_code)} runs code that the model writes: allow it with --run-code")
+        sandbox = isolation(unsafe=self.unsafe) if runs_code else None
         tokenizer = tokenizer or self.model.tokenizer()
         model = self.model.load()
         length = self.max_length or model.config.trained_positions
@@ -96,7 +100,7 @@ class Harness:
         lm = DuoLM(
             LM(model, tokenizer, pattern),
             method=chosen,
-            budget=self._budget,
+            budget=self._budget(chosen),
             name=self.model.model,
             batch_size=self._batch_size,
             max_length=self.max_length,
@@ -124,10 +128,7 @@ class Harness:
             fewshot_random_seed=self.seed,
         )
         record = provenance() | {"about": about} | _kept(results, self.samples)
-        if unsafe:
-            from duo_eval.tasks.sandbox.sandbox import isolation
-
-            record["sandbox"] = isolation()
+        record |= {"sandbox": sandbox} if sandbox else {}
         write(self.out, json.loads(json.dumps(record, default=str)))
         for path in self.out.parent.glob(f"{store.name}_rank*.db*"):
             path.unlink()
@@ -150,14 +151,13 @@ class Harness:
         unused["batch_size"] = None if self.batch_size == 1 else self.batch_size
         if flags := [f"--{name.replace('_', '-')}" for name, value in unused.items() if value is not None]:
             raise ValueError(f"--method computes every context by itself, in its own way: leave out {', '.join(flags)}")
-        if not 0 < self._budget <= 1:
+        if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"--budget is a fraction of full attention's KV bytes, in (0, 1], got {self.budget}")
-        if self.method == FULL and self._budget < 1:
+        if self.method == FULL and self.budget not in (None, 1.0):
             raise ValueError(f"full attention holds every token: --budget must be 1, got {self.budget}")
 
-    @property
-    def _budget(self) -> float:
-        return self.budget if self.budget is not None else 1.0 if self.method == FULL else 0.5
+    def _budget(self, chosen: Method | None) -> float:
+        return self.budget if self.budget is not None else 1.0 if chosen is None or chosen.is_fixed else 0.5
 
     @property
     def _batch_size(self) -> int:
@@ -165,9 +165,9 @@ class Harness:
 
     def _about(self, chosen: Method | None) -> dict[str, Any]:
         """The settings that scores depend on, with fingerprints of gates, a method's settings and files."""
-        unused = {"out"} if chosen else {"out", "method", "budget"}
+        unused = {"out", "unsafe"} if chosen else {"out", "unsafe", "method", "budget"}
         about: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in unused}
-        about |= {"batch_size": self._batch_size} | ({"budget": self._budget} if chosen else {})
+        about |= {"batch_size": self._batch_size} | ({"budget": self._budget(chosen)} if chosen else {})
         if self.pattern.pattern:
             about["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
         if chosen:

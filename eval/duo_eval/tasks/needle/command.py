@@ -56,6 +56,8 @@ class NeedleTask:
     folder of them, or a hub data set such as hub:kmfoda/booksum:chapter. A text that is too short is repeated."""
     haystack_chars: int | None = 20_000_000
     """Characters of the haystack to read at most."""
+    chat: bool = True
+    """Ask in the tokenizer's chat template, if it has one."""
     seed: int = 0
     """Decides keys and stretches of text."""
 
@@ -67,7 +69,7 @@ class NeedleTask:
                 f"{self.depths=}"
             )
         settings = asdict(self)
-        shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "seed")}
+        shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "chat", "seed")}
         # Stored only if set: in older files, which lack it, the question was in the prompt.
         shared |= {"question_later": True} if self.question_later else {}
         room = self._room
@@ -109,7 +111,7 @@ class NeedleTask:
             rng,
             length=job.length - needle.max_new_tokens,
             depth=job.depth,
-            use_chat=self.comparison.chat,
+            use_chat=self.chat,
         )
         facts: dict[str, Any] = {"key": " ".join(needle.key), "position": needle_prompt.position}
         later = needle_prompt.question_length if self.question_later else 0

@@ -54,6 +54,8 @@ class RulerTask:
     """File in SQuAD's format, for qa_squad."""
     hotpot: Path | None = None
     """File in HotpotQA's format, for qa_hotpot."""
+    chat: bool = True
+    """Ask in the tokenizer's chat template, if it has one."""
     seed: int = 0
     """Example i of a task depends only on this, its length, and i."""
 
@@ -69,7 +71,7 @@ class RulerTask:
             raise ValueError(f"need lengths and samples of at least 1, got {self.lengths=}, {self.samples=}")
         tasks_folder("ruler")
         settings = asdict(self)
-        shared = {name: settings[name] for name in ("haystack", "haystack_chars", "seed")}
+        shared = {name: settings[name] for name in ("haystack", "haystack_chars", "chat", "seed")}
         _ = self._questions  # Refuse malformed files first.
         data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
         data["haystack"] = sha256(" ".join(self._words).encode())
@@ -103,9 +105,7 @@ class RulerTask:
         kind = TASKS[job.task]
 
         def tokens(example: Example) -> list[int]:
-            return prompt(
-                self.comparison.tokenizer, example.text, example.answer, use_chat=self.comparison.chat, joint=kind.joint
-            )
+            return prompt(self.comparison.tokenizer, example.text, example.answer, use_chat=self.chat, joint=kind.joint)
 
         material = Material(self._words, self._questions.get(job.task), job.length)
         example, size = fitted(
