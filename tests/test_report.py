@@ -216,17 +216,80 @@ def test_the_page_fits_a_browser(page, width, tmp_path):
     assert "Needle in a haystack" in found["text"]
 
 
-def test_intervals_at_the_same_x_are_drawn_side_by_side_within_the_axes():
+def test_points_are_at_their_values_and_intervals_at_the_same_x_side_by_side():
     from duo_eval.show.curves import Line
     from duo_eval.show.figures import lines_figure
+    from matplotlib.collections import LineCollection
 
-    lines = [Line(name, [25.0, 50.0], [40.0, 80.0], [20.0, 60.0], [50.0, 95.0]) for name in "abc"]
+    lines = [Line(name, [25.0, 50.0], [40.0, 80.0], [20.0, 60.0], [50.0, 95.0]) for name in ("full", "duo", "h2o")]
+    lines.append(Line("tova", [90.0], [30.0], [10.0], [40.0]))
     figure = lines_figure(lines, title="", x="bytes", y="score, %")
     figure.draw_without_rendering()
     (axes,) = figure.axes
-    drawn = [container.lines[0] for container in axes.containers]
-    x = [line.get_transform().transform(line.get_xydata())[:, 0] for line in drawn]
+    for line, drawn in zip(lines, axes.lines, strict=True):
+        assert drawn.get_transform() == axes.transData
+        assert drawn.get_xydata().tolist() == [list(point) for point in zip(line.x, line.y, strict=True)]
+    bars = [bar for bar in axes.collections if isinstance(bar, LineCollection)]
+    ends = [(bar.get_segments()[0], bar.get_transform()) for bar in bars]
+    assert [segment[:, 1].tolist() for segment, _ in ends] == [[20, 50], [60, 95]] * 3 + [[10, 40]]
+    x = [transform.transform(segment)[0, 0] for segment, transform in ends]
+    assert all(left + 2 < right for left, right in pairwise(x[0:6:2]))
+    assert x[-1] == pytest.approx(axes.transData.transform((90, 0))[0])
     inside = axes.get_window_extent()
-    assert all(left[0] + 2 < right[0] for left, right in pairwise(x))
-    assert inside.x0 < x[0].min() and x[2].max() < inside.x1
+    assert inside.x0 < min(x) and max(x) < inside.x1
     assert axes.get_ylim()[0] <= 20 and axes.get_ylim()[1] >= 95
+    assert "side by side" in figure.legends[0].get_title().get_text()
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    from duo_eval.methods.registry import METHODS
+    from duo_eval.show.curves import Line
+    from duo_eval.show.figures import lines_figure
+    from duo_eval.show.style import style_of, styles_of
+    from duo_train.recipes import RECIPES
+
+    names = {*METHODS, *RECIPES, "transformers"} - {"distill"}  # The recipe of the shipped pattern is duo.
+    assert len({(style_of(name).colour, style_of(name).marker) for name in names}) == len(names)
+    same = (("full", "full attention"), ("duo", "distill"), ("duo", "duo=a/folder"), ("snapkv", "snapkv:window=64"))
+    same += (("random-heads", "random"), ("random-heads", "random-heads=1"))
+    assert all(style_of(one) == style_of(other) for one, other in same)
+    assert style_of("a new method") == style_of("a new method:size=3")
+    first, second = styles_of(["duo=a", "duo=b"])
+    assert (first.colour, first.marker) == (second.colour, second.marker) and first.pattern != second.pattern
+    for names in (("full", "duo", "tova"), ("tova", "full")):
+        lines = [Line(name, [1.0], [2.0]) for name in names]
+        drawn = lines_figure(lines, title="", x="x", y="y").axes[0].lines
+        assert [(line.get_color(), line.get_marker()) for line in drawn] == [
+            (style_of(name).colour, style_of(name).marker) for name in names
+        ]
+
+
+def test_means_of_maps_are_over_cells_that_full_attention_has_too(tmp_path):
+    from duo_eval.show.heatmaps import needle_poster
+
+    records = [
+        record | {"job": record["job"] | {"budget": budget}}
+        for record in needle_records()
+        for budget in ((1.0,) if record["job"]["method"] == "full" else (0.25, 0.5))
+        # Full attention fails at 1024 tokens, and at a budget of 0.25 only 2048 are asked.
+        if budget != 0.25 or record["job"]["length"] == 2048
+    ]
+    records += [
+        record | {"job": record["job"] | {"method": "h2o"}} for record in records if record["job"]["budget"] == 0.5
+    ]
+    for record in records:
+        if record["job"]["method"] == "full" and record["job"]["length"] == 1024:
+            record["score"] = 0.0
+    ledger(tmp_path / "it.jsonl", {"task": "needle", "model": "m", "style": "digits"}, records)
+    figure = needle_poster(tmp_path / "it.jsonl")
+    figure.draw_without_rendering()
+    maps = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in maps] == [
+        "full\n0.50, 6 cells",
+        "duo at 0.25\n0.67 (full 1.00), 3 cells",
+        "duo at 0.5\n0.83 (full 0.50), 6 cells",
+        "h2o at 0.5\n0.83 (full 0.50), 6 cells",
+    ]
+    # The first row is full, and a budget has its column.
+    tops, lefts = ([round(getattr(axes.get_position(), side), 3) for axes in maps] for side in ("y1", "x0"))
+    assert tops[0] == tops[1] == tops[2] > tops[3] and lefts[0] < lefts[1] < lefts[2] == lefts[3]

@@ -11,13 +11,14 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from duo_eval.show.style import STYLES
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
 import duo_jax
 
 TOKENS, SINKS, RECENT = 16, 2, 4
-RETRIEVAL, STREAMING, UNSEEN = "#0b62a8", "#d1580d", "#e9e9e9"
+RETRIEVAL, STREAMING, UNSEEN = STYLES["full"].colour, STYLES["duo"].colour, "#e9e9e9"
 MODEL, PATTERN = "llama-3-8b", "llama-3-8b-instruct-gradient-1048k"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from duo_eval.runner.record import read
 from duo_eval.show.result_type import Drawn, file_name
+from duo_eval.show.style import Style
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.scores import FULL, Record, by_method, mean, question_of, scored, shared
 
@@ -22,7 +23,8 @@ MAX_FIGURES = 4
 class Line:
     """One line: a name, points, and the ends of their intervals if they have any.
 
-    A floor is dashed, in the colour of the line before it.
+    Its style is that of its method, which is named if the line's name is another one, or a given one. A floor is
+    dashed, in the colour of the line before it.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Line:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     is_floor: bool = False
+    method: str = ""
+    style: Style | None = None
 
 
 def percent_line(name: str, x: Sequence[float], estimates: Sequence[Estimate]) -> Line:

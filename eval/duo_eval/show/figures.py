@@ -1,6 +1,7 @@
 """Figures of evaluations, drawn with matplotlib: arrays in, `Figure` out. Knows no files, no tasks and no pyplot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,52 +11,54 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from duo_eval.show.curves import Line
+from duo_eval.show.style import style_of, styles_of
 
 # With more lengths than this, numbers in cells would be unreadable.
 MOST_NUMBERS = 14
-COLUMNS = 3
 MOST_TICKS = 7
-# Distinguishable with any colour vision, on white and on black.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7570b3", "#56b4e9", "#a0522d")
-MARKERS = "osD^vPX"  # One fewer than colours: a ninth line differs from the first in its marker.
-# Offset in points between intervals of neighbouring lines, which would hide each other at the same x.
+# Intervals of points whose x differ by less than this fraction would hide each other: they are so many points apart.
+NEAR = 0.03
 APART = 2.5
 
 
-def heatmaps(
-    maps: Sequence[Mapping[str, Float[np.ndarray, "D L"]]], lengths: Sequence[int], depths: Sequence[float], title: str
-) -> Figure:
-    """Maps of scores, depths by lengths, all on one scale from 0 to 1; NaN is grey.
+@dataclass(frozen=True, eq=False)
+class Map:
+    """Scores of depths by lengths, from 0 to 1, NaN where nothing was asked; and the title above them."""
 
-    Each mapping is a row; mappings of one map each are packed into rows of `COLUMNS`.
-    """
-    if all(len(row) == 1 for row in maps):
-        every = [item for row in maps for item in row.items()]
-        maps = [dict(every[begin : begin + COLUMNS]) for begin in range(0, len(every), COLUMNS)]
-    columns = max(len(row) for row in maps)
-    wide, high = max(3.2, 0.42 * len(lengths) + 1.0), max(2.2, 0.22 * len(depths) + 0.6)
-    figure = Figure(figsize=(columns * wide + 1.0, len(maps) * high + 1.0), layout="constrained")
-    grid = figure.subplots(len(maps), columns, squeeze=False, sharex=True, sharey=True)
+    title: str
+    scores: Float[np.ndarray, "D L"]
+
+
+def heatmaps(
+    rows: Sequence[Sequence[Map | None]], lengths: Sequence[int], depths: Sequence[float], title: str
+) -> Figure:
+    """Rows of maps, all on one scale from 0 to 1; NaN is grey, and nothing is drawn at None."""
+    columns = max(len(row) for row in rows)
+    wide, high = max(3.2, 0.42 * len(lengths) + 1.0), max(2.4, 0.22 * len(depths) + 0.8)
+    figure = Figure(figsize=(columns * wide + 1.0, len(rows) * high + 1.0), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
+    filled = [[*row, *[None] * (columns - len(row))] for row in rows]
     some = max(1, len(depths) // 10)
     image: Any = None
-    for row, named in enumerate(maps):
-        for column, axes in enumerate(grid[row]):
-            if column >= len(named):
-                axes.set_axis_off()
-                continue
-            name, scores = list(named.items())[column]
-            image = axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto", interpolation="nearest")
-            axes.set_facecolor("#d0d0d0")
-            axes.set_title(f"{name}: {np.nanmean(scores):.2f}", fontsize=10, parse_math=False)
-            axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], rotation=45, fontsize=8)
-            axes.set_yticks(range(0, len(depths), some), [f"{100 * depth:.0f}" for depth in depths[::some]], fontsize=8)
-            lowest = row + 1 == len(maps) or column >= len(maps[row + 1])
-            axes.tick_params(labelbottom=lowest)
-            axes.set(xlabel="tokens" if lowest else "", ylabel="" if column else "depth in %")
-            if len(lengths) <= MOST_NUMBERS:
-                _numbers(axes, scores)
+    for (row, column), axes in np.ndenumerate(grid):
+        drawn = filled[row][column]
+        if drawn is None:
+            axes.set_axis_off()
+            continue
+        image = axes.imshow(drawn.scores, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto", interpolation="nearest")
+        axes.set_facecolor("#d0d0d0")
+        axes.set_title(drawn.title, fontsize=10, parse_math=False)
+        axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths], rotation=45, fontsize=8)
+        axes.set_yticks(range(0, len(depths), some), [f"{100 * depth:.0f}" for depth in depths[::some]], fontsize=8)
+        is_lowest = row + 1 == len(rows) or filled[row + 1][column] is None
+        is_leftmost = column == 0 or filled[row][column - 1] is None
+        axes.tick_params(labelbottom=is_lowest, labelleft=is_leftmost)
+        axes.set(xlabel="tokens" if is_lowest else "", ylabel="depth in %" if is_leftmost else "")
+        if len(lengths) <= MOST_NUMBERS:
+            _numbers(axes, drawn.scores)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.colorbar(image, ax=grid, label="score", ticks=[0, 0.5, 1], aspect=30, pad=0.02)
+    shrink = max(0.25, 1 / len(rows))
+    figure.colorbar(image, ax=grid, label="score", ticks=[0, 0.5, 1], aspect=20, pad=0.02, shrink=shrink, anchor=(0, 1))
     return figure
 
 
@@ -64,34 +67,41 @@ def lines_figure(
 ) -> Figure:
     """Lines with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
 
-    Intervals at the same x are drawn side by side, in the order of the lines. The x axis is logarithmic if it shows
-    tokens over more than a factor of 8, the y axis if values span more than a factor of 50.
+    Points are at their values. Intervals of points at about the same x are drawn side by side, in the order of the
+    lines, and the legend says so. The x axis is logarithmic if it shows tokens over more than a factor of 8, the y
+    axis if values span more than a factor of 50.
     """
     figure = Figure(figsize=(4.6, 3.5 + 0.1 * len(lines)), layout="constrained")
     axes = figure.subplots()
-    number, with_intervals = -1, [line for line in lines if line.low is not None]
+    measured = [line for line in lines if not line.is_floor]
+    styles = dict(zip(measured, styles_of([line.method or line.name for line in measured]), strict=True))
+    with_intervals = [line for line in measured if line.low is not None]
+    style, are_moved = style_of(""), False
     for line in lines:
-        number += not line.is_floor
         order = np.argsort(line.x)
-        values = np.asarray(line.y, float)[order]
-        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": line.name, "linewidth": 1.4}
+        at, values = np.asarray(line.x, float)[order], np.asarray(line.y, float)[order]
         if line.is_floor:
-            axes.plot(np.asarray(line.x)[order], values, linestyle="--", **style | {"linewidth": 1.0})
+            axes.plot(at, values, color=style.colour, linestyle="--", linewidth=1.0, label=line.name)
             continue
+        style = line.style or styles[line]
+        # Markers that one can see through: methods with the same value stay visible.
+        points = {"marker": style.marker, "markersize": 5, "markerfacecolor": (style.colour, 0.35)}
+        axes.plot(at, values, color=style.colour, linestyle=style.pattern, linewidth=1.4, label=line.name, **points)
         if line.low is not None and line.high is not None:
-            ends = np.stack([values - np.asarray(line.low)[order], np.asarray(line.high)[order] - values])
-            offset = APART * (with_intervals.index(line) - (len(with_intervals) - 1) / 2) / 72
-            shift = ScaledTranslation(offset, 0, figure.dpi_scale_trans)
-            style |= {"yerr": ends, "capsize": 2, "elinewidth": 0.8, "transform": axes.transData + shift}
+            low, high = np.asarray(line.low, float)[order], np.asarray(line.high, float)[order]
+            for place, *ends in zip(at, low, high, strict=True):
+                offset = _offset(line, place, with_intervals)
+                are_moved |= offset != 0
+                moved = axes.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
+                axes.vlines(place, *ends, colors=style.colour, linewidths=0.9, alpha=0.8, transform=moved)
             # Artists with a transform of their own do not count for the limits.
-            axes.update_datalim(np.column_stack([[*line.x, *line.x], [*line.low, *line.high]]))
-        marker = MARKERS[number % len(MARKERS)]
-        axes.errorbar(np.asarray(line.x, float)[order], values, marker=marker, markersize=4, **style)
+            axes.update_datalim(np.column_stack([[*at, *at], [*low, *high]]))
     axes.autoscale_view()
     if level is not None:
-        axes.axhline(level.y[0], color="#808080", linewidth=1.4, linestyle=":", label=level.name)
+        colour = style_of(level.name).colour
+        axes.axhline(level.y[0], color=colour, linewidth=1.4, linestyle=":", label=level.name)
         if level.low is not None and level.high is not None:
-            axes.axhspan(level.low[0], level.high[0], color="#808080", alpha=0.2, linewidth=0)
+            axes.axhspan(level.low[0], level.high[0], color=colour, alpha=0.12, linewidth=0)
     x_values, y_values = (np.concatenate(parts) for parts in ([line.x for line in lines], [line.y for line in lines]))
     if x_is_tokens and x_values.min() > 0 and x_values.max() > 8 * x_values.min():
         axes.set_xscale("log")
@@ -107,8 +117,16 @@ def lines_figure(
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    note = "95 % intervals; those of neighbouring points are side by side" if are_moved else None
+    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
+    figure.legend(**place, fontsize=8, title=note, title_fontsize=8)
     return figure
+
+
+def _offset(line: Line, x: float, others: Sequence[Line]) -> float:
+    """By how many points the interval at `x` is moved to the right, given all lines with intervals."""
+    near = [other for other in others if any(abs(x - at) <= NEAR * max(abs(x), abs(at)) for at in other.x)]
+    return APART * (near.index(line) - (len(near) - 1) / 2)
 
 
 def _numbers(axes: Axes, scores: Float[np.ndarray, "D L"]) -> None:

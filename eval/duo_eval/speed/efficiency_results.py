@@ -99,7 +99,9 @@ def _against_context(results: list[Result], field: str, floor: str | None, scale
     for (engine, chunk), group in groups.items():
         x = [float(result["point"]["context"]) for result in group]
         name = engine if chunk is None else f"{engine}, chunks of {chunk}"
-        lines.append(Line(name, x, [float(scale * result[field]) for result in group]))
+        streams = group[0]["point"]["sparsity"] is not None
+        y = [float(scale * result[field]) for result in group]
+        lines.append(Line(name, x, y, method="duo" if streams else engine))
         is_duo = all(result["point"]["engine"] == "duo" and floor in result for result in group)
         if floor is not None and is_duo and engine not in with_floor:
             with_floor.add(engine)

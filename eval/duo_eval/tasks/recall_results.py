@@ -1,6 +1,7 @@
 """Results of `duo eval recall`: tables and curves."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from duo_eval.runner.provenance import origin
 from duo_eval.show.curves import Line, chart, percent_line
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn, ResultType
+from duo_eval.show.style import styles_of_settings
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING, Cell, Key, full, recall_cells
 from duo_eval.stats.scores import NOTHING
@@ -85,6 +87,8 @@ def recall_curves(path: Path) -> Iterator[Drawn]:
                 chosen = _only(streaming, method, sparsity)
                 lines = _lines(chosen, lambda key: f"{key.sink_size} sinks", lambda key: float(key.recent_size))
                 lines.sort(key=lambda line: int(line.name.split()[0]))
+                styles = styles_of_settings(len(lines))
+                lines = [replace(line, style=style) for line, style in zip(lines, styles, strict=True)]
                 shared |= {"title": f"{title}: {method}, {sparsity:.0%} stream", "x": "recent tokens"}
                 name = f"sizes-{length}-{method}-{round(100 * sparsity)}"
                 yield chart(name, lines, x_is_tokens=True, **shared)

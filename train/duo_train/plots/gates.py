@@ -5,7 +5,8 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-DOT = "#d55e00"
+# Neutral: in figures of this project blue is retrieval, as the gates here, and orange is streaming.
+DOT = "#222222"
 
 
 def gates_figure(gates: Float[np.ndarray, "L K"], retrieval: Bool[np.ndarray, "L K"] | None, title: str) -> Figure:

@@ -1,0 +1,78 @@
+"""How a method looks in a figure: one colour and one marker, the same in every figure. Knows no matplotlib."""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+# Line patterns of matplotlib for lines of one method; dashes are for floors, dots for the level of full attention.
+PATTERNS = ("-", "-.", (0, (5, 1, 1, 1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class Style:
+    """A colour, a marker, and the pattern of a line, all as matplotlib names them."""
+
+    colour: str
+    marker: str
+    pattern: str | tuple[int, tuple[int, ...]] = PATTERNS[0]
+
+
+# Distinguishable with any kind of colour vision, on white and on black; the colours of methods that appear together are
+# furthest apart. Retrieval heads and full attention are blue, streaming heads and DuoAttention are orange.
+STYLES: Mapping[str, Style] = {
+    "full": Style("#0072b2", "o"),
+    "duo": Style("#d55e00", "s"),
+    "random-heads": Style("#7f7f7f", "X"),
+    "streamingllm": Style("#009e73", "D"),
+    "h2o": Style("#b8860b", "v"),
+    "tova": Style("#7570b3", "P"),
+    "snapkv": Style("#cc79a7", "^"),
+    "fastgen": Style("#56b4e9", "p"),
+    "attention-profile": Style("#332288", "<"),
+    "kvzip": Style("#aa4499", ">"),
+    "prulong": Style("#8f8f2f", "h"),
+    "transformers": Style("#882255", "*"),
+}
+# Other names of the same methods: a pattern by its recipe, the baselines of `duo eval recall`.
+SAME = {
+    "distill": "duo",
+    "full attention": "full",
+    "all streaming": "streamingllm",
+    "random": "random-heads",
+}
+# For methods that are not in the table.
+OTHER_COLOURS = ("#117733", "#a0522d", "#4477aa", "#661100", "#888800")
+OTHER_MARKERS = ("d", "8", "H")
+# For settings of one method, from the smallest to the largest: colours of viridis, which no method has.
+SCALE = ("#440154", "#3b528b", "#21918c", "#5ec962", "#c8b400")
+SCALE_MARKERS = "o^sph"
+
+
+def style_of(method: str) -> Style:
+    """The style of a method, however its name continues: `random-heads=1` and `snapkv:window=64` are known methods.
+
+    A name that is not in `STYLES` has a style that depends on nothing but the name.
+    """
+    name = method if method in SAME else re.split(r"[=:]", method, maxsplit=1)[0]
+    name = SAME.get(name, name)
+    if name in STYLES:
+        return STYLES[name]
+    number = zlib.crc32(name.encode())
+    colours = len(OTHER_COLOURS)
+    return Style(OTHER_COLOURS[number % colours], OTHER_MARKERS[number // colours % len(OTHER_MARKERS)])
+
+
+def styles_of(methods: Sequence[str]) -> list[Style]:
+    """The styles of lines in one figure; lines that would look the same differ in their pattern."""
+    styles: list[Style] = []
+    for style in map(style_of, methods):
+        same = sum((other.colour, other.marker) == (style.colour, style.marker) for other in styles)
+        styles.append(replace(style, pattern=PATTERNS[same % len(PATTERNS)]))
+    return styles
+
+
+def styles_of_settings(number: int) -> list[Style]:
+    """The styles of `number` settings of one method, from the smallest to the largest."""
+    step = (len(SCALE) - 1) / max(1, number - 1)
+    return [Style(SCALE[round(index * step)], SCALE_MARKERS[index % len(SCALE_MARKERS)]) for index in range(number)]
