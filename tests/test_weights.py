@@ -11,9 +11,10 @@ from flax import nnx
 
 from duo_jax import KVCache, Model, arrays, load_model, load_tokenizer, prefill, save_model, score
 from duo_jax.layers import Linear
+from duo_jax.model import abstract_decoder
 from duo_jax.sizes import nbytes
 from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
-from tests.shapes import GOLDEN
+from tests.shapes import GOLDEN, TINY
 
 formats = pytest.mark.parametrize("weight_dtype", WEIGHT_FORMATS)
 KERNEL = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)
@@ -169,3 +170,14 @@ def test_a_saved_model_that_is_not_whole_is_refused(tmp_path):
     config.write_text(json.dumps(values | {"num_layers": values["num_layers"] + 1}))
     with pytest.raises(ValueError, match="the arrays do not match its configuration, such as layers"):
         load_model(tmp_path / "b")
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_dtype": "int8", "embed_dtype": "int8"}])
+def test_the_shapes_of_a_model_are_those_of_its_weights(settings):
+    config = dataclasses.replace(TINY, qk_norm=True, **settings)
+    graphdef, params = abstract_decoder(config)
+    model = Model.random(config)
+    assert graphdef == model.graphdef
+    assert jax.tree.structure(params) == jax.tree.structure(model.params)
+    shapes = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (params, model.params)]
+    assert shapes[0] == shapes[1]
