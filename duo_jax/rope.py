@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -22,9 +23,8 @@ class Rope:
     attention_factor: ClassVar[float] = 1.0
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Inverse frequencies `[H // 2]`, float32, as Hugging Face computes them."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        return (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        """Inverse frequencies `[H // 2]` in radians a position, float64."""
+        return self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
     def trained_positions(self, max_positions: int) -> int:
         """Positions that the model was trained for, given its configuration's `max_position_embeddings`."""
@@ -40,7 +40,7 @@ class LinearRope(Rope):
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
-        return super().inverse_frequencies(head_dim) / np.float32(self.factor)
+        return super().inverse_frequencies(head_dim) / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,10 @@ class Llama3Rope(Rope):
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
         frequencies = super().inverse_frequencies(head_dim)
-        rotations = self.original_max_position_embeddings * frequencies / np.float32(2 * math.pi)
+        rotations = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         smooth = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = np.clip(smooth, 0.0, 1.0)
-        return ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
+        return (1 - smooth) * frequencies / self.factor + smooth * frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +94,10 @@ class YarnRope(Rope):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3)
-        interpolated = np.clip(ramp, 0.0, 1.0).astype(np.float32)
+        ramp = (np.arange(head_dim // 2, dtype=np.float64) - low) / max(high - low, 1e-3)
+        interpolated = np.clip(ramp, 0.0, 1.0)
         frequencies = super().inverse_frequencies(head_dim)
-        return frequencies / np.float32(self.factor) * interpolated + frequencies * (1 - interpolated)
+        return frequencies / self.factor * interpolated + frequencies * (1 - interpolated)
 
     def trained_positions(self, max_positions: int) -> int:
         """Some configurations include the factor in `max_position_embeddings`, others do not: the larger reading."""
@@ -113,7 +113,7 @@ class DividedRope(Rope):
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
-        return super().inverse_frequencies(head_dim) / np.asarray(self.divisors, np.float32)
+        return super().inverse_frequencies(head_dim) / np.asarray(self.divisors, np.float64)
 
 
 ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}
@@ -122,9 +122,22 @@ ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, L
 def rotation(
     rope: Rope, head_dim: int, positions: Int32[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
-    """cos and sin of every position and frequency, float32, broadcastable over heads (`H2 = H // 2`)."""
-    frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))[None, None, None, :]
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    """cos and sin of every position and frequency, float32, broadcastable over heads (`H2 = H // 2`).
+
+    In float32, `position * frequency` is off by 0.25 radians at 4 million. Positions are integers, so only the fraction
+    of a turn that one position adds matters. It is a fixed-point number here, and whole turns overflow: phases are
+    right to 1e-4 radians at every int32 position.
+    """
+    turns = np.asarray(rope.inverse_frequencies(head_dim), np.float64) / (2 * np.pi)
+    # 48 binary digits: `high` counts 2^-32 of a turn, `low` 2^-48.
+    high, low = np.divmod(np.rint((turns % 1.0) * 2.0**48).astype(np.uint64), np.uint64(2**16))
+    high, low = (jnp.asarray(x.astype(np.uint32))[None, None, None, :] for x in (high, low))
+    position = positions[:, :, None, None]
+    # position * low needs 48 bits, in two parts; the shift is arithmetic, so that negative positions are right too.
+    upper, lower = ((x.astype(jnp.uint32)) for x in (position >> 16, position & 0xFFFF))
+    phase = position.astype(jnp.uint32) * high + upper * low + (lower * low >> 16)
+    # As a signed number, the phase lies in half a turn either way.
+    angles = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32) * jnp.float32(2 * np.pi / 2**32)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 

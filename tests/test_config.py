@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from transformers import AutoConfig
 
 from duo_jax import PRESETS, ModelConfig
 from duo_jax.checkpoint.folder import Folder
-from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope
+from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope, rotation
 from tests.shapes import FAMILIES, GOLDEN
 
 BASE: dict[str, Any] = {
@@ -257,8 +259,8 @@ def yarn(
 
 def assert_frequencies(rope: Rope, head_dim: int, expected: list[float]) -> None:
     found = rope.inverse_frequencies(head_dim)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 sizes = st.sampled_from([16, 64, 80, 96, 128, 256])
@@ -350,3 +352,40 @@ def test_stored_divisors_divide() -> None:
 
 def test_only_yarn_scales_attention() -> None:
     assert Rope().attention_factor == LinearRope().attention_factor == Llama3Rope().attention_factor == 1.0
+
+
+POSITIONS = [
+    0,
+    1,
+    4095,
+    131071,
+    2**20 - 1,
+    3_300_000,
+    2**22 - 1,
+    2**24 - 1,
+    2**24,
+    2**30 + 12345,
+    2**31 - 1,
+    -1,
+    -70000,
+]
+SCALED = YarnRope(1e6, factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize(
+    "rope", [Rope(1e4), Rope(5e5), Rope(1e7), LinearRope(1e4, factor=0.1), Llama3Rope(5e5), SCALED], ids=str
+)
+def test_phases_are_right_at_any_position(rope: Rope) -> None:
+    phases = np.asarray(POSITIONS, np.float64)[:, None] * rope.inverse_frequencies(128)
+    rotate = jax.jit(lambda positions: rotation(rope, 128, positions))
+    cos, sin = (np.asarray(x)[0, :, 0] / rope.attention_factor for x in rotate(jnp.asarray([POSITIONS], jnp.int32)))
+    np.testing.assert_allclose(cos, np.cos(phases), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(sin, np.sin(phases), rtol=0, atol=1e-4)
+    near = slice(0, 9)
+    np.testing.assert_allclose(cos[near], np.cos(phases[near]), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sin[near], np.sin(phases[near]), rtol=0, atol=1e-6)
+
+
+def test_phases_need_no_64_bit_numbers() -> None:
+    program = jax.jit(lambda positions: rotation(Rope(), 128, positions)).lower(jnp.zeros((1, 4), jnp.int32)).as_text()
+    assert "xf32>" in program and not any(f"x{kind}>" in program for kind in ("f64", "i64", "ui64"))

@@ -60,7 +60,7 @@ def test_the_attention_profile_is_that_of_the_mean_query_and_key(run, family):
     found = recipe.find(run)
     config = run.model.config
     group, scale = config.num_heads // config.num_kv_heads, config.rope.attention_factor
-    frequencies = np.asarray(config.rope.inverse_frequencies(config.head_dim), np.float64)
+    frequencies = config.rope.inverse_frequencies(config.head_dim)
     angles = lambda count: np.arange(count)[:, None] * frequencies  # noqa: E731
     means = []
     for number in range(2):
