@@ -1,6 +1,7 @@
 """Builds a tokenizer from the metadata of a GGUF file. Knows no files, tensors or models."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 # Token types of the GGUF specification that matter here; the others are 2 unknown, 5 unused, 6 byte.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
+_LONGEST_TOKEN = 1024  # Several times the longest of any vocabulary; splitting a token takes quadratic time.
 _SPACE = "▁"  # how SentencePiece spells a space
 
 
@@ -72,18 +74,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
         ValueError: a key that the tokenizer needs is missing.
         NotImplementedError: a tokenizer model or a pre-tokenizer that is not in the tables of this file.
     """
-    model = _required(metadata, "model")
+    model = _text(metadata, "model")
     if model not in _BUILDERS:
         raise NotImplementedError(
-            f"GGUF tokenizer model {model!r} is not supported, only {sorted(_BUILDERS)}; "
+            f"GGUF tokenizer model {model[:40]!r} is not supported, only {sorted(_BUILDERS)}; "
             "load the tokenizer from the model's Hugging Face repository instead"
         )
-    tokens, token_types = _required(metadata, "tokens"), _required(metadata, "token_type")
-    if len(tokens) != len(token_types):
-        raise ValueError(
-            f"tokens and token types must pair up, got {len(tokens)=} and {len(token_types)=}; convert again"
-        )
-
+    tokens, token_types = _tokens(metadata), _for_each_token(metadata, "token_type", int)
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise _wrong("tokenizer.chat_template", template, "a string")
     tokenizer, add_bos = _BUILDERS[model](metadata)
     tokenizer.add_tokens(
         [
@@ -92,12 +92,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
-    add_bos = _get(metadata, "add_bos_token", add_bos)
-    add_eos = _get(metadata, "add_eos_token", False)
-    bos, eos, unk, pad = (
-        None if (index := _get(metadata, f"{name}_token_id")) is None else tokens[index]
-        for name in ("bos", "eos", "unknown", "padding")
-    )
+    add_bos, add_eos = _flag(metadata, "add_bos_token", add_bos), _flag(metadata, "add_eos_token", False)
+    bos, eos, unk = (_special(metadata, name, tokens) for name in ("bos", "eos", "unknown"))
+    # Converters write an id outside the vocabulary for no padding token.
+    padding = _get(metadata, "padding_token_id")
+    pad = tokens[padding] if type(padding) is int and 0 <= padding < len(tokens) else None
     # transformers would turn the flag off silently, and every prompt would lack its first token.
     for name, token, is_added in (("bos", bos, add_bos), ("eos", eos, add_eos)):
         if is_added and token is None:
@@ -113,22 +112,29 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
         pad_token=pad,
         add_bos_token=add_bos,
         add_eos_token=add_eos,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 
 
 def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
     """BPE over bytes, each written as one printable character, and whether BOS is prepended by default."""
-    name = _required(metadata, "pre")
+    name = _text(metadata, "pre")
     if name not in BYTE_LEVEL_SPLITS:
         raise NotImplementedError(
-            f"GGUF pre-tokenizer {name!r} is not supported, only {sorted(BYTE_LEVEL_SPLITS)}; add a row to "
+            f"GGUF pre-tokenizer {name[:40]!r} is not supported, only {sorted(BYTE_LEVEL_SPLITS)}; add a row to "
             "BYTE_LEVEL_SPLITS or load the tokenizer from the model's Hugging Face repository"
         )
     split = BYTE_LEVEL_SPLITS[name]
-    merges = [tuple(merge.split(" ")) for merge in _required(metadata, "merges")]
-    tokenizer = Tokenizer(models.BPE(_vocab(metadata), merges, ignore_merges=split.ignore_merges))
+    vocab, merges = _vocab(metadata), _strings(metadata, "merges")
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    for merge, (left, right) in zip(merges, pairs, strict=True):
+        if not {left, right, left + right} <= vocab.keys():
+            raise ValueError(
+                f"'tokenizer.ggml.merges' has {merge[:80]!r}, which does not join two tokens into a third; "
+                "convert the model again"
+            )
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split.ignore_merges))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -141,12 +147,11 @@ def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
 
 def _sentencepiece(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
     """SentencePiece BPE, in which a character without a token becomes its UTF-8 bytes, and True: BOS by default."""
-    unknown = _get(metadata, "unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(
             _vocab(metadata),
             _merges_from_scores(metadata),
-            unk_token=None if unknown is None else _required(metadata, "tokens")[unknown],
+            unk_token=_special(metadata, "unknown", _tokens(metadata)),
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -154,7 +159,7 @@ def _sentencepiece(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
     # The whole text is one piece, as in SentencePiece: a token may span words and runs of spaces.
     spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     undo: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if _get(metadata, "add_space_prefix", True):
+    if _flag(metadata, "add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend(_SPACE))
         undo.append(decoders.Strip(" ", left=1))
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(undo)
@@ -163,13 +168,13 @@ def _sentencepiece(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
 
 def _merges_from_scores(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union scores highest: each split of a token is a merge, best first."""
-    scores, types = _required(metadata, "scores"), _required(metadata, "token_type")
+    scores, types = _for_each_token(metadata, "scores", float), _for_each_token(metadata, "token_type", int)
     # Only normal tokens are merged: with `split_special_tokens`, text that spells a control token remains text.
     score_of = {
-        token: score
-        for token, score, kind in zip(_required(metadata, "tokens"), scores, types, strict=True)
-        if kind == _NORMAL
+        token: score for token, score, kind in zip(_tokens(metadata), scores, types, strict=True) if kind == _NORMAL
     }
+    if (longest := max(map(len, score_of), default=0)) > _LONGEST_TOKEN:
+        raise ValueError(f"'tokenizer.ggml.tokens' has a token of {longest} characters, more than {_LONGEST_TOKEN}")
     merges = [
         (score, token[:cut], token[cut:])
         for token, score in score_of.items()
@@ -187,7 +192,63 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, object]], tuple[Tokenizer, bool]]
 
 
 def _vocab(metadata: Mapping[str, object]) -> dict[str, int]:
-    return {token: index for index, token in enumerate(_required(metadata, "tokens"))}
+    tokens = _tokens(metadata)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
+        raise ValueError(f"'tokenizer.ggml.tokens' has {twice[:80]!r} twice: convert the model again")
+    return vocab
+
+
+def _tokens(metadata: Mapping[str, object]) -> list[str]:
+    """The tokens; those without text get a name, as in llama.cpp."""
+    return [token or f"[EMPTY_{index}]" for index, token in enumerate(_strings(metadata, "tokens"))]
+
+
+def _strings(metadata: Mapping[str, object], name: str) -> list[str]:
+    values = _required(metadata, name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise _wrong(f"tokenizer.ggml.{name}", values, "an array of strings")
+    return values
+
+
+def _for_each_token(metadata: Mapping[str, object], name: str, kind: type) -> list[Any]:
+    """Numbers, one for each token."""
+    values, count = _required(metadata, name), len(_strings(metadata, "tokens"))
+    if not isinstance(values, list) or not all(type(value) is kind and not math.isnan(value) for value in values):
+        raise _wrong(f"tokenizer.ggml.{name}", values, f"an array of numbers of type {kind.__name__}")
+    if len(values) != count:
+        raise ValueError(f"'tokenizer.ggml.{name}' must have one number a token: {len(values)} for {count} tokens")
+    return values
+
+
+def _special(metadata: Mapping[str, object], name: str, tokens: Sequence[str]) -> str | None:
+    """The text of a special token."""
+    index = _get(metadata, f"{name}_token_id")
+    if index is None:
+        return None
+    if type(index) is not int or not 0 <= index < len(tokens):
+        raise _wrong(f"tokenizer.ggml.{name}_token_id", index, f"a token below {len(tokens)}")
+    return tokens[index]
+
+
+def _flag(metadata: Mapping[str, object], name: str, default: bool) -> bool:
+    value = _get(metadata, name)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(f"tokenizer.ggml.{name}", value, "a boolean")
+    return default if value is None else value
+
+
+def _text(metadata: Mapping[str, object], name: str) -> str:
+    value = _required(metadata, name)
+    if not isinstance(value, str):
+        raise _wrong(f"tokenizer.ggml.{name}", value, "a string")
+    return value
+
+
+def _wrong(key: str, value: object, rule: str) -> ValueError:
+    shown = f"an array of {len(value)}" if isinstance(value, list) else repr(value)[:80]
+    return ValueError(f"{key!r} must be {rule}, got {shown}; convert the model again")
 
 
 def _get(metadata: Mapping[str, object], name: str, default: Any = None) -> Any:
