@@ -5,6 +5,10 @@ import sys
 
 import pytest
 
+from duo_jax import PRESETS, published_patterns
+from duo_jax.checkpoint.packaged import PACKAGED
+from duo_jax.config import FAMILIES
+
 SLOW = ("flax", "gguf", "jax", "orbax", "qwix", "transformers")
 
 
@@ -22,3 +26,14 @@ def test_slow_libraries_are_imported_when_they_are_used(code, allowed):
     code += f"; import sys; print(*sorted(set({SLOW}) & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert set(out.splitlines()[-1].split()) <= allowed
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "duo_jax", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("duo-jax ")
+
+
+def test_names_are_listed_whole(duo):
+    models, patterns = duo("models").out, duo("patterns").out
+    assert all(name in models for name in (*PACKAGED, *PRESETS, *FAMILIES))
+    assert all(name in patterns for name in published_patterns())
