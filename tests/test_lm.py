@@ -390,7 +390,16 @@ def test_doctor_tries_every_backend(duo):
     assert rest.keys() == {"reference", "xla", "triton"}
     assert all(tried["is_right"] for backend in rest.values() for tried in backend.values())
     assert found["default_backend"] == "xla" and found["packages"]["jax"]
-    assert "xla, the default here\n  prefill     right, error" in doctor._text(found)
+
+
+def test_doctor_shows_each_line_as_it_is_known(duo, monkeypatch):
+    monkeypatch.setattr(doctor, "OPERATIONS", {"decode": doctor.OPERATIONS["decode"]})
+    lines = []
+    doctor.examine(lines.append)
+    assert lines[lines.index("decode") + 1] == "  reference   right, error 0.0e+00"
+    assert any(line.startswith("  xla         right, error ") for line in lines)
+    shown = duo("doctor").out.splitlines()
+    assert shown[: len(lines) - len(doctor.BACKENDS)] == lines[: -len(doctor.BACKENDS)] and len(shown) == len(lines)
 
 
 def test_doctor_reports_a_reference_that_fails(monkeypatch, capsys):
@@ -400,7 +409,7 @@ def test_doctor_reports_a_reference_that_fails(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "OPERATIONS", {"decode": broken})
     with pytest.raises(ValueError, match="a backend fails"):
         doctor.Doctor().run()
-    assert capsys.readouterr().out.count("decode      FAILED: the reference: no memory\n") == len(doctor.BACKENDS)
+    assert capsys.readouterr().out.count("FAILED: the reference: no memory\n") == len(doctor.BACKENDS)
 
 
 @pytest.mark.full_matrix

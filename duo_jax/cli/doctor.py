@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +44,10 @@ PACKAGES = (
 TRIED = {"cpu": ("float32", 1e-4), "gpu": ("bfloat16", 1e-2)}
 
 
+def _ignore(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Doctor:
     """Check versions, devices and memory, and try every attention backend here."""
@@ -53,16 +57,17 @@ class Doctor:
 
     def run(self) -> None:
         """Examine this machine and print the findings."""
-        record = examine()
-        print(json.dumps(record) if self.json else _text(record))
+        record = examine(_ignore if self.json else partial(print, flush=True))
+        if self.json:
+            print(json.dumps(record))
         tried = [found for backend in record["backends"].values() for found in backend.values()]
         if any(found["is_right"] is False for found in tried):
             raise ValueError("a backend fails or computes wrong numbers here: do not use it, and please report this")
 
 
-def examine() -> dict:
-    """All findings, as plain values."""
-    return {
+def examine(show: Callable[[str], None] = _ignore) -> dict:
+    """All findings, as plain values; `show` gets each line of text as soon as it is known."""
+    record: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": [
@@ -71,29 +76,59 @@ def examine() -> dict:
         ],
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "default_backend": preferences(device_kind(), "decode")[0],
-        "backends": _examine_backends(),
     }
+    for line in _machine(record):
+        show(line)
+    record["backends"] = _examine_backends(show)
+    return record
 
 
-def _examine_backends() -> dict[str, dict[str, dict]]:
-    """Each operation of each backend, compared with the reference on a small random case."""
-    name, tolerance = TRIED["cpu" if jax.default_backend() == "cpu" else "gpu"]
-    found: dict[str, dict[str, dict]] = {backend: {} for backend in BACKENDS}
+def _machine(record: dict[str, Any]) -> Iterator[str]:
+    yield f"python        {record['python']}"
+    yield from (f"{name:<14}{found or 'not installed'}" for name, found in record["packages"].items())
+    yield f"host memory   {record['host_memory_bytes'] / 1e9:.1f} GB"
+    for device in record["devices"]:
+        limit = device["memory"].get("bytes_limit")
+        yield f"device        {device['kind']} ({device['platform']})" + (f", {limit / 1e9:.1f} GB" if limit else "")
+    yield f"default       {record['default_backend']}"
+    if record["devices"][0]["platform"] == "cpu":
+        yield "              (triton is interpreted here: it is a kernel for GPUs)"
+
+
+def _examine_backends(show: Callable[[str], None]) -> dict[str, dict[str, dict]]:
+    results: dict[str, dict[str, dict]] = {backend: {} for backend in BACKENDS}
     for operation, make in OPERATIONS.items():
-        try:
-            run, *arrays = make(jnp.dtype(name))
-            # Without this, GPUs multiply float32 with fewer bits.
-            with jax.default_matmul_precision("highest"):
-                right = np.asarray(jax.jit(partial(run, backend="reference"))(*arrays), np.float32)
-        except Exception as error:  # Without a reference no backend can be checked; other operations still are.
-            for trials in found.values():
-                trials[operation] = {"is_right": False, "failed": f"the reference: {_first_line(error)}"}
-            continue
-        found["reference"][operation] = {"is_right": bool(np.isfinite(right).all()), "error": 0.0}
-        for backend in BACKENDS:
-            if backend != "reference":
-                found[backend][operation] = _try(partial(run, backend=backend), arrays, right, tolerance)
-    return found
+        show(operation)
+        for backend, result in _trials(make):
+            results[backend][operation] = result
+            show(f"  {backend:<12}{_verdict(result)}")
+    return results
+
+
+def _trials(make: Callable[[jnp.dtype], list[Any]]) -> Iterator[tuple[str, dict]]:
+    """One operation of each backend, compared with the reference on a small random case."""
+    name, tolerance = TRIED["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    try:
+        run, *arrays = make(jnp.dtype(name))
+        # Without this, GPUs multiply float32 with fewer bits.
+        with jax.default_matmul_precision("highest"):
+            right = np.asarray(jax.jit(partial(run, backend="reference"))(*arrays), np.float32)
+    except Exception as error:  # Without a reference no backend can be checked; other operations still are.
+        failure = {"is_right": False, "failed": f"the reference: {_first_line(error)}"}
+        yield from ((backend, failure) for backend in BACKENDS)
+        return
+    yield "reference", {"is_right": bool(np.isfinite(right).all()), "error": 0.0}
+    for backend in BACKENDS:
+        if backend != "reference":
+            yield backend, _try(partial(run, backend=backend), arrays, right, tolerance)
+
+
+def _verdict(result: dict) -> str:
+    if "why_not" in result:
+        return f"cannot run here: {result['why_not']}"
+    if "failed" in result:
+        return f"FAILED: {result['failed']}"
+    return f"{'right' if result['is_right'] else 'WRONG'}, error {result['error']:.1e}"
 
 
 def _try(run: Callable[..., jax.Array], arrays: list[Any], right: np.ndarray, tolerance: float) -> dict:
@@ -153,28 +188,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _text(record: dict) -> str:
-    lines = [f"python        {record['python']}"]
-    lines += [f"{name:<14}{found or 'not installed'}" for name, found in record["packages"].items()]
-    lines.append(f"host memory   {record['host_memory_bytes'] / 1e9:.1f} GB")
-    for device in record["devices"]:
-        limit = device["memory"].get("bytes_limit")
-        lines.append(
-            f"device        {device['kind']} ({device['platform']})" + (f", {limit / 1e9:.1f} GB" if limit else "")
-        )
-    for name, operations in record["backends"].items():
-        default = ", the default here" if name == record["default_backend"] else ""
-        if name == "triton" and record["devices"][0]["platform"] == "cpu":
-            default = ", interpreted: a kernel for GPUs"
-        lines.append(f"backend       {name}{default}")
-        for operation, found in operations.items():
-            if "why_not" in found:
-                verdict = f"cannot run here: {found['why_not']}"
-            elif "failed" in found:
-                verdict = f"FAILED: {found['failed']}"
-            else:
-                verdict = f"{'right' if found['is_right'] else 'WRONG'}, error {found['error']:.1e}"
-            lines.append(f"  {operation:<12}{verdict}")
-    return "\n".join(lines)
