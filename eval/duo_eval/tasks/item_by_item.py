@@ -103,8 +103,10 @@ def compare(
             for job, responses in _answers(adapters[cell], fitting, by_name) if fitting else ():
                 yield job, by_name[job.item].result(responses, lengths[job.item])
 
-    options = {"answer": answer, "longest": max(lengths[item.name] + item.room for item in items), "shortest": None}
-    results = comparison.run(out, about, jobs(), lambda job: by_name[job.item], **options)
+    longest = max(lengths[item.name] + item.room for item in items)
+    results = comparison.run(
+        out, about, jobs(), lambda job: by_name[job.item], answer=answer, longest=longest, shortest=None
+    )
     table = Table(*COLUMNS)
     for row in compared(result for result in results if result["job"]["item"] in by_name):
         table.add_row(*row)
