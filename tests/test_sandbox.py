@@ -171,14 +171,6 @@ def test_what_it_prints_is_not_its_verdict():
     assert run("print('passed')\nassert False", QUICK).outcome == "failed"
 
 
-@isolated
-def test_modules_of_the_current_folder_are_not_imported(tmp_path, monkeypatch):
-    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert run("import json\njson.dumps({})", QUICK) == Verdict("passed")
-
-
 @pytest.mark.parametrize(
     ("limits", "flag"),
     [
