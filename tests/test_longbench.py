@@ -67,8 +67,8 @@ def test_a_long_prompt_loses_its_middle_and_keeps_its_frame(chat_model):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "2: not JSON"),
-        ("[]", "2: expected a JSON object"),
+        ("{", "2 is not JSON"),
+        ("[]", "2 must contain a JSON object, not a list"),
         (json.dumps({**ROW, "context": None}), "2: no string in field 'context'"),
         (json.dumps({**ROW, "answers": "Ada"}), "2: no list of strings in field 'answers'"),
         (json.dumps({**ROW, "answers": []}), "2: no list of strings in field 'answers'"),
