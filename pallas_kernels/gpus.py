@@ -202,7 +202,8 @@ def trying(kernel: str, tiles: Any) -> Iterator[None]:
 
 def tuned_file() -> Path:
     """The file of tuned tiles in the user's cache: by kind of GPU, kernel and `<head dim>x<bytes of a number>[q]`."""
-    folder = os.environ.get("DUO_JAX_CACHE") or Path.home() / ".cache" / "duo-jax"
+    # Without a home folder, expanduser leaves the ~, and there is no such file.
+    folder = os.environ.get("DUO_JAX_CACHE") or os.path.expanduser("~/.cache/duo-jax")
     return Path(folder) / "tiles.json"
 
 
@@ -210,8 +211,8 @@ def tuned_file() -> Path:
 def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     path = tuned_file()
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or was altered ({error}): delete it, then tune again") from None
 
 

@@ -6,6 +6,7 @@ A folder has safetensors shards and `duo_cache.json`. `KVCache.save` and `KVCach
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such folder.
         ValueError: not a folder that `save` made, or one that was truncated or altered.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder with a saved cache")
     if (path / "_CHECKPOINT_METADATA").exists():
@@ -113,7 +114,7 @@ def load(
     filled, max_length = max(about["length"]), max_length or about["max_length"]
     if filled > max_length:
         raise ValueError(f"{path} has {filled} tokens, more than {max_length=}: make it at least that long")
-    arrays = _read_arrays(Path(path).expanduser(), about["checksums"])
+    arrays = _read_arrays(Path(os.path.expanduser(path)), about["checksums"])
     cache = _spec(about, max_length).empty()
     pools, structure = (
         _parts(_contiguous(cache.full, cache.pages), cache.rings),

@@ -1,6 +1,7 @@
 """Loading: find the checkpoint, check every tensor's name and shape, then read them one by one."""
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +121,7 @@ def open_config(source: str | Path) -> ModelConfig:
 
 def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return SavedModel(path) if SavedModel.is_at(path) else Folder(path)
     if path.is_file():

@@ -43,8 +43,15 @@ PACKAGED: dict[str, PackagedFile] = {
 
 
 def cache_folder() -> Path:
-    """The folder of downloaded files."""
-    return Path(os.environ.get("DUO_JAX_CACHE") or Path.home() / ".cache" / "duo-jax")
+    """The folder of downloaded files.
+
+    Raises:
+        FileNotFoundError: the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("DUO_JAX_CACHE") or Path.home() / ".cache" / "duo-jax")
+    except RuntimeError:
+        raise FileNotFoundError("no home folder for downloads: set HOME, or DUO_JAX_CACHE to a folder") from None
 
 
 def packaged_model(name: str) -> Path:

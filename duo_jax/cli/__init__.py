@@ -4,11 +4,14 @@ A subcommand is a frozen dataclass: its fields are the flags, its docstring is t
 """
 
 import ast
+import contextlib
+import errno
 import functools
 import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
@@ -18,42 +21,99 @@ USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
 def main() -> None:
     """Run the subcommand named on the command line. Exit codes: 0 success, 2 wrong use, 130 interrupted."""
-    commands = {entry.name: entry for entry in entry_points(group="duo.commands")}
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    commands = {entry.name: entry for entry in entry_points(group="duo.commands")}
+    sys.exit(_status(f"duo {name}" if name in commands else "duo", functools.partial(_main, name, commands)))
+
+
+def _main(name: str, commands: dict[str, EntryPoint]) -> None:
+    for argument in sys.argv[1:]:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            # Bytes from the shell that are not UTF-8 arrive as halves of surrogate pairs, which nothing can write.
+            raise ValueError(f"the argument {argument[:80]!a} is not UTF-8 text")
     if name in ("-h", "--help"):
         print(_usage(commands))
     elif name == "--version":
         print(f"duo-jax {version('duo-jax')}")
     elif name not in commands:
-        print(f"duo: no command {name!r}; there are {', '.join(sorted(commands))}. See duo --help", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"no command {name!r}; there are {', '.join(sorted(commands))}. See duo --help")
     else:
-        sys.exit(_run(commands[name]))
+        _run(commands[name])
 
 
-def _run(entry: EntryPoint) -> int:
-    try:
-        import tyro
+def _run(entry: EntryPoint) -> None:
+    import tyro
 
-        _take_memory()
-        _keep_compiled_programs()
-        warnings.showwarning = functools.partial(_warn, entry.name)
-        command, args = entry.load(), sys.argv[2:]
-        # A command whose defaults depend on a flag (a preset) has one class per preset.
-        command = command.variant(args) if hasattr(command, "variant") else command
-        tyro.cli(command, prog=f"duo {entry.name}", args=args).run()
-    except KeyboardInterrupt:
-        print(f"\nduo {entry.name}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader (head, less) closed the pipe; keep the interpreter from failing when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except USER_ERRORS as error:
-        if os.environ.get("DUO_TRACEBACK"):
-            raise
-        print(f"duo {entry.name}: {error}", file=sys.stderr)
+    _take_memory()
+    _keep_compiled_programs()
+    warnings.showwarning = functools.partial(_warn, entry.name)
+    command, args = entry.load(), sys.argv[2:]
+    # A command whose defaults depend on a flag (a preset) has one class per preset.
+    command = command.variant(args) if hasattr(command, "variant") else command
+    tyro.cli(command, prog=f"duo {entry.name}", args=args).run()
+
+
+def _status(label: str, work: Callable[[], None]) -> int:
+    """Do the work and return its exit code; errors that users can cause and fix are reported in one line."""
+    if sys.stderr is None:  # Closed by the shell, as are the other two below.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        print(f"{label}: standard output is closed: redirect it to a file or to {os.devnull}", file=sys.stderr)
         return 2
-    return 0
+    try:
+        try:
+            work()
+        except SystemExit as done:  # Of tyro, after a help text or for a wrong flag.
+            sys.stdout.flush()
+            return done.code if isinstance(done.code, int) else int(done.code is not None)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{label}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # The reader (head, less) closed the pipe.
+        return 0
+    except Exception as error:
+        reason = None if os.environ.get("DUO_TRACEBACK") else _reason(error)
+        if reason is None:
+            raise
+        print(f"{label}: {reason}", file=sys.stderr)
+        return 2
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            # The interpreter would fail at the same output again, with another exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reason(error: Exception) -> str | None:
+    """The message of an error that users can cause and fix; None for others, which keep their traceback."""
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object[error.start : error.end][:20]
+        if error.encoding.startswith("utf"):
+            return f"{text!a} is half of a surrogate pair, which is not text"
+        return f"the output's encoding {error.encoding} has no {text!a}: set PYTHONIOENCODING=utf-8"
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
+        return f"standard output cannot be written to: {error.strerror}"  # Errors of files name the file.
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    return _platform_reason() if isinstance(error, RuntimeError | AssertionError) else None
+
+
+def _platform_reason() -> str | None:
+    """Why jax has no device at all, if so: it raises this from wherever the first device is used."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.values["jax_platforms"]
+        why = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        return f"jax finds no device of JAX_PLATFORMS={platforms}{why}: unset it, or set it to cpu"
+    return None
 
 
 def _warn(name: str, message: Warning | str, *place: object) -> None:
@@ -76,7 +136,13 @@ def _keep_compiled_programs() -> None:
     from duo_jax.checkpoint.packaged import cache_folder
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        with contextlib.suppress(
+            OSError
+        ):  # Without a home folder, or with one that is read-only, every process compiles.
+            folder = cache_folder() / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _usage(commands: dict[str, EntryPoint]) -> str:
