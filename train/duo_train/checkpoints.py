@@ -1,8 +1,14 @@
 """Checkpoints of a training run, written by Orbax: all of one or, if anything fails, none of it."""
 
+import io
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
+
+import jax
 
 CHECKPOINTS = "checkpoints"
 
@@ -16,8 +22,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self.manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
-        self.args = ocp.args
+        self.folder = folder / CHECKPOINTS
+        self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self.args, self.reader = ocp.args, ocp.StandardCheckpointer
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -31,8 +38,30 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def restore(self, like: Any) -> Any:
-        """The last checkpoint, on the devices of `like`."""
-        return self.manager.restore(self.latest, args=self.args.StandardRestore(like))
+        """The last checkpoint, on the devices of `like`.
+
+        Raises:
+            ValueError: it is incomplete or was altered, or is not of this run: other names, shapes or data types.
+        """
+        step = self.latest
+        try:
+            with _quiet():
+                # Orbax would convert other data types without a word.
+                if wrong := _difference(like, self._stored(step)):
+                    raise ValueError(wrong)
+                return self.manager.restore(step, args=self.args.StandardRestore(like))
+        except Exception as error:  # Different layers of Orbax raise different errors for the same damage.
+            others = [other for other in self.manager.all_steps() if other != step]
+            way_out = f"to resume from step {max(others)}" if others else "to start from the beginning"
+            raise ValueError(
+                f"the checkpoint of step {step} cannot be read: remove {self.folder / str(step)} {way_out} "
+                f"({first_line(error)})"
+            ) from None
+
+    def _stored(self, step: int | None) -> Any:
+        """The names, shapes and data types of a checkpoint, without its arrays."""
+        with self.reader() as reader:
+            return reader.metadata((self.folder / str(step) / "default").absolute()).item_metadata.tree
 
     def save(self, step: int, state: Any, *, force: bool) -> None:
         """Write a checkpoint.
@@ -41,14 +70,47 @@ class Checkpoints:
             OSError: it could not be written, for example to a full disk; the earlier ones are kept.
         """
         latest = self.latest
-        log = logging.getLogger("absl")
-        level = log.level
         try:
-            log.setLevel(logging.CRITICAL)  # Orbax would log the traceback of the error that it raises.
-            self.manager.save(step, args=self.args.StandardSave(state), force=force)
+            with _quiet():
+                self.manager.save(step, args=self.args.StandardSave(state), force=force)
         except Exception as error:  # Different layers of Orbax raise different errors for the same full disk.
             kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise OSError(f"could not save the checkpoint of step {step} ({kept}): {reason}") from error
-        finally:
-            log.setLevel(level)
+            raise OSError(
+                f"could not save the checkpoint of step {step} to {self.folder} ({kept}): {first_line(error)}"
+            ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message; some have a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that Orbax prints of errors that it raises too."""
+    log = logging.getLogger("absl")
+    level = log.level
+    try:
+        log.setLevel(logging.CRITICAL)
+        with redirect_stderr(io.StringIO()):
+            try:
+                yield
+            except Exception:
+                # Threads of tensorstore print that their event loop is closed, when the other reads end.
+                time.sleep(0.3)
+                raise
+    finally:
+        log.setLevel(level)
+
+
+def _difference(like: Any, stored: Any) -> str:
+    """How a stored tree differs from the expected one; empty if it does not."""
+    expected, found = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): (x.shape, str(x.dtype))
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (like, stored)
+    )
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    return f"{wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}" if wrong else ""

@@ -63,28 +63,32 @@ def train(objective: Objective, run: Run) -> Float[np.ndarray, "L K"]:
                 raise ValueError(f"{run.folder} has the checkpoints of a run: resume it, or choose another folder")
             state = checkpoints.restore(state)
         done = int(state.step)
+        if done != (checkpoints.latest or 0):
+            raise ValueError(
+                f"the checkpoint of step {checkpoints.latest} in {run.folder} is of step {done}: remove it"
+            )
         model = sharding.replicate(run.model)
-        with MetricsWriter(run.folder / METRICS_FILE if is_first() else None, done) as writer:
-            for number in range(done, objective.steps):
-                begin = time.perf_counter()
-                batch, targets = feed.batch(model, number)
-                new, arrays = step(objective, feed.attention, model, state, batch, targets)
-                metrics = {name: float(value) for name, value in arrays.items()}
-                _check_finite(number + 1, metrics, checkpoints.latest)
-                state = new
-                metrics |= {"seconds": time.perf_counter() - begin, "tokens": batch.tokens.size}
-                writer.write({"step": number + 1, **metrics})
-                finished = number + 1 == objective.steps
-                # Signals are read once per step: one that arrives later waits for the next step and its checkpoint, or
-                # for the end of the run. A signal to one process stops all: they write checkpoints together.
-                signals = [received for row in gather(caught[:1] or [0]) for received in row if received]
-                leaving = bool(signals) and not finished
-                last = leaving or finished
-                if last or (number + 1) % run.checkpoint_every == 0:
-                    checkpoints.save(int(state.step), state, force=last)
-                run.report(number + 1, objective.steps, metrics)
-                if leaving:
-                    _leave(signals[0])
+        writer = MetricsWriter(run.folder / METRICS_FILE if is_first() else None, done)
+        for number in range(done, objective.steps):
+            begin = time.perf_counter()
+            batch, targets = feed.batch(model, number)
+            new, arrays = step(objective, feed.attention, model, state, batch, targets)
+            metrics = {name: float(value) for name, value in arrays.items()}
+            _check_finite(number + 1, metrics, checkpoints.latest)
+            state = new
+            metrics |= {"seconds": time.perf_counter() - begin, "tokens": batch.tokens.size}
+            writer.write({"step": number + 1, **metrics})
+            finished = number + 1 == objective.steps
+            # Signals are read once per step: one that arrives later waits for the next step and its checkpoint, or
+            # for the end of the run. A signal to one process stops all: they write checkpoints together.
+            signals = [received for row in gather(caught[:1] or [0]) for received in row if received]
+            leaving = bool(signals) and not finished
+            last = leaving or finished
+            if last or (number + 1) % run.checkpoint_every == 0:
+                checkpoints.save(int(state.step), state, force=last)
+            run.report(number + 1, objective.steps, metrics)
+            if leaving:
+                _leave(signals[0])
     return np.asarray(jax.device_get(objective.gates(state.params)), np.float64)
 
 
