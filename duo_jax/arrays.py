@@ -18,12 +18,19 @@ SHARD_BYTES = 1 << 30
 
 
 def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array | np.ndarray]]) -> None:
-    """Write named arrays to `stem-00000.safetensors` and so on, in a folder that exists."""
+    """Write named arrays to `stem-00000.safetensors` and so on, in a folder that exists.
+
+    Raises:
+        OSError: one could not be written, such as on a full disk.
+    """
     for number, shard in enumerate(_shards(arrays)):
         path = folder / f"{stem}-{number:05}.safetensors"
         path.touch()
         mode = path.stat().st_mode  # safetensors makes files that only their owner can read.
-        save_file({name: np.ascontiguousarray(x) for name, x in shard.items()}, path)
+        try:
+            save_file({name: np.ascontiguousarray(x) for name, x in shard.items()}, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from None
         path.chmod(mode)
 
 

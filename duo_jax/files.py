@@ -1,47 +1,133 @@
-"""Writing files and folders: whole or not at all, and by one process at a time."""
+"""Writing files and folders: whole or not at all, by one process at a time, and never over what someone else wrote."""
 
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+# In a folder that is not finished. A folder without it is never removed.
+UNFINISHED = ".duo-jax-unfinished"
+# Bytes at the beginning of a file from which its writer is recognized.
+HEAD = 4096
+_PART = re.compile(r"\..*\.[0-9a-f]{16}\.part")
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, through a temporary file in the same folder, which is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; its folder is made, and the mode of a file that is replaced is kept.
+
+    A symbolic link stays, and its target is written.
+
+    Raises:
+        ValueError: the path is a folder, a pipe or a device, or is inside a file.
+        OSError: it cannot be written, such as on a full disk; it is as it was before.
+    """
+    _check_place(path)
+    target = Path(os.path.realpath(path))
+    part = _part(target, target.name[:50])
+    with _naming(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+            if target.exists():
+                part.chmod(stat.S_IMODE(target.stat().st_mode))
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file; the text has left this process when the call returns.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk. A part of the text may be in the file.
+    """
+    with _naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def check_output(path: Path, is_own: Callable[[bytes], bool] | None = None, *, force: bool = False) -> None:
+    """Check before the work that a file can be written at its end.
+
+    Args:
+        path: the file; it need not exist.
+        is_own: whether a file with these first `HEAD` bytes may be replaced; None: any file.
+        force: replace any file.
+
+    Raises:
+        ValueError: the path is a folder, a pipe or a device, or is inside a file.
+        FileExistsError: there is a file that is not its own.
+        PermissionError: the file or its folder cannot be written to.
+    """
+    _check_place(path)
+    if force or is_own is None or not path.exists():
+        return
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if head and not is_own(head):
+        raise FileExistsError(
+            f"{path} exists, and this command did not write it: choose another name, or replace it with --force"
+        )
 
 
 def free_path(path: str | Path) -> Path:
-    """The absolute path.
+    """The absolute path of a folder that can be made; links in it are resolved.
 
     Raises:
-        FileExistsError: it exists.
+        FileExistsError: it exists, and is not an empty folder.
+        ValueError: it is inside a file.
+        PermissionError: the folder around it cannot be written to.
     """
-    path = Path(path).expanduser().absolute()
-    if path.exists():
+    path = Path(os.path.realpath(os.path.expanduser(path)))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already: choose another name, or remove it first")
+    _check_folder(path.parent)
     return path
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which is renamed to `path` when the block ends without an error."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(free_path(path))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    """A temporary folder to write into, which is renamed to `path` when the block ends without an error.
+
+    What an interrupted process left of the same folder is removed.
+
+    Raises:
+        FileExistsError, ValueError, PermissionError: see `free_path`.
+        OSError: it cannot be written, such as on a full disk; nothing is left.
+    """
+    path = free_path(path)
+    with locked(path):
+        for old in path.parent.glob(".*.part"):
+            if old.name.startswith(f".{path.name}.") and is_left_over(old) and (old / UNFINISHED).is_file():
+                shutil.rmtree(old, ignore_errors=True)
+        part = _part(path, path.name)
+        try:
+            with _naming(path):
+                part.mkdir(parents=True)
+                (part / UNFINISHED).touch()
+                yield part
+                (part / UNFINISHED).unlink()
+                if free_path(path).exists():
+                    path.rmdir()
+                part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a name is that of a temporary file or folder, which a killed process leaves."""
+    return bool(_PART.fullmatch(path.name))
 
 
 @contextmanager
@@ -68,3 +154,39 @@ def locked(path: Path) -> Iterator[None]:
         if os.name != "nt":
             lock_path.unlink(missing_ok=True)
         lock.release()
+
+
+def _part(path: Path, name: str) -> Path:
+    """A new name next to a path."""
+    return path.with_name(f".{name}.{secrets.token_hex(8)}.part")
+
+
+def _check_place(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path} is {kind}: give the name of a file")
+    if os.path.islink(os.path.realpath(path)):
+        raise ValueError(f"{path} is a link that leads back to itself")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} is write-protected: choose another name")
+    _check_folder(Path(os.path.realpath(path)).parent)
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that a folder can be made, if it does not exist, and written to."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is not a folder, so nothing can be written below it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written to: choose another folder")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise the system's errors with the path that the user gave; some of them have none, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
 from duo_jax.config import ModelConfig
-from duo_jax.files import write_text
-from duo_jax.reading import parse_object, read_text
+from duo_jax.files import check_output, write_text
+from duo_jax.reading import parse_object, read_json, read_text
 from pallas_kernels.window import Window
 
 GATES_FILE = "full_attention_heads.tsv"
@@ -205,8 +205,14 @@ class HeadPattern:
         return pattern
 
     def save(self, folder: str | Path) -> None:
-        """Write `full_attention_heads.tsv` (raw gates) and `config.json`, in the published patterns' format."""
+        """Write `full_attention_heads.tsv` (raw gates) and `config.json`, in the published patterns' format.
+
+        Raises:
+            FileExistsError: the folder has another `config.json`, such as a model's.
+            OSError: it cannot be written.
+        """
         folder = Path(folder)
+        check_folder(folder)
         sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
         text, metadata = self._config_text, self.metadata | sizes
         if text is None or json.loads(text) != metadata:
@@ -223,6 +229,27 @@ class HeadPattern:
                 f"the pattern has {self.num_layers} layers x {self.num_kv_heads} KV heads, the model "
                 f"{config.num_layers} x {config.num_kv_heads}: it was made for another model"
             )
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a pattern can be saved to a folder, which need not exist, and would replace only another pattern.
+
+    Raises:
+        FileExistsError: the folder has another `config.json`, such as a model's.
+        ValueError, PermissionError: nothing can be written there.
+    """
+    for name in (GATES_FILE, CONFIG_FILE):
+        check_output(folder / name)
+    path = folder / CONFIG_FILE
+    if path.exists() and path.stat().st_size and not _is_pattern(path):
+        raise FileExistsError(f"{path} exists and is not a pattern's: choose another folder, nothing is overwritten")
+
+
+def _is_pattern(path: Path) -> bool:
+    try:
+        return {"sink_size", "recent_size"} <= set(read_json(path, most=MOST_BYTES))
+    except ValueError:
+        return False
 
 
 def published_patterns() -> list[str]:

@@ -127,7 +127,7 @@ def test_an_unknown_source_lists_the_kinds(tmp_path):
         ("a.txt", b" \n", "is empty"),
         ("a.jsonl", b"\n", "is empty"),
         ("a.jsonl", lines({"text": ""}), "is empty"),
-        ("a.jsonl", lines({"text": "one"}) + b'\n{"text": "tw', "a.jsonl:3: not JSON: Unterminated string"),
+        ("a.jsonl", lines({"text": "one"}) + b'\n{"text": "tw', "a.jsonl:3 is not JSON: Unterminated string"),
         ("a.jsonl", lines({"text": "one"}, ["two"]), "a.jsonl:2: expected a JSON object, got list"),
         ("a.jsonl", lines({"text": "one"}, {"body": ""}), r"a.jsonl:2: no string in field 'text', only in \['body'\]"),
         ("a.jsonl", lines({"text": None, "body": "one"}), r"a.jsonl:1: no string in field 'text', only in \['body'\]"),

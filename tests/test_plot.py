@@ -148,9 +148,9 @@ def test_metrics_may_lack_a_field_in_some_lines(tmp_path: Path) -> None:
     ("lines", "words"),
     [
         ((), ["metrics.jsonl is empty", "line 1"]),
-        ((step(1), '{"step": 2, "lo'), ["metrics.jsonl line 2 is not JSON"]),
-        ((step(1), step(2), "[3]"), ["metrics.jsonl line 3 is not a JSON object"]),
-        (({"loss": 1.0},), ["metrics.jsonl line 1 has no number 'step'"]),
+        ((step(1), '{"step": 2, "lo'), ["metrics.jsonl:2 is not JSON"]),
+        ((step(1), step(2), "[3]"), ["metrics.jsonl:3 must contain a JSON object"]),
+        (({"loss": 1.0},), ["metrics.jsonl:1 has no number 'step'"]),
     ],
     ids=["empty", "cut", "list", "no step"],
 )

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.arrays import write_shards
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.config import ModelConfig
-from duo_jax.files import write_text
+from duo_jax.files import whole_folder, write_text
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
 from duo_jax.model import Model, abstract_decoder
@@ -38,20 +38,20 @@ def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerB
 
     Raises:
         FileExistsError: the folder is not empty.
+        OSError: it could not be written, such as on a full disk; nothing is left.
         ValueError: the model is on a mesh.
     """
     if model.mesh is not None:
         raise ValueError("a model on a mesh has its weights in another order: save it from one device")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: choose another folder, nothing is overwritten")
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write_shards(folder, STEM, ((name, _packed(x)) for name, x in _named(model.params)))
     config = asdict(model.config) | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
-    # Written last: a folder without it is not a model.
-    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    with whole_folder(Path(folder)) as part:
+        if tokenizer is not None:
+            try:
+                tokenizer.save_pretrained(part)
+            except Exception as error:  # tokenizers raises Exception itself, without the file.
+                raise OSError(f"the tokenizer could not be written to {folder}: {error}") from None
+        write_shards(part, STEM, ((name, _packed(x)) for name, x in _named(model.params)))
+        write_text(part / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 class SavedModel(Folder):

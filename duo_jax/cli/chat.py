@@ -14,6 +14,7 @@ import tyro
 
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, SamplingOptions
+from duo_jax.files import check_output, write_text
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM
 
@@ -83,11 +84,18 @@ def _command(chat: Chat, line: str) -> bool:
         chat.reset()
         print("(forgotten)")
     elif name == "/save" and argument:
-        Path(argument).write_text(json.dumps(chat.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path = Path(argument)
+        check_output(path, is_chat)
+        write_text(path, json.dumps(chat.messages, ensure_ascii=False, indent=1) + "\n")
         print(f"(saved {len(chat.messages)} messages to {argument})")
     else:
         print(HELP)
     return True
+
+
+def is_chat(head: bytes) -> bool:
+    """Whether a file that begins like this is a conversation that `/save` wrote."""
+    return head.startswith((b'[\n {\n  "role": ', b"[]"))
 
 
 def _answer(chat: Chat, line: str, **options: Any) -> None:

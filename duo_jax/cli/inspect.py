@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig
+from duo_jax.figures import check_figure, write_figure
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import FloatDtype
 from duo_jax.sizes import size_text
@@ -33,7 +35,9 @@ class Inspect:
     lengths: tuple[int, ...] = LENGTHS
     """Context lengths to count KV bytes at, in tokens."""
     png: Path | None = None
-    """Write the head table as an image."""
+    """Write the head table as an image, .png or .svg."""
+    force: bool = False
+    """Replace a file at --png that this command did not write."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -41,6 +45,8 @@ class Inspect:
         """Read the configuration, count, print."""
         if self.batch_size < 1 or not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"--batch-size and --lengths must be at least 1, got {self.batch_size} and {self.lengths}")
+        if self.png is not None:
+            check_figure(self.png, force=self.force)
         config = open_config(self.model)
         config = replace(config, dtype=self.dtype or config.dtype)
         pattern = self.pattern.load(max(self.lengths))
@@ -48,7 +54,7 @@ class Inspect:
         if self.png is not None:
             if pattern is None:
                 raise ValueError("--png draws a head table: give --pattern too")
-            draw(pattern, self.png)
+            write_figure(draw(pattern), self.png, dpi=150, force=self.force)
         print(json.dumps(record) if self.json else _text(config, pattern, record))
 
 
@@ -79,7 +85,7 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
     return {"model": model, "weights": weights, "heads": heads, "batch_size": batch_size, "kv_bytes": kv_bytes}
 
 
-def draw(pattern: HeadPattern, path: Path) -> None:
+def draw(pattern: HeadPattern) -> Any:
     """Draw the head table: gates as colors, retrieval heads outlined."""
     try:
         from matplotlib.figure import Figure
@@ -100,7 +106,7 @@ def draw(pattern: HeadPattern, path: Path) -> None:
         f"{pattern.num_retrieval} of {pattern.is_retrieval.size} KV heads keep every token (red)", fontsize=10
     )
     figure.colorbar(image, label="gate", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str:

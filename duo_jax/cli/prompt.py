@@ -10,6 +10,7 @@ import tyro
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.reading import MOST_BYTES, read_text
 from duo_jax.text import template
 from duo_jax.text.template import DocumentFrame
 
@@ -38,13 +39,17 @@ class PromptOptions:
             raise ValueError("give the prompt once: --prompt TEXT, --prompt-file FILE, or - for standard input")
         try:
             if self.prompt_file is not None:
-                text = self.prompt_file.read_text(encoding="utf-8")
-            else:
-                text = sys.stdin.read() if self.prompt is None else self.prompt
+                return self._not_empty(read_text(self.prompt_file))
+            text = sys.stdin.read(MOST_BYTES + 1) if self.prompt is None else self.prompt
+            if len(text) > MOST_BYTES:
+                raise ValueError(f"standard input has more than {MOST_BYTES} characters: give less")
             # Bytes from the shell that are not UTF-8 arrive as lone surrogates, which tokenizers reject.
             text.encode("utf-8")
         except UnicodeError as error:
-            raise ValueError(f"{self.prompt_file or 'the prompt'} is not UTF-8 text: {error}") from None
+            raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
+        return self._not_empty(text)
+
+    def _not_empty(self, text: str) -> str:
         if not text:
             raise ValueError("the prompt is empty; give at least one character")
         return text

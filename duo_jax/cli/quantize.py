@@ -7,6 +7,7 @@ import tyro
 
 from duo_jax.checkpoint import save_model
 from duo_jax.cli.options import ModelOptions
+from duo_jax.files import free_path
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Quantize:
         """Load and quantize tensor by tensor, then save."""
         if self.model.weight_dtype is None and self.model.embed_dtype is None:
             raise ValueError("which format? give --weight-dtype int8, w8a8, int4, int4-32 or int4-128")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise FileExistsError(f"{self.out} exists and is not an empty folder: choose another --out")
+        free_path(self.out)
         tokenizer = self.model.tokenizer()
         model = self.model.load()
         save_model(model, self.out, tokenizer)

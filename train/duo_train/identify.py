@@ -24,9 +24,11 @@ from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.differences import changes
-from duo_jax.files import locked, write_text
+from duo_jax.files import is_left_over, locked, write_text
 from duo_jax.mesh.processes import check_alike, is_first
 from duo_jax.pattern import GATES_FILE, HeadPattern
+from duo_jax.pattern import check_folder as check_pattern_folder
+from duo_jax.reading import read_json
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
@@ -205,23 +207,27 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
 
     Raises:
         ValueError: the folder has other files, or a run with other settings.
+        OSError: nothing can be written there.
     """
     path = folder / RUN_FILE
     if path.exists():
         if not resume:
             raise ValueError(f"{folder} has a run already: add --resume to continue it, or choose another folder")
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}; choose another folder") from None
+            raise ValueError(f"{error}; choose another folder") from None
+        if not {"model", "recipe", "settings"} <= set(saved):
+            raise ValueError(f"{path} is not the file of a run: choose another folder")
         before = {name: saved[name] for name in saved if name in config or name != "contents"}
         different = changes(before, config)
         if different:
             raise ValueError(
                 f"the run in {folder} has other settings: {'; '.join(different)}. Give the same ones, or another folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or not all(map(is_left_over, folder.iterdir()))):
         raise ValueError(f"{folder} is not empty and has no run: choose another folder")
+    check_pattern_folder(folder)
 
 
 def _show(bar: Any, done: int, total: int, metrics: Mapping[str, float | int]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from duo_jax.files import write_text
+from duo_jax.files import append_text, write_text
+from duo_jax.reading import json_lines, read_json_lines, read_text
 
 # The file's name in a run's folder.
 METRICS_FILE = "metrics.jsonl"
@@ -18,29 +19,24 @@ class MetricsWriter:
     """Appends to the metrics file; on resume, first drops the lines after the checkpoint that the run resumes from.
 
     Without a path it writes nothing: in a run of several processes only the first one writes.
+
+    Raises:
+        ValueError: a file that is not a file of metrics.
     """
 
     def __init__(self, path: Path | None, done: int) -> None:
-        self.file = None
+        self.path = path
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-        write_text(path, "".join(kept))
-        self.file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.file is not None:
-            self.file.close()
+        text = read_text(path) if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # Without a line that a kill cut off.
+        kept = [record for place, record in json_lines(whole, path) if _numbers(record, place)["step"] <= done]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: Mapping[str, float | int]) -> None:
-        """Append a line and flush it, so that a killed process loses none."""
-        if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        """Append a line at once, so that a killed process loses none."""
+        if self.path is not None:
+            append_text(self.path, json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> dict[str, Float[np.ndarray, "S"]]:
@@ -51,30 +47,21 @@ def read_metrics(path: Path) -> dict[str, Float[np.ndarray, "S"]]:
         ValueError: an empty file or a line without metrics; the message has the line's number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [_numbers(record, place) for place, record in read_json_lines(path)]
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: give the folder of a training run") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    records = [_numbers(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not records:
         raise ValueError(f"{path} is empty, at line 1: training writes a line for each step, wait for the first")
     names = dict.fromkeys(name for record in records for name in record)
     return {name: np.array([record.get(name, np.nan) for record in records], float) for name in names}
 
 
-def _numbers(line: str, place: str) -> dict[str, float]:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} is not a JSON object with metrics: {line[:60]!r}")
+def _numbers(record: Mapping[str, Any], place: str) -> dict[str, float]:
     numbers = {
         name: float(value)
         for name, value in record.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    if not np.isfinite(numbers.get("step", np.nan)):
-        raise ValueError(f"{place} has no number 'step': {line[:60]!r}")
+    if "step" not in numbers:
+        raise ValueError(f"{place} has no number 'step': {str(record)[:60]}")
     return numbers

@@ -37,10 +37,13 @@ class GatesPlot:
     """Mark the retrieval heads when this fraction of KV heads streams, 0 to 1."""
     out: Path | None = None
     """Name of the figure, .png, .svg or neither; gates in the folder, or here for a published name."""
+    force: bool = False
+    """Replace files that this command did not write."""
 
     def run(self) -> None:
         """Load the pattern and draw it."""
-        plots = _plots()
+        plots, folder = _plots(), Path(self.dir)
+        stem = _stem(self.out, folder / "gates" if folder.is_dir() else Path("gates"), self.force)
         pattern = HeadPattern.load(self.dir, sparsity=self.sparsity)
         name = str(pattern.metadata.get("model_name") or Path(self.dir).resolve().name).rsplit("/", 1)[-1]
         title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
@@ -50,8 +53,7 @@ class GatesPlot:
         else:
             title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"
         figure = plots.gates_figure(pattern.gates, None if self.sparsity is None else pattern.is_retrieval, title)
-        folder = Path(self.dir)
-        _write(figure, self.out, folder / "gates" if folder.is_dir() else Path("gates"))
+        _write(figure, stem, self.force)
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,15 @@ class CurvesPlot:
     """Folder of a training run, with metrics.jsonl."""
     out: Path | None = None
     """Name of the figure, .png, .svg or neither; curves in the folder by default."""
+    force: bool = False
+    """Replace files that this command did not write."""
 
     def run(self) -> None:
         """Read the metrics and draw them."""
-        plots = _plots()
+        plots, stem = _plots(), _stem(self.out, self.dir / "curves", self.force)
         metrics = read_metrics(self.dir / METRICS_FILE)
         title = f"{self.dir.resolve().name}, up to step {metrics['step'].max():,.0f}"
-        _write(plots.curves_figure(metrics, title), self.out, self.dir / "curves")
+        _write(plots.curves_figure(metrics, title), stem, self.force)
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,12 @@ class AttentionPlot:
     """Most recent tokens that a streaming head keeps, the query's own included."""
     out: Path | None = None
     """Name of the figure, .png, .svg or neither; attention in this folder by default."""
+    force: bool = False
+    """Replace files that this command did not write."""
 
     def run(self) -> None:
         """Check the flags, compute the layers up to the last one given, and draw."""
-        plots = _plots()
+        plots, stem = _plots(), _stem(self.out, Path("attention"), self.force)
         heads = self._heads()
         if self.length > LONGEST_MAP:
             raise ValueError(f"--length must be at most {LONGEST_MAP}, got {self.length}")
@@ -123,7 +129,7 @@ class AttentionPlot:
             sink_size=self.sink_size,
             recent_size=self.recent_size,
         )
-        _write(figure, self.out, Path("attention"))
+        _write(figure, stem, self.force)
 
     def _heads(self) -> tuple[tuple[int, int], ...]:
         if not self.layer or len(self.layer) != len(self.head):
@@ -142,10 +148,12 @@ class SamplePlot:
     needles: tyro.conf.OmitArgPrefixes[Needles] = Needles()
     out: Path | None = None
     """Name of the figure, .png, .svg or neither; sample in this folder by default."""
+    force: bool = False
+    """Replace files that this command did not write."""
 
     def run(self) -> None:
         """Make the sample and draw it."""
-        plots = _plots()
+        plots, stem = _plots(), _stem(self.out, Path("sample"), self.force)
         if self.index < 0:
             raise ValueError(f"--index must be at least 0, got {self.index}")
         tokenizer = ModelOptions(self.model).tokenizer()
@@ -155,7 +163,7 @@ class SamplePlot:
             f"{self.needles.passkey_words} words in {len(sample.tokens):,} tokens"
         )
         figure = plots.sample_figure(sample.labels, sample.tail, passkeys(sample, tokenizer), title)
-        _write(figure, self.out, Path("sample"))
+        _write(figure, stem, self.force)
 
 
 @dataclass(frozen=True)
@@ -237,11 +245,19 @@ def _plots() -> ModuleType:
     return plots
 
 
-def _write(figure: Any, out: Path | None, default: Path) -> None:
+def _stem(out: Path | None, default: Path, force: bool) -> Path:
+    """The name of a figure without its suffix, checked before the work."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     stem = default if out is None else out
     if stem.suffix.lower() in (".png", ".svg"):
         stem = stem.with_suffix("")
-    elif stem.suffix.lower().lstrip(".") in figure.canvas.get_supported_filetypes():
+    elif stem.suffix.lower().lstrip(".") in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"figures are written as .png and .svg, got --out {out}; leave the suffix out")
-    for path in _plots().save(figure, stem):
+    _plots().check(stem, force=force)
+    return stem
+
+
+def _write(figure: Any, stem: Path, force: bool) -> None:
+    for path in _plots().save(figure, stem, force=force):
         print(path)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from duo_eval.gpu_suite import layer
 from duo_eval.runner.process import first_line
 from duo_eval.speed.timing import fastest
-from duo_jax.files import write_text
+from duo_jax.files import check_output, write_text
+from duo_jax.reading import read_json
 from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying, tuned_file
 
 
@@ -41,8 +42,8 @@ class Tune:
         if min(self.tokens, self.context, *self.head_dims) < 1:
             raise ValueError(f"need sizes of at least 1, got {self.tokens=}, {self.context=}, {self.head_dims=}")
         out = self.out or tuned_file()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        table = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+        check_output(out)
+        table = read_json(out) if out.exists() else {}
         tuned = 0
         for kernel, dtype, head_dim in product(self.kernels, self.dtypes, self.head_dims):
             call = self._timed(kernel, dtype, head_dim)

@@ -16,6 +16,8 @@ class PlotTask:
     """File that an evaluation wrote, finished or not."""
     out: Path | None = None
     """Name of the figure without a suffix, by default the file's name; the prefix of the names if there are several."""
+    force: bool = False
+    """Replace files that this command did not write."""
 
     def run(self) -> None:
         """Draw, print the files written."""
@@ -24,5 +26,5 @@ class PlotTask:
             known = ", ".join(kind.title.lower() for kind in RESULT_TYPES if kind.figures)
             what = "is not a known result" if kind is None else f"is about {kind.title.lower()}, which has no figure"
             raise ValueError(f"{self.file} {what}; there are figures of {known}")
-        for path in kind.save_figures(self.file, self.out):
+        for path in kind.save_figures(self.file, self.out, force=self.force):
             print(path)

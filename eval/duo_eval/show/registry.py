@@ -1,12 +1,11 @@
 """Every type of result, in the order of a report. To add one: a `ResultType` in its measurement's file, a row here."""
 
-import json
 from pathlib import Path
 
 from duo_eval.aot import context, kernels, memory
 from duo_eval.gpu_suite import results as gpu_suite
 from duo_eval.runner.provenance import host
-from duo_eval.runner.record import read
+from duo_eval.runner.record import first_object, read
 from duo_eval.show import patterns, score_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.speed import adapter, efficiency_results, training
@@ -43,21 +42,25 @@ def type_of(path: Path) -> ResultType | None:
     """
     if (path / GATES_FILE).exists():
         return patterns.RESULT
-    if path.suffix not in (".json", ".jsonl"):
+    # A file of results may have any name, but only these must be one.
+    if path.suffix not in (".json", ".jsonl") and not _begins_as_object(path):
         return None
-    try:
-        with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
-    except ValueError as error:  # UnicodeDecodeError is one too.
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return next((kind for kind in RESULT_TYPES if isinstance(first, dict) and kind.matches(first)), None)
+    first = first_object(path)
+    return next((kind for kind in RESULT_TYPES if kind.matches(first)), None)
+
+
+def _begins_as_object(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"{"
 
 
 def about(path: Path) -> dict[str, str]:
     """Provenance of a file: device, processor, versions, command, and the commits of all its runs."""
     if path.is_dir():
         return {}
-    runs = read(path)[0]["runs"] if path.suffix == ".jsonl" else [json.loads(path.read_text(encoding="utf-8"))]
+    runs = read(path)[0]["runs"]
     if not runs:
         return {}
     last, machine = runs[-1], runs[-1]["machine"]

@@ -4,7 +4,9 @@ A measurement defines its own, next to the code that makes the data; `registry` 
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,29 +46,46 @@ class ResultType:
         for figures in self.figures:
             yield from figures(path)
 
-    def save_figures(self, path: Path, out: Path | None = None) -> list[Path]:
+    def show_figures(self, path: Path) -> None:
+        """Write the figures of a file next to it, after the work that made it, and print their names.
+
+        A figure that this project did not draw stays, and is reported: the results are complete without.
+        """
+        try:
+            for written in self.save_figures(path):
+                print(written)
+        except FileExistsError as error:
+            print(f"{error}, of duo eval plot", file=sys.stderr)
+
+    def save_figures(self, path: Path, out: Path | None = None, *, force: bool = False) -> list[Path]:
         """Write the figures of a file, each as PNG and SVG; the poster replaces the figures that it contains.
 
         Args:
             path: the file of results.
             out: name of the poster without a suffix, and prefix of the other names; by default the file's name.
+            force: replace files that this project did not write.
 
         Raises:
+            FileExistsError: a file that this project did not write.
             ValueError: a type without figures, or a file with nothing to draw yet.
             NotImplementedError: matplotlib is not installed.
         """
         if not self.figures:
             raise ValueError(f"{path} is about {self.title.lower()}, which has no figure")
-        if path.suffix == ".jsonl" and not read(path)[1]:
+        if not read(path)[1]:
             raise ValueError(f"{path} has no finished job yet")
         require_matplotlib()
-        from duo_train.plots import save
+        from duo_train.plots import check, save
 
         stem = out or path.with_suffix("")
-        written = [*save(self.poster(path), stem)] if self.poster else []
-        for figures in self.figures[1:] if self.poster else self.figures:
-            for drawn in figures(path):
-                written += save(drawn.figure, stem.with_name(f"{stem.name}-{drawn.name}"))
+        check(stem, force=force)
+        written: list[Path] = []
+        with readable(path):
+            if self.poster:
+                written += save(self.poster(path), stem, force=force)
+            for figures in self.figures[1:] if self.poster else self.figures:
+                for drawn in figures(path):
+                    written += save(drawn.figure, stem.with_name(f"{stem.name}-{drawn.name}"), force=force)
         if not written:
             raise ValueError(f"{path} has nothing to draw yet")
         return written
@@ -82,9 +101,23 @@ def with_fields(*names: str) -> Callable[[dict[str, Any]], bool]:
 
     def matches(first: dict[str, Any]) -> bool:
         results = first.get("results")
-        return isinstance(results, list) and bool(results) and set(names) <= set(results[0])
+        return isinstance(results, list) and bool(results) and set(names) <= set(fields(results[0]))
 
     return matches
+
+
+def fields(value: Any) -> dict[str, Any]:
+    """The fields of a value of a file; none if it is not an object."""
+    return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise ValueError with the path for all that results of another shape raise in a table or a figure."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} has results of another shape ({type(error).__name__}: {error})") from error
 
 
 def require_matplotlib() -> None:

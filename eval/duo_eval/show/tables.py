@@ -16,6 +16,8 @@ from duo_eval.speed.training import training_table
 from duo_eval.tasks.item_by_item import short_table
 from duo_eval.tasks.precision import precision_table
 from duo_eval.tasks.recall_results import prose_table, recall_details, recall_table
+from duo_jax.files import write_text
+from duo_jax.reading import read_text
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results"
@@ -74,4 +76,4 @@ def render(text: str) -> str:
 
 if __name__ == "__main__":
     for page in [Path(name) for name in sys.argv[1:]] or PAGES:
-        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+        write_text(page, render(read_text(page)))

@@ -3,11 +3,12 @@
 Knows where texts are and how they are stored, but no tokenizer and no needle.
 """
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
+from duo_jax.reading import decode, json_lines, read_bytes
 
 # The default: reference pages of the Python language, 465 thousand characters in every Python installation.
 DEFAULT = "pydoc"
@@ -74,7 +75,7 @@ def _texts(source: str) -> Iterator[str]:
 
 def _find(source: str) -> list[Path]:
     """The file, or the files of a folder."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return [path]
     files = [file for file in path.glob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
@@ -87,47 +88,11 @@ def _find(source: str) -> list[Path]:
 
 
 def _file_texts(path: Path) -> Iterator[str]:
-    content = path.read_bytes()
-    if path.suffix == ".zst":
-        content = _decompress(path, content)
-    try:
-        text = content.decode("utf-8-sig")  # Some texts start with a byte order mark, such as Project Gutenberg's.
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a haystack must be UTF-8 text, in {str(path)!r}: {error}") from None
+    text = decode(read_bytes(path), path)
     if path.name.endswith((".jsonl", ".jsonl.zst")):
-        yield from _field_texts(json_rows(path, text))
+        yield from _field_texts(json_lines(text, path))
     else:
         yield text
-
-
-def _decompress(path: Path, content: bytes) -> bytes:
-    try:
-        from zstandard import ZstdDecompressor, ZstdError
-    except ImportError:
-        raise ValueError(f"{path} needs zstandard: pip install 'duo-jax[train]'") from None
-    frames = []
-    while content:
-        # Frame by frame: zstandard's file objects accept a truncated file as complete.
-        frame = ZstdDecompressor().decompressobj()
-        try:
-            frames.append(frame.decompress(content))
-        except ZstdError as error:
-            raise ValueError(f"{path} is not a zstd file: {error}") from None
-        if not frame.eof:
-            raise ValueError(f"{path} is cut off: its last zstd frame has no end")
-        content = frame.unused_data
-    return b"".join(frames)
-
-
-def json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """The objects of JSON lines, each with its file and line for error messages."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-            yield f"{path}:{number}", row
 
 
 def hub_rows(name: str, subset: str | None = None, *, split: str = "train") -> Iterator[tuple[str, object]]:

@@ -2,16 +2,27 @@
 
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from duo_jax.figures import check_figure, write_figure
 
-def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    """Write `stem`.png and `stem`.svg, and create their folder; text in the SVG stays text."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+
+def save(figure: Figure, stem: Path, *, force: bool = False) -> tuple[Path, Path]:
+    """Write `stem`.png and `stem`.svg, and create their folder; raises as `check`."""
+    paths = check(stem, force=force)
+    for path in paths:
+        write_figure(figure, path, force=force)
+    return paths
+
+
+def check(stem: Path, *, force: bool = False) -> tuple[Path, Path]:
+    """The paths of both files.
+
+    Raises:
+        FileExistsError: there is a file that this project did not write, and it is not to be replaced by `force`.
+        ValueError, PermissionError: nothing can be written there.
+    """
     png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
-    figure.savefig(png, dpi=200)
-    # No date and fixed ids, so that the same figure gives the same file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "duo"}):
-        figure.savefig(svg, metadata={"Date": None})
+    for path in (png, svg):
+        check_figure(path, force=force)
     return png, svg

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duo_eval.show.result_type import require_matplotlib
-from duo_jax.files import write_text
+from duo_jax.files import check_output, write_text
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,17 @@ class Report:
     """Folder of results, read with all its subfolders."""
     out: Path = Path("report.html")
     """File to write; it is self-contained and can be sent by itself."""
+    force: bool = False
+    """Replace a file at --out that this command did not write."""
 
     def run(self) -> None:
         """Read, draw, write.
 
         Raises:
             ValueError: files that could not be shown; the page is still written, and lists them.
+            FileExistsError: --out is a file that is no report.
         """
+        check_output(self.out, is_report, force=self.force)
         if not self.results.is_dir():
             raise FileNotFoundError(f"no folder {self.results}: --results names a folder of results")
         require_matplotlib()
@@ -35,3 +39,8 @@ class Report:
         if page.broken:
             listed = "".join(f"\n  {path}: {reason}" for path, reason in page.broken.items())
             raise ValueError(f"{len(page.broken)} files could not be shown; the page lists them too:{listed}")
+
+
+def is_report(head: bytes) -> bool:
+    """Whether a file that begins like this is a page of this command."""
+    return b'<meta name="color-scheme" content="light dark">\n<title>Results in ' in head

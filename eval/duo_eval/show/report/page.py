@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 
 from duo_eval.show.registry import RESULT_TYPES, about, type_of
-from duo_eval.show.result_type import Drawn, ResultType
+from duo_eval.show.result_type import Drawn, ResultType, readable
 from duo_jax.pattern import GATES_FILE
 
 # Figures in the folder were drawn from the results.
@@ -79,14 +79,14 @@ class Page:
         for path in _results(folder):
             name = path.relative_to(folder).as_posix()
             try:
-                kind = type_of(path)
-                if kind is None:
-                    unknown.append(name)
-                else:
-                    parts.append((RESULT_TYPES.index(kind), _part(kind, path, name)))
-            except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-                # A file may contain anything.
-                broken[name] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                with readable(path):
+                    kind = type_of(path)
+                    if kind is None:
+                        unknown.append(name)
+                    else:
+                        parts.append((RESULT_TYPES.index(kind), _part(kind, path, name)))
+            except (ValueError, OSError) as error:
+                broken[name] = str(error)
         return cls(str(folder), [part for _, part in sorted(parts, key=lambda part: part[0])], unknown, broken)
 
     def html(self) -> str:
