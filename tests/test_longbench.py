@@ -119,7 +119,7 @@ def test_longbench_asks_every_method_resumes_and_refuses(duo, chat_model, folder
     assert "already complete" in run("--max-length", "400").out
     assert_refused(run("--max-length", "401"), "max_length was 400, now 401")
     folder("trec", ROW)
-    assert_refused(run("--max-length", "400"), "other gates or data under the name of trec")
+    assert_refused(run("--max-length", "400"), "other trec under the same name")
     assert read(out)[1] == records
 
 

@@ -84,8 +84,8 @@ def test_a_job_that_is_there_twice_counts_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("years of work", "1 is not JSON"),
-        ('{"mine": 1}\n', "1 is not a line of a file of results"),
+        ("years of work", "out.jsonl is not JSON"),
+        ('{"mine": 1}\n', "out.jsonl is not a line of a file of results"),
         ('{"about": {}, "runs": []}\n{"score": 1}\n', "2 is not a line of a file of results"),
         ('{"about": {}, "runs": []}\n{"job\n{"job": {}}\n', "2 is not JSON"),
     ],
@@ -107,7 +107,7 @@ def test_a_file_of_another_run_is_refused(tmp_path):
         Record.open(path, ABOUT | {"sizes": (1, 3)})
     with Record.open(path, ABOUT, {"mine": "1234"}).writing(dtype="float32"):
         pass
-    with pytest.raises(ValueError, match="other gates or data under the name of mine"):
+    with pytest.raises(ValueError, match="other mine under the same name"):
         Record.open(path, ABOUT, {"mine": "5678"})
     assert Record.open(path, ABOUT, {"yours": "5678"}).head["gates"] == {"mine": "1234", "yours": "5678"}
 
@@ -165,13 +165,13 @@ def test_files_that_do_not_belong_together_are_not_merged(duo, tmp_path):
     assert "another data type: float32, not bfloat16" in refused(one, two)
     begin(two, gates={"mine": "1234"})
     begin(three, gates={"mine": "5678"})
-    assert f"{two} was made with other gates or data under the name of mine in {three}" in refused(one, two, three)
+    assert f"{two} was made with other mine under the same name in {three}" in refused(one, two, three)
     assert "name it among the files too" in refused(one, two, out=three)
     assert "is a folder" in refused(one, two, out=tmp_path)
     assert "two or more" in refused(one)
     assert "No such file" in refused(one, tmp_path / "none.jsonl")
     three.write_text("{}")
-    assert refused(one, three).strip().endswith("three.jsonl:1 is not a line of a file of results")
+    assert refused(one, three).count("three.jsonl is not a line of a file of results")
     with Record.open(one, ABOUT).writing(dtype="float32"):
         assert "another process writes" in refused(one, two)
 
@@ -255,7 +255,7 @@ def test_measurements_are_one_object_and_resume_like_lines(tmp_path):
     assert again.missing([{"size": (1, 2)}, {"size": (3, 4)}]) == [{"size": (3, 4)}]
     assert (again.head["runs"][0]["device"], again.results) == ("a GPU", record.results)
     assert again.head["runs"][0]["command"].startswith("python -m suite")
-    with pytest.raises(ValueError, match="other gates or data under the name of code"):
+    with pytest.raises(ValueError, match="other code under the same name"):
         Record.open(path, ABOUT, {"code": "5678"})
     again.results.clear()  # Such as those that failed.
     with again.writing(), pytest.raises(ValueError, match="another process"), record.writing():

@@ -192,7 +192,7 @@ def test_ruler_asks_every_method_resumes_and_refuses(duo, chat_model, tmp_path):
     assert all(record["tokens"] <= 900 and 0 <= record["score"] <= 1 for record in records)
     assert "already complete" in run(*methods, *tasks, "--samples", "1").out
     squad.write_text(json.dumps(SQUAD).replace("Rex", "Max"))
-    assert_refused(run(*methods, *tasks), "other gates or data under the name of qa_squad")
+    assert_refused(run(*methods, *tasks), "other qa_squad under the same name")
     assert_refused(run(*methods, *tasks[:2], "--seed", "1"), "seed was 0, now 1")
     assert read(out)[1] == records
 

@@ -107,7 +107,7 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
     for table in (recall_table, recall_details, prose_table):
         text = table(out)
         assert "mine" in text and "nan" not in text
-    assert_refused(run("--patterns", "mine=smollm2-135m-instruct"), "other gates or data under the name of mine")
+    assert_refused(run("--patterns", "mine=smollm2-135m-instruct"), "other mine under the same name")
     assert_refused(run("--patterns", pattern, "--recent-size", "17"), "other settings")
     assert_refused(run("--patterns", "random=x"), "NAME=FOLDER")
     assert out.read_text() == whole

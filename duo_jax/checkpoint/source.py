@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,13 @@ from duo_jax.config import ModelConfig
 
 
 class Source(ABC):
-    """A checkpoint on disk."""
+    """A checkpoint on disk.
+
+    Attributes:
+        path: its file or folder.
+    """
+
+    path: Path
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ Knows no task: a job is a dataclass or a mapping, stored in its result under the
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
@@ -23,7 +24,8 @@ import numpy as np
 from duo_eval.runner.provenance import provenance
 from duo_jax import HeadPattern
 from duo_jax.differences import changes
-from duo_jax.files import locked, write_text
+from duo_jax.files import append_text, check_output, locked, write_text
+from duo_jax.reading import parse_object, read_text
 
 J = TypeVar("J")
 Head = dict[str, Any]
@@ -73,12 +75,13 @@ class Record:
             again: measure everything again: drop the results of an earlier run of the same task, whatever its settings.
 
         Raises:
-            ValueError: the path is a folder, the file is not a file of results, or it belongs to another run.
+            ValueError, PermissionError: nothing can be written there, the file is not a file of results, or it belongs
+                to another run.
         """
         settings = {name: value for name, value in about.items() if name != "out"}
         head = {"about": json.loads(json.dumps(settings)), "gates": dict(sources or {}), "runs": []}
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path} is a folder: --out names a file")
+        if path is not None:
+            check_output(path)
         one_object = again or key != "job"  # Only results with a job can be lines.
         if path is None or not _has_text(path):
             return cls(path, head, [], key, one_object)
@@ -96,9 +99,25 @@ class Record:
         return record
 
     def missing(self, jobs: Iterable[J]) -> list[J]:
-        """The jobs without a result, in their order, each once."""
-        done = {_text(result[self.key]) for result in self.results}
-        by_text = {_text(_plain(job)): job for job in jobs}
+        """The jobs without a result, in their order, each once.
+
+        Raises:
+            ValueError: the file has a job without the fields that all of these have, or with values of other types.
+        """
+        by_text, kinds = {}, _Kinds()
+        for job in jobs:
+            plain = _plain(job)
+            by_text[_text(plain)] = job
+            kinds.add(plain)
+        done = set()
+        for result in self.results:
+            own = result.get(self.key)
+            if not kinds.fits(own):
+                raise ValueError(
+                    f"{self.path} has a {self.key} of another shape, {str(own)[:80]}, than those of this run, such as "
+                    f"{next(iter(by_text))[:200]}; choose another --out"
+                )
+            done.add(_text(own))
         return [job for text, job in by_text.items() if text not in done]
 
     @contextmanager
@@ -126,8 +145,7 @@ class Record:
             if self.path is None or self.one_object:
                 self._save()
             else:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.results[-1]) + "\n")
+                append_text(self.path, _json(self.results[-1]) + "\n")
 
         with locked(self.path) if self.path else nullcontext():
             self.head["runs"] = [*self.head["runs"], run]
@@ -150,50 +168,97 @@ class Record:
         if self.one_object:
             write(self.path, self.head | {"results": self.results})
         else:
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in (self.head, *self.results)))
+            write_text(self.path, "".join(_json(line) + "\n" for line in (self.head, *self.results)))
         self._stored = len(self.results)
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as JSON, whole or not at all; the folder is created."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, _json(content, indent=1) + "\n")
 
 
 def read(path: Path) -> tuple[Head, list[Result]]:
     """The head and the results of a file, each job once; a last line that a kill cut off is left out.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: not a file of results, with the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    try:
-        whole = json.loads(text)
-    except ValueError:
-        whole = None
-    if isinstance(whole, dict) and ("results" in whole or "machine" in whole):
-        return _from_object(whole)
-    lines = text.splitlines(keepends=True)
-    parsed: list[Any] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines) > 1 and not line.endswith("\n"):
-                break
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-        needed = {"about", "runs"} if number == 1 else {"job"}
-        if not isinstance(parsed[-1], dict) or not needed <= set(parsed[-1]):
-            raise ValueError(f"{path}:{number} is not a line of a file of results")
-    if not parsed:
+    text = read_text(path)
+    if not text.strip():
         raise ValueError(f"{path} is empty, not a file of results")
-    return {"gates": {}} | parsed[0], list({_text(result["job"]): result for result in parsed[1:]}.values())
+    first, rest = _first(text, path)
+    if "results" in first or "machine" in first:
+        if rest.strip():
+            raise ValueError(f"{path}:2 follows an object that is a whole file of results")
+        return _from_object(first, path)
+    _check_head(first, f"{path}:1" if rest.strip() else str(path))
+    lines = rest.split("\n")
+    results: dict[str, Result] = {}
+    for number, line in enumerate(lines, 2):
+        if not line.strip():
+            continue
+        try:
+            result = parse_object(line, f"{path}:{number}")
+        except ValueError:
+            if number == len(lines) + 1:  # It has no end of line: a kill cut it off.
+                break
+            raise
+        _check_result(result, f"{path}:{number}", key="job")
+        results[_text(result["job"])] = result
+    return {"gates": {}} | first, list(results.values())
 
 
-def _from_object(whole: Result) -> tuple[Head, list[Result]]:
+def first_object(path: Path) -> dict[str, Any]:
+    """The head of a file of lines, or the whole object of another one, from which a type of result is recognized.
+
+    Raises:
+        ValueError: neither JSON nor JSON lines.
+    """
+    return _first(read_text(path), path)[0]
+
+
+def _first(text: str, path: Path) -> tuple[dict[str, Any], str]:
+    """The object in the first line and all other lines; or the object that is the whole text."""
+    line, _, rest = text.partition("\n")
+    try:
+        return parse_object(line, f"{path}:1" if rest.strip() else path), rest
+    except ValueError as error:
+        try:
+            return parse_object(text, path), ""
+        except ValueError:
+            if line.strip() == "{":
+                raise
+            raise error from None
+
+
+def _check_head(head: Mapping[str, Any], place: str) -> None:
+    """Refuse a head whose fields have other types than this module writes."""
+    runs, gates = head.get("runs"), head.get("gates", {})
+    if not isinstance(head.get("about"), dict) or not isinstance(runs, list):
+        raise ValueError(f"{place} is not a line of a file of results: a head has 'about', an object, and 'runs'")
+    if not all(isinstance(run, dict) and isinstance(run.get("dtype"), str | None) for run in runs):
+        raise ValueError(f"{place}: 'runs' must be objects, each with a text as 'dtype'")
+    if not isinstance(gates, dict) or not all(isinstance(value, str) for value in gates.values()):
+        raise ValueError(f"{place}: 'gates' must be fingerprints by name")
+
+
+def _check_result(result: Any, place: str, key: str | None = None) -> None:
+    """Refuse a result without a job, or with a job or a score of another type."""
+    if not isinstance(result, dict) or (key is not None and not isinstance(result.get(key), dict)):
+        raise ValueError(f"{place} is not a line of a file of results: it must have an object {key or ''!r}")
+    score = result.get("score")
+    if score is not None and not isinstance(score, int | float):
+        raise ValueError(f"{place}: 'score' must be a number or null, got {str(score)[:40]!r}")
+
+
+def _from_object(whole: Result, path: Path) -> tuple[Head, list[Result]]:
     """Head and results of a `.json` file; older ones have the fields of their one run in place of a head."""
+    for name in ("settings", "machine"):
+        if not isinstance(whole.get(name, {}), dict):
+            raise ValueError(f"{path}: {name!r} must be an object")
+    if not isinstance(whole.get("command", ""), str):
+        raise ValueError(f"{path}: 'command' must be a text")
     results = whole.pop("results", None)
     if not isinstance(results, list):  # Of lm-evaluation-harness: by task.
         whole |= {} if results is None else {"results": results}
@@ -210,7 +275,11 @@ def _from_object(whole: Result) -> tuple[Head, list[Result]]:
         whole["gates"] = questions | ({"pattern": settings.pop("gates")} if "gates" in settings else {})
         about = {"task": "mtbench"} | settings
         run["dtype"] = None
-    return {"about": about, "gates": {}, "runs": [run] if run else []} | whole, results
+    head = {"about": about, "gates": {}, "runs": [run] if run else []} | whole
+    _check_head(head, str(path))
+    for number, result in enumerate(results):
+        _check_result(result, f"{path}: results[{number}]")
+    return head, results
 
 
 def merge(paths: Sequence[Path], out: Path) -> tuple[int, int]:
@@ -229,8 +298,7 @@ def merge(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     """
     if len(paths) < 2:
         raise ValueError(f"need two or more files to merge, got {len(paths)}")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: --out names a file")
+    check_output(out)
     exists = _has_text(out)
     if exists and not any(path.exists() and out.samefile(path) for path in paths):
         raise ValueError(f"{out} exists already: name it among the files too, or choose another --out")
@@ -261,7 +329,7 @@ def contradiction(head: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         return f"other settings: {'; '.join(different)}"
     known = head["gates"]
     if changed := [name for name, value in other["gates"].items() if known.get(name, value) != value]:
-        return f"other gates or data under the name of {', '.join(changed)}"
+        return f"other {', '.join(changed)} under the same name"
     # By default the device decides the type, so it is not among the settings. None: unknown.
     before, now = ({run.get("dtype", "float32") for run in each["runs"]} - {None} for each in (head, other))
     if before and now and before != now:
@@ -287,6 +355,49 @@ def _has_text(path: Path) -> bool:
 def _plain(job: Any) -> Any:
     """A job converted to JSON types."""
     return json.loads(json.dumps(asdict(job) if is_dataclass(job) and not isinstance(job, type) else job))
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no numbers that are not finite: null takes their place."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Kinds:
+    """The fields that all jobs of a run have, and the types of their values."""
+
+    KINDS: tuple[Any, ...] = (type(None), bool, (int, float), str, list, dict)
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[int]] | None = None
+
+    def add(self, job: Mapping[str, Any]) -> None:
+        """Take a job into account."""
+        kinds = {name: {self._of(value)} for name, value in job.items()}
+        before = kinds if self.seen is None else self.seen
+        self.seen = {name: before[name] | kinds[name] for name in before if name in kinds}
+
+    def fits(self, job: Any) -> bool:
+        """Whether a job has these fields, with values of these types; null is of every type."""
+        if self.seen is None:
+            return True
+        return isinstance(job, dict) and all(
+            name in job and (0 in (own := self._of(job[name]), *kinds) or own in kinds)
+            for name, kinds in self.seen.items()
+        )
+
+    def _of(self, value: Any) -> int:
+        return next(number for number, types in enumerate(self.KINDS) if isinstance(value, types))
 
 
 def _text(job: Any) -> str:

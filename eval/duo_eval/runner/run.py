@@ -20,6 +20,7 @@ from duo_eval.methods.registry import Method, method, reply
 from duo_eval.runner.record import Record, Result, fingerprint, sha256
 from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
+from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_source
 from duo_jax.checks import check_vocabulary
 from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
@@ -197,6 +198,7 @@ class Comparison:
         dtypes: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "embed_dtype")}
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size")} | dtypes
         sources = {name: method_fingerprint(each) for name, each in self.resolved.items()} | dict(data or {})
+        sources |= {"weights": weights_fingerprint(self.model)}
         record = Record.open(out, {**task, **own}, sources)
 
         def prepare(missing: list[M]) -> tuple[str, Answer[M]]:

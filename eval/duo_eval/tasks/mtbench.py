@@ -17,12 +17,16 @@ from tqdm import tqdm
 from duo_eval.runner.record import Record, fingerprint, sha256
 from duo_eval.tasks.rows import read_rows
 from duo_jax import LM, Categorical, Greedy, HeadPattern, Temperature
+from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.cli.options import ModelOptions, PatternOptions
-from duo_jax.files import write_text
+from duo_jax.files import append_text, check_output, write_text
+from duo_jax.reading import decode, json_lines, read_bytes
 from duo_jax.text.chat import Chat
 
 QUESTION_FIELDS = ("question_id", "category", "turns")
 ANSWER_FIELDS = ("question_id", "answer_id", "model_id", "choices", "tstamp")
+# How a line begins.
+ANSWER = b'{"question_id": '
 # Sampling temperatures by category, as in FastChat; 0 takes the likeliest token.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 OTHERWISE = 0.0
@@ -70,10 +74,8 @@ class MtBench:
         with record.writing(dtype=str(model.dtype)):
             # Written again without an answer that a kill cut off.
             write_text(self.out, "".join(json.dumps(answer) + "\n" for answer in done))
-            with self.out.open("a", encoding="utf-8") as file:
-                for row in tqdm(left, unit="question", dynamic_ncols=True):
-                    file.write(json.dumps(self._answer(chat, row), ensure_ascii=False) + "\n")
-                    file.flush()
+            for row in tqdm(left, unit="question", dynamic_ncols=True):
+                append_text(self.out, json.dumps(self._answer(chat, row), ensure_ascii=False) + "\n")
         print(f"{self.out} is complete")
 
     def _answer(self, chat: Chat, row: dict[str, Any]) -> dict[str, Any]:
@@ -101,10 +103,18 @@ class MtBench:
         Raises:
             ValueError: a line that is not an answer.
         """
-        text = self.out.read_text(encoding="utf-8") if self.out.exists() else ""
-        if text and not text.endswith("\n"):
-            write_text(self.out, text[: text.rfind("\n") + 1])
-        return read_rows(self.out, ANSWER_FIELDS) if "\n" in text else []
+        check_output(self.out)
+        content = read_bytes(self.out) if self.out.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        cut = content[len(whole) :]
+        if cut and not cut.startswith(ANSWER[: len(cut)]):
+            raise ValueError(f"{self.out} ends in a line that is not an answer; choose another --out")
+        answers = []
+        for place, row in json_lines(decode(whole, self.out), self.out):
+            if not set(ANSWER_FIELDS) <= set(row) or not isinstance(row["question_id"], int | str):
+                raise ValueError(f"{place} is not an answer, with {', '.join(ANSWER_FIELDS)}; choose another --out")
+            answers.append(row)
+        return answers
 
     def _about(self) -> dict[str, Any]:
         """The settings that answers depend on."""
@@ -113,7 +123,9 @@ class MtBench:
 
     def _sources(self, asked: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """Fingerprints of the gates, and of every question: questions may join, but none may become another."""
-        gates = {"pattern": fingerprint(HeadPattern.load(self.pattern.pattern))} if self.pattern.pattern else {}
+        gates = {"weights": weights_fingerprint(self.model.model)}
+        if self.pattern.pattern:
+            gates["pattern"] = fingerprint(HeadPattern.load(self.pattern.pattern))
         return gates | {f"question {row['question_id']}": sha256(json.dumps(row["turns"]).encode()) for row in asked}
 
     @property

@@ -18,6 +18,7 @@ from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.precision import ALLOWED, check_name
 
 FLOAT = "float32"
@@ -69,7 +70,7 @@ class Precision:
         """Score the missing items, one precision after the other."""
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
         about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
-        gates = {"pattern": fingerprint(HeadPattern.load(self.pattern))}
+        gates = {"pattern": fingerprint(HeadPattern.load(self.pattern)), "weights": weights_fingerprint(self.model)}
         record = Record.open(self.out, about | {"task": "precision"}, gates)
 
         def prepare(_: list[Job]) -> tuple[str, Answer[Job]]:

@@ -21,6 +21,7 @@ from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, ModelConfig, load_model, load_tokenizer
+from duo_jax.checkpoint.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Recall:
         sources = self._sources()
         record = self._record({name: fingerprint(HeadPattern.load(source)) for name, source in sources.items()})
         run(record, self._jobs(sources), lambda _: self._prepare(sources), unit="sample")
-        for path in RESULT.save_figures(self.out) if self.scoring.samples else ():
-            print(path)
+        if self.scoring.samples:
+            RESULT.show_figures(self.out)
 
     def check(self) -> None:
         """Refuse settings that need no pattern to be refused.
@@ -198,4 +199,4 @@ class Recall:
         """The file, with its settings and the gates behind its names."""
         how = asdict(self.scoring)
         about = {"model": self.model} | {name: how[name] for name in ("sink_size", "recent_size", "data")}
-        return Record.open(self.out, about, gates)
+        return Record.open(self.out, about, {**gates, "weights": weights_fingerprint(self.model)})

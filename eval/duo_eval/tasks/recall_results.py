@@ -8,7 +8,7 @@ from typing import Any
 from duo_eval.runner.provenance import origin
 from duo_eval.show.curves import Line, chart, percent_line
 from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import Drawn, ResultType
+from duo_eval.show.result_type import Drawn, ResultType, fields
 from duo_eval.show.style import styles_of_settings
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING, Cell, Key, full, recall_cells
@@ -154,7 +154,7 @@ def _lines(cells: Cells, name: Callable[[Key], str], x: Callable[[Key], float]) 
 
 RESULT = ResultType(
     "Recall of passkeys",
-    lambda first: {"about", "gates"} <= set(first) and {"sink_size", "data"} <= set(first["about"]),
+    lambda first: "gates" in first and {"sink_size", "data"} <= set(fields(first.get("about"))),
     {"Token accuracy": recall_table, "Every cell": recall_details, "Loss on the text itself": prose_table},
     (recall_curves,),
 )

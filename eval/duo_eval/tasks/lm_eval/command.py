@@ -18,7 +18,9 @@ from duo_eval.show.result_type import ResultType
 from duo_eval.stats.scores import FULL
 from duo_eval.tasks.sandbox.sandbox import isolation
 from duo_jax import LM, HeadPattern
+from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.cli.options import ModelOptions, PatternOptions
+from duo_jax.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class Harness:
         if self.method is not None:
             tokenizer = self.model.tokenizer()
             chosen = method(self.method, model=self.model.model, tokenizer=tokenizer)
-        about = self._about(chosen)
-        Record.open(self.out, about)  # Refuses a file of another run; one of this run is made again.
+        about, sources = self._about(chosen), {"weights": weights_fingerprint(self.model.model)}
+        Record.open(self.out, about, sources)  # Refuses a file of another run; one of this run is made again.
         loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data(), unsafe=self.unsafe)
         runs_code = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
         if runs_code and not self.run_code:
@@ -108,7 +110,7 @@ class Harness:
             backend=self.backend,
         )
         # lm-eval stores the answer to each request by its text; the name of the store identifies the settings.
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps([about, sources], sort_keys=True).encode()).hexdigest()[:12]
         store = self.out.with_name(f"{self.out.name}.{key}")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         results = lm_eval.simple_evaluate(
@@ -127,7 +129,7 @@ class Harness:
             bootstrap_iters=1000,
             fewshot_random_seed=self.seed,
         )
-        record = provenance() | {"about": about} | _kept(results, self.samples)
+        record = provenance() | {"about": about, "gates": sources} | _kept(results, self.samples)
         record |= {"sandbox": sandbox} if sandbox else {}
         write(self.out, json.loads(json.dumps(record, default=str)))
         for path in self.out.parent.glob(f"{store.name}_rank*.db*"):
@@ -203,7 +205,7 @@ def _kept(results: Any, samples: bool) -> dict[str, Any]:
 
 def harness_table(path: Path) -> str:
     """Scores of lm-eval, task by task: each metric with its standard error."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     rows = []
     for task, metrics in record["results"].items():
         shots, count = record["n-shot"].get(task, ""), record["n-samples"].get(task, {}).get("effective", "")

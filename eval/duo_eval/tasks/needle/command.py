@@ -83,8 +83,8 @@ class NeedleTask:
             shortest=max(min(self.lengths) - room, 1),
         )
         print("\n".join(in_words(scored(results))))
-        for path in RESULT.save_figures(self.out) if scored(results) else ():
-            print(path)
+        if scored(results):
+            RESULT.show_figures(self.out)
 
     def _jobs(self) -> Iterator[Cell]:
         """Whole maps one after the other, each from its shortest length on; a question goes to all methods in turn."""

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
-from duo_jax.reading import parse_json, read_text
+from duo_jax.reading import MOST_JSON_BYTES, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load(path: Path, style: Literal["squad", "hotpot"]) -> Questions:
         ValueError: not JSON, with the line; or not of the format, with the place.
     """
     try:
-        data = parse_json(read_text(path), path)
+        data = parse_json(read_text(path, most=MOST_JSON_BYTES), path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: give a file in the format of {style}") from None
     questions = _READERS[style](data, path)
