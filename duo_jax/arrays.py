@@ -1,6 +1,8 @@
 """Named arrays in safetensors shards: written shard by shard, read array by array. Knows no model and no cache."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,11 @@ def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array 
         try:
             save_file({name: np.ascontiguousarray(x) for name, x in shard.items()}, path)
         except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from None
+            # As the system raises it, where the message has its number.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise OSError(f"{path} could not be written: {error}") from None
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         path.chmod(mode)
 
 
