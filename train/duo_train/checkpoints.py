@@ -61,7 +61,10 @@ class Checkpoints:
     def _stored(self, step: int | None) -> Any:
         """The names, shapes and data types of a checkpoint, without its arrays."""
         with self.reader() as reader:
-            return reader.metadata((self.folder / str(step) / "default").absolute()).item_metadata.tree
+            stored = reader.metadata((self.folder / str(step) / "default").absolute()).item_metadata
+        if stored is None:
+            raise ValueError("its description is missing or damaged")
+        return stored.tree
 
     def save(self, step: int, state: Any, *, force: bool) -> None:
         """Write a checkpoint.
