@@ -144,9 +144,7 @@ class HeadPattern:
         if gates.ndim != 2 or not gates.size or not np.issubdtype(gates.dtype, np.number):
             raise ValueError(f"gates must be a table [layers, kv_heads] of numbers, got {gates.dtype}{gates.shape}")
         gates = gates.astype(np.float64)
-        if not np.isfinite(gates).all():
-            bad = [tuple(int(i) for i in index) for index in np.argwhere(~np.isfinite(gates))[:3]]
-            raise ValueError(f"gates must be finite, got NaN or infinity at (layer, kv head) {bad}; train them again")
+        _check_finite(gates, "gates")
         rules = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
         given = {name: value for name, value in rules.items() if value is not None}
         if len(given) > 1:
@@ -198,8 +196,7 @@ class HeadPattern:
         rules: dict[str, Any] = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
         _check_sizes(**sizes)
         gates = _read_gates(folder / GATES_FILE)
-        if not np.isfinite(gates).all():
-            raise ValueError(f"{folder / GATES_FILE}: gates must be finite numbers")
+        _check_finite(gates, f"{folder / GATES_FILE}: gates")
         pattern = cls.from_gates(gates, **sizes, **rules, context_length=context_length, metadata=metadata)
         object.__setattr__(pattern, "_config_text", config_text)
         return pattern
@@ -262,6 +259,12 @@ def _check_sizes(sink_size: Any, recent_size: Any) -> None:
     for name, size, least in (("sink_size", sink_size, 0), ("recent_size", recent_size, 1)):
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+
+
+def _check_finite(gates: np.ndarray, name: str) -> None:
+    if not np.isfinite(gates).all():
+        bad = [tuple(int(i) for i in index) for index in np.argwhere(~np.isfinite(gates))[:3]]
+        raise ValueError(f"{name} must be finite, got NaN or infinity at (layer, kv head) {bad}; train them again")
 
 
 def _largest(gates: np.ndarray, count: int) -> np.ndarray:
