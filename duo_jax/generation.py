@@ -5,21 +5,22 @@ new tokens.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
-from duo_jax.checks import check_cache, check_generation, check_prompt, check_vocabulary
+from duo_jax.checks import check_cache, check_generation, check_prompt, check_vocabulary, is_traced
 from duo_jax.chunks import bucket, chunk_width
 from duo_jax.infer import run_prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
 from duo_jax.sampling import Greedy, Sampler
-from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, row_keys
+from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, check_step, row_keys
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,24 @@ class Request:
     width: int
 
     def run(self) -> Generation:
-        """Continue it in one compiled program."""
+        """Continue it in one compiled program, and wait for its end.
+
+        Raises:
+            FloatingPointError: NaN or infinite logits, with the step.
+        """
+        out, failed = self.start()
+        if not is_traced(failed):
+            check_step(int(failed), self.model.dtype)
+        return out
+
+    def start(self) -> tuple[Generation, Int32[Array, ""]]:
+        """Start the program, without waiting for it; the second result is for `check_step`."""
         tokens, most = self.prompt.tokens, self.max_new_tokens
         padded = bucket(-(-tokens.shape[1] // self.width)) * self.width
         prompt = self.prompt._replace(tokens=np.pad(tokens, ((0, 0), (0, padded - tokens.shape[1]))))
         sizes = {"capacity": bucket(most), "width": self.width}
-        out = self.generator.run(self.model, prompt, self.cache, np.int32(most), **sizes)
-        return out._replace(tokens=out.tokens[:, :most], logprobs=out.logprobs[:, :most])
+        out, failed = self.generator.run(self.model, prompt, self.cache, np.int32(most), **sizes)
+        return out._replace(tokens=out.tokens[:, :most], logprobs=out.logprobs[:, :most]), failed
 
     def stream(self, progress: Callable[[int], None] | None = None, watch: Watch | None = None) -> Stream:
         """Compute the prompt and return the steps after it.
@@ -64,7 +76,8 @@ class Request:
         mark = self.cache.mark()
         tokens, lengths = self.prompt.tokens[:, : self.width], np.minimum(self.prompt.lengths, self.width)
         running = replace(self, prompt=self.prompt._replace(tokens=tokens, lengths=lengths)).stream()
-        next(running)
+        with suppress(FloatingPointError):  # Of the end of the first chunk; that of the prompt is what counts.
+            next(running)
         return running.cache.rewind(mark)
 
 
@@ -103,6 +116,7 @@ def generate(
 
     Raises:
         ValueError: an invalid argument, before any compute.
+        FloatingPointError: NaN or infinite logits, with the step: weights that are not finite, or float16 overflowed.
     """
     request = prepare(
         model,

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key
 
+from duo_jax.arguments import real_number, whole_number
+
 MASKED = -1e30
+# Factors of logits: beyond these, float32 could overflow or underflow.
+LEAST, MOST = 1e-30, 1e30
 
 
 @runtime_checkable
@@ -32,8 +36,8 @@ class Temperature:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if not self.value > 0:
-            raise ValueError(f"temperature must be above 0, got {self.value}; for the most likely token use Greedy()")
+        way = "for the most likely token use Greedy()"
+        object.__setattr__(self, "value", real_number("temperature", self.value, LEAST, MOST, way=way))
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""
@@ -42,14 +46,13 @@ class Temperature:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the `k` most likely tokens (and ties with the last of them)."""
+    """Keep the `k` most likely tokens, and ties with the last of them, as transformers does."""
 
     k: int
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.k < 1:
-            raise ValueError(f"top-k must be at least 1, got {self.k}")
+        object.__setattr__(self, "k", whole_number("top_k", self.k, 1))
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""
@@ -59,23 +62,25 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """Keep the smallest set of most likely tokens with a total probability of at least `p` (Holtzman et al. 2019)."""
+    """Keep the smallest set of most likely tokens with a total probability of at least `p` (Holtzman et al. 2019).
+
+    Exactly that many, as in transformers: among equally likely tokens, those with higher ids are kept. 1 keeps all.
+    """
 
     p: float
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if not 0 < self.p <= 1:
-            raise ValueError(f"top-p must be in (0, 1], got {self.p}")
+        object.__setattr__(self, "p", real_number("top_p", self.p, LEAST, 1))
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        # A token stays if the more likely ones sum to less than p; the first always stays.
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        least = jnp.where(before < self.p, descending, jnp.inf).min(-1, keepdims=True)
-        return jnp.where(logits >= least, logits, MASKED)
+        if self.p == 1:  # A sum of rounded probabilities may reach 1 early.
+            return logits
+        order = jnp.argsort(logits, axis=-1)  # stable
+        less_likely = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
+        is_kept = (less_likely > 1 - self.p).at[:, -1].set(True)
+        return jnp.where(jnp.put_along_axis(is_kept, order, is_kept, axis=-1, inplace=False), logits, MASKED)
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,7 @@ class MinP:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"min-p must be in [0, 1], got {self.p}")
+        object.__setattr__(self, "p", real_number("min_p", self.p, 0, 1))
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""
@@ -103,8 +107,8 @@ class RepetitionPenalty:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if not self.value > 0:
-            raise ValueError(f"repetition penalty must be above 0, got {self.value}; 1 changes nothing")
+        way = "1 changes nothing"
+        object.__setattr__(self, "value", real_number("repetition_penalty", self.value, LEAST, MOST, way=way))
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""

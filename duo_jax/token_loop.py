@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from duo_jax import infer
 from duo_jax.cache.cache import KVCache
+from duo_jax.finite import not_finite
 from duo_jax.model import Model
 from duo_jax.sampling import Greedy, Sampler
 
@@ -55,18 +56,22 @@ class Prompt(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "logits", "seen", "active", "keys"],
+    data_fields=["cache", "logits", "seen", "active", "keys", "is_finite"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class State:
-    """Everything that changes from one token to the next. The cache is whatever the generator's `step` works on."""
+    """Everything that changes from one token to the next. The cache is whatever the generator's `step` works on.
+
+    `is_finite` becomes False with the first token that was chosen from NaN or infinite logits; generation then ends.
+    """
 
     cache: Any
     logits: Float[Array, "B V"]
     seen: Bool[Array | np.ndarray, "B V"]
     active: Bool[Array, "B"]
     keys: Key[Array, "B"]
+    is_finite: Bool[Array, ""]
 
 
 # (model, token [B], cache, active rows [B], backend) -> logits [B, V] of the next token and the new cache.
@@ -97,19 +102,20 @@ class Generator:
 
     def advance(self, model: Model, state: State) -> tuple[State, Int32[Array, "B"], Float[Array, "B"]]:
         """Choose a token for every active row, append it, and compute the logits after it."""
-        token, logprob, seen, active, keys = _choose(
+        token, logprob, seen, active, keys, is_finite = _choose(
             state.logits, state.seen, state.active, state.keys, self.sampler, self.eos_ids
         )
         logits, cache = self.step(model, token, state.cache, state.active, self.backend)
-        return State(cache, logits, seen, active, keys), token, logprob
+        return State(cache, logits, seen, active, keys, is_finite), token, logprob
 
     @functools.partial(jax.jit, static_argnames=("self", "capacity", "width"), donate_argnames="cache")
     def run(
         self, model: Model, prompt: Prompt, cache: KVCache, limit: Int32[Array, ""], *, capacity: int, width: int
-    ) -> Generation:
+    ) -> tuple[Generation, Int32[Array, ""]]:
         """Prefill, `width` tokens at a time, and generate up to `limit` tokens per row, in one program.
 
-        The prompt is padded to a multiple of `width`; the result has `capacity` columns. The cache is donated.
+        The prompt is padded to a multiple of `width`; the result has `capacity` columns. The cache is donated. The
+        second result is the step, from 1, at which NaN or infinite logits ended the loop; 0: none did.
         """
         tokens, lengths, seen, keys = prompt
         batch = tokens.shape[0]
@@ -125,7 +131,7 @@ class Generator:
 
         def is_unfinished(carry: _Carry) -> Array:
             index, state = carry[:2]
-            return (index < limit) & state.active.any()
+            return (index < limit) & state.active.any() & state.is_finite
 
         def one_token(carry: _Carry) -> _Carry:
             index, state, tokens, logprobs, count = carry
@@ -134,11 +140,11 @@ class Generator:
             tokens = lax.dynamic_update_index_in_dim(tokens, token, index, 1)
             return index + 1, state, tokens, lax.dynamic_update_index_in_dim(logprobs, logprob, index, 1), count
 
-        state = State(cache, infer.head(model, last), seen, jnp.ones(batch, bool), keys)
+        state = State(cache, infer.head(model, last), seen, jnp.ones(batch, bool), keys, jnp.bool_(True))
         filled = jnp.full((batch, capacity), _padding(self.eos_ids), jnp.int32)
         carry = (jnp.int32(0), state, filled, jnp.zeros((batch, capacity)), jnp.zeros(batch, jnp.int32))
-        _, state, tokens, logprobs, count = lax.while_loop(is_unfinished, one_token, carry)
-        return Generation(tokens, count, logprobs, state.cache)
+        index, state, tokens, logprobs, count = lax.while_loop(is_unfinished, one_token, carry)
+        return Generation(tokens, count, logprobs, state.cache), jnp.where(state.is_finite, 0, index)
 
     def stream(
         self,
@@ -154,7 +160,7 @@ class Generator:
         """Generate step by step from the logits after a prompt; `seen` and `keys` are for samplers that use them."""
         seen = np.zeros(logits.shape, bool) if seen is None else seen
         keys = row_keys(0, len(logits)) if keys is None else keys
-        state = State(cache, logits, seen, jnp.ones(len(logits), bool), keys)
+        state = State(cache, logits, seen, jnp.ones(len(logits), bool), keys, jnp.bool_(True))
         return Stream(self, model, state, max_new_tokens, watch)
 
 
@@ -166,28 +172,46 @@ class Stream(Iterator[Step]):
     ) -> None:
         """See `stream`."""
         self._generator, self._model, self._state = generator, model, state
-        self._remaining, self._watch = max_new_tokens, watch or (lambda phase: None)
+        self._done, self._remaining, self._watch = 0, max_new_tokens, watch or (lambda phase: None)
 
     @property
     def cache(self) -> KVCache:
-        """The cache as it is now. The next step donates it."""
+        """The cache as it is now. The next step donates it. That of a stream that failed is of no use, even rewound."""
         return self._state.cache
+
+    @property
+    def failed(self) -> bool:
+        """Whether NaN or infinite logits ended the stream."""
+        return not self._state.is_finite
 
     def stop(self, row: int) -> None:
         """End one row here, as an EOS token would."""
         self._state = replace(self._state, active=self._state.active.at[row].set(False))
 
     def __next__(self) -> Step:
-        """Generate one token for every active row."""
+        """Generate one token for every active row.
+
+        Raises:
+            FloatingPointError: NaN or infinite logits, with the step; the stream has then ended.
+        """
         active = np.asarray(self._state.active)
         if not self._remaining or not active.any():
             raise StopIteration
         self._watch("decode")
-        self._remaining -= 1
+        self._done, self._remaining = self._done + 1, self._remaining - 1
         self._state, token, logprob = self._generator.advance(self._model, self._state)
         step = Step(np.asarray(token), np.asarray(logprob), active)
         self._watch(None)
+        if self.failed:
+            self._remaining = 0
+            check_step(self._done, self._model.dtype)
         return step
+
+
+def check_step(failed: int, dtype: Any) -> None:
+    """Raise FloatingPointError if the logits of this step were not finite; 0: all were."""
+    if failed:
+        raise not_finite(f"step {failed}: the logits are", dtype)
 
 
 def row_keys(key: Array | int | None, batch: int) -> Key[Array, "B"]:
@@ -205,14 +229,20 @@ def _choose(
     keys: Key[Array, "B"],
     sampler: Sampler,
     eos_ids: tuple[int, ...],
-) -> tuple[Int32[Array, "B"], Float[Array, "B"], Bool[Array, "B V"], Bool[Array, "B"], Key[Array, "B"]]:
-    """A token for every active row with its log-probability; then what was seen, which rows remain, and new keys."""
+) -> tuple[
+    Int32[Array, "B"], Float[Array, "B"], Bool[Array, "B V"], Bool[Array, "B"], Key[Array, "B"], Bool[Array, ""]
+]:
+    """A token for every active row with its log-probability; what was seen, which rows remain, new keys, is it finite?
+
+    The log-probability of any token is NaN if a logit is NaN or infinite, and -inf only for one that a mask excludes.
+    """
     split = jax.vmap(jax.random.split)(keys)
     token = jnp.where(active, sampler(logits, seen, split[:, 0]), _padding(eos_ids))
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
     remaining = active & ~jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-    return token, jnp.where(active, logprob, 0.0), seen, remaining, split[:, 1]
+    logprob = jnp.where(active, logprob, 0.0)
+    return token, logprob, seen, remaining, split[:, 1], ~jnp.isnan(logprob).any()
 
 
 def _padding(eos_ids: tuple[int, ...]) -> int:

@@ -1,5 +1,8 @@
 """Samplers against plain numpy statements of what each one keeps, and the seeds that draws come from."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,22 +53,27 @@ def test_top_k_keeps_the_k_largest_and_ties_with_the_last(logits, k):
 
 @SETTINGS
 @given(logits=tied_logits, p=st.floats(0.05, 0.95))
-def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits, p):
+def test_top_p_keeps_what_transformers_keeps(logits, p):
+    """The rule of its TopPLogitsWarper, which removes tokens from the least likely on; the sort is stable."""
     for row, kept in zip(logits, apply(TopP(p), logits), strict=True):
-        probabilities = softmax(row)
-        order, total, least = np.argsort(-row, kind="stable"), 0.0, np.inf
-        sums = np.cumsum(probabilities[order])
-        if np.abs(sums - p).min() < 1e-5:  # Which side of p a sum falls on is a matter of rounding.
+        order = np.argsort(row, kind="stable")
+        sums = np.cumsum(softmax(row)[order])
+        if np.abs(sums - (1 - p)).min() < 1e-5:  # Which side of p a sum falls on is a matter of rounding.
             continue
-        for token in order:
-            if total >= p:
-                break
-            total, least = total + probabilities[token], row[token]
-        np.testing.assert_array_equal(kept, np.where(row >= least, row, np.float32(MASKED)))
+        removed = sums <= 1 - p
+        removed[-1] = False
+        expected = row.copy()
+        expected[order[removed]] = MASKED
+        np.testing.assert_array_equal(kept, expected)
+
+
+def test_top_p_keeps_no_more_of_equally_likely_tokens_than_it_needs():
+    kept = apply(TopP(0.5), np.zeros((1, 8), np.float32))
+    assert (kept > MASKED).tolist() == [[False] * 4 + [True] * 4]
 
 
 def test_top_p_of_one_keeps_every_token():
-    logits = np.array([[0.0, 1.0, 2.0, -3.0]], np.float32)
+    logits = np.array([[0.0, 1.0, 2.0, -300.0]], np.float32)
     np.testing.assert_array_equal(apply(TopP(1.0), logits), logits)
 
 
@@ -155,21 +163,38 @@ def test_a_row_draws_only_from_its_own_key():
         (Temperature, 0.0),
         (Temperature, -1.0),
         (Temperature, float("nan")),
+        (Temperature, float("inf")),
+        (Temperature, 1e-320),
+        (Temperature, "1"),
+        (Temperature, True),
         (TopK, 0),
         (TopK, -3),
+        (TopK, 2.0),
+        (TopK, True),
+        (TopK, 10**20),
         (TopP, 0.0),
         (TopP, 1.01),
         (TopP, float("nan")),
+        (TopP, 1e-320),
         (MinP, -0.1),
         (MinP, 1.5),
         (MinP, float("nan")),
         (RepetitionPenalty, 0.0),
         (RepetitionPenalty, float("nan")),
+        (RepetitionPenalty, float("inf")),
+        (RepetitionPenalty, 1e-320),
     ],
 )
 def test_a_parameter_out_of_range_raises_and_is_named(transform, value):
-    with pytest.raises(ValueError, match=f"got {value}"):
-        transform(value)
+    with pytest.raises(ValueError, match=f"got {re.escape(repr(value))}"):
+        inspect.unwrap(transform)(value)
+
+
+def test_numbers_of_numpy_are_taken():
+    logits = jnp.asarray([[0.0, 3.0, 1.0]])
+    sampler = Greedy((Temperature(np.float64(0.5)), TopK(np.int64(2)), TopP(np.float32(0.5)), MinP(np.float64(0.1))))
+    assert sampler(logits, jnp.zeros((1, 3), bool), keys(0, 1)).tolist() == [1]
+    assert Greedy((Temperature(0.5), TopK(2), TopP(0.5), MinP(0.1))) == sampler
 
 
 def test_a_sampler_without_a_choice_raises():

@@ -1,6 +1,5 @@
 """`duo doctor`: is this machine ready? Versions, devices, and each attention backend tried against the reference."""
 
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duo_jax.finite import json_text
 from pallas_kernels import (
     BACKENDS,
     Heads,
@@ -59,7 +59,7 @@ class Doctor:
         """Examine this machine and print the findings."""
         record = examine(_ignore if self.json else partial(print, flush=True))
         if self.json:
-            print(json.dumps(record))
+            print(json_text(record))
         tried = [found for backend in record["backends"].values() for found in backend.values()]
         if any(found["is_right"] is False for found in tried):
             raise ValueError("a backend fails or computes wrong numbers here: do not use it, and please report this")

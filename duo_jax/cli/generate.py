@@ -1,6 +1,5 @@
 """`duo generate`: text in, text out, with timings and memory."""
 
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions, SamplingOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timings import Timings, show_status
+from duo_jax.finite import json_text
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.text.lm import LM, TextStream
@@ -89,7 +89,7 @@ class Generate:
         if self.json:
             reply = running.reply
             record = {"text": reply, "tokens": reply.tokens, "logprobs": reply.logprobs, **timings.record()}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json_text(record, ensure_ascii=False))
         else:
             print()
             print(_summary(timings.record()), file=sys.stderr)

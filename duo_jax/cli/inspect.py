@@ -1,6 +1,5 @@
 """`duo inspect`: a model's shape, which of its heads stream, and the memory saved at several lengths."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig
 from duo_jax.figures import check_figure, write_figure
+from duo_jax.finite import json_text
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import FloatDtype
 from duo_jax.sizes import size_text
@@ -55,7 +55,7 @@ class Inspect:
             if pattern is None:
                 raise ValueError("--png draws a head table: give --pattern too")
             write_figure(draw(pattern), self.png, dpi=150, force=self.force)
-        print(json.dumps(record) if self.json else _text(config, pattern, record))
+        print(json_text(record) if self.json else _text(config, pattern, record))
 
 
 def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, lengths: tuple[int, ...]) -> dict:

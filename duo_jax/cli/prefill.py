@@ -1,6 +1,5 @@
 """`duo prefill`: compute the KV cache of a long text once and save it, for many questions by `duo generate --cache`."""
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, Room
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timings import show_status
 from duo_jax.files import free_path
+from duo_jax.finite import json_text
 from duo_jax.infer import prefill
 
 
@@ -59,4 +59,4 @@ class Prefill:
         show_status("")
         record = {"out": str(self.out), "tokens": length, "prefill_seconds": seconds, "bytes": size}
         summary = f"{length} tokens in {seconds:.1f} s, compilation included; {size / 1e6:.1f} MB in {self.out}"
-        print(json.dumps(record) if self.json else summary)
+        print(json_text(record) if self.json else summary)

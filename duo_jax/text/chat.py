@@ -97,7 +97,10 @@ class Chat:
         """Take back the cache from the last answer, finished or not."""
         if self._running is not None:
             self._messages, self._cached = self.messages, self._cached + self._running.reply.tokens
-            self._cache, self._running = self._running.cache, None
+            self._cache, failed, self._running = self._running.cache, self._running.failed, None
+            if failed:  # NaN in the cache would spoil every later turn.
+                self._cached = []
+                self._cache, self._empty = self._allocate()
 
     def _newest_cache(self) -> KVCache:
         return self._cache if self._running is None else self._running.cache

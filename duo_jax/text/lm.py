@@ -22,7 +22,7 @@ from duo_jax.precision import AnyDtype
 from duo_jax.text import template
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
-from duo_jax.token_loop import Generation, Watch
+from duo_jax.token_loop import Generation, Watch, check_step
 
 
 def load(
@@ -227,6 +227,11 @@ class TextStream(Iterator[str]):
         """The cache as it is now: the prompt and every token generated."""
         return self._steps.cache
 
+    @property
+    def failed(self) -> bool:
+        """Whether NaN or infinite logits ended the stream; its cache is then of no use."""
+        return self._steps.failed
+
     def finish(self) -> list[Reply]:
         """Generate the rest and return the reply of each row."""
         for _ in self:
@@ -271,12 +276,8 @@ class Document:
                 f"but {max_length=}: shorten it, or raise max_length"
             )
         self._lm = lm
-        cache = lm.make_cache(max_length or bucket(needed))
-        _, cache = prefill(lm.model, np.asarray(self._tokens, np.int32)[None], cache)
-        cache.length.block_until_ready()  # The prompt is computed here, not by the first question.
-        self._mark = cache.mark()
-        self._cache: KVCache | None = cache
-        self._running: TextStream | None = None
+        self._max_length = max_length or bucket(needed)
+        self._prefill()
 
     @property
     def nbytes(self) -> int:
@@ -289,9 +290,11 @@ class Document:
             return self.stream(question, **options).finish()[0]
         tokens, options = self._continuation(question, **options)
         request = self._lm.request([tokens], **options)
-        out = request.run()
+        out, failed = request.start()
         # Before the result is waited for: an interrupt then loses the answer, not the document.
         self._cache, self._running = out.cache, None
+        self._failed = bool(failed)
+        check_step(int(failed), self._lm.model.dtype)
         return self._lm._replies(request, out)[0]
 
     def stream(self, question: str, *, max_new_tokens: int = 128, **options: Any) -> TextStream:
@@ -314,6 +317,15 @@ class Document:
         """Free the cache."""
         self.close()
 
+    def _prefill(self) -> None:
+        cache = self._lm.make_cache(self._max_length)
+        _, cache = prefill(self._lm.model, np.asarray(self._tokens, np.int32)[None], cache)
+        cache.length.block_until_ready()  # The prompt is computed here, not by the first question.
+        self._mark = cache.mark()
+        self._cache: KVCache | None = cache
+        self._running: TextStream | None = None
+        self._failed = False
+
     def _continuation(
         self, question: str, *, max_new_tokens: int = 128, **options: Any
     ) -> tuple[list[int], dict[str, Any]]:
@@ -323,6 +335,10 @@ class Document:
         tokens = self._frame.question(question)
         # The newest stream has the cache: take it back, wherever that stream stopped.
         cache = self._newest_cache()
+        if self._failed or (self._running is not None and self._running.failed):
+            # NaN in the cache spoils every later answer, although it is masked: 0 * NaN is NaN.
+            self._prefill()
+            cache = self._newest_cache()
         room = cache.max_length - self.num_tokens
         if len(tokens) + max_new_tokens > room:
             raise ValueError(

@@ -3,7 +3,6 @@
 The arithmetic is `duo_jax.plan`. `--verify` compares it with the compiler's figures, which is why it is here.
 """
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
+from duo_jax.finite import json_text
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
@@ -77,7 +77,7 @@ class PlanCommand:
             if not self.json:
                 print("\n".join(_verified(record["verified"])))
         if self.json:
-            print(json.dumps(record))
+            print(json_text(record))
         if self.verify and not is_close(record["verified"]):
             raise ValueError(
                 f"the plan is {record['verified']['deviation']:+.1%} off the compiler's figure, more than "

@@ -12,6 +12,7 @@ from duo_train.data.needles import NeedleData, Needles, Sample
 from duo_train.data.vocabulary import HELD_OUT
 
 from duo_jax import HeadPattern, KVCache, Model, prefill, score
+from duo_jax.finite import check_finite
 
 UNSEEN = Needles(
     haystack="essays", vocabulary=HELD_OUT, distinct_words=True, num_passkeys=16, passkey_words=5, seed=20_000
@@ -58,6 +59,7 @@ def score_sample(
     _, cache = prefill(model, tokens[:, :begin], cache)
     scores, _ = score(model, tokens[:, begin:], cache)
     top, logprobs = np.asarray(scores.is_top[0]), np.asarray(scores.logprobs[0], np.float64)
+    check_finite("the log-probabilities of a sample are", logprobs, model.dtype)
     spans = [slice(first - begin - 1, last - begin - 1) for first, last in sample.answers]
     return {
         "tokens": [span.stop - span.start for span in spans],
@@ -79,6 +81,7 @@ def score_prose(
     begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
     tokens = jnp.asarray(data.text[begin : begin + length])[None]
     scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))
+    check_finite("the log-probabilities of a stretch of text are", scores.logprobs, model.dtype)
     return {
         "tokens": [length - 1],
         "hits": [int(scores.is_top.sum())],

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from duo_eval.methods.registry import Method, reply
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens, padded, plan, width
 from duo_jax import LM, Greedy, KVCache, TextStream, score
+from duo_jax.finite import check_finite
 
 
 class Likelihood(NamedTuple):
@@ -62,7 +63,7 @@ class Batched:
             cache, rests = self.prefiller.open(batch, contexts)
             logits, cache = self.prefiller.append(cache, rests)
             answers = {
-                row: [next_token(logits[index], tokens[0]) for tokens in continuations[row]]
+                row: [next_token(logits[index], tokens[0], self.lm.model.dtype) for tokens in continuations[row]]
                 for index, row in enumerate(batch.rows)
             }
             turns = max(len(longer[row]) for row in batch.rows)
@@ -108,6 +109,8 @@ class Batched:
         )
         logprobs, is_top = np.asarray(scores.logprobs, np.float64), np.asarray(scores.is_top)
         counts = [len(row) - 1 for row in rows]
+        for row, count in enumerate(counts):
+            check_finite("the log-probabilities of a continuation are", logprobs[row, :count], self.lm.model.dtype)
         sums = [
             Likelihood(float(logprobs[row, :count].sum()), bool(is_top[row, :count].all()))
             for row, count in enumerate(counts)
@@ -140,10 +143,10 @@ class OneByOne:
             for tokens in continuations[row]:
                 if logits is None or len(tokens) > 1:  # A step consumes its state and changes what the cache holds.
                     logits, state = self.method.begin(model, np.array(context), room=room, budget=self.budget)
-                answer, after = next_token(logits, tokens[0]), logits
+                answer, after = next_token(logits, tokens[0], model.dtype), logits
                 for token, then in pairwise(tokens):
                     after, state = self.method.step(model, token, state)
-                    answer &= next_token(after, then)
+                    answer &= next_token(after, then, model.dtype)
                 answers.append(answer)
             yield row, answers
 
@@ -175,8 +178,13 @@ class OneByOne:
                 ) from None
 
 
-def next_token(logits: Float[Array, "V"], token: int) -> Likelihood:
-    """Likelihood of a token, given the logits of the token before it."""
+def next_token(logits: Float[Array, "V"], token: int, dtype: Any) -> Likelihood:
+    """Likelihood of a token, given the logits of the token before it from a model of this data type.
+
+    Raises:
+        FloatingPointError: NaN or infinite logits.
+    """
     row = np.asarray(logits, np.float64)
+    check_finite("the logits of a context are", row.max(), dtype)
     total = np.log(np.exp(row - row.max()).sum()) + row.max()
     return Likelihood(float(row[token] - total), bool(row[token] >= row.max()))

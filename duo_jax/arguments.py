@@ -1,0 +1,97 @@
+"""Arguments of public functions: integers, numbers and types, refused in the caller's own words. Knows no model."""
+
+import math
+import operator
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+# Positions are int32.
+MOST_TOKENS = 2**31 - 1
+# Seeds are int64.
+MOST_SEED = 2**63 - 1
+
+
+class ArgumentError(ValueError):
+    """An argument that breaks a rule. The command line replaces `name` by the flag that sets it."""
+
+    def __init__(self, name: str, rule: str) -> None:
+        """The message is the name and the rule."""
+        super().__init__(f"{name} {rule}")
+        self.name, self.rule = name, rule
+
+
+def whole_number(name: str, value: Any, least: int, most: int = MOST_TOKENS, *, way: str = "") -> int:
+    """A size, count or seed as an `int`; any type of integer is taken, but neither bools nor floats.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+        least: the smallest value allowed.
+        most: the largest value allowed.
+        way: what to do instead, for the end of the message.
+
+    Raises:
+        ArgumentError: another type, or a value outside `[least, most]`.
+    """
+    end = way and f"; {way}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
+        raise ArgumentError(name, f"must be an integer, got {_text(value)}{end}")
+    try:
+        number = operator.index(value)
+    except TypeError:  # An array that is no single integer.
+        raise ArgumentError(name, f"must be an integer, got {_text(value)}{end}") from None
+    if number < least:
+        raise ArgumentError(name, f"must be at least {least}, got {_text(number)}{end}")
+    if number > most:
+        raise ArgumentError(name, f"must be at most {most}, got {_text(number)}{end}")
+    return number
+
+
+def seed_number(name: str, value: Any) -> int:
+    """A random seed.
+
+    Raises:
+        ArgumentError: anything but an integer from 0 to the largest int64.
+    """
+    return whole_number(name, value, 0, MOST_SEED)
+
+
+def real_number(name: str, value: Any, least: float, most: float, *, way: str = "") -> float:
+    """A number as a `float`.
+
+    Raises:
+        ArgumentError: another type, NaN, or a value outside `[least, most]`.
+    """
+    end = way and f"; {way}"
+    if isinstance(value, bool | np.bool_ | str) or not isinstance(value, SupportsFloat):
+        raise ArgumentError(name, f"must be a number, got {_text(value)}{end}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # An array, or an integer beyond every float.
+        number = math.nan
+    if not least <= number <= most:
+        raise ArgumentError(name, f"must be in [{least:g}, {most:g}], got {_text(value)}{end}")
+    return number
+
+
+def instance(name: str, value: Any, kind: type[T], way: str = "") -> T:
+    """The argument, if it has the type.
+
+    Raises:
+        ArgumentError: another type.
+    """
+    if not isinstance(value, kind):
+        raise ArgumentError(name, f"must be a {kind.__name__}, got {_text(value)}{way and f'; {way}'}")
+    return value
+
+
+def _text(value: object) -> str:
+    """A value in a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits.
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"

@@ -1,0 +1,41 @@
+"""Numbers that are not finite: the error that ends a generation or a score, and JSON without them. Knows no model."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def not_finite(where: str, dtype: Any) -> FloatingPointError:
+    """The error for logits or scores that are NaN or infinite, with the likely cause for this data type."""
+    if np.dtype(dtype) == np.float16:
+        cause = "numbers above 65504 overflow in float16: load the model with dtype bfloat16 or float32"
+    else:
+        cause = (
+            "the weights may have NaN or infinite values (check the checkpoint), or the cache overflowed in a function "
+            "that you compiled with jax.jit"
+        )
+    return FloatingPointError(f"{where} not finite; {cause}")
+
+
+def check_finite(where: str, values: Any, dtype: Any) -> None:
+    """Raise FloatingPointError if log-probabilities or scores contain NaN or infinity, which are no results."""
+    if not np.isfinite(np.asarray(values, np.float64)).all():
+        raise not_finite(where, dtype)
+
+
+def json_text(record: Any, *, ensure_ascii: bool = True) -> str:
+    """JSON in one line; a number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_finite(record), ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
