@@ -2,25 +2,39 @@
 
 import math
 import operator
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import numpy as np
+from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 T = TypeVar("T")
 
 # Positions are int32.
 MOST_TOKENS = 2**31 - 1
-# Seeds are int64.
+# Bytes and seeds are int64.
+MOST_BYTES = 2**63 - 1
 MOST_SEED = 2**63 - 1
 
 
+# How messages spell the name of an argument. The command line sets it to the flags that were given.
+spelling: ContextVar[Callable[[str], str]] = ContextVar("spelling", default=str)
+
+
 class ArgumentError(ValueError):
-    """An argument that breaks a rule. The command line replaces `name` by the flag that sets it."""
+    """An argument that breaks a rule, in the words of the caller."""
 
     def __init__(self, name: str, rule: str) -> None:
         """The message is the name and the rule."""
-        super().__init__(f"{name} {rule}")
-        self.name, self.rule = name, rule
+        super().__init__(f"{spelling.get()(name)} {rule}")
+
+
+def in_flags(message: str) -> str:
+    """A message in which f"{self.depths=}" wrote the names of arguments, in the words of the caller."""
+    return re.sub(r"\bself\.(\w+)=", lambda match: f"{spelling.get()(match.group(1))}=", message)
 
 
 def whole_number(name: str, value: Any, least: int, most: int = MOST_TOKENS, *, way: str = "") -> int:
@@ -59,7 +73,7 @@ def seed_number(name: str, value: Any) -> int:
     return whole_number(name, value, 0, MOST_SEED)
 
 
-def real_number(name: str, value: Any, least: float, most: float, *, way: str = "") -> float:
+def real_number(name: str, value: Any, least: int | float, most: int | float, *, way: str = "") -> float:
     """A number as a `float`.
 
     Raises:
@@ -86,6 +100,35 @@ def instance(name: str, value: Any, kind: type[T], way: str = "") -> T:
     if not isinstance(value, kind):
         raise ArgumentError(name, f"must be a {kind.__name__}, got {_text(value)}{way and f'; {way}'}")
     return value
+
+
+def integers(name: str, values: ArrayLike) -> np.ndarray:
+    """An array of integers.
+
+    Raises:
+        ValueError: ragged rows, or another type.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a rectangular array; pad ragged rows at the right and pass lengths="
+        ) from None
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ArgumentError(name, f"must be integers, got {array.dtype}")
+    return array
+
+
+def check_rows(name: str, values: ArrayLike, rows: int) -> Int[np.ndarray, "B n"]:
+    """An array of integers with this number of rows.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    array = integers(name, values)
+    if array.ndim != 2 or len(array) != rows:
+        raise ArgumentError(name, f"must be [batch, n] with {rows} rows, got {array.shape}")
+    return array
 
 
 def _text(value: object) -> str:

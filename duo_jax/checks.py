@@ -5,13 +5,15 @@ Under a caller's own `jit`, values are unknown and cannot be checked. A cache th
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int, Int32
 from numpy.typing import ArrayLike
 
+from duo_jax.arguments import ArgumentError, check_rows, instance, integers, seed_number, whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
@@ -26,6 +28,11 @@ def is_traced(*values: object) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
+def check_model(model: object) -> None:
+    """Raise ValueError for anything but a model."""
+    instance("model", model, Model, "load_model makes one")
+
+
 def check_prompt(
     config: ModelConfig, tokens: ArrayLike, lengths: ArrayLike | None
 ) -> tuple[Int32[Array | np.ndarray, "B T"], Int32[Array | np.ndarray, "B"]]:
@@ -38,13 +45,13 @@ def check_prompt(
         tokens = jnp.asarray(tokens)
         full = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         return tokens.astype(jnp.int32), full if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
-    tokens = _integers("tokens", tokens)
+    tokens = integers("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be [batch, length], got {tokens.shape=}; for one prompt pass tokens[None]")
     if 0 in tokens.shape:
         raise ValueError(f"the prompt is empty, got {tokens.shape=}; it must have at least one token a row")
     batch, length = tokens.shape
-    lengths = np.full(batch, length) if lengths is None else _integers("lengths", lengths)
+    lengths = np.full(batch, length) if lengths is None else integers("lengths", lengths)
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have one entry a row, got {lengths.shape=} for {tokens.shape=}")
     if lengths.min() < 1 or lengths.max() > length:
@@ -64,7 +71,7 @@ def check_step(
     Raises:
         ValueError: an active row's token outside the vocabulary, or shapes that do not fit.
     """
-    ids = jnp.asarray(token) if is_traced(token) else _integers("token", token)
+    ids = jnp.asarray(token) if is_traced(token) else integers("token", token)
     rows = np.ones(ids.shape, bool) if active is None else active
     rows = jnp.asarray(rows) if is_traced(rows) else np.asarray(rows)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -88,7 +95,7 @@ def check_vocabulary(config: ModelConfig, tokens: np.ndarray) -> None:
 
 
 def check_cache(
-    model: Model, cache: KVCache, count: Int32[Array | np.ndarray, "B"] | Bool[Array | np.ndarray, "B"]
+    model: Model, cache: KVCache, count: Int[Array | np.ndarray, "B"] | Bool[Array | np.ndarray, "B"]
 ) -> None:
     """Check that the cache is of this model, and that `count` more tokens fit into each of its rows.
 
@@ -97,6 +104,7 @@ def check_cache(
     Raises:
         ValueError: a cache of another model, batch or mesh, one that is too short, or one that was donated.
     """
+    instance("cache", cache, KVCache, "KVCache.init makes one")
     config, sizes = model.config, MeshSize.of(model.mesh)
     if cache.mesh != model.mesh:
         places = [MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh)]
@@ -140,7 +148,6 @@ def check_cache(
 def check_generation(
     config: ModelConfig,
     *,
-    max_new_tokens: int,
     sampler: Sampler,
     key: object,
     eos_ids: Sequence[int],
@@ -150,30 +157,42 @@ def check_generation(
     """Check how tokens are generated; `of_new_cache` are options that only a new cache takes.
 
     Raises:
-        ValueError: fewer than one new token, a random sampler without a key, an EOS id outside the vocabulary, or an
+        ValueError: a random sampler without a key, an EOS id outside the vocabulary, arguments of other types, or an
             option that does not go with a cache.
     """
-    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool):
-        raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    instance("sampler", sampler, Sampler, "for example Greedy()")
+    if cache is not None:
+        instance("cache", cache, KVCache)
     for name, value in of_new_cache.items():
         if value is not None and cache is not None:
             raise ValueError(f"the cache already has a {name}: give {name} or cache, not both")
     if sampler.is_random and key is None:
         raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
     if not isinstance(eos_ids, tuple | list):
-        raise ValueError(f"eos_ids must be a tuple of token ids, got {eos_ids!r}")
-    check_vocabulary(config, np.asarray(eos_ids, np.int64))
+        raise ArgumentError("eos_ids", f"must be a tuple of token ids, got {eos_ids!r}")
+    check_vocabulary(config, np.asarray([whole_number("an id of eos_ids", token, -1) for token in eos_ids], np.int64))
 
 
-def _integers(name: str, values: ArrayLike) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be a rectangular array; pad ragged rows at the right and pass lengths="
-        ) from None
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be integers, got {array.dtype}")
-    return array
+def check_key(name: str, key: Any) -> Any:
+    """A seed as an `int`, or a key of random numbers; None is neither.
+
+    Raises:
+        ArgumentError: anything but an integer from 0 to the largest int64, or a `jax.random` key.
+    """
+    if isinstance(key, jax.Array) and not jnp.issubdtype(key.dtype, jnp.signedinteger):
+        is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+        if not is_key and (key.dtype != jnp.uint32 or key.shape != (2,)):
+            raise ArgumentError(name, f"must be one jax.random key or a seed, got {key.dtype}{key.shape}")
+        return key
+    return None if key is None else seed_number(name, key)
+
+
+def check_history(config: ModelConfig, history: ArrayLike, batch: int) -> Int[np.ndarray, "B n"]:
+    """Token ids that each row has seen before its prompt.
+
+    Raises:
+        ValueError: another type or shape, or a token outside the vocabulary.
+    """
+    tokens = check_rows("history", history, batch)
+    check_vocabulary(config, tokens)
+    return tokens

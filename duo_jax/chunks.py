@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from duo_jax.arguments import whole_number
+
 # Most tokens of a prompt computed at a time by default: limits the memory of activations, not the result.
 CHUNK_SIZE = 1024
 
@@ -29,9 +31,7 @@ def chunk_width(length: int, chunk_size: int | None = None) -> int:
         ValueError: a chunk size below 1.
     """
     if chunk_size is not None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        return min(chunk_size, 1 << max(4, (length - 1).bit_length()))
+        return min(whole_number("chunk_size", chunk_size, 1), 1 << max(4, (length - 1).bit_length()))
     widths = [1 << power for power in range(4, CHUNK_SIZE.bit_length())]
     return min(widths, key=lambda width: -(-length // width) * (width + CHUNK_OVERHEAD))
 

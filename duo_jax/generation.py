@@ -12,14 +12,16 @@ import numpy as np
 from jaxtyping import Array, Int32
 from numpy.typing import ArrayLike
 
+from duo_jax.arguments import MOST_TOKENS, ArgumentError, whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.checks import check_cache, check_generation, check_prompt, check_vocabulary, is_traced
+from duo_jax.checks import check_cache, check_generation, check_history, check_key, check_model, check_prompt, is_traced
 from duo_jax.chunks import bucket, chunk_width
 from duo_jax.infer import run_prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
 from duo_jax.sampling import Greedy, Sampler
+from duo_jax.sizes import check_free
 from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, check_step, row_keys
 
 
@@ -192,9 +194,10 @@ def prepare(
     backend: str | None = None,
 ) -> Request:
     """Check the arguments of `generate` and `stream`, and make a cache if none was given."""
+    check_model(model)
+    max_new_tokens, key = whole_number("max_new_tokens", max_new_tokens, 1), check_key("key", key)
     check_generation(
         model.config,
-        max_new_tokens=max_new_tokens,
         sampler=sampler,
         key=key,
         eos_ids=eos_ids,
@@ -207,15 +210,19 @@ def prepare(
     tokens = tokens[:, :longest]
     width = chunk_width(longest, chunk_size)
     if cache is None:
-        room = bucket(longest + int(max_new_tokens))
+        total = longest + max_new_tokens
+        if total > MOST_TOKENS:
+            raise ArgumentError("max_new_tokens", f"must be at most {MOST_TOKENS - longest}, got {max_new_tokens}")
+        room = min(bucket(total), MOST_TOKENS)
         cache = KVCache.init(model.config, pattern, len(tokens), room, dtype=kv_dtype, mesh=model.mesh)
-    check_cache(model, cache, lengths + max_new_tokens)
+    check_cache(model, cache, lengths.astype(np.int64) + max_new_tokens)
+    answer = 8 * len(tokens) * bucket(max_new_tokens)
+    check_free(answer, f"max_new_tokens={max_new_tokens} takes {answer / 1e9:.1f} GB for the answer: ask for fewer")
     seen = np.zeros((len(tokens), model.config.vocab_size), bool)
     for row, count in enumerate(lengths):
         seen[row, tokens[row, :count]] = True
     if history is not None:
-        history = np.asarray(history)
-        check_vocabulary(model.config, history)
-        seen[np.arange(len(seen))[:, None], history] = True
+        seen[np.arange(len(seen))[:, None], check_history(model.config, history, len(seen))] = True
     prompt = Prompt(tokens, lengths, seen, row_keys(key, len(tokens)))
-    return Request(Generator(sampler, tuple(eos_ids), backend), model, prompt, cache, int(max_new_tokens), width)
+    generator = Generator(sampler, tuple(int(token) for token in eos_ids), backend)
+    return Request(generator, model, prompt, cache, max_new_tokens, width)

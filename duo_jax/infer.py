@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
-from duo_jax.checks import check_cache, check_prompt, check_step, is_traced
+from duo_jax.checks import check_cache, check_model, check_prompt, check_step, is_traced
 from duo_jax.chunks import chunk_width, chunks, pad_columns
 from duo_jax.mesh.attend import on_devices
 from duo_jax.mesh.mesh import constrain
@@ -54,6 +54,7 @@ def prefill(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
+    check_model(model)
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     check_cache(model, cache, lengths)
     # Columns that are padding in every row cost nothing where the lengths are known.
@@ -100,6 +101,7 @@ def decode_step(
     Raises:
         ValueError: a token outside the vocabulary, a cache of another model, one that would overflow.
     """
+    check_model(model)
     token, active = check_step(model.config, token, active)
     check_cache(model, cache, active)
     return jitted_step(model, token, cache, active, backend)
@@ -139,6 +141,7 @@ def score(
     Raises:
         ValueError: an empty text, a token outside the vocabulary, a cache of another model, one that would overflow.
     """
+    check_model(model)
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     check_cache(model, cache, lengths)
     width = chunk_width(tokens.shape[1], chunk_size)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
+from duo_jax.arguments import MOST_TOKENS, ArgumentError, instance, real_number, whole_number
 from duo_jax.config import ModelConfig
 from duo_jax.files import check_output, write_text
 from duo_jax.reading import parse_object, read_json, read_text
@@ -48,6 +49,8 @@ class HeadPattern:
 
     def __post_init__(self) -> None:
         """Check the table and the sizes."""
+        for name in ("is_retrieval", "gates"):
+            instance(name, getattr(self, name), np.ndarray, "HeadPattern.from_gates makes a pattern of any table")
         if self.is_retrieval.ndim != 2 or self.gates.shape != self.is_retrieval.shape:
             shapes = f"{self.is_retrieval.shape=}, {self.gates.shape=}"
             raise ValueError(f"a pattern is a table [layers, kv_heads] with a gate for each head, got {shapes}")
@@ -97,7 +100,12 @@ class HeadPattern:
         return self.num_streaming / self.is_retrieval.size
 
     def kv_fraction(self, context_length: int) -> float:
-        """KV tokens kept at `context_length`, as a fraction of what full attention keeps."""
+        """KV tokens kept at `context_length`, as a fraction of what full attention keeps.
+
+        Raises:
+            ValueError: a length below 1.
+        """
+        context_length = whole_number("context_length", context_length, 1)
         streaming = min(context_length, self.window.size)
         kept = self.num_retrieval * context_length + self.num_streaming * streaming
         return kept / (self.is_retrieval.size * context_length)
@@ -141,8 +149,11 @@ class HeadPattern:
         """
         _check_sizes(sink_size, recent_size)
         gates = np.asarray(gates)
-        if gates.ndim != 2 or not gates.size or not np.issubdtype(gates.dtype, np.number):
-            raise ValueError(f"gates must be a table [layers, kv_heads] of numbers, got {gates.dtype}{gates.shape}")
+        is_real = np.issubdtype(gates.dtype, np.number) and not np.issubdtype(gates.dtype, np.complexfloating)
+        if gates.ndim != 2 or not gates.size or not is_real:
+            raise ValueError(
+                f"gates must be a table [layers, kv_heads] of real numbers, got {gates.dtype}{gates.shape}"
+            )
         gates = gates.astype(np.float64)
         _check_finite(gates, "gates")
         rules = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
@@ -150,8 +161,7 @@ class HeadPattern:
         if len(given) > 1:
             raise ValueError(f"give one of sparsity, threshold and kv_budget, got {given}")
         for name, value in given.items():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {name}={value}")
+            real_number(name, value, 0, 1)
         if (kv_budget is None) != (context_length is None):
             raise ValueError(f"kv_budget and context_length go together, got {kv_budget=}, {context_length=}")
         usable = gates.clip(0.0, 1.0)
@@ -256,9 +266,9 @@ def published_patterns() -> list[str]:
 
 
 def _check_sizes(sink_size: Any, recent_size: Any) -> None:
-    for name, size, least in (("sink_size", sink_size, 0), ("recent_size", recent_size, 1)):
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+    total = whole_number("sink_size", sink_size, 0) + whole_number("recent_size", recent_size, 1)
+    if total > MOST_TOKENS:
+        raise ValueError(f"sink_size + recent_size must be at most {MOST_TOKENS}, got {total}")
 
 
 def _check_finite(gates: np.ndarray, name: str) -> None:
@@ -278,8 +288,7 @@ def _largest(gates: np.ndarray, count: int) -> np.ndarray:
 
 def _affordable(num_heads: int, budget: float, context_length: int, capacity: int) -> int:
     """The most retrieval heads whose KV tokens, with those of the streaming heads, are within the budget."""
-    if context_length < 1:
-        raise ValueError(f"context_length must be at least 1, got {context_length=}")
+    context_length = whole_number("context_length", context_length, 1)
     streaming = min(capacity, context_length)
     least = streaming / context_length
     if budget < least:
@@ -293,6 +302,8 @@ def _affordable(num_heads: int, budget: float, context_length: int, capacity: in
 
 
 def _find(source: str | Path) -> Path:
+    if not isinstance(source, str | Path):
+        raise ArgumentError("pattern", f"must be a folder or a published name, got a {type(source).__name__}")
     folder = Path(source)
     if folder.is_dir():
         return folder

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from duo_jax.arguments import MOST_BYTES, instance, whole_number
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.config import ModelConfig
@@ -69,14 +70,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the sizes, and that the mesh can share the model and its cache."""
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
-        self.cache(1)
+        instance("config", self.config, ModelConfig, "pass model.config")
+        object.__setattr__(self, "chunk_size", whole_number("chunk_size", self.chunk_size, 1))
+        precision = self.cache(1).precision  # The names of the data types.
+        for name in ("kv_dtype", "streaming_dtype"):
+            object.__setattr__(self, name, getattr(precision, name))
 
     @property
     def head_pattern(self) -> HeadPattern:
         """The pattern, or the full one."""
-        return self.pattern or HeadPattern.full(self.config)
+        return HeadPattern.full(self.config) if self.pattern is None else self.pattern
 
     def cache(self, length: int, mesh: Mesh | None = None) -> CacheSpec:
         """The cache for contexts of `length` tokens; `mesh` has the devices to make it on."""
@@ -121,12 +124,12 @@ class Plan:
 
     def max_context(self, memory: int) -> int:
         """The most tokens of a sequence, prompt and answer together, in `memory` bytes; 0 if not even one fits."""
+        memory = whole_number("memory", memory, 1, MOST_BYTES)
         return self.cache(1).fit(memory - self.weights - self.activations)
 
     def check(self, length: int, memory: int) -> None:
         """Raise ValueError if contexts of `length` tokens do not fit into `memory` bytes, with settings that would."""
-        if length < 1:
-            raise ValueError(f"a context has at least 1 token, got {length}")
+        length, memory = whole_number("length", length, 1), whole_number("memory", memory, 1, MOST_BYTES)
         needed = self.total(length)
         if needed <= memory:
             return

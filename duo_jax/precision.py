@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NoReturn, TypeAlias, get_args
 
 import jax.numpy as jnp
 import numpy as np
+
+from duo_jax.arguments import ArgumentError
 
 # A data type: its name, or numpy's or jax's object for it.
 AnyDtype: TypeAlias = str | type | np.dtype
@@ -71,8 +73,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 
 def name_of(dtype: AnyDtype) -> str:
-    """The name of a data type."""
-    return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    """The name of a data type: of `jnp.bfloat16`, `np.dtype("bfloat16")` or `"bfloat16"`, "bfloat16".
+
+    Raises:
+        ValueError: no data type.
+    """
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        # numpy would take None for float64, and an array for its own data type.
+        return jnp.dtype(dtype).name if isinstance(dtype, type | np.dtype) else _refuse(dtype)
+    except TypeError:
+        return _refuse(dtype)
+
+
+def _refuse(dtype: object) -> NoReturn:
+    raise ValueError(f"a data type is a name such as 'bfloat16', or jnp.bfloat16, got {dtype!r:.60}")
 
 
 def check_name(field: str, dtype: AnyDtype, allowed: Iterable[str]) -> str:
@@ -81,7 +97,10 @@ def check_name(field: str, dtype: AnyDtype, allowed: Iterable[str]) -> str:
     Raises:
         ValueError: one that is not allowed.
     """
-    name = name_of(dtype)
+    try:
+        name = name_of(dtype)
+    except ValueError as error:
+        raise ArgumentError(field, f"must be one of {', '.join(allowed)}: {error}") from None
     if name not in allowed:
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {name!r}")
+        raise ArgumentError(field, f"must be one of {', '.join(allowed)}, got {name!r}")
     return name

@@ -25,6 +25,23 @@ def size_text(count: int | float, *, digits: int = 1) -> str:
     return f"{count:.{digits}f} {units[0]}"
 
 
+def free_memory() -> int | None:
+    """Bytes that are free on the default device; on a CPU, those of the host. None where the system reports neither."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return int(limit - stats.get("bytes_in_use", 0)) if limit else host_available()
+
+
+def check_free(count: int, message: str, devices: int = 1) -> None:
+    """Raise ValueError(message) for more bytes than are free: the system may end a process that takes them.
+
+    `count` is the sum over `devices`, which share the memory of a CPU.
+    """
+    free = free_memory()
+    if free is not None and count > free * (1 if jax.default_backend() == "cpu" else devices):
+        raise ValueError(f"{message} ({size_text(free)} are free)")
+
+
 def host_available() -> int | None:
     """Bytes of the host's memory that are free for programs; None where the system does not report them."""
     return read_kilobytes(Path("/proc/meminfo"), "MemAvailable:")

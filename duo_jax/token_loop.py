@@ -192,11 +192,14 @@ class Stream(Iterator[Step]):
         """Generate one token for every active row.
 
         Raises:
+            ValueError: the stream's cache was given to another function, which donated it.
             FloatingPointError: NaN or infinite logits, with the step; the stream has then ended.
         """
         active = np.asarray(self._state.active)
         if not self._remaining or not active.any():
             raise StopIteration
+        if isinstance(self._state.cache, KVCache):
+            self._state.cache.check_alive()
         self._watch("decode")
         self._done, self._remaining = self._done + 1, self._remaining - 1
         self._state, token, logprob = self._generator.advance(self._model, self._state)
@@ -216,8 +219,8 @@ def check_step(failed: int, dtype: Any) -> None:
 
 def row_keys(key: Array | int | None, batch: int) -> Key[Array, "B"]:
     """One random key for each row, which depends only on `key` and the row's index."""
-    if key is None or isinstance(key, int | np.integer):
-        key = jax.random.key(int(key or 0))
+    if key is None or isinstance(key, int):
+        key = jax.random.key(key or 0)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
 
 

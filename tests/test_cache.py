@@ -200,8 +200,8 @@ def test_a_fork_into_rows_goes_on_as_one_row_does(tiny, half):
     np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
     np.testing.assert_allclose(together[2], alone[0], atol=1e-5)
     assert np.abs(np.asarray(together[1] - alone[0])).max() > 1e-3
-    for count, of in ((2, rows), (0, cache)):
-        with pytest.raises(ValueError, match="one row becomes"):
+    for count, of, words in ((2, rows, "one row becomes"), (0, cache, "batch_size must be at least 1, got 0")):
+        with pytest.raises(ValueError, match=words):
             of.fork(count)
 
 

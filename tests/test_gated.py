@@ -192,5 +192,5 @@ def test_arguments_that_do_not_fit_raise():
         gated(q, k, v, gates, window=window, full=q[:1])
     with pytest.raises(ValueError, match="unknown attention backend"):
         gated(q, k, v, gates, window=window, backend="cuda")
-    with pytest.raises(ValueError, match="recent_size >= 1"):
+    with pytest.raises(ValueError, match="recent_size must be at least 1"):
         GatedModel(recent_size=0)

@@ -133,7 +133,8 @@ def test_generate_refuses_before_it_loads(text_model, duo):
     options = ("generate", "--model", text_model, "--prompt", "Hello", "--max-new-tokens", 4)
     assert_refused(duo(*options, "--memory", "20KB"), "a context of", "what would fit")
     assert_refused(duo(*options, "--max-context", 5), "more than --max-context 5")
-    assert_refused(duo(*options, "--max-context", 10**11), "a context of", "GB")
+    assert_refused(duo(*options, "--max-context", 10**9), "a context of", "GB")
+    assert_refused(duo(*options, "--max-context", 10**11), "--max-context must be at most 2147483647")
 
 
 def test_room_is_what_is_asked_for_or_what_fits():

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,18 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 from numpy.typing import ArrayLike
 
+from duo_jax.arguments import MOST_BYTES, instance, whole_number
 from duo_jax.cache.pools import fingerprint, write_chunk, write_token
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize, constrain
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.precision import AnyDtype
-from duo_jax.sizes import nbytes
+from duo_jax.precision import ALLOWED, AnyDtype, check_name
+from duo_jax.sizes import check_free, nbytes
 from pallas_kernels import Heads, Pools, TokenShards, Window
+
+if TYPE_CHECKING:
+    from duo_jax.cache.spec import CacheSpec
 
 T = TypeVar("T")
 
@@ -111,19 +115,15 @@ class KVCache:
             ValueError: a pattern of another model, sizes below 1, an unknown data type, a cache larger than `memory`,
                 or a model or batch that cannot be divided over the mesh.
         """
-        from duo_jax.cache.spec import CacheSpec  # A spec makes caches.
-
         if max_length is None and memory is None:
             raise ValueError("give max_length, the tokens of a sequence, or memory, the bytes that the cache may take")
-        spec = CacheSpec(
-            config,
-            pattern or HeadPattern.full(config),
-            batch_size,
-            1 if max_length is None else max_length,
-            config.precision(kv_dtype=dtype, streaming_dtype=streaming_dtype),
-            mesh,
-        )
+        for name, value in (("dtype", dtype), ("streaming_dtype", streaming_dtype)):
+            if value is not None:
+                check_name(name, value, ALLOWED["kv_dtype"])
+        length = 1 if max_length is None else max_length
+        spec = _spec(config, pattern, batch_size, length, mesh, kv_dtype=dtype, streaming_dtype=streaming_dtype)
         if memory is not None:
+            memory = whole_number("memory", memory, 1, MOST_BYTES)
             spec = spec if max_length is not None else replace(spec, max_length=max(1, spec.fit(memory)))
             spec.check(memory)
         return spec.empty()
@@ -140,10 +140,8 @@ class KVCache:
         mesh: MeshSize = MeshSize(),
     ) -> int:
         """Bytes of keys and values that `init` allocates, on each device: see `CacheSpec.nbytes`."""
-        from duo_jax.cache.spec import CacheSpec
-
-        precision = config.precision(kv_dtype=dtype, streaming_dtype=streaming_dtype)
-        return CacheSpec(config, pattern or HeadPattern.full(config), batch_size, max_length, precision, mesh).nbytes
+        dtypes = {"kv_dtype": dtype, "streaming_dtype": streaming_dtype}
+        return _spec(config, pattern, batch_size, max_length, mesh, **dtypes).nbytes
 
     @property
     def nbytes(self) -> int:
@@ -246,9 +244,12 @@ class KVCache:
             ValueError: a mark of another cache, or one whose tokens were overwritten after an earlier rewind.
         """
         self.check_alive()
-        marked, own = ((x.windows, x.ring_of_layer, x.length.shape, x.is_retrieval.shape) for x in (mark, self))
+        instance("mark", mark, Mark, "KVCache.mark makes one")
+        marked, own = ((x.windows, x.ring_of_layer, _shapes((x.rings, x.length, x.is_retrieval))) for x in (mark, self))
         if marked != own or not jnp.array_equal(mark.is_retrieval, self.is_retrieval):
-            raise ValueError("this mark is of another cache, with other heads, windows or rows: use marks of this one")
+            raise ValueError(
+                "this mark is of another cache, with other heads, sizes or data types: use marks of this one"
+            )
         if not np.array_equal(self._fingerprint(mark.length), np.asarray(mark.fingerprint)):
             raise ValueError(
                 "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
@@ -260,15 +261,19 @@ class KVCache:
         """A real copy, which outlives the donation of this cache; a cache of one row can become `batch_size` rows.
 
         Raises:
-            ValueError: `batch_size` for a cache of several rows, or a donated cache.
+            ValueError: `batch_size` for a cache of several rows, more rows than memory holds, or a donated cache.
         """
         self.check_alive()
         if batch_size is None:
             return _copy(self)
-        if self.batch_size != 1 or batch_size < 1 or batch_size % MeshSize.of(self.mesh).data:
+        batch_size = whole_number("batch_size", batch_size, 1)
+        if self.batch_size != 1 or batch_size % MeshSize.of(self.mesh).data:
             raise ValueError(
                 f"a cache of one row becomes one or more, got {batch_size=} for a cache of {self.batch_size} rows"
             )
+        needed = batch_size * self.nbytes
+        too_large = f"{batch_size} rows of this cache take {needed / 1e9:.1f} GB: ask for fewer"
+        check_free(needed, too_large, MeshSize.of(self.mesh).devices)
         repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, batch_size, axis=1))
         if self.pages is None:
             full, pages = repeat(self.full), None
@@ -295,10 +300,10 @@ class KVCache:
         Args:
             path: a folder that does not exist yet.
             model: the weights that computed it; `load` then refuses others.
-            tokens: `[B, T]` token ids in the cache, stored with it.
+            tokens: `[B, T]` token ids in the cache, stored with it; ragged rows padded at the right.
 
         Raises:
-            ValueError: a cache that was donated, is empty, or is on a mesh.
+            ValueError: a cache that was donated, is empty, or is on a mesh; tokens that are not those of its rows.
             FileExistsError: the path exists.
         """
         from duo_jax.cache import store
@@ -366,6 +371,25 @@ class Mark:
     fingerprint: UInt32[Array, "B"]
     windows: tuple[Window, ...]
     ring_of_layer: tuple[int, ...]
+
+
+def _spec(
+    config: ModelConfig,
+    pattern: HeadPattern | None,
+    batch_size: int,
+    max_length: int,
+    mesh: Mesh | MeshSize | None,
+    **dtypes: AnyDtype | None,
+) -> "CacheSpec":
+    from duo_jax.cache.spec import CacheSpec  # A spec makes caches.
+
+    instance("config", config, ModelConfig, "pass model.config")
+    pattern = HeadPattern.full(config) if pattern is None else pattern
+    return CacheSpec(config, pattern, batch_size, max_length, config.precision(**dtypes), mesh)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def _copy(tree: T) -> T:

@@ -10,18 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from duo_jax.arguments import MOST_TOKENS, instance, whole_number
 from duo_jax.cache.cache import FULL_AXES, RING_AXES, KeyValues, KVCache
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.balance import Balance, balance
 from duo_jax.mesh.mesh import MeshSize, place
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import Precision
-from duo_jax.sizes import nbytes
+from duo_jax.sizes import check_free, nbytes
 from pallas_kernels import Window
 from pallas_kernels.quantized import empty
-
-# Positions are int32.
-MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,11 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         """Check that such a cache can exist."""
+        instance("config", self.config, ModelConfig, "pass model.config")
+        instance("pattern", self.pattern, HeadPattern, "HeadPattern.load makes one from a name or folder")
         for name in ("batch_size", "max_length", "page_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_number(name, value, 1))
         self.pattern.check(self.config)
         self.size.check(self.config)
         if self.batch_size % self.size.data:
@@ -165,13 +164,15 @@ class CacheSpec:
         """
         if isinstance(self.mesh, MeshSize) and self.mesh.devices > 1:
             raise ValueError(f"a cache is made on devices, got {self.mesh}: use duo_jax.make_mesh")
+        too_large = (
+            f"a cache of {self.nbytes / 1e9:.1f} GB (batch {self.batch_size}, {self.max_length} tokens) does not fit "
+            "into memory: ask for fewer tokens or rows, stream more heads, or store them in int8 or int4"
+        )
+        check_free(self.size.devices * self.nbytes, too_large, self.size.devices)
         try:
             return self._make(None if isinstance(self.mesh, MeshSize) else self.mesh)
         except RuntimeError as error:
-            raise ValueError(
-                f"a cache of {self.nbytes / 1e9:.1f} GB (batch {self.batch_size}, {self.max_length} tokens) does not "
-                "fit into memory: ask for fewer tokens or rows, stream more heads, or store them in int8 or int4"
-            ) from error
+            raise ValueError(too_large) from error
 
     def abstract(self) -> Any:
         """The cache that `empty` makes, as shapes with shardings: to compile for devices that need not exist."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int32, Shaped
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 
+from duo_jax.arguments import check_rows, whole_number
 from duo_jax.arrays import Shards, write_shards
 from duo_jax.cache.cache import KeyValues, KVCache
 from duo_jax.cache.spec import CacheSpec
@@ -43,6 +44,10 @@ def save(path: str | Path, cache: KVCache, model: Model | None, tokens: ArrayLik
     filled = int(lengths.max())
     if not 0 < filled <= cache.max_length:
         raise ValueError(f"a cache of {filled} tokens and {cache.max_length=} has nothing to save: prefill it first")
+    if tokens is not None:
+        tokens = check_rows("tokens", tokens, cache.batch_size)
+        if tokens.shape[1] != filled:
+            raise ValueError(f"tokens must be those in the cache, {filled} of each row, got {tokens.shape=}")
     window, layers = _windows(cache)
     about = {
         "is_retrieval": np.asarray(cache.is_retrieval).astype(int).tolist(),
@@ -54,7 +59,7 @@ def save(path: str | Path, cache: KVCache, model: Model | None, tokens: ArrayLik
         "head_dim": cache.head_dim,
         "dtypes": [dtype.name.replace("uint", "int") for dtype in (cache.dtype, cache.streaming_dtype)],
         "model": model and _identity(model),
-        "tokens": None if tokens is None else np.asarray(tokens).tolist(),
+        "tokens": None if tokens is None else tokens.tolist(),
     }
     checksums: dict[str, str] = {}
 
@@ -111,7 +116,8 @@ def load(
         raise ValueError(f"{path} has keys and values in {kv_dtype}, not in {name_of(dtype)}: prefill again")
     if pattern is not None:
         _check_pattern(path, pattern, about)
-    filled, max_length = max(about["length"]), max_length or about["max_length"]
+    filled = max(about["length"])
+    max_length = about["max_length"] if max_length is None else whole_number("max_length", max_length, 1)
     if filled > max_length:
         raise ValueError(f"{path} has {filled} tokens, more than {max_length=}: make it at least that long")
     arrays = _read_arrays(Path(os.path.expanduser(path)), about["checksums"])

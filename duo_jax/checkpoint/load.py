@@ -15,6 +15,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arguments import instance
 from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_file import GgufFile
@@ -65,7 +66,11 @@ def load_model(
             pattern of another model.
     """
     checkpoint = open_source(source)
-    pattern = pattern or HeadPattern.full(checkpoint.config)
+    if pattern is None:
+        pattern = HeadPattern.full(checkpoint.config)
+    instance("pattern", pattern, HeadPattern, "HeadPattern.load makes one from a name or folder").check(
+        checkpoint.config
+    )
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     if isinstance(checkpoint, SavedModel):
         asked = {name: name_of(value) for name, value in dtypes.items() if value is not None}

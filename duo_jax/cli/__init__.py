@@ -5,6 +5,7 @@ A subcommand is a frozen dataclass: its fields are the flags, its docstring is t
 
 import ast
 import contextlib
+import contextvars
 import errno
 import functools
 import importlib.util
@@ -23,7 +24,9 @@ def main() -> None:
     """Run the subcommand named on the command line. Exit codes: 0 success, 2 wrong use, 130 interrupted."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     commands = {entry.name: entry for entry in entry_points(group="duo.commands")}
-    sys.exit(_status(f"duo {name}" if name in commands else "duo", functools.partial(_main, name, commands)))
+    label, work = f"duo {name}" if name in commands else "duo", functools.partial(_main, name, commands)
+    # In a context of its own, in which messages name flags.
+    sys.exit(contextvars.copy_context().run(_status, label, work))
 
 
 def _main(name: str, commands: dict[str, EntryPoint]) -> None:
@@ -42,7 +45,7 @@ def _main(name: str, commands: dict[str, EntryPoint]) -> None:
 
 
 def _run(entry: EntryPoint) -> None:
-    import tyro
+    from duo_jax.cli.flags import parse
 
     _take_memory()
     _keep_compiled_programs()
@@ -50,7 +53,7 @@ def _run(entry: EntryPoint) -> None:
     command, args = entry.load(), sys.argv[2:]
     # A command whose defaults depend on a flag (a preset) has one class per preset.
     command = command.variant(args) if hasattr(command, "variant") else command
-    tyro.cli(command, prog=f"duo {entry.name}", args=args).run()
+    parse(command, f"duo {entry.name}", args).run()
 
 
 def _status(label: str, work: Callable[[], None]) -> int:
@@ -99,7 +102,9 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
         return f"standard output cannot be written to: {error.strerror}"  # Errors of files name the file.
     if isinstance(error, USER_ERRORS):
-        return str(error)
+        from duo_jax.arguments import in_flags
+
+        return in_flags(str(error))
     return _platform_reason() if isinstance(error, RuntimeError | AssertionError) else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from duo_jax.arguments import whole_number
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, SamplingOptions
 from duo_jax.files import check_output, write_text
@@ -39,8 +40,8 @@ class ChatCommand:
 
     def run(self) -> None:
         """Load, then read and answer until the end of input."""
-        if self.max_new_tokens < 1 or self.max_length < 1:
-            raise ValueError(f"--max-new-tokens and --max-length must be at least 1, got {self}")
+        whole_number("max_new_tokens", self.max_new_tokens, 1)
+        whole_number("max_length", self.max_length, 1)
         sampler, pattern = self.sampling.sampler(), self.pattern.load(self.max_length)
         model = self.model.load(mesh=self.devices.make(), pattern=pattern)
         lm = LM(model, self.model.tokenizer(), pattern, self.cache.kv_dtype)

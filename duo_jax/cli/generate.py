@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from duo_jax.arguments import whole_number
 from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
 from duo_jax.chunks import chunk_width
@@ -47,8 +48,7 @@ class Generate:
             self._run()
 
     def _run(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        whole_number("max_new_tokens", self.max_new_tokens, 1)
         mesh = self.devices.make()
         if mesh is not None and self.cache is not None:
             raise ValueError("a saved cache is for one device: leave out --mesh or --cache")

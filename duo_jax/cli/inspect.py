@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import PatternOptions
@@ -43,8 +44,11 @@ class Inspect:
 
     def run(self) -> None:
         """Read the configuration, count, print."""
-        if self.batch_size < 1 or not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"--batch-size and --lengths must be at least 1, got {self.batch_size} and {self.lengths}")
+        if not self.lengths:
+            raise ValueError("--lengths must have at least one length")
+        whole_number("batch_size", self.batch_size, 1)
+        for length in self.lengths:
+            whole_number("lengths", length, 1)
         if self.png is not None:
             check_figure(self.png, force=self.force)
         config = open_config(self.model)

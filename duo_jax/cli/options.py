@@ -10,6 +10,7 @@ import tyro
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arguments import MOST_BYTES, ArgumentError, real_number, whole_number
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, usual_dtype
 from duo_jax.chunks import bucket
@@ -19,7 +20,19 @@ from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
-from duo_jax.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP, Transform
+from duo_jax.sampling import (
+    LEAST,
+    MOST,
+    Categorical,
+    Greedy,
+    MinP,
+    RepetitionPenalty,
+    Sampler,
+    Temperature,
+    TopK,
+    TopP,
+    Transform,
+)
 from duo_jax.sizes import host_available
 
 
@@ -117,6 +130,8 @@ class RoomOptions:
             ValueError: fewer tokens than needed, or more than fit.
         """
         memory = device_memory() if self.memory is None else parse_bytes(self.memory)
+        if isinstance(self.max_context, int):
+            whole_number("max_context", self.max_context, 1)
         if self.max_context == "max":
             plan.check(needed, memory)
             return plan.max_context(memory)
@@ -152,9 +167,12 @@ def parse_bytes(text: str) -> int:
         ValueError: anything else.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match.group(2).upper() not in UNITS or not float(match.group(1)):
-        raise ValueError(f"a size is a number above 0 and a unit, such as 80GB or 79.1GiB, got {text!r}")
-    return int(float(match.group(1)) * UNITS[match.group(2).upper()])
+    size = 0.0
+    if match is not None and match.group(2).upper() in UNITS:
+        size = float(match.group(1)) * UNITS[match.group(2).upper()]
+    if not 1 <= size < MOST_BYTES:
+        raise ArgumentError("memory", f"must be a number above 0 and a unit, such as 80GB or 79.1GiB, got {text!r:.60}")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,7 @@ class SamplingOptions:
         cuts += [TopP(self.top_p)] if self.top_p is not None else []
         cuts += [MinP(self.min_p)] if self.min_p is not None else []
         if self.temperature != 0:
+            real_number("temperature", self.temperature, LEAST, MOST, way="0 takes the most likely token")
             return Categorical((*transforms, Temperature(self.temperature), *cuts))
         if cuts:
             raise ValueError("--top-k, --top-p and --min-p choose among random draws: give a --temperature above 0")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.chunks import chunk_width
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions
@@ -35,6 +36,8 @@ class Prefill:
     def run(self) -> None:
         """Check the flags, load, prefill, write and report."""
         free_path(self.out)
+        if self.chunk is not None:
+            whole_number("chunk", self.chunk, 1)
         text = self.prompt.text()
         tokens = self.prompt.encode_document(self.model.tokenizer(), text)
         length, width = len(tokens), chunk_width(len(tokens), self.chunk)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from duo_jax.arguments import ArgumentError, whole_number
 from duo_jax.config import ModelConfig
 
 T = TypeVar("T")
@@ -32,8 +33,7 @@ class MeshSize:
     def __post_init__(self) -> None:
         """Refuse sizes below 1."""
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"a mesh needs at least 1 device along each axis, got {name}={value}")
+            object.__setattr__(self, name, whole_number(name, value, 1, way="it is a number of devices"))
 
     @classmethod
     def of(cls, mesh: "AnyMesh | MeshSize | None") -> "MeshSize":
@@ -46,6 +46,8 @@ class MeshSize:
             return cls()
         if isinstance(mesh, MeshSize):
             return mesh
+        if not isinstance(mesh, Mesh | AbstractMesh):
+            raise ArgumentError("mesh", f"must be a mesh from duo_jax.make_mesh, got {mesh!r}")
         if set(mesh.axis_names) != set(AXES):
             raise ValueError(f"a mesh has the axes {', '.join(AXES)}, got {mesh.axis_names}: use duo_jax.make_mesh")
         return cls(**mesh.shape)

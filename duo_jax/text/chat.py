@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache, Mark
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.template import Message
@@ -25,7 +26,7 @@ class Chat:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages: list[Message] = list(self._system)
         lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # Fail now if the model has no chat template.
-        self.max_length = max_length
+        self.max_length = whole_number("max_length", max_length, 1)
         self._running: TextStream | None = None
         self._cached: list[int] = []
         self._cache, self._empty = self._allocate()
@@ -65,6 +66,7 @@ class Chat:
             self._restart()
         messages = [*self._messages, {"role": "user", "content": text}]
         tokens = self._lm.encode_chat(messages)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         room = self.max_length - len(tokens)
         if room < 1:
             raise ValueError(

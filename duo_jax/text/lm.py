@@ -1,5 +1,7 @@
 """LM: text in, text out. A model, its tokenizer and a head pattern in one object; knows nothing of terminals."""
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +13,16 @@ from jax import Array
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
+from duo_jax.checks import check_key
 from duo_jax.chunks import bucket
 from duo_jax.generation import Request, prepare
 from duo_jax.infer import prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.precision import AnyDtype
+from duo_jax.precision import ALLOWED, AnyDtype, check_name
 from duo_jax.text import template
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
@@ -52,7 +56,11 @@ def load(
 
     Raises:
         ValueError, FileNotFoundError, PermissionError, NotImplementedError: see `load_model` and `HeadPattern.load`.
+        TypeError: a name that is none of these arguments.
     """
+    _check_names(pattern_options)
+    if kv_dtype is not None:
+        check_name("kv_dtype", kv_dtype, ALLOWED["kv_dtype"])
     if isinstance(pattern, HeadPattern) or pattern is None:
         if pattern_options:
             raise ValueError(f'{sorted(pattern_options)} choose heads from a named pattern: pass pattern="name" too')
@@ -64,6 +72,16 @@ def load(
     if chosen is not None:
         chosen.check(model.config)
     return LM(model, load_tokenizer(source), chosen, kv_dtype)
+
+
+def _check_names(pattern_options: dict[str, Any]) -> None:
+    """Raise TypeError for a name that neither `load` nor `HeadPattern.load` takes, with the nearest that they do."""
+    known = [*inspect.signature(load).parameters, *inspect.signature(HeadPattern.load).parameters]
+    for name in pattern_options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            way = f": did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"load() got an unexpected keyword argument {name!r}{way}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,8 @@ class LM:
             options |= {"pattern": self.pattern, "kv_dtype": self.kv_dtype}
         if len(history):
             options["history"] = np.tile(np.asarray(history, np.int32), (len(prompts), 1))
-        eos_ids = self.model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        seed = check_key("seed", seed)
+        eos_ids = self.model.config.eos_ids if eos_ids is None else eos_ids
         return prepare(self.model, tokens, lengths=lengths, eos_ids=eos_ids, key=seed, cache=cache, **options)
 
     def complete(self, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options: Any) -> list[Reply]:
@@ -263,8 +282,9 @@ class Document:
         """See `LM.document`."""
         if not text:
             raise ValueError("the document is empty; give at least one character")
-        if room < 2:
-            raise ValueError(f"room must be at least 2, for a question and an answer, got {room}")
+        room = whole_number("room", room, 2, way="a question and an answer need it")
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length, 1)
         plain = DocumentFrame(lm.tokenizer, between="\n\n", after="\n")
         self._frame = DocumentFrame.chat(lm.tokenizer) if template.has_template(lm.tokenizer) else plain
         self._tokens = self._frame.document(text)
@@ -339,6 +359,7 @@ class Document:
             # NaN in the cache spoils every later answer, although it is masked: 0 * NaN is NaN.
             self._prefill()
             cache = self._newest_cache()
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         room = cache.max_length - self.num_tokens
         if len(tokens) + max_new_tokens > room:
             raise ValueError(

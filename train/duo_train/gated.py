@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
+from duo_jax.arguments import whole_number
 from duo_jax.model import Model
 from pallas_kernels import full_attention, gated_attention
 from pallas_kernels.window import Window, consecutive
@@ -35,8 +36,8 @@ class GatedModel:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        if self.sink_size < 0 or self.recent_size < 1:
-            raise ValueError(f"need sink_size >= 0 and recent_size >= 1, got {self.sink_size=}, {self.recent_size=}")
+        whole_number("sink_size", self.sink_size, 0)
+        whole_number("recent_size", self.recent_size, 1)
 
     @property
     def window(self) -> Window:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 import duo_jax
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
@@ -150,11 +151,8 @@ class Identify:
     def prepare(self) -> Run:
         """Load everything the recipe needs and check it; nothing is written."""
         self.pattern(np.ones((1, 1)))  # Rejects invalid sink_size and recent_size.
-        if min(self.checkpoint_every, self.keep_checkpoints) < 1:
-            raise ValueError(
-                f"need checkpoint_every >= 1 and keep_checkpoints >= 1, got {self.checkpoint_every=}, "
-                f"{self.keep_checkpoints=}"
-            )
+        whole_number("checkpoint_every", self.checkpoint_every, 1)
+        whole_number("keep_checkpoints", self.keep_checkpoints, 1)
         mesh = DeviceOptions(self.mesh).make()
         self.chosen.check_devices(open_config(self.model.model), mesh)
         model = self.model.load()

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from duo_eval.aot.programs import TOLERANCE, is_close, verify
-from duo_jax.cache.spec import MOST_TOKENS
+from duo_jax.arguments import MOST_TOKENS, whole_number
 from duo_jax.checkpoint.load import open_config
 from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.cli.devices import DeviceOptions
@@ -59,6 +59,11 @@ class PlanCommand:
 
     def run(self) -> None:
         """Plan, print, verify."""
+        for name in ("context", "batch", "chunk"):
+            if (value := getattr(self, name)) is not None:
+                whole_number(name, value, 1)
+        if self.memory is not None and self.gpu is not None and not self.verify:
+            raise ValueError("give --memory or --gpu, not both: a GPU has its own memory")
         memory = self._memory()
         if memory is None and self.context is None:
             raise ValueError("give --memory 80GB or --gpu NAME for the longest context, or --context N for its memory")

@@ -31,6 +31,9 @@ J = TypeVar("J")
 Head = dict[str, Any]
 Result = dict[str, Any]
 
+# The most jobs of a file: their list is in memory.
+MOST_JOBS = 1_000_000
+
 
 @dataclass(eq=False)
 class Record:
@@ -102,10 +105,13 @@ class Record:
         """The jobs without a result, in their order, each once.
 
         Raises:
-            ValueError: the file has a job without the fields that all of these have, or with values of other types.
+            ValueError: the file has a job without the fields that all of these have, or with values of other types; or
+                more jobs than anyone waits for, whose list would take all memory.
         """
         by_text, kinds = {}, _Kinds()
-        for job in jobs:
+        for number, job in enumerate(jobs):
+            if number == MOST_JOBS:
+                raise ValueError(f"this asks for more than {MOST_JOBS} results: give fewer lengths, samples or methods")
             plain = _plain(job)
             by_text[_text(plain)] = job
             kinds.add(plain)

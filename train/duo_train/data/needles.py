@@ -4,16 +4,20 @@ Sample i depends only on (seed, i): not on the samples drawn before, nor on the 
 """
 
 from dataclasses import dataclass
+from string import Formatter
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arguments import MOST_SEED, ArgumentError, real_number, seed_number, whole_number
 from duo_jax.text.template import encode, has_template, split
 from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.vocabulary import NATO, ORDINALS
 
+# All lengths are in memory.
+MOST_LENGTHS = 100_000
 # For templates that contain the date: a sample must not depend on the day.
 DATE = "26 Jul 2024"
 
@@ -67,43 +71,50 @@ class Needles:
         Raises:
             ValueError: a setting out of range.
         """
-        if not 1 <= self.num_passkeys <= len(ORDINALS):
-            raise ValueError(
-                f"num_passkeys must be in [1, {len(ORDINALS)}], for which there are ordinals, got {self.num_passkeys=}"
-            )
-        if self.passkey_words < 1 or not self.vocabulary:
-            raise ValueError(f"a passkey needs words, got {self.passkey_words=} of {len(self.vocabulary)} words")
+        whole_number("num_passkeys", self.num_passkeys, 1, len(ORDINALS), way="there are as many ordinals")
+        for name in ("passkey_words", "min_length", "max_length"):
+            whole_number(name, getattr(self, name), 1)
+        whole_number("num_lengths", self.num_lengths, 1, MOST_LENGTHS)
+        for name in ("haystack_chars", "num_samples"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1, MOST_SEED)
+        seed_number("seed", self.seed)
+        if not self.vocabulary:
+            raise ValueError("a passkey needs words, but the vocabulary is empty")
         if self.distinct_words and self.num_passkeys * self.passkey_words > len(self.vocabulary):
             raise ValueError(
                 f"{self.num_passkeys} passkeys of {self.passkey_words} distinct words need as many in the vocabulary, "
                 f"which has {len(self.vocabulary)}"
             )
-        if not 0 <= self.min_depth <= self.max_depth <= 1:
-            raise ValueError(f"need 0 <= min_depth <= max_depth <= 1, got {self.min_depth=}, {self.max_depth=}")
-        if not 1 <= self.min_length <= self.max_length or self.num_lengths < 1:
-            raise ValueError(
-                f"need 1 <= min_length <= max_length and num_lengths >= 1, got {self.min_length=}, {self.max_length=}, "
-                f"{self.num_lengths=}"
-            )
+        real_number("min_depth", self.min_depth, 0, 1)
+        real_number("max_depth", self.max_depth, self.min_depth, 1, way="it must not be below the lowest depth")
+        if self.min_length > self.max_length:
+            raise ArgumentError("max_length", f"must be at least min_length={self.min_length}, got {self.max_length}")
         if self.num_lengths == 1 and self.min_length != self.max_length:
-            raise ValueError(f"one length needs min_length == max_length, got {self.min_length=}, {self.max_length=}")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.num_samples=}")
+            rule = f"of 1 needs min_length == max_length, got {self.min_length} and {self.max_length}"
+            raise ArgumentError("num_lengths", rule)
         for name in ("needle", "question", "answer"):
             needed = ("{ordinal}",) if name == "question" else ("{ordinal}", "{words}")
             if any(word not in getattr(self, name) for word in needed):
                 raise ValueError(f"{name} must contain {' and '.join(needed)}, got {getattr(self, name)!r}")
-            try:
-                getattr(self, name).format(ordinal="", words="")
-            except (ValueError, LookupError):
-                raise ValueError(
-                    f"{name} may have no other braces than {' and '.join(needed)}, got {getattr(self, name)!r}"
-                ) from None
+            if not _has_only(needed, getattr(self, name)):
+                raise ArgumentError(
+                    name, f"may have no other braces than {' and '.join(needed)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """The numbers of tokens of text that samples may have."""
         return tuple(int(length) for length in np.linspace(self.min_length, self.max_length, self.num_lengths).round())
+
+
+def _has_only(fields: tuple[str, ...], text: str) -> bool:
+    """Whether a format has no fields but these: attributes, indices and conversions would print Python's objects."""
+    try:
+        found = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(text) if name is not None]
+    except ValueError:  # A brace without its partner.
+        return False
+    return all(f"{{{name}}}" in fields and not spec and not conversion for name, spec, conversion in found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +158,16 @@ class NeedleData:
         self.text = np.asarray(
             encode(tokenizer, load_haystack(config.haystack, max_chars=config.haystack_chars)), np.int32
         )
-        longest = max(config.lengths)
+        # Before anything is made whose size these settings decide.
+        longest, words = config.max_length, config.num_passkeys * config.passkey_words
         if len(self.text) < longest:
             raise ValueError(
                 f"the haystack {config.haystack!r} has {len(self.text)} tokens, the longest sample needs {longest}: "
                 "give a longer text or lower max_length"
             )
-        needles = sum(end - begin for begin, end in self[0].needles)
+        # A word has at least one token.
+        too_many = words > config.min_length
+        needles = words if too_many else sum(end - begin for begin, end in self[0].needles)
         if min(config.lengths) < needles:
             raise ValueError(
                 f"{config.num_passkeys} passkeys of {config.passkey_words} words take about {needles} tokens, more "

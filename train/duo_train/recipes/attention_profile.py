@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from duo_jax.arguments import whole_number
 from duo_jax.config import ModelConfig
 from duo_jax.model import Model
 from duo_jax.rope import rotate, rotation
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run
 from pallas_kernels import full_attention
+
+# Distances of every head are in memory at the same time.
+MOST_DISTANCES = 1 << 20
 
 Means = tuple[tuple[Float[Array, "N H"], Float[Array, "K H"]], ...]
 
@@ -33,8 +37,8 @@ class AttentionProfile(Recipe):
 
     def check(self, run: Run) -> None:
         """At least one sample and two distances."""
-        if self.num_samples < 1 or self.length < 2:
-            raise ValueError(f"need num_samples >= 1 and length >= 2, got {self.num_samples=}, {self.length=}")
+        whole_number("num_samples", self.num_samples, 1)
+        whole_number("length", self.length, 2, MOST_DISTANCES)
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """How far back each head's mean query looks, as a fraction of `length`."""

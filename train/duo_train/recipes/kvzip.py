@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arguments import whole_number
 from duo_jax.model import Model
 from duo_jax.text.template import encode, has_template, split
 from duo_train.data.needles import DATE, beginning
@@ -39,8 +40,8 @@ class KVzip(Recipe):
     def check(self, run: Run) -> None:
         """Contexts must be longer than the sinks, and the text longer than a context."""
         sinks, text = run.attention.sink_size, run.data.text
-        if self.num_samples < 1 or self.length <= sinks:
-            raise ValueError(f"need num_samples >= 1 and length > {sinks} (sinks), got {vars(self)}")
+        whole_number("num_samples", self.num_samples, 1)
+        whole_number("length", self.length, sinks + 1, way=f"it must be more than the {sinks} sinks")
         if len(text) < self.length:
             raise ValueError(f"the haystack has {len(text)} tokens, fewer than {self.length=}: give a longer text")
 

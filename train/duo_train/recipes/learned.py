@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
+from duo_jax.arguments import real_number, seed_number, whole_number
 from duo_jax.config import ModelConfig
 from duo_train.devices import Sharding
 from duo_train.loop import train
@@ -41,13 +42,11 @@ class Learned(Recipe, Objective):
     def __post_init__(self) -> None:
         """Check the settings."""
         for name in ("steps", "batch_size", "accumulate", "pad_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0 or not 0 <= self.warmup <= 1 or not 0 <= self.cooldown <= 1:
-            raise ValueError(
-                f"need learning_rate > 0 and warmup and cooldown in [0, 1], got {self.learning_rate=}, {self.warmup=}, "
-                f"{self.cooldown=}"
-            )
+            whole_number(name, getattr(self, name), 1)
+        seed_number("seed", self.seed)
+        real_number("learning_rate", self.learning_rate, 1e-30, 1e30)
+        for name in ("warmup", "cooldown"):
+            real_number(name, getattr(self, name), 0, 1)
 
     def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
         """The devices must be able to share the batch and the heads."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from duo_jax.arguments import real_number
 from duo_jax.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
@@ -53,8 +54,8 @@ class PruLong(Learned):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        if not 0 <= self.target_sparsity <= 1 or not 0 <= self.ramp <= 1:
-            raise ValueError(f"target_sparsity and ramp must be in [0, 1], got {self.target_sparsity=}, {self.ramp=}")
+        for name in ("target_sparsity", "ramp"):
+            real_number(name, getattr(self, name), 0, 1)
 
     def check(self, run: Run) -> None:
         """Only self mixing: there is no teacher."""

@@ -20,7 +20,11 @@ from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
 from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import STYLES
+from duo_jax.arguments import ArgumentError, whole_number
 from duo_jax.text.template import encode
+
+# Depths are stored with four digits.
+MOST_DEPTHS = 10_001
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,17 @@ class NeedleTask:
 
     def run(self) -> None:
         """Run the missing questions, cell by cell, and plot."""
-        if not self.lengths or min(*self.lengths, self.samples) < 1 or self.depths < 2:
-            raise ValueError(
-                f"need lengths and samples of at least 1 and 2 depths, got {self.lengths=}, {self.samples=}, "
-                f"{self.depths=}"
-            )
+        if not self.lengths:
+            raise ValueError("--lengths must have at least one length")
+        room = self._room
+        for length in self.lengths:
+            whole_number("lengths", length, room + 1, way=f"an answer has {room} tokens")
+        whole_number("samples", self.samples, 1)
+        whole_number("depths", self.depths, 2, MOST_DEPTHS)
         settings = asdict(self)
         shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "chat", "seed")}
         # Stored only if set: in older files, which lack it, the question was in the prompt.
         shared |= {"question_later": True} if self.question_later else {}
-        room = self._room
         results = self.comparison.run(
             self.out,
             {"task": "needle", **shared},
@@ -103,16 +108,14 @@ class NeedleTask:
         """The same needle in the same text for every method."""
         rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
         needle = STYLES[self.style](rng)
-        needle_prompt = insert_needle(
-            self.comparison.tokenizer,
-            # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
-            np.resize(self._hay, max(len(self._hay), job.length)),
-            needle,
-            rng,
-            length=job.length - needle.max_new_tokens,
-            depth=job.depth,
-            use_chat=self.chat,
-        )
+        # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
+        hay = np.resize(self._hay, max(len(self._hay), job.length))
+        prompt = {"length": job.length - needle.max_new_tokens, "depth": job.depth, "use_chat": self.chat}
+        try:
+            needle_prompt = insert_needle(self.comparison.tokenizer, hay, needle, rng, **prompt)
+        except ValueError as error:
+            rule = f"of {job.length} has {needle.max_new_tokens} tokens for the answer, and {error}"
+            raise ArgumentError("lengths", rule) from None
         facts: dict[str, Any] = {"key": " ".join(needle.key), "position": needle_prompt.position}
         later = needle_prompt.question_length if self.question_later else 0
         return Question(

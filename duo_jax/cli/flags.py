@@ -1,0 +1,96 @@
+"""Flags of a command: parsed, checked for what holds for all of them, and named in messages. Knows no command."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from duo_jax.arguments import MOST_SEED, ArgumentError, spelling, whole_number
+
+REGISTRY = ConstructorRegistry()
+
+
+def parse(command: type, prog: str, args: Sequence[str]) -> Any:
+    """An instance of the command, whose fields are its flags. From here on, messages name flags.
+
+    Raises:
+        ValueError: an integer beyond int64, a number that is not finite, or a seed below 0.
+    """
+    spelling.set(partial(flag, args=args))
+    command, prog, args = _subcommand(command, prog, args)
+    parsed = tyro.cli(command, prog=prog, args=args, registry=REGISTRY)
+    for name, value in _numbers(parsed):
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise ArgumentError(name, f"must be a finite number, got {value}")
+        else:
+            whole_number(name, value, 0 if name == "seed" else -MOST_SEED, MOST_SEED)
+    return parsed
+
+
+def flag(name: str, args: Sequence[str]) -> str:
+    """The flag among these arguments that sets a field, such as `--data.seed` for `seed`; the name if none does."""
+    given = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    spelled = name.replace("_", "-")
+    return next((each for each in given if each[2:].replace("_", "-").rpartition(".")[2] == spelled), name)
+
+
+def _subcommand(command: type, prog: str, args: Sequence[str]) -> tuple[type, str, Sequence[str]]:
+    """The subcommand that the first argument names, if there are any: its errors then point to its own help."""
+    for field in get_type_hints(command, include_extras=True).values():
+        options = next((each for each in (field, *get_args(field)[:1]) if _is_union(each)), None)
+        for option in get_args(options):
+            names = [getattr(each, "name", None) for each in get_args(option)[1:]]
+            if get_origin(option) is Annotated and args and args[0] in names:
+                return get_args(option)[0], f"{prog} {args[0]}", args[1:]
+    return command, prog, args
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number of a parsed command, with the name of its field."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), field.name)
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _numbers(each, name)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _numbers(each, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) is Union or type(hint).__name__ == "UnionType"
+
+
+@REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A value or None: help shows only the value, as None is what leaving the flag out means."""
+    options = get_args(info.type)
+    if not _is_union(info.type) or type(None) not in options:
+        return None
+    some = Union[tuple(option for option in options if option is not type(None))]  # noqa: UP007
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(some, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+        return None
+
+    def parse_text(text: list[str]) -> Any:
+        if text == ["None"]:
+            return None
+        if spec.choices is not None and text[0] not in spec.choices:
+            raise ValueError(f"{text[0]!r} is none of {', '.join(spec.choices)}")
+        return spec.instance_from_str(text)
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=spec.metavar,
+        instance_from_str=parse_text,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
