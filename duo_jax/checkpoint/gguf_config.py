@@ -7,7 +7,6 @@ be a feature that this decoder does not have.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from duo_jax.config import FAMILIES, ModelConfig
@@ -43,7 +42,6 @@ def config_from_gguf(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     divisors: tuple[float, ...] | None,
-    path: Path,
 ) -> ModelConfig:
     """The configuration, with the rules for a Hugging Face configuration.
 
@@ -51,7 +49,6 @@ def config_from_gguf(
         metadata: the file's keys and values.
         shapes: of its tensors, by Hugging Face's names.
         divisors: of the RoPE frequencies, if the file has them.
-        path: the file, for messages.
 
     Raises:
         ValueError: a key that is missing, has a wrong type, is out of range, or contradicts the tensors.
@@ -59,26 +56,24 @@ def config_from_gguf(
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in FAMILIES:
-        raise NotImplementedError(
-            f"{path}: architecture {_short(arch)} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    keys = _Keys(metadata, arch, path)
+        raise NotImplementedError(f"architecture {_short(arch)} is not supported; supported are {', '.join(FAMILIES)}")
+    keys = _Keys(metadata, arch)
     keys.require("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
     if "model.embed_tokens.weight" not in shapes:
-        raise ValueError(f"{path} has no token_embd.weight: it does not contain a language model")
+        raise ValueError("no token_embd.weight: it does not contain a language model")
     layers = keys.integer("block_count")
     if layers != (stored := _num_layers(shapes)):
-        raise ValueError(f"{path}: {arch}.block_count is {layers}, but it has tensors of {stored} layers")
+        raise ValueError(f"{arch}.block_count is {layers}, but it has tensors of {stored} layers")
     rows = shapes["model.embed_tokens.weight"][0]
     tokens = metadata.get("tokenizer.ggml.tokens")
     num_tokens = len(tokens) if isinstance(tokens, list) else rows
     for name, count in ((f"{arch}.vocab_size", keys.integer("vocab_size", rows)), ("the tokenizer", num_tokens)):
         if count != rows:
-            raise ValueError(f"{path}: {name} has {count} tokens, but token_embd.weight has {rows}; convert it again")
+            raise ValueError(f"{name} has {count} tokens, but token_embd.weight has {rows}; convert it again")
     heads, dim = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", dim // heads)
     if keys.integer("attention.value_length", head_dim) != head_dim:
-        raise NotImplementedError(f"{path}: {arch}.attention.value_length is not key_length, which is not supported")
+        raise NotImplementedError(f"{arch}.attention.value_length is not key_length, which is not supported")
     positions = keys.integer("context_length")
     values = {
         "model_type": arch,
@@ -97,7 +92,7 @@ def config_from_gguf(
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.down_proj.bias" in shapes,
         "rope_parameters": _rope(keys, positions=positions, head_dim=head_dim),
-        "eos_token_id": _ends(metadata, rows, path),
+        "eos_token_id": _ends(metadata, rows),
         "dtype": "bfloat16",
     }
     keys.refuse_others(OFF | {"attention.scale": head_dim**-0.5})
@@ -105,9 +100,9 @@ def config_from_gguf(
     if divisors is None:
         return config
     if config.rope.type != "default":
-        raise NotImplementedError(f"{path}: rope_freqs.weight with {config.rope.type} scaling is not supported")
+        raise NotImplementedError(f"rope_freqs.weight with {config.rope.type} scaling is not supported")
     if len(divisors) != head_dim // 2 or not all(0 < divisor < math.inf for divisor in divisors):
-        raise ValueError(f"{path}: rope_freqs.weight must be {head_dim // 2} numbers above 0, got {divisors[:4]}...")
+        raise ValueError(f"rope_freqs.weight must be {head_dim // 2} numbers above 0, got {divisors[:4]}...")
     return replace(config, rope=DividedRope(config.rope.theta, divisors=divisors))
 
 
@@ -137,19 +132,20 @@ def _rope(keys: "_Keys", *, positions: int, head_dim: int) -> dict[str, Any]:
     if kind == "yarn":
         if extrapolation != 1.0:
             raise NotImplementedError(f"{keys.name('rope.scaling.yarn_ext_factor')} {extrapolation} is not supported")
-        keys.require("rope.scaling.factor")
+        if not (keys.has("rope.scaling.factor") or keys.has("rope.scale_linear")):
+            raise ValueError(f"{keys.name('rope.scaling.type')} is yarn, but there is no rope.scaling.factor")
         return rope | yarn | {"rope_type": "yarn", "factor": factor}
     if kind == "none" or factor == 1.0:
         return rope | {"rope_type": "default"}
     return rope | {"rope_type": "linear", "factor": factor}
 
 
-def _ends(metadata: Mapping[str, Any], vocab_size: int, path: Path) -> list[int]:
+def _ends(metadata: Mapping[str, Any], vocab_size: int) -> list[int]:
     """The ids of the tokens that end a text or a turn, EOS first."""
     ids = {f"tokenizer.ggml.{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS}
     for key, value in ids.items():
         if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
-            raise ValueError(f"{path}: {key} must be a token below {vocab_size}, got {value!r}")
+            raise ValueError(f"{key} must be a token below {vocab_size}, got {value!r}")
     return [value for value in dict.fromkeys(ids.values()) if value is not None]
 
 
@@ -160,15 +156,15 @@ def _num_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
 class _Keys:
     """The metadata of an architecture: values checked as they are read, and the keys that nobody read."""
 
-    def __init__(self, metadata: Mapping[str, Any], arch: str, path: Path) -> None:
+    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
         prefix = f"{arch}."
         self._values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        self._prefix, self._path = prefix, path
+        self._prefix = prefix
         self._unread = set(self._values) - HARMLESS
 
     def name(self, key: str) -> str:
-        """File and key, for a message."""
-        return f"{self._path}: {self._prefix}{key}"
+        """The key as it is in the file."""
+        return f"{self._prefix}{key}"
 
     def has(self, key: str) -> bool:
         """Whether the file has a key."""
@@ -177,7 +173,7 @@ class _Keys:
     def require(self, *keys: str) -> None:
         """Raise ValueError if keys are missing."""
         if missing := [self._prefix + key for key in keys if not self.has(key)]:
-            raise ValueError(f"{self._path} has no {', '.join(missing)}: it does not contain a language model")
+            raise ValueError(f"no {', '.join(missing)}: it does not contain a language model")
 
     def integer(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
         """An integer that a model can have as a size."""

@@ -1,6 +1,7 @@
 """A GGUF file: configuration, tokenizer and quantized weights in one, read as a checkpoint with Hugging Face names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -61,7 +62,8 @@ class GgufFile(Source):
         divisors = None
         if ROPE_DIVISORS in self._tensors:
             divisors = tuple(float(x) for x in self.read(ROPE_DIVISORS).flat)
-        config = config_from_gguf(self.metadata, self.shapes, divisors=divisors, path=self.path)
+        with self._named():
+            config = config_from_gguf(self.metadata, self.shapes, divisors=divisors)
         check_tensors(self.shapes, weight_table(config), config, label=str(self.path))
         return config
 
@@ -89,7 +91,18 @@ class GgufFile(Source):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """From the metadata."""
-        return tokenizer_from_gguf(self.metadata)
+        with self._named():
+            return tokenizer_from_gguf(self.metadata)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Put the file's name before the message of an error."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self.path}: {error}") from None
 
 
 def _parts(path: Path) -> list[GgufHeader]:
