@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "prompt and stdin": (["-", "--prompt", "a"], ["give the prompt once"]),
     "empty prompt": (["--prompt", ""], ["prompt is empty"]),
     "missing file": (["--prompt-file", "no/such.txt"], ["no/such.txt"]),
-    "a folder": (["--prompt-file", "."], ["directory"]),
+    "a folder": (["--prompt-file", "."], [". is a folder", "only regular files"]),
     "unknown pattern": (["--prompt", "a", "--pattern", "no-such"], ["no-such", *published_patterns()]),
     "sparsity 1.5": (["--prompt", "a", "--pattern", "{pattern}", "--sparsity", "1.5"], ["[0, 1]", "1.5"]),
     "sparsity nan": (

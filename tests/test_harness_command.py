@@ -170,7 +170,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(tmp_path, duo, tasks, chan
 def test_files_that_are_no_result_are_refused(tmp_path, duo, tasks):
     flags = ("--tasks", "toy_choice", "--include-path", tasks)
     (tmp_path / "out.json").write_text("[]")
-    assert_refused(harness(duo, "none", tmp_path / "out.json", *flags), "not a line of a file of results", "--out")
+    assert_refused(harness(duo, "none", tmp_path / "out.json", *flags), "out.json must contain a JSON object", "--out")
     assert_refused(harness(duo, "none", tmp_path, *flags), "is a folder")
 
 

@@ -148,7 +148,7 @@ def test_a_model_is_quantized_from_the_command_line(duo, text_model, tmp_path):
     assert load_tokenizer(out).get_vocab() == load_tokenizer(text_model).get_vocab()
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     refused = duo("quantize", "--model", text_model, "--weight-dtype", "int4-32", "--out", out)
-    assert refused.code == 2 and "choose another --out" in refused.err
+    assert refused.code == 2 and "small exists already: choose another name" in refused.err
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert "give --weight-dtype" in duo("quantize", "--model", text_model, "--out", tmp_path / "x").err
 

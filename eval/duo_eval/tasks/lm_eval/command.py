@@ -86,13 +86,15 @@ class Harness:
         if self.method is not None:
             tokenizer = self.model.tokenizer()
             chosen = method(self.method, model=self.model.model, tokenizer=tokenizer)
-        about, sources = self._about(chosen), {"weights": weights_fingerprint(self.model.model)}
-        Record.open(self.out, about, sources)  # Refuses a file of another run; one of this run is made again.
+        about = self._about(chosen)
+        Record.open(self.out, about)  # Refuses a file of another run; one of this run is made again.
         loaded, manager = load_tasks(self.tasks, include=self.include_path, data=self._data(), unsafe=self.unsafe)
         runs_code = [task.config.task for task in leaves(loaded) if getattr(task, "UNSAFE_CODE", False)]
         if runs_code and not self.run_code:
             raise ValueError(f"{', '.join(runs_code)} runs code that the model writes: allow it with --run-code")
         sandbox = isolation(unsafe=self.unsafe) if runs_code else None
+        sources = {"weights": weights_fingerprint(self.model.model)}
+        Record.open(self.out, about, sources)
         tokenizer = tokenizer or self.model.tokenizer()
         model = self.model.load()
         length = self.max_length or model.config.trained_positions
