@@ -118,7 +118,7 @@ def _missing() -> str:
     with tempfile.TemporaryDirectory(prefix="duo-sandbox-") as folder:
         victim = Path(folder) / "victim"
         victim.write_text("whole")
-        verdict = _run(PROBE.replace("VICTIM", repr(str(victim))), Limits(), isolated=True)
+        verdict = _run(PROBE.replace("VICTIM", repr(str(victim))), Limits(seconds=60.0), isolated=True)
         if verdict.outcome == "passed" and os.listdir(folder) == ["victim"] and victim.read_text() == "whole":
             return ""
     return verdict.reason or "a test program changed a file"
