@@ -115,7 +115,7 @@ def test_needle_refuses_what_cannot_be_right(needle, tmp_path):
 def test_a_figure_of_something_else_is_refused(duo, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"chess": 1}\n')
-    assert_refused(duo("eval", "plot", path), "not a known result", "needle in a haystack")
+    assert_refused(duo("eval", "plot", path), "not a known result", "needle")
     path.write_text('{"about": {"task": "needle"}, "runs": []}\n')
     assert_refused(duo("eval", "plot", path), "no finished job")
     path.write_text("years of work")

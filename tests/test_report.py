@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from duo_eval.show.registry import RESULT_TYPES, type_of
+from duo_eval.show.headline import columns_of
+from duo_eval.show.registry import RESULT_TYPES, about, type_of
 from duo_eval.show.tables import RESULTS
 
 pytest.importorskip("matplotlib", reason="needs the eval extra")
 MACHINE = {"processor": "a <processor>", "cores": 2, "python": "3.11", "versions": {"jax": "0.1"}, "commit": "abc1234"}
-RUN = {"command": "duo eval something --out it", "machine": MACHINE}
+RUN = {"command": "duo eval something --out it", "date": "2026-01-02", "machine": MACHINE}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -67,12 +68,18 @@ def results(tmp_path_factory):
     for path in (RESULTS / "cpu/recall.jsonl", RESULTS / "cpu/training.json", RESULTS / "aot/memory.json"):
         shutil.copy(path, folder)
     shutil.copytree(RESULTS / "cpu/patterns/kvzip", folder / "patterns" / "kvzip")
-    about = {"task": "needle", "model": "models/<b>tiny</b>", "style": "digits"}
+    about = {"task": "needle", "model": "models/<b>tiny", "style": "digits"}
     ledger(folder / "needle.jsonl", about, needle_records())
     ledger(
         folder / "ruler.jsonl", {"task": "ruler"}, ({**r, "job": {"task": "vt", **r["job"]}} for r in needle_records())
     )
-    ledger(folder / "begun.jsonl", about, [])
+    ledger(folder / "begun.jsonl", about | {"recent_size": 99, "question_later": True}, [])
+    answers = [
+        {"job": {"method": method, "item": f"a {item}"}, "answer": "A", "correct": correct}
+        for method, right in (("full", (True, False)), ("0.5 32/128", (True, True)))
+        for item, correct in enumerate(right)
+    ]
+    ledger(folder / "mmlu.jsonl", about | {"task": "mmlu"}, answers)
     (folder / "efficiency.json").write_text(json.dumps(efficiency()))
     (folder / "odd & new.json").write_text('{"hello": 1}')
     (folder / "needle.png").write_text("a figure of the results")
@@ -107,8 +114,8 @@ class Outline(HTMLParser):
 def test_the_page_shows_every_result_and_names_the_rest(page):
     outline = Outline(page)
     text = " ".join(" ".join(outline.text).split())
-    for heading in ("Needle in a haystack", "Recall of passkeys", "Scores", "Time and memory", "A training step"):
-        assert re.search(rf"<h2[^>]*>{heading}</h2>", page), heading
+    for heading in ("Needle", "RULER", "Recall of passkeys", "Time and memory", "Training step", "Memory", "Gates"):
+        assert re.search(rf"<h3[^>]*>{heading}</h3>", page), heading
     assert "Not shown" in text and "odd & new.json" in text and "needle.png" not in text
     assert "No job is finished yet." in text
     # Provenance.
@@ -121,6 +128,69 @@ def test_the_page_shows_every_result_and_names_the_rest(page):
     cells = re.findall(r">([^<]*)</td>", row.group())
     assert cells[5:11] == ["4915.20", "2.0", "1.00", "4.8", "4.0", "1.00"]
     assert "66.7 (20.8 to 93.9)" in text  # two of three needles
+
+
+def test_the_page_opens_with_model_device_date_one_table_and_one_figure(page):
+    head = page[page.index('<header id="summary">') : page.index("</header>")]
+    text = " ".join(" ".join(Outline(head).text).split())
+    assert re.search(
+        r"model <b>tiny device CPU, a <processor>, 2 cores date measured 2026-01-02, page written \d", text
+    )
+    assert head.count("<table>") == head.count("<img") == 1
+    rows = [re.findall(r">([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", head, re.DOTALL)]
+    assert [[cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in rows] == [
+        ["score, %", "Needle, 50% KV, n = 6", "RULER, 50% KV, n = 6", "MMLU, n = 2"],
+        ["full", "100.0 (61 to 100)", "100.0 (61 to 100)", "50.0 (9 to 91)"],
+        ["duo", "83.3 (44 to 97)", "83.3 (44 to 97)", ""],
+        ["duo 50% stream, 32/128", "", "", "100.0 (34 to 100)"],
+    ]
+
+
+def test_a_headline_compares_methods_over_the_same_questions():
+    def record(method, budget, sample, score):
+        return {"job": {"method": method, "budget": budget, "sample": sample}, "score": score}
+
+    records = [record("full", 1.0, sample, 1.0) for sample in range(3)]
+    records += [record("duo", budget, sample, 0.0) for budget in (0.25, 0.5) for sample in range(3)]
+    # h2o was not asked question 0, and could not hold question 1 at the smaller budget.
+    records += [record("h2o", 0.5, sample, 1.0) for sample in (1, 2)]
+    records += [record("h2o", 0.25, 1, None), record("h2o", 0.25, 2, 1.0)]
+    columns = list(columns_of("Task", records))
+    assert [(column.budget, column.questions, list(column.scores)) for column in columns] == [
+        (0.25, 1, ["full", "duo", "h2o"]),
+        (0.5, 2, ["full", "duo", "h2o"]),
+    ]
+    assert not list(columns_of("Task", [{"job": {"method": "distill", "sparsity": 0.5}, "tokens": [1]}]))
+
+
+def test_navigation_is_grouped_and_side_experiments_are_folded(page):
+    nav = page[page.index("<nav") : page.index("</nav>")]
+    links = re.findall(r'<a href="#([^"]*)">([^<]*)</a>', nav)
+    assert all(f'id="{target}"' in page for target, _ in links)
+    assert [name for target, name in links if target.startswith(("summary", "group"))] == [
+        "Summary",
+        "Accuracy",
+        "Speed and memory",
+        "Compiled, not run",
+        "Head patterns",
+    ]
+    assert [name for target, name in links if target.startswith("section-1-")] == [
+        "Needle",
+        "RULER",
+        "MMLU",
+        "Recall of passkeys",
+    ]
+    side = re.findall(r'<details class="side">\s*<summary>([^<]*)<span class="quiet">([^<]*)</span>', page)
+    assert side == [("Side experiment: recent size 99, question later ", "begun.jsonl")]
+
+
+def test_a_new_file_of_measurements_is_of_its_kind(tmp_path):
+    """Version 0.1 stored a run's fields in place of a head."""
+    old = efficiency()
+    new = {"about": {"task": "bench"}, "gates": {}, "runs": [{**RUN, "device": "A GPU"}], "results": old["results"]}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(new))
+    assert type_of(path).title == "Time and memory" and about(path)["device"] == "A GPU"
 
 
 def test_the_page_needs_nothing_from_elsewhere(page):
@@ -148,7 +218,7 @@ def test_the_page_can_be_read_without_seeing_it(page):
     ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert outline.all("html")[0]["lang"] == "en" and "width=device-width" in page
-    assert "<b>tiny</b>" not in page
+    assert "<b>tiny" not in page
 
 
 def test_a_broken_file_is_on_the_page_and_an_error(duo, results, tmp_path):
@@ -166,7 +236,7 @@ def test_a_broken_file_is_on_the_page_and_an_error(duo, results, tmp_path):
     for name, why in (("torn.jsonl", "2 is not JSON"), ("noise.json", "is not JSON"), ("cut.json", "kv_bytes")):
         assert name in done.err and why in done.err
     text = out.read_text()
-    assert "Could not be shown" in text and "torn.jsonl" in text and "Needle in a haystack" in text
+    assert "Could not be shown" in text and "torn.jsonl" in text and ">Needle</h3>" in text
     for path in folder.iterdir():
         path.unlink()
     assert duo("report", "--results", folder, "--out", out).code == 0
@@ -183,7 +253,7 @@ def test_every_committed_result_is_of_a_known_kind():
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 500, 1280])
 def test_the_page_fits_a_browser(page, width, tmp_path):
     # A window has a least width, a frame has not.
     measure = """<script>
@@ -213,7 +283,7 @@ def test_the_page_fits_a_browser(page, width, tmp_path):
     assert found["needed"] <= found["width"] and not found["beyond"]
     assert all(150 < wide <= found["width"] and high > 60 for wide, high in found["figures"])
     assert found["letters"] >= 12
-    assert "Needle in a haystack" in found["text"]
+    assert "Side experiment" in found["text"]
 
 
 def test_points_are_at_their_values_and_intervals_at_the_same_x_side_by_side():

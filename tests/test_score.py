@@ -129,7 +129,7 @@ def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
     assert_refused(duo(*command, "--caches", "int3"), "must be one of float32, bfloat16", "'int3'")
     assert duo(*command).code == 0
     table = precision_table(out)
-    assert type_of(out).title == "Fewer bits"
+    assert type_of(out).title == "Quantization"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if " 300 |" in line]
     assert [row[1:4] for row in rows] == [
         [stream, *pair]

@@ -142,4 +142,4 @@ def kernels_table(path: Path) -> str:
     return f"{rows_to_table(rows, headers, 'lllllr')}\n\n{note} {compiled_with(head)}"
 
 
-RESULT = ResultType("Kernels, from the compiler", with_fields("kernels", "backend"), {"Kernels": kernels_table})
+RESULT = ResultType("Kernels", with_fields("kernels", "backend"), {"Kernels": kernels_table}, group="Compiled, not run")

@@ -117,4 +117,6 @@ def memory_table(path: Path) -> str:
     return f"{table}\n\n{note} {compiled_with(head)}"
 
 
-RESULT = ResultType("Memory, from the compiler", with_fields("program", "temporaries"), {"Programs": memory_table})
+RESULT = ResultType(
+    "Memory", with_fields("program", "temporaries"), {"Programs": memory_table}, group="Compiled, not run"
+)

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ PACKAGES = [
 
 
 def provenance(*, program: str = "duo") -> dict[str, Any]:
-    """The command that is running, and the machine."""
+    """The command that is running, the day in UTC, and the machine."""
     # A notebook's kernel has a command line too, but it is no way to make the result again.
     command = "a notebook" if "ipykernel" in sys.modules else " ".join([program, *sys.argv[1:]])
-    return {"command": command, "machine": machine()}
+    return {"command": command, "date": datetime.now(UTC).date().isoformat(), "machine": machine()}
 
 
 def machine() -> dict[str, Any]:

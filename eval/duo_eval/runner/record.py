@@ -269,7 +269,7 @@ def _from_object(whole: Result, path: Path) -> tuple[Head, list[Result]]:
     if not isinstance(results, list):  # Of lm-evaluation-harness: by task.
         whole |= {} if results is None else {"results": results}
         results = []
-    origin = ("command", "machine", "device", "platform")
+    origin = ("command", "date", "machine", "device", "platform")
     run: dict[str, Any] = {name: whole.pop(name) for name in origin if name in whole}
     words = [*run.get("command", "").split(), "", "", ""]
     task = words[2] if words[1] == "eval" else words[1]

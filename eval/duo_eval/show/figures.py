@@ -1,6 +1,6 @@
 """Figures of evaluations, drawn with matplotlib: arrays in, `Figure` out. Knows no files, no tasks and no pyplot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from duo_eval.show.curves import Line
 from duo_eval.show.style import style_of, styles_of
+from duo_eval.stats.intervals import Estimate
 
 # With more lengths than this, numbers in cells would be unreadable.
 MOST_NUMBERS = 14
@@ -120,6 +121,33 @@ def lines_figure(
     note = "95 % intervals; those of neighbouring points are side by side" if are_moved else None
     place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
     figure.legend(**place, fontsize=8, title=note, title_fontsize=8)
+    return figure
+
+
+def dots_figure(groups: Mapping[str, Mapping[str, Estimate]], *, labels: Mapping[str, str], x: str) -> Figure:
+    """Estimates in percent with their intervals, a row each, under the names of their groups; narrow as a phone.
+
+    Args:
+        groups: estimates by method, by group.
+        labels: of the methods.
+        x: label of the axis.
+    """
+    rows = [(group, method) for group, estimates in groups.items() for method in ("", *estimates)]
+    figure = Figure(figsize=(4.6, 0.6 + 0.19 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for row, (group, method) in enumerate(rows):
+        if not method:
+            axes.text(-2, row, group, ha="left", va="center", fontsize=8, weight="bold", parse_math=False)
+            continue
+        style, estimate = style_of(method), groups[group][method]
+        axes.hlines(row, estimate.low, estimate.high, colors=style.colour, linewidths=1.2)
+        axes.plot(estimate.mean, row, marker=style.marker, color=style.colour, markersize=5)
+    shown = [labels[method] if method else "" for _, method in rows]
+    axes.set_yticks(range(len(rows)), shown, fontsize=8, parse_math=False)
+    axes.set(xlabel=x, xlim=(-2, 102), ylim=(len(rows) - 0.4, -0.6))
+    axes.tick_params(left=False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 

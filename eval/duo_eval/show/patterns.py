@@ -30,4 +30,4 @@ def pattern_figures(folder: Path) -> Iterator[Drawn]:
 
 
 # A folder, not a file: recognized by its gates.
-RESULT = ResultType("Head pattern", lambda first: False, figures=(pattern_figures,))
+RESULT = ResultType("Gates", lambda first: False, figures=(pattern_figures,), group="Head patterns")

@@ -1,6 +1,7 @@
 """Every type of result, in the order of a report. To add one: a `ResultType` in its measurement's file, a row here."""
 
 from pathlib import Path
+from typing import Any
 
 from duo_eval.aot import context, kernels, memory
 from duo_eval.gpu_suite import results as gpu_suite
@@ -17,21 +18,24 @@ from duo_jax.pattern import GATES_FILE
 # The first that matches a file is its type.
 RESULT_TYPES: tuple[ResultType, ...] = (
     needle.RESULT,
+    score_table.RESULT,
     item_by_item.RESULT,
-    precision.RESULT,
     recall_results.RESULT,
-    score_table.RESULT,  # every other task that scores answers
     harness.RESULT,
+    precision.RESULT,
     efficiency_results.RESULT,
-    context.MESHES_RESULT,
-    gpu_suite.RESULT,
     adapter.RESULT,
     training.RESULT,
-    memory.RESULT,
+    context.MESHES_RESULT,
     context.RESULT,
+    memory.RESULT,
     kernels.RESULT,
+    gpu_suite.RESULT,
     patterns.RESULT,
+    score_table.OTHER_RESULT,
 )
+# Names of tasks that share a type.
+TASKS = {"ruler": "RULER", "longbench": "LongBench", "mmlu": "MMLU", "humaneval": "HumanEval"}
 
 
 def type_of(path: Path) -> ResultType | None:
@@ -56,18 +60,34 @@ def _begins_as_object(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
+def contents(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Head and results of a file; a pattern's folder has none."""
+    return ({"about": {}, "runs": []}, []) if path.is_dir() else read(path)
+
+
+def title_of(kind: ResultType, path: Path) -> str:
+    """The heading of a file: its task's name, or that of its type."""
+    return TASKS.get(contents(path)[0]["about"].get("task", ""), kind.title)
+
+
+def order(kind: ResultType, title: str) -> tuple[int, int]:
+    """The place of a section: by type, then by task."""
+    return RESULT_TYPES.index(kind), [*TASKS.values(), title].index(title)
+
+
 def about(path: Path) -> dict[str, str]:
-    """Provenance of a file: device, processor, versions, command, and the commits of all its runs."""
-    if path.is_dir():
-        return {}
-    runs = read(path)[0]["runs"]
+    """Provenance of a file: device, processor, versions, command, and the commits and days of all its runs."""
+    runs = contents(path)[0]["runs"]
     if not runs:
         return {}
     last, machine = runs[-1], runs[-1]["machine"]
     versions = {"Python": machine["python"], **machine["versions"]}
+    # Version 0.1 stored no day.
+    days = {"measured": ", ".join(dict.fromkeys(run["date"] for run in runs if "date" in run))}
     return ({"device": last["device"]} if last.get("device", "cpu") != "cpu" else {}) | {
         "processor": host(machine),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": ", ".join(dict.fromkeys(run["machine"]["commit"] for run in runs)),
+        **(days if days["measured"] else {}),
         "command": last["command"],
     }

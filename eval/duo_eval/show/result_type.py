@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from duo_eval.runner.record import read
 
@@ -23,16 +23,22 @@ class Drawn:
     alt: str
 
 
+# The groups of a report, in order. Files of one task in the first are a main one and side experiments.
+Group = Literal["Accuracy", "Speed and memory", "Compiled, not run", "Head patterns"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+
 @dataclass(frozen=True)
 class ResultType:
     """One type of result.
 
     Attributes:
-        title: heading of its part of a report.
+        title: heading of its section of a report, unless `registry.TASKS` has a name for the task.
         matches: whether a file is of this type, given its first JSON value.
         tables: functions of the path that return Markdown, by caption.
         figures: functions of the path that yield figures, each small enough for a phone.
         poster: function of the path that returns one figure with everything that the first of `figures` yields.
+        group: of its section.
     """
 
     title: str
@@ -40,6 +46,7 @@ class ResultType:
     tables: Mapping[str, Callable[[Path], str]] = field(default_factory=dict)
     figures: tuple[Callable[[Path], Iterator[Drawn]], ...] = ()
     poster: Callable[[Path], Any] | None = None
+    group: Group = "Speed and memory"
 
     def draw(self, path: Path) -> Iterator[Drawn]:
         """Every figure of a file, as a report shows them."""

@@ -1,6 +1,7 @@
 """Tables for every evaluation that scores answers: methods and budgets, with 95 % intervals and paired differences."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import read
 from duo_eval.show.curves import score_curves
 from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import ResultType
+from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.scores import FULL, NOTHING, Record, by_method, difference, grouped, mean, scored, shared
 
@@ -94,7 +95,14 @@ def _footer(head: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 RESULT = ResultType(
     "Scores",
-    lambda first: isinstance(first.get("about"), dict) and "task" in first["about"],
+    of_task("ruler", "longbench"),
     {"Scores": score_summary, "Every cell": score_table},
     (score_curves,),
+    group="Accuracy",
+)
+# Any other task that scores answers one by one, such as one that a plugin adds.
+OTHER_RESULT = replace(
+    RESULT,
+    title="Scores of other tasks",
+    matches=lambda first: isinstance(first.get("about"), dict) and "task" in first["about"] and "results" not in first,
 )

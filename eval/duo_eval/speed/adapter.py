@@ -187,7 +187,7 @@ def adapter_table(path: Path) -> str:
 
 
 RESULT = ResultType(
-    "lm-eval's adapter compared with transformers'",
+    "lm-eval adapter",
     with_fields("max_difference", "speedup"),
     {"Requests": adapter_table},
 )

@@ -121,4 +121,4 @@ def training_table(path: Path) -> str:
     return f"{rows_to_table(rows, headers, 'rlr')}\n\n{note} {origin(head['runs'], head['runs'][-1]['command'])}"
 
 
-RESULT = ResultType("A training step", with_fields("rematerialize"), {"Steps": training_table})
+RESULT = ResultType("Training step", with_fields("rematerialize"), {"Steps": training_table})

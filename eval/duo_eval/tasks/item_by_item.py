@@ -157,7 +157,7 @@ def short_table(path: Path) -> str:
 
 
 RESULT = ResultType(
-    "Short tasks, item by item", of_task("mmlu", "humaneval"), {"Compared with full attention": short_table}
+    "Short tasks", of_task("mmlu", "humaneval"), {"Compared with full attention": short_table}, group="Accuracy"
 )
 
 

@@ -160,4 +160,4 @@ def _mean(of: dict[int, dict[str, float]], field: str, minus: dict[int, dict[str
     return ratio(totals, counts, np.array([minus[sample][field] for sample in shared]) if minus is not None else None)
 
 
-RESULT = ResultType("Fewer bits", of_task("precision"), {"Compared with float32": precision_table})
+RESULT = ResultType("Quantization", of_task("precision"), {"Compared with float32": precision_table}, group="Accuracy")

@@ -154,7 +154,12 @@ def _lines(cells: Cells, name: Callable[[Key], str], x: Callable[[Key], float]) 
 
 RESULT = ResultType(
     "Recall of passkeys",
-    lambda first: "gates" in first and {"sink_size", "data"} <= set(fields(first.get("about"))),
+    lambda first: (
+        "gates" in first
+        and {"sink_size", "data"} <= set(fields(first.get("about")))
+        and first["about"].get("task", "recall") == "recall"
+    ),
     {"Token accuracy": recall_table, "Every cell": recall_details, "Loss on the text itself": prose_table},
     (recall_curves,),
+    group="Accuracy",
 )

@@ -1,25 +1,30 @@
-"""A folder of results as one self-contained HTML page. Knows no type of result."""
+"""A folder of results as one self-contained HTML page: a headline, then sections by task. Knows no type of result."""
 
 import io
 import re
 from base64 import b64encode
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 
-from duo_eval.show.registry import RESULT_TYPES, about, type_of
-from duo_eval.show.result_type import Drawn, ResultType, readable
+from duo_eval.show.headline import Column, columns_of, headline_figure, headline_table
+from duo_eval.show.registry import about, contents, order, title_of, type_of
+from duo_eval.show.result_type import GROUPS, Drawn, Group, ResultType, readable
 from duo_jax.pattern import GATES_FILE
 
 # Figures in the folder were drawn from the results.
 FIGURES = (".png", ".svg")
-# Tables with more rows are folded.
+# Tables with more rows are folded, and so are figures of one kind if there are more.
 MAX_ROWS = 25
+MAX_FIGURES = 6
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,82 @@ class Image:
     alt: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """One result: its path in the folder, its provenance, figures and tables."""
+    """One file of results, or one pattern.
+
+    Attributes:
+        title: of its section.
+        path: in the folder.
+        group: of its section.
+        settings: what all its results share.
+        size: number of results.
+        about: its provenance.
+        figures: those to show, and in `more_figures` those to fold.
+        tables: those to show.
+        columns: of the headline.
+        label: how it differs from the main file of its section, if it is a side experiment.
+    """
 
     title: str
     path: str
+    group: Group
+    settings: Mapping[str, Any]
+    size: int
     about: dict[str, str]
     figures: list[Image]
+    more_figures: list[Image]
     tables: list[Table]
+    columns: list[Column]
+
+    @property
+    def model(self) -> str:
+        """Name of the model; empty if the results are of none or of several."""
+        model = self.settings.get("model")
+        return Path(model).name if isinstance(model, str) else ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A file of the same task with other settings."""
+
+    label: str
+    part: Part
+
+
+@dataclass(frozen=True)
+class Section:
+    """Results of one task, or of one kind of measurement.
+
+    Attributes:
+        id: of its heading.
+        title: the task.
+        parts: the main file; of measurements that are no task, all of them.
+        side: other files of the task, which are folded.
+    """
+
+    id: str
+    title: str
+    parts: list[Part]
+    side: list[Side] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Sections under one heading."""
+
+    id: str
+    title: str
+    sections: list[Section]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The headline of one model: all tasks, methods and budgets in one table, and one figure."""
+
+    model: str
+    table: Table
+    figure: Image
 
 
 @dataclass(frozen=True)
@@ -64,17 +136,19 @@ class Page:
         parts: results, in the order of `RESULT_TYPES`.
         unknown: files of no known type.
         broken: files that could not be shown, and why.
+        written: the day.
     """
 
     folder: str
     parts: list[Part]
     unknown: list[str]
     broken: dict[str, str]
+    written: date = field(default_factory=date.today)
 
     @classmethod
     def of(cls, folder: Path) -> "Page":
         """Read everything below a folder."""
-        parts: list[tuple[int, Part]] = []
+        parts: list[tuple[tuple[int, int], Part]] = []
         unknown, broken = [], {}
         for path in _results(folder):
             name = path.relative_to(folder).as_posix()
@@ -84,10 +158,58 @@ class Page:
                     if kind is None:
                         unknown.append(name)
                     else:
-                        parts.append((RESULT_TYPES.index(kind), _part(kind, path, name)))
+                        part = _part(kind, path, name)
+                        parts.append((order(kind, part.title), part))
             except (ValueError, OSError) as error:
                 broken[name] = str(error)
         return cls(str(folder), [part for _, part in sorted(parts, key=lambda part: part[0])], unknown, broken)
+
+    @cached_property
+    def chapters(self) -> list[Chapter]:
+        """The sections in order, by group; a section is of one task and one model."""
+        chapters = []
+        for number, group in enumerate(GROUPS, 1):
+            sections: dict[str, list[Part]] = {}
+            for part in self.parts:
+                if part.group == group:
+                    title = f"{part.title}, {part.model}" if self._of_several and part.model else part.title
+                    sections.setdefault(title, []).append(part)
+            if sections:
+                named = [_section(f"{number}-{at}", *section) for at, section in enumerate(sections.items(), 1)]
+                chapters.append(Chapter(f"group-{number}", group, named))
+        return chapters
+
+    @cached_property
+    def headlines(self) -> list[Headline]:
+        """One for each model with scores, from the main file of each task."""
+        main = [part for chapter in self.chapters for section in chapter.sections for part in section.parts]
+        headlines = []
+        models = dict.fromkeys(part.model for part in main if part.columns)
+        for model in models if self._of_several else [""]:
+            parts = [part for part in main if part.model == model or not self._of_several]
+            columns = [column for part in parts for column in part.columns]
+            if columns:
+                table = _table("Scores", headline_table(columns))
+                headlines.append(Headline(model, table, _image(headline_figure(columns))))
+        return headlines
+
+    @property
+    def _of_several(self) -> bool:
+        """Whether scores are of more than one model."""
+        return len({part.model for part in self.parts if part.columns and part.model}) > 1
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Model, device and date of the headline; without one, of all results."""
+        shown = [part for part in self.parts if part.columns] or self.parts
+        measured = sorted({day for part in shown for day in part.about.get("measured", "").split(", ") if day})
+        when = [f"measured {' to '.join(dict.fromkeys((measured[0], measured[-1])))}"] if measured else []
+        facts = {
+            "model": ", ".join(dict.fromkeys(part.model for part in shown if part.model)),
+            "device": "; ".join(dict.fromkeys(_device(part.about) for part in shown if part.about)),
+            "date": ", ".join([*when, f"page written {self.written.isoformat()}"]),
+        }
+        return {name: value for name, value in facts.items() if value}
 
     def html(self) -> str:
         """The page."""
@@ -112,8 +234,50 @@ def _results(folder: Path) -> Iterator[Path]:
 
 def _part(kind: ResultType, path: Path, name: str) -> Part:
     tables = [_table(caption, table(path)) for caption, table in kind.tables.items()]
-    figures = [_image(drawn) for drawn in kind.draw(path)]
-    return Part(kind.title, name, about(path), figures, [table for table in tables if table.html])
+    figures: list[Image] = []
+    folded: list[Image] = []
+    for draw in kind.figures:
+        drawn = [_image(each) for each in draw(path)]
+        (figures if len(drawn) <= MAX_FIGURES else folded).extend(drawn)
+    head, results = contents(path)
+    title = title_of(kind, path)
+    return Part(
+        title=title,
+        path=name,
+        group=kind.group,
+        settings=head["about"],
+        size=len(results),
+        about=about(path),
+        figures=figures,
+        more_figures=folded,
+        tables=[table for table in tables if table.html],
+        columns=list(columns_of(title, results)) if kind.group == "Accuracy" else [],
+    )
+
+
+def _section(number: str, title: str, parts: Sequence[Part]) -> Section:
+    """Of a task, the file with the most results is the main one, and the others are side experiments."""
+    if parts[0].group != "Accuracy":
+        return Section(f"section-{number}", title, list(parts))
+    main = max(parts, key=lambda part: part.size)
+    side = [Side(_difference(part, main), part) for part in parts if part is not main]
+    return Section(f"section-{number}", title, [main], side)
+
+
+def _difference(part: Part, main: Part) -> str:
+    """The settings that differ from the main file's, in words; the file's name if none does."""
+    words = []
+    for name in dict.fromkeys([*part.settings, *main.settings]):
+        value, usual = part.settings.get(name), main.settings.get(name)
+        if value != usual and not isinstance(value, dict | list) and not isinstance(usual, dict | list):
+            label = name.replace("_", " ")
+            words.append(label if value is True else f"no {label}" if value in (None, False) else f"{label} {value}")
+    return ", ".join(words) or Path(part.path).stem
+
+
+def _device(provenance: Mapping[str, str]) -> str:
+    """The accelerator, if there is one, and the processor."""
+    return ", ".join(filter(None, (provenance.get("device", "CPU"), provenance["processor"])))
 
 
 def _image(drawn: Drawn) -> Image:

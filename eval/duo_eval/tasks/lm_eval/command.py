@@ -222,7 +222,8 @@ def harness_table(path: Path) -> str:
 
 
 RESULT = ResultType(
-    "Tasks of lm-evaluation-harness",
+    "lm-evaluation-harness",
     lambda first: {"about", "results", "n-shot", "n-samples"} <= set(first),
     {"Scores": harness_table},
+    group="Accuracy",
 )

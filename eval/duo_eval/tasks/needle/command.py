@@ -136,9 +136,10 @@ class NeedleTask:
 
 
 RESULT = ResultType(
-    "Needle in a haystack",
+    "Needle",
     of_task("needle"),
     {"Scores": score_summary, "Every cell": score_table},
     (needle_maps, score_curves),
     poster=needle_poster,
+    group="Accuracy",
 )
