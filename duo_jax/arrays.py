@@ -33,10 +33,10 @@ def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array 
             save_file({name: np.ascontiguousarray(x) for name, x in shard.items()}, path)
         except SafetensorError as error:
             # As the system raises it, where the message has its number.
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
                 raise OSError(f"{path} could not be written: {error}") from None
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+            raise OSError(code := int(found[1]), os.strerror(code), str(path)) from None
         path.chmod(mode)
 
 

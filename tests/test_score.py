@@ -223,7 +223,7 @@ def test_the_cost_of_a_training_step_is_measured(duo, text_model, tmp_path):
     assert_refused(duo("eval", "training", "--lengths", "0"), "at least 1")
     for text, words in (
         ('{"command": "duo eval needle --out training.json", "machine": {}, "results": []}', "a result of needle"),
-        ("[]", "not a line of a file of results"),
+        ("[]", "training.json must contain a JSON object"),
     ):
         out.write_text(text)
         assert_refused(duo("eval", "training", "--out", out), words, "choose another --out")

@@ -182,7 +182,7 @@ def test_bench_refuses_what_it_cannot_do(text_model, duo, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     for flags, word in (
         (("--contexts", "0"), "at least 1"),
-        (("--out", tmp_path / "other.json"), "not a line of a file of results"),
+        (("--out", tmp_path / "other.json"), "other.json must contain a JSON object"),
         (("--out", tmp_path / "other.json" / "x.json"), "other.json"),
         (("--layers", "1"), "cuts presets"),
         (("--model", "llama-3-8b", "--pattern", "None", "--layers", "33"), "in [1, 32]"),
