@@ -168,9 +168,21 @@ def check_generation(
             raise ValueError(f"the cache already has a {name}: give {name} or cache, not both")
     if sampler.is_random and key is None:
         raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
-    if not isinstance(eos_ids, tuple | list):
+    check_ids(config, eos_ids)
+
+
+def check_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...]:
+    """Tokens that end a row, as Python integers.
+
+    Raises:
+        ArgumentError: what is not a sequence of integers.
+        ValueError: a token outside the vocabulary.
+    """
+    if not isinstance(eos_ids, tuple | list | np.ndarray):
         raise ArgumentError("eos_ids", f"must be a tuple of token ids, got {eos_ids!r}")
-    check_vocabulary(config, np.asarray([whole_number("an id of eos_ids", token, -1) for token in eos_ids], np.int64))
+    ids = tuple(whole_number("an id of eos_ids", token, -1) for token in eos_ids)
+    check_vocabulary(config, np.asarray(ids, np.int64))
+    return ids
 
 
 def check_key(name: str, key: Any) -> Any:

@@ -210,6 +210,6 @@ def test_a_book_is_prefilled_once_and_asked_later(chat_model, duo, tmp_path):
 def test_a_document_and_a_question_are_one_message(chat_model):
     tokenizer, flags = load_tokenizer(chat_model), PromptOptions(chat=True)
     document = flags.encode_document(tokenizer, "A needle.")
-    question = flags.encode_question(tokenizer, "Is it?", document)
+    question = flags.encode_question(tokenizer, "Is it?", document, "A needle.")
     whole = flags.encode(tokenizer, "A needle.\n\nIs it?")
     np.testing.assert_array_equal(np.concatenate([document, question]), whole)

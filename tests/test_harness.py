@@ -206,8 +206,9 @@ def test_generation_stops_at_strings_and_at_its_limit(lm, said):
 
 
 def test_a_special_token_as_a_stop_string_ends_a_row(lm):
-    options = adapter(lm)._options({"until": ["</s>", "\n\n"], "max_gen_toks": 3})
-    assert options["eos_ids"] == (lm.tokenizer.eos_token_id,) and options["stop"] == ("\n\n",)
+    options = adapter(lm)._options({"until": ["<unk>", "\n\n", ""], "max_gen_toks": 3})
+    ends = lm.ends(options["stop"])
+    assert ends.ids == (lm.tokenizer.eos_token_id, lm.tokenizer.unk_token_id) and ends.strings == ("\n\n",)
 
 
 def test_sampling_is_seeded(lm):

@@ -19,6 +19,7 @@ import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
 from duo_jax.cli import doctor
 from duo_jax.text.chat import Chat
+from duo_jax.text.ends import Ends
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.reply import Row
 
@@ -230,7 +231,7 @@ def test_pieces_joined_are_the_decoded_tokens(name, data):
 
 def test_a_stop_string_of_a_byte_token_ends_the_text_at_once():
     tokenizer = TOKENIZERS["llama-2"]
-    shown = Row(tokenizer, stop=["\n"])
+    shown = Row(tokenizer, Ends(strings=("\n",)))
     assert shown.add(tokenizer.convert_tokens_to_ids("a")) == "a"
     assert shown.add(tokenizer.convert_tokens_to_ids("<0x0A>")) == "" and shown.stopped
     assert shown.reply == "a"
@@ -242,7 +243,7 @@ def test_detokenization_takes_linear_time(monkeypatch):
     monkeypatch.setattr(
         type(tokenizer), "decode", lambda self, ids, **how: decoded.append(len(ids)) or whole(self, ids, **how)
     )
-    shown = Row(tokenizer, stop=["no such text"])
+    shown = Row(tokenizer, Ends(strings=("no such text",)))
     for _ in range(300):
         shown.add(70)
     assert max(decoded) <= 2

@@ -292,7 +292,9 @@ class KVCache:
             return fingerprint(self.full.k, length, self.pages)
         return _fingerprints(self.mesh, self.shards, self.full.k, length)
 
-    def save(self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None) -> None:
+    def save(
+        self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None, text: str | None = None
+    ) -> None:
         """Write the filled part of the cache to a folder, with a checksum of every array. Not on a mesh.
 
         The folder appears under its name once everything is on disk. The host's memory must hold one copy.
@@ -301,6 +303,7 @@ class KVCache:
             path: a folder that does not exist yet.
             model: the weights that computed it; `load` then refuses others.
             tokens: `[B, T]` token ids in the cache, stored with it; ragged rows padded at the right.
+            text: the text of these tokens, stored with it: a later question is encoded together with its end.
 
         Raises:
             ValueError: a cache that was donated, is empty, or is on a mesh; tokens that are not those of its rows.
@@ -311,7 +314,7 @@ class KVCache:
         self.check_alive()
         if self.mesh is not None:
             raise ValueError("a cache on a mesh cannot be saved: prefill on one device to save it")
-        store.save(path, self, model, tokens)
+        store.save(path, self, model, tokens, text)
 
     @classmethod
     def load(

@@ -37,7 +37,9 @@ ABOUT = "duo_cache.json"
 STEM = "cache"
 
 
-def save(path: str | Path, cache: KVCache, model: Model | None, tokens: ArrayLike | None) -> None:
+def save(
+    path: str | Path, cache: KVCache, model: Model | None, tokens: ArrayLike | None, text: str | None = None
+) -> None:
     """Write a cache to a new folder."""
     path = free_path(path)
     lengths = np.asarray(cache.length)
@@ -60,6 +62,7 @@ def save(path: str | Path, cache: KVCache, model: Model | None, tokens: ArrayLik
         "dtypes": [dtype.name.replace("uint", "int") for dtype in (cache.dtype, cache.streaming_dtype)],
         "model": model and _identity(model),
         "tokens": None if tokens is None else tokens.tolist(),
+        "text": text,
     }
     checksums: dict[str, str] = {}
 

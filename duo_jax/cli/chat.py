@@ -37,6 +37,8 @@ class ChatCommand:
     """Size of the KV cache in tokens of conversation."""
     max_new_tokens: int = 512
     """Most tokens of one reply."""
+    parse_special: bool = False
+    """Special tokens that are typed are control tokens; by default they are text."""
 
     def run(self) -> None:
         """Load, then read and answer until the end of input."""
@@ -47,7 +49,7 @@ class ChatCommand:
         lm = LM(model, self.model.tokenizer(), pattern, self.cache.kv_dtype)
         if pattern is not None:
             pattern.check(lm.model.config)
-        chat = Chat(lm, max_length=self.max_length, system=self.system)
+        chat = Chat(lm, max_length=self.max_length, system=self.system, parse_special=self.parse_special)
         print(HELP)
         while (line := _read(chat)) is not None:
             try:

@@ -57,10 +57,10 @@ class Generate:
             self.pattern.load(1)  # Reject a bad pattern before loading the model.
         tokenizer = self.model.tokenizer()
         history = None if before is None else np.asarray(before["tokens"][0], np.int32)
-        if history is None:
+        if before is None or history is None:
             tokens = self.prompt.encode(tokenizer, prompt)
         else:
-            tokens = self.prompt.encode_question(tokenizer, prompt, history)
+            tokens = self.prompt.encode_question(tokenizer, prompt, history, before.get("text"))
         needed = len(tokens) + self.max_new_tokens + (0 if history is None else len(history))
         pattern = self.pattern.load(needed)
         served = pattern if before is None else store.pattern_of(before)

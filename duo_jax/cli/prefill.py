@@ -57,7 +57,7 @@ class Prefill:
         cache.length.block_until_ready()
         seconds = time.perf_counter() - begin
         show_status("writing")
-        cache.save(self.out, model, tokens=tokens[None])
+        cache.save(self.out, model, tokens=tokens[None], text=text)
         size = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
         show_status("")
         record = {"out": str(self.out), "tokens": length, "prefill_seconds": seconds, "bytes": size}

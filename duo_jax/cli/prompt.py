@@ -27,6 +27,9 @@ class PromptOptions:
     """A UTF-8 file with the prompt."""
     chat: bool = False
     """Wrap the prompt in the model's chat template, as one user message."""
+    parse_special: bool = False
+    """Special tokens that are written in a message or a document are control tokens; by default they are text. In a
+    prompt without --chat they always are control tokens."""
 
     def text(self) -> str:
         """Read the prompt.
@@ -59,33 +62,54 @@ class PromptOptions:
         if not self.chat:
             return _array(template.encode(tokenizer, text, special=True))
         template.check_template(tokenizer, _NO_CHAT)
-        return _array(template.encode(tokenizer, template.render(tokenizer, [{"role": "user", "content": text}])))
+        messages = [{"role": "user", "content": text}]
+        return _array(template.encode_chat(tokenizer, messages, parse_special=self.parse_special))
 
     def encode_document(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarray, "T"]:
         """Tokens of a text to ask about later; with `chat`, the beginning of a user's message."""
         return _array(self._frame(tokenizer).document(text))
 
     def encode_question(
-        self, tokenizer: PreTrainedTokenizerBase, text: str, document: Int32[np.ndarray, "D"]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        question: str,
+        document: Int32[np.ndarray, "D"],
+        text: str | None = None,
     ) -> Int32[np.ndarray, "T"]:
-        """Tokens that follow a document; with `chat`, the rest of that message.
+        """Tokens of a question, after those of a document that were computed; with `chat`, the rest of that message.
+
+        `text` is the document's; None where only its tokens are known, after which a text is encoded by itself.
 
         Raises:
-            ValueError: a document that does not begin as a message.
+            ValueError: a document that was computed with other flags, or is encoded otherwise before this question.
         """
-        frame = self._frame(tokenizer)
-        if not frame.begins(document.tolist()):
-            raise ValueError("the document was prefilled without --chat: leave it out here, or prefill with it")
-        return _array(frame.question(text))
+        if text is None:
+            if self.chat:
+                raise ValueError("the document was prefilled without --chat: leave it out here, or prefill with it")
+            return _array(template.encode(tokenizer, question, parse_special=self.parse_special))
+        whole, known = self._frame(tokenizer).whole(text, question), document.tolist()
+        shared = template.common(whole, known)
+        if shared == len(known):
+            return _array(whole[shared:])
+        if shared >= len(known) - _JOINT:
+            raise ValueError(
+                "before this question, the end of the document has other tokens than those that were prefilled: begin "
+                "the question with another character, or give document and question as one prompt"
+            )
+        raise ValueError(
+            "the document was prefilled with other flags: give --chat and --parse-special as to duo prefill (it was "
+            f"prefilled {'without --chat' if self.chat else 'with --chat'}, or with another tokenizer)"
+        )
 
     def _frame(self, tokenizer: PreTrainedTokenizerBase) -> DocumentFrame:
         if not self.chat:
-            return DocumentFrame(tokenizer)
+            return DocumentFrame(tokenizer, parse_special=self.parse_special)
         template.check_template(tokenizer, _NO_CHAT)
-        return DocumentFrame.chat(tokenizer)
+        return DocumentFrame.chat(tokenizer, parse_special=self.parse_special)
 
 
 _NO_CHAT = "leave --chat out"
+_JOINT = 16  # tokens at the end of a document that a question may change
 
 
 def _array(tokens: list[int]) -> Int32[np.ndarray, "T"]:

@@ -8,6 +8,7 @@ from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache, Mark
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.template import Message
+from duo_jax.text.tokens import check_text
 
 
 class Chat:
@@ -16,16 +17,24 @@ class Chat:
     The cache has a fixed size. A turn that does not fit is refused before any of it is computed.
     """
 
-    def __init__(self, lm: LM, *, max_length: int = 4096, system: str | None = None) -> None:
+    def __init__(
+        self, lm: LM, *, max_length: int = 4096, system: str | None = None, parse_special: bool = False
+    ) -> None:
         """Start a conversation.
 
+        Args:
+            lm: model, tokenizer and head pattern.
+            max_length: size of the cache in tokens.
+            system: the system message.
+            parse_special: special tokens that are written in messages are control tokens; by default they are text.
+
         Raises:
-            ValueError: a tokenizer without a chat template.
+            ValueError: a tokenizer without a chat template, or one that refuses a system message.
         """
-        self._lm = lm
+        self._lm, self._parse_special = lm, parse_special
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages: list[Message] = list(self._system)
-        lm.encode_chat([*self._system, {"role": "user", "content": "?"}])  # Fail now if the model has no chat template.
+        self._encode([*self._system, {"role": "user", "content": "?"}])  # Fail now if the model has no chat template.
         self.max_length = whole_number("max_length", max_length, 1)
         self._running: TextStream | None = None
         self._cached: list[int] = []
@@ -59,13 +68,13 @@ class Chat:
         Raises:
             ValueError: an empty message, or a conversation that does not fit into the cache any more.
         """
-        if not text.strip():
+        if not check_text(text, "the message").strip():
             raise ValueError("the message is empty; say something")
         self._settle()
         if not self._cache.is_alive:
             self._restart()
         messages = [*self._messages, {"role": "user", "content": text}]
-        tokens = self._lm.encode_chat(messages)
+        tokens = self._encode(messages)
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         room = self.max_length - len(tokens)
         if room < 1:
@@ -82,6 +91,9 @@ class Chat:
         self._running = TextStream(self._lm, [tokens[known:]], **options)
         self._messages, self._cached = messages, tokens
         return self._running
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        return self._lm.encode_chat(messages, parse_special=self._parse_special)
 
     def _allocate(self) -> tuple[KVCache, Mark]:
         cache = self._lm.make_cache(self.max_length)

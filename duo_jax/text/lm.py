@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.checks import check_key
+from duo_jax.checks import check_ids, check_key
 from duo_jax.chunks import bucket
 from duo_jax.generation import Request, prepare
 from duo_jax.infer import prefill
@@ -24,6 +25,7 @@ from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import ALLOWED, AnyDtype, check_name
 from duo_jax.text import template
+from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
 from duo_jax.token_loop import Generation, Watch, check_step
@@ -93,68 +95,99 @@ class LM:
     pattern: HeadPattern | None = None
     kv_dtype: AnyDtype | None = None
 
-    def __call__(self, text: str | Sequence[str], **options: Any) -> "Reply | list[Reply]":
+    def __call__(
+        self, text: str | Sequence[str], *, parse_special: bool = True, **options: Any
+    ) -> "Reply | list[Reply]":
         """Continue a text, or several at once; `options` as for `stream`."""
         texts = [text] if isinstance(text, str) else list(text)
-        replies = self.complete([self.encode(prompt) for prompt in texts], **options)
+        prompts = [self.encode(prompt, parse_special=parse_special) for prompt in texts]
+        replies = self.complete(prompts, **options)
         return replies[0] if isinstance(text, str) else replies
 
-    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any) -> "Reply | list[Reply]":
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        parse_special: bool = False,
+        **options: Any,
+    ) -> "Reply | list[Reply]":
         """Answer a conversation, or several at once: `[{"role": "user", "content": "Hello"}]`.
+
+        Special tokens that are written in messages are text like any other, unless `parse_special` is set.
 
         Raises:
             ValueError: a tokenizer without a chat template, or messages that it refuses.
         """
-        if isinstance(messages, dict) or not messages:
-            raise ValueError('messages must be a list such as [{"role": "user", "content": "Hello"}], and not empty')
-        single = isinstance(messages[0], dict)
-        conversations = [messages] if single else messages
-        replies = self.complete([self.encode_chat(one) for one in conversations], **options)  # type: ignore[arg-type]
-        return replies[0] if single else replies
+        several = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = [self.encode_chat(conversation, parse_special=parse_special) for conversation in conversations]
+        replies = self.complete(prompts, **options)
+        return replies if several else replies[0]
 
-    def stream(self, text: str, **options: Any) -> "TextStream":
+    def stream(self, text: str, *, parse_special: bool = True, **options: Any) -> "TextStream":
         """Continue a text and yield pieces of it as they are generated; iterate, then read `.reply`.
 
         Options:
             max_new_tokens: most tokens generated, 128 by default.
             sampler: how tokens are chosen, `Greedy()` by default.
             seed: an integer or `jax.random` key; needed by a random sampler.
-            stop: strings that end the text; they are not part of it.
-            eos_ids: tokens that end the text; the model's own by default.
+            stop: strings that end the text, special tokens among them; they are not part of it.
+            eos_ids: tokens that end the text; by default `eos_ids` of this object.
+            parse_special: special tokens that are written in the text are control tokens, otherwise text.
         """
-        return TextStream(self, [self.encode(text)], **options)
+        return TextStream(self, [self.encode(text, parse_special=parse_special)], **options)
 
-    def document(self, text: str, *, room: int = 1024, max_length: int | None = None) -> "Document":
+    def document(
+        self, text: str, *, room: int = 1024, max_length: int | None = None, parse_special: bool = False
+    ) -> "Document":
         """Prefill a long text once, to ask many questions about it: `with lm.document(text) as doc: doc.ask("...")`.
 
         Args:
             text: the document.
             room: tokens left for a question and its answer.
             max_length: most tokens of cache; by default as many as are needed.
+            parse_special: special tokens that are written in the document or a question are control tokens. By default
+                they are text like any other.
 
         Raises:
             ValueError: a document that leaves less than `room` tokens of `max_length`.
         """
-        return Document(self, text, room=room, max_length=max_length)
+        return Document(self, text, room=room, max_length=max_length, parse_special=parse_special)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text to continue.
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text or a turn: those of the model, the tokenizer and the chat template."""
+        return eos_ids_of(self.model.config, self.tokenizer)
+
+    def ends(self, stop: Sequence[str] = (), eos_ids: Sequence[int] | None = None) -> Ends:
+        """What ends a reply with these options, as for `stream`.
 
         Raises:
-            ValueError: an empty text.
+            ValueError: stop strings that are empty or never appear; EOS ids that are not token ids.
         """
-        if not text:
-            raise ValueError("the prompt is empty; give at least one character")
-        return template.encode(self.tokenizer, text, special=True)
+        eos_ids = self.eos_ids if eos_ids is None else check_ids(self.model.config, eos_ids)
+        return stop_ends(self.tokenizer, self.model.config.vocab_size, eos_ids, stop)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Token ids of a text to continue; `parse_special` as for `stream`.
+
+        Raises:
+            ValueError: an empty text, or one that is not Unicode.
+        """
+        if not template.check_text(text, "the prompt"):
+            raise ValueError("the prompt is empty; give at least one character")
+        return template.encode(self.tokenizer, text, special=True, parse_special=parse_special)
+
+    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]:
         """Token ids of a conversation in the model's chat template, up to where the answer begins.
+
+        Special tokens that are written in messages are text like any other, unless `parse_special` is set.
 
         Raises:
             ValueError: a tokenizer without a chat template, or messages that it refuses.
         """
         template.check_template(self.tokenizer)
-        return template.encode(self.tokenizer, template.render(self.tokenizer, messages))
+        return template.encode_chat(self.tokenizer, messages, parse_special=parse_special)
 
     def make_cache(self, max_length: int) -> KVCache:
         """An empty cache of one row."""
@@ -165,7 +198,7 @@ class LM:
         prompts: Sequence[Sequence[int]],
         *,
         seed: int | Array | None = None,
-        eos_ids: tuple[int, ...] | None = None,
+        eos_ids: Sequence[int] | None = None,
         cache: KVCache | None = None,
         history: Sequence[int] = (),
         **options: Any,
@@ -187,7 +220,7 @@ class LM:
         if len(history):
             options["history"] = np.tile(np.asarray(history, np.int32), (len(prompts), 1))
         seed = check_key("seed", seed)
-        eos_ids = self.model.config.eos_ids if eos_ids is None else eos_ids
+        eos_ids = self.ends(eos_ids=eos_ids).ids
         return prepare(self.model, tokens, lengths=lengths, eos_ids=eos_ids, key=seed, cache=cache, **options)
 
     def complete(self, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options: Any) -> list[Reply]:
@@ -195,17 +228,16 @@ class LM:
 
         One compiled program generates all tokens, unless stop strings must be searched for after each.
         """
-        if stop:
-            return TextStream(self, prompts, stop=stop, **options).finish()
-        request = self.request(prompts, **options)
-        return self._replies(request, request.run())
+        ends = self.ends(stop, options.pop("eos_ids", None))
+        if ends.strings:
+            return TextStream(self, prompts, stop=stop, eos_ids=ends.eos_ids, **options).finish()
+        return self._replies(ends, self.request(prompts, eos_ids=ends.ids, **options).run())
 
-    def _replies(self, request: Request, out: Generation) -> list[Reply]:
-        eos_ids = request.generator.eos_ids
+    def _replies(self, ends: Ends, out: Generation) -> list[Reply]:
         arrays = np.asarray(out.tokens), np.asarray(out.logprobs), np.asarray(out.lengths)
         replies = []
         for tokens, logprobs, length in zip(*arrays, strict=True):
-            row = Row(self.tokenizer, eos_ids)
+            row = Row(self.tokenizer, ends)
             for token, logprob in zip(tokens[:length].tolist(), logprobs[:length].tolist(), strict=True):
                 row.add(token, logprob)
             replies.append(row.reply)
@@ -221,13 +253,15 @@ class TextStream(Iterator[str]):
         prompts: Sequence[Sequence[int]],
         *,
         stop: Sequence[str] = (),
+        eos_ids: Sequence[int] | None = None,
         progress: Callable[[int], None] | None = None,
         watch: Watch | None = None,
         **options: Any,
     ) -> None:
         """See `LM.stream`; `options` as for `LM.request`, `progress` and `watch` as for `Request.stream`."""
-        request = lm.request(prompts, **options)
-        self._rows = [Row(lm.tokenizer, request.generator.eos_ids, stop) for _ in prompts]
+        ends = lm.ends(stop, eos_ids)
+        request = lm.request(prompts, eos_ids=ends.ids, **options)
+        self._rows = [Row(lm.tokenizer, ends) for _ in prompts]
         self._steps = request.stream(progress, watch)
         self._is_done = False
 
@@ -261,6 +295,11 @@ class TextStream(Iterator[str]):
         """Generate a token in every row and return the text of the first that can be shown."""
         if self._is_done:
             raise StopIteration
+        if not self._steps.cache.is_alive:
+            raise ValueError(
+                "this stream cannot go on: its cache was used for a later question or turn; finish one reply before "
+                "the next, or use its text so far, .reply"
+            )
         step = next(self._steps, None)
         if step is None:
             self._is_done = True
@@ -278,16 +317,20 @@ class TextStream(Iterator[str]):
 class Document:
     """A long text in the cache, to ask many questions about. Made by `LM.document`; a context manager that frees it."""
 
-    def __init__(self, lm: LM, text: str, *, room: int = 1024, max_length: int | None = None) -> None:
+    def __init__(
+        self, lm: LM, text: str, *, room: int = 1024, max_length: int | None = None, parse_special: bool = False
+    ) -> None:
         """See `LM.document`."""
-        if not text:
+        if not template.check_text(text, "the document"):
             raise ValueError("the document is empty; give at least one character")
         room = whole_number("room", room, 2, way="a question and an answer need it")
         if max_length is not None:
             max_length = whole_number("max_length", max_length, 1)
-        plain = DocumentFrame(lm.tokenizer, between="\n\n", after="\n")
-        self._frame = DocumentFrame.chat(lm.tokenizer) if template.has_template(lm.tokenizer) else plain
-        self._tokens = self._frame.document(text)
+        if template.has_template(lm.tokenizer):
+            self._frame = DocumentFrame.chat(lm.tokenizer, parse_special=parse_special)
+        else:
+            self._frame = DocumentFrame(lm.tokenizer, between="\n\n", after="\n", parse_special=parse_special)
+        self._text, self._tokens = text, self._frame.document(text)
         self.num_tokens = len(self._tokens)
         needed = self.num_tokens + room
         if max_length is not None and needed > max_length:
@@ -306,22 +349,26 @@ class Document:
 
     def ask(self, question: str, **options: Any) -> Reply:
         """Answer a question about the document; `options` as for `LM.stream`. Questions do not see each other."""
-        if options.get("stop"):
+        ends = self._lm.ends(options.get("stop", ()), options.get("eos_ids"))
+        if ends.strings:
             return self.stream(question, **options).finish()[0]
-        tokens, options = self._continuation(question, **options)
-        request = self._lm.request([tokens], **options)
-        out, failed = request.start()
-        # Before the result is waited for: an interrupt then loses the answer, not the document.
-        self._cache, self._running = out.cache, None
-        self._failed = bool(failed)
+        tokens, is_continued, options = self._continuation(question, **{**options, "eos_ids": ends.ids})
+        options.pop("stop", None)
+        out, failed = self._lm.request([tokens], **options).start()
+        if is_continued:
+            # Before the result is waited for: an interrupt then loses the answer, not the document.
+            self._cache, self._running = out.cache, None
+            self._failed = bool(failed)
         check_step(int(failed), self._lm.model.dtype)
-        return self._lm._replies(request, out)[0]
+        return self._lm._replies(ends, out)[0]
 
     def stream(self, question: str, *, max_new_tokens: int = 128, **options: Any) -> TextStream:
         """Like `ask`, piece by piece. A second question may be asked before the first has been answered completely."""
-        tokens, options = self._continuation(question, max_new_tokens=max_new_tokens, **options)
-        self._running = TextStream(self._lm, [tokens], **options)
-        return self._running
+        tokens, is_continued, options = self._continuation(question, max_new_tokens=max_new_tokens, **options)
+        running = TextStream(self._lm, [tokens], **options)
+        if is_continued:
+            self._running = running
+        return running
 
     def close(self) -> None:
         """Free the cache."""
@@ -348,11 +395,11 @@ class Document:
 
     def _continuation(
         self, question: str, *, max_new_tokens: int = 128, **options: Any
-    ) -> tuple[list[int], dict[str, Any]]:
-        """The tokens of a question, and the options to answer it with."""
-        if not question:
+    ) -> tuple[list[int], bool, dict[str, Any]]:
+        """The tokens to compute for a question, whether they continue the document's cache, and all options."""
+        if not template.check_text(question, "the question"):
             raise ValueError("the question is empty; give at least one character")
-        tokens = self._frame.question(question)
+        whole = self._frame.whole(self._text, question)
         # The newest stream has the cache: take it back, wherever that stream stopped.
         cache = self._newest_cache()
         if self._failed or (self._running is not None and self._running.failed):
@@ -360,14 +407,19 @@ class Document:
             self._prefill()
             cache = self._newest_cache()
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
-        room = cache.max_length - self.num_tokens
-        if len(tokens) + max_new_tokens > room:
+        if len(whole) + max_new_tokens > cache.max_length:
             raise ValueError(
-                f"the question has {len(tokens)} tokens, with {max_new_tokens=} more than the {room} left after the "
-                "document: ask for less, or make the document with a larger room="
+                f"the question has {len(whole) - self.num_tokens} tokens, with {max_new_tokens=} more than the "
+                f"{cache.max_length - self.num_tokens} left after the document: ask for less, or make the document "
+                "with a larger room="
             )
-        own = {"max_new_tokens": max_new_tokens, "cache": cache.rewind(self._mark), "history": self._tokens}
-        return tokens, options | own
+        own: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        if whole[: self.num_tokens] == self._tokens:
+            own |= {"cache": cache.rewind(self._mark), "history": self._tokens}
+            return whole[self.num_tokens :], True, options | own
+        # A question that changes how the document is split into tokens, which is rare: all is computed, for it alone.
+        own["cache"] = self._lm.make_cache(cache.max_length)
+        return whole, False, options | own
 
     def _newest_cache(self) -> KVCache:
         if self._cache is None:

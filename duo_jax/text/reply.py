@@ -1,10 +1,14 @@
 """Reply: generated text and its facts, and how it grows token by token. Knows no model."""
 
 import re
-from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.text.ends import Ends
+from duo_jax.text.tokens import special_tokens
+
+# Tokens whose text a later one may change: more are settled, so that the work for each is bounded.
+MOST_OPEN = 64
 # A token that is one byte of a character that the vocabulary lacks.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -33,17 +37,15 @@ class Row:
     """One reply in the making. No text is shown that a later token could change.
 
     A character split over tokens is held back until it is complete, and the beginning of a stop string until it is
-    known not to be one. Time is linear in the number of tokens: each is decoded together with the few before it.
+    known not to be one. The work for a token does not grow with the reply: each is decoded together with a few before
+    it. Only a run of more than `MOST_OPEN` byte tokens is settled before it ends: bytes in it that are not text do not
+    change what was decoded before them, as they would if all tokens were decoded at once.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] = (), stop: Sequence[str] = ()
-    ) -> None:
-        """Start with no tokens; `eos_ids` and the strings `stop` end the text and are not part of it."""
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop must be a list of strings, none of them empty, got {stop!r}")
-        self._tokenizer, self._eos_ids, self._stop = tokenizer, frozenset(eos_ids), tuple(stop)
-        self._special = frozenset(tokenizer.all_special_ids)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Ends = Ends()) -> None:
+        """Start with no tokens; `ends` are not part of the text."""
+        self._tokenizer, self._ends = tokenizer, ends
+        self._special = frozenset(special_tokens(tokenizer).values())
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._finish_reason = "length"
@@ -70,14 +72,15 @@ class Row:
         """Append a token and return the text that can be shown now."""
         self._tokens.append(token)
         self._logprobs.append(logprob)
-        if token in self._eos_ids:
-            self._finish_reason = "eos"
+        if token in self._ends.eos_ids or token in self._ends.stop_ids:
+            self._finish_reason = "eos" if token in self._ends.eos_ids else "stop"
+            return self.rest() if self._finish_reason == "stop" else ""
+        if token in self._special:  # Decoding leaves it out.
             return ""
         self._open.append(token)
-        before = self._decode(self._context)
-        self._tail = self._decode(self._context + self._open)[len(before) :]
+        self._tail = self._decoded(self._open)
         text = self._held + self._tail
-        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        ends = [at for at in (text.find(stop) for stop in self._ends.strings) if at >= 0]
         if ends:
             self._finish_reason = "stop"
             self._held, self._tail = text[: min(ends)], ""
@@ -85,18 +88,36 @@ class Row:
         if self._tail and self._is_settled(token):
             self._context, self._open = self._open, []
             self._held, self._tail = text, ""
-        begun = (size for stop in self._stop for size in range(len(stop)) if self._held.endswith(stop[:size]))
+        elif len(self._open) > MOST_OPEN:
+            self._settle_some()
+        begun = (size for stop in self._ends.strings for size in range(len(stop)) if self._held.endswith(stop[:size]))
         return self._show(len(self._held) - max(begun, default=0))
 
     def rest(self) -> str:
         """Return the text that was held back, once there are no more tokens."""
         self._held, self._tail = self._held + self._tail, ""
+        self._open = []
         return self._show(len(self._held))
 
     def _show(self, end: int) -> str:
         new, self._held = self._held[:end], self._held[end:]
         self._shown.append(new)
         return new
+
+    def _settle_some(self) -> None:
+        """Settle the first half of the open tokens, or as much of it as can be decoded by itself."""
+        half = len(self._open) // 2
+        for cut in range(half, half - 4, -1):  # A character has at most four bytes.
+            first, second = self._decoded(self._open[:cut]), self._decoded(self._open[cut:])
+            if first + second == self._tail:
+                break
+        else:
+            cut, first, second = half, self._decoded(self._open[:half]), self._decoded(self._open[half:])
+        self._open, self._held, self._tail = self._open[cut:], self._held + first, second
+
+    def _decoded(self, tokens: list[int]) -> str:
+        """The text of tokens after the context."""
+        return self._decode(self._context + tokens)[len(self._decode(self._context)) :]
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
@@ -105,4 +126,4 @@ class Row:
         """Whether no later token can change the text that ends with this one."""
         # A run of byte tokens is decoded as a whole, special tokens within it skipped.
         is_byte = _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token)))
-        return not (is_byte or token in self._special or self._tail.endswith("\N{REPLACEMENT CHARACTER}"))
+        return not (is_byte or self._tail.endswith("\N{REPLACEMENT CHARACTER}"))

@@ -1,19 +1,28 @@
-"""Chat templates: render messages, and split the result around a text. The only module that knows templates exist.
+"""Chat templates: messages as text and as tokens, and a document and its question in one message.
 
-Knows tokenizers, but no model.
+The only module that knows templates exist. Knows tokenizers, but no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+from duo_jax.text import renderer
+from duo_jax.text.tokens import check_text, encode_marked, mark, special_tokens, unmark
+from duo_jax.text.tokens import encode as encode
+
+# A conversation's message: {"role": "user", "content": "Hello"}. The content may be a list of text parts.
+Message = dict[str, Any]
 
 # Placeholder for a text while a template is rendered around it.
 _HOLE = "<<the text>>"
+# A text that a template is unlikely to write, and to change in other ways than to capitals.
+_WORD = "duojaxmessage"
+# Continuations of a document that begin in all ways that may be joined with its end: what they all share is its own.
+_TAIL = 2000  # characters of the end of a document that are tried with each
+_PROBES = ("a", " a", "A", "1", ".", "\n", "\n\n", "  ", "(", "\u4e00")
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -33,13 +42,43 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
     The answer's opening is added unless `add_generation_prompt=False`.
 
     Raises:
-        ValueError: messages that the template refuses.
+        ValueError: what is not a list of messages, or messages that the template refuses or leaves out.
     """
-    options = {"add_generation_prompt": True, **options}
+    messages, options = checked_messages(messages), {"add_generation_prompt": True, **options}
+    return _shown(tokenizer, messages, options)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, parse_special: bool = False, **options: Any
+) -> list[int]:
+    """Token ids of a conversation; `options` as for `render`.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        parse_special: special tokens in messages are control tokens, otherwise text like any other.
+        **options: as for `render`.
+
+    Raises:
+        ValueError: as for `render` and `encode`.
+    """
+    if parse_special:
+        return encode(tokenizer, render(tokenizer, messages, **options))
+    marked = [mark(tokenizer, message) for message in checked_messages(messages)]
+    text = _shown(tokenizer, marked, {"add_generation_prompt": True, **options})
+    return encode_marked(tokenizer, text)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the template writes after an assistant's message; None if it writes none."""
+    if not has_template(tokenizer):
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _HOLE}]
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+        after = _rendered(tokenizer, turns, {"add_generation_prompt": False}).rpartition(_HOLE)[2].lstrip()
+    except ValueError:  # A template that cannot be used is reported where it is used.
+        return None
+    return next((index for token, index in special_tokens(tokenizer).items() if after.startswith(token)), None)
 
 
 def split(
@@ -57,50 +96,130 @@ def split(
         ValueError: a template that does not show the first message exactly once.
     """
     first, *others = messages
-    parts = render(tokenizer, [first | {"content": _HOLE + first["content"]}, *others], **options).split(_HOLE)
+    holed = [first | {"content": _HOLE + first["content"]}, *others]
+    parts = _rendered(tokenizer, checked_messages(holed), {"add_generation_prompt": True, **options}).split(_HOLE)
     if len(parts) != 2:
         raise ValueError(f"this model's chat template does not show a message exactly once: {way_out}")
     return parts[0], parts[1]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a text, or of a part of one, which gets no special tokens."""
-    # Not verbose: documents may be longer than the length that the tokenizer warns about.
-    return list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
+def checked_messages(messages: object) -> list[Message]:
+    """The messages, the text parts of each content joined.
+
+    Raises:
+        ValueError: what is not a list of messages, by its place.
+    """
+    example = '[{"role": "user", "content": "Hello"}]'
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"messages must be a list such as {example}, and not empty; got {messages!r:.80}")
+    checked = []
+    for place, message in enumerate(messages):
+        what = f"message {place}"
+        if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
+            raise ValueError(f"{what} must be an object as in {example}, got {message!r:.80}")
+        if not check_text(message.get("role"), f"the role of {what}"):
+            raise ValueError(f"{what} has an empty role; give it one as in {example}")
+        content = message.get("content")
+        if content is not None or not message.get("tool_calls"):
+            content = _joined(content, what)
+        _check_texts({key: value for key, value in message.items() if key != "content"}, what)
+        checked.append({**message, "content": content})
+    return checked
 
 
 @dataclass(frozen=True)
 class DocumentFrame:
-    """How a document, and later a question about it, become the tokens of one prompt.
+    """How a document and a question about it become the tokens of one prompt.
 
     Attributes:
         tokenizer: the model's.
-        head: token ids before the document; None for the tokenizer's own special tokens.
+        is_chat: both are one user message of the chat template; otherwise they are plain text.
         between: text between the document and the question.
         after: text after the question.
+        parse_special: special tokens in both are control tokens, otherwise text like any other.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    head: tuple[int, ...] | None = None
+    is_chat: bool = False
     between: str = ""
     after: str = ""
+    parse_special: bool = False
 
     @classmethod
-    def chat(cls, tokenizer: PreTrainedTokenizerBase) -> "DocumentFrame":
+    def chat(cls, tokenizer: PreTrainedTokenizerBase, *, parse_special: bool = False) -> "DocumentFrame":
         """Both in one user message of the chat template."""
-        before, after = split(tokenizer)
-        return cls(tokenizer, tuple(encode(tokenizer, before)), "\n\n", after)
+        return cls(tokenizer, True, "\n\n", parse_special=parse_special)
+
+    def whole(self, document: str, question: str) -> list[int]:
+        """Token ids of the prompt."""
+        text = f"{check_text(document)}{self.between}{check_text(question, 'the question')}{self.after}"
+        if self.is_chat:
+            messages = [{"role": "user", "content": text}]
+            return encode_chat(self.tokenizer, messages, parse_special=self.parse_special)
+        return encode(self.tokenizer, text, special=True, parse_special=self.parse_special)
 
     def document(self, text: str) -> list[int]:
-        """Token ids of the prompt up to the end of the document."""
-        if self.head is None:
-            return encode(self.tokenizer, text, special=True)
-        return [*self.head, *encode(self.tokenizer, text)]
+        """Token ids that a prompt with this document begins with, at least one, whatever the question.
 
-    def question(self, text: str) -> list[int]:
-        """Token ids of the rest of the prompt."""
-        return encode(self.tokenizer, f"{self.between}{text}{self.after}")
+        The last ones of the document are missing if a question may be joined with them. What a question is joined with
+        is near the end of the document, so only the end is tried with several.
+        """
+        tries = [self.whole(text[-_TAIL:], probe) for probe in _PROBES]
+        held_back = len(tries[0]) - min(common(tries[0], other) for other in tries)
+        tokens = self.whole(text, _PROBES[0])
+        return tokens[: max(1, len(tokens) - held_back)]
 
-    def begins(self, tokens: Sequence[int]) -> bool:
-        """Whether a document's tokens begin as this frame does."""
-        return self.head is None or tuple(tokens[: len(self.head)]) == self.head
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+    """The rendered text, which must have what the user and the system said."""
+    text = _rendered(tokenizer, messages, options)
+    for place, message in enumerate(messages):
+        said = (message["content"] or "").strip()
+        if message["role"] in ("user", "system") and said not in text:
+            # A template may change a text, but what it does not show at all, the model would not read.
+            other = [*messages[:place], {**message, "content": _WORD}, *messages[place + 1 :]]
+            if _WORD not in _rendered(tokenizer, other, options).lower():
+                quoted = unmark(tokenizer, said)
+                raise ValueError(
+                    f"the model's chat template leaves out message {place}, {message['role']!r}: {quoted!r:.60}; the "
+                    "model would not see it"
+                )
+    return text
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+    check_template(tokenizer)
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    template = tokenizer.get_chat_template()
+    return renderer.render(template, given, {**named, **options})
+
+
+def _joined(content: object, what: str) -> str:
+    """The text of a message, given as one or in parts."""
+    if not isinstance(content, list | tuple):
+        return check_text(content, f"the content of {what}")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"{what} has a part of type {kind!r}: this model reads text only, so leave it out")
+        texts.append(check_text(part.get("text"), f"a text part of {what}"))
+    return "".join(texts)
+
+
+def _check_texts(value: object, what: str, levels: int = 64) -> None:
+    """Refuse texts that are not Unicode, at any depth."""
+    if isinstance(value, str):
+        check_text(value, what)
+    elif isinstance(value, Mapping | list | tuple):
+        if not levels:
+            raise ValueError(f"{what} is nested more than 64 levels deep")
+        for item in (item for pair in value.items() for item in pair) if isinstance(value, Mapping) else value:
+            _check_texts(item, what, levels - 1)

@@ -4,7 +4,7 @@ A method is a file in this folder and its row in `METHODS`. Knows no tasks.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
+from duo_jax.text.ends import eos_ids_of, stop_ends
+from duo_jax.text.reply import Row
 from duo_jax.token_loop import Generator
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method", "reply"]
@@ -147,18 +149,23 @@ def reply(
     tokenizer: PreTrainedTokenizerBase,
     tokens: ArrayLike,
     *,
-    stop: Iterable[str] = (),
-    eos_ids: Collection[int] = (),
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[str, int, Memory]:
     """Continue one prompt as text: the text up to the first stop string, the number of new tokens, and the memory.
 
-    `options` are those of `greedy`.
+    It ends as a reply of `duo_jax.LM` does; `eos_ids` as there. `options` are those of `greedy`.
     """
-    new, memory = greedy(method, model, tokens, eos_ids=eos_ids, **options)
-    text = str(tokenizer.decode(new[: len(new) - (new[-1] in eos_ids)], skip_special_tokens=True))
-    ends = [at for at in map(text.find, stop) if at >= 0]
-    return text[: min(ends, default=len(text))], len(new), memory
+    eos_ids = eos_ids_of(model.config, tokenizer) if eos_ids is None else eos_ids
+    ends = stop_ends(tokenizer, model.config.vocab_size, eos_ids, stop)
+    new, memory = greedy(method, model, tokens, eos_ids=ends.ids, **options)
+    row = Row(tokenizer, ends)
+    for token in new:
+        row.add(token)
+        if row.stopped:
+            break
+    return str(row.reply), len(new), memory
 
 
 def _step(

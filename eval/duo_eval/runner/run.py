@@ -85,7 +85,7 @@ class Question:
         """Generate an answer; returns the score, the answer, and the memory and time that it took."""
         begin = time.perf_counter()
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "later": self.later, "budget": budget}
-        text, new_tokens, memory = reply(method, model, tokenizer, self.tokens, eos_ids=model.config.eos_ids, **options)
+        text, new_tokens, memory = reply(method, model, tokenizer, self.tokens, **options)
         seconds = time.perf_counter() - begin
         return {
             "score": self.score(text),

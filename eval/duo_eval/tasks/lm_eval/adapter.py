@@ -241,14 +241,9 @@ class DuoLM(TemplateLM):
             top_k = [TopK(int(cuts[0]))] if cuts[0] else []
             top_p = [TopP(float(cuts[1]))] if cuts[1] and cuts[1] < 1 else []
             sampler = Categorical((Temperature(float(heat)), *top_k, *top_p))
-        # A stop string that is a special token is not in the text: it ends the row as a token.
-        special = {text for text in stop if text in self.tokenizer.all_special_tokens}
-        ids = {*self.lm.model.config.eos_ids, self.eot_token_id}
-        ids |= {int(self.tokenizer.get_vocab()[text]) for text in special}
-        texts = tuple(text for text in stop if text and text not in special)
-        return {
-            "max_new_tokens": count, "sampler": sampler, "seed": seed, "stop": texts, "eos_ids": tuple(sorted(ids)),
-        }  # fmt: skip
+        stop = tuple(text for text in stop if text)
+        self.lm.ends(stop)  # Refuses what cannot end a reply.
+        return {"max_new_tokens": count, "sampler": sampler, "seed": seed, "stop": stop}
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=what, disable=disable or not self._progress, dynamic_ncols=True)

@@ -160,8 +160,8 @@ class OneByOne:
         self._check(contexts)
         if not isinstance(options.get("sampler", Greedy()), Greedy):
             raise NotImplementedError("a method at a KV budget generates greedily: set do_sample=False in --gen-kwargs")
-        asked: dict[str, Any] = {"eos_ids": self.lm.model.config.eos_ids, "budget": self.budget}
-        asked |= {name: options[name] for name in ("max_new_tokens", "stop", "eos_ids") if name in options}
+        asked: dict[str, Any] = {"budget": self.budget}
+        asked |= {name: options[name] for name in ("max_new_tokens", "stop") if name in options}
         for row, context in enumerate(contexts):
             yield row, reply(self.method, self.lm.model, self.lm.tokenizer, np.array(context), **asked)[0]
 

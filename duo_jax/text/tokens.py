@@ -1,0 +1,155 @@
+"""Text to token ids. A special token that a user writes is text; one that a template writes is a control token.
+
+Knows tokenizers, but no templates or models.
+"""
+
+import copy
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+# Spellings that stand for a special token while text is put together: written by a user, or by a template. They begin
+# with code points that are no characters, and nobody can guess the number.
+_WRITTEN, _CONTROL, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+_NUMBER = f"{secrets.randbelow(10**12):012}"
+_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[str, ...], Tokenizer]] = WeakKeyDictionary()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that decoding leaves out, by spelling; longer ones first."""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return dict(sorted((added | dict(named)).items(), key=lambda item: -len(item[0])))
+
+
+def check_text(text: object, what: str = "the text") -> str:
+    """The text.
+
+    Raises:
+        ValueError: not a string, or one with half of a surrogate pair, which is no character.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be a string, got {text!r:.60}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is not Unicode text: {text[error.start]!r} at character {error.start} is half of a surrogate "
+            "pair; remove it"
+        ) from None
+    return text
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False, parse_special: bool = True
+) -> list[int]:
+    """Token ids of a text, or of a part of one.
+
+    Args:
+        tokenizer: the model's.
+        text: the text.
+        special: add the special tokens that the tokenizer puts around a text.
+        parse_special: special tokens in the text are control tokens, otherwise text like any other.
+
+    Raises:
+        ValueError: what is not Unicode text, or what the tokenizer cannot encode.
+    """
+    if not parse_special:
+        return encode_marked(tokenizer, mark(tokenizer, check_text(text)), special=special)
+    check_text(text)
+    try:
+        # Not verbose: documents may be longer than the length that the tokenizer warns about.
+        return list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # A panic in tokenizers, such as a regex that explodes, is no Exception.
+        raise _refusal(error) from None
+
+
+def mark(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
+    """A text, or all texts in a message, with marks in place of special tokens, for `encode_marked`."""
+    if isinstance(value, str):
+        names = special_tokens(tokenizer)
+        return _mark(value, re.compile("|".join(map(re.escape, names))), list(names)) if names else value
+    if isinstance(value, Mapping):
+        return {key: mark(tokenizer, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [mark(tokenizer, item) for item in value]
+    return value
+
+
+def unmark(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text with the special tokens that `mark` replaced."""
+    names = list(special_tokens(tokenizer))
+    return re.sub(f"{_WRITTEN}{_NUMBER}([0-9]+){_END}", lambda match: names[int(match[1])], text)
+
+
+def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text in which special tokens are control tokens, and marks are text.
+
+    It is encoded in one go, so that the marks do not change how the text around them is split.
+
+    Raises:
+        ValueError: a tokenizer that gives a control token for text that spells it.
+    """
+    if f"{_WRITTEN}{_NUMBER}" not in text:
+        return encode(tokenizer, text, special=special)
+    specials = special_tokens(tokenizer)
+    names = list(specials)
+    backend = _literal_backend(tokenizer, specials)
+    pattern = re.compile(f"{_WRITTEN}{_NUMBER}([0-9]+){_END}|({'|'.join(map(re.escape, names))})")
+    places = {name: f"{_CONTROL}{_NUMBER}{place}{_END}" for place, name in enumerate(names)}
+    literal = pattern.sub(lambda match: names[int(match[1])] if match[1] else places[match[2]], check_text(text))
+    try:
+        encoded = backend.encode(literal, add_special_tokens=special)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise _refusal(error) from None
+    controls = {backend.token_to_id(place): specials[name] for name, place in places.items()}
+    # An unknown character may be encoded as a special token, and BOS and EOS are added to the text.
+    wrong = set(specials.values()) - {tokenizer.unk_token_id}
+    for index, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
+        if index in wrong and not is_added:
+            raise ValueError(
+                f"this tokenizer has no way to write {tokenizer.convert_ids_to_tokens(index)!r} as text: remove it "
+                "from the text, or give parse_special=True for a control token"
+            )
+    return [controls.get(index, index) for index in encoded.ids]
+
+
+def _mark(text: str, pattern: re.Pattern[str], names: list[str]) -> str:
+    return pattern.sub(lambda match: f"{_WRITTEN}{_NUMBER}{names.index(match[0])}{_END}", text)
+
+
+def _literal_backend(tokenizer: PreTrainedTokenizerBase, specials: Mapping[str, int]) -> Tokenizer:
+    """A copy of the tokenizer that takes special tokens for text, and other spellings for control tokens."""
+    names, backend = _BACKENDS.get(tokenizer, ((), None))
+    if backend is not None and names == tuple(specials):
+        return backend
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(own, Tokenizer):
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot keep special tokens as text: remove them from the text, or give "
+            "parse_special=True for control tokens"
+        )
+    backend = copy.deepcopy(own)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    added = tokenizer.added_tokens_decoder
+    for place, index in enumerate(specials.values()):
+        flags = {name: getattr(added.get(index), name, False) for name in ("lstrip", "rstrip", "single_word")}
+        backend.add_tokens([AddedToken(f"{_CONTROL}{_NUMBER}{place}{_END}", special=False, normalized=False, **flags)])
+    _BACKENDS[tokenizer] = tuple(specials), backend
+    return backend
+
+
+def _refusal(error: BaseException) -> ValueError:
+    first = str(error).partition("\n")[0]
+    return ValueError(f"the tokenizer cannot encode this text ({type(error).__name__}: {first:.200})")

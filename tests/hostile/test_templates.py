@@ -1,0 +1,331 @@
+"""Chat templates, messages, documents, ends of replies: what templates and users write, and the tokens of it."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from duo_jax.cli.prompt import PromptOptions
+from duo_jax.text import renderer, template
+from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
+from duo_jax.text.reply import MOST_OPEN, Row
+from duo_jax.text.template import DocumentFrame, checked_messages, encode_chat, render
+from duo_jax.text.tokens import encode, special_tokens
+from tests.shapes import GOLDEN, TINY
+from tests.text_models import assert_refused
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+CHARACTERS = [chr(code) for code in range(32, 127)]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["▁T", "he", "▁▁", "▁the", "▁a", "th", "▁t", "ab", "aba", "▁[", "ST"]
+MERGES = ["▁ T", "h e", "▁ ▁", "t h", "▁ t", "▁t he", "▁ a", "a b", "ab a", "▁ [", "S T"]
+
+
+def _sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """A Llama-like BPE over characters, spaces as ▁, with bytes for unknown characters."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", *CHARACTERS, *BYTES, *PIECES]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    backend = Tokenizer(
+        models.BPE(
+            vocab, [tuple(merge.split()) for merge in MERGES], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
+    )
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(undo)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
+    )
+
+
+def _byte_level() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / "smollm2" / "tokenizer.json"), eos_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+MAKERS = {
+    "prepend": lambda: _sentencepiece("prepend"),
+    "metaspace-first": lambda: _sentencepiece("first"),
+    "metaspace-always": lambda: _sentencepiece("always"),
+    "byte-level": _byte_level,
+}
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    return MAKERS[name]()
+
+
+def user(text: object) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def with_template(text: str) -> PreTrainedTokenizerFast:
+    tokenizer = MAKERS["prepend"]()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+TEMPLATES = {
+    "security": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    "type": ("{{ 1 + 'x' }}", "TypeError"),
+    "undefined": ("{{ nothing.at.all }}", "UndefinedError"),
+    "division": ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself"),
+    "syntax": ("{% if %}", "TemplateSyntaxError"),
+    "its own": ("{{ raise_exception('roles must alternate') }}", "messages: roles must alternate"),
+    "memory": ("{{ messages[0].content * 10000000000 }}", "memory"),
+    "output": ("{% for _ in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxx' }}{% endfor %}", "more than"),
+    "drops the message": ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "leaves out message 0, 'user'"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), TEMPLATES.values(), ids=TEMPLATES)
+def test_whatever_a_template_does_is_a_refusal(text, words):
+    with pytest.raises(ValueError, match="chat template") as error:
+        render(with_template(text), user("Hi"))
+    assert words in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_template_without_end_is_ended(monkeypatch):
+    monkeypatch.setattr(renderer, "SECONDS", 0.3)
+    rounds = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"more than 0\.3 seconds"):
+        render(with_template(rounds), user("Hi"))
+    monkeypatch.undo()
+    assert render(tokenizer_of("prepend"), user("Hi")) == "<s>[INST] Hi [/INST]"
+
+
+def test_a_template_that_changes_a_message_is_not_one_that_drops_it():
+    assert render(with_template("{{ messages[0].content | upper }}"), user("Hi")) == "HI"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_templates_are_rendered_as_transformers_renders_them(name):
+    tokenizer = tokenizer_of(name)
+    messages = [*user("Hi é\u2028 \x00"), {"role": "assistant", "content": " Ho "}, *user("x" * 300)]
+    for start in (True, False):
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=start)
+        assert render(tokenizer, messages, add_generation_prompt=start) == expected
+
+
+def test_a_refused_template_ends_the_command_with_one_line(chat_model, duo, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in chat_model.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    assert_refused(duo("generate", "--model", folder, "--prompt", "Hi", "--chat"), "SecurityError", "chat template")
+    assert_refused(duo("chat", "--model", chat_model, "--system", "a\ud800"), "surrogate")
+    assert_refused(duo("chat", "--model", chat_model, "--max-length", 0), "--max-length must be at least 1, got 0")
+
+
+MESSAGES = {
+    "text": ("Hi", "must be a list"),
+    "object": ({"role": "user", "content": "Hi"}, "must be a list"),
+    "none": (None, "must be a list"),
+    "empty": ([], "not empty"),
+    "numbers": ([1], "message 0 must be an object"),
+    "no role": ([{"content": "Hi"}], "the role of message 0 must be a string, got None"),
+    "a role of 1": ([{"role": 1, "content": "Hi"}], "the role of message 0"),
+    "no content": ([*user("a"), {"role": "user"}], "the content of message 1 must be a string, got None"),
+    "bytes": (user(b"Hi"), "the content of message 0 must be a string"),
+    "an image": (user([{"type": "image", "url": "x"}]), "part of type 'image'"),
+    "a part of text": (user(["Hi"]), "part of type 'str'"),
+    "a part without text": (user([{"type": "text"}]), "a text part of message 0"),
+    "surrogate": (user("a\ud83d"), "half of a surrogate pair"),
+    "surrogate in a part": (user([{"type": "text", "text": "\udc00"}]), "half of a surrogate pair"),
+    "surrogate elsewhere": ([{"role": "user", "content": "a", "name": "\ud800"}], "half of a surrogate pair"),
+    "no JSON": ([{"role": "user", "content": "a", "name": {1, 2}}], "strings, numbers, lists"),
+}
+
+
+@pytest.mark.parametrize(("messages", "words"), MESSAGES.values(), ids=MESSAGES)
+def test_what_is_no_conversation_is_refused(messages, words):
+    with pytest.raises(ValueError, match=r"messages|message 0|message 1|list|part") as error:
+        render(tokenizer_of("prepend"), checked_messages(messages))
+    assert words in str(error.value) and len(str(error.value)) < 300
+
+
+def test_deeply_nested_messages_are_refused():
+    deep: object = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested"):
+        encode_chat(tokenizer_of("prepend"), [{"role": "user", "content": "a", "name": deep}])
+
+
+def test_text_parts_are_joined():
+    parts = user([{"type": "text", "text": "Hello "}, {"type": "text", "text": "world"}])
+    assert encode_chat(tokenizer_of("byte-level"), parts) == encode_chat(
+        tokenizer_of("byte-level"), user("Hello world")
+    )
+
+
+# Any text, with what spells a special token, or almost, and what templates and merges care about.
+TEXTS = st.lists(
+    st.sampled_from(["the", "The ", " ", "  ", "\n", "\n\n", "a", "ab", "é", "漢", "[", "INST", "x", ".", "<", "|im_"]),
+    min_size=1,
+    max_size=8,
+).map("".join)
+SPELLED = {"byte-level": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]}
+
+
+def rendered_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(first=TEXTS, second=TEXTS)
+def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name, first, second):
+    tokenizer = tokenizer_of(name)
+    messages = [*user(first), {"role": "assistant", "content": second}, *user(second)]
+    assert encode_chat(tokenizer, messages) == rendered_ids(tokenizer, messages)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(before=TEXTS, after=TEXTS, place=st.integers(0, 2))
+def test_special_tokens_in_a_message_are_text(name, before, after, place):
+    tokenizer = tokenizer_of(name)
+    written = SPELLED.get(name, ["</s>", "<s>", "<unk>"])[place]
+    specials = set(special_tokens(tokenizer).values())
+    plain = [index for index in encode_chat(tokenizer, user(before + "@" + after)) if index in specials]
+    found = encode_chat(tokenizer, user(before + written + after))
+    assert [index for index in found if index in specials] == plain  # the template's own, in their places
+    decoded = tokenizer.decode([index for index in found if index not in specials])
+    assert tokenizer.decode(found, skip_special_tokens=True) == decoded
+    assert decoded.strip() == decoded_rendering(tokenizer, before + written + after).strip()
+    assert len(encode_chat(tokenizer, user(before + written + after), parse_special=True)) < len(found)
+    # The text is split as text: with another spelling in place of the special token, its neighbours keep their tokens.
+    literal = encode(tokenizer, before + written + after, parse_special=False)
+    assert not specials & set(literal)
+    assert literal == tokenizer.encode(before + written + after, add_special_tokens=False, split_special_tokens=True)
+
+
+def decoded_rendering(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
+    """The rendered text without the special tokens that the template wrote."""
+    text = tokenizer.apply_chat_template(user("\ue000"), tokenize=False, add_generation_prompt=True)
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, "")
+    return text.replace("\ue000", content)
+
+
+@pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(document=TEXTS, questions=st.lists(TEXTS, min_size=1, max_size=3))
+def test_a_document_is_the_beginning_of_the_whole(name, is_chat, document, questions):
+    tokenizer = tokenizer_of(name)
+    frame = DocumentFrame.chat(tokenizer) if is_chat else DocumentFrame(tokenizer)
+    known = frame.document(document)
+    for question in questions:
+        whole = frame.whole(document, question)
+        between = "\n\n" if is_chat else ""
+        text = f"{document}{between}{question}"
+        assert whole == (rendered_ids(tokenizer, user(text)) if is_chat else tokenizer.encode(text))
+        # A question may go on with the last word of a plain text: `duo generate --cache` refuses it.
+        continues = not is_chat and document[-1].isalnum() and question[0].isalnum()
+        assert whole[: len(known)] == known or continues or len(known) == 1
+
+
+def test_a_question_that_changes_the_end_of_a_prefilled_text_is_refused():
+    tokenizer, text = tokenizer_of("byte-level"), "The a"
+    known = np.asarray(DocumentFrame(tokenizer).document(text), np.int32)
+    asked = PromptOptions().encode_question(tokenizer, " What?", known, text)
+    assert [*known, *asked] == tokenizer.encode("The a What?")
+    with pytest.raises(ValueError, match="begin the question with another character"):
+        PromptOptions().encode_question(tokenizer, "the", known, text)
+    long = "The cache holds keys. " * 9
+    known = np.asarray(DocumentFrame.chat(tokenizer).document(long), np.int32)
+    with pytest.raises(ValueError, match=r"other flags.*with --chat"):
+        PromptOptions().encode_question(tokenizer, "What?", known, long)
+
+
+def test_a_long_document_is_tokenized_once_and_its_end_with_several_questions(monkeypatch):
+    tokenizer, encoded = tokenizer_of("byte-level"), []
+    whole = template.encode_marked
+    monkeypatch.setattr(template, "encode_marked", lambda own, text: encoded.append(len(text)) or whole(own, text))
+    frame = DocumentFrame.chat(tokenizer)
+    known = frame.document("The cache holds keys. " * 2000)
+    assert sum(size > 3000 for size in encoded) == 1
+    assert frame.whole("The cache holds keys. " * 2000, "\n\nWhat?")[: len(known)] == known
+
+
+# Ends.
+
+
+def test_the_ends_of_model_tokenizer_and_template_are_one_set():
+    tokenizer = _byte_level()
+    tokenizer.eos_token = "<|endoftext|>"
+    end, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    config = replace(TINY, vocab_size=49152, eos_ids=(7,))
+    assert eos_ids_of(config, tokenizer) == (7, end, turn)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert eos_ids_of(config, tokenizer) == (7, end)
+
+
+def test_a_stop_string_that_is_a_special_token_is_a_token():
+    tokenizer = tokenizer_of("byte-level")
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_ends(tokenizer, 49152, (7,), ["<|im_end|>", "\n"]) == Ends((7,), (turn,), ("\n",))
+    row = Row(tokenizer, Ends((7,), (turn,)))
+    tokens = [*tokenizer.encode("Hi"), turn]
+    assert "".join(row.add(token) for token in tokens) == "Hi"
+    assert row.reply.finish_reason == "stop" and row.reply.tokens == tokens and row.reply == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [("abc", "list of strings"), ([""], "none of them empty"), ([1], "list of strings"), (5, "list of strings"),
+     (["x<|im_end|>"], "never appears"), (["\ud800"], "surrogate")],
+)  # fmt: skip
+def test_stop_strings_that_cannot_stop_are_refused(stop, words):
+    with pytest.raises(ValueError, match=words):
+        stop_ends(tokenizer_of("byte-level"), 49152, (), stop)
+
+
+# Detokenization.
+
+
+@pytest.mark.parametrize("token", ["<0xE2>", "<0x41>", "</s>", "a", "▁", "<0xC3>"])
+def test_the_work_for_a_token_does_not_grow_with_the_reply(token, monkeypatch):
+    tokenizer, decoded = tokenizer_of("prepend"), []
+    whole = type(tokenizer).decode
+    monkeypatch.setattr(
+        type(tokenizer), "decode", lambda own, ids, **how: decoded.append(len(ids)) or whole(own, ids, **how)
+    )
+    row, index = Row(tokenizer, Ends(strings=("User:",))), tokenizer.convert_tokens_to_ids(token)
+    pieces = [row.add(index) for _ in range(10 * MOST_OPEN)]
+    assert max(decoded, default=0) <= 2 * MOST_OPEN + 2 and sum(decoded) <= 10 * MOST_OPEN * 4 * MOST_OPEN
+    pieces.append(row.rest())
+    assert "".join(pieces) == row.reply == whole(tokenizer, row.reply.tokens, skip_special_tokens=True)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(text=st.text("é漢🧵a ", min_size=30, max_size=120))
+def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
+    tokenizer = tokenizer_of("prepend")
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    row = Row(tokenizer)
+    pieces = [row.add(token) for token in tokens]
+    assert "".join([*pieces, row.rest()]) == row.reply == tokenizer.decode(tokens) == text
