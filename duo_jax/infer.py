@@ -143,14 +143,42 @@ def score(
     """
     check_model(model)
     tokens, lengths = check_prompt(model.config, tokens, lengths)
+    targets = pad_columns(tokens[:, 1:], 1)
+    options = {"chunk_size": chunk_size, "lengths": lengths, "backend": backend}
+    scores, cache = score_targets(model, tokens, targets, cache, **options)
+    return Scores(*(x[:, :-1] for x in scores)), cache
+
+
+def score_targets(
+    model: Model,
+    tokens: ArrayLike,
+    targets: ArrayLike,
+    cache: KVCache,
+    *,
+    chunk_size: int | None = None,
+    lengths: ArrayLike | None = None,
+    backend: str | None = None,
+) -> tuple[Scores, KVCache]:
+    """Like `score`, with the token that follows each: `targets` `[B, T]`, of which the last of a row is not appended.
+
+    Returns:
+        The scores `[B, T]` of the targets, and the new cache.
+
+    Raises:
+        ValueError: as for `score`, or targets of another shape.
+    """
+    tokens, lengths = check_prompt(model.config, tokens, lengths)
+    targets, _ = check_prompt(model.config, targets, lengths)
+    if targets.shape != tokens.shape:
+        raise ValueError(f"each token needs a target, got {targets.shape=} for {tokens.shape=}")
     check_cache(model, cache, lengths)
     width = chunk_width(tokens.shape[1], chunk_size)
-    following = chunks(pad_columns(tokens[:, 1:], 1), lengths, width)
+    following = chunks(targets, lengths, width)
     parts = []
-    for (_, chunk, counts), (_, targets, _) in zip(chunks(tokens, lengths, width), following, strict=True):
-        part, cache = _score(model, chunk, targets, cache, counts, backend)
+    for (_, chunk, counts), (_, chosen, _) in zip(chunks(tokens, lengths, width), following, strict=True):
+        part, cache = _score(model, chunk, chosen, cache, counts, backend)
         parts.append(part)
-    return Scores(*(jnp.concatenate(x, axis=1)[:, : tokens.shape[1] - 1] for x in zip(*parts, strict=True))), cache
+    return Scores(*(jnp.concatenate(x, axis=1)[:, : tokens.shape[1]] for x in zip(*parts, strict=True))), cache
 
 
 def extend(

@@ -9,6 +9,7 @@ from duo_eval.tasks.lm_eval import batches
 from duo_eval.tasks.lm_eval.adapter import DuoLM
 from duo_eval.tasks.lm_eval.batches import padded, plan
 from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import duo_jax
 from duo_jax import LM, HeadPattern, KVCache, score
@@ -180,16 +181,14 @@ def test_rolling_equals_score(lm):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3)
 
 
-def test_rolling_over_windows_scores_every_token_once(lm):
-    """Windows of 40 tokens by lm-eval's rule: the first begins with BOS, the last has a full context."""
-    ids, size = lm.tokenizer.encode(TEXT), 39
-    rest = len(ids) - 2 * size
-    windows = [
-        ([lm.tokenizer.bos_token_id], ids[:size]),
-        (ids[size - 1 : size], ids[size : 2 * size]),
-        (ids[-size - 1 : -rest], ids[-rest:]),
-    ]
-    found = adapter(lm, max_length=40).loglikelihood_rolling(requests("loglikelihood_rolling", [(TEXT,)]), True)
+@pytest.mark.parametrize("text", [TEXT[:39], TEXT[:40], TEXT[:41], TEXT], ids=len)
+def test_rolling_over_windows_scores_what_lm_eval_scores(lm, text):
+    """lm-eval's own adapter gives the model windows of `max_length` inputs and scores every token once."""
+    ids, size = lm.tokenizer.encode(text), 40
+    windows = [make_disjoint_window(w) for w in get_rolling_token_windows(ids, lm.tokenizer.bos_token_id, size, 1)]
+    assert [token for _, scored in windows for token in scored] == ids
+    assert max(len(context) + len(scored) - 1 for context, scored in windows) == min(len(text), size)
+    found = adapter(lm, max_length=size).loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]), True)
     np.testing.assert_allclose(found, [sum(one[0] for one in dense(lm, windows))], rtol=0, atol=1e-3)
 
 
@@ -232,9 +231,19 @@ def test_what_cannot_be_scored_is_refused(lm, pairs, options, words):
 
 
 def test_a_long_context_is_cut_at_the_left_where_asked(lm):
-    found = likelihoods(adapter(lm, truncate=True, max_length=50), [(TEXT.strip(), " x")])
-    ids = lm.tokenizer.encode(TEXT.strip())
-    assert_equal(found, dense(lm, [(ids[-48:], lm.tokenizer.encode(" x"))]))
+    size, ending, encode = 50, lm.tokenizer.encode(" xy"), lm.tokenizer.encode
+    texts = [TEXT[:48], TEXT[:49], TEXT.strip()]  # just fitting, one token too many, far too many
+    found = likelihoods(adapter(lm, truncate=True, max_length=size), [(text, " xy") for text in texts])
+    # lm-eval's own adapter: the inputs are (context + continuation)[-(max_length + 1):][:-1].
+    kept = [(encode(text) + ending)[-(size + 1) :][: -len(ending)] for text in texts]
+    assert [len(context) for context in kept] == [48, 48, 48]
+    assert_equal(found, dense(lm, [(context, ending) for context in kept]))
+
+
+def test_a_text_of_max_length_and_one_token_fits(lm):
+    assert likelihoods(adapter(lm, max_length=50), [(TEXT[:49], " x")])[0][0] < 0
+    with pytest.raises(ValueError, match=r"context of 49 tokens and a continuation of 2.*the 49 of max_length"):
+        likelihoods(adapter(lm, max_length=49), [(TEXT[:49], " x")])
 
 
 def test_a_generation_that_has_no_room_or_an_unknown_setting_is_refused(lm):

@@ -40,7 +40,8 @@ class DuoLM(TemplateLM):
         budget: fraction of full attention's KV bytes that the method may hold.
         name: name of the model in results and in lm-eval's caches of requests.
         batch_size: most rows computed together.
-        max_length: most tokens of a text; by default the length that the model was trained for.
+        max_length: most tokens that the model reads for a request; by default the length that it was trained for. As in
+            lm-eval, the last token of a scored text is not read.
         truncate: cut longer texts at the left, as lm-eval does for transformers, in place of refusing them.
         backend: attention backend; None takes the best one verified on this device.
         progress: show progress bars.
@@ -124,8 +125,7 @@ class DuoLM(TemplateLM):
         owners: list[int] = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            # The last token of a window is in the cache too; lm-eval counts only inputs.
-            rolled = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, 1)
+            rolled = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
             pieces = [make_disjoint_window(window) for window in rolled]
             windows += [(None, context, continuation) for context, continuation in pieces]
             owners += [owner] * len(pieces)
@@ -163,18 +163,21 @@ class DuoLM(TemplateLM):
                 yield from ((index, answer) for index in indices)
 
     def _fitted(self, request: Encoded) -> tuple[Tokens, Tokens]:
-        """Context and continuation, cut at the left to `max_length`, or refused."""
+        """Context and continuation, cut at the left, or refused.
+
+        As in lm-eval, `max_length` counts inputs: the last token of a continuation is none.
+        """
         text, context, continuation = request
         if not continuation:
             raise ValueError(f"a continuation has no tokens: {_short(text)}")
         # A context of only spaces, which belong to the continuation, is empty.
         context = context or [self.prefix_token_id]
-        over = len(context) + len(continuation) - self.max_length
+        over = len(context) + len(continuation) - 1 - self.max_length
         if over > 0 and not (self.truncate and over < len(context)):
             raise ValueError(
-                f"a context of {len(context)} tokens and a continuation of {len(continuation)} are more than the "
-                f"{self.max_length} of max_length: {_short(text)}; give fewer shots, or --truncate to cut the context "
-                "at the left"
+                f"a context of {len(context)} tokens and a continuation of {len(continuation)}, whose last one is no "
+                f"input, are more than the {self.max_length} of max_length: {_short(text)}; give fewer shots, or "
+                "--truncate to cut the context at the left"
             )
         return tuple(context[max(0, over) :]), tuple(continuation)
 

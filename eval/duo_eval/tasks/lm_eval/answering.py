@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from duo_eval.methods.registry import Method, reply
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens, padded, plan, width
-from duo_jax import LM, Greedy, KVCache, TextStream, score
+from duo_jax import LM, Greedy, KVCache, TextStream
 from duo_jax.finite import check_finite
+from duo_jax.infer import score_targets
 
 
 class Likelihood(NamedTuple):
@@ -57,7 +58,7 @@ class Batched:
         self, contexts: Sequence[Tokens], continuations: Sequence[Sequence[Tokens]]
     ) -> Iterator[tuple[int, list[Likelihood]]]:
         """See `Engine.likelihoods`."""
-        extra = [max(map(len, row)) for row in continuations]
+        extra = [max(1, *(len(tokens) - 1 for tokens in row)) for row in continuations]
         longer = [[index for index, tokens in enumerate(row) if len(tokens) > 1] for row in continuations]
         for batch in plan(contexts, extra, [len(row) for row in longer], self.batch_size):
             cache, rests = self.prefiller.open(batch, contexts)
@@ -101,11 +102,18 @@ class Batched:
             yield from zip(batch.rows, map(str, running.replies), strict=True)
 
     def _rest(self, cache: KVCache, rows: Sequence[Tokens]) -> tuple[list[Likelihood], KVCache]:
-        """Likelihood of all tokens of each row but the first."""
-        size = width(max(map(len, rows)), len(rows))
-        tokens, lengths = padded(rows, size)
-        scores, cache = score(
-            self.lm.model, tokens, cache, chunk_size=size, lengths=lengths, backend=self.prefiller.backend
+        """Likelihood of all tokens of each row but the first. The last one is scored, but is no input."""
+        inputs, targets = zip(*((row[:-1] or row, row[1:] or row) for row in rows), strict=True)
+        size = width(max(map(len, inputs)), len(rows))
+        tokens, lengths = padded(inputs, size)
+        scores, cache = score_targets(
+            self.lm.model,
+            tokens,
+            padded(targets, size)[0],
+            cache,
+            chunk_size=size,
+            lengths=lengths,
+            backend=self.prefiller.backend,
         )
         logprobs, is_top = np.asarray(scores.logprobs, np.float64), np.asarray(scores.is_top)
         counts = [len(row) - 1 for row in rows]
