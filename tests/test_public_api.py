@@ -30,7 +30,7 @@ INTERNAL = {
         "advance", "append_chunk", "append_token", "axes", "check_alive", "full", "head_dim", "heads", "is_retrieval",
         "order", "pages", "pools_of", "ring_of_layer", "rings", "shards", "slot", "window", "windows",
     },
-    "LM": {"complete", "encode", "encode_chat", "make_cache", "request"},
+    "LM": {"complete", "encode", "encode_chat", "ends", "make_cache", "request"},
     "Model": {"from_decoder", "graphdef", "order", "params"},
     "ModelConfig": {"precision"},
     "Plan": {"cache", "check", "head_pattern"},

@@ -133,7 +133,7 @@ def test_a_refused_template_ends_the_command_with_one_line(chat_model, duo, tmp_
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     assert_refused(duo("generate", "--model", folder, "--prompt", "Hi", "--chat"), "SecurityError", "chat template")
-    assert_refused(duo("chat", "--model", chat_model, "--system", "a\ud800"), "surrogate")
+    assert_refused(duo("chat", "--model", chat_model, "--system", "a\ud800"), "UTF-8")
     assert_refused(duo("chat", "--model", chat_model, "--max-length", 0), "--max-length must be at least 1, got 0")
 
 
