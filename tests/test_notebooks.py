@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from duo_jax.checkpoint.packaged import cache_folder
+from duo_jax.files import cache_folder
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 EXECUTE = """

@@ -29,6 +29,7 @@ from duo_jax.mesh.place import Placement, on_mesh
 from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, name_of
+from duo_jax.programs import keep_programs
 from duo_jax.weights import quantize_kernel
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def load_model(
     progress: bool | None = None,
 ) -> Model:
     """Load pretrained weights, tensor by tensor, onto the default device or the devices of a mesh.
+
+    From then on, jax stores compiled programs on disk, see `duo_jax.programs`.
 
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
@@ -65,6 +68,7 @@ def load_model(
         ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model; a
             pattern of another model.
     """
+    keep_programs()
     checkpoint = open_source(source)
     if pattern is None:
         pattern = HeadPattern.full(checkpoint.config)

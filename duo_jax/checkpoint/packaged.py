@@ -7,13 +7,14 @@ checks a file's SHA-256 before its first use, and again if it changes. Knows not
 import fnmatch
 import functools
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from duo_jax.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,6 @@ PACKAGED: dict[str, PackagedFile] = {
 
 
 MAX_BYTES = 1 << 31  # of an unpacked file, many times that of any in use
-
-
-def cache_folder() -> Path:
-    """The folder of downloaded files.
-
-    Raises:
-        FileNotFoundError: the user has no home folder.
-    """
-    try:
-        return Path(os.environ.get("DUO_JAX_CACHE") or Path.home() / ".cache" / "duo-jax")
-    except RuntimeError:
-        raise FileNotFoundError("no home folder for downloads: set HOME, or DUO_JAX_CACHE to a folder") from None
 
 
 def packaged_model(name: str) -> Path:

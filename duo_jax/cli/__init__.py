@@ -4,7 +4,6 @@ A subcommand is a frozen dataclass: its fields are the flags, its docstring is t
 """
 
 import ast
-import contextlib
 import contextvars
 import errno
 import functools
@@ -46,9 +45,10 @@ def _main(name: str, commands: dict[str, EntryPoint]) -> None:
 
 def _run(entry: EntryPoint) -> None:
     from duo_jax.cli.flags import parse
+    from duo_jax.programs import keep_programs
 
     _take_memory()
-    _keep_compiled_programs()
+    keep_programs()
     warnings.showwarning = functools.partial(_warn, entry.name)
     command, args = entry.load(), sys.argv[2:]
     # A command whose defaults depend on a flag (a preset) has one class per preset.
@@ -132,22 +132,6 @@ def _take_memory() -> None:
 
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
-
-
-def _keep_compiled_programs() -> None:
-    """Compile each program once per machine, unless the user disables it (`JAX_ENABLE_COMPILATION_CACHE=0`)."""
-    import jax
-
-    from duo_jax.checkpoint.packaged import cache_folder
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        with contextlib.suppress(
-            OSError
-        ):  # Without a home folder, or with one that is read-only, every process compiles.
-            folder = cache_folder() / "compiled"
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _usage(commands: dict[str, EntryPoint]) -> str:

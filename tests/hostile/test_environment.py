@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from duo_jax.checkpoint.packaged import cache_folder
 from duo_jax.cli import _status
+from duo_jax.files import cache_folder
 from tests.text_models import assert_refused
 
 PRESET = ("inspect", "--model", "llama-3-8b")
