@@ -144,8 +144,9 @@ def score(
     check_model(model)
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     targets = pad_columns(tokens[:, 1:], 1)
-    options = {"chunk_size": chunk_size, "lengths": lengths, "backend": backend}
-    scores, cache = score_targets(model, tokens, targets, cache, **options)
+    scores, cache = score_targets(
+        model, tokens, targets, cache, chunk_size=chunk_size, lengths=lengths, backend=backend
+    )
     return Scores(*(x[:, :-1] for x in scores)), cache
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature
+from duo_jax.checks import check_ids
 from duo_jax.cli import doctor
 from duo_jax.text.chat import Chat
 from duo_jax.text.ends import Ends
@@ -118,8 +119,12 @@ def test_a_document_answers_as_the_whole_text_would(lm):
         second = document.ask("And how many of them?", max_new_tokens=NEW)
         assert document.ask("Where?", max_new_tokens=NEW) == first
         # A question may be left before it is answered.
-        next(document.stream("Where?", max_new_tokens=NEW))
+        left = document.stream("Where?", max_new_tokens=NEW)
+        said = next(left)
         assert document.ask("And how many of them?", max_new_tokens=NEW) == second
+        with pytest.raises(ValueError, match="its cache was used for a later question"):
+            next(left)
+        assert left.reply == said
     assert first == lm(f"{text}\n\nWhere?\n", max_new_tokens=NEW)
     with pytest.raises(ValueError, match="document was closed"):
         document.ask("Where?")
@@ -257,6 +262,11 @@ def test_detokenization_takes_linear_time(monkeypatch):
         (lambda lm: lm(PROMPT, max_new_tokens=0), "max_new_tokens must be at least 1"),
         (lambda lm: lm(PROMPT, stop=[""]), "none of them empty"),
         (lambda lm: lm(PROMPT, sampler=Categorical()), "pass key="),
+        (lambda lm: check_ids(lm.model.config, "</s>"), "eos_ids must be a tuple of token ids"),
+        (lambda lm: check_ids(lm.model.config, ("</s>",)), "eos_ids must be an integer"),
+        (lambda lm: lm(PROMPT, stop=["a</s>"]), "never appears"),
+        (lambda lm: lm("a\ud800"), "half of a surrogate pair"),
+        (lambda lm: lm.document("\udc00"), "half of a surrogate pair"),
         (lambda lm: lm(PROMPT, eos_ids=(97,)), r"token ids must be in \[0, 97\)"),
         (lambda lm: lm.chat([{"role": "user", "content": "Hi"}]), "no chat template"),
         (lambda lm: Chat(lm), "no chat template"),

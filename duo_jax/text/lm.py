@@ -340,6 +340,9 @@ class Document:
             )
         self._lm = lm
         self._max_length = max_length or bucket(needed)
+        self._cache: KVCache | None = None
+        self._running: TextStream | None = None
+        self._failed = False
         self._prefill()
 
     @property
@@ -389,9 +392,7 @@ class Document:
         _, cache = prefill(self._lm.model, np.asarray(self._tokens, np.int32)[None], cache)
         cache.length.block_until_ready()  # The prompt is computed here, not by the first question.
         self._mark = cache.mark()
-        self._cache: KVCache | None = cache
-        self._running: TextStream | None = None
-        self._failed = False
+        self._cache, self._running, self._failed = cache, None, False
 
     def _continuation(
         self, question: str, *, max_new_tokens: int = 128, **options: Any

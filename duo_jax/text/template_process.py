@@ -22,7 +22,7 @@ def render_function() -> Any:
         # Packages with a path and nothing in them: the module needs little of transformers, which takes a second.
         for name, path in (("transformers", root), ("transformers.utils", root / "utils")):
             sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__path__ = [str(path)]  # type: ignore[attr-defined]
+            sys.modules[name].__path__ = [str(path)]
         try:
             from transformers.utils.chat_template_utils import render_jinja_template
 
