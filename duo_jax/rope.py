@@ -130,8 +130,8 @@ def rotation(
     """
     turns = np.asarray(rope.inverse_frequencies(head_dim), np.float64) / (2 * np.pi)
     # 48 binary digits: `high` counts 2^-32 of a turn, `low` 2^-48.
-    high, low = np.divmod(np.rint((turns % 1.0) * 2.0**48).astype(np.uint64), np.uint64(2**16))
-    high, low = (jnp.asarray(x.astype(np.uint32))[None, None, None, :] for x in (high, low))
+    digits = np.divmod(np.rint((turns % 1.0) * 2.0**48).astype(np.uint64), np.uint64(2**16))
+    high, low = (jnp.asarray(x.astype(np.uint32))[None, None, None, :] for x in digits)
     position = positions[:, :, None, None]
     # position * low needs 48 bits, in two parts; the shift is arithmetic, so that negative positions are right too.
     upper, lower = ((x.astype(jnp.uint32)) for x in (position >> 16, position & 0xFFFF))

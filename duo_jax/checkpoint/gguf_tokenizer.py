@@ -1,6 +1,5 @@
 """Builds a tokenizer from the metadata of a GGUF file. Knows no files, tensors or models."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,10 +211,11 @@ def _strings(metadata: Mapping[str, object], name: str) -> list[str]:
     return values
 
 
-def _for_each_token(metadata: Mapping[str, object], name: str, kind: type) -> list[Any]:
+def _for_each_token(metadata: Mapping[str, object], name: str, kind: type[int] | type[float]) -> list[Any]:
     """Numbers, one for each token."""
     values, count = _required(metadata, name), len(_strings(metadata, "tokens"))
-    if not isinstance(values, list) or not all(type(value) is kind and not math.isnan(value) for value in values):
+    # NaN is the number that differs from itself.
+    if not isinstance(values, list) or not all(type(value) is kind and value == value for value in values):
         raise _wrong(f"tokenizer.ggml.{name}", values, f"an array of numbers of type {kind.__name__}")
     if len(values) != count:
         raise ValueError(f"'tokenizer.ggml.{name}' must have one number a token: {len(values)} for {count} tokens")
