@@ -305,14 +305,14 @@ def test_a_pattern_of_another_model_is_refused(text_model):
 
 
 def test_chat_talks_saves_and_forgets(chat_model, duo, monkeypatch, tmp_path):
-    lines = ["Hello.", f"/save {tmp_path}/said.json", "/save /no/such/folder/x", "/reset", "/what", "", "/exit"]
+    lines = ["Hello.", f"/save {tmp_path}/said.json", "/save /dev/null/x", "/reset", "/what", "", "/exit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     result = duo("chat", "--model", chat_model, "--max-new-tokens", 4, "--max-length", 64)
     assert result.code == 0, result
     said = json.loads((tmp_path / "said.json").read_text())
     assert said[0] == {"role": "user", "content": "Hello."} and said[1]["role"] == "assistant"
     assert "(forgotten)" in result.out and "[0/64 tokens" in result.out
-    assert "No such file" in result.err
+    assert "is not a folder" in result.err
     assert result.out.count("/reset forgets") == 2
 
 
@@ -382,8 +382,8 @@ def test_inspect_prints_a_table(duo):
         (["--model", "llama-3-8b", "--png", "x.png"], "give --pattern"),
         (["--model", "llama-3-8b", "--pattern", "smollm2-135m-instruct"], "another model"),
         (
-            ["--model", "smollm2-135m", "--pattern", "smollm2-135m-instruct", "--png", "/no/such/folder/x.png"],
-            "No such",
+            ["--model", "smollm2-135m", "--pattern", "smollm2-135m-instruct", "--png", "/dev/null/x.png"],
+            "is not a folder",
         ),
     ],
 )
