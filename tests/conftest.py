@@ -14,6 +14,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from duo_eval.tasks.sandbox import sandbox
 from jax._src import compilation_cache
 
 from duo_jax import HeadPattern, Model, load_model
@@ -157,6 +158,13 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("cli") / "chat", chat=True)
+
+
+@pytest.fixture(scope="session")
+def isolated() -> None:
+    """Skip where the kernel cannot isolate generated code."""
+    if reason := sandbox._missing():
+        pytest.skip(f"this kernel cannot isolate a program: {reason}")
 
 
 @pytest.fixture

@@ -121,6 +121,7 @@ def test_flags_without_an_effect_are_refused(tmp_path, duo, flags, words):
     assert_refused(duo("eval", "harness", "--model", "none", "--tasks", "a", "--out", tmp_path / "o", *flags), *words)
 
 
+@pytest.mark.usefixtures("isolated")
 def test_mbpp_from_a_local_file(tmp_path, duo, model):
     data = write(tmp_path / "mbpp.jsonl", [MBPP, MBPP | {"task_id": 12}])
     flags = ("--tasks", "mbpp", "--data", f"mbpp={data}", "--num-fewshot", 0, "--gen-kwargs", "max_gen_toks=4")
@@ -131,6 +132,7 @@ def test_mbpp_from_a_local_file(tmp_path, duo, model):
     assert record["results"]["mbpp"]["pass_at_1,none"] == 0.0 and "time, memory" in record["sandbox"]
 
 
+@pytest.mark.usefixtures("isolated")
 def test_mbpp_judges_in_the_sandbox(tmp_path):
     data = write(tmp_path / "mbpp.jsonl", [MBPP])
     loaded, _ = load_tasks(["mbpp"], data={"mbpp": data})

@@ -11,8 +11,8 @@ from duo_eval.tasks.sandbox import sandbox
 from duo_eval.tasks.sandbox.sandbox import ISOLATED, NOT_ISOLATED, Limits, Verdict, isolation, run
 
 QUICK = Limits(seconds=3.0)
+needs_isolation = pytest.mark.usefixtures("isolated")
 RIGHT = "def add(a, b):\n    return a + b\n"
-isolated = pytest.mark.skipif(bool(sandbox._missing()), reason="this kernel cannot isolate a program")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     )
 
 
-@pytest.mark.parametrize("unsafe", [pytest.param(False, marks=isolated), True])
+@pytest.mark.parametrize("unsafe", [pytest.param(False, marks=needs_isolation), True])
 def test_right_code_passes_and_wrong_code_fails(unsafe, request):
     if unsafe:
         request.getfixturevalue("without_landlock")
@@ -48,7 +48,7 @@ def test_right_code_passes_and_wrong_code_fails(unsafe, request):
     assert (wrong.outcome, wrong.reason) == ("failed", "AssertionError: not six")
 
 
-@isolated
+@needs_isolation
 @pytest.mark.parametrize(
     "program",
     [
@@ -63,7 +63,7 @@ def test_what_a_solution_may_need_works(program):
     assert run(program, QUICK) == Verdict("passed")
 
 
-@isolated
+@needs_isolation
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
@@ -98,7 +98,7 @@ def test_what_misbehaves_fails(program, reason):
     assert found.outcome == "failed" and reason in found.reason and len(found.reason) <= 500, found
 
 
-@isolated
+@needs_isolation
 @pytest.mark.parametrize(
     "attempt",
     [
@@ -148,7 +148,7 @@ def test_without_isolation_nothing_runs_unless_told(without_landlock, tmp_path):
     assert run(program, QUICK, unsafe=True) == Verdict("passed") and (tmp_path / "here").exists()
 
 
-@isolated
+@needs_isolation
 def test_a_probe_that_is_allowed_anything_counts_as_no_isolation(monkeypatch):
     assert isolation() == ISOLATED
     real = sandbox._run
@@ -156,7 +156,7 @@ def test_a_probe_that_is_allowed_anything_counts_as_no_isolation(monkeypatch):
     assert sandbox._missing.__wrapped__() == "SystemExit: may open"
 
 
-@isolated
+@needs_isolation
 @pytest.mark.parametrize("program", ["while True:\n    pass", "import time\ntime.sleep(60)"])
 def test_an_endless_program_is_killed_in_time(program):
     begin = time.monotonic()
@@ -164,7 +164,7 @@ def test_an_endless_program_is_killed_in_time(program):
     assert time.monotonic() - begin < 10
 
 
-@isolated
+@needs_isolation
 def test_what_it_prints_is_not_its_verdict():
     loud = "import sys\nfor _ in range(10 ** 5):\n    print('passed' * 10)\n    print('x', file=sys.stderr)\n"
     assert run(loud, Limits(seconds=20.0)) == Verdict("passed")

@@ -187,6 +187,7 @@ def test_a_solution_is_judged_by_its_tests(tmp_path):
         humaneval.problems(write(tmp_path / "p.jsonl", [PROBLEM, {"task_id": "Toy/1"}]))
 
 
+@pytest.mark.usefixtures("isolated")
 def test_humaneval_writes_judges_and_compares(tmp_path, duo, model):
     problems = [PROBLEM, PROBLEM | {"task_id": "Toy/1", "prompt": "def other(a, b):\n", "entry_point": "other"}]
     data, out = write(tmp_path / "p.jsonl", problems), tmp_path / "out.jsonl"
