@@ -4,12 +4,26 @@ A family of models is a row of `FAMILIES` here and a weight table in `checkpoint
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
-from duo_jax.rope import ROPES, Llama3Rope, Rope
+from duo_jax.ranges import flag, integer, number
+from duo_jax.rope import MOST_POSITIONS, Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
+
+# The largest sizes that a model may have, well above any published one: a wrong number must not take all memory or time
+# before anything can be compared with it.
+MOST = {
+    "vocab_size": 10**8,
+    "num_layers": 10**4,
+    "embed_dim": 10**6,
+    "num_heads": 10**4,
+    "num_kv_heads": 10**4,
+    "head_dim": 10**4,
+    "mlp_dim": 10**7,
+    "max_positions": MOST_POSITIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -42,16 +56,24 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that a decoder can have these shapes."""
-        for field in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            if not getattr(self, field) >= 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)!r}")
+        """Check the type and range of every field, and that a decoder can have these shapes."""
+        values: dict[str, Any] = {name: integer(name, getattr(self, name), 1, most) for name, most in MOST.items()}
+        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"
+        values |= {name: flag(name, getattr(self, name)) for name in flags}
+        values["norm_eps"] = number("norm_eps", self.norm_eps, 0, 1)
+        values["dtype"] = check_name("dtype", self.dtype, ALLOWED["dtype"])
+        values["eos_ids"] = tuple(integer("an EOS id", token, 0, self.vocab_size - 1) for token in self.eos_ids)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if self.family not in FAMILIES or not isinstance(self.rope, Rope):
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, and rope a Rope, got {self.family!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads=}, {self.num_kv_heads=}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
+        self.rope.check(self.head_dim)
         if self.weight_dtype is not None:
             widths = self.embed_dim, self.num_heads * self.head_dim, self.mlp_dim
             check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
@@ -97,34 +119,28 @@ class ModelConfig:
 
         Raises:
             NotImplementedError: an architecture or a feature that this decoder does not have, by name.
-            ValueError: a configuration that contradicts itself.
+            ValueError: a value of a wrong type or range, or a configuration that contradicts itself.
         """
-        name = config.get("model_type")
-        if name not in FAMILIES:
-            raise NotImplementedError(f"model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
-        required = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-        missing = [key for key in (*required, "rms_norm_eps", "max_position_embeddings") if config.get(key) is None]
-        if missing:
-            raise ValueError(f"the configuration of this {name} model lacks {', '.join(missing)}")
-        _refuse_unsupported(config)
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        eos = config.get("eos_token_id")
+        from duo_jax.hf_config import standard
+
+        values = standard(config)
+        family = values["model_type"]
         return cls(
-            family=name,
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            embed_dim=hidden,
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            mlp_dim=config["intermediate_size"],
-            rope=_rope_from_hf(config),
-            norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
-            tied_head=bool(config.get("tie_word_embeddings")),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            **_flags(config, FAMILIES[name]),
+            family=family,
+            vocab_size=values["vocab_size"],
+            num_layers=values["num_hidden_layers"],
+            embed_dim=values["hidden_size"],
+            num_heads=values["num_attention_heads"],
+            num_kv_heads=values["num_key_value_heads"],
+            head_dim=values["head_dim"],
+            mlp_dim=values["intermediate_size"],
+            rope=values["rope"],
+            norm_eps=values["rms_norm_eps"],
+            max_positions=values["max_position_embeddings"],
+            tied_head=values["tie_word_embeddings"],
+            dtype=values["dtype"],
+            eos_ids=values["eos_token_id"],
+            **{flag: value(values) if callable(value) else value for flag, value in FAMILIES[family].items()},
         )
 
     @property
@@ -133,12 +149,8 @@ class ModelConfig:
         return self.rope.trained_positions(self.max_positions)
 
 
-def _flags(config: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, Any]:
-    return {flag: bool(value(config) if callable(value) else value) for flag, value in family.items()}
-
-
 def _flag(name: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda config: bool(config.get(name, False))
+    return lambda config: config[name]
 
 
 # Which optional parts a family has; a callable reads its configuration.
@@ -148,52 +160,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qkv_bias": _flag("attention_bias"), "out_bias": _flag("attention_bias"), "qk_norm": True},
 }
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Raise for a feature that this decoder does not have: without it, results would be silently wrong."""
-    refused = None
-    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
-    has_window = window and config.get("use_sliding_window", True)
-    kinds = set(config.get("layer_types") or ["sliding_attention" if has_window else "full_attention"])
-    if window and window >= positions:
-        kinds.discard("sliding_attention")  # A window as large as the trained context has no effect.
-    kinds.discard("full_attention")
-    if kinds:
-        refused = f"layers of type {sorted(kinds)} ({window=} of {positions} positions)"
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        refused = f"the activation {config['hidden_act']!r}"
-    if any(config.get(key) for key in _EXPERTS):
-        refused = "a mixture of experts"
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        refused = f"weights quantized by {method!r}; GGUF files are dequantized, other formats are not read"
-    if refused:
-        raise NotImplementedError(f"{config['model_type']}: this model uses {refused}, which is not supported")
-
-
-def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    # Before transformers 5, configurations had these outside the scaling.
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if config.get(key) is not None:
-            parameters.setdefault(key, config[key])
-    name = parameters.get("rope_type") or parameters.get("type") or "default"
-    if name not in ROPES:
-        raise NotImplementedError(f"RoPE scaling {name!r} is not supported; supported are {', '.join(ROPES)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotImplementedError(f"partial RoPE is not supported, got {parameters['partial_rotary_factor']=}")
-    if name in ("llama3", "yarn"):
-        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    rope = {key: value for key, value in parameters.items() if value is not None}
-    if name == "yarn" and "factor" not in rope:
-        rope["factor"] = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
-    rope["theta"] = float(rope.pop("rope_theta", 10000.0))
-    known = {field.name for field in fields(ROPES[name])}
-    return ROPES[name](**{key: value for key, value in rope.items() if key in known})
-
 
 _LLAMA3 = ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192, Rope(500000.0), eos_ids=(128001, 128009))
 _LLAMA31_ROPE = Llama3Rope(500000.0, factor=8.0)

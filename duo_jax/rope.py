@@ -5,12 +5,17 @@ A scaling computes inverse frequencies from a head dimension. The rotation is th
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
+
+from duo_jax.ranges import flag, integer, number
+
+# More than any model has. Frequencies are computed in float32, and a position is an int32.
+MOST_THETA, MOST_FACTOR, MOST_POSITIONS = 1e30, 1e6, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,17 @@ class Rope:
     type: ClassVar[str] = "default"
     # Multiplies cos and sin, and so attention scores by its square; only YaRN has one.
     attention_factor: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the frequencies are finite numbers."""
+        self._set(theta=number("rope_theta", self.theta, 1, MOST_THETA))
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError for a head dimension that these settings are not for."""
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Inverse frequencies `[H // 2]` in radians a position, float64."""
@@ -38,6 +54,11 @@ class LinearRope(Rope):
     factor: float = 1.0
     type: ClassVar[str] = "linear"
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        self._set(factor=_factor("factor", self.factor))
+
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
         return super().inverse_frequencies(head_dim) / self.factor
@@ -52,6 +73,18 @@ class Llama3Rope(Rope):
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     type: ClassVar[str] = "llama3"
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        self._set(**{name: _factor(name, getattr(self, name)) for name in names})
+        self._set(original_max_position_embeddings=_original(self.original_max_position_embeddings))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor must be less than high_freq_factor, got {self.low_freq_factor=}, "
+                f"{self.high_freq_factor=}"
+            )
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
@@ -77,11 +110,18 @@ class YarnRope(Rope):
     type: ClassVar[str] = "yarn"
 
     def __post_init__(self) -> None:
-        """Compute the temperature (paper section 3.4), so that the field has the number in use."""
-        if not self.attention_factor:
+        """Check the numbers, and compute the temperature (paper section 3.4), so that the field has the one in use."""
+        super().__post_init__()
+        if self.theta == 1:
+            raise ValueError("rope_theta must be above 1 for yarn, which divides by its logarithm, got 1")
+        self._set(**{name: _factor(name, getattr(self, name)) for name in ("factor", "beta_fast", "beta_slow")})
+        self._set(**{name: number(name, getattr(self, name), 0, MOST_FACTOR) for name in ("mscale", "mscale_all_dim")})
+        self._set(truncate=flag("truncate", self.truncate))
+        self._set(original_max_position_embeddings=_original(self.original_max_position_embeddings))
+        if number("attention_factor", self.attention_factor, 0, MOST_FACTOR) == 0:
             scales = (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (1.0, 0.0)
             first, second = (0.1 * m * math.log(max(self.factor, 1.0)) + 1.0 for m in scales)
-            object.__setattr__(self, "attention_factor", first / second)
+            self._set(attention_factor=first / second)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
@@ -94,7 +134,8 @@ class YarnRope(Rope):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        ramp = (np.arange(head_dim // 2, dtype=np.float64) - low) / max(high - low, 1e-3)
+        # As transformers: a ramp of no width is a step, and one from high to low interpolates nothing.
+        ramp = (np.arange(head_dim // 2, dtype=np.float64) - low) / (high - low or 1e-3)
         interpolated = np.clip(ramp, 0.0, 1.0)
         frequencies = super().inverse_frequencies(head_dim)
         return frequencies / self.factor * interpolated + frequencies * (1 - interpolated)
@@ -111,9 +152,27 @@ class DividedRope(Rope):
     divisors: tuple[float, ...] = ()
     type: ClassVar[str] = "divided"
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        self._set(divisors=tuple(_factor("a divisor of RoPE frequencies", divisor) for divisor in self.divisors))
+
+    def check(self, head_dim: int) -> None:
+        """See `Rope`."""
+        if len(self.divisors) != head_dim // 2:
+            raise ValueError(f"{len(self.divisors)} RoPE divisors for heads of {head_dim}, which need {head_dim // 2}")
+
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """See `Rope`."""
         return super().inverse_frequencies(head_dim) / np.asarray(self.divisors, np.float64)
+
+
+def _factor(name: str, value: Any) -> float:
+    return number(name, value, 1 / MOST_FACTOR, MOST_FACTOR)
+
+
+def _original(value: Any) -> int:
+    return integer("original_max_position_embeddings", value, 1, MOST_POSITIONS)
 
 
 ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}

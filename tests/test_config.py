@@ -332,8 +332,8 @@ def test_yarn_attention_factor(given_values: dict, expected: float) -> None:
     assert rope.attention_factor == pytest.approx(expected)
 
 
-def test_yarn_factor_follows_from_the_positions_where_it_is_not_given() -> None:
-    rope = rope_of(rope_type="yarn", original_max_position_embeddings=8192)
+def test_a_yarn_factor_of_null_follows_from_the_positions() -> None:
+    rope = rope_of(rope_type="yarn", factor=None, original_max_position_embeddings=8192)
     assert isinstance(rope, YarnRope) and rope.factor == 4.0
 
 

@@ -1,0 +1,194 @@
+"""From a Hugging Face configuration to the values of `ModelConfig`, with the rules of transformers.
+
+transformers knows every spelling of a setting and every default of a family, so it reads the values. What is checked
+here: types and ranges before it does, and what this decoder does not have. Knows no files.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from duo_jax.config import FAMILIES, MOST
+from duo_jax.ranges import flag, integer, number
+from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
+
+# Keys of which a configuration must have a value: their defaults would be those of another model.
+REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+REQUIRED = (*REQUIRED, "rms_norm_eps", "max_position_embeddings")
+
+
+def _size(field: str) -> Callable[[str, Any], int]:
+    return partial(integer, low=1, high=MOST[field])
+
+
+# Every key that can change a result, with its check; the others are not read. null stands for a family's default.
+KEYS: dict[str, Callable[[str, Any], Any] | None] = {
+    "vocab_size": _size("vocab_size"),
+    "num_hidden_layers": _size("num_layers"),
+    "hidden_size": _size("embed_dim"),
+    "intermediate_size": _size("mlp_dim"),
+    "num_attention_heads": _size("num_heads"),
+    "num_key_value_heads": _size("num_kv_heads"),
+    "head_dim": _size("head_dim"),
+    "max_position_embeddings": _size("max_positions"),
+    "rms_norm_eps": partial(number, low=0, high=1),
+    "tie_word_embeddings": flag,
+    "attention_bias": flag,
+    "mlp_bias": flag,
+    "use_sliding_window": flag,
+    "sliding_window": partial(integer, low=0, high=MOST["max_positions"]),
+    "max_window_layers": partial(integer, low=0, high=2**31 - 1),
+    "layer_types": None,
+    "hidden_act": None,
+    "rope_theta": None,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
+    "eos_token_id": None,
+}
+# Settings inside `rope_scaling` or `rope_parameters` that must be numbers, and those that may be outside.
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+OUTSIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+ROPE_NUMBERS = (*ROPE_NUMBERS, *OUTSIDE, "attention_factor")
+# What null stands for in transformers' formula of YaRN: for `truncate`, the opposite of its default.
+YARN_NULL = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.0,
+    "mscale_all_dim": 0.0,
+    "attention_factor": 0.0,
+    "truncate": False,
+}
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def standard(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that transformers' class for this family has after reading `config`, RoPE as `rope`; see `KEYS`.
+
+    Raises:
+        NotImplementedError: an architecture or a feature that this decoder does not have, by name.
+        ValueError: a value of a wrong type or range, or a configuration that contradicts itself.
+    """
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise NotImplementedError(f"model_type {str(family)[:60]!r} is not supported; supported are {_SUPPORTED}")
+    missing = [key for key in REQUIRED if config.get(key) is None]
+    if missing:
+        raise ValueError(f"the configuration of this {family} model lacks {', '.join(missing)}")
+    given = {key: config[key] for key in KEYS if key in config}
+    given |= {key: check(key, given[key]) for key, check in KEYS.items() if check and given.get(key) is not None}
+    _check_rope(given)
+    values = _by_transformers(family, given)
+    _refuse_unsupported(family, values, config)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))
+    return values | {"model_type": family, "dtype": str(dtype).removeprefix("torch."), "rope": _rope(values)}
+
+
+def eos_ids(value: Any) -> tuple[int, ...]:
+    """The ids of a configuration's `eos_token_id`: none, one or several."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+_SUPPORTED = ", ".join(FAMILIES)
+
+
+def _by_transformers(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `KEYS` after all defaults."""
+    from transformers import AutoConfig
+
+    try:
+        # A copy: it writes into nested values. EOS ids, which are checked here, may be anything there.
+        values = {key: copy.deepcopy(value) for key, value in given.items() if key != "eos_token_id"}
+        config = AutoConfig.for_model(family, **values)
+        # Once more, as a model does when it is built: settings outside `rope_scaling` are known only now.
+        config.standardize_rope_params()
+        values = {key: getattr(config, key, None) for key in KEYS}
+    except Exception as error:  # Its checks are code for each family, and arithmetic on what was given.
+        text = " ".join(str(error).split())
+        raise ValueError(f"the configuration contradicts itself: {text[:300]}") from None
+    values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
+    values["head_dim"] = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
+    return values | {key: bool(values[key]) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
+
+
+def _refuse_unsupported(family: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise for a feature that this decoder does not have: without it, results would be silently wrong."""
+    refused = None
+    window, positions = values["sliding_window"], values["max_position_embeddings"]
+    kinds = set(values["layer_types"] or ["sliding_attention" if window else "full_attention"])
+    if window and window >= positions:
+        kinds.discard("sliding_attention")  # A window as large as the trained context has no effect.
+    kinds.discard("full_attention")
+    if kinds:
+        refused = f"layers of type {sorted(kinds)} ({window=} of {positions} positions)"
+    if values["hidden_act"] not in ("silu", "swish"):
+        refused = f"the activation {values['hidden_act']!r}"
+    if any(config.get(key) for key in EXPERTS):
+        refused = "a mixture of experts"
+    if config.get("per_layer_config"):
+        refused = "layers of different sizes (per_layer_config)"
+    if config.get("quantization_config"):
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
+        refused = f"weights quantized by {method!r}; GGUF files are dequantized, other formats are not read"
+    if refused:
+        raise NotImplementedError(f"{family}: this model uses {refused}, which is not supported")
+
+
+def _check_rope(given: Mapping[str, Any]) -> None:
+    """Check the types of RoPE settings, and warn where two places differ: transformers then uses one of them."""
+    for name in ("rope_scaling", "rope_parameters"):
+        settings = given.get(name)
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ValueError(f"{name} must be an object, got {type(settings).__name__}")
+        for key, value in (settings or {}).items():
+            if isinstance(value, Mapping):
+                raise NotImplementedError(f"{name} has settings for each type of layer ({key}), which is not supported")
+            if key in ROPE_NUMBERS and value is not None:
+                number(key, value, 0, MOST_THETA)
+    top = {key: given[key] for key in OUTSIDE if given.get(key) is not None}
+    for key, value in top.items():
+        number(key, value, 0, MOST_THETA)
+    used = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    other = given.get("rope_parameters") or used
+    kind = used.get("rope_type", used.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise NotImplementedError(f"RoPE scaling {kind!r} is not supported; supported are {', '.join(ROPES)}")
+    if kind in ("llama3", "yarn") and not used.get("original_max_position_embeddings", 1):
+        raise ValueError(f"original_max_position_embeddings must be at least 1 for {kind}, got null or 0")
+    pairs = [("rope_scaling", used, "rope_parameters", other), ("rope_type", kind, "type", used.get("type", kind))]
+    for key in set(top) & set(used):
+        inside, outside = (f"{key} in the RoPE settings", used[key]), (f"{key} outside", top[key])
+        # As transformers: only this one counts more outside.
+        first, second = (outside, inside) if key == "original_max_position_embeddings" else (inside, outside)
+        pairs.append((*first, *second))
+    for first_name, first_value, second_name, second_value in pairs:
+        if first_value != second_value:
+            warnings.warn(
+                f"{first_name} is {first_value!r} and {second_name} {second_value!r}: the first is used, as by "
+                "transformers",
+                stacklevel=2,
+            )
+
+
+def _rope(values: Mapping[str, Any]) -> Rope:
+    """The RoPE settings after transformers has put them into one place."""
+    settings, positions = dict(values["rope_parameters"]), values["max_position_embeddings"]
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise NotImplementedError(f"partial RoPE is not supported, got {settings['partial_rotary_factor']=}")
+    kind = ROPES[settings["rope_type"]]
+    known = {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+    if kind is YarnRope:
+        if known.get("attention_factor") == 0:
+            raise ValueError("attention_factor must be above 0, got 0")
+        known |= {key: value for key, value in YARN_NULL.items() if key in known and known[key] is None}
+        if known["factor"] is None:
+            known["factor"] = positions / known["original_max_position_embeddings"]
+    values = known | {"theta": settings["rope_theta"]}
+    real = {name: float(value) for name, value in values.items() if type(value) is int and name not in OUTSIDE}
+    return kind(**values | real)
