@@ -91,6 +91,17 @@ def real_number(name: str, value: Any, least: int | float, most: int | float, *,
     return number
 
 
+def true_or_false(name: str, value: Any) -> bool:
+    """A `bool`.
+
+    Raises:
+        ArgumentError: any other type; a number or a text is no truth value.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(name, f"must be true or false, got {_text(value)}")
+    return bool(value)
+
+
 def instance(name: str, value: Any, kind: type[T], way: str = "") -> T:
     """The argument, if it has the type.
 

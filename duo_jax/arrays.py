@@ -1,9 +1,10 @@
 """Named arrays in safetensors shards: written shard by shard, read array by array. Knows no model and no cache."""
 
-import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from duo_jax.reading import decode, parse_object
 from duo_jax.sizes import nbytes
 
+# A header takes about a hundred bytes for each array; it is read whole, and takes many times that in memory.
+MOST_HEADER_BYTES = 1 << 24
 # The most bytes of a shard, unless one array has more: this much is copied to the host at a time.
 SHARD_BYTES = 1 << 30
 
@@ -63,35 +67,71 @@ class Shards:
         """Shape of every array, from the files' headers.
 
         Raises:
-            ValueError: a file that is truncated or not in this format, by name.
+            ValueError: a file that is truncated or not in this format, by name; an array that is in two files.
         """
-        return {name: shape for name, (_, shape) in self._arrays.items()}
+        return {name: array.shape for name, array in self._arrays.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Data type of every array, as safetensors names it (F32, BF16, ...); raises as `shapes`."""
+        return {name: array.dtype for name, array in self._arrays.items()}
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The file that has each array; raises as `shapes`."""
+        return {name: array.path for name, array in self._arrays.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Copy one array out of its file."""
-        shard, _ = self._arrays[name]
+        shard = self._arrays[name].path
         if self._open is None or self._open[0] != shard:
             self._open = None  # Unmap the last file before the next one: only one counts towards host memory.
             self._open = shard, safe_open(shard, framework="numpy")
         return self._open[1].get_tensor(name)
 
     @cached_property
-    def _arrays(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
-        """File and shape of every array."""
-        return {name: (path, shape) for path in self._paths for name, shape in _header(path).items()}
+    def _arrays(self) -> dict[str, "_Stored"]:
+        """Where and how every array is stored."""
+        arrays: dict[str, _Stored] = {}
+        for path in self._paths:
+            for array in _header(path):
+                if (other := arrays.setdefault(array.name, array)) is not array:
+                    raise ValueError(
+                        f"{array.name} is in {other.path} and in {path}: remove the file that is not of use"
+                    )
+        return arrays
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's arrays. A truncated file is reported with the arrays it lacks; the library only rejects it."""
-    size = path.stat().st_size
+@dataclass(frozen=True)
+class _Stored:
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _header(path: Path) -> list[_Stored]:
+    """A file's arrays.
+
+    safetensors checks offsets, shapes and data types. It accepts a name that is there twice, and rejects a truncated
+    file without naming what it lacks.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file: arrays are read from safetensors files")
+    size = status.st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 8 + length <= size else b""
+        if 8 + length <= size and length > MOST_HEADER_BYTES:
+            raise ValueError(f"{path} has a header of {length} bytes; the most that is read is {MOST_HEADER_BYTES}")
+        content = file.read(length) if 8 + length <= size else b""
     try:
-        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is truncated or not a safetensors file") from None
+        header = parse_object(decode(content, "its header"), "its header")
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in entries.items()}
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        reason = f" ({error})" if content and isinstance(error, ValueError) else ""
+        raise ValueError(f"{path} is truncated or not a safetensors file{reason}") from None
     cut = [name for name, end in ends.items() if end > size]
     if cut:
         raise ValueError(
@@ -99,7 +139,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         )
     try:
         with safe_open(path, framework="numpy") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+            views = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118
+            return [_Stored(name, path, tuple(view.get_shape()), view.get_dtype()) for name, view in views]
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
 

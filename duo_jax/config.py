@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from duo_jax.arguments import instance, real_number, true_or_false, whole_number
 from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
-from duo_jax.ranges import flag, integer, number
 from duo_jax.rope import MOST_POSITIONS, Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 
@@ -57,16 +57,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
-        values: dict[str, Any] = {name: integer(name, getattr(self, name), 1, most) for name, most in MOST.items()}
+        values: dict[str, Any] = {name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST.items()}
         flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"
-        values |= {name: flag(name, getattr(self, name)) for name in flags}
-        values["norm_eps"] = number("norm_eps", self.norm_eps, 0, 1)
+        values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
+        values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values["dtype"] = check_name("dtype", self.dtype, ALLOWED["dtype"])
-        values["eos_ids"] = tuple(integer("an EOS id", token, 0, self.vocab_size - 1) for token in self.eos_ids)
+        values["eos_ids"] = tuple(whole_number("an EOS id", token, 0, self.vocab_size - 1) for token in self.eos_ids)
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        if self.family not in FAMILIES or not isinstance(self.rope, Rope):
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, and rope a Rope, got {self.family!r}")
+        instance("rope", self.rope, Rope)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads=}, {self.num_kv_heads=}"

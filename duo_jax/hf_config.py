@@ -11,8 +11,8 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from duo_jax.arguments import real_number, true_or_false, whole_number
 from duo_jax.config import FAMILIES, MOST
-from duo_jax.ranges import flag, integer, number
 from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
 
 # Keys of which a configuration must have a value: their defaults would be those of another model.
@@ -21,7 +21,7 @@ REQUIRED = (*REQUIRED, "rms_norm_eps", "max_position_embeddings")
 
 
 def _size(field: str) -> Callable[[str, Any], int]:
-    return partial(integer, low=1, high=MOST[field])
+    return partial(whole_number, least=1, most=MOST[field])
 
 
 # Every key that can change a result, with its check; the others are not read. null stands for a family's default.
@@ -34,13 +34,13 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "num_key_value_heads": _size("num_kv_heads"),
     "head_dim": _size("head_dim"),
     "max_position_embeddings": _size("max_positions"),
-    "rms_norm_eps": partial(number, low=0, high=1),
-    "tie_word_embeddings": flag,
-    "attention_bias": flag,
-    "mlp_bias": flag,
-    "use_sliding_window": flag,
-    "sliding_window": partial(integer, low=0, high=MOST["max_positions"]),
-    "max_window_layers": partial(integer, low=0, high=2**31 - 1),
+    "rms_norm_eps": partial(real_number, least=0, most=1),
+    "tie_word_embeddings": true_or_false,
+    "attention_bias": true_or_false,
+    "mlp_bias": true_or_false,
+    "use_sliding_window": true_or_false,
+    "sliding_window": partial(whole_number, least=0, most=MOST["max_positions"]),
+    "max_window_layers": partial(whole_number, least=0, most=2**31 - 1),
     "layer_types": None,
     "hidden_act": None,
     "rope_theta": None,
@@ -150,10 +150,10 @@ def _check_rope(given: Mapping[str, Any]) -> None:
             if isinstance(value, Mapping):
                 raise NotImplementedError(f"{name} has settings for each type of layer ({key}), which is not supported")
             if key in ROPE_NUMBERS and value is not None:
-                number(key, value, 0, MOST_THETA)
+                real_number(key, value, 0, MOST_THETA)
     top = {key: given[key] for key in OUTSIDE if given.get(key) is not None}
     for key, value in top.items():
-        number(key, value, 0, MOST_THETA)
+        real_number(key, value, 0, MOST_THETA)
     used = given.get("rope_scaling") or given.get("rope_parameters") or {}
     other = given.get("rope_parameters") or used
     kind = used.get("rope_type", used.get("type", "default"))

@@ -20,7 +20,7 @@ from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
 from duo_jax.mesh.mesh import AnyMesh, constrain
 from duo_jax.precision import AnyDtype
 from duo_jax.rope import rotation
-from duo_jax.sizes import nbytes
+from duo_jax.sizes import host_total, nbytes, size_text
 from duo_jax.weights import multiply
 
 State = TypeVar("State")
@@ -93,6 +93,29 @@ def abstract_decoder(config: ModelConfig, mesh: AnyMesh | None = None) -> tuple[
     return nnx.split(decoder)
 
 
+def check_size(config: ModelConfig, arrays: int | None = None, source: str = "the model") -> None:
+    """Check that a model can exist, before it is traced or allocated.
+
+    Args:
+        config: its configuration.
+        arrays: number of arrays that its files have.
+        source: what to call it.
+
+    Raises:
+        ValueError: more layers than arrays, or weights that exceed all memory of a host without an accelerator.
+    """
+    if arrays is not None and config.num_layers > arrays:
+        raise ValueError(f"{source}: its configuration has {config.num_layers} layers, its files only {arrays} arrays")
+    quantized = config.weight_dtype is not None or config.embed_dtype is not None
+    least = config.num_parameters // 2 if quantized else config.num_parameters * jnp.dtype(config.dtype).itemsize
+    total = host_total() if jax.default_backend() == "cpu" else None
+    if total is not None and least > total:
+        raise ValueError(
+            f"{source} has {config.num_parameters} weights, which take {size_text(least)} in {config.dtype}, and this "
+            f"machine has {size_text(total)} of memory: choose a smaller model, dtype or weight_dtype"
+        )
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "order"],
@@ -123,6 +146,7 @@ class Model:
     ) -> "Model":
         """A model with random weights, for tests and benchmarks; data types default to the configuration's."""
         config = config.with_dtypes(dtype=dtype, weight_dtype=weight_dtype, embed_dtype=embed_dtype)
+        check_size(config)
         return cls.from_decoder(Decoder(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(seed)))
 
     @classmethod

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from duo_jax.ranges import flag, integer, number
+from duo_jax.arguments import real_number, true_or_false, whole_number
 
 # More than any model has. Frequencies are computed in float32, and a position is an int32.
 MOST_THETA, MOST_FACTOR, MOST_POSITIONS = 1e30, 1e6, 2**31 - 1
@@ -29,7 +29,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         """Check that the frequencies are finite numbers."""
-        self._set(theta=number("rope_theta", self.theta, 1, MOST_THETA))
+        self._set(theta=real_number("rope_theta", self.theta, 1, MOST_THETA))
 
     def check(self, head_dim: int) -> None:
         """Raise ValueError for a head dimension that these settings are not for."""
@@ -115,10 +115,12 @@ class YarnRope(Rope):
         if self.theta == 1:
             raise ValueError("rope_theta must be above 1 for yarn, which divides by its logarithm, got 1")
         self._set(**{name: _factor(name, getattr(self, name)) for name in ("factor", "beta_fast", "beta_slow")})
-        self._set(**{name: number(name, getattr(self, name), 0, MOST_FACTOR) for name in ("mscale", "mscale_all_dim")})
-        self._set(truncate=flag("truncate", self.truncate))
+        self._set(
+            **{name: real_number(name, getattr(self, name), 0, MOST_FACTOR) for name in ("mscale", "mscale_all_dim")}
+        )
+        self._set(truncate=true_or_false("truncate", self.truncate))
         self._set(original_max_position_embeddings=_original(self.original_max_position_embeddings))
-        if number("attention_factor", self.attention_factor, 0, MOST_FACTOR) == 0:
+        if real_number("attention_factor", self.attention_factor, 0, MOST_FACTOR) == 0:
             scales = (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (1.0, 0.0)
             first, second = (0.1 * m * math.log(max(self.factor, 1.0)) + 1.0 for m in scales)
             self._set(attention_factor=first / second)
@@ -168,11 +170,11 @@ class DividedRope(Rope):
 
 
 def _factor(name: str, value: Any) -> float:
-    return number(name, value, 1 / MOST_FACTOR, MOST_FACTOR)
+    return real_number(name, value, 1 / MOST_FACTOR, MOST_FACTOR)
 
 
 def _original(value: Any) -> int:
-    return integer("original_max_position_embeddings", value, 1, MOST_POSITIONS)
+    return whole_number("original_max_position_embeddings", value, 1, MOST_POSITIONS)
 
 
 ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}

@@ -47,6 +47,12 @@ def host_available() -> int | None:
     return read_kilobytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
+def host_total() -> int | None:
+    """Bytes of the host's memory and swap; None where the system does not report them."""
+    sizes = [read_kilobytes(Path("/proc/meminfo"), name) for name in ("MemTotal:", "SwapTotal:")]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
 def read_kilobytes(path: Path, name: str) -> int | None:
     """An entry of a file such as /proc/meminfo, in bytes; None where it is missing."""
     try:

@@ -237,13 +237,14 @@ def test_bytes_after_the_end_are_told(folder: Path) -> None:
 def test_a_missing_shard_is_named(folder: Path) -> None:
     shards = write_shards(folder, load_file(folder / "model.safetensors"), q_k_v_apart, 3)
     shards[2].unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks the shards \['model-00003-of-00003\.safetensors'\]"):
+    with pytest.raises(FileNotFoundError, match=r"lacks the shards model-00003-of-00003\.safetensors that"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_told(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=INDEX):
         load_model(folder)
 
@@ -270,7 +271,7 @@ def test_a_broken_config_is_told(folder: Path, text: str) -> None:
 @pytest.mark.parametrize("values", [{"hidden_size": "abc"}, {"num_attention_heads": 5, "head_dim": None}])
 def test_a_config_that_contradicts_itself_is_told(folder: Path, values: dict) -> None:
     change_json(folder / "config.json", **values)
-    with pytest.raises(ValueError, match=r"config\.json contradicts itself"):
+    with pytest.raises(ValueError, match=r"config\.json: (hidden_size must be|the configuration contradicts itself)"):
         load_model(folder)
 
 

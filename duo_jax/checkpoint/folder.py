@@ -1,20 +1,53 @@
 """A Hugging Face folder: `config.json`, one or more safetensors shards, tokenizer files."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import NoneType
+from typing import Any
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duo_jax.arrays import Shards
 from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
-from duo_jax.reading import read_json
+from duo_jax.hf_config import eos_ids
+from duo_jax.reading import read_json, read_text
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Data types of weights by safetensors' names, and as configurations name them.
+FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Files that tokenizers are made of, in the order in which they are looked at for what is wrong.
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MOST_TOKENIZER_BYTES = 1 << 28  # Published ones have up to 35 MB.
+_TOKEN, _FLAG = (str, dict, NoneType), (bool, NoneType)
+TOKENIZER_TYPES: dict[str, tuple[type, ...]] = {
+    "model_max_length": (int, float, NoneType),
+    "chat_template": (str, list, dict, NoneType),
+    "added_tokens_decoder": (dict, NoneType),
+    "tokenizer_class": (str, NoneType),
+    "padding_side": (str,),
+    "truncation_side": (str,),
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"), _TOKEN),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"), _FLAG),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "legacy"), _FLAG),
+}
 
 
 class Folder(Source):
@@ -23,70 +56,151 @@ class Folder(Source):
     def __init__(self, path: Path) -> None:
         """Nothing is read yet."""
         self.path = path
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} has no config.json: it is not a Hugging Face model folder")
+        if not (path / CONFIG).exists():
+            raise FileNotFoundError(f"{path} has no {CONFIG}: it is not a Hugging Face model folder")
 
     @cached_property
     def config(self) -> ModelConfig:
         """From `config.json`, with EOS ids from `generation_config.json`, where chat models have the end of a turn."""
-        raw = read_json(self.path / "config.json")
-        if raw.get("model_type") is None:
-            raise ValueError(f"{self.path / 'config.json'} has no model_type: it is not a Hugging Face configuration")
-        try:
-            values = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False).to_dict()
-        except StrictDataclassError as error:
-            raise ValueError(f"{self.path / 'config.json'} contradicts itself: {error}") from None
-        except (ValueError, KeyError):
-            # transformers does not know the architecture: our own error names it and the supported ones.
-            values = raw
+        values = read_json(self.path / CONFIG)
+        if values.get("model_type") is None:
+            raise ValueError(f"{self.path / CONFIG} has no model_type: it is not a Hugging Face configuration")
+        if values.get("dtype") is None and values.get("torch_dtype") is None:
+            values["dtype"] = self._stored_dtype()
+        config = _named(self.path / CONFIG, ModelConfig.from_hf, values)
         generation = self.path / "generation_config.json"
-        if generation.is_file():
-            values["eos_token_id"] = read_json(generation).get("eos_token_id", values.get("eos_token_id"))
-        return ModelConfig.from_hf(values)
+        if not generation.exists():
+            return config
+        eos = read_json(generation).get("eos_token_id", values.get("eos_token_id"))
+        return _named(generation, lambda: replace(config, eos_ids=eos_ids(eos)))
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """From the shards' headers."""
-        try:
-            return self._shards.shapes
-        except ValueError as error:
-            raise ValueError(f"{error}; download it again") from None
+        """From the shards' headers. Tensors that are not floating-point numbers are refused here."""
+        for name, dtype in self.shards.dtypes.items():
+            if dtype not in FLOATS:
+                raise NotImplementedError(
+                    f"{self.shards.paths[name]}: {name} is stored as {dtype}, and weights in a folder must "
+                    f"be one of {', '.join(FLOATS)}; quantized ones are read from GGUF files"
+                )
+        return self.shards.shapes
 
     def read(self, name: str) -> np.ndarray:
         """Copy one tensor out of its shard."""
-        return self._shards.read(name)
+        return self.shards.read(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """By transformers."""
+        files = [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        for file in files:
+            # transformers reads files whole, and would wait for a pipe.
+            if not file.is_file() or file.stat().st_size > MOST_TOKENIZER_BYTES:
+                raise ValueError(f"{file} must be a regular file of at most {MOST_TOKENIZER_BYTES} bytes")
+        if self.path / TOKENIZER_CONFIG in files:
+            _check_tokenizer_config(self.path / TOKENIZER_CONFIG)
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # On a file that cannot be parsed, tokenizers raises Exception itself.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises Exception itself, and where it panics, a BaseException.
             raise FileNotFoundError(
-                f"{self.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}); "
+                f"{self.path} has no tokenizer that transformers can load ({_reason(files, error)}); "
                 "put the model's tokenizer files into the folder of its weights"
             ) from None
 
     @cached_property
-    def _shards(self) -> Shards:
-        """The files with tensors."""
-        if (self.path / INDEX).is_file():
-            shards = sorted(set(_weight_map(self.path / INDEX).values()))
-        elif (self.path / SINGLE).is_file():
-            shards = [SINGLE]  # Other files have the model in another layout (consolidated), or adapters.
+    def shards(self) -> Shards:
+        """The files with tensors.
+
+        Raises:
+            FileNotFoundError: there are none, or one that the index names is missing.
+            ValueError: files that are damaged, or that differ from the index.
+        """
+        single, index = self.path / SINGLE, self.path / INDEX
+        if not single.exists() and index.exists():
+            return self._indexed(index)
+        if single.exists():
+            if index.exists():
+                warnings.warn(
+                    f"{self.path} has {SINGLE} and {INDEX}: the first is used, as by transformers", stacklevel=2
+                )
+            paths = [single]  # Other files have the model in another layout (consolidated), or adapters.
         else:
-            shards = sorted(path.name for path in self.path.glob("*.safetensors"))
-        if not shards:
+            paths = sorted(self.path.glob("*.safetensors"))
+        if not paths:
             raise FileNotFoundError(
                 f"{self.path} has no *.safetensors file; convert other formats with transformers first"
             )
-        missing = [name for name in shards if not (self.path / name).is_file()]
+        return _readable(Shards(paths))
+
+    def _indexed(self, index: Path) -> Shards:
+        """The shards that the index names, each with the tensors that it should have."""
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to shards; download it again")
+        names = sorted(set(weight_map.values()))
+        # A name, not where a link points to: in the hub's cache, every file is a link.
+        if outside := [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
+            raise ValueError(f"{index} names files outside its folder: {_some(outside)}")
+        missing = [name for name in names if not (self.path / name).exists()]
         if missing:
-            raise FileNotFoundError(f"{self.path} lacks the shards {missing} that {INDEX} names; download them again")
-        return Shards([self.path / name for name in shards])
+            raise FileNotFoundError(
+                f"{self.path} lacks the shards {_some(missing)} that {INDEX} names; download them again"
+            )
+        shards = _readable(Shards([self.path / name for name in names]))
+        wrong = [name for name, shard in weight_map.items() if shards.paths.get(name) != self.path / shard]
+        if wrong:
+            raise ValueError(
+                f"{index} names {_some(wrong)} in {weight_map[wrong[0]]}, which does not have it; download both again"
+            )
+        return shards
+
+    def _stored_dtype(self) -> str:
+        """Data type of the first tensor, as transformers uses for a configuration that names none."""
+        try:
+            dtypes = self.shards.dtypes.values()
+        except FileNotFoundError:  # A configuration without weights.
+            return "float32"
+        return next((FLOATS[dtype] for dtype in dtypes if dtype in FLOATS), "float32")
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map from tensors to shards; download it again")
-    return weight_map
+def _readable(shards: Shards) -> Shards:
+    try:
+        shards.shapes  # noqa: B018  # Reads the headers.
+    except ValueError as error:
+        raise ValueError(f"{error}; download it again") from None
+    return shards
+
+
+def _named(file: Path, make: Callable[..., ModelConfig], *values: Any) -> ModelConfig:
+    """A configuration, or its error with the file."""
+    try:
+        return make(*values)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _check_tokenizer_config(path: Path) -> None:
+    """Check the types of what is used long after the tokenizer was made."""
+    for name, value in read_json(path).items():
+        kinds = TOKENIZER_TYPES.get(name)
+        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+            raise ValueError(f"{path}: {name} must be {expected}, got {str(value)[:60]!r}")
+
+
+def _reason(files: list[Path], error: BaseException) -> str:
+    """What is wrong: the first file that cannot be read, or else what was raised."""
+    for file in files:
+        try:
+            read_json(file) if file.suffix == ".json" else file.suffix != ".model" and read_text(file)
+        except (ValueError, OSError) as wrong:
+            return str(wrong)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

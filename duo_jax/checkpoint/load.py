@@ -2,7 +2,9 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from duo_jax.checkpoint.weight_table import Weight, check_tensors, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
-from duo_jax.model import Model, abstract_decoder
+from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, name_of
 from duo_jax.programs import keep_programs
@@ -57,24 +59,29 @@ def load_model(
             too), int4 (a scale for every 64 input channels), int4-32 or int4-128.
         embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; by default they are not quantized.
         mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor right after it is read.
-        pattern: which heads will stream, for a mesh: it balances retrieval heads over the devices, to within one in
-            every layer and in total (see `duo_jax.mesh.balance`). Caches must have this pattern, or another that puts
-            the heads on the same devices. None: full attention.
+        pattern: which heads will stream, only with a mesh: it balances retrieval heads over the devices, to within one
+            in every layer and in total (see `duo_jax.mesh.balance`). Caches must have this pattern, or another that
+            puts the heads on the same devices. None: full attention.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
         FileNotFoundError, PermissionError: the path does not exist or is not readable; the message has a remedy.
         NotImplementedError: an architecture, feature or quantization that is not supported, by name.
         ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model; a
-            pattern of another model.
+            pattern of another model, or without a mesh; more weights than the host has memory.
     """
     keep_programs()
+    sizes = MeshSize.of(mesh)
+    if pattern is not None and mesh is None:
+        raise ValueError(
+            "pattern= places heads on the devices of a mesh: give mesh= too, or give the pattern to duo_jax.load, "
+            "generate or KVCache.init"
+        )
     checkpoint = open_source(source)
-    if pattern is None:
-        pattern = HeadPattern.full(checkpoint.config)
-    instance("pattern", pattern, HeadPattern, "HeadPattern.load makes one from a name or folder").check(
-        checkpoint.config
-    )
+    if pattern is not None:
+        instance("pattern", pattern, HeadPattern, "HeadPattern.load makes one from a name or folder").check(
+            checkpoint.config
+        )
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     if isinstance(checkpoint, SavedModel):
         asked = {name: name_of(value) for name, value in dtypes.items() if value is not None}
@@ -83,7 +90,9 @@ def load_model(
             raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
         return checkpoint.load(mesh=mesh, pattern=pattern, progress=progress)
     config = checkpoint.config.with_dtypes(**dtypes | {"dtype": usual_dtype(checkpoint.config, dtype)})
-    placement = None if mesh is None else Placement.of(config, MeshSize.of(mesh), pattern)
+    check_size(config, len(checkpoint.shapes), str(source))
+    config = _with_stored_head(checkpoint, config, str(source))
+    placement = None if mesh is None else Placement.of(config, sizes, pattern or HeadPattern.full(config))
     table = weight_table(config)
     check_tensors(checkpoint.shapes, table, config, label=str(source))
     graphdef, abstract = abstract_decoder(config)
@@ -111,8 +120,31 @@ def load_model(
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; `source` as for `load_model`."""
-    return open_source(source, weights=False).tokenizer()
+    """Load the tokenizer that belongs to a model; `source` as for `load_model`.
+
+    Raises:
+        FileNotFoundError: no tokenizer, or one that lacks most of the model's vocabulary, as from part of its files.
+        ValueError: a tokenizer of another model, with more tokens; see `load_model` for errors of the source.
+    """
+    checkpoint = open_source(source, weights=False)
+    vocabulary = checkpoint.config.vocab_size  # First: what is wrong with a configuration is no fault of the tokenizer.
+    tokenizer = checkpoint.tokenizer()
+    if 2 * len(tokenizer) < vocabulary:
+        raise FileNotFoundError(
+            f"{source} has no tokenizer of its model: its files make one of {len(tokenizer)} tokens, and the model has "
+            f"{vocabulary}; put all of the model's tokenizer files (such as tokenizer.json) into the folder"
+        )
+    if tokenizer.vocab_size > vocabulary:
+        raise ValueError(
+            f"{source} has the tokenizer of another model: it has {tokenizer.vocab_size} tokens, the model {vocabulary}"
+        )
+    if len(tokenizer) > vocabulary:
+        warnings.warn(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, its model {vocabulary}: text with one of the "
+            "added tokens beyond is refused",
+            stacklevel=2,
+        )
+    return tokenizer
 
 
 def usual_dtype(config: ModelConfig, dtype: AnyDtype | None = None) -> AnyDtype:
@@ -130,6 +162,8 @@ def open_config(source: str | Path) -> ModelConfig:
 
 def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"a model is given by a path or a name, got {source!r}")
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return SavedModel(path) if SavedModel.is_at(path) else Folder(path)
@@ -145,6 +179,24 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
         f"no model {str(source)!r}: give a Hugging Face folder, a .gguf file, a hub id (organisation/name), "
         f"or one of the packaged models {sorted(PACKAGED)}"
     )
+
+
+def _with_stored_head(checkpoint: Source, config: ModelConfig, label: str) -> ModelConfig:
+    """Untie the head where the configuration ties it, but the files have one that differs, as transformers does."""
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.tied_head or not all(name in checkpoint.shapes for name in names):
+        return config
+    embed, head = (checkpoint.read(name) for name in names)
+    if embed.dtype != head.dtype:
+        embed, head = embed.astype(np.float32), head.astype(np.float32)
+    if np.array_equal(embed, head):
+        return config
+    warnings.warn(
+        f"{label} has tie_word_embeddings, but its lm_head.weight differs from model.embed_tokens.weight: the stored "
+        "head is used, as by transformers",
+        stacklevel=3,
+    )
+    return replace(config, tied_head=False)
 
 
 def _in_file_order(

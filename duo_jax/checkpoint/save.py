@@ -4,7 +4,7 @@ A folder has safetensors shards, `duo_model.json` with the configuration, and th
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,20 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arrays import write_shards
 from duo_jax.checkpoint.folder import Folder
-from duo_jax.config import ModelConfig
+from duo_jax.config import FAMILIES, ModelConfig
 from duo_jax.files import whole_folder, write_text
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import Placement, on_mesh
-from duo_jax.model import Model, abstract_decoder
+from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.reading import read_json
-from duo_jax.rope import ROPES
+from duo_jax.rope import ROPES, DividedRope, Rope
 
 CONFIG = "duo_model.json"
 STEM = "model"
+SAVED_ROPES = ROPES | {DividedRope.type: DividedRope}
+# safetensors' names of data types.
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -69,25 +72,33 @@ class SavedModel(Folder):
     @cached_property
     def config(self) -> ModelConfig:
         """From `duo_model.json`."""
-        values = read_json(self.path / CONFIG)
         try:
-            rope = dict(values["rope"])
-            return ModelConfig(
-                **values | {"rope": ROPES[rope.pop("type")](**rope), "eos_ids": tuple(values["eos_ids"])}
-            )
-        except (KeyError, TypeError) as error:
+            values = read_json(self.path / CONFIG)
+            rope = values.pop("rope")
+            kind = SAVED_ROPES[rope.pop("type")]
+            _check_fields(rope, kind)
+            _check_fields(values | {"rope": rope}, ModelConfig)
+            if values["family"] not in FAMILIES:
+                raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r}")
+            # JSON has lists for tuples.
+            rope = {name: tuple(value) if isinstance(value, list) else value for name, value in rope.items()}
+            return ModelConfig(**values | {"rope": kind(**rope), "eos_ids": tuple(values["eos_ids"])})
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r}") from None
+        except ValueError as error:
+            raise ValueError(error if CONFIG in str(error) else f"{self.path / CONFIG}: {error}") from None
 
-    def load(self, *, mesh: Mesh | None, pattern: HeadPattern, progress: bool | None) -> Model:
-        """Every parameter as it was saved; on a mesh, placed for a pattern.
+    def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, progress: bool | None) -> Model:
+        """Every parameter as it was saved; on a mesh, placed for a pattern, or for full attention.
 
         Raises:
             ValueError: missing, extra, misshapen or truncated arrays, by name.
         """
+        stored = {name: (shape, self.shards.dtypes[name]) for name, shape in self.shards.shapes.items()}
+        check_size(self.config, len(stored), str(self.path))
         graphdef, abstract = abstract_decoder(self.config)
         parameters = dict(_named(abstract))
-        shapes = self.shapes
-        wrong = [name for name in {*parameters, *shapes} if shapes.get(name) != _packed_shape(parameters.get(name))]
+        wrong = [name for name in {*parameters, *stored} if stored.get(name) != _packed_kind(parameters.get(name))]
         if wrong:
             raise ValueError(f"{self.path}: the arrays do not match its configuration, such as {', '.join(wrong[:3])}")
         bar = tqdm(
@@ -97,7 +108,7 @@ class SavedModel(Folder):
         if mesh is None:
             arrays = [_unpacked(self.read(name), x.dtype) for name, x in bar]
             return Model(self.config, graphdef, jax.tree.unflatten(structure, arrays))
-        placement = Placement.of(self.config, MeshSize.of(mesh), pattern)
+        placement = Placement.of(self.config, MeshSize.of(mesh), pattern or HeadPattern.full(self.config))
         paths = [path for path, variable in nnx.to_flat_state(abstract) for _ in jax.tree.leaves(variable)]
         arrays = [
             placement.put(path, _unpacked(self.read(name), x.dtype), mesh)
@@ -120,8 +131,18 @@ def _packed(x: Array) -> Array:
     return pairs[..., 0] | pairs[..., 1] << jnp.uint8(4)
 
 
-def _packed_shape(x: Any) -> tuple[int, ...] | None:
-    return None if x is None else (*x.shape[:-1], x.shape[-1] // 2) if x.dtype == jnp.int4 else x.shape
+def _packed_kind(x: Any) -> tuple[tuple[int, ...], str] | None:
+    """Shape and data type of an array as it is stored; None for no array."""
+    if x is None:
+        return None
+    return ((*x.shape[:-1], x.shape[-1] // 2), "U8") if x.dtype == jnp.int4 else (x.shape, STORED[x.dtype.name])
+
+
+def _check_fields(values: dict[str, Any], kind: type[ModelConfig | Rope]) -> None:
+    """Raise KeyError for a field that is missing: its default would be another model's."""
+    missing = [field.name for field in fields(kind) if field.name not in values]
+    if missing:
+        raise KeyError(*missing)
 
 
 def _unpacked(x: np.ndarray, dtype: jnp.dtype) -> Array:

@@ -61,7 +61,10 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
 
 
 def ignorable(name: str, config: ModelConfig) -> bool:
-    """Tensors in checkpoints that are not needed: stored RoPE frequencies, a second copy of a tied head."""
+    """Tensors in checkpoints that are not needed: stored RoPE frequencies, a second copy of a tied head.
+
+    The loader has compared that copy with the embeddings.
+    """
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 

@@ -58,7 +58,7 @@ class ModelOptions:
             "weight_dtype": self.weight_dtype,
             "embed_dtype": self.embed_dtype,
         }
-        return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern)
+        return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern if mesh is not None else None)
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
         """The memory that this model needs, computed before its weights are read."""

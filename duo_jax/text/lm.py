@@ -70,7 +70,7 @@ def load(
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
-    model = load_model(source, **dtypes, mesh=mesh, pattern=chosen, progress=progress)
+    model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
     if chosen is not None:
         chosen.check(model.config)
     return LM(model, load_tokenizer(source), chosen, kv_dtype)
