@@ -39,10 +39,9 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     )
 
 
-@pytest.mark.parametrize("unsafe", [pytest.param(False, marks=needs_isolation), True])
+@pytest.mark.parametrize("unsafe", [False, True])
 def test_right_code_passes_and_wrong_code_fails(unsafe, request):
-    if unsafe:
-        request.getfixturevalue("without_landlock")
+    request.getfixturevalue("without_landlock" if unsafe else "isolated")
     assert run(RIGHT + "assert add(2, 3) == 5", QUICK, unsafe=unsafe) == Verdict("passed")
     wrong = run(RIGHT + "assert add(2, 3) == 6, 'not six'", QUICK, unsafe=unsafe)
     assert (wrong.outcome, wrong.reason) == ("failed", "AssertionError: not six")
