@@ -250,10 +250,12 @@ class KVCache:
             raise ValueError(
                 "this mark is of another cache, with other heads, sizes or data types: use marks of this one"
             )
-        if not np.array_equal(self._fingerprint(mark.length), np.asarray(mark.fingerprint)):
+        is_longer = (np.asarray(mark.length) > self.max_length).any()
+        if is_longer or not np.array_equal(self._fingerprint(mark.length), np.asarray(mark.fingerprint)):
             raise ValueError(
-                "the tokens of this mark are no longer in the cache: it was rewound to an earlier mark and other "
-                "tokens were appended; rewind to marks in the reverse order of taking them, or fork() the cache first"
+                "the tokens of this mark are no longer in the cache, or were in another one: it was rewound to an "
+                "earlier mark and other tokens were appended; rewind to marks in the reverse order of taking them, or "
+                "fork() the cache first"
             )
         return replace(self, rings=_copy(mark.rings), length=jnp.copy(mark.length))
 

@@ -14,7 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import duo_jax
-from duo_jax import Categorical, Greedy, HeadPattern, KVCache, Model, Plan, generate, make_mesh, prefill
+from duo_jax import (
+    Categorical,
+    Greedy,
+    HeadPattern,
+    KVCache,
+    Model,
+    Plan,
+    decode_step,
+    generate,
+    make_mesh,
+    prefill,
+    stream,
+)
 from duo_jax.arguments import MOST_SEED, MOST_TOKENS, ArgumentError, real_number, whole_number
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM, Document
@@ -170,6 +182,21 @@ def test_a_saved_cache_has_the_tokens_of_its_rows(tiny, tmp_path):
         with pytest.raises(ValueError, match=f"max_length must be .*got {wrong}"):
             KVCache.load(tmp_path / "c", tiny, max_length=wrong)
     assert KVCache.load(tmp_path / "c", tiny, dtype=np.float32, max_length=np.int64(9)).max_length == 9
+
+
+@pytest.mark.parametrize("pattern", [None, STREAMING], ids=["full", "streaming"])
+def test_a_mark_of_a_longer_cache_is_refused(tiny, pattern):
+    _, cache = prefill(tiny, PROMPT, KVCache.init(TINY, pattern, 1, 16))
+    with pytest.raises(ValueError, match="no longer in the cache, or were in another one"):
+        KVCache.init(TINY, pattern, 1, 4).rewind(cache.mark())
+
+
+def test_a_stream_whose_cache_was_taken_says_so(tiny):
+    steps = stream(tiny, PROMPT, max_new_tokens=4)
+    next(steps)
+    decode_step(tiny, [3], steps.cache)
+    with pytest.raises(ValueError, match="given to a step function before"):
+        next(steps)
 
 
 def test_a_mark_of_another_data_type_is_refused():
