@@ -22,7 +22,7 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
     """
     spelling.set(partial(flag, args=args))
     command, prog, args = _subcommand(command, prog, args)
-    parsed = tyro.cli(command, prog=prog, args=args, registry=REGISTRY)
+    parsed: Any = tyro.cli(command, prog=prog, args=args, registry=REGISTRY)
     for name, value in _numbers(parsed):
         if isinstance(value, float):
             if not math.isfinite(value):
@@ -75,7 +75,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     options = get_args(info.type)
     if not _is_union(info.type) or type(None) not in options:
         return None
-    some = Union[tuple(option for option in options if option is not type(None))]  # noqa: UP007
+    some: Any = Union[tuple(option for option in options if option is not type(None))]  # noqa: UP007
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(some, info.markers))
     if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
         return None

@@ -110,9 +110,11 @@ class NeedleTask:
         needle = STYLES[self.style](rng)
         # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
         hay = np.resize(self._hay, max(len(self._hay), job.length))
-        prompt = {"length": job.length - needle.max_new_tokens, "depth": job.depth, "use_chat": self.chat}
+        length, tokenizer = job.length - needle.max_new_tokens, self.comparison.tokenizer
         try:
-            needle_prompt = insert_needle(self.comparison.tokenizer, hay, needle, rng, **prompt)
+            needle_prompt = insert_needle(
+                tokenizer, hay, needle, rng, length=length, depth=job.depth, use_chat=self.chat
+            )
         except ValueError as error:
             rule = f"of {job.length} has {needle.max_new_tokens} tokens for the answer, and {error}"
             raise ArgumentError("lengths", rule) from None
