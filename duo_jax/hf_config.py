@@ -16,8 +16,10 @@ from duo_jax.config import FAMILIES, MOST
 from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
 
 # Keys of which a configuration must have a value: their defaults would be those of another model.
-REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-REQUIRED = (*REQUIRED, "rms_norm_eps", "max_position_embeddings")
+REQUIRED = (
+    *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+    *("rms_norm_eps", "max_position_embeddings"),
+)
 
 
 def _size(field: str) -> Callable[[str, Any], int]:
@@ -51,9 +53,12 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "eos_token_id": None,
 }
 # Settings inside `rope_scaling` or `rope_parameters` that must be numbers, and those that may be outside.
-ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 OUTSIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
-ROPE_NUMBERS = (*ROPE_NUMBERS, *OUTSIDE, "attention_factor")
+ROPE_NUMBERS = (
+    *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *OUTSIDE,
+)
 # What null stands for in transformers' formula of YaRN: for `truncate`, the opposite of its default.
 YARN_NULL = {
     "beta_fast": 32.0,

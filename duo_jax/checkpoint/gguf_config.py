@@ -200,7 +200,9 @@ class _Keys:
         """Raise NotImplementedError for keys that were not read, unless they turn a feature off."""
         for key in sorted(self._unread):
             value, expected = self._values[key], off.get(key)
-            same = math.isclose(value, expected, rel_tol=1e-5) if _are_numbers(value, expected) else value == expected
+            same = value == expected
+            if isinstance(value, int | float) and isinstance(expected, int | float):
+                same = math.isclose(value, expected, rel_tol=1e-5)
             if expected is None or not same:
                 raise NotImplementedError(
                     f"{self.name(key)} = {_short(value)} is a feature that is not supported; "
@@ -213,10 +215,6 @@ class _Keys:
 
     def _wrong(self, key: str, value: Any, rule: str) -> ValueError:
         return ValueError(f"{self.name(key)} must be {rule}, got {_short(value)}")
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(type(value) in (int, float) for value in values)
 
 
 def _short(value: Any) -> str:
