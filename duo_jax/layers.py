@@ -13,6 +13,7 @@ from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
+from pallas_kernels.quantized import outliers_first
 
 State = TypeVar("State")
 # (state, layer, q [B T N H], k [B T K H], v [B T K H]) -> attention output [B T N H] and the new state.
@@ -114,8 +115,33 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, state = attend(state, layer, rotate(q, *rotation), rotate(k, *rotation), v)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if (order := self._key_channels()) is not None:
+            q, k = _reordered(q, order), _reordered(k, order)
+        out, state = attend(state, layer, q, k, v)
         return self.out(out.reshape(batch, length, -1)), state
+
+    def _key_channels(self) -> Int32[Array, "K H"] | None:
+        """Order of the channels of queries and keys, if weights tell which channels of keys are large.
+
+        Scores do not depend on it, but the precision of a quantized cache does.
+        """
+        config = self.config
+        if config.qk_norm:
+            size = jnp.broadcast_to(self.k_norm.scale.get_value(), (self.num_kv_heads, config.head_dim))
+        elif config.qkv_bias:
+            queries, keys = config.num_heads // self.devices, self.num_kv_heads // self.devices
+            bias = self.qkv.bias.get_value().reshape(self.devices, -1, config.head_dim)
+            size = bias[:, queries : queries + keys].reshape(-1, config.head_dim)
+        else:
+            return None
+        return outliers_first(size.astype(jnp.float32))
+
+
+def _reordered(x: Float[Array, "B T N H"], order: Int32[Array, "K H"]) -> Float[Array, "B T N H"]:
+    """Channels of queries or keys in the order of their KV head."""
+    index = jnp.repeat(order, x.shape[2] // len(order), axis=0, total_repeat_length=x.shape[2])
+    return jnp.take_along_axis(x, index[None, None], axis=3)
 
 
 class Mlp(nnx.Module):

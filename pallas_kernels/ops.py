@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import merge_shards
-from pallas_kernels.quantized import Quantized, Stored, read, store
+from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
 from pallas_kernels.types import OPERATIONS, Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
 from pallas_kernels.window import Window
 
@@ -72,8 +72,9 @@ def prefill_attention(
     chosen = choose(_request("prefill", q, (k, v), pools, heads.slot.shape[0], shards), backend)
     assert chosen.prefill is not None
     with jax.named_scope("prefill_attention"):
-        part = chosen.prefill(q, k, v, pools, heads, start=start, lengths=lengths, window=window, shards=shards)
-        return _merged(part, shards).astype(q.dtype)
+        turned = _in_basis_of_pools(q, pools, heads)
+        part = chosen.prefill(turned, k, v, pools, heads, start=start, lengths=lengths, window=window, shards=shards)
+        return _in_basis_of_pools(_merged(part, shards), pools, heads).astype(q.dtype)
 
 
 def decode_attention(
@@ -105,8 +106,9 @@ def decode_attention(
     chosen = choose(_request("decode", q, (), pools, heads.slot.shape[0], shards), backend)
     assert chosen.decode is not None
     with jax.named_scope("decode_attention"):
-        part = chosen.decode(q, pools, heads, lengths=lengths, window=window, shards=shards)
-        return _merged(part, shards).astype(q.dtype)
+        turned = _in_basis_of_pools(q, pools, heads)
+        part = chosen.decode(turned, pools, heads, lengths=lengths, window=window, shards=shards)
+        return _in_basis_of_pools(_merged(part, shards), pools, heads).astype(q.dtype)
 
 
 def gated_attention(
@@ -252,10 +254,21 @@ def _request(
     )
 
 
+def _in_basis_of_pools(x: Float[Array, "*rows N H"], pools: Pools, heads: Heads) -> Float[Array, "*rows N H"]:
+    """Queries or outputs, in the Hadamard basis or back from it where a head's pool is quantized: its own inverse."""
+    full, ring = (isinstance(kind[0], Quantized) and kind[0].shape[0] > 0 for kind in (pools.full, pools.ring))
+    if not full and not ring:
+        return x
+    is_turned = jnp.where(heads.is_retrieval, full, ring)
+    group = x.shape[-2] // is_turned.shape[0]
+    is_turned = jnp.repeat(is_turned, group, total_repeat_length=x.shape[-2])[:, None]
+    return jnp.where(jnp.broadcast_to(is_turned, x.shape), hadamard(x), x)
+
+
 def _as_stored(
     x: Float[Array, "B T K H"], full: Stored, ring: Stored, heads: Heads, dtype: jnp.dtype
 ) -> Float[Array, "B T K H"]:
-    """A chunk's keys or values rounded as the cache will store them: results must not depend on where chunks begin."""
+    """A chunk's keys or values as attention will read them from the cache: results must not depend on the chunks."""
     kinds = [pool for pool in (full, ring) if pool.shape[0]]
     rounded = [read(store(x, pool), dtype) for pool in kinds]
     if len(kinds) == 2 and kinds[0].dtype != kinds[1].dtype:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pallas_kernels
 from pallas_kernels import Heads, Pools, Unsupported, gpus, ops, xla
 from pallas_kernels.gpus import DecodeTiles, FlashTiles
-from pallas_kernels.quantized import BITS, empty, read, store
+from pallas_kernels.quantized import BITS, Quantized, Stored, empty, hadamard, read, store
 from pallas_kernels.types import OPERATIONS, Request
 from pallas_kernels.window import Window
 from tests.shapes import ON_CPU
@@ -109,13 +109,18 @@ class Problem:
         total = max(case.starts) + case.tokens
         self.window = Window(case.sink_size, case.recent_size)
         ring_dtype = case.ring_dtype or (case.dtype if case.pool_dtype in BITS else case.pool_dtype)
-        like = [empty((1, case.head_dim), dtype or case.dtype) for dtype in (ring_dtype, case.pool_dtype)]
-        self.like = {bool(kind): like for kind, like in enumerate(like)}
+        self.like = {
+            is_retrieval: [empty((1, case.head_dim), dtype or case.dtype, values=values) for values in (False, True)]
+            for is_retrieval, dtype in ((True, case.pool_dtype), (False, ring_dtype))
+        }
         normal = functools.partial(rng.normal, size=(batch, total, num_kv_heads, case.head_dim))
         q = rng.normal(size=(batch, total, num_kv_heads * case.group, case.head_dim))
         self.q, self.k, self.v = (x.astype(jnp.dtype(case.dtype)) for x in (q, normal(), normal()))
         # Pools round keys and values to their type, the chunk's own included.
-        self.kept = {kind: [self.kept_as(x, kind) for x in (self.k, self.v)] for kind in (True, False)}
+        self.kept = {
+            kind: [self.kept_as(x, like) for x, like in zip((self.k, self.v), self.like[kind], strict=True)]
+            for kind in (True, False)
+        }
         # This layer's slots lie among those of other layers, in no order.
         self.is_retrieval, self.slot = np.array(case.is_retrieval), np.zeros(num_kv_heads, np.int32)
         ring = case.sink_size + case.recent_size
@@ -127,8 +132,9 @@ class Problem:
             shape = (count, batch, size, case.head_dim)
             self.pools += [(rng.normal(size=shape) * garbage).astype(jnp.dtype(case.dtype)) for _ in "kv"]
 
-    def kept_as(self, x: np.ndarray, is_retrieval: bool) -> np.ndarray:
-        return np.asarray(read(store(jnp.asarray(x), self.like[is_retrieval]), jnp.dtype(self.case.dtype)))
+    def kept_as(self, x: np.ndarray, like: Stored) -> np.ndarray:
+        kept = read(store(jnp.asarray(x), like), jnp.dtype(self.case.dtype))
+        return np.asarray(hadamard(kept) if isinstance(like, Quantized) else kept)
 
     def fill(self, counts: np.ndarray) -> tuple[Pools, Heads]:
         """The pools once `counts[b]` tokens are in, each token put where a plain loop says."""
@@ -141,7 +147,7 @@ class Problem:
                     index = p if retrieves or p < sink else sink + (p - sink) % recent
                     pool_k[self.slot[head], row, index] = self.k[row, p, head]
                     pool_v[self.slot[head], row, index] = self.v[row, p, head]
-        stored = (store(jnp.asarray(pool), self.like[i < 2]) for i, pool in enumerate(pools))
+        stored = (store(jnp.asarray(pool), self.like[i < 2][i % 2]) for i, pool in enumerate(pools))
         return Pools(*stored), Heads(jnp.asarray(self.is_retrieval), jnp.asarray(self.slot))
 
     def expected(self, row: int, position: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, load_tokenizer, prefill
+from duo_jax.cache import store
 from duo_jax.cache.cache import KeyValues
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.cache.store import ABOUT
@@ -176,6 +177,17 @@ def test_a_description_that_was_altered_is_detected(folder, tmp_path):
     record["about"]["length"] = [24, 16]
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="altered: its checksum does not match"):
+        KVCache.load(copy)
+
+
+def test_a_cache_of_an_older_version_is_refused(folder, tmp_path):
+    """Whose arrays have these names too, but contain other numbers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    record = json.loads((copy / ABOUT).read_text())
+    del record["about"]["format"], record["own"]
+    (copy / ABOUT).write_text(json.dumps(record | {"own": store._text_checksum(record)}))
+    with pytest.raises(ValueError, match=r"saved by another version of duo-jax .*format is None.*: prefill and save"):
         KVCache.load(copy)
 
 

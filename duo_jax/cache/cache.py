@@ -104,7 +104,7 @@ class KVCache:
             batch_size: sequences.
             max_length: the most tokens of a sequence; by default as many as fit into `memory`.
             dtype: of retrieval heads: float32, bfloat16, float16, int8 or int4; by default the configuration's. int8
-                and int4 are asymmetric, with one scale and zero for each token of each head (paper section 3.4).
+                and int4 have a scale and an offset for every group of channels: see `pallas_kernels.quantized`.
             streaming_dtype: of streaming heads, whose rings are small; by default `dtype`, or the configuration's
                 where that is int8 or int4.
             memory: bytes of each device that keys and values may take; `duo_jax.Plan` computes what weights and

@@ -120,12 +120,12 @@ class CacheSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values on each device: `2 * row * (P * B * S + P_w * B * window.size + ...)`.
+        """Bytes of keys and values on each device: `(key + value) * (P * B * S + P_w * B * window.size + ...)`.
 
-        A row of `H` numbers takes their bytes, and 4 more for scale and zero if it is quantized.
+        A key or value of `H` numbers takes their bytes, and 4 more for every group of channels if it is quantized.
         """
         sizes = [
-            2 * math.prod(shape[:-1]) * _row_bytes(self.config.head_dim, dtype)
+            math.prod(shape[:-1]) * _row_bytes(self.config.head_dim, dtype)
             for shape, dtype in zip(self.shapes, self._dtypes, strict=True)
         ]
         return (sizes[0] // self.size.sequence + sum(sizes[1:])) // (self.size.tensor * self.size.data)
@@ -189,11 +189,11 @@ class CacheSpec:
     def _make(self, mesh: Mesh | None) -> KVCache:
         pools: list[KeyValues] = []
         for shape, dtype in zip(self.shapes, self._dtypes, strict=True):
-            make: Any = functools.partial(empty, shape, dtype)
+            make: list[Any] = [functools.partial(empty, shape, dtype, values=values) for values in (False, True)]
             if mesh is not None:
-                axes = RING_AXES if pools else FULL_AXES
-                make = jax.jit(make, out_shardings=NamedSharding(mesh, axes))
-            pools.append(KeyValues(make(), make()))
+                sharding = NamedSharding(mesh, RING_AXES if pools else FULL_AXES)
+                make = [jax.jit(one, out_shardings=sharding) for one in make]
+            pools.append(KeyValues(*(one() for one in make)))
         heads, pages = self.heads, None
         if self.page_size is not None:
             pages = jnp.arange(self.batch_size * self._pages_of_row, dtype=jnp.int32).reshape(self.batch_size, -1)
@@ -224,4 +224,6 @@ def _heads(
 
 @functools.cache
 def _row_bytes(head_dim: int, dtype: str) -> int:
-    return nbytes(jax.eval_shape(functools.partial(empty, (head_dim,), dtype)))
+    """Bytes of a key and a value."""
+    rows = (functools.partial(empty, (head_dim,), dtype, values=values) for values in (False, True))
+    return sum(nbytes(jax.eval_shape(row)) for row in rows)

@@ -35,6 +35,8 @@ from pallas_kernels import Window
 
 ABOUT = "duo_cache.json"
 STEM = "cache"
+# Version of what arrays contain: quantized numbers, and the order of a key's channels. The first had no entry.
+FORMAT = 2
 
 
 def save(
@@ -60,6 +62,7 @@ def save(
         "page_size": None if cache.pages is None else cache.full.k.shape[2],
         "head_dim": cache.head_dim,
         "dtypes": [dtype.name.replace("uint", "int") for dtype in (cache.dtype, cache.streaming_dtype)],
+        "format": FORMAT,
         "model": model and _identity(model),
         "tokens": None if tokens is None else tokens.tolist(),
         "text": text,
@@ -99,6 +102,11 @@ def read_about(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path / ABOUT} is incomplete or was altered ({error}): save the cache again") from None
     if own != _text_checksum(record):
         raise ValueError(f"{path / ABOUT} was altered: its checksum does not match; save the cache again")
+    if (version := about.get("format")) != FORMAT:
+        raise ValueError(
+            f"{path} was saved by another version of duo-jax (its format is {version}, this one reads {FORMAT}): "
+            "prefill and save it again"
+        )
     return {**about, "checksums": checksums}
 
 

@@ -16,6 +16,7 @@ from duo_eval.speed.efficiency import Efficiency
 from duo_eval.speed.training import Training
 from duo_eval.tasks.ablation import Ablation
 from duo_eval.tasks.humaneval import HumanEval
+from duo_eval.tasks.keys import Keys
 from duo_eval.tasks.lm_eval.command import Harness
 from duo_eval.tasks.longbench import LongBenchTask
 from duo_eval.tasks.mmlu import Mmlu
@@ -38,6 +39,7 @@ class Eval:
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
         | Annotated[Precision, tyro.conf.subcommand("precision", prefix_name=False)]
+        | Annotated[Keys, tyro.conf.subcommand("keys", prefix_name=False)]
         | Annotated[Merge, tyro.conf.subcommand("merge", prefix_name=False)]
         | Annotated[PlotTask, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Harness, tyro.conf.subcommand("harness", prefix_name=False)]

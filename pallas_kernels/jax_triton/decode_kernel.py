@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpus import DecodeTiles, tiles_for
 from pallas_kernels.merge import LN_2, LOG2_E, MASKED, merge_splits
-from pallas_kernels.quantized import Quantized, Stored, any_quantized
+from pallas_kernels.quantized import FINE, Quantized, Stored, any_quantized
 from pallas_kernels.schedule import Splits
 from pallas_kernels.types import Heads, Partial, Pools
 
@@ -57,7 +57,7 @@ def decode(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
-        **sizes(group, head_dim, batch, num_kv_heads, _bits(pools), splits),
+        **sizes(group, head_dim, batch, num_kv_heads, _formats(pools), splits),
     )
     merged = merge_splits(Partial(values, log_sums), splits.used(heads, lengths)[..., None], axis=2)
     return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
@@ -69,14 +69,18 @@ def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:
     return (pool.words, pool.grid) if isinstance(pool, Quantized) else (pool, other)
 
 
-def _bits(pools: Pools) -> tuple[int, int]:
-    """Bits of a number in the full pools and in the rings; 0 if they are not quantized."""
-    full, ring = (pool.bits if isinstance(pool, Quantized) else 0 for pool in (pools.full_k, pools.ring_k))
-    return full, ring
+def _formats(pools: Pools) -> dict[str, int]:
+    """Bits of a number in the full pools and in the rings, 0 if they are not quantized, and groups of each pool."""
+    formats = {}
+    for kind, (keys, values) in (("full", pools.full), ("ring", pools.ring)):
+        formats[f"{kind}_bits"] = keys.bits if isinstance(keys, Quantized) else 0
+        for name, pool in (("k", keys), ("v", values)):
+            formats[f"{kind}_{name}_groups"] = pool.groups if isinstance(pool, Quantized) else 1
+    return formats
 
 
 def sizes(
-    group: int, head_dim: int, batch: int, num_kv_heads: int, bits: tuple[int, int], splits: Splits
+    group: int, head_dim: int, batch: int, num_kv_heads: int, formats: dict[str, int], splits: Splits
 ) -> dict[str, int | float]:
     """The constants that the kernel is compiled with."""
     return {
@@ -88,8 +92,8 @@ def sizes(
         "width": max(MIN_ROWS, triton.next_power_of_2(head_dim)),
         "full_capacity": splits.capacities[0],
         "ring_capacity": splits.capacities[1],
-        "full_bits": bits[0],
-        "ring_bits": bits[1],
+        **formats,
+        "fine": 1 / FINE,
         "count": splits.programs,
         "block_k": splits.block_k,
         "min_split": splits.min_split,
@@ -103,12 +107,14 @@ def sizes(
 @no_type_check  # Triton reads the functions themselves, which no check of annotations may wrap.
 def load_rows(
     ptr,  # [rows of the pool, H], or [..., W] words
-    grid_ptr,  # [rows of the pool]
+    grid_ptr,  # [rows of the pool, C]
     row,  # [M]
     exists,  # [M]
     head_dim: tl.constexpr,
     width: tl.constexpr,
     bits: tl.constexpr,
+    groups: tl.constexpr,
+    fine: tl.constexpr,
     rows: tl.constexpr,
     dtype: tl.constexpr,
 ):
@@ -125,11 +131,13 @@ def load_rows(
         shift = tl.arange(0, parts) * bits
         numbers = (packed[:, None, :] >> shift[None, :, None]) & ((1 << bits) - 1)
         numbers = tl.reshape(numbers, (rows, width)).to(tl.float32)
-        grid = tl.load(grid_ptr + row, mask=exists, other=0)
-        # The scale is the upper half of a float32, and so is the zero once it is moved there.
+        at = row[:, None] * groups + tl.arange(0, groups)[None, :]
+        grid = tl.load(grid_ptr + at, mask=exists[:, None], other=0)
+        # The scale is the upper half of a float32, the offset a signed integer in the lower half.
         scale = ((grid >> 16) << 16).to(tl.float32, bitcast=True)
-        zero = (grid << 16).to(tl.float32, bitcast=True)
-        loaded = (numbers * scale[:, None] + zero[:, None]).to(dtype)
+        offset = ((grid << 16).to(tl.int32, bitcast=True) >> 16).to(tl.float32) * fine
+        numbers = tl.reshape(numbers, (rows, groups, width // groups))
+        loaded = tl.reshape((numbers + offset[:, :, None]) * scale[:, :, None], (rows, width)).to(dtype)
     return loaded
 
 
@@ -148,6 +156,9 @@ def over_keys(
     rows: tl.constexpr,
     width: tl.constexpr,
     bits: tl.constexpr,
+    k_groups: tl.constexpr,
+    v_groups: tl.constexpr,
+    fine: tl.constexpr,
     block_k: tl.constexpr,
     scale: tl.constexpr,
     masked: tl.constexpr,
@@ -159,8 +170,9 @@ def over_keys(
     for key in range(begin, end, block_k):
         index = key + tl.arange(0, block_k)
         exists = index < end
-        k = load_rows(k_ptr, k_grid_ptr, first + index, exists, head_dim, width, bits, block_k, q.dtype)
-        v = load_rows(v_ptr, v_grid_ptr, first + index, exists, head_dim, width, bits, block_k, q.dtype)
+        at = first + index
+        k = load_rows(k_ptr, k_grid_ptr, at, exists, head_dim, width, bits, k_groups, fine, block_k, q.dtype)
+        v = load_rows(v_ptr, v_grid_ptr, at, exists, head_dim, width, bits, v_groups, fine, block_k, q.dtype)
         # "tf32x3": float32 is not rounded to TF32, but split into two such numbers.
         scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         scores = tl.where(exists[None, :], scores, masked)
@@ -178,11 +190,11 @@ def over_keys(
 def decode_kernel(
     q_ptr,  # [B, N, H]
     full_k_ptr,  # [Pr, B, S, H], or [Pr, B, S, W] words
-    full_k_grid_ptr,  # [Pr, B, S]
+    full_k_grid_ptr,  # [Pr, B, S, C]
     full_v_ptr,
     full_v_grid_ptr,
     ring_k_ptr,  # [Ps, B, R, H], or [Ps, B, R, W] words
-    ring_k_grid_ptr,  # [Ps, B, R]
+    ring_k_grid_ptr,  # [Ps, B, R, C]
     ring_v_ptr,
     ring_v_grid_ptr,
     is_retrieval_ptr,  # [K]
@@ -200,6 +212,11 @@ def decode_kernel(
     ring_capacity: tl.constexpr,
     full_bits: tl.constexpr,
     ring_bits: tl.constexpr,
+    full_k_groups: tl.constexpr,
+    full_v_groups: tl.constexpr,
+    ring_k_groups: tl.constexpr,
+    ring_v_groups: tl.constexpr,
+    fine: tl.constexpr,
     count: tl.constexpr,
     block_k: tl.constexpr,
     min_split: tl.constexpr,
@@ -227,12 +244,12 @@ def decode_kernel(
         if is_retrieval:
             values, maximum, total = over_keys(
                 q, full_k_ptr, full_k_grid_ptr, full_v_ptr, full_v_grid_ptr, first, begin, end,
-                head_dim, rows, width, full_bits, block_k, scale, masked,
+                head_dim, rows, width, full_bits, full_k_groups, full_v_groups, fine, block_k, scale, masked,
             )  # fmt: skip
         else:
             values, maximum, total = over_keys(
                 q, ring_k_ptr, ring_k_grid_ptr, ring_v_ptr, ring_v_grid_ptr, first, begin, end,
-                head_dim, rows, width, ring_bits, block_k, scale, masked,
+                head_dim, rows, width, ring_bits, ring_k_groups, ring_v_groups, fine, block_k, scale, masked,
             )  # fmt: skip
         part = ((row * num_kv_heads + kv_head) * count + split) * group + in_group
         values = values / total[:, None]

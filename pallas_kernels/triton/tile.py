@@ -126,7 +126,9 @@ def load_keys(
     packed = jnp.broadcast_to(packed.astype(jnp.int32)[:, None, :], (rows, parts, words))
     shift = lax.broadcasted_iota(jnp.int32, packed.shape, 1) * pool.bits
     numbers = ((packed >> shift) & (2**pool.bits - 1)).reshape(rows, columns)
-    return on_grid(numbers, plgpu.load(pool.grid.at[slot, row, keys], mask=exists, other=other), dtype)
+    mask = _mask((rows, pool.groups), exists, pool.groups)
+    grid = plgpu.load(pool.grid.at[slot, row, keys, leading(pool.groups)], mask=mask, other=other)
+    return on_grid(numbers, grid, dtype)
 
 
 def store(ref: Ref, value: jax.Array, rows: jax.Array, head_dim: int) -> None:

@@ -71,11 +71,11 @@ def make(
 
     q, k, v = (normal(batch, tokens, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads))
 
-    def pool(slots: int, tokens: int, kept_as: str) -> Stored:
-        return store(normal(slots, batch, tokens, head_dim), empty((1, head_dim), kept_as))
+    def pool(slots: int, tokens: int, kept_as: str, values: bool) -> Stored:
+        return store(normal(slots, batch, tokens, head_dim), empty((1, head_dim), kept_as, values=values))
 
-    full = [pool(num_kv_heads - num_streaming, capacity, cache or dtype) for _ in "kv"]
-    ring = [pool(num_streaming, WINDOW.size, dtype) for _ in "kv"]
+    full = [pool(num_kv_heads - num_streaming, capacity, cache or dtype, values) for values in (False, True)]
+    ring = [pool(num_streaming, WINDOW.size, dtype, values) for values in (False, True)]
     pools = Pools(full[0], full[1], ring[0], ring[1])
     return Layer(q, k, v, pools, Heads(is_retrieval, slot))
 

@@ -109,7 +109,7 @@ def _noise(pools: Any) -> Any:
     def fill(pool: Stored) -> Stored:
         if isinstance(pool, Quantized):
             # Steps of 1 / 8 from -1 on.
-            grid = jnp.full(pool.grid.shape, 0x3E00BF80, jnp.uint32)
+            grid = jnp.full(pool.grid.shape, 0x3E00FFC0, jnp.uint32)
             return replace(pool, words=bits(pool.words).astype(jnp.uint16), grid=grid)
         return (bits(pool).astype(jnp.float32) * 2.0**-31 - 1.0).astype(pool.dtype)
 

@@ -14,6 +14,7 @@ from duo_eval.speed.adapter import adapter_table
 from duo_eval.speed.efficiency_results import bench_table
 from duo_eval.speed.training import training_table
 from duo_eval.tasks.item_by_item import short_table
+from duo_eval.tasks.keys import keys_table
 from duo_eval.tasks.precision import precision_table
 from duo_eval.tasks.recall_results import prose_table, recall_details, recall_table
 from duo_jax.files import write_text
@@ -45,6 +46,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "adapter, one by one": ("cpu/harness-1.json", adapter_table),
     "training": ("cpu/training.json", training_table),
     "precision": ("cpu/precision.jsonl", precision_table),
+    "keys": ("cpu/keys.json", keys_table),
     "memory": ("aot/memory.json", memory_table),
     "shared training": ("aot/training-mesh.json", memory_table),
     "serving": ("aot/serving.json", memory_table),
