@@ -214,7 +214,7 @@ def test_heads_of_one_type_only(tiny, gates):
 
 @pytest.mark.parametrize("dtype", ["int3", "float64", jnp.dtype("uint8")])
 def test_unknown_types_are_refused(half, dtype):
-    with pytest.raises(ValueError, match=r"kv_dtype must be one of float32, .*int4, got"):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .*int4, got"):
         KVCache.init(MODEL, half, 1, 16, dtype=dtype)
 
 
