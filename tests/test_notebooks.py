@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from duo_jax import HeadPattern
 from duo_jax.files import cache_folder
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -42,8 +43,15 @@ def answers(text: str) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in text.splitlines() if line.startswith(("full", "half", "wrong")))
 
 
+def check_gates(text: str) -> None:
+    """The gates that the notebook drew are those of the shipped pattern."""
+    gates = HeadPattern.load("smollm2-135m-instruct").gates.clip(0, 1)
+    assert f"gates: mean {gates.mean():.4f}, {(gates > 0.5).sum()} of {gates.size} above 0.5\n" in text
+
+
 def check_quickstart(notebook) -> None:
     text = printed(notebook)
+    check_gates(text)
     found = answers(text)
     assert "71432" in found["full attention"]
     assert "71432" in found["half stream"]
@@ -66,6 +74,7 @@ def check_identify_heads(notebook) -> None:
     assert "config.json, full_attention_heads.tsv" in text
     assert "8 of 16 heads keep every token" in text
     assert "45 heads keep every token, 45 stream" in text
+    check_gates(text)
     found = answers(text)
     assert "71432" in found["full attention"]
     assert "71432" in found["half stream"]
@@ -82,14 +91,14 @@ def check_evaluate(notebook) -> None:
     assert "1 result, 0 broken" in text
     assert figures(notebook) == 3
     shown = notebook.cells[-2].outputs[-1].data["text/html"]
-    assert "Needle in a haystack" in shown and "KV held, MB" in shown
+    assert "Needle" in shown and "KV held, MB" in shown
 
 
 # File, most bytes with outputs, what its outputs must say.
 CASES = [
     pytest.param(NOTEBOOKS / "quickstart.ipynb", 200_000, check_quickstart, id="quickstart"),
     pytest.param(NOTEBOOKS / "identify_heads.ipynb", 400_000, check_identify_heads, id="identify_heads"),
-    pytest.param(NOTEBOOKS / "evaluate.ipynb", 300_000, check_evaluate, id="evaluate"),
+    pytest.param(NOTEBOOKS / "evaluate.ipynb", 450_000, check_evaluate, id="evaluate"),
 ]
 
 

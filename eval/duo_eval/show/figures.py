@@ -86,15 +86,15 @@ def lines_figure(
             continue
         style = line.style or styles[line]
         # Markers that one can see through: methods with the same value stay visible.
-        points = {"marker": style.marker, "markersize": 5, "markerfacecolor": (style.colour, 0.35)}
+        points: dict[str, Any] = {"marker": style.marker, "markersize": 5, "markerfacecolor": (style.colour, 0.35)}
         axes.plot(at, values, color=style.colour, linestyle=style.pattern, linewidth=1.4, label=line.name, **points)
         if line.low is not None and line.high is not None:
             low, high = np.asarray(line.low, float)[order], np.asarray(line.high, float)[order]
-            for place, *ends in zip(at, low, high, strict=True):
+            for place, bottom, top in zip(at, low, high, strict=True):
                 offset = _offset(line, place, with_intervals)
                 are_moved |= offset != 0
                 moved = axes.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
-                axes.vlines(place, *ends, colors=style.colour, linewidths=0.9, alpha=0.8, transform=moved)
+                axes.vlines(place, bottom, top, colors=style.colour, linewidths=0.9, alpha=0.8, transform=moved)
             # Artists with a transform of their own do not count for the limits.
             axes.update_datalim(np.column_stack([[*at, *at], [*low, *high]]))
     axes.autoscale_view()

@@ -102,4 +102,4 @@ def _scored(record: Record) -> Record | None:
         return None
     old = _OLD.fullmatch(job["method"])
     name = "duo:sparsity={},sink_size={},recent_size={}".format(*old.groups()) if old else job["method"]
-    return record | {"job": {"budget": 1.0} | job | {"method": name}, "score": float(score)}
+    return {**record} | {"job": {"budget": 1.0} | job | {"method": name}, "score": float(score)}

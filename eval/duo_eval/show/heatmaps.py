@@ -62,7 +62,7 @@ def needle_poster(path: Path) -> Any:
 
     maps = Maps.of(path)
     drawn = {cell: Map(f"{_name(cell)}\n{maps.summary(cell)}", scores) for cell, scores in maps.by_cell.items()}
-    note = "Budgets are fractions of full attention's KV. Means are over the cells that were asked (others are grey)."
+    note = "Budgets are fractions of full attention's KV.\nMeans are over the cells asked; others are grey."
     return heatmaps(
         [[drawn.get(cell) if cell else None for cell in row] for row in _layout(list(drawn))],
         maps.lengths,
