@@ -62,7 +62,8 @@ class ResultType:
             for written in self.save_figures(path):
                 print(written)
         except FileExistsError as error:
-            print(f"{error}, of duo eval plot", file=sys.stderr)
+            reason = str(error).rpartition(": ")[0]  # Without the way out: this command has no --force.
+            print(f"{reason}: keeping it; `duo eval plot --force` replaces it", file=sys.stderr)
 
     def save_figures(self, path: Path, out: Path | None = None, *, force: bool = False) -> list[Path]:
         """Write the figures of a file, each as PNG and SVG; the poster replaces the figures that it contains.
