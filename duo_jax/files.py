@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 UNFINISHED = ".duo-jax-unfinished"
 # Bytes at the beginning of a file from which its writer is recognized.
 HEAD = 4096
-_PART = re.compile(r"\..*\.[0-9a-f]{16}\.part")
+_RANDOM = "[0-9a-f]{16}"
+_PART = re.compile(rf"\..*\.{_RANDOM}\.part")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,7 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     _check_place(path)
     target = Path(os.path.realpath(path))
     part = _part(target, target.name[:50])
-    with _naming(path):
+    with _naming(path, part):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("xb") as file:
@@ -53,7 +54,7 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written, such as on a full disk. A part of the text may be in the file.
     """
-    with _naming(path), path.open("a", encoding="utf-8") as file:
+    with _naming(path, path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -108,12 +109,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path = free_path(path)
     with locked(path):
+        # The lock is of this name only: a sibling called `NAME.x` may be written now.
+        own = re.compile(rf"\.{re.escape(path.name)}\.{_RANDOM}\.part")
         for old in path.parent.glob(".*.part"):
-            if old.name.startswith(f".{path.name}.") and is_left_over(old) and (old / UNFINISHED).is_file():
+            if own.fullmatch(old.name) and (old / UNFINISHED).is_file():
                 shutil.rmtree(old, ignore_errors=True)
         part = _part(path, path.name)
         try:
-            with _naming(path):
+            with _naming(path, part):
                 part.mkdir(parents=True)
                 (part / UNFINISHED).touch()
                 yield part
@@ -182,12 +185,12 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Raise the system's errors with the path that the user gave; some of them have none, others a temporary one."""
+def _naming(path: Path, part: Path) -> Iterator[None]:
+    """Raise the system's errors that name no file, or one in `part`, with the path that the user gave instead."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or not (error.filename is None or Path(str(error.filename)).is_relative_to(part)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 

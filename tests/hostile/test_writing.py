@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from duo_eval.show.report.command import is_report
+from duo_eval.show.result_type import ResultType
 from duo_train.identify import check_folder
 
 from duo_jax import HeadPattern, files
@@ -121,7 +122,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
 
 def test_a_folder_is_written_whole_and_what_a_kill_left_is_removed(tmp_path):
     path = tmp_path / "cache"
-    for name in (".cache.0123456789abcdef.part", ".cache.mine.part", ".other.0123456789abcdef.part"):
+    others = [".cache.int8.0123456789abcdef.part", ".cache.mine.part", ".other.0123456789abcdef.part"]
+    for name in (".cache.0123456789abcdef.part", *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / files.UNFINISHED).touch()
     (tmp_path / ".cache.ffffffffffffffff.part").mkdir()  # Without the mark.
@@ -129,7 +131,7 @@ def test_a_folder_is_written_whole_and_what_a_kill_left_is_removed(tmp_path):
     with files.whole_folder(path) as part:
         (part / "a").write_text("new")
     assert names(path) == ["a"]
-    kept = [".cache.ffffffffffffffff.part", ".cache.mine.part", ".other.0123456789abcdef.part", "cache"]
+    kept = sorted([".cache.ffffffffffffffff.part", *others, "cache"])
     assert names(tmp_path) == kept
     with pytest.raises(FileExistsError, match="exists already"), files.whole_folder(path):
         pass
@@ -140,6 +142,8 @@ def test_a_folder_is_written_whole_and_what_a_kill_left_is_removed(tmp_path):
         files.whole_folder(tmp_path / "b") as part,
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part / "x"))
+    with pytest.raises(PermissionError, match=r"Permission denied: '/other/file'"), files.whole_folder(tmp_path / "b"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/other/file")
     assert names(tmp_path) == kept
 
 
@@ -176,6 +180,17 @@ def test_a_run_of_another_shape_is_refused(text, message, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=rf"run\.json.*{message}.*choose another folder"):
         check_folder(tmp_path, {}, resume=True)
+
+
+def test_after_the_work_a_figure_of_someone_else_stays(tmp_path, monkeypatch, capsys):
+    figure = tmp_path / "a: b.png"
+    figure.write_bytes(b"mine")
+    monkeypatch.setattr(ResultType, "save_figures", lambda self, path: files.check_output(figure, is_figure))
+    ResultType("a type", lambda first: True).show_figures(tmp_path / "a.jsonl")
+    printed = capsys.readouterr().err
+    assert printed == (
+        f"{figure} exists, and this command did not write it: keeping it; `duo eval plot --force` replaces it\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
