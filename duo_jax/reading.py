@@ -3,6 +3,7 @@
 Knows no format beyond that: a caller checks which fields an object has.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -11,7 +12,7 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,19 +24,22 @@ MOST_JSON_BYTES = 1 << 27
 MOST_LEVELS = 64
 # Every integer of this many digits is also a finite float.
 MOST_DIGITS = 308
-ZST_PIECE = 1024
+# Bytes that are read, and packed bytes of .zst that are unpacked, at a time.
+PIECE, ZST_PIECE = 1 << 20, 1024
+# What to do about a pipe or a device.
+COPY = "copy it to a file"
 # JSON may have half of a UTF-16 pair as \ud83d. The resulting text is not Unicode and could not be written.
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
+def read_text(path: Path, *, most: int = MOST_BYTES, way: str = COPY) -> str:
     r"""The text of a UTF-8 file, with `\n` at the ends of lines and no byte order mark.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: see `read_bytes`; or bytes that are not UTF-8.
     """
-    return decode(read_bytes(path, most=most), path).replace("\r\n", "\n").replace("\r", "\n")
+    return decode(read_bytes(path, most=most, way=way), path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
@@ -60,7 +64,27 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def json_lines(text: str, name: object) -> Iterator[tuple[str, dict[str, Any]]]:
     r"""As `read_json_lines`, of text read before. Only `\n` ends a line: strings may contain other separators."""
-    for number, line in enumerate(text.split("\n"), 1):
+    return _objects(text.split("\n"), name)
+
+
+def stream_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_json_lines`, line by line: a caller that stops early reads only the beginning of a file."""
+    return _objects(_lines(read_text_pieces(path)), path)
+
+
+def _lines(pieces: Iterator[str]) -> Iterator[str]:
+    begun: list[str] = []
+    for piece in pieces:
+        first, *others = piece.split("\n")
+        begun.append(first)
+        for line in others:
+            yield "".join(begun)
+            begun = [line]
+    yield "".join(begun)
+
+
+def _objects(lines: Iterable[str], name: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"{name}:{number}", parse_object(line, f"{name}:{number}")
 
@@ -106,22 +130,56 @@ def parse_json(text: str, place: object) -> Any:
     return value
 
 
-def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, *, most: int = MOST_BYTES, way: str = COPY) -> bytes:
     """The content of a regular file; `.gz` and `.zst` are unpacked.
+
+    Args:
+        path: the file.
+        most: bytes that are allowed, packed and unpacked.
+        way: what to do about a pipe or a device, for the message.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a folder, pipe or device; more than `most` bytes; or a packed file that is truncated or damaged.
     """
+    if path.is_file() and path.stat().st_size > most:
+        raise _too_large(path, most)
+    content = io.BytesIO()
+    for piece in read_pieces(path, most=most, way=way):
+        content.write(piece)
+    return content.getvalue()
+
+
+def read_pieces(path: Path, *, most: int = MOST_BYTES, way: str = COPY) -> Iterator[bytes]:
+    """As `read_bytes`, piece by piece: a caller that stops early reads only the beginning of a file, however large."""
     status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path} is a folder, and only regular files are read here: give a file")
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise ValueError(f"{path} is {kind}, and only regular files are read here")
+        raise ValueError(f"{path} is a pipe or a device, and only regular files are read here: {way}")
+    size = 0
     with path.open("rb") as file:
-        content = _unpacked(path, file, most) if status.st_size <= most else b""
-    if max(len(content), status.st_size) > most:
-        raise ValueError(f"{path} has more than {most} bytes, the most that is read of such a file: make it smaller")
-    return content
+        for piece in _unpacked(path, file):
+            size += len(piece)
+            if size > most:
+                raise _too_large(path, most)
+            yield piece
+
+
+def read_text_pieces(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file, piece by piece, without a byte order mark; ends of lines are as in the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see `read_bytes`; or bytes that are not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        for piece in read_pieces(path):
+            yield decoder.decode(piece)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _not_text(path, f"byte {error.object[error.start]:#x}: {error.reason}") from None
 
 
 def decode(content: bytes, place: object) -> str:
@@ -133,43 +191,56 @@ def decode(content: bytes, place: object) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 text: {error}; save it in that encoding") from None
+        raise _not_text(place, error) from None
 
 
-def _unpacked(path: Path, file: BinaryIO, most: int) -> bytes:
-    """At most one byte more than `most`."""
-    if path.suffix == ".gz":
-        try:
-            return gzip.GzipFile(fileobj=file).read(most + 1)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is no gzip file, or is truncated: {error}") from None
+def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
     if path.suffix == ".zst":
-        return _unpacked_zst(path, file.read(), most)
-    return file.read(most + 1)
+        yield from _unpacked_zst(path, file)
+        return
+    source: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    while True:
+        try:
+            piece = source.read(PIECE)
+        except (EOFError, OSError, zlib.error) as error:
+            if source is file:
+                raise
+            raise ValueError(f"{path} is no gzip file, or is truncated: {error}") from None
+        if not piece:
+            return
+        yield piece
 
 
-def _unpacked_zst(path: Path, content: bytes, most: int) -> bytes:
+def _unpacked_zst(path: Path, file: BinaryIO) -> Iterator[bytes]:
     try:
         from zstandard import ZstdDecompressor, ZstdError
     except ImportError:
         raise ValueError(f"{path} needs zstandard: pip install 'duo-jax[train]'") from None
     # A frame whose window is larger would take as much memory before its first byte.
     unpack = ZstdDecompressor(max_window_size=1 << 27)
-    out, begin = io.BytesIO(), 0
     # Frame by frame: zstandard's file objects accept a truncated file as complete. In small pieces: a kilobyte may
     # stand for 30 MB.
-    while begin < len(content) and out.tell() <= most:
+    packed = file.read(ZST_PIECE)
+    while packed:
         frame = unpack.decompressobj()
-        try:
-            while begin < len(content) and not frame.eof and out.tell() <= most:
-                out.write(frame.decompress(content[begin : begin + ZST_PIECE]))
-                begin += ZST_PIECE
-        except ZstdError as error:
-            raise ValueError(f"{path} is not a zstd file: {error}") from None
-        if not frame.eof and out.tell() <= most:
-            raise ValueError(f"{path} is cut off: its last zstd frame has no end")
-        begin = min(begin, len(content)) - len(frame.unused_data)
-    return out.getvalue()
+        while not frame.eof:
+            if not packed:
+                raise ValueError(f"{path} is cut off: its last zstd frame has no end")
+            try:
+                piece = frame.decompress(packed)
+            except ZstdError as error:
+                raise ValueError(f"{path} is not a zstd file: {error}") from None
+            yield piece
+            packed = frame.unused_data if frame.eof else file.read(ZST_PIECE)
+        packed = packed or file.read(ZST_PIECE)
+
+
+def _too_large(path: Path, most: int) -> ValueError:
+    return ValueError(f"{path} has more than {most} bytes, the most that is read of such a file: make it smaller")
+
+
+def _not_text(place: object, reason: object) -> ValueError:
+    return ValueError(f"{place} is not UTF-8 text: {reason}; save it in that encoding")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,7 +248,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"the name {twice[:80]!r} is there twice in one object")
+        raise ValueError(f"the name {twice[:80]!r} appears twice in one object")
     return values
 
 

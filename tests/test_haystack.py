@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
 import sys
 
 import pytest
 from duo_train.data.haystack import load_haystack
+
+from duo_jax.reading import MOST_BYTES
 
 
 def lines(*rows):
@@ -92,6 +95,19 @@ def test_no_more_of_a_data_set_is_read_than_asked_for(monkeypatch):
     monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", endless)
     assert load_haystack("hub:owner/name", max_chars=10) == "text 0\n\nte"
     assert read == [0, 1]
+
+
+def test_only_the_beginning_of_a_long_file_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl.zst"
+    text.write_text("one two")
+    os.truncate(text, MOST_BYTES + 1)  # Zeros that take no place on the disk.
+    with zstandard.open(rows, "wt") as file:
+        file.write('{"text": "one"}\n{"text": "two"}\n')
+        for _ in range(1 + MOST_BYTES // (1 << 24)):
+            file.write(" " * (1 << 24))
+    assert load_haystack(str(text), max_chars=7) == "one two"
+    assert load_haystack(str(rows), max_chars=5) == "one\n\n"
 
 
 def test_a_haystack_ends_where_asked(tmp_path):

@@ -10,7 +10,7 @@ import tyro
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.reading import MOST_BYTES, read_text
+from duo_jax.reading import COPY, MOST_BYTES, read_text
 from duo_jax.text import template
 from duo_jax.text.template import DocumentFrame
 
@@ -42,7 +42,7 @@ class PromptOptions:
             raise ValueError("give the prompt once: --prompt TEXT, --prompt-file FILE, or - for standard input")
         try:
             if self.prompt_file is not None:
-                return self._not_empty(read_text(self.prompt_file))
+                return self._not_empty(read_text(self.prompt_file, way=f"{COPY}, or give - and pipe it"))
             text = sys.stdin.read(MOST_BYTES + 1) if self.prompt is None else self.prompt
             if len(text) > MOST_BYTES:
                 raise ValueError(f"standard input has more than {MOST_BYTES} characters: give less")

