@@ -36,7 +36,7 @@ def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array 
         try:
             save_file({name: np.ascontiguousarray(x) for name, x in shard.items()}, path)
         except SafetensorError as error:
-            # As the system raises it, where the message has its number.
+            # If the message has the system's error number, raise what the system would.
             found = re.search(r"os error (\d+)", str(error))
             if found is None:
                 raise OSError(f"{path} could not be written: {error}") from None
@@ -55,14 +55,18 @@ def _shards(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 class Shards:
-    """Arrays of several safetensors files, by name. One file is open at a time."""
+    """Arrays of several safetensors files, by name. One file is open at a time.
+
+    Attributes:
+        files: their paths.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Nothing is read yet."""
-        self._paths = paths
+        self.files = paths
         self._open: tuple[Path, safe_open] | None = None
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every array, from the files' headers.
 
@@ -71,12 +75,12 @@ class Shards:
         """
         return {name: array.shape for name, array in self._arrays.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, str]:
         """Data type of every array, as safetensors names it (F32, BF16, ...); raises as `shapes`."""
         return {name: array.dtype for name, array in self._arrays.items()}
 
-    @property
+    @cached_property
     def paths(self) -> dict[str, Path]:
         """The file that has each array; raises as `shapes`."""
         return {name: array.path for name, array in self._arrays.items()}
@@ -93,11 +97,11 @@ class Shards:
     def _arrays(self) -> dict[str, "_Stored"]:
         """Where and how every array is stored."""
         arrays: dict[str, _Stored] = {}
-        for path in self._paths:
+        for path in self.files:
             for array in _header(path):
                 if (other := arrays.setdefault(array.name, array)) is not array:
                     raise ValueError(
-                        f"{array.name} is in {other.path} and in {path}: remove the file that is not of use"
+                        f"{array.name} is in {other.path} and in {path}: remove the one that is not part of the model"
                     )
         return arrays
 
@@ -113,7 +117,7 @@ class _Stored:
 def _header(path: Path) -> list[_Stored]:
     """A file's arrays.
 
-    safetensors checks offsets, shapes and data types. It accepts a name that is there twice, and rejects a truncated
+    safetensors checks offsets, shapes and data types. It accepts a name that appears twice, and rejects a truncated
     file without naming what it lacks.
     """
     status = path.stat()
@@ -135,7 +139,8 @@ def _header(path: Path) -> list[_Stored]:
     cut = [name for name, end in ends.items() if end > size]
     if cut:
         raise ValueError(
-            f"{path} is truncated: it has {size} bytes of {max(ends.values())}, so that {_names(cut)} cannot be read"
+            f"{path} is truncated: it has {size} bytes of {max(ends.values())}, so that {first_names(cut)} "
+            "cannot be read"
         )
     try:
         with safe_open(path, framework="numpy") as shard:
@@ -145,5 +150,6 @@ def _header(path: Path) -> list[_Stored]:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
 
 
-def _names(names: list[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """The first three names of a list, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

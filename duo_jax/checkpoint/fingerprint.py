@@ -11,8 +11,8 @@ from duo_jax.reading import read_json
 BLOCKS = 1024
 BLOCK_BYTES = 4096
 CONFIGS = ("config.json", "duo_model.json")
-# Fields that change when the same model is saved again.
-VOLATILE = ("_name_or_path", "transformers_version")
+# Fields that change when the same model is saved again. The data type of the weights is that of the files.
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 def weights_fingerprint(source: str | Path) -> str:
@@ -21,14 +21,14 @@ def weights_fingerprint(source: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
-    path = open_source(source).path
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    checkpoint = open_source(source)
+    path = checkpoint.path
     digest = hashlib.sha256()
     for name in CONFIGS if path.is_dir() else ():
         if (path / name).is_file():
             values = {key: value for key, value in read_json(path / name).items() if key not in VOLATILE}
             digest.update(json.dumps(values, sort_keys=True).encode())
-    for file in files:
+    for file in checkpoint.files:
         _sample(file, digest)
     return digest.hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 """A Hugging Face folder: `config.json`, one or more safetensors shards, tokenizer files."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from duo_jax.arrays import Shards
+from duo_jax.arrays import Shards, first_names
 from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
 from duo_jax.hf_config import eos_ids
@@ -71,8 +71,10 @@ class Folder(Source):
         generation = self.path / "generation_config.json"
         if not generation.exists():
             return config
-        eos = read_json(generation).get("eos_token_id", values.get("eos_token_id"))
-        return _named(generation, lambda: replace(config, eos_ids=eos_ids(eos)))
+        settings = read_json(generation)
+        if "eos_token_id" not in settings:
+            return config
+        return _named(generation, lambda: replace(config, eos_ids=eos_ids(settings["eos_token_id"])))
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -84,6 +86,11 @@ class Folder(Source):
                     f"be one of {', '.join(FLOATS)}; quantized ones are read from GGUF files"
                 )
         return self.shards.shapes
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The shards that are in use."""
+        return self.shards.files
 
     def read(self, name: str) -> np.ndarray:
         """Copy one tensor out of its shard."""
@@ -141,17 +148,18 @@ class Folder(Source):
         names = sorted(set(weight_map.values()))
         # A name, not where a link points to: in the hub's cache, every file is a link.
         if outside := [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
-            raise ValueError(f"{index} names files outside its folder: {_some(outside)}")
+            raise ValueError(f"{index} names files outside its folder: {first_names(outside)}")
         missing = [name for name in names if not (self.path / name).exists()]
         if missing:
             raise FileNotFoundError(
-                f"{self.path} lacks the shards {_some(missing)} that {INDEX} names; download them again"
+                f"{self.path} lacks the shards {first_names(missing)} that {INDEX} names; download them again"
             )
         shards = _readable(Shards([self.path / name for name in names]))
         wrong = [name for name, shard in weight_map.items() if shards.paths.get(name) != self.path / shard]
         if wrong:
             raise ValueError(
-                f"{index} names {_some(wrong)} in {weight_map[wrong[0]]}, which does not have it; download both again"
+                f"{index} names {first_names(wrong)} in {weight_map[wrong[0]]}, which does not have it; "
+                "download both again"
             )
         return shards
 
@@ -200,7 +208,3 @@ def _reason(files: list[Path], error: BaseException) -> str:
             return str(wrong)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,6 @@
 """A GGUF file: configuration, tokenizer and quantized weights in one, read as a checkpoint with Hugging Face names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,7 @@ class GgufFile(Source):
         """Read the header, and those of the other parts if the model is split over several files."""
         self.path = path
         parts = _parts(path)
+        self._files = [part.path for part in parts]
         self.metadata = parts[0].metadata
         tensors = [tensor for part in parts for tensor in part.tensors]
         self._tensors = {_hf_name(tensor.name): tensor for tensor in tensors}
@@ -78,6 +79,11 @@ class GgufFile(Source):
                     f"{self.path}: {tensor.name} is {kind.name}, which gguf cannot dequantize"
                 ) from None
         return {name: tensor.shape for name, tensor in self._tensors.items() if name != ROPE_DIVISORS}
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The file, or all parts of a split model."""
+        return self._files
 
     def read(self, name: str) -> np.ndarray:
         """Dequantize one tensor, and put q and k rows in Hugging Face's order."""

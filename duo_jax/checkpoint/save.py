@@ -18,7 +18,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.arrays import write_shards
+from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.config import FAMILIES, ModelConfig
 from duo_jax.files import whole_folder, write_text
@@ -100,7 +100,7 @@ class SavedModel(Folder):
         parameters = dict(_named(abstract))
         wrong = [name for name in {*parameters, *stored} if stored.get(name) != _packed_kind(parameters.get(name))]
         if wrong:
-            raise ValueError(f"{self.path}: the arrays do not match its configuration, such as {', '.join(wrong[:3])}")
+            raise ValueError(f"{self.path}: the arrays do not match its configuration, such as {first_names(wrong)}")
         bar = tqdm(
             parameters.items(), desc="loading", unit=" arrays", disable=None if progress is None else not progress
         )

@@ -1,7 +1,7 @@
 """The loader's view of a checkpoint: a configuration, tensors by Hugging Face's names, and a tokenizer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,11 @@ class Source(ABC):
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, by name; linear weights as `[out, in]`."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """The files that the tensors are read from, in a fixed order."""
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:

@@ -6,6 +6,7 @@ Every supported family uses the same names. Parts that a configuration lacks (bi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from duo_jax.arrays import first_names
 from duo_jax.config import ModelConfig
 
 
@@ -83,10 +84,6 @@ def check_tensors(
     extra = [name for name in shapes if name not in expected and not ignorable(name, config)]
     wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
     problems = {"missing": missing, "unknown to this architecture": extra, "of the wrong shape": wrong}
-    lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in problems.items() if names]
+    lines = [f"  {kind} ({len(names)}): {first_names(names)}" for kind, names in problems.items() if names]
     if lines:
         raise ValueError(f"{label}: the tensors do not match its configuration\n" + "\n".join(lines))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

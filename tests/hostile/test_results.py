@@ -194,7 +194,8 @@ def test_other_weights_of_the_same_name_are_told_apart(tmp_path):
     path = make_model(tmp_path / "m")
     first = weights_fingerprint(path)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}))
+    (path / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "dtype": "float16"}))
+    (path / "adapter.safetensors").write_bytes(b"not read by the loader")
     os.utime(path / "model.safetensors", (0, 0))
     assert weights_fingerprint(path) == first
     (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
