@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from duo_jax.arguments import instance, real_number, true_or_false, whole_number
+from duo_jax.arguments import MOST_TOKENS, instance, real_number, true_or_false, whole_number
 from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
-from duo_jax.rope import MOST_POSITIONS, Llama3Rope, Rope
+from duo_jax.rope import Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 
 # The largest sizes that a model may have, well above any published one: a wrong number must not take all memory or time
@@ -22,7 +22,7 @@ MOST = {
     "num_kv_heads": 10**4,
     "head_dim": 10**4,
     "mlp_dim": 10**7,
-    "max_positions": MOST_POSITIONS,
+    "max_positions": MOST_TOKENS,
 }
 
 

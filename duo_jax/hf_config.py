@@ -42,7 +42,7 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "mlp_bias": true_or_false,
     "use_sliding_window": true_or_false,
     "sliding_window": partial(whole_number, least=0, most=MOST["max_positions"]),
-    "max_window_layers": partial(whole_number, least=0, most=2**31 - 1),
+    "max_window_layers": partial(whole_number, least=0),
     "layer_types": None,
     "hidden_act": None,
     "rope_theta": None,

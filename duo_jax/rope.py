@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import real_number, true_or_false, whole_number
 
-# More than any model has. Frequencies are computed in float32, and a position is an int32.
-MOST_THETA, MOST_FACTOR, MOST_POSITIONS = 1e30, 1e6, 2**31 - 1
+# More than any model has.
+MOST_THETA, MOST_FACTOR = 1e30, 1e6
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _factor(name: str, value: Any) -> float:
 
 
 def _original(value: Any) -> int:
-    return whole_number("original_max_position_embeddings", value, 1, MOST_POSITIONS)
+    return whole_number("original_max_position_embeddings", value, 1)
 
 
 ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}
@@ -197,7 +197,7 @@ def rotation(
     # position * low needs 48 bits, in two parts; the shift is arithmetic, so that negative positions are right too.
     upper, lower = ((x.astype(jnp.uint32)) for x in (position >> 16, position & 0xFFFF))
     phase = position.astype(jnp.uint32) * high + upper * low + (lower * low >> 16)
-    # As a signed number, the phase lies in half a turn either way.
+    # As a signed number, the phase is at most half a turn in either direction.
     angles = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32) * jnp.float32(2 * np.pi / 2**32)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 

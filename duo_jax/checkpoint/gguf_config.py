@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from duo_jax.arguments import MOST_TOKENS
+from duo_jax.checkpoint.gguf_tokenizer import special_id
 from duo_jax.config import FAMILIES, ModelConfig
 from duo_jax.rope import DividedRope
 
@@ -32,7 +34,11 @@ OFF: dict[str, Any] = {
     "tensor_data_layout": "Meta AI original pth",  # the order of rows that every GGUF file of a Llama has
     "use_parallel_residual": False,
 }
-MAX_INTEGER = 2**31 - 1
+# Keys that every model has: a default would be another model's.
+REQUIRED = (
+    *("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"),
+    "attention.layer_norm_rms_epsilon",
+)
 # The tokens that end a text, a turn, and a message to a tool.
 ENDS = ("eos", "eot", "eom")
 
@@ -58,7 +64,7 @@ def config_from_gguf(
     if not isinstance(arch, str) or arch not in FAMILIES:
         raise NotImplementedError(f"architecture {_short(arch)} is not supported; supported are {', '.join(FAMILIES)}")
     keys = _Keys(metadata, arch)
-    keys.require("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
+    keys.require(*REQUIRED)
     if "model.embed_tokens.weight" not in shapes:
         raise ValueError("no token_embd.weight: it does not contain a language model")
     layers = keys.integer("block_count")
@@ -85,7 +91,7 @@ def config_from_gguf(
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": positions,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-6),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "sliding_window": keys.integer("attention.sliding_window", 0, at_least=0) or None,
         "num_experts": keys.integer("expert_count", 0, at_least=0),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
@@ -142,11 +148,8 @@ def _rope(keys: "_Keys", *, positions: int, head_dim: int) -> dict[str, Any]:
 
 def _ends(metadata: Mapping[str, Any], vocab_size: int) -> list[int]:
     """The ids of the tokens that end a text or a turn, EOS first."""
-    ids = {f"tokenizer.ggml.{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS}
-    for key, value in ids.items():
-        if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
-            raise ValueError(f"{key} must be a token below {vocab_size}, got {value!r}")
-    return [value for value in dict.fromkeys(ids.values()) if value is not None]
+    ids = [special_id(metadata, name, vocab_size) for name in ENDS]
+    return [index for index in dict.fromkeys(ids) if index is not None]
 
 
 def _num_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -173,17 +176,17 @@ class _Keys:
     def require(self, *keys: str) -> None:
         """Raise ValueError if keys are missing."""
         if missing := [self._prefix + key for key in keys if not self.has(key)]:
-            raise ValueError(f"no {', '.join(missing)}: it does not contain a language model")
+            raise ValueError(f"no {', '.join(missing)}: it has no language model, or is incomplete; convert it again")
 
     def integer(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
         """An integer that a model can have as a size."""
         value = self._read(key, default)
-        if type(value) is not int or not at_least <= value <= MAX_INTEGER:
-            raise self._wrong(key, value, f"an integer in [{at_least}, {MAX_INTEGER}]")
+        if type(value) is not int or not at_least <= value <= MOST_TOKENS:
+            raise self._wrong(key, value, f"an integer in [{at_least}, {MOST_TOKENS}]")
         return value
 
-    def number(self, key: str, default: float, *, at_least: float = 0.0) -> float:
-        """A number above 0 of a size that float32 arithmetic can bear."""
+    def number(self, key: str, default: float | None = None, *, at_least: float = 0.0) -> float:
+        """A number above 0 that is far from the limits of float32."""
         value = self._read(key, default)
         if type(value) not in (int, float) or not max(at_least, 1e-30) <= value < 1e30:
             raise self._wrong(key, value, f"a number in [{max(at_least, 1e-30)}, 1e+30)")

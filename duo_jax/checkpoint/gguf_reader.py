@@ -110,7 +110,7 @@ class _Reader:
         for index in range(num_keys):
             key = self._text(f"key {index}")
             if key in metadata:
-                raise self._broken(f"key {key!r} is there twice")
+                raise self._broken(f"key {key!r} appears twice")
             metadata[key] = self._value(key)
         tensors = tuple(self._tensors(num_tensors, metadata.get("general.alignment", 32)))
         return GgufHeader(self._path, metadata, tensors)
@@ -121,7 +121,7 @@ class _Reader:
         infos = [self._tensor(index) for index in range(count)]
         names = [name for name, *_ in infos]
         if len(set(names)) < len(names):
-            raise self._broken(f"tensor {max(names, key=names.count)!r} is there twice")
+            raise self._broken(f"tensor {max(names, key=names.count)!r} appears twice")
         start, end, expected = _round_up(self._position, alignment), self._position, 0
         for name, kind, shape, offset in infos:
             if offset != expected:

@@ -222,14 +222,22 @@ def _for_each_token(metadata: Mapping[str, object], name: str, kind: type[int] |
     return values
 
 
+def special_id(metadata: Mapping[str, object], name: str, count: int) -> int | None:
+    """The id of a special token, such as `eos`, in a vocabulary of `count` tokens; None if the file has none.
+
+    Raises:
+        ValueError: what is not an id below `count`.
+    """
+    index = _get(metadata, f"{name}_token_id")
+    if index is not None and (type(index) is not int or not 0 <= index < count):
+        raise _wrong(f"tokenizer.ggml.{name}_token_id", index, f"a token below {count}")
+    return index
+
+
 def _special(metadata: Mapping[str, object], name: str, tokens: Sequence[str]) -> str | None:
     """The text of a special token."""
-    index = _get(metadata, f"{name}_token_id")
-    if index is None:
-        return None
-    if type(index) is not int or not 0 <= index < len(tokens):
-        raise _wrong(f"tokenizer.ggml.{name}_token_id", index, f"a token below {len(tokens)}")
-    return tokens[index]
+    index = special_id(metadata, name, len(tokens))
+    return None if index is None else tokens[index]
 
 
 def _flag(metadata: Mapping[str, object], name: str, default: bool) -> bool:
