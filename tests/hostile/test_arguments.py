@@ -3,6 +3,7 @@
 Under the checks of annotations some values would be refused before they are seen, so those checks are off.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from duo_eval.aot.tune import Tune
+from duo_eval.methods.patterns import Duo, RandomHeads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -283,3 +286,18 @@ def test_a_value_is_taken_or_refused_in_a_short_message(value):
 def test_a_number_that_python_does_not_print_is_refused():
     with pytest.raises(ArgumentError, match="got a number of thousands of digits"):
         whole_number("n", 10**5000, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Tune(tokens=0).run(), "tokens must be at least 1, got 0"),
+        (lambda: Tune(head_dims=(64, 0)).run(), "head_dims must be at least 1, got 0"),
+        (lambda: Duo("x", sparsity=math.nan), r"duo:sparsity must be in \[0, 1\], got nan"),
+        (lambda: Duo("x", sparsity=1.5), r"duo:sparsity must be in \[0, 1\], got 1.5"),
+        (lambda: RandomHeads(seed=-1), "random-heads=SEED must be at least 0, got -1"),
+    ],
+)
+def test_settings_of_an_evaluation_are_checked(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from duo_eval.gpu_suite import layer
 from duo_eval.runner.process import first_line
 from duo_eval.speed.timing import fastest
+from duo_jax.arguments import whole_number
 from duo_jax.files import check_output, write_text
 from duo_jax.reading import read_json
 from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying, tuned_file
@@ -39,8 +40,10 @@ class Tune:
         """Time every candidate; those that do not compile or fit are left out."""
         if set(self.kernels) - set(KINDS):
             raise ValueError(f"kernels are among {', '.join(KINDS)}, got {', '.join(self.kernels)}")
-        if min(self.tokens, self.context, *self.head_dims) < 1:
-            raise ValueError(f"need sizes of at least 1, got {self.tokens=}, {self.context=}, {self.head_dims=}")
+        whole_number("tokens", self.tokens, 1)
+        whole_number("context", self.context, 1)
+        for head_dim in self.head_dims:
+            whole_number("head_dims", head_dim, 1)
         out = self.out or tuned_file()
         check_output(out)
         table = read_json(out) if out.exists() else {}

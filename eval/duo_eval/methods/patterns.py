@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_jax import HeadPattern, KVCache, Model, decode_step, prefill
+from duo_jax.arguments import real_number, seed_number
 from duo_jax.chunks import bucket, chunk_width
 
 
@@ -116,8 +117,8 @@ class Duo(Pooled):
 
     def __post_init__(self) -> None:
         """Check the sparsity."""
-        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
-            raise ValueError(f"duo:sparsity must be in [0, 1], got {self.sparsity}")
+        if self.sparsity is not None:
+            real_number("duo:sparsity", self.sparsity, 0, 1)
 
     @classmethod
     def create(cls, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "Duo":
@@ -158,8 +159,7 @@ class RandomHeads(Pooled):
 
     def __post_init__(self) -> None:
         """Check the seed."""
-        if self.seed < 0:
-            raise ValueError(f"random-heads=SEED must be at least 0, got {self.seed}")
+        seed_number("random-heads=SEED", self.seed)
 
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""

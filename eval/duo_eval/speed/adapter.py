@@ -23,6 +23,7 @@ from duo_eval.speed.engines.transformers import torch_model
 from duo_eval.speed.timing import seconds
 from duo_eval.tasks import mmlu
 from duo_jax import LM, load_model, load_tokenizer
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.load import open_source
 
 Pair = tuple[str, str]
@@ -53,8 +54,10 @@ class HarnessBench:
     def run(self) -> None:
         """Measure, compare, write."""
         unknown = set(self.kinds) - set(KINDS)
-        if unknown or not self.kinds or min(self.count, self.batch_size, self.repeats) < 1:
-            raise ValueError(f"kinds are {', '.join(KINDS)} and numbers at least 1, got {self}")
+        if unknown or not self.kinds:
+            raise ValueError(f"--kinds are some of {', '.join(KINDS)}, got {', '.join(self.kinds) or 'none'}")
+        for name in ("count", "batch_size", "repeats"):
+            whole_number(name, getattr(self, name), 1)
         record = Record.open(self.out, {"task": "harness-bench", **asdict(self)}, again=True)
         with record.writing() as append:
             self._compare(append)

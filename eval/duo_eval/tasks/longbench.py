@@ -21,6 +21,7 @@ from duo_eval.stats.scores import in_words
 from duo_eval.tasks.lm_eval.files import tasks_folder
 from duo_eval.tasks.prompt import prompt
 from duo_eval.tasks.rows import read_rows
+from duo_jax.arguments import whole_number
 
 # LongBench asks these without a chat template: the model continues the examples of their prompts.
 PLAIN = {"longbench_fewshot_tasks", "longbench_code_tasks"}
@@ -104,8 +105,9 @@ class LongBenchTask:
 
     def run(self) -> None:
         """Run the missing questions and print the means."""
-        if (self.limit or 1) < 1 or (self.max_length or 1) < 1:
-            raise ValueError(f"need a limit and a max_length of at least 1, got {self.limit=}, {self.max_length=}")
+        for name, value in {"limit": self.limit, "max_length": self.max_length}.items():
+            if value is not None:
+                whole_number(name, value, 1)
         room = max(task.max_new_tokens for task in self._tasks.values())
         if self._length <= 2 * room:
             raise ValueError(f"--max-length must be above {2 * room}, twice the longest answer, got {self._length}")

