@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -28,15 +29,26 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
             if not math.isfinite(value):
                 raise ArgumentError(name, f"must be a finite number, got {value}")
         else:
-            whole_number(name, value, 0 if name == "seed" else -MOST_SEED, MOST_SEED)
+            whole_number(name, value, 0 if name.rpartition(".")[2] == "seed" else -MOST_SEED, MOST_SEED)
     return parsed
 
 
 def flag(name: str, args: Sequence[str]) -> str:
-    """The flag among these arguments that sets a field, such as `--data.seed` for `seed`; the name if none does."""
+    """The flag among these arguments that sets a field, such as `--data.seed` for `seed`; the name if none does.
+
+    The name may be a path of fields. Flags may leave out its beginning, and a function that takes the value knows only
+    its end: the flag that shares most of the path is meant, the shorter of two.
+    """
     given = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-    spelled = name.replace("_", "-")
-    return next((each for each in given if each[2:].replace("_", "-").rpartition(".")[2] == spelled), name)
+    path = name.replace("_", "-").split(".")
+
+    def shared(flag: str) -> tuple[int, int]:
+        parts = flag[2:].replace("_", "-").split(".")
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(parts), reversed(path), strict=False))
+        return sum(1 for _ in same), -len(parts)
+
+    best = max(given, key=shared, default="")
+    return best if best and shared(best)[0] else name
 
 
 def _subcommand(command: type, prog: str, args: Sequence[str]) -> tuple[type, str, Sequence[str]]:
@@ -51,10 +63,10 @@ def _subcommand(command: type, prog: str, args: Sequence[str]) -> tuple[type, st
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Every number of a parsed command, with the name of its field."""
+    """Every number of a parsed command, with the path of its field."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _numbers(getattr(value, field.name), field.name)
+            yield from _numbers(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _numbers(each, name)

@@ -1,10 +1,14 @@
 """Flags: what is impossible is refused in one line that names the flag, its value and the rule."""
 
+import contextvars
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tyro
 
+from duo_jax.cli import flags
 from tests.text_models import Result, assert_refused
 
 HUGE = "99999999999999999999999"
@@ -58,6 +62,15 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "length without text": ((*NEEDLE, "20", "--depths", "2"), "--lengths of 20 has 12 tokens for the answer"),
     "results without end": ((*NEEDLE, "512", "--samples", "1000000000"), "more than 1000000 results"),
     "recall": (("eval", "recall", "--lengths", "0"), "--lengths=(0,)"),
+    "no question": (("eval", "mmlu", "--questions", "0"), "--questions must be at least 1, got 0"),
+    "shots below 0": (("eval", "mmlu", "--shots", "-1"), "--shots must be at least 0, got -1"),
+    "no problem": (("eval", "humaneval", "--problems", "0"), "--problems must be at least 1, got 0"),
+    "no program": (("eval", "humaneval", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1, got 0"),
+    "no example": (("eval", "ruler", "--samples", "0"), "--samples must be at least 1, got 0"),
+    "no row": (("eval", "longbench", "--limit", "0"), "--limit must be at least 1, got 0"),
+    "no length": (("eval", "longbench", "--max-length", "0"), "--max-length must be at least 1, got 0"),
+    "no document": (("eval", "harness", "--tasks", "x", "--limit", "0"), "--limit must be at least 1, got 0"),
+    "no request": (("eval", "harness-bench", "--count", "0"), "--count must be at least 1, got 0"),
     "another command's flag": (("eval", "recall", "--nope", "x"), "duo eval recall --help"),
 }
 
@@ -89,3 +102,29 @@ def test_none_is_still_the_value_of_a_flag_that_has_another_default(
     options = ("eval", "needle", "--model", text_model, "--methods", "full", "--lengths", "8", "--haystack-chars")
     assert_refused(duo(*options, "None"), "--lengths must be at least 13")
     assert "haystack-chars" in duo(*options, "x").err
+
+
+@dataclass(frozen=True)
+class Data:
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    data: Data = Data()
+    more: tyro.conf.OmitArgPrefixes[Data] = Data()
+
+
+@pytest.mark.parametrize("wrong", ["--seed", "--data.seed"])
+def test_of_two_flags_with_one_ending_the_wrong_one_is_named(wrong: str) -> None:
+    other = {"--seed": "--data.seed", "--data.seed": "--seed"}[wrong]
+    for args in ((wrong, "-1", other, "1"), (f"{other}=1", f"{wrong}=-1")):
+        with pytest.raises(ValueError, match=rf"^{wrong} must be at least 0, got -1"):
+            contextvars.copy_context().run(flags.parse, Run, "x", args)
+
+
+def test_a_flag_is_found_by_the_end_of_its_path() -> None:
+    args = ["--data.num_samples=3", "--seed", "1", "--data.seed", "2", "--out.path", "x"]
+    names = ("data.seed", "seed", "num_samples", "data.num_samples", "sampling.seed", "path", "data")
+    found = ["--data.seed", "--seed", *["--data.num_samples"] * 2, "--seed", "--out.path", "data"]
+    assert [flags.flag(name, args) for name in names] == found
