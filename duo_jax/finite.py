@@ -26,9 +26,9 @@ def check_finite(where: str, values: Any, dtype: Any) -> None:
         raise not_finite(where, dtype)
 
 
-def json_text(record: Any, *, ensure_ascii: bool = True) -> str:
-    """JSON in one line; a number that is not finite, which JSON does not have, becomes null."""
-    return json.dumps(_finite(record), ensure_ascii=ensure_ascii, allow_nan=False)
+def json_text(record: Any, *, ensure_ascii: bool = True, indent: int | None = None) -> str:
+    """JSON, in one line unless `indent` is given; a number that is not finite, which JSON lacks, becomes null."""
+    return json.dumps(_finite(record), ensure_ascii=ensure_ascii, indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

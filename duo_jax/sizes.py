@@ -25,11 +25,14 @@ def size_text(count: int | float, *, digits: int = 1) -> str:
     return f"{count:.{digits}f} {units[0]}"
 
 
-def free_memory() -> int | None:
-    """Bytes that are free on the default device; on a CPU, those of the host. None where the system reports neither."""
+def free_memory(*, allocated: bool = False) -> int | None:
+    """Bytes that are free on the default device; on a CPU, those of the host. None where the system reports neither.
+
+    With `allocated`, what this process has allocated on the device counts as free.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
-    return int(limit - stats.get("bytes_in_use", 0)) if limit else host_available()
+    return int(limit - (0 if allocated else stats.get("bytes_in_use", 0))) if limit else host_available()
 
 
 def check_free(count: int, message: str, devices: int = 1) -> None:

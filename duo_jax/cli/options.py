@@ -33,7 +33,7 @@ from duo_jax.sampling import (
     TopP,
     Transform,
 )
-from duo_jax.sizes import host_available
+from duo_jax.sizes import free_memory
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,7 @@ def device_memory() -> int:
 
 
 def _memory_here() -> int:
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return int(limit)
-    return host_available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_memory(allocated=True) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -10,7 +10,6 @@ Knows no task: a job is a dataclass or a mapping, stored in its result under the
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
@@ -25,6 +24,7 @@ from duo_eval.runner.provenance import provenance
 from duo_jax import HeadPattern
 from duo_jax.differences import changes
 from duo_jax.files import append_text, check_output, locked, write_text
+from duo_jax.finite import json_text
 from duo_jax.reading import parse_object, read_text
 
 J = TypeVar("J")
@@ -151,7 +151,7 @@ class Record:
             if self.path is None or self.one_object:
                 self._save()
             else:
-                append_text(self.path, _json(self.results[-1]) + "\n")
+                append_text(self.path, json_text(self.results[-1]) + "\n")
 
         with locked(self.path) if self.path else nullcontext():
             self.head["runs"] = [*self.head["runs"], run]
@@ -174,13 +174,13 @@ class Record:
         if self.one_object:
             write(self.path, self.head | {"results": self.results})
         else:
-            write_text(self.path, "".join(_json(line) + "\n" for line in (self.head, *self.results)))
+            write_text(self.path, "".join(json_text(line) + "\n" for line in (self.head, *self.results)))
         self._stored = len(self.results)
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as JSON, whole or not at all; the folder is created."""
-    write_text(path, _json(content, indent=1) + "\n")
+    write_text(path, json_text(content, indent=1) + "\n")
 
 
 def read(path: Path) -> tuple[Head, list[Result]]:
@@ -361,22 +361,6 @@ def _has_text(path: Path) -> bool:
 def _plain(job: Any) -> Any:
     """A job converted to JSON types."""
     return json.loads(json.dumps(asdict(job) if is_dataclass(job) and not isinstance(job, type) else job))
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no numbers that are not finite: null takes their place."""
-    try:
-        return json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Kinds:
