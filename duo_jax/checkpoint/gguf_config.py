@@ -176,7 +176,7 @@ class _Keys:
     def require(self, *keys: str) -> None:
         """Raise ValueError if keys are missing."""
         if missing := [self._prefix + key for key in keys if not self.has(key)]:
-            raise ValueError(f"no {', '.join(missing)}: it has no language model, or is incomplete; convert it again")
+            raise ValueError(f"no {', '.join(missing)}: it does not contain a language model, or not all of one")
 
     def integer(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
         """An integer that a model can have as a size."""

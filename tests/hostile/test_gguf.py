@@ -161,8 +161,11 @@ def test_a_number_that_is_no_number_is_refused(key: str, value: Any, tmp_path: P
         ({"general__architecture": Array(Kind.UINT8, [1])}, "architecture an array of 1 is not supported"),
         ({"general__architecture": 7}, "architecture 7 is not supported"),
         ({"general__architecture": None}, "architecture None is not supported"),
-        ({"llama__block_count": None}, "no llama.block_count: it has no language model, or is incomplete"),
-        ({"llama__attention__layer_norm_rms_epsilon": None}, "no llama.attention.layer_norm_rms_epsilon: it has no"),
+        ({"llama__block_count": None}, "no llama.block_count: it does not contain"),
+        (
+            {"llama__attention__layer_norm_rms_epsilon": None},
+            "no llama.attention.layer_norm_rms_epsilon: it does not contain",
+        ),
         ({"llama__block_count": 1}, "llama.block_count is 1, but it has tensors of 2 layers"),
         ({"llama__block_count": 10**9}, "llama.block_count is 1000000000, but"),
         ({"llama__embedding_length": 64}, "of the wrong shape"),
