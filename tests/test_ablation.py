@@ -72,13 +72,13 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, mon
         (("mine=", 'theirs=--start "'), {}, "No closing quotation"),
         (("mine=", "theirs=--attention.mixing both"), {}, "Invalid choice"),
         (("mine=", "theirs=--out elsewhere"), {}, "theirs: --out cannot vary"),
-        (("mine=", "theirs=--sink-size -1"), {}, "sink_size"),
+        (("mine=", "theirs=--sink-size -1"), {}, "--sink-size"),
         (PAIR, {"identify": "--model=x"}, "mine: --model=x cannot vary"),
         (PAIR, {"flags": ("--lengths", "10")}, "hide less"),
         (PAIR, {"flags": ("--samples", "-1")}, "no negative count"),
         (PAIR, {"flags": ("--samples", "0")}, "nothing to score"),
         (PAIR, {"flags": ("--sparsity", "7")}, "sparsity"),
-        (PAIR, {"flags": ("--recent-sizes", "0")}, "recent_size"),
+        (PAIR, {"flags": ("--recent-sizes", "0")}, "--recent-size"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_trained(ablation, tmp_path, variants, settings, message):
