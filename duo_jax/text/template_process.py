@@ -47,7 +47,7 @@ def limit_memory() -> None:
 
 
 def limit_seconds(seconds: float) -> None:
-    """End this process after more CPU time, should nobody be left to end it."""
+    """End this process after more CPU time, in case the process that started it has ended."""
     try:
         import resource
 
@@ -58,13 +58,14 @@ def limit_seconds(seconds: float) -> None:
         return
 
 
-def answer(render: Any, request: dict[str, Any]) -> dict[str, str]:
-    """The rendered text, or why there is none."""
-    limit_seconds(request["seconds"])
+def answer(render: Any, line: str) -> dict[str, str]:
+    """The rendered text of a request, or why there is none."""
     try:
-        text = render(
-            conversations=[request["messages"]], chat_template=request["template"], tools=None, **request["options"]
-        )[0][0]
+        request = json.loads(line)
+        limit_seconds(request["seconds"])
+        given = {"conversations": [request["messages"]], "chat_template": request["template"]}
+        text = render(**given, **request["options"])[0][0]
+        text.encode("utf-8")
         if len(text) > request["most"]:
             return {"error": f"it writes {len(text)} characters, more than {request['most']} for these messages"}
         return {"text": text}
@@ -79,11 +80,13 @@ def answer(render: Any, request: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Answer until the end of input."""
+    for stream in (sys.stdin, sys.stdout):  # Whatever the locale; PYTHONUTF8 is ignored here.
+        stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     sys.path[:] = json.loads(sys.stdin.readline())
     render = render_function()
     limit_memory()
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(render, json.loads(line))) + "\n")
+        sys.stdout.write(json.dumps(answer(render, line), ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
 
