@@ -7,6 +7,8 @@ import copy
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,14 +19,51 @@ from transformers import PreTrainedTokenizerBase
 # with code points that are no characters, and nobody can guess the number.
 _WRITTEN, _CONTROL, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 _NUMBER = f"{secrets.randbelow(10**12):012}"
-_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[str, ...], Tokenizer]] = WeakKeyDictionary()
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+@dataclass(frozen=True, eq=False)
+class _Specials:
+    """The special tokens of a tokenizer.
+
+    Attributes:
+        version: changes when the tokenizer gets another special token.
+        ids: their ids by spelling, longer ones first.
+        names: their spellings, in this order.
+        places: the place of each in `names`.
+        pattern: matches any of them; nothing if there are none.
+    """
+
+    version: tuple[object, ...]
+    ids: Mapping[str, int]
+    names: tuple[str, ...]
+    places: Mapping[str, int]
+    pattern: re.Pattern[str]
+
+
+_SPECIALS: WeakKeyDictionary[PreTrainedTokenizerBase, _Specials] = WeakKeyDictionary()
+_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Specials, Tokenizer]] = WeakKeyDictionary()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """The ids of the tokens that decoding leaves out, by spelling; longer ones first."""
+    return _specials(tokenizer).ids
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    size = backend.get_vocab_size() if isinstance(backend, Tokenizer) else len(tokenizer)
+    version = (size, *tokenizer.all_special_tokens)
+    known = _SPECIALS.get(tokenizer)
+    if known is not None and known.version == version:
+        return known
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return dict(sorted((added | dict(named)).items(), key=lambda item: -len(item[0])))
+    ids = dict(sorted((added | dict(named)).items(), key=lambda item: -len(item[0])))
+    names = tuple(ids)
+    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    places = {name: place for place, name in enumerate(names)}
+    specials = _SPECIALS[tokenizer] = _Specials(version, MappingProxyType(ids), names, places, pattern)
+    return specials
 
 
 def check_text(text: object, what: str = "the text") -> str:
@@ -57,7 +96,7 @@ def encode(
         parse_special: special tokens in the text are control tokens, otherwise text like any other.
 
     Raises:
-        ValueError: what is not Unicode text, or what the tokenizer cannot encode.
+        ValueError: text that is not Unicode, or that the tokenizer cannot encode.
     """
     if not parse_special:
         return encode_marked(tokenizer, mark(tokenizer, check_text(text)), special=special)
@@ -74,8 +113,8 @@ def encode(
 def mark(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
     """A text, or all texts in a message, with marks in place of special tokens, for `encode_marked`."""
     if isinstance(value, str):
-        names = special_tokens(tokenizer)
-        return _mark(value, re.compile("|".join(map(re.escape, names))), list(names)) if names else value
+        specials = _specials(tokenizer)
+        return specials.pattern.sub(lambda match: f"{_WRITTEN}{_NUMBER}{specials.places[match[0]]}{_END}", value)
     if isinstance(value, Mapping):
         return {key: mark(tokenizer, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -85,7 +124,7 @@ def mark(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
 
 def unmark(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A text with the special tokens that `mark` replaced."""
-    names = list(special_tokens(tokenizer))
+    names = _specials(tokenizer).names
     return re.sub(f"{_WRITTEN}{_NUMBER}([0-9]+){_END}", lambda match: names[int(match[1])], text)
 
 
@@ -99,21 +138,22 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: boo
     """
     if f"{_WRITTEN}{_NUMBER}" not in text:
         return encode(tokenizer, text, special=special)
-    specials = special_tokens(tokenizer)
-    names = list(specials)
+    specials = _specials(tokenizer)
     backend = _literal_backend(tokenizer, specials)
-    pattern = re.compile(f"{_WRITTEN}{_NUMBER}([0-9]+){_END}|({'|'.join(map(re.escape, names))})")
-    places = {name: f"{_CONTROL}{_NUMBER}{place}{_END}" for place, name in enumerate(names)}
-    literal = pattern.sub(lambda match: names[int(match[1])] if match[1] else places[match[2]], check_text(text))
+    names, places = specials.names, [f"{_CONTROL}{_NUMBER}{place}{_END}" for place in range(len(specials.names))]
+    pattern = re.compile(f"{_WRITTEN}{_NUMBER}([0-9]+){_END}|({specials.pattern.pattern})")
+    literal = pattern.sub(
+        lambda match: names[int(match[1])] if match[1] else places[specials.places[match[2]]], check_text(text)
+    )
     try:
         encoded = backend.encode(literal, add_special_tokens=special)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise _refusal(error) from None
-    controls = {backend.token_to_id(place): specials[name] for name, place in places.items()}
+    controls = {backend.token_to_id(place): specials.ids[name] for name, place in zip(names, places, strict=True)}
     # An unknown character may be encoded as a special token, and BOS and EOS are added to the text.
-    wrong = set(specials.values()) - {tokenizer.unk_token_id}
+    wrong = set(specials.ids.values()) - {tokenizer.unk_token_id}
     for index, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
         if index in wrong and not is_added:
             raise ValueError(
@@ -123,30 +163,26 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: boo
     return [controls.get(index, index) for index in encoded.ids]
 
 
-def _mark(text: str, pattern: re.Pattern[str], names: list[str]) -> str:
-    return pattern.sub(lambda match: f"{_WRITTEN}{_NUMBER}{names.index(match[0])}{_END}", text)
-
-
-def _literal_backend(tokenizer: PreTrainedTokenizerBase, specials: Mapping[str, int]) -> Tokenizer:
+def _literal_backend(tokenizer: PreTrainedTokenizerBase, specials: _Specials) -> Tokenizer:
     """A copy of the tokenizer that takes special tokens for text, and other spellings for control tokens."""
-    names, backend = _BACKENDS.get(tokenizer, ((), None))
-    if backend is not None and names == tuple(specials):
+    known, backend = _BACKENDS.get(tokenizer, (None, None))
+    if backend is not None and known is specials:
         return backend
-    own = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(own, Tokenizer):
+    original = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(original, Tokenizer):
         raise ValueError(
             f"{type(tokenizer).__name__} cannot keep special tokens as text: remove them from the text, or give "
             "parse_special=True for control tokens"
         )
-    backend = copy.deepcopy(own)
+    backend = copy.deepcopy(original)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     added = tokenizer.added_tokens_decoder
-    for place, index in enumerate(specials.values()):
+    for place, index in enumerate(specials.ids.values()):
         flags = {name: getattr(added.get(index), name, False) for name in ("lstrip", "rstrip", "single_word")}
         backend.add_tokens([AddedToken(f"{_CONTROL}{_NUMBER}{place}{_END}", special=False, normalized=False, **flags)])
-    _BACKENDS[tokenizer] = tuple(specials), backend
+    _BACKENDS[tokenizer] = specials, backend
     return backend
 
 
