@@ -153,8 +153,8 @@ def check_generation(
     eos_ids: Sequence[int],
     cache: KVCache | None,
     **of_new_cache: object,
-) -> None:
-    """Check how tokens are generated; `of_new_cache` are options that only a new cache takes.
+) -> tuple[int, ...]:
+    """Check how tokens are generated and return the EOS ids; `of_new_cache` are options that only a new cache takes.
 
     Raises:
         ValueError: a random sampler without a key, an EOS id outside the vocabulary, arguments of other types, or an
@@ -168,7 +168,7 @@ def check_generation(
             raise ValueError(f"the cache already has a {name}: give {name} or cache, not both")
     if sampler.is_random and key is None:
         raise ValueError(f"{type(sampler).__name__} draws at random: pass key=, a jax.random key or a seed")
-    check_ids(config, eos_ids)
+    return check_ids(config, eos_ids)
 
 
 def check_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
 from duo_jax.sampling import Greedy, Sampler
 from duo_jax.sizes import check_free
-from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, check_step, row_keys
+from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, check_logits, row_keys
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Request:
         """
         out, failed = self.start()
         if not is_traced(failed):
-            check_step(int(failed), self.model.dtype)
+            check_logits(int(failed), self.model.dtype)
         return out
 
     def start(self) -> tuple[Generation, Int32[Array, ""]]:
-        """Start the program, without waiting for it; the second result is for `check_step`."""
+        """Start the program, without waiting for it; the second result is for `check_logits`."""
         tokens, most = self.prompt.tokens, self.max_new_tokens
         padded = bucket(-(-tokens.shape[1] // self.width)) * self.width
         prompt = self.prompt._replace(tokens=np.pad(tokens, ((0, 0), (0, padded - tokens.shape[1]))))
@@ -196,7 +196,7 @@ def prepare(
     """Check the arguments of `generate` and `stream`, and make a cache if none was given."""
     check_model(model)
     max_new_tokens, key = whole_number("max_new_tokens", max_new_tokens, 1), check_key("key", key)
-    check_generation(
+    eos_ids = check_generation(
         model.config,
         sampler=sampler,
         key=key,
@@ -224,5 +224,5 @@ def prepare(
     if history is not None:
         seen[np.arange(len(seen))[:, None], check_history(model.config, history, len(seen))] = True
     prompt = Prompt(tokens, lengths, seen, row_keys(key, len(tokens)))
-    generator = Generator(sampler, tuple(int(token) for token in eos_ids), backend)
+    generator = Generator(sampler, eos_ids, backend)
     return Request(generator, model, prompt, cache, max_new_tokens, width)

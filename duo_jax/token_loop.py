@@ -173,20 +173,23 @@ class Stream(Iterator[Step]):
         """See `stream`."""
         self._generator, self._model, self._state = generator, model, state
         self._done, self._remaining, self._watch = 0, max_new_tokens, watch or (lambda phase: None)
+        self._active = np.asarray(state.active)
+        self._has_failed = False
 
     @property
     def cache(self) -> KVCache:
-        """The cache as it is now. The next step donates it. That of a stream that failed is of no use, even rewound."""
+        """The cache as it is now. The next step donates it. After a failure it is unusable, even rewound."""
         return self._state.cache
 
     @property
     def failed(self) -> bool:
         """Whether NaN or infinite logits ended the stream."""
-        return not self._state.is_finite
+        return self._has_failed
 
     def stop(self, row: int) -> None:
         """End one row here, as an EOS token would."""
         self._state = replace(self._state, active=self._state.active.at[row].set(False))
+        self._active = np.where(np.arange(len(self._active)) == row, False, self._active)
 
     def __next__(self) -> Step:
         """Generate one token for every active row.
@@ -195,7 +198,7 @@ class Stream(Iterator[Step]):
             ValueError: the stream's cache was given to another function, which donated it.
             FloatingPointError: NaN or infinite logits, with the step; the stream has then ended.
         """
-        active = np.asarray(self._state.active)
+        active = self._active
         if not self._remaining or not active.any():
             raise StopIteration
         if isinstance(self._state.cache, KVCache):
@@ -203,15 +206,17 @@ class Stream(Iterator[Step]):
         self._watch("decode")
         self._done, self._remaining = self._done + 1, self._remaining - 1
         self._state, token, logprob = self._generator.advance(self._model, self._state)
-        step = Step(np.asarray(token), np.asarray(logprob), active)
+        # One transfer for each token. A log-probability is NaN exactly when `is_finite` is False.
+        token, logprob, self._active = jax.device_get((token, logprob, self._state.active))
+        step = Step(token, logprob, active)
         self._watch(None)
-        if self.failed:
-            self._remaining = 0
-            check_step(self._done, self._model.dtype)
+        if np.isnan(logprob).any():
+            self._has_failed, self._remaining = True, 0
+            check_logits(self._done, self._model.dtype)
         return step
 
 
-def check_step(failed: int, dtype: Any) -> None:
+def check_logits(failed: int, dtype: Any) -> None:
     """Raise FloatingPointError if the logits of this step were not finite; 0: all were."""
     if failed:
         raise not_finite(f"step {failed}: the logits are", dtype)

@@ -28,7 +28,7 @@ from duo_jax.text import template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
-from duo_jax.token_loop import Generation, Watch, check_step
+from duo_jax.token_loop import Generation, Watch, check_logits
 
 
 def load(
@@ -362,7 +362,7 @@ class Document:
             # Before the result is waited for: an interrupt then loses the answer, not the document.
             self._cache, self._running = out.cache, None
             self._failed = bool(failed)
-        check_step(int(failed), self._lm.model.dtype)
+        check_logits(int(failed), self._lm.model.dtype)
         return self._lm._replies(ends, out)[0]
 
     def stream(self, question: str, *, max_new_tokens: int = 128, **options: Any) -> TextStream:
