@@ -8,7 +8,7 @@ from duo_eval.tasks.needle.styles import STYLES, digits
 from duo_train.data.haystack import load_haystack
 
 from duo_jax import load_tokenizer
-from duo_jax.text.template import encode
+from duo_jax.text.tokens import encode
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ from typing import Any
 import tyro
 
 from duo_jax.arguments import whole_number
+from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, SamplingOptions
 from duo_jax.files import check_output, write_text
+from duo_jax.text import template
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM
 
@@ -45,10 +47,9 @@ class ChatCommand:
         whole_number("max_new_tokens", self.max_new_tokens, 1)
         whole_number("max_length", self.max_length, 1)
         sampler, pattern = self.sampling.sampler(), self.pattern.load(self.max_length)
-        model = self.model.load(mesh=self.devices.make(), pattern=pattern)
-        lm = LM(model, self.model.tokenizer(), pattern, self.cache.kv_dtype)
-        if pattern is not None:
-            pattern.check(lm.model.config)
+        tokenizer = self.model.tokenizer()
+        template.start(tokenizer)
+        lm = LM(self.model.load(mesh=self.devices.make(), pattern=pattern), tokenizer, pattern, self.cache.kv_dtype)
         chat = Chat(lm, max_length=self.max_length, system=self.system, parse_special=self.parse_special)
         print(HELP)
         while (line := _read(chat)) is not None:
@@ -59,7 +60,7 @@ class ChatCommand:
                 elif line:
                     options = {"sampler": sampler, "seed": self.sampling.seed, "stop": self.sampling.stop}
                     _answer(chat, line, max_new_tokens=self.max_new_tokens, **options)
-            except (ValueError, OSError) as error:
+            except USER_ERRORS as error:
                 print(f"({error})", file=sys.stderr)
 
 

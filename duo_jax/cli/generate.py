@@ -19,6 +19,7 @@ from duo_jax.cli.timings import Timings, show_status
 from duo_jax.finite import json_text
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
+from duo_jax.text import template
 from duo_jax.text.lm import LM, TextStream
 
 
@@ -56,6 +57,7 @@ class Generate:
         if self.pattern.kv_budget is None:
             self.pattern.load(1)  # Reject a bad pattern before loading the model.
         tokenizer = self.model.tokenizer()
+        template.start(tokenizer)
         history = None if before is None else np.asarray(before["tokens"][0], np.int32)
         if before is None or history is None:
             tokens = self.prompt.encode(tokenizer, prompt)

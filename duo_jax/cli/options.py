@@ -52,7 +52,12 @@ class ModelOptions:
     """Quantize embeddings and head too, which keep their data type by default."""
 
     def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
-        """Load the weights; on a mesh, the pattern decides where each head is placed."""
+        """Load the weights; on a mesh, the pattern decides where each head is placed.
+
+        A pattern of another model is refused before the weights are read.
+        """
+        if pattern is not None:
+            pattern.check(open_config(self.model))
         dtypes: dict[str, Any] = {
             "dtype": self.dtype,
             "weight_dtype": self.weight_dtype,

@@ -44,7 +44,7 @@ class Prefill:
         pattern = self.pattern.load(length)
         plan = replace(self.model.plan(pattern, width), kv_dtype=self.kv.kv_dtype)
         room = self.room.tokens(plan, length)
-        model = self.model.load()
+        model = self.model.load(pattern=pattern)
         cache = KVCache.init(model.config, pattern, 1, room, dtype=self.kv.kv_dtype)
         begin = time.perf_counter()
         _, cache = prefill(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.reading import COPY, MOST_BYTES, read_text
 from duo_jax.text import template
 from duo_jax.text.template import DocumentFrame
+from duo_jax.text.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PromptOptions:
     def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarray, "T"]:
         """Tokens of a whole prompt."""
         if not self.chat:
-            return _array(template.encode(tokenizer, text, special=True))
+            return _array(encode(tokenizer, text, special=True))
         template.check_template(tokenizer, _NO_CHAT)
         messages = [{"role": "user", "content": text}]
         return _array(template.encode_chat(tokenizer, messages, parse_special=self.parse_special))
@@ -85,21 +86,21 @@ class PromptOptions:
         """
         if text is None:
             if self.chat:
-                raise ValueError("the document was prefilled without --chat: leave it out here, or prefill with it")
-            return _array(template.encode(tokenizer, question, parse_special=self.parse_special))
-        whole, known = self._frame(tokenizer).whole(text, question), document.tolist()
-        shared = template.common(whole, known)
-        if shared == len(known):
-            return _array(whole[shared:])
-        if shared >= len(known) - _JOINT:
+                raise ValueError("this cache has no text, which --chat needs: run duo prefill --chat again")
+            return _array(encode(tokenizer, question, parse_special=self.parse_special))
+        frame, known = self._frame(tokenizer), document.tolist()
+        if not frame.is_document(text, known):
+            raise ValueError(
+                "the document was prefilled with other flags: give --chat and --parse-special as to duo prefill (it "
+                f"was prefilled {'without --chat' if self.chat else 'with --chat'}, or with another tokenizer)"
+            )
+        tokens = frame.question(text, known, question)
+        if tokens is None:
             raise ValueError(
                 "before this question, the end of the document has other tokens than those that were prefilled: begin "
                 "the question with another character, or give document and question as one prompt"
             )
-        raise ValueError(
-            "the document was prefilled with other flags: give --chat and --parse-special as to duo prefill (it was "
-            f"prefilled {'without --chat' if self.chat else 'with --chat'}, or with another tokenizer)"
-        )
+        return _array(tokens)
 
     def _frame(self, tokenizer: PreTrainedTokenizerBase) -> DocumentFrame:
         if not self.chat:
@@ -109,7 +110,6 @@ class PromptOptions:
 
 
 _NO_CHAT = "leave --chat out"
-_JOINT = 16  # tokens at the end of a document that a question may change
 
 
 def _array(tokens: list[int]) -> Int32[np.ndarray, "T"]:

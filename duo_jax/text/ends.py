@@ -51,7 +51,8 @@ def stop_ends(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Sequ
     A stop string that is a special token ends the reply as a token: decoded text does not have special tokens.
 
     Raises:
-        ValueError: what is not a list of non-empty strings, or a string with a special token and other text.
+        ValueError: an argument that is not a list of non-empty strings, or a string with a special token and other
+            text.
     """
     if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(isinstance(x, str) and x for x in stop):
         raise ValueError(f"stop must be a list of strings, none of them empty, got {stop!r}")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
+from duo_jax.checkpoint.load import open_config
 from duo_jax.checks import check_ids, check_key
 from duo_jax.chunks import bucket
 from duo_jax.generation import Request, prepare
@@ -28,6 +29,7 @@ from duo_jax.text import template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import DocumentFrame, Message
+from duo_jax.text.tokens import check_text, encode
 from duo_jax.token_loop import Generation, Watch, check_logits
 
 
@@ -69,11 +71,13 @@ def load(
         chosen = pattern
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
+    if chosen is not None:
+        chosen.check(open_config(source))
+    tokenizer = load_tokenizer(source)
+    template.start(tokenizer)
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
-    if chosen is not None:
-        chosen.check(model.config)
-    return LM(model, load_tokenizer(source), chosen, kv_dtype)
+    return LM(model, tokenizer, chosen, kv_dtype)
 
 
 def _check_names(pattern_options: dict[str, Any]) -> None:
@@ -174,9 +178,9 @@ class LM:
         Raises:
             ValueError: an empty text, or one that is not Unicode.
         """
-        if not template.check_text(text, "the prompt"):
+        if not check_text(text, "the prompt"):
             raise ValueError("the prompt is empty; give at least one character")
-        return template.encode(self.tokenizer, text, special=True, parse_special=parse_special)
+        return encode(self.tokenizer, text, special=True, parse_special=parse_special)
 
     def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False) -> list[int]:
         """Token ids of a conversation in the model's chat template, up to where the answer begins.
@@ -238,8 +242,7 @@ class LM:
         replies = []
         for tokens, logprobs, length in zip(*arrays, strict=True):
             row = Row(self.tokenizer, ends)
-            for token, logprob in zip(tokens[:length].tolist(), logprobs[:length].tolist(), strict=True):
-                row.add(token, logprob)
+            row.add_all(tokens[:length].tolist(), logprobs[:length].tolist())
             replies.append(row.reply)
         return replies
 
@@ -282,7 +285,7 @@ class TextStream(Iterator[str]):
 
     @property
     def failed(self) -> bool:
-        """Whether NaN or infinite logits ended the stream; its cache is then of no use."""
+        """Whether NaN or infinite logits ended the stream; its cache is then unusable."""
         return self._steps.failed
 
     def finish(self) -> list[Reply]:
@@ -297,7 +300,7 @@ class TextStream(Iterator[str]):
             raise StopIteration
         if not self._steps.cache.is_alive:
             raise ValueError(
-                "this stream cannot go on: its cache was used for a later question or turn; finish one reply before "
+                "this stream cannot continue: its cache was used for a later question or turn; finish one reply before "
                 "the next, or use its text so far, .reply"
             )
         step = next(self._steps, None)
@@ -321,7 +324,7 @@ class Document:
         self, lm: LM, text: str, *, room: int = 1024, max_length: int | None = None, parse_special: bool = False
     ) -> None:
         """See `LM.document`."""
-        if not template.check_text(text, "the document"):
+        if not check_text(text, "the document"):
             raise ValueError("the document is empty; give at least one character")
         room = whole_number("room", room, 2, way="a question and an answer need it")
         if max_length is not None:
@@ -398,9 +401,13 @@ class Document:
         self, question: str, *, max_new_tokens: int = 128, **options: Any
     ) -> tuple[list[int], bool, dict[str, Any]]:
         """The tokens to compute for a question, whether they continue the document's cache, and all options."""
-        if not template.check_text(question, "the question"):
+        if not check_text(question, "the question"):
             raise ValueError("the question is empty; give at least one character")
-        whole = self._frame.whole(self._text, question)
+        tokens, known = self._frame.question(self._text, self._tokens, question), self.num_tokens
+        is_continued = tokens is not None
+        if tokens is None:
+            # The question changes how the document is split into tokens, which is rare: all is computed, for it only.
+            tokens, known = self._frame.whole(self._text, question), 0
         # The newest stream has the cache: take it back, wherever that stream stopped.
         cache = self._newest_cache()
         if self._failed or (self._running is not None and self._running.failed):
@@ -408,19 +415,19 @@ class Document:
             self._prefill()
             cache = self._newest_cache()
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
-        if len(whole) + max_new_tokens > cache.max_length:
+        count = known + len(tokens) - self.num_tokens
+        if self.num_tokens + count + max_new_tokens > cache.max_length:
             raise ValueError(
-                f"the question has {len(whole) - self.num_tokens} tokens, with {max_new_tokens=} more than the "
+                f"the question has {count} tokens, with {max_new_tokens=} more than the "
                 f"{cache.max_length - self.num_tokens} left after the document: ask for less, or make the document "
                 "with a larger room="
             )
-        own: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-        if whole[: self.num_tokens] == self._tokens:
-            own |= {"cache": cache.rewind(self._mark), "history": self._tokens}
-            return whole[self.num_tokens :], True, options | own
-        # A question that changes how the document is split into tokens, which is rare: all is computed, for it alone.
-        own["cache"] = self._lm.make_cache(cache.max_length)
-        return whole, False, options | own
+        options["max_new_tokens"] = max_new_tokens
+        if is_continued:
+            options |= {"cache": cache.rewind(self._mark), "history": self._tokens}
+        else:
+            options["cache"] = self._lm.make_cache(cache.max_length)
+        return tokens, is_continued, options
 
     def _newest_cache(self) -> KVCache:
         if self._cache is None:

@@ -93,6 +93,19 @@ class Row:
         begun = (size for stop in self._ends.strings for size in range(len(stop)) if self._held.endswith(stop[:size]))
         return self._show(len(self._held) - max(begun, default=0))
 
+    def add_all(self, tokens: list[int], logprobs: list[float]) -> None:
+        """Append all tokens of a reply, none of which is shown before the last; the text is that of `add`."""
+        left_out = self._special.union(self._ends.ids)
+        text = self._decode([token for token in tokens if token not in left_out])
+        # Invalid bytes are decoded in groups of tokens: they would spoil a whole run of byte tokens.
+        if self._ends.strings or self._tokenizer.clean_up_tokenization_spaces or "\N{REPLACEMENT CHARACTER}" in text:
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                self.add(token, logprob)
+            return
+        self._tokens, self._logprobs, self._held = tokens, logprobs, text
+        if tokens and tokens[-1] in self._ends.ids:
+            self._finish_reason = "eos" if tokens[-1] in self._ends.eos_ids else "stop"
+
     def rest(self) -> str:
         """Return the text that was held back, once there are no more tokens."""
         self._held, self._tail = self._held + self._tail, ""

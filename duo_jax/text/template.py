@@ -5,13 +5,13 @@ The only module that knows templates exist. Knows tokenizers, but no model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.text import renderer
-from duo_jax.text.tokens import check_text, encode_marked, mark, special_tokens, unmark
-from duo_jax.text.tokens import encode as encode
+from duo_jax.text.tokens import check_text, encode, encode_marked, mark, special_tokens, unmark
 
 # A conversation's message: {"role": "user", "content": "Hello"}. The content may be a list of text parts.
 Message = dict[str, Any]
@@ -22,6 +22,8 @@ _HOLE = "<<the text>>"
 _WORD = "duojaxmessage"
 # Continuations of a document that begin in all ways that may be joined with its end: what they all share is its own.
 _TAIL = 2000  # characters of the end of a document that are tried with each
+_SAME = 64  # tokens before a question that show that the end of a document is split as the whole is
+_JOINT = 16  # tokens at the end of a text that its continuation may change
 _PROBES = ("a", " a", "A", "1", ".", "\n", "\n\n", "  ", "(", "\u4e00")
 
 
@@ -36,13 +38,19 @@ def check_template(tokenizer: PreTrainedTokenizerBase, way_out: str = "call it w
         raise ValueError(f"this model's tokenizer has no chat template: {way_out}")
 
 
+def start(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prepare to render the tokenizer's template, if it has one, while something else is done."""
+    if has_template(tokenizer):
+        renderer.start()
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
     """A conversation as text; `options` as for transformers' `apply_chat_template`.
 
     The answer's opening is added unless `add_generation_prompt=False`.
 
     Raises:
-        ValueError: what is not a list of messages, or messages that the template refuses or leaves out.
+        ValueError: an argument that is not a list of messages, or messages that the template refuses or leaves out.
     """
     messages, options = checked_messages(messages), {"add_generation_prompt": True, **options}
     return _shown(tokenizer, messages, options)
@@ -73,12 +81,19 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the template writes after an assistant's message; None if it writes none."""
     if not has_template(tokenizer):
         return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _HOLE}]
     try:
-        after = _rendered(tokenizer, turns, {"add_generation_prompt": False}).rpartition(_HOLE)[2].lstrip()
+        after = _after_turn(tokenizer.get_chat_template(), tuple(_named_tokens(tokenizer).items()))
     except ValueError:  # A template that cannot be used is reported where it is used.
         return None
     return next((index for token, index in special_tokens(tokenizer).items() if after.startswith(token)), None)
+
+
+@lru_cache(maxsize=16)  # Commands and evaluations ask for every reply.
+def _after_turn(template: str, named_tokens: tuple[tuple[str, str], ...]) -> str:
+    """The text that a template writes after an assistant's message."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _HOLE}]
+    options = dict(named_tokens) | {"add_generation_prompt": False}
+    return renderer.render(template, turns, options).rpartition(_HOLE)[2].lstrip()
 
 
 def split(
@@ -107,7 +122,7 @@ def checked_messages(messages: object) -> list[Message]:
     """The messages, the text parts of each content joined.
 
     Raises:
-        ValueError: what is not a list of messages, by its place.
+        ValueError: an argument that is not a list of messages, with the index of the wrong one.
     """
     example = '[{"role": "user", "content": "Hello"}]'
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
@@ -164,28 +179,56 @@ class DocumentFrame:
         The last ones of the document are missing if a question may be joined with them. What a question is joined with
         is near the end of the document, so only the end is tried with several.
         """
-        tries = [self.whole(text[-_TAIL:], probe) for probe in _PROBES]
-        held_back = len(tries[0]) - min(common(tries[0], other) for other in tries)
+        tail, shared = self._end(text)
         tokens = self.whole(text, _PROBES[0])
-        return tokens[: max(1, len(tokens) - held_back)]
+        return tokens[: max(1, len(tokens) - (len(tail) - shared))]
+
+    def question(self, text: str, known: Sequence[int], question: str) -> list[int] | None:
+        """Token ids of a prompt after `known`, the tokens of `document(text)`; None if it does not begin with them.
+
+        Only the end of the document is encoded again, with the question: the tokens that it shares with the document's
+        own end are known.
+        """
+        if len(text) > _TAIL:
+            tail, shared = self._end(text)
+            whole = self.whole(text[-_TAIL:], question)
+            # The end must be split as it is in the whole document, but for its first tokens.
+            if shared > _SAME and tail[shared - _SAME : shared] == list(known[-_SAME:]):
+                return whole[shared:] if whole[:shared] == tail[:shared] else None
+        whole = self.whole(text, question)
+        return whole[len(known) :] if whole[: len(known)] == list(known) else None
+
+    def is_document(self, text: str, known: Sequence[int]) -> bool:
+        """Whether `known` are the tokens of `document(text)`; of a long text, only both ends are compared."""
+        # Between the ends, special tokens show how the text was encoded.
+        if len(text) <= _TAIL or mark(self.tokenizer, text) != text:
+            return self.document(text) == list(known)
+        begin, (tail, shared) = self.document(text[:_TAIL]), self._end(text)
+        is_same_end = tail[max(0, shared - _SAME) : shared] == list(known[-min(shared, _SAME) :])
+        return is_same_end and common(begin, known) >= len(begin) - _JOINT
+
+    def _end(self, text: str) -> tuple[list[int], int]:
+        """Token ids of a prompt with the end of a document, and how many of them any question leaves as they are."""
+        tries = [self.whole(text[-_TAIL:], probe) for probe in _PROBES]
+        return tries[0], min(common(tries[0], other) for other in tries)
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
     """Number of tokens that both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((place for place, (left, right) in pairs if left != right), min(len(first), len(second)))
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
-    """The rendered text, which must have what the user and the system said."""
+    """The rendered text, which must contain the user's and the system's messages."""
     text = _rendered(tokenizer, messages, options)
     for place, message in enumerate(messages):
-        said = (message["content"] or "").strip()
-        if message["role"] in ("user", "system") and said not in text:
+        content = (message["content"] or "").strip()
+        if message["role"] in ("user", "system") and content not in text:
             # A template may change a text, but what it does not show at all, the model would not read.
             other = [*messages[:place], {**message, "content": _WORD}, *messages[place + 1 :]]
             if _WORD not in _rendered(tokenizer, other, options).lower():
-                quoted = unmark(tokenizer, said)
+                quoted = unmark(tokenizer, content)
                 raise ValueError(
                     f"the model's chat template leaves out message {place}, {message['role']!r}: {quoted!r:.60}; the "
                     "model would not see it"
@@ -195,10 +238,13 @@ def _shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opti
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
     check_template(tokenizer)
-    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    template = tokenizer.get_chat_template()
-    return renderer.render(template, given, {**named, **options})
+    return renderer.render(tokenizer.get_chat_template(), given, {**_named_tokens(tokenizer), **options})
+
+
+def _named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The special tokens that a template knows by name, such as `bos_token`."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 def _joined(content: object, what: str) -> str:

@@ -18,7 +18,7 @@ from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.chunks import bucket
 from duo_jax.cli.timings import Timings
 from duo_jax.text.lm import LM, TextStream
-from duo_jax.text.template import encode
+from duo_jax.text.tokens import encode
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,14 @@ def test_the_command_refuses_and_prints_no_json(text_model, tmp_path, duo):
         assert_refused(replace(result, out=result.out.strip()), "step 1: the logits are not finite")
 
 
+def test_a_chat_reports_it_and_takes_the_next_line(chat_model, tmp_path, duo, monkeypatch):
+    save_model(damaged(load_model(chat_model, progress=False), math.nan), tmp_path / "m", load(chat_model).tokenizer)
+    lines = iter(["hi", "ho", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    result = duo("chat", "--model", tmp_path / "m", "--max-length", 64)
+    assert result.code == 0 and result.err.count("(step 1: the logits are not finite") == 2
+
+
 def test_json_has_no_numbers_that_json_lacks():
     record = {"a": [math.nan, -math.inf, 1.5], "b": {"c": (math.inf, "x", None, 3)}}
     assert json.loads(json_text(record)) == {"a": [None, None, 1.5], "b": {"c": [None, "x", None, 3]}}

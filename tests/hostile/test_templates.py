@@ -1,15 +1,19 @@
 """Chat templates, messages, documents, ends of replies: what templates and users write, and the tokens of it."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import duo_jax
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.text import renderer, template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
@@ -82,6 +86,7 @@ def with_template(text: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}
 TEMPLATES = {
     "security": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     "type": ("{{ 1 + 'x' }}", "TypeError"),
@@ -92,6 +97,7 @@ TEMPLATES = {
     "its own": ("{{ raise_exception('roles must alternate') }}", "messages: roles must alternate"),
     "memory": ("{{ messages[0].content * 10000000000 }}", "memory"),
     "output": ("{% for _ in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxx' }}{% endfor %}", "more than"),
+    "surrogate": ("{{ '\\ud800' }}", "UnicodeEncodeError"),
     "drops the message": ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "leaves out message 0, 'user'"),
 }
 
@@ -123,6 +129,34 @@ def test_templates_are_rendered_as_transformers_renders_them(name):
     for start in (True, False):
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=start)
         assert render(tokenizer, messages, add_generation_prompt=start) == expected
+
+
+def test_a_template_gets_the_tools():
+    tokenizer, tools = with_template("{{ tools[0].function.name }}: {{ messages[0].content }}"), [TOOL]
+    assert render(tokenizer, user("Hi"), tools=tools) == "look: Hi"
+    assert render(tokenizer, user("Hi"), tools=tools) == tokenizer.apply_chat_template(
+        user("Hi"), tools=tools, tokenize=False
+    )
+
+
+def test_after_a_fork_each_process_has_its_own_renderer():
+    code = """if True:
+        import os, sys
+        from duo_jax.text import renderer
+        ask = lambda: renderer.render("{{ messages[0].content }}", [{"content": str(os.getpid())}], {})
+        renderer.start()
+        parent = renderer._RENDERER._process.pid
+        child = os.fork()
+        for _ in range(20):
+            assert ask() == str(os.getpid())
+        is_own = renderer._RENDERER._process.pid == parent
+        if not child:
+            renderer._RENDERER.close()
+            os._exit(is_own)
+        print(is_own, os.waitpid(child, 0)[1])
+    """
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("True 0\n", "")
 
 
 def test_a_refused_template_ends_the_command_with_one_line(chat_model, duo, tmp_path):
@@ -194,7 +228,7 @@ def rendered_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> li
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(first=TEXTS, second=TEXTS)
 def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name, first, second):
     tokenizer = tokenizer_of(name)
@@ -203,7 +237,7 @@ def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name,
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(before=TEXTS, after=TEXTS, place=st.integers(0, 2))
 def test_special_tokens_in_a_message_are_text(name, before, after, place):
     tokenizer = tokenizer_of(name)
@@ -232,20 +266,35 @@ def decoded_rendering(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
 
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(document=TEXTS, questions=st.lists(TEXTS, min_size=1, max_size=3))
-def test_a_document_is_the_beginning_of_the_whole(name, is_chat, document, questions):
-    tokenizer = tokenizer_of(name)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(end=TEXTS, question=TEXTS)
+def test_a_document_is_the_beginning_of_the_whole(name, is_chat, end, question):
+    # A question may continue the last word of a plain text: `duo generate --cache` refuses it.
+    assume(is_chat or not (end[-1].isalnum() and question[0].isalnum()))
+    tokenizer, document = tokenizer_of(name), f"The cache. {end}"
     frame = DocumentFrame.chat(tokenizer) if is_chat else DocumentFrame(tokenizer)
+    text = f"{document}{frame.between}{question}"
+    whole = frame.whole(document, question)
+    assert whole == (rendered_ids(tokenizer, user(text)) if is_chat else tokenizer.encode(text))
     known = frame.document(document)
-    for question in questions:
-        whole = frame.whole(document, question)
-        between = "\n\n" if is_chat else ""
-        text = f"{document}{between}{question}"
-        assert whole == (rendered_ids(tokenizer, user(text)) if is_chat else tokenizer.encode(text))
-        # A question may go on with the last word of a plain text: `duo generate --cache` refuses it.
-        continues = not is_chat and document[-1].isalnum() and question[0].isalnum()
-        assert whole[: len(known)] == known or continues or len(known) == 1
+    assert known[0] == whole[0] and whole[: len(known)] == known
+    assert frame.question(document, known, question) == whole[len(known) :]
+
+
+@pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(end=TEXTS, question=TEXTS)
+def test_after_a_long_document_only_its_end_is_tokenized(name, is_chat, end, question):
+    tokenizer, document = tokenizer_of(name), f"{'The cache holds keys. ' * 9}{end}"
+    frame = DocumentFrame.chat(tokenizer) if is_chat else DocumentFrame(tokenizer)
+    with mock.patch.multiple(template, _TAIL=100, _SAME=8):
+        known, whole = frame.document(document), frame.whole(document, question)
+        rest = frame.question(document, known, question)
+        assert frame.is_document(document, known)
+        other = DocumentFrame(tokenizer) if is_chat else DocumentFrame.chat(tokenizer)
+        assert not frame.is_document(document, other.document(document))
+    assert rest == (whole[len(known) :] if whole[: len(known)] == known else None)
 
 
 def test_a_question_that_changes_the_end_of_a_prefilled_text_is_refused():
@@ -261,14 +310,29 @@ def test_a_question_that_changes_the_end_of_a_prefilled_text_is_refused():
         PromptOptions().encode_question(tokenizer, "What?", known, long)
 
 
-def test_a_long_document_is_tokenized_once_and_its_end_with_several_questions(monkeypatch):
-    tokenizer, encoded = tokenizer_of("byte-level"), []
+def test_a_long_document_is_tokenized_once_and_its_end_with_every_question(monkeypatch, chat_model):
+    lm, encoded = duo_jax.load(chat_model), []
     whole = template.encode_marked
     monkeypatch.setattr(template, "encode_marked", lambda own, text: encoded.append(len(text)) or whole(own, text))
-    frame = DocumentFrame.chat(tokenizer)
-    known = frame.document("The cache holds keys. " * 2000)
-    assert sum(size > 3000 for size in encoded) == 1
-    assert frame.whole("The cache holds keys. " * 2000, "\n\nWhat?")[: len(known)] == known
+    monkeypatch.setattr(template, "_TAIL", 100)
+    text = "The cache holds keys. " * 20
+    with lm.document(text, room=64) as document:
+        replies = [document.ask(question, max_new_tokens=3).tokens for question in ("What?", "Which?")]
+        assert sum(size > 200 for size in encoded) == 1
+    chats = [[{"role": "user", "content": f"{text}\n\n{question}"}] for question in ("What?", "Which?")]
+    assert [reply.tokens for reply in lm.chat(chats, max_new_tokens=3)] == replies
+
+
+def test_a_document_with_special_tokens_is_known_by_all_its_tokens():
+    tokenizer, text = tokenizer_of("byte-level"), f"{'The cache. ' * 300}<|im_end|>{' The cache.' * 300}"
+    literal, control = (DocumentFrame(tokenizer, parse_special=parse) for parse in (False, True))
+    known = literal.document(text)
+    assert literal.is_document(text, known) and not control.is_document(text, known)
+
+
+def test_a_cache_without_text_is_refused_for_a_chat():
+    with pytest.raises(ValueError, match=r"this cache has no text.*run duo prefill --chat again"):
+        PromptOptions(chat=True).encode_question(tokenizer_of("byte-level"), "What?", np.ones(3, np.int32))
 
 
 # Ends.
@@ -282,6 +346,23 @@ def test_the_ends_of_model_tokenizer_and_template_are_one_set():
     assert eos_ids_of(config, tokenizer) == (7, end, turn)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert eos_ids_of(config, tokenizer) == (7, end)
+
+
+def test_a_template_is_rendered_once_for_its_end(monkeypatch):
+    tokenizer, rendered = with_template(f"{CHATML}{{# once #}}"), []
+    whole = renderer.render
+    monkeypatch.setattr(renderer, "render", lambda *args: rendered.append(args) or whole(*args))
+    assert len({template.end_of_turn(tokenizer) for _ in range(3)}) == len(rendered) == 1
+
+
+def test_special_tokens_are_listed_once_until_there_are_more():
+    tokenizer = MAKERS["metaspace-first"]()
+    specials = special_tokens(tokenizer)
+    assert list(specials) == ["<unk>", "</s>", "<s>"] and special_tokens(tokenizer) is specials
+    tokenizer.add_tokens(["<|more|>"], special_tokens=True)
+    tokenizer.eos_token = "a"
+    assert list(special_tokens(tokenizer)) == ["<|more|>", "<unk>", "</s>", "<s>", "a"]
+    assert special_tokens(tokenizer)["<|more|>"] not in encode(tokenizer, "x<|more|>", parse_special=False)
 
 
 def test_a_stop_string_that_is_a_special_token_is_a_token():
@@ -321,7 +402,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_reply(token, monkeypatch):
     assert "".join(pieces) == row.reply == whole(tokenizer, row.reply.tokens, skip_special_tokens=True)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(text=st.text("é漢🧵a ", min_size=30, max_size=120))
 def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
     tokenizer = tokenizer_of("prepend")
@@ -329,3 +410,22 @@ def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
     row = Row(tokenizer)
     pieces = [row.add(token) for token in tokens]
     assert "".join([*pieces, row.rest()]) == row.reply == tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data(), end=st.sampled_from([None, "eos", "stop"]))
+def test_a_whole_reply_has_the_text_of_its_tokens_one_by_one(name, data, end):
+    tokenizer = tokenizer_of(name)
+    text = st.text("é漢🧵ab T\n", max_size=40).map(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    tokens = data.draw(text | st.lists(st.integers(0, len(tokenizer) - 1), max_size=40))
+    eos, stop = list(special_tokens(tokenizer).values())[:2]
+    ends = Ends((eos,), (stop,))
+    tokens = [token for token in tokens if token not in ends.ids] + {"eos": [eos], "stop": [stop]}.get(end, [])
+    logprobs = [float(place) for place in range(len(tokens))]
+    rows = Row(tokenizer, ends), Row(tokenizer, ends)
+    rows[0].add_all(tokens, logprobs)
+    for token, logprob in zip(tokens, logprobs, strict=True):
+        rows[1].add(token, logprob)
+    whole, single = (row.reply for row in rows)
+    assert (whole, whole.__dict__) == (single, single.__dict__) and whole.finish_reason == (end or "length")

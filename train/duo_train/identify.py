@@ -154,7 +154,12 @@ class Identify:
         whole_number("checkpoint_every", self.checkpoint_every, 1)
         whole_number("keep_checkpoints", self.keep_checkpoints, 1)
         mesh = DeviceOptions(self.mesh).make()
-        self.chosen.check_devices(open_config(self.model.model), mesh)
+        config, start = open_config(self.model.model), None
+        self.chosen.check_devices(config, mesh)
+        if self.start is not None:
+            pattern = HeadPattern.load(self.start)
+            pattern.check(config)
+            start = pattern.gates.clip(0.0, 1.0)
         model = self.model.load()
         data = NeedleData(self.data, self.model.tokenizer())
         trained = model.config.trained_positions
@@ -163,11 +168,6 @@ class Identify:
             warnings.warn(
                 f"samples have up to {longest} tokens, but the model was trained with {trained}", stacklevel=2
             )
-        start = None
-        if self.start is not None:
-            pattern = HeadPattern.load(self.start)
-            pattern.check(model.config)
-            start = pattern.gates.clip(0.0, 1.0)
         run = Run(
             model,
             data,

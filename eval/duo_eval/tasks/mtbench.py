@@ -66,10 +66,8 @@ class MtBench:
         if not left:
             print(f"{self.out} is already complete")
             return
-        model = self.model.load()
         pattern = self.pattern.load(self.max_length)
-        if pattern is not None:
-            pattern.check(model.config)
+        model = self.model.load(pattern=pattern)
         chat = Chat(LM(model, self.model.tokenizer(), pattern), max_length=self.max_length)
         with record.writing(dtype=str(model.dtype)):
             # Written again without an answer that a kill cut off.

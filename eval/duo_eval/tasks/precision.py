@@ -19,6 +19,7 @@ from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.load import open_config
 from duo_jax.precision import ALLOWED, check_name
 
 FLOAT = "float32"
@@ -74,14 +75,14 @@ class Precision:
         record = Record.open(self.out, about | {"task": "precision"}, gates)
 
         def prepare(_: list[Job]) -> tuple[str, Answer[Job]]:
-            tokenizer = load_tokenizer(self.model)
+            config, tokenizer = open_config(self.model), load_tokenizer(self.model)
+            for pattern in filter(None, patterns.values()):
+                pattern.check(config)
             texts = {length: fit(self.data, tokenizer, length) for length in self.lengths}
 
             def score(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
                 for weights, group in groupby(jobs, lambda job: job.weights):
                     model = load_model(self.model, dtype=FLOAT, weight_dtype=None if weights == FLOAT else weights)
-                    for pattern in filter(None, patterns.values()):
-                        pattern.check(model.config)
                     for job in group:
                         about: dict[str, Any] = {"prose": job.prose, "kv_dtype": job.cache}
                         text = texts[job.length], job.length, job.sample

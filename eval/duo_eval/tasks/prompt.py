@@ -6,7 +6,8 @@ Knows no task.
 from duo_train.data.needles import DATE, beginning
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.text.template import encode, has_template, split
+from duo_jax.text.template import has_template, split
+from duo_jax.text.tokens import encode
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[list[int], str | None]:

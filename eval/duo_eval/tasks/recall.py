@@ -22,6 +22,7 @@ from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, ModelConfig, load_model, load_tokenizer
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.load import open_config
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ class Recall:
 
     def _prepare(self, sources: Mapping[str, str]) -> tuple[str, Answer[Job]]:
         """Load the model, check the patterns."""
-        model, tokenizer = load_model(self.model), load_tokenizer(self.model)
-        texts = self.scoring.texts(tokenizer)
+        config, tokenizer = open_config(self.model), load_tokenizer(self.model)
         for source in sources.values():
-            HeadPattern.load(source).check(model.config)
+            HeadPattern.load(source).check(config)
+        model, texts = load_model(self.model), self.scoring.texts(tokenizer)
 
         def score(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
             for job in jobs:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import MOST_SEED, ArgumentError, real_number, seed_number, whole_number
-from duo_jax.text.template import encode, has_template, split
+from duo_jax.text.template import has_template, split
+from duo_jax.text.tokens import encode
 from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.vocabulary import NATO, ORDINALS
 

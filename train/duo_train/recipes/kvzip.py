@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import whole_number
 from duo_jax.model import Model
-from duo_jax.text.template import encode, has_template, split
+from duo_jax.text.template import has_template, split
+from duo_jax.text.tokens import encode
 from duo_train.data.needles import DATE, beginning
 from duo_train.gated import GatedModel
 from duo_train.recipes.base import Recipe

@@ -20,6 +20,7 @@ from duo_eval.tasks.sandbox.sandbox import isolation
 from duo_jax import LM, HeadPattern
 from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.reading import read_json
 
@@ -99,11 +100,8 @@ class Harness:
         sources = {"weights": weights_fingerprint(self.model.model)}
         Record.open(self.out, about, sources)
         tokenizer = tokenizer or self.model.tokenizer()
-        model = self.model.load()
-        length = self.max_length or model.config.trained_positions
-        pattern = self.pattern.load(length)
-        if pattern is not None:
-            pattern.check(model.config)
+        pattern = self.pattern.load(self.max_length or open_config(self.model.model).trained_positions)
+        model = self.model.load(pattern=pattern)
         lm = DuoLM(
             LM(model, tokenizer, pattern),
             method=chosen,

@@ -21,7 +21,7 @@ from duo_eval.stats.scores import in_words, scored
 from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import STYLES
 from duo_jax.arguments import ArgumentError, whole_number
-from duo_jax.text.template import encode
+from duo_jax.text.tokens import encode
 
 # Depths are stored with four digits.
 MOST_DEPTHS = 10_001

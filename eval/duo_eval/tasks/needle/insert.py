@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_eval.tasks.needle.styles import Needle
 from duo_eval.tasks.prompt import frame
-from duo_jax.text.template import encode
+from duo_jax.text.tokens import encode
 
 
 @dataclass(frozen=True, eq=False)
