@@ -210,6 +210,14 @@ def test_a_special_token_as_a_stop_string_ends_a_row(lm):
     assert ends.ids == (lm.tokenizer.eos_token_id, lm.tokenizer.unk_token_id) and ends.strings == ("\n\n",)
 
 
+def test_a_stop_string_of_another_model_is_left_out_with_one_warning(lm):
+    model = adapter(lm)
+    with pytest.warns(UserWarning, match=r"stop strings \['<unk>\\n'\] never appear") as warned:
+        for _ in range(2):
+            assert model._options({"until": ["<unk>\n", "\n\n"], "max_gen_toks": 3})["stop"] == ("\n\n",)
+    assert len(warned) == 1
+
+
 def test_sampling_is_seeded(lm):
     settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.95, "max_gen_toks": 8}
     one, again = (generate(adapter(lm), [("Hello", settings), ("Hello", settings)]) for _ in range(2))

@@ -1,5 +1,6 @@
 """DuoLM: a model with a head pattern as lm-evaluation-harness sees it, text in, likelihoods and text out."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
 from duo_jax.sampling import Sampler
 from duo_jax.text.template import check_template, render
+from duo_jax.text.tokens import special_tokens
 
 # A shorter context is computed again for each continuation: more rows in a batch cost less than more turns.
 MIN_ASKED_IN_TURNS = 16
@@ -68,7 +70,7 @@ class DuoLM(TemplateLM):
             raise ValueError(f"max_length must be at most the model's {limit} positions, got {max_length=}")
         self.lm, self.tokenizer, self.name = lm, lm.tokenizer, name
         self.batch_size, self.max_length, self.truncate = batch_size, max_length or limit, truncate
-        self._progress = progress
+        self._progress, self._dropped = progress, set[str]()
         if method is not None and lm.pattern is not None:
             raise ValueError("a method takes the place of a head pattern: give one of them")
         if isinstance(method, Pooled) and method.is_fixed:
@@ -244,9 +246,24 @@ class DuoLM(TemplateLM):
             top_k = [TopK(int(cuts[0]))] if cuts[0] else []
             top_p = [TopP(float(cuts[1]))] if cuts[1] and cuts[1] < 1 else []
             sampler = Categorical((Temperature(float(heat)), *top_k, *top_p))
-        stop = tuple(text for text in stop if text)
+        stop = self._possible(stop)
         self.lm.ends(stop)  # Refuses what cannot end a reply.
         return {"max_new_tokens": count, "sampler": sampler, "seed": seed, "stop": stop}
+
+    def _possible(self, stop: Sequence[str]) -> tuple[str, ...]:
+        """The stop strings of a task without those that never appear, which `LM` would refuse, with one warning each.
+
+        Tasks have stop strings for many models: decoded text has no special tokens, so it has none with other text.
+        """
+        specials = special_tokens(self.tokenizer)
+        dropped = [text for text in stop if text not in specials and any(token in text for token in specials)]
+        if new := [text for text in dropped if text not in self._dropped]:
+            self._dropped.update(new)
+            warnings.warn(
+                f"the stop strings {new} never appear, as they have a special token and other text: left out",
+                stacklevel=2,
+            )
+        return tuple(text for text in stop if text and text not in dropped)
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=what, disable=disable or not self._progress, dynamic_ncols=True)
