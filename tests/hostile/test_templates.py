@@ -228,7 +228,7 @@ def rendered_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> li
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(first=TEXTS, second=TEXTS)
 def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name, first, second):
     tokenizer = tokenizer_of(name)
@@ -237,7 +237,7 @@ def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name,
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(before=TEXTS, after=TEXTS, place=st.integers(0, 2))
 def test_special_tokens_in_a_message_are_text(name, before, after, place):
     tokenizer = tokenizer_of(name)
@@ -266,7 +266,7 @@ def decoded_rendering(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
 
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(end=TEXTS, question=TEXTS)
 def test_a_document_is_the_beginning_of_the_whole(name, is_chat, end, question):
     # A question may continue the last word of a plain text: `duo generate --cache` refuses it.
@@ -283,7 +283,7 @@ def test_a_document_is_the_beginning_of_the_whole(name, is_chat, end, question):
 
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(end=TEXTS, question=TEXTS)
 def test_after_a_long_document_only_its_end_is_tokenized(name, is_chat, end, question):
     tokenizer, document = tokenizer_of(name), f"{'The cache holds keys. ' * 9}{end}"
@@ -317,10 +317,9 @@ def test_a_long_document_is_tokenized_once_and_its_end_with_every_question(monke
     monkeypatch.setattr(template, "_TAIL", 100)
     text = "The cache holds keys. " * 20
     with lm.document(text, room=64) as document:
-        replies = [document.ask(question, max_new_tokens=3).tokens for question in ("What?", "Which?")]
-        assert sum(size > 200 for size in encoded) == 1
-    chats = [[{"role": "user", "content": f"{text}\n\n{question}"}] for question in ("What?", "Which?")]
-    assert [reply.tokens for reply in lm.chat(chats, max_new_tokens=3)] == replies
+        for question in ("What?", "Which?"):
+            document.ask(question, max_new_tokens=2)
+        assert sum(size > 200 for size in encoded) == 1 and len(encoded) > 20
 
 
 def test_a_document_with_special_tokens_is_known_by_all_its_tokens():
@@ -402,7 +401,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_reply(token, monkeypatch):
     assert "".join(pieces) == row.reply == whole(tokenizer, row.reply.tokens, skip_special_tokens=True)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(text=st.text("é漢🧵a ", min_size=30, max_size=120))
 def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
     tokenizer = tokenizer_of("prepend")
@@ -413,7 +412,7 @@ def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data(), end=st.sampled_from([None, "eos", "stop"]))
 def test_a_whole_reply_has_the_text_of_its_tokens_one_by_one(name, data, end):
     tokenizer = tokenizer_of(name)
