@@ -220,7 +220,8 @@ def _hidden(
         return out, cache.append_chunk(layer, k, v, _after(out, lengths))
 
     positions = consecutive(cache.length, tokens.shape[1])
-    hidden, new = model.decoder.hidden(tokens, positions, on_devices(attend, lengths), cache)
+    decoder = model.decoder
+    hidden, new = decoder.hidden(tokens, positions, on_devices(attend, lengths, decoder), cache)
     return hidden, new.advance(lengths)
 
 
@@ -268,7 +269,9 @@ def step(
         )
         return out[:, None], cache
 
-    hidden, new = model.decoder.hidden(token[:, None], cache.length[:, None], on_devices(attend, active), cache)
+    decoder = model.decoder
+    attend_on_devices = on_devices(attend, active, decoder)
+    hidden, new = decoder.hidden(token[:, None], cache.length[:, None], attend_on_devices, cache)
     logits = head(model, hidden[:, 0])
     return _poison(logits, lengths > cache.max_length), new.advance(active.astype(jnp.int32))
 

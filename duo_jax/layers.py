@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -115,33 +116,27 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if (order := self._key_channels()) is not None:
-            q, k = _reordered(q, order), _reordered(k, order)
-        out, state = attend(state, layer, q, k, v)
+        out, state = attend(state, layer, rotate(q, *rotation), rotate(k, *rotation), v)
         return self.out(out.reshape(batch, length, -1)), state
 
-    def _key_channels(self) -> Int32[Array, "K H"] | None:
-        """Order of the channels of queries and keys, if weights tell which channels of keys are large.
+    def key_channels(self) -> Int32[Array, "K H"]:
+        """Order of the channels of queries and keys in a quantized cache, by how large those of keys may be.
 
-        Scores do not depend on it, but the precision of a quantized cache does.
+        Scores do not depend on it, but their precision does: see `outliers_first`.
         """
         config = self.config
         if config.qk_norm:
-            size = jnp.broadcast_to(self.k_norm.scale.get_value(), (self.num_kv_heads, config.head_dim))
+            size = self.k_norm.scale.get_value()
         elif config.qkv_bias:
             queries, keys = config.num_heads // self.devices, self.num_kv_heads // self.devices
             bias = self.qkv.bias.get_value().reshape(self.devices, -1, config.head_dim)
             size = bias[:, queries : queries + keys].reshape(-1, config.head_dim)
         else:
-            return None
-        return outliers_first(size.astype(jnp.float32))
-
-
-def _reordered(x: Float[Array, "B T N H"], order: Int32[Array, "K H"]) -> Float[Array, "B T N H"]:
-    """Channels of queries or keys in the order of their KV head."""
-    index = jnp.repeat(order, x.shape[2] // len(order), axis=0, total_repeat_length=x.shape[2])
-    return jnp.take_along_axis(x, index[None, None], axis=3)
+            # Keys have offsets in pairs that RoPE turns by a part of a circle over the trained context (Jonasson 2025,
+            # arXiv 2503.01832). SmolLM2's largest are those that turn by about a quarter.
+            quarters = config.rope.inverse_frequencies(config.head_dim) * config.max_positions / (np.pi / 2)
+            size = jnp.asarray(np.tile(np.exp(-np.abs(np.log(quarters))), 2))
+        return outliers_first(jnp.broadcast_to(size.astype(jnp.float32), (self.num_kv_heads, config.head_dim)))
 
 
 class Mlp(nnx.Module):

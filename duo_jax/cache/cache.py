@@ -27,6 +27,7 @@ from duo_jax.pattern import HeadPattern
 from duo_jax.precision import ALLOWED, AnyDtype, check_name
 from duo_jax.sizes import check_free, nbytes
 from pallas_kernels import Heads, Pools, TokenShards, Window
+from pallas_kernels.quantized import any_quantized
 
 if TYPE_CHECKING:
     from duo_jax.cache.spec import CacheSpec
@@ -173,6 +174,11 @@ class KVCache:
     def streaming_dtype(self) -> jnp.dtype:
         """Data type of streaming heads' keys and values."""
         return self.rings[0].k.dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any of its keys and values are."""
+        return any_quantized([*self.full, *(pool for ring in self.rings for pool in ring)])
 
     @property
     def shards(self) -> TokenShards | None:

@@ -32,10 +32,11 @@ from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, Precision, name_of
 from duo_jax.reading import read_json
 from pallas_kernels import Window
+from pallas_kernels.quantized import BITS
 
 ABOUT = "duo_cache.json"
 STEM = "cache"
-# Version of what arrays contain: quantized numbers, and the order of a key's channels. The first had no entry.
+# Version of what arrays of quantized numbers contain; the first had no entry.
 FORMAT = 2
 
 
@@ -102,9 +103,9 @@ def read_about(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path / ABOUT} is incomplete or was altered ({error}): save the cache again") from None
     if own != _text_checksum(record):
         raise ValueError(f"{path / ABOUT} was altered: its checksum does not match; save the cache again")
-    if (version := about.get("format")) != FORMAT:
+    if BITS.keys() & set(about["dtypes"]) and about.get("format") != FORMAT:
         raise ValueError(
-            f"{path} was saved by another version of duo-jax (its format is {version}, this one reads {FORMAT}): "
+            f"{path} has {' and '.join(about['dtypes'])} keys and values as another version of duo-jax stored them: "
             "prefill and save it again"
         )
     return {**about, "checksums": checksums}
