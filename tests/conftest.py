@@ -15,6 +15,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from duo_eval.tasks.sandbox import sandbox
+from hypothesis import settings
 from jax._src import compilation_cache
 
 from duo_jax import HeadPattern, Model, load_model
@@ -47,6 +48,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# The same examples in every run, so that a change fails only by its own fault; a busy machine may take its time.
+settings.register_profile("tests", derandomize=True, deadline=None)
+settings.load_profile("tests")
 
 # Tests with one of these marks are run by `make test-all` only. pyproject.toml describes the marks.
 LATER = {"browser", "full_matrix", "memory", "mesh", "meshes", "notebook", "process", "real_model", "slow", "aot"}

@@ -213,7 +213,7 @@ def test_decode_equals_the_mask_written_out(case, backend):
 
 
 @backends
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_start_and_length_in_one_program(backend, data):
     """The whole range of lengths of one shape; rows of a batch differ."""
@@ -316,7 +316,7 @@ def test_memory_does_not_depend_on_the_capacity(operation):
     assert temporary_bytes(short) == temporary_bytes(long)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(sink_size=st.integers(0, 6), recent_size=st.integers(1, 9), length=st.integers(0, 60))
 def test_a_ring_holds_the_sinks_and_the_newest_tokens(sink_size, recent_size, length):
     window = Window(sink_size, recent_size)
@@ -412,7 +412,7 @@ class Paged(NamedTuple):
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None)
 @given(page=st.sampled_from([4, 8, 24]), seed=st.integers(0, 99), data=st.data())
 def test_pages_in_any_order_equal_contiguous_pools(backend, page, seed, data):
     """Pages smaller and larger than a block of keys; a last page partly used; any order, unused pages between."""

@@ -200,7 +200,7 @@ def test_a_layer_too_many_is_named(folder: Path) -> None:
         load_model(folder)
 
 
-@settings(derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_cut_file_is_told_wherever_it_was_cut(folder: Path, data: st.DataObject) -> None:
     whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
@@ -654,7 +654,7 @@ def test_a_type_newer_than_gguf_is_told(small_gguf: Path, tmp_path: Path) -> Non
         load_model(tmp_path / "new.gguf")
 
 
-@settings(derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_a_cut_gguf_is_told_wherever_it_was_cut(small_gguf: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = small_gguf.read_bytes()

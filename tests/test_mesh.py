@@ -20,7 +20,7 @@ from tests.shapes import TINY
 from tests.test_train import DATA
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_every_device_holds_as_many_retrieval_heads_up_to_one(data):
     """In each layer and in total. Every head is on a device, and slots are numbered without gaps."""

@@ -39,7 +39,7 @@ def test_a_changed_size_is_saved_and_the_rest_of_the_config_kept(tmp_path):
     assert again.metadata["lr"] == 0.02
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(gates=GATES)
 def test_raw_gates_survive_a_file_exactly(gates, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pattern")
@@ -47,7 +47,7 @@ def test_raw_gates_survive_a_file_exactly(gates, tmp_path_factory):
     assert np.array_equal(HeadPattern.load(folder).gates, gates)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(gates=GATES, sparsity=st.floats(0, 1))
 def test_sparsity_streams_that_share_of_the_smallest_gates(gates, sparsity):
     pattern = HeadPattern.from_gates(gates, sparsity=sparsity, **SIZES)
@@ -57,14 +57,14 @@ def test_sparsity_streams_that_share_of_the_smallest_gates(gates, sparsity):
         assert clipped[~pattern.is_retrieval].max() <= clipped[pattern.is_retrieval].min()
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(gates=GATES, threshold=st.floats(0, 1))
 def test_threshold_alone_is_a_rule(gates, threshold):
     pattern = HeadPattern.from_gates(gates, threshold=threshold, **SIZES)
     assert np.array_equal(pattern.is_retrieval, gates.clip(0, 1) >= threshold)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(gates=GATES, budget=st.floats(0, 1), context=st.integers(1, 2000))
 def test_kv_budget_takes_as_many_retrieval_heads_as_fit(gates, budget, context):
     least = min(context, 16) / context

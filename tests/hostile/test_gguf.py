@@ -426,9 +426,7 @@ def assert_right_or_refused(path: Path) -> bool:
     return True
 
 
-@settings(
-    derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_headers_are_refused_or_change_no_weights(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "damaged.gguf"
@@ -436,9 +434,7 @@ def test_damaged_headers_are_refused_or_change_no_weights(data: st.DataObject, t
     assert_right_or_refused(path)
 
 
-@settings(
-    derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=300) | st.binary(max_size=300).map(lambda tail: WHOLE[:24] + tail))
 def test_any_bytes_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"

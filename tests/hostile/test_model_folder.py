@@ -132,7 +132,7 @@ values = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]), st.dictionaries(keys, values, min_size=1, max_size=3))
 def test_any_configuration_is_read_or_refused(family: str, changes: dict[str, Any]) -> None:
     whole = json.loads((GOLDEN / "llama" / "config.json").read_text()) | {"model_type": family, "sliding_window": None}
@@ -355,9 +355,7 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
     assert_refused(lambda: Shards([path]).shapes, "x.safetensors", str(MOST_HEADER_BYTES))
 
 
-@settings(
-    derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_header_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     entries = {"a": entry(shape=[4, 2], offsets=[0, 32]), "b": entry("F16", [16], [32, 64])}

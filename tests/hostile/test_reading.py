@@ -143,7 +143,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(s
 bad_numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), 10**400])
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(value=values, ascii_only=st.booleans(), indent=st.none() | st.just(1))
 def test_what_json_writes_is_read_back(value, ascii_only, indent):
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
@@ -151,7 +151,7 @@ def test_what_json_writes_is_read_back(value, ascii_only, indent):
     assert again == value and json.dumps(again) == json.dumps(value)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(
     value=st.recursive(scalars | bad_numbers, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
     cut=st.integers(0, 100),
@@ -170,7 +170,7 @@ def test_a_damaged_text_is_a_value_or_a_refusal(value, cut, noise, place):
         json.dumps(again, allow_nan=False, ensure_ascii=False).encode()
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
 def test_any_bytes_are_text_or_refused(content, tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes") / "a.txt"

@@ -204,7 +204,7 @@ anything = st.fixed_dictionaries(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(st.sampled_from(["llama", "qwen2"]), anything)
 def test_any_settings_have_the_numbers_of_transformers_or_are_refused(family: str, values: Values) -> None:
     with warnings.catch_warnings():

@@ -228,7 +228,7 @@ def rendered_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> li
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(first=TEXTS, second=TEXTS)
 def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name, first, second):
     tokenizer = tokenizer_of(name)
@@ -237,7 +237,7 @@ def test_without_special_tokens_a_chat_has_the_tokens_of_the_rendered_text(name,
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(before=TEXTS, after=TEXTS, place=st.integers(0, 2))
 def test_special_tokens_in_a_message_are_text(name, before, after, place):
     tokenizer = tokenizer_of(name)
@@ -266,7 +266,7 @@ def decoded_rendering(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
 
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None)
 @given(end=TEXTS, question=TEXTS)
 def test_a_document_is_the_beginning_of_the_whole(name, is_chat, end, question):
     # A question may continue the last word of a plain text: `duo generate --cache` refuses it.
@@ -283,7 +283,7 @@ def test_a_document_is_the_beginning_of_the_whole(name, is_chat, end, question):
 
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None)
 @given(end=TEXTS, question=TEXTS)
 def test_after_a_long_document_only_its_end_is_tokenized(name, is_chat, end, question):
     tokenizer, document = tokenizer_of(name), f"{'The cache holds keys. ' * 9}{end}"
@@ -401,7 +401,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_reply(token, monkeypatch):
     assert "".join(pieces) == row.reply == whole(tokenizer, row.reply.tokens, skip_special_tokens=True)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(text=st.text("é漢🧵a ", min_size=30, max_size=120))
 def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
     tokenizer = tokenizer_of("prepend")
@@ -412,7 +412,7 @@ def test_long_runs_of_byte_tokens_are_decoded_as_one(text):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), end=st.sampled_from([None, "eos", "stop"]))
 def test_a_whole_reply_has_the_text_of_its_tokens_one_by_one(name, data, end):
     tokenizer = tokenizer_of(name)
