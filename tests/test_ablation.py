@@ -75,7 +75,7 @@ def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, mon
         (("mine=", "theirs=--sink-size -1"), {}, "--sink-size"),
         (PAIR, {"identify": "--model=x"}, "mine: --model=x cannot vary"),
         (PAIR, {"flags": ("--lengths", "10")}, "hide less"),
-        (PAIR, {"flags": ("--samples", "-1")}, "no negative count"),
+        (PAIR, {"flags": ("--samples", "-1")}, "--samples must be at least 0, got -1"),
         (PAIR, {"flags": ("--samples", "0")}, "nothing to score"),
         (PAIR, {"flags": ("--sparsity", "7")}, "sparsity"),
         (PAIR, {"flags": ("--recent-sizes", "0")}, "--recent-size"),

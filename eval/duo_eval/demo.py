@@ -15,6 +15,7 @@ from rich.table import Table
 from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import digits
 from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax.arguments import whole_number
 from duo_jax.chunks import bucket
 from duo_jax.cli.timings import Timings
 from duo_jax.text.lm import LM, TextStream
@@ -44,8 +45,7 @@ class Demo:
 
     def run(self) -> None:
         """Load, ask three times, print a table."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        whole_number("max_new_tokens", self.max_new_tokens, 1)
         begin = time.perf_counter()
         console, progress = Console(), Console(stderr=True)
         tokenizer = load_tokenizer(self.model)

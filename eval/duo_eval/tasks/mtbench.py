@@ -17,6 +17,7 @@ from tqdm import tqdm
 from duo_eval.runner.record import Record, fingerprint, sha256
 from duo_eval.tasks.rows import read_rows
 from duo_jax import LM, Categorical, Greedy, HeadPattern, Temperature
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.files import append_text, check_output, write_text
@@ -53,10 +54,8 @@ class MtBench:
 
     def run(self) -> None:
         """Answer the missing questions, one by one."""
-        if self.max_new_tokens < 1 or self.max_length < 2:
-            raise ValueError(
-                f"need at least 1 new token and 2 of cache, got {self.max_new_tokens=}, {self.max_length=}"
-            )
+        whole_number("max_new_tokens", self.max_new_tokens, 1)
+        whole_number("max_length", self.max_length, 2)
         asked = read_rows(self.questions, QUESTION_FIELDS, _wrong, texts=("category",))
         record = Record.open(self.out.with_name(f"{self.out.name}.about.json"), self._about(), self._sources(asked))
         done = self._done()

@@ -21,6 +21,7 @@ from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, ModelConfig, load_model, load_tokenizer
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
 
@@ -81,11 +82,12 @@ class Scoring:
         Raises:
             ValueError: a negative count, nothing to score, or a sparsity or sizes that no pattern has.
         """
-        if min(self.samples, self.random, self.prose) < 0 or not self.lengths or min(self.lengths) < 1:
-            raise ValueError(
-                f"need lengths of at least 1 and no negative count, got {self.lengths=}, {self.samples=}, "
-                f"{self.random=}, {self.prose=}"
-            )
+        for name in ("samples", "random", "prose"):
+            whole_number(name, getattr(self, name), 0)
+        if not self.lengths:
+            raise ValueError("--lengths must have at least one length")
+        for length in self.lengths:
+            whole_number("lengths", length, 1)
         if not self.samples and not self.prose:
             raise ValueError("--samples 0 --prose 0 leaves nothing to score")
         for sparsity, (sink_size, recent_size) in product(self.sparsity, self.sizes):

@@ -16,6 +16,7 @@ from duo_eval.methods.patterns import Pooled
 from duo_eval.tasks.lm_eval.answering import Batched, Engine, Likelihood, OneByOne
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
+from duo_jax.arguments import whole_number
 from duo_jax.sampling import Sampler
 from duo_jax.text.template import check_template, render
 from duo_jax.text.tokens import special_tokens
@@ -64,10 +65,9 @@ class DuoLM(TemplateLM):
     ) -> None:
         super().__init__()
         limit = lm.model.config.trained_positions
-        if batch_size < 1 or (max_length is not None and max_length < 2):
-            raise ValueError(f"need batch_size >= 1 and max_length >= 2, got {batch_size=}, {max_length=}")
-        if max_length is not None and max_length > limit:
-            raise ValueError(f"max_length must be at most the model's {limit} positions, got {max_length=}")
+        whole_number("batch_size", batch_size, 1)
+        if max_length is not None:
+            whole_number("max_length", max_length, 2, limit, way=f"the model was trained for {limit} positions")
         self.lm, self.tokenizer, self.name = lm, lm.tokenizer, name
         self.batch_size, self.max_length, self.truncate = batch_size, max_length or limit, truncate
         self._progress, self._dropped = progress, set[str]()
