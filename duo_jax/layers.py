@@ -125,9 +125,9 @@ class Attention(nnx.Module):
         Scores do not depend on it, but their precision does: see `outliers_first`.
         """
         config = self.config
-        if config.qk_norm:
+        if config.qk_norm and self.k_norm.scale is not None:
             size = self.k_norm.scale.get_value()
-        elif config.qkv_bias:
+        elif self.qkv.bias is not None:
             queries, keys = config.num_heads // self.devices, self.num_kv_heads // self.devices
             bias = self.qkv.bias.get_value().reshape(self.devices, -1, config.head_dim)
             size = bias[:, queries : queries + keys].reshape(-1, config.head_dim)

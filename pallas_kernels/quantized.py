@@ -219,7 +219,7 @@ def _block(number: int) -> int:
 @functools.cache
 def _matrix(size: int) -> np.ndarray:
     """Sylvester's Hadamard matrix of a power of two, orthonormal; symmetric."""
-    matrix = np.ones((1, 1))
+    matrix: np.ndarray = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     return (matrix / np.sqrt(size)).astype(np.float32)

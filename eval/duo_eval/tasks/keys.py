@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from duo_eval.runner.provenance import origin
@@ -74,7 +75,7 @@ class Keys:
         }
 
 
-def _random(family: str, head_dim: int, seed: int, **fields: bool) -> Model:
+def _random(family: str, head_dim: int, seed: int, **fields: Any) -> Model:
     """A small random model; queries and keys are large enough that attention is not uniform."""
     config = ModelConfig(family, 256, 2, 128, 4, 2, head_dim, 256, 32768, Rope(1e6), dtype=FLOAT, **fields)
     model = Model.random(config, seed=seed)
@@ -105,7 +106,8 @@ def _qwen2(norm: float, pairs: int) -> Callable[[int, int], Model]:
                 bias[head, np.concatenate([slow, slow + head_dim // 2])] += (
                     norm * large / np.linalg.norm(large)
                 ).ravel()
-            layer.attention.qkv.bias.set_value(bias.astype(np.float32).ravel())
+            assert layer.attention.qkv.bias is not None
+            layer.attention.qkv.bias.set_value(jnp.asarray(bias.ravel(), jnp.float32))
         return Model.from_decoder(decoder)
 
     return make
@@ -119,7 +121,8 @@ def _qwen3(head_dim: int, seed: int) -> Model:
         for norm in (layer.attention.q_norm, layer.attention.k_norm):
             weights = np.exp(0.3 * rng.standard_normal(head_dim))
             weights[head_dim // 2 - 3] = weights[-3] = 10
-            norm.scale.set_value(weights.astype(np.float32))
+            assert norm.scale is not None
+            norm.scale.set_value(jnp.asarray(weights, jnp.float32))
     return Model.from_decoder(decoder)
 
 
