@@ -58,7 +58,9 @@ def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
         return known
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    ids = dict(sorted((added | dict(named)).items(), key=lambda item: -len(item[0])))
+    # An empty one, which some files have for none at all, would be found between all characters.
+    spelled = ((name, index) for name, index in (added | dict(named)).items() if name)
+    ids = dict(sorted(spelled, key=lambda item: -len(item[0])))
     names = tuple(ids)
     pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
     places = {name: place for place, name in enumerate(names)}

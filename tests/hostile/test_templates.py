@@ -364,6 +364,14 @@ def test_special_tokens_are_listed_once_until_there_are_more():
     assert special_tokens(tokenizer)["<|more|>"] not in encode(tokenizer, "x<|more|>", parse_special=False)
 
 
+def test_an_empty_special_token_is_none():
+    tokenizer = tokenizer_of("byte-level")
+    expected = encode(tokenizer, "Hi you", parse_special=False)
+    tokenizer.bos_token = ""  # As some tokenizer_config.json have it.
+    assert "" not in special_tokens(tokenizer)
+    assert encode(tokenizer, "Hi you", parse_special=False) == expected
+
+
 def test_a_stop_string_that_is_a_special_token_is_a_token():
     tokenizer = tokenizer_of("byte-level")
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
