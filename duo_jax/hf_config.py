@@ -132,7 +132,7 @@ def _refuse_unsupported(family: str, values: Mapping[str, Any], config: Mapping[
     if kinds:
         refused = f"layers of type {sorted(kinds)} ({window=} of {positions} positions)"
     if values["hidden_act"] not in ("silu", "swish"):
-        refused = f"the activation {values['hidden_act']!r}"
+        refused = f"the activation {values['hidden_act']!r:.60}"
     if any(config.get(key) for key in EXPERTS):
         refused = "a mixture of experts"
     if config.get("per_layer_config"):
@@ -140,7 +140,7 @@ def _refuse_unsupported(family: str, values: Mapping[str, Any], config: Mapping[
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
-        refused = f"weights quantized by {method!r}; GGUF files are dequantized, other formats are not read"
+        refused = f"weights quantized by {method!r:.60}; GGUF files are dequantized, other formats are not read"
     if refused:
         raise NotImplementedError(f"{family}: this model uses {refused}, which is not supported")
 
@@ -163,7 +163,7 @@ def _check_rope(given: Mapping[str, Any]) -> None:
     other = given.get("rope_parameters") or used
     kind = used.get("rope_type", used.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPES:
-        raise NotImplementedError(f"RoPE scaling {kind!r} is not supported; supported are {', '.join(ROPES)}")
+        raise NotImplementedError(f"RoPE scaling {kind!r:.60} is not supported; supported are {', '.join(ROPES)}")
     if kind in ("llama3", "yarn") and not used.get("original_max_position_embeddings", 1):
         raise ValueError(f"original_max_position_embeddings must be at least 1 for {kind}, got null or 0")
     pairs = [("rope_scaling", used, "rope_parameters", other), ("rope_type", kind, "type", used.get("type", kind))]
@@ -175,8 +175,8 @@ def _check_rope(given: Mapping[str, Any]) -> None:
     for first_name, first_value, second_name, second_value in pairs:
         if first_value != second_value:
             warnings.warn(
-                f"{first_name} is {first_value!r} and {second_name} {second_value!r}: the first is used, as by "
-                "transformers",
+                f"{first_name} is {first_value!r:.200} and {second_name} {second_value!r:.200}: the first is used, as "
+                "by transformers",
                 stacklevel=2,
             )
 

@@ -311,7 +311,7 @@ def _find(source: str | Path) -> Path:
     if name in published_patterns():
         return Path(str(resources.files("duo_jax") / "patterns" / name))
     names = "\n  ".join(published_patterns())
-    raise FileNotFoundError(f"no folder and no published pattern {str(source)!r}; the names are\n  {names}")
+    raise FileNotFoundError(f"no folder and no published pattern {str(source)!r:.200}; the names are\n  {names}")
 
 
 def _read(path: Path) -> str:

@@ -102,5 +102,5 @@ def check_name(field: str, dtype: AnyDtype, allowed: Iterable[str]) -> str:
     except ValueError as error:
         raise ArgumentError(field, f"must be one of {', '.join(allowed)}: {error}") from None
     if name not in allowed:
-        raise ArgumentError(field, f"must be one of {', '.join(allowed)}, got {name!r}")
+        raise ArgumentError(field, f"must be one of {', '.join(allowed)}, got {name!r:.60}")
     return name

@@ -55,7 +55,8 @@ class CacheSpec:
         instance("config", self.config, ModelConfig, "pass model.config")
         instance("pattern", self.pattern, HeadPattern, "HeadPattern.load makes one from a name or folder")
         for name in ("batch_size", "max_length", "page_size"):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if value is not None or name != "page_size":
                 object.__setattr__(self, name, whole_number(name, value, 1))
         self.pattern.check(self.config)
         self.size.check(self.config)

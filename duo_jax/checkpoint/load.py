@@ -163,7 +163,7 @@ def open_config(source: str | Path) -> ModelConfig:
 def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
     if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"a model is given by a path or a name, got {source!r}")
+        raise ValueError(f"a model is given by a path or a name, got {source!r:.60}")
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return SavedModel(path) if SavedModel.is_at(path) else Folder(path)
@@ -176,7 +176,7 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return Folder(hub.download(source, weights=weights))
     raise FileNotFoundError(
-        f"no model {str(source)!r}: give a Hugging Face folder, a .gguf file, a hub id (organisation/name), "
+        f"no model {str(source)!r:.200}: give a Hugging Face folder, a .gguf file, a hub id (organisation/name), "
         f"or one of the packaged models {sorted(PACKAGED)}"
     )
 

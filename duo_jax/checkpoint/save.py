@@ -79,12 +79,12 @@ class SavedModel(Folder):
             _check_fields(rope, kind)
             _check_fields(values | {"rope": rope}, ModelConfig)
             if values["family"] not in FAMILIES:
-                raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r}")
+                raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r:.60}")
             # JSON has lists for tuples.
             rope = {name: tuple(value) if isinstance(value, list) else value for name, value in rope.items()}
             return ModelConfig(**values | {"rope": kind(**rope), "eos_ids": tuple(values["eos_ids"])})
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r}") from None
+            raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r:.200}") from None
         except ValueError as error:
             raise ValueError(error if CONFIG in str(error) else f"{self.path / CONFIG}: {error}") from None
 

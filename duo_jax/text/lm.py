@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.arguments import whole_number
+from duo_jax.arguments import ArgumentError, whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config
@@ -103,6 +103,8 @@ class LM:
         self, text: str | Sequence[str], *, parse_special: bool = True, **options: Any
     ) -> "Reply | list[Reply]":
         """Continue a text, or several at once; `options` as for `stream`."""
+        if not isinstance(text, Iterable):
+            raise ArgumentError("text", f"must be a string or a list of strings, got {text!r:.60}")
         texts = [text] if isinstance(text, str) else list(text)
         prompts = [self.encode(prompt, parse_special=parse_special) for prompt in texts]
         replies = self.complete(prompts, **options)

@@ -132,6 +132,8 @@ def test_what_no_memory_holds_is_refused_before_it_is_allocated(tiny, call, word
 
 # Arguments of another type or shape.
 WRONG: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "no rows": (lambda model: KVCache.init(TINY, None, None, 8), "batch_size must be an integer, got None"),
+    "no text": (lambda model: LM(model, None)(None), "text must be a string or a list of strings, got None"),
     "model": (lambda model: generate("name", PROMPT), "model must be a Model, got 'name'; load_model"),
     "model of prefill": (lambda model: prefill(TINY, PROMPT, None), "model must be a Model"),
     "sampler's name": (lambda model: generate(model, PROMPT, sampler="greedy"), "sampler must be a Sampler"),
