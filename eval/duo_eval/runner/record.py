@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ Head = dict[str, Any]
 Result = dict[str, Any]
 
 # The most jobs of a file: their list is in memory.
-MOST_JOBS = 1_000_000
+MOST_JOBS = 200_000
 
 
 @dataclass(eq=False)
@@ -109,9 +109,10 @@ class Record:
                 more jobs than anyone waits for, whose list would take all memory.
         """
         by_text, kinds = {}, _Kinds()
-        for number, job in enumerate(jobs):
-            if number == MOST_JOBS:
-                raise ValueError(f"this asks for more than {MOST_JOBS} results: give fewer lengths, samples or methods")
+        wanted = list(islice(jobs, MOST_JOBS + 1))
+        if len(wanted) > MOST_JOBS:
+            raise ValueError(f"this asks for more than {MOST_JOBS} results: give fewer lengths, samples or methods")
+        for job in wanted:
             plain = _plain(job)
             by_text[_text(plain)] = job
             kinds.add(plain)
