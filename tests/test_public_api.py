@@ -27,8 +27,8 @@ NO_CONSTRUCTOR = {"Document", "Generation", "KVCache", "LM", "Model", "Scores", 
 INTERNAL = {
     "HeadPattern": {"check"},
     "KVCache": {
-        "advance", "append_chunk", "append_token", "axes", "check_alive", "full", "head_dim", "heads", "is_retrieval",
-        "order", "pages", "pools_of", "ring_of_layer", "rings", "shards", "slot", "window", "windows",
+        "advance", "append_chunk", "append_token", "axes", "check_alive", "full", "head_dim", "heads", "is_quantized",
+        "is_retrieval", "order", "pages", "pools_of", "ring_of_layer", "rings", "shards", "slot", "window", "windows",
     },
     "LM": {"complete", "encode", "encode_chat", "ends", "make_cache", "request"},
     "Model": {"from_decoder", "graphdef", "order", "params"},

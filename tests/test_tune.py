@@ -49,5 +49,5 @@ def test_tiles_that_a_kernel_refuses_are_left_out(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("bad", [{"kernels": ("matmul",)}, {"context": 0}])
 def test_bad_settings_are_refused(tmp_path, bad):
-    with pytest.raises(ValueError, match=r"kernels are among flash|sizes of at least 1"):
+    with pytest.raises(ValueError, match=r"kernels are among flash|context must be at least 1"):
         Tune(out=tmp_path / "tiles.json", **bad).run()
