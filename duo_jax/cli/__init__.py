@@ -101,6 +101,8 @@ def _reason(error: Exception) -> str | None:
         return f"the output's encoding {error.encoding} has no {text!a}: set PYTHONIOENCODING=utf-8"
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
         return f"standard output cannot be written to: {error.strerror}"  # Errors of files name the file.
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: {str(error.filename)[:80]}..."
     if isinstance(error, USER_ERRORS):
         from duo_jax.arguments import in_flags
 

@@ -97,3 +97,9 @@ def test_errors_of_files_are_not_blamed_on_the_output(capsys):
 
     assert _status("duo x", work) == 2
     assert capsys.readouterr().err == "duo x: [Errno 28] No space left on device: 'r.jsonl'\n"
+
+
+def test_a_name_that_is_too_long_is_cut(duo):
+    result = duo("inspect", "--model", "x" * 5000)
+    assert_refused(result, "File name too long: xxx")
+    assert len(result.err) < 200
