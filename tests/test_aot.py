@@ -8,7 +8,7 @@ import jaxtyping
 import pytest
 from duo_eval.aot.compile import compile_for, kernels_on, memory_of
 from duo_eval.aot.kernels import OPERATIONS, program
-from duo_eval.aot.programs import prefill_chunk, training_step
+from duo_eval.aot.programs import decode, is_close, prefill_chunk, training_step, verify
 from duo_train.gated import GatedModel
 
 from duo_jax import PRESETS

@@ -11,8 +11,9 @@ import pytest
 from duo_eval.aot.compile import assemble, compile_for
 from duo_eval.aot.kernels import program
 
-from pallas_kernels import decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Pools, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import GPUS, tiles_for
+from pallas_kernels.quantized import empty
 from pallas_kernels.schedule import Splits
 from tests.test_mosaic import WINDOW, problem
 
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from triton.runtime import interpreter
 
-from pallas_kernels import Pools, decode_attention
+from pallas_kernels import Pools, decode_attention, ops
 from pallas_kernels.jax_triton import decode_kernel as implementation
 from pallas_kernels.quantized import empty, store
 from pallas_kernels.gpus import DecodeTiles, trying
@@ -89,12 +90,14 @@ for head_dim, dtype, is_retrieval, kept, kept_in_rings in cases:
         tokens=1, starts=(0, 0), capacity=600, head_dim=head_dim, is_retrieval=is_retrieval, dtype=jnp.dtype(dtype)
     )
     names = (kept, kept, kept_in_rings, kept_in_rings)
-    like = [empty((1, head_dim), name or dtype) for name in names]
+    like = [empty((1, head_dim), name or dtype, values=i % 2 == 1) for i, name in enumerate(names)]
     given = zip(pools.stored, like, strict=True)
     pools = Pools(*(store(pool, kind) if pool.shape[0] else pool for pool, kind in given))
     lengths = jnp.asarray([600, 33], jnp.int32)
     with trying("decode", DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)):
-        found = implementation.decode(q[:, 0], pools, heads, lengths=lengths, capability=90).out
+        turned = ops._in_basis_of_pools(q[:, 0], pools, heads)
+        found = implementation.decode(turned, pools, heads, lengths=lengths, capability=90).out
+        found = ops._in_basis_of_pools(found, pools, heads)
     wanted = decode_attention(q[:, 0], pools, heads, lengths=lengths, window=WINDOW, backend="reference")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if dtype == "float32" else 3e-3)
 """
