@@ -29,6 +29,11 @@ def shapes_for_arrays(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+def ours(gpu, function, shapes):
+    """The kernels of a program without those of XLA, which transforms queries and outputs of quantized caches."""
+    return [kernel for kernel in kernels_on(gpu, function, *shapes) if not kernel.name.startswith("gemm_fusion")]
+
+
 def test_a_training_step_s_memory_is_linear_in_the_tokens():
     """Two layers of Llama-3-8B; all 32 at 32k tokens were compiled once, see eval/results/aot."""
     config = replace(PRESETS["llama-3-8b"], num_layers=2, dtype="bfloat16")
@@ -92,7 +97,7 @@ def test_eight_gpus_take_what_is_planned_and_send_nothing_of_the_cache(mesh):
 )
 def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     function, shapes = program(operation, "triton", head_dim=head_dim, cache=cache)
-    kernels = kernels_on(gpu, function, *shapes)
+    kernels = ours(gpu, function, shapes)
     assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
@@ -113,4 +118,4 @@ def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation, ca
     """128 slots of 4.2M tokens: an offset of 32 bits would reach the fourth slot. Compiled, not run."""
     for capacity, bits in ((1024, 32), (1 << 22, 64)):
         function, shapes = program(operation, "triton", capacity=capacity, cache=cache)
-        assert [kernel.address_bits for kernel in kernels_on("h200", function, *shapes)] == [bits]
+        assert [kernel.address_bits for kernel in ours("h200", function, shapes)] == [bits]
