@@ -2,9 +2,11 @@
 
 import math
 import operator
+import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import numpy as np
@@ -111,6 +113,18 @@ def instance(name: str, value: Any, kind: type[T], way: str = "") -> T:
     if not isinstance(value, kind):
         raise ArgumentError(name, f"must be a {kind.__name__}, got {_text(value)}{way and f'; {way}'}")
     return value
+
+
+def path_of(name: str, value: Any, what: str = "the path of a file or folder") -> Path:
+    """The path of a file or folder, `~` replaced by the user's home folder.
+
+    Raises:
+        ArgumentError: another type, an empty text, or a character that no path has; it must be `what`.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ArgumentError(name, f"must be {what}, got {_text(value)}")
+    return Path(os.path.expanduser(text))
 
 
 def integers(name: str, values: ArrayLike) -> np.ndarray:

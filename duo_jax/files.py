@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from duo_jax.arguments import path_of
+
 # In a folder that is not finished. A folder without it is never removed.
 UNFINISHED = ".duo-jax-unfinished"
 # Bytes at the beginning of a file from which its writer is recognized.
@@ -87,10 +89,10 @@ def free_path(path: str | Path) -> Path:
 
     Raises:
         FileExistsError: it exists, and is not an empty folder.
-        ValueError: it is inside a file.
+        ValueError: it is no path, or is inside a file.
         PermissionError: the folder around it cannot be written to.
     """
-    path = Path(os.path.realpath(os.path.expanduser(path)))
+    path = Path(os.path.realpath(path_of("path", path)))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already: choose another name, or remove it first")
     _check_folder(path.parent)

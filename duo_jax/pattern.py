@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
-from duo_jax.arguments import MOST_TOKENS, ArgumentError, instance, real_number, whole_number
+from duo_jax.arguments import MOST_TOKENS, instance, path_of, real_number, whole_number
 from duo_jax.config import ModelConfig
 from duo_jax.files import check_output, write_text
 from duo_jax.reading import parse_object, read_json, read_text
@@ -203,8 +203,12 @@ class HeadPattern:
             if override is None and name not in metadata:
                 raise ValueError(f"{folder / CONFIG_FILE} has no {name!r}; add it or pass {name}=")
             sizes[name] = metadata[name] if override is None else override
+        overrides = sink_size is not None or recent_size is not None
         rules: dict[str, Any] = {"sparsity": sparsity, "threshold": threshold, "kv_budget": kv_budget}
-        _check_sizes(**sizes)
+        try:
+            _check_sizes(**sizes)
+        except ValueError as error:
+            raise error if overrides else ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         gates = _read_gates(folder / GATES_FILE)
         _check_finite(gates, f"{folder / GATES_FILE}: gates")
         pattern = cls.from_gates(gates, **sizes, **rules, context_length=context_length, metadata=metadata)
@@ -218,7 +222,7 @@ class HeadPattern:
             FileExistsError: the folder has another `config.json`, such as a model's.
             OSError: it cannot be written.
         """
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         check_folder(folder)
         sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
         text, metadata = self._config_text, self.metadata | sizes
@@ -302,9 +306,7 @@ def _affordable(num_heads: int, budget: float, context_length: int, capacity: in
 
 
 def _find(source: str | Path) -> Path:
-    if not isinstance(source, str | Path):
-        raise ArgumentError("pattern", f"must be a folder or a published name, got a {type(source).__name__}")
-    folder = Path(source)
+    folder = path_of("pattern", source, "a folder or a published name")
     if folder.is_dir():
         return folder
     name = str(source).lower()

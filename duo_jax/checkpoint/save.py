@@ -18,6 +18,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.config import FAMILIES, ModelConfig
@@ -47,7 +48,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerB
     if model.mesh is not None:
         raise ValueError("a model on a mesh has its weights in another order: save it from one device")
     config = asdict(model.config) | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
-    with whole_folder(Path(folder)) as part:
+    with whole_folder(path_of("folder", folder)) as part:
         if tokenizer is not None:
             try:
                 tokenizer.save_pretrained(part)

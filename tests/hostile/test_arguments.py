@@ -31,6 +31,9 @@ from duo_jax import (
     stream,
 )
 from duo_jax.arguments import MOST_SEED, MOST_TOKENS, ArgumentError, real_number, whole_number
+from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.save import save_model
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM, Document
 from tests.shapes import TINY
@@ -128,6 +131,30 @@ def test_what_no_memory_holds_is_refused_before_it_is_allocated(tiny, call, word
     with pytest.raises(ValueError, match=words) as caught:
         call(tiny)
     assert len(str(caught.value)) < 300
+
+
+# Every public function that takes a path.
+PATHS: dict[str, Callable[[Model, Any], Any]] = {
+    "load_model": lambda model, path: duo_jax.load_model(path),
+    "load_tokenizer": lambda model, path: duo_jax.load_tokenizer(path),
+    "load": lambda model, path: duo_jax.load(path),
+    "save_model": lambda model, path: save_model(model, path),
+    "open_config": lambda model, path: open_config(path),
+    "weights_fingerprint": lambda model, path: weights_fingerprint(path),
+    "HeadPattern.load": lambda model, path: HeadPattern.load(path),
+    "HeadPattern.save": lambda model, path: STREAMING.save(path),
+    "KVCache.save": lambda model, path: prefill(model, PROMPT, KVCache.init(TINY, None, 1, 8))[1].save(path),
+    "KVCache.load": lambda model, path: KVCache.load(path),
+}
+
+
+@pytest.mark.parametrize("call", PATHS.values(), ids=PATHS)
+def test_what_is_no_path_is_refused(tiny, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong in (5, None, b"x", ["x"], "", "a\0b"):
+        with pytest.raises(ValueError, match=r"^\w+ must be (a path|the path|a folder) .*, got "):
+            call(tiny, wrong)
+    assert not any(tmp_path.iterdir())
 
 
 # Arguments of another type or shape.

@@ -3,10 +3,10 @@
 Knows where texts are and how they are stored, but no tokenizer and no needle.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from duo_jax.arguments import path_of
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
 from duo_jax.reading import read_text_pieces, stream_json_lines
 
@@ -76,7 +76,7 @@ def _texts(source: str, max_chars: int | None) -> Iterator[str]:
 
 def _find(source: str) -> list[Path]:
     """The file, or the files of a folder."""
-    path = Path(os.path.expanduser(source))
+    path = path_of("haystack", source)
     if path.is_file():
         return [path]
     files = [file for file in path.glob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
