@@ -6,7 +6,6 @@ A folder has safetensors shards and `duo_cache.json`. `KVCache.save` and `KVCach
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -20,16 +19,16 @@ from jaxtyping import Array, Int32, Shaped
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 
-from duo_jax.arguments import check_rows, whole_number
+from duo_jax.arguments import MOST_TOKENS, check_rows, instance, integers, path_of, whole_number
 from duo_jax.arrays import Shards, write_shards
 from duo_jax.cache.cache import KeyValues, KVCache
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.config import ModelConfig
+from duo_jax.config import MOST, ModelConfig
 from duo_jax.differences import changes
 from duo_jax.files import free_path, whole_folder, write_text
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
-from duo_jax.precision import AnyDtype, Precision, name_of
+from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name, name_of
 from duo_jax.reading import read_json
 from pallas_kernels import Window
 from pallas_kernels.quantized import BITS
@@ -88,7 +87,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such folder.
         ValueError: not a folder that `save` made, or one that was truncated or altered.
     """
-    path = Path(os.path.expanduser(path)).absolute()
+    path = path_of("path", path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder with a saved cache")
     if (path / "_CHECKPOINT_METADATA").exists():
@@ -99,16 +98,55 @@ def read_about(path: str | Path) -> dict[str, Any]:
         record = read_json(path / ABOUT)
         own = record.pop("own")
         about, checksums = record["about"], record["checksums"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / ABOUT} is incomplete or was altered ({error}): save the cache again") from None
-    if own != _text_checksum(record):
-        raise ValueError(f"{path / ABOUT} was altered: its checksum does not match; save the cache again")
+        if own != _text_checksum(record):
+            raise ValueError("its checksum does not match")
+        _check_about(about)
+        instance("checksums", checksums, dict)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path / ABOUT} is incomplete or was altered ({reason:.200}): save the cache again") from None
     if BITS.keys() & set(about["dtypes"]) and about.get("format") != FORMAT:
         raise ValueError(
             f"{path} has {' and '.join(about['dtypes'])} keys and values as another version of duo-jax stored them: "
             "prefill and save it again"
         )
     return {**about, "checksums": checksums}
+
+
+def _check_about(about: Mapping[str, Any]) -> None:
+    """Check every type and range: whoever changed a description may have written a checksum that fits.
+
+    Raises:
+        ValueError: a wrong value, by name.
+        KeyError, TypeError: a description of another shape.
+    """
+    sizes = {"max_length": 1, "head_dim": 1} | ({} if about["page_size"] is None else {"page_size": 1})
+    for name, least in sizes.items():
+        whole_number(name, about[name], least, MOST["head_dim"] if name == "head_dim" else MOST_TOKENS)
+    table = integers("is_retrieval", about["is_retrieval"])
+    if table.ndim != 2 or not table.size or ((table != 0) & (table != 1)).any():
+        raise ValueError(f"is_retrieval must be a table of 0 and 1, got {table.shape=}")
+    lengths = integers("length", about["length"])
+    if lengths.ndim != 1 or not lengths.size or lengths.min() < 0 or not 0 < lengths.max() <= about["max_length"]:
+        raise ValueError(f"length must be the tokens of each row, at most {about['max_length']}, got {lengths!s:.60}")
+    layers = about["layer_windows"]
+    if layers is not None and len(instance("layer_windows", layers, list)) != len(table):
+        raise ValueError(f"layer_windows must have an entry for each of {len(table)} layers, got {len(layers)}")
+    for window in (about["window"], *(own for own in layers or () if own is not None)):
+        sink_size, recent_size = instance("window", window, list)
+        # A cache without streaming heads has a window of no size.
+        whole_number("sink_size", sink_size, 0)
+        whole_number("recent_size", recent_size, 0)
+    for dtype in about["dtypes"]:
+        check_name("dtypes", dtype, ALLOWED["kv_dtype"])
+    if len(about["dtypes"]) != 2:
+        raise ValueError(f"dtypes must be those of retrieval and streaming heads, got {about['dtypes']!r:.60}")
+    if about["tokens"] is not None:
+        check_rows("tokens", about["tokens"], len(lengths))
+    # Caches of older versions have no text.
+    for name, value, kind in (("model", about["model"], dict), ("text", about.get("text"), str)):
+        if value is not None:
+            instance(name, value, kind)
 
 
 def load(
@@ -132,12 +170,15 @@ def load(
     max_length = about["max_length"] if max_length is None else whole_number("max_length", max_length, 1)
     if filled > max_length:
         raise ValueError(f"{path} has {filled} tokens, more than {max_length=}: make it at least that long")
-    arrays = _read_arrays(Path(os.path.expanduser(path)), about["checksums"])
-    cache = _spec(about, max_length).empty()
-    pools, structure = (
-        _parts(_contiguous(cache.full, cache.pages), cache.rings),
-        jax.tree.structure((cache.full, cache.rings)),
-    )
+    arrays = _read_arrays(path_of("path", path), about["checksums"])
+    try:
+        spec = _spec(about, max_length)
+    except ValueError as error:
+        raise ValueError(f"{path} is incomplete or was altered: {error}; save the cache again") from None
+    # Traced: nothing is allocated before the shapes are compared.
+    jax.eval_shape(lambda: _check_arrays(path, _parts(*_pools(spec.empty())), arrays, filled))
+    cache = spec.empty()
+    pools, structure = _parts(*_pools(cache)), jax.tree.structure((cache.full, cache.rings))
     full, rings = jax.tree.unflatten(structure, list(_written(pools, arrays)))
     # Rows of a new cache own consecutive pages: its full pool is a contiguous one in another shape.
     full = jax.tree.map(lambda x, like: x.reshape(like.shape), full, cache.full)
@@ -191,9 +232,27 @@ def _contiguous(full: KeyValues, pages: Array | None) -> KeyValues:
     return jax.tree.map(lambda x: x[:, pages].reshape(len(x), len(pages), -1, *x.shape[3:]), full)
 
 
+def _pools(cache: KVCache) -> tuple[KeyValues, tuple[KeyValues, ...]]:
+    """The pools as they are stored."""
+    return _contiguous(cache.full, cache.pages), cache.rings
+
+
+def _check_arrays(path: str | Path, pools: dict[str, Array], arrays: Mapping[str, np.ndarray], filled: int) -> None:
+    """Raise ValueError for stored arrays that do not fit the pools of a cache, by name."""
+    for name, pool in pools.items():
+        shape = (*pool.shape[:2], filled, *pool.shape[3:]) if name.startswith("full") else pool.shape
+        stored = arrays.get(name)
+        if pool.size and (stored is None or (stored.shape, stored.dtype) != (shape, pool.dtype)):
+            got = None if stored is None else f"{stored.dtype.name}{list(stored.shape)}"
+            raise ValueError(
+                f"{path} is incomplete or was altered: {name} must be {pool.dtype.name}{list(shape)}, got {got}; save "
+                "the cache again"
+            )
+
+
 def _filled_arrays(cache: KVCache, filled: int) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays to store: pools without slots, and entries beyond the length, are left out."""
-    for name, leaf in _parts(_contiguous(cache.full, cache.pages), cache.rings).items():
+    for name, leaf in _parts(*_pools(cache)).items():
         if leaf.size:
             yield name, np.asarray(leaf)[:, :, :filled] if name.startswith("full") else np.asarray(leaf)
 
