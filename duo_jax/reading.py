@@ -1,5 +1,7 @@
 """Reading text, JSON and JSON lines. All are bounded and checked here, and every error names the file and the line.
 
+A byte order mark at the beginning, as some editors write, is left out everywhere.
+
 Knows no format beyond that: a caller checks which fields an object has.
 """
 
@@ -12,8 +14,10 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 # A file that is larger, packed or unpacked, is refused: reading takes a few times its size in memory.
@@ -164,6 +168,34 @@ def read_pieces(path: Path, *, most: int = MOST_BYTES, way: str = COPY) -> Itera
             if size > most:
                 raise _too_large(path, most)
             yield piece
+
+
+@contextmanager
+def without_marks(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder for libraries that read files themselves and know no byte order mark, which is accepted here everywhere.
+
+    It is the folder itself, unless one of the named files begins with a mark: then it is a temporary folder with links,
+    and copies of these files without the mark.
+    """
+    marked = [name for name in names if _has_mark(folder / name)]
+    if not marked:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="duo-jax-") as temporary:
+        for file in folder.iterdir():
+            copy = Path(temporary) / file.name
+            if file.name in marked:
+                copy.write_bytes(read_bytes(file).removeprefix(codecs.BOM_UTF8))
+            else:
+                copy.symlink_to(file.absolute())
+        yield Path(temporary)
+
+
+def _has_mark(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
 
 
 def read_text_pieces(path: Path) -> Iterator[str]:

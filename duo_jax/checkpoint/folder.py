@@ -15,7 +15,8 @@ from duo_jax.arrays import Shards, first_names
 from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
 from duo_jax.hf_config import eos_ids
-from duo_jax.reading import read_json, read_text
+from duo_jax.reading import read_json, read_text, without_marks
+from duo_jax.text.tokens import special_tokens
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -106,7 +107,13 @@ class Folder(Source):
         if self.path / TOKENIZER_CONFIG in files:
             _check_tokenizer_config(self.path / TOKENIZER_CONFIG)
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            with without_marks(self.path, (CONFIG, *TOKENIZER_FILES)) as path:
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+                if getattr(tokenizer, name, None) == "":  # For none: transformers would look for its id without end.
+                    setattr(tokenizer, name, None)
+            special_tokens(tokenizer)  # Raises for one without an id.
+            return tokenizer
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises Exception itself, and where it panics, a BaseException.

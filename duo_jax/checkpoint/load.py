@@ -1,7 +1,6 @@
 """Loading: find the checkpoint, check every tensor's name and shape, then read them one by one."""
 
 import functools
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,10 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.arguments import instance
+from duo_jax.arguments import instance, path_of
 from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_file import GgufFile
@@ -156,15 +156,19 @@ def usual_dtype(config: ModelConfig, dtype: AnyDtype | None = None) -> AnyDtype:
 
 def open_config(source: str | Path) -> ModelConfig:
     """The configuration of a model or of a preset, without its weights; a path takes precedence over a preset."""
-    preset = None if Path(source).exists() else PRESETS.get(str(source).lower())
-    return preset or open_source(source, weights=False).config
+    preset = None if path_of("model", source, "a path or a name").exists() else PRESETS.get(str(source).lower())
+    if preset is not None:
+        return preset
+    checkpoint = open_source(source, weights=False)
+    try:
+        return _with_stored_head(checkpoint, checkpoint.config, str(source))
+    except (FileNotFoundError, SafetensorError):  # A configuration without weights.
+        return checkpoint.config
 
 
 def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"a model is given by a path or a name, got {source!r:.60}")
-    path = Path(os.path.expanduser(source))
+    path = path_of("model", source, "a path or a name")
     if path.is_dir():
         return SavedModel(path) if SavedModel.is_at(path) else Folder(path)
     if path.is_file():
