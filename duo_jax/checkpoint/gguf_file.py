@@ -63,8 +63,9 @@ class GgufFile(Source):
         divisors = None
         if ROPE_DIVISORS in self._tensors:
             divisors = tuple(float(x) for x in self.read(ROPE_DIVISORS).flat)
+        shapes = self.shapes
         with self._named():
-            config = config_from_gguf(self.metadata, self.shapes, divisors=divisors)
+            config = config_from_gguf(self.metadata, shapes, divisors=divisors)
         check_tensors(self.shapes, weight_table(config), config, label=str(self.path))
         return config
 

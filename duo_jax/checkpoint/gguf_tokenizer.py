@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# Token types of the GGUF specification that matter here; the others are 2 unknown, 5 unused, 6 byte.
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+# Token types of llama.cpp: 0 undefined, 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+_NORMAL, _CONTROL, _USER_DEFINED, _LAST_TYPE = 1, 3, 4, 6
 
 _LONGEST_TOKEN = 1024  # Several times the longest of any vocabulary; splitting a token takes quadratic time.
 _SPACE = "▁"  # how SentencePiece spells a space
@@ -80,6 +80,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
             "load the tokenizer from the model's Hugging Face repository instead"
         )
     tokens, token_types = _tokens(metadata), _for_each_token(metadata, "token_type", int)
+    if unknown := [kind for kind in token_types if not 0 <= kind <= _LAST_TYPE]:
+        raise ValueError(f"'tokenizer.ggml.token_type' must be in [0, {_LAST_TYPE}], got {unknown[0]}")
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise _wrong("tokenizer.chat_template", template, "a string")
