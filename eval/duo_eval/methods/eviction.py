@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_jax import Model, ModelConfig
+from duo_jax.arguments import whole_number
 from duo_jax.checks import check_vocabulary
 from duo_jax.chunks import bucket
 
@@ -79,8 +80,7 @@ class Eviction(Method):
 
     def __post_init__(self) -> None:
         """Check the block."""
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
+        whole_number("block", self.block, 1)
 
     def scores(
         self, before: Float[Array, "K S"], weights: Float[Array, "K G T S"], valid: Bool[Array, "T"]

@@ -23,6 +23,7 @@ from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
+from duo_jax.arguments import whole_number
 from duo_jax.text.ends import eos_ids_of, stop_ends
 from duo_jax.text.reply import Row
 from duo_jax.token_loop import Generator
@@ -129,10 +130,8 @@ def greedy(
         ValueError: what `Method.begin` refuses, fewer than one new token, or nothing before what comes later.
     """
     tokens = np.asarray(tokens)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= later < max(1, tokens.size):
-        raise ValueError(f"later must be at least 0 and less than the {tokens.size} tokens of the prompt, got {later=}")
+    whole_number("max_new_tokens", max_new_tokens, 1)
+    whole_number("later", later, 0, max(0, tokens.size - 1), way=f"the prompt has {tokens.size} tokens")
     first = tokens.size - later
     logits, state = method.begin(model, tokens[:first], room=later + max_new_tokens, budget=budget)
     memory = state.memory

@@ -27,6 +27,7 @@ from duo_eval.methods.eviction import (
     ranked,
 )
 from duo_jax import Model
+from duo_jax.arguments import ArgumentError, whole_number
 from duo_jax.chunks import bucket
 from pallas_kernels import full_attention
 
@@ -45,8 +46,9 @@ class SnapKV(Eviction):
     def __post_init__(self) -> None:
         """Check the sizes."""
         super().__post_init__()
-        if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"window must be at least 1 and pool odd, got {self.window=}, {self.pool=}")
+        whole_number("window", self.window, 1)
+        if whole_number("pool", self.pool, 1) % 2 == 0:
+            raise ArgumentError("pool", f"must be odd, got {self.pool}")
 
     def least(self, length: int) -> int:
         """See `Eviction.least`: the window and one earlier token."""

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_eval.methods.eviction import ALWAYS, Eviction, Held, Tokens
 from duo_jax import ModelConfig
+from duo_jax.arguments import whole_number
 from duo_jax.rope import rotate, rotation
 
 
@@ -26,8 +27,7 @@ class StreamingLLM(Eviction):
     def __post_init__(self) -> None:
         """Check the sizes."""
         super().__post_init__()
-        if self.sink_size < 0:
-            raise ValueError(f"sink_size must be at least 0, got {self.sink_size}")
+        whole_number("sink_size", self.sink_size, 0)
 
     def least(self, length: int) -> int:
         """See `Eviction.least`: the sinks and one recent token."""
