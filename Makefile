@@ -14,6 +14,9 @@ PIN ?=
 PYTEST_ARGS ?=
 # Test processes. Most of the time is compilation, which one process does on one core.
 JOBS ?= 2
+# What fuzz tries, all by default, and for how long each.
+READER ?=
+fuzz: SECONDS ?= 600
 # Where gpu-suite writes.
 OUT ?= eval/results/gpu
 
@@ -25,7 +28,7 @@ PYTEST_ALL = $(PYTEST) --jaxtyping-packages=duo_jax,pallas_kernels,duo_train,duo
 # pytest's exit status when no test was selected.
 NOTHING := 5
 
-.PHONY: help venv demo model test test-all test-meshes test-aot gpu-suite check docs clean
+.PHONY: help venv demo model test fuzz test-all test-meshes test-aot gpu-suite check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,6 +58,10 @@ model: $(STAMP) ## fetch the demo's model
 test: $(STAMP) ## run the core tests on the CPU: every promise once, in minutes
 	@echo "Running the core tests"
 	@$(PYTEST) -m core $(PYTEST_ARGS)
+
+fuzz: $(STAMP) ## try random files with every reader, ten minutes each; READER="gguf json" some of them, SECONDS=60 shorter
+	@echo "Fuzzing"
+	@JAX_PLATFORMS=cpu $(BIN)/python -m tests.hostile.fuzz --seconds $(SECONDS) $(READER)
 
 # Tests of the real model compute more than they compile, so they run with XLA's optimizations.
 test-all: $(STAMP) ## run all tests but those of every mesh, which take most of an hour; PYTEST_ARGS="--part 2/8" a part of them

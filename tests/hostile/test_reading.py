@@ -19,6 +19,7 @@ from duo_jax.reading import (
     read_text,
     read_text_pieces,
 )
+from tests.hostile.strategies import scalars, values
 
 DEEP = MOST_LEVELS + 1
 
@@ -138,8 +139,6 @@ def test_a_packed_file_is_unpacked_as_far_as_its_limit(suffix, tmp_path):
             read_bytes(path)
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 bad_numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), 10**400])
 
 

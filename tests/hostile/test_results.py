@@ -1,6 +1,5 @@
 """Files of results, metrics and checkpoints of another shape: refused by name and left as they are, or listed."""
 
-import copy
 import json
 import os
 import shutil
@@ -10,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from duo_eval.runner.record import Record, read
-from duo_eval.show.registry import RESULT_TYPES, about, type_of
-from duo_eval.show.result_type import readable
+from duo_eval.show.registry import about, type_of
 from duo_train.checkpoints import Checkpoints
 from duo_train.metrics import MetricsWriter, read_metrics
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from tests.text_models import assert_refused, make_model
@@ -120,54 +116,6 @@ def test_a_report_lists_what_is_no_result(duo, tmp_path):
     for name in ("fifo.json", "zero.jsonl", "about.jsonl", "shape.jsonl"):
         assert name in done.err and name in (tmp_path / "r.html").read_text()
     assert_refused(duo("eval", "plot", folder / "shape.jsonl"), "shape.jsonl has results of another shape")
-
-
-leaves = (
-    st.none() | st.booleans() | st.integers(-2, 2) | st.floats(allow_nan=False, width=16) | st.sampled_from(["", "x"])
-)
-junk = leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.sampled_from(["job", "x"]), leaves, max_size=2)
-SMALL = [
-    "cpu/needle-window.jsonl",
-    "cpu/training.json",
-    "aot/serving.json",
-    "cpu/harness.json",
-    "cpu/ruler-window.jsonl",
-]
-
-
-def places(value, path=()):
-    """The path of every value inside a value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-@settings(deadline=None, max_examples=40)
-@given(data=st.data(), name=st.sampled_from(SMALL), drop=st.booleans(), new=junk)
-def test_a_changed_value_is_shown_or_refused(data, name, drop, new, tmp_path_factory):
-    text = (RESULTS / name).read_text()
-    values = [json.loads(line) for line in text.splitlines()[:4]] if name.endswith("l") else [json.loads(text)]
-    values = copy.deepcopy(values)
-    *before, last = data.draw(st.sampled_from(list(places(values))))
-    parent = values
-    for key in before:
-        parent = parent[key]
-    if drop:
-        del parent[last]
-    else:
-        parent[last] = new
-    path = tmp_path_factory.mktemp("results") / Path(name).name
-    path.write_text("\n".join(map(json.dumps, values)))
-    try:
-        with readable(path):
-            kind = type_of(path)
-            assert kind is None or kind in RESULT_TYPES
-            for table in kind.tables.values() if kind else ():
-                assert isinstance(table(path), str)
-            about(path)
-    except ValueError:
-        pass
 
 
 @pytest.mark.parametrize(

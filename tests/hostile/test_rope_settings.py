@@ -13,6 +13,7 @@ from transformers import AutoConfig, modeling_rope_utils
 
 from duo_jax import ModelConfig
 from duo_jax.rope import Rope
+from tests.hostile.readers import rope_settings
 
 Values = dict[str, Any]
 BASE: Values = {
@@ -182,30 +183,8 @@ def test_settings_without_a_meaning_are_refused_by_name(family: str, values: Val
         ours(family, values)
 
 
-numbers = st.sampled_from([None, 0, 1, 2, 0.5, 4.0, 64, 512, 1e4, 5e5, True, "4", -1, 1e300])
-names = ["rope_theta", "original_max_position_embeddings", "factor", "low_freq_factor", "high_freq_factor", "truncate"]
-names += ["beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"]
-kinds = st.fixed_dictionaries(
-    {},
-    optional={
-        "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn", "dynamic", None]),
-        "type": st.sampled_from(["default", "linear", "llama3", "yarn"]),
-    },
-)
-inner = st.builds(lambda known, kind: known | kind, st.dictionaries(st.sampled_from(names), numbers), kinds)
-anything = st.fixed_dictionaries(
-    {},
-    optional={
-        "rope_theta": numbers,
-        "original_max_position_embeddings": numbers,
-        "rope_scaling": st.none() | inner,
-        "rope_parameters": st.none() | inner,
-    },
-)
-
-
 @settings(deadline=None, max_examples=150)
-@given(st.sampled_from(["llama", "qwen2"]), anything)
+@given(st.sampled_from(["llama", "qwen2"]), rope_settings)
 def test_any_settings_have_the_numbers_of_transformers_or_are_refused(family: str, values: Values) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,14 +3,12 @@
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import duo_jax
@@ -20,60 +18,9 @@ from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import MOST_OPEN, Row
 from duo_jax.text.template import DocumentFrame, checked_messages, encode_chat, render
 from duo_jax.text.tokens import encode, special_tokens
-from tests.shapes import GOLDEN, TINY
+from tests.hostile.chat_tokenizers import CHATML, MAKERS, byte_level, tokenizer_of
+from tests.shapes import TINY
 from tests.text_models import assert_refused
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-CHARACTERS = [chr(code) for code in range(32, 127)]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-PIECES = ["▁T", "he", "▁▁", "▁the", "▁a", "th", "▁t", "ab", "aba", "▁[", "ST"]
-MERGES = ["▁ T", "h e", "▁ ▁", "t h", "▁ t", "▁t he", "▁ a", "a b", "ab a", "▁ [", "S T"]
-
-
-def _sentencepiece(kind: str) -> PreTrainedTokenizerFast:
-    """A Llama-like BPE over characters, spaces as ▁, with bytes for unknown characters."""
-    tokens = ["<unk>", "<s>", "</s>", "▁", *CHARACTERS, *BYTES, *PIECES]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    backend = Tokenizer(
-        models.BPE(
-            vocab, [tuple(merge.split()) for merge in MERGES], unk_token="<unk>", byte_fallback=True, fuse_unk=True
-        )
-    )
-    if kind == "prepend":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
-    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(undo)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
-    )
-
-
-def _byte_level() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(GOLDEN / "smollm2" / "tokenizer.json"), eos_token="<|im_end|>", chat_template=CHATML
-    )
-
-
-MAKERS = {
-    "prepend": lambda: _sentencepiece("prepend"),
-    "metaspace-first": lambda: _sentencepiece("first"),
-    "metaspace-always": lambda: _sentencepiece("always"),
-    "byte-level": _byte_level,
-}
-
-
-@cache
-def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    return MAKERS[name]()
 
 
 def user(text: object) -> list[dict]:
@@ -338,7 +285,7 @@ def test_a_cache_without_text_is_refused_for_a_chat():
 
 
 def test_the_ends_of_model_tokenizer_and_template_are_one_set():
-    tokenizer = _byte_level()
+    tokenizer = byte_level()
     tokenizer.eos_token = "<|endoftext|>"
     end, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     config = replace(TINY, vocab_size=49152, eos_ids=(7,))

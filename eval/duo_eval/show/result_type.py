@@ -124,8 +124,11 @@ def readable(path: Path) -> Iterator[None]:
     """Raise ValueError with the path for all that results of another shape raise in a table or a figure."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} has results of another shape ({type(error).__name__}: {error})") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} has results of another shape ({reason:.200})") from error
 
 
 def require_matplotlib() -> None:
