@@ -9,7 +9,8 @@ from .model import Model
 from .pattern import HeadPattern, published_patterns
 from .plan import Plan
 from .sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
-from .text.lm import LM, Document, TextStream, load
+from .text.document import Document
+from .text.lm import LM, TextStream, load
 from .text.reply import Reply
 from .token_loop import Generation, Step, Stream
 

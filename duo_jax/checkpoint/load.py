@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -157,13 +156,18 @@ def usual_dtype(config: ModelConfig, dtype: AnyDtype | None = None) -> AnyDtype:
 def open_config(source: str | Path) -> ModelConfig:
     """The configuration of a model or of a preset, without its weights; a path takes precedence over a preset."""
     preset = None if path_of("model", source, "a path or a name").exists() else PRESETS.get(str(source).lower())
-    if preset is not None:
-        return preset
-    checkpoint = open_source(source, weights=False)
+    return preset or open_source(source, weights=False).config
+
+
+def loaded_config(source: str | Path) -> ModelConfig:
+    """As `open_config`, of the model that `load_model` makes: a head that is stored twice is compared."""
+    config = open_config(source)
+    if not Path(source).expanduser().exists():
+        return config  # A preset, or one whose weights are not here yet.
     try:
-        return _with_stored_head(checkpoint, checkpoint.config, str(source))
-    except (FileNotFoundError, SafetensorError):  # A configuration without weights.
-        return checkpoint.config
+        return _with_stored_head(open_source(source), config, str(source))
+    except FileNotFoundError:  # A configuration without weights.
+        return config
 
 
 def open_source(source: str | Path, *, weights: bool = True) -> Source:

@@ -10,7 +10,7 @@ import tyro
 
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.load import loaded_config
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig
 from duo_jax.figures import check_figure, write_figure
@@ -24,7 +24,7 @@ LENGTHS = (4096, 32768, 131072, 1048576)
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show a model's shape, its head table, and the bytes of weights and KV cache; without reading weights."""
+    """Show a model's shape, its head table, and the bytes of weights and KV cache; without loading it."""
 
     model: str
     """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""
@@ -51,7 +51,7 @@ class Inspect:
             whole_number("lengths", length, 1)
         if self.png is not None:
             check_figure(self.png, force=self.force)
-        config = open_config(self.model)
+        config = loaded_config(self.model)
         config = replace(config, dtype=self.dtype or config.dtype)
         pattern = self.pattern.load(max(self.lengths))
         record = describe(config, pattern, self.batch_size, self.lengths)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import MOST_BYTES, ArgumentError, real_number, whole_number
 from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.checkpoint.load import open_config, usual_dtype
+from duo_jax.checkpoint.load import loaded_config, open_config, usual_dtype
 from duo_jax.chunks import bucket
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
@@ -67,7 +67,7 @@ class ModelOptions:
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
         """The memory that this model needs, computed before its weights are read."""
-        config = open_config(self.model)
+        config = loaded_config(self.model)
         dtype = usual_dtype(config, self.dtype)
         config = config.with_dtypes(dtype=dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(config, pattern, chunk_size=chunk_size, mesh=mesh)

@@ -35,7 +35,8 @@ from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
 from duo_jax.checkpoint.save import save_model
 from duo_jax.text.chat import Chat
-from duo_jax.text.lm import LM, Document
+from duo_jax.text.document import Document
+from duo_jax.text.lm import LM
 from tests.shapes import TINY
 
 pytestmark = pytest.mark.usefixtures("annotations_off")

@@ -16,7 +16,7 @@ from duo_jax import HeadPattern, KVCache, Model, ModelConfig, load_model, load_t
 from duo_jax.arrays import MOST_HEADER_BYTES, Shards
 from duo_jax.checkpoint import save_model
 from duo_jax.checkpoint.folder import INDEX, SINGLE
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.load import loaded_config, open_config
 from duo_jax.rope import DividedRope
 from tests.shapes import GOLDEN
 from tests.text_models import save_tokenizer
@@ -152,7 +152,7 @@ def test_a_stored_head_that_differs_is_used_with_a_warning(folder: Path) -> None
     assert not model.config.tied_head
     np.testing.assert_array_equal(model.decoder.head.kernel.get_value(), 2 * load_file(folder / SINGLE)[EMBED].T)
     with pytest.warns(UserWarning, match="differs from"):  # What `duo inspect` and `duo plan` count.
-        assert open_config(folder).num_parameters == model.config.num_parameters
+        assert loaded_config(folder).num_parameters == model.config.num_parameters
 
 
 def test_an_equal_head_is_tied(folder: Path) -> None:

@@ -10,7 +10,7 @@ import tyro
 
 from duo_eval.aot.programs import TOLERANCE, is_close, verify
 from duo_jax.arguments import MOST_TOKENS, whole_number
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.load import loaded_config
 from duo_jax.chunks import CHUNK_SIZE
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
@@ -95,7 +95,7 @@ class PlanCommand:
         return None if self.gpu is None else find_gpu(self.gpu).usable_bytes
 
     def _plan(self) -> Plan:
-        config = open_config(self.model)
+        config = loaded_config(self.model)
         config = config.with_dtypes(dtype=self.dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(
             config,
