@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -16,9 +16,13 @@ from duo_jax.checkpoint.source import Source
 from duo_jax.config import ModelConfig
 from duo_jax.hf_config import eos_ids
 from duo_jax.reading import read_json, read_text, without_marks
+from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text.tokens import special_tokens
 
+T = TypeVar("T")
+
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Data types of weights by safetensors' names, and as configurations name them.
@@ -69,13 +73,20 @@ class Folder(Source):
         if values.get("dtype") is None and values.get("torch_dtype") is None:
             values["dtype"] = self._stored_dtype()
         config = _named(self.path / CONFIG, ModelConfig.from_hf, values)
-        generation = self.path / "generation_config.json"
-        if not generation.exists():
+        if "eos_token_id" not in self._generation:
             return config
-        settings = read_json(generation)
-        if "eos_token_id" not in settings:
-            return config
-        return _named(generation, lambda: replace(config, eos_ids=eos_ids(settings["eos_token_id"])))
+        ids = eos_ids(self._generation["eos_token_id"])
+        return _named(self.path / GENERATION, lambda: replace(config, eos_ids=ids))
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """From `generation_config.json`."""
+        return _named(self.path / GENERATION, SamplingSettings.from_hf, self._generation)
+
+    @cached_property
+    def _generation(self) -> dict[str, Any]:
+        path = self.path / GENERATION
+        return read_json(path) if path.exists() else {}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -187,8 +198,8 @@ def _readable(shards: Shards) -> Shards:
     return shards
 
 
-def _named(file: Path, make: Callable[..., ModelConfig], *values: Any) -> ModelConfig:
-    """A configuration, or its error with the file."""
+def _named(file: Path, make: Callable[..., T], *values: Any) -> T:
+    """What `make` returns, or its error with the file."""
     try:
         return make(*values)
     except NotImplementedError as error:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
-from duo_jax.checkpoint.folder import Folder
+from duo_jax.checkpoint.folder import GENERATION, Folder
 from duo_jax.config import FAMILIES, ModelConfig
 from duo_jax.files import whole_folder, write_text
 from duo_jax.mesh.mesh import MeshSize
@@ -29,6 +29,7 @@ from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.reading import read_json
 from duo_jax.rope import ROPES, DividedRope, Rope
+from duo_jax.sampling_settings import SamplingSettings
 
 CONFIG = "duo_model.json"
 STEM = "model"
@@ -37,8 +38,16 @@ SAVED_ROPES = ROPES | {DividedRope.type: DividedRope}
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 
 
-def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a model, quantized or not, and its tokenizer if given to a new folder that `load_model` reads.
+def save_model(
+    model: Model,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    sampling: SamplingSettings | None = None,
+) -> None:
+    """Write a model, quantized or not, to a new folder that `load_model` reads; also its tokenizer if given.
+
+    `sampling` are its generation settings, `LM.sampling` of a loaded model.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -55,6 +64,8 @@ def save_model(model: Model, folder: str | Path, tokenizer: PreTrainedTokenizerB
             except Exception as error:  # tokenizers raises Exception itself, without the file.
                 raise OSError(f"the tokenizer could not be written to {folder}: {error}") from None
         write_shards(part, STEM, ((name, _packed(x)) for name, x in _named(model.params)))
+        if sampling is not None:
+            write_text(part / GENERATION, json.dumps(sampling.to_hf(), indent=1) + "\n")
         write_text(part / CONFIG, json.dumps(config, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.config import ModelConfig
+from duo_jax.sampling_settings import SamplingSettings
 
 
 class Source(ABC):
@@ -41,3 +42,8 @@ class Source(ABC):
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the weights."""
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How the model's authors choose tokens; a checkpoint without such settings takes the most likely one."""
+        return SamplingSettings()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import jax
@@ -10,9 +10,9 @@ import tyro
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from duo_jax.arguments import MOST_BYTES, ArgumentError, real_number, whole_number
+from duo_jax.arguments import MOST_BYTES, ArgumentError, whole_number
 from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.checkpoint.load import loaded_config, open_config, usual_dtype
+from duo_jax.checkpoint.load import loaded_config, open_config, open_source, usual_dtype
 from duo_jax.chunks import bucket
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
@@ -20,19 +20,8 @@ from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.plan import Plan
 from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
-from duo_jax.sampling import (
-    LEAST,
-    MOST,
-    Categorical,
-    Greedy,
-    MinP,
-    RepetitionPenalty,
-    Sampler,
-    Temperature,
-    TopK,
-    TopP,
-    Transform,
-)
+from duo_jax.sampling import Sampler
+from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.sizes import free_memory
 
 
@@ -75,6 +64,10 @@ class ModelOptions:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_tokenizer(self.model)
+
+    def sampling(self) -> SamplingSettings:
+        """The model's own generation settings."""
+        return open_source(self.model, weights=False).sampling
 
 
 @dataclass(frozen=True)
@@ -196,21 +189,47 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
 
+    def settings(self) -> SamplingSettings:
+        """The numbers of the flags."""
+        return SamplingSettings(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
     def sampler(self) -> Sampler:
         """The sampler that the flags describe.
 
         Raises:
             ValueError: a value out of range, or restrictions on sampling at temperature 0.
         """
-        transforms: list[Transform] = []
-        if self.repetition_penalty is not None:
-            transforms.append(RepetitionPenalty(self.repetition_penalty))
-        cuts: list[Transform] = [TopK(self.top_k)] if self.top_k is not None else []
-        cuts += [TopP(self.top_p)] if self.top_p is not None else []
-        cuts += [MinP(self.min_p)] if self.min_p is not None else []
-        if self.temperature != 0:
-            real_number("temperature", self.temperature, LEAST, MOST, way="0 takes the most likely token")
-            return Categorical((*transforms, Temperature(self.temperature), *cuts))
-        if cuts:
-            raise ValueError("--top-k, --top-p and --min-p choose among random draws: give a --temperature above 0")
-        return Greedy(tuple(transforms))
+        return self.settings().sampler()
+
+
+@dataclass(frozen=True)
+class ChatSamplingOptions:
+    """How tokens are chosen; by default as the model's generation_config.json says, or else the most likely token."""
+
+    temperature: float | None = None
+    """0 chooses the most likely token; above 0, tokens are sampled; the model's own by default."""
+    top_k: int | None = None
+    """Sample only from the k most likely tokens."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens whose probabilities sum to p."""
+    min_p: float | None = None
+    """Sample from tokens at least p times as likely as the most likely one."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens that have already occurred become less likely."""
+    seed: int = 0
+    """Random seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a reply; they are not part of it."""
+
+    def settings(self, own: SamplingSettings) -> SamplingSettings:
+        """The model's own settings, with those that were given; at temperature 0, without its cuts."""
+        if self.temperature == 0:
+            own = SamplingSettings(repetition_penalty=own.repetition_penalty)
+        given = {name: value for name in vars(own) if (value := getattr(self, name)) is not None}
+        return replace(own, **given)

@@ -23,8 +23,8 @@ class Quantize:
         if self.model.weight_dtype is None and self.model.embed_dtype is None:
             raise ValueError("which format? give --weight-dtype int8, w8a8, int4, int4-32 or int4-128")
         free_path(self.out)
-        tokenizer = self.model.tokenizer()
+        tokenizer, sampling = self.model.tokenizer(), self.model.sampling()
         model = self.model.load()
-        save_model(model, self.out, tokenizer)
+        save_model(model, self.out, tokenizer, sampling=sampling)
         formats = self.model.weight_dtype or f"{model.config.dtype}, embeddings in {self.model.embed_dtype}"
         print(f"{self.out}: {model.nbytes / 1e6:.1f} MB of weights in {formats}")

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.arguments import ArgumentError
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.load import open_config, open_source
 from duo_jax.checks import check_ids, check_key
 from duo_jax.generation import Request, prepare
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import ALLOWED, AnyDtype, check_name
+from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text import template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import Reply, Row
@@ -77,7 +78,7 @@ def load(
     template.start(tokenizer)
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
-    return LM(model, tokenizer, chosen, kv_dtype)
+    return LM(model, tokenizer, chosen, kv_dtype, open_source(source, weights=False).sampling)
 
 
 def _check_names(pattern_options: dict[str, Any]) -> None:
@@ -92,12 +93,17 @@ def _check_names(pattern_options: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class LM:
-    """A language model ready to use. Calls whose sizes round up to the same bucket share compiled programs."""
+    """A language model ready to use. Calls whose sizes round up to the same bucket share compiled programs.
+
+    `sampling` are the model's own generation settings, which `Chat` uses by default. All other calls take the most
+    likely token unless they are given a sampler: `sampler=lm.sampling.sampler()`.
+    """
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
     pattern: HeadPattern | None = None
     kv_dtype: AnyDtype | None = None
+    sampling: SamplingSettings = SamplingSettings()
 
     def __call__(
         self, text: str | Sequence[str], *, parse_special: bool = True, **options: Any
