@@ -4,10 +4,11 @@ Afterwards the cache holds the prompt and every token generated: to continue a c
 new tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int32
 from numpy.typing import ArrayLike
@@ -23,6 +24,9 @@ from duo_jax.precision import AnyDtype
 from duo_jax.sampling import Greedy, Sampler
 from duo_jax.sizes import check_free
 from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, check_logits, row_keys
+
+# The `Request._programs` that this process has compiled.
+_COMPILED: set[Hashable] = set()
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,15 @@ class Request:
     def stream(self, progress: Callable[[int], None] | None = None, watch: Watch | None = None) -> Stream:
         """Compute the prompt and return the steps after it.
 
-        With `watch`, the programs are compiled first, so that the times of the later phases do not include compilation.
+        With `watch`, programs that this process has not run yet are compiled first, so that the times of the later
+        phases do not include compilation.
         """
         cache, (tokens, lengths, seen, keys) = self.cache, self.prompt
         if watch:
-            watch("compile")
-            cache = self._compile()
+            if (programs := self._programs) not in _COMPILED:
+                watch("compile")
+                cache = self._compile()
+                _COMPILED.add(programs)
             watch("prefill")
         logits, cache = run_prefill(
             self.model, tokens, cache, lengths, self.width, backend=self.generator.backend, progress=progress
@@ -72,6 +79,13 @@ class Request:
         if watch:
             watch(None)
         return self.generator.stream(self.model, logits, cache, self.max_new_tokens, seen=seen, keys=keys, watch=watch)
+
+    @property
+    def _programs(self) -> Hashable:
+        """What the programs of `stream` depend on."""
+        leaves, structure = jax.tree.flatten(self.cache)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        return self.generator, self.model.config, self.width, structure, shapes
 
     def _compile(self) -> KVCache:
         """Run the programs of `stream` once, on the first chunk of the prompt, and rewind the cache."""
