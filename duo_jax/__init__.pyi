@@ -9,6 +9,7 @@ from .model import Model
 from .pattern import HeadPattern, published_patterns
 from .plan import Plan
 from .sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
+from .text.chat import Chat
 from .text.document import Document
 from .text.lm import LM, TextStream, load
 from .text.reply import Reply
@@ -20,6 +21,7 @@ __all__ = [
     "LM",
     "PRESETS",
     "Categorical",
+    "Chat",
     "Document",
     "Generation",
     "Greedy",
