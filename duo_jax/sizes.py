@@ -46,8 +46,48 @@ def check_free(count: int, message: str, devices: int = 1) -> None:
 
 
 def host_available() -> int | None:
-    """Bytes of the host's memory that are free for programs; None where the system does not report them."""
-    return read_kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+    """Bytes of the host's memory that are free for this process; None where the system does not report them."""
+    free = [read_kilobytes(Path("/proc/meminfo"), "MemAvailable:"), group_available()]
+    return min((count for count in free if count is not None), default=None)
+
+
+# Files of the limit and of what is used, for control groups of version 2 and 1, below the folder of memory.
+_GROUPS = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+
+
+def group_available(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that are free in the control groups of this process, as of a container or a batch job; None: no limit.
+
+    Cached pages of files count as used there, but are freed when memory is needed, so they are added.
+    """
+    free = []
+    for folder, names in ((root / folder, names) for folder, *names in _GROUPS):
+        for group in _groups(own, folder):
+            try:
+                limit, used = ((group / name).read_text(encoding="utf-8").strip() for name in names)
+                if limit != "max":
+                    free.append(max(0, int(limit) - int(used) + _cached(group)))
+            except (OSError, ValueError):
+                continue
+    return min(free, default=None)
+
+
+def _groups(own: Path, root: Path) -> list[Path]:
+    """The folders of a process's control group and of those around it; a container may show only its root."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    kind = root.name if root.name == "memory" else ""
+    names = [path for _, kinds, path in (line.split(":", 2) for line in lines) if kind in kinds.split(",")]
+    return [root / parent.relative_to("/") for name in names for parent in (Path(name), *Path(name).parents)]
+
+
+def _cached(group: Path) -> int:
+    """Bytes of file pages that were not used lately."""
+    lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+    counts = dict(line.split(maxsplit=1) for line in lines)
+    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def host_total() -> int | None:

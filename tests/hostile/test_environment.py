@@ -11,6 +11,7 @@ import pytest
 
 from duo_jax.cli import _status
 from duo_jax.files import cache_folder
+from duo_jax.sizes import group_available
 from tests.text_models import assert_refused
 
 PRESET = ("inspect", "--model", "llama-3-8b")
@@ -103,3 +104,21 @@ def test_a_name_that_is_too_long_is_cut(duo):
     result = duo("inspect", "--model", "x" * 5000)
     assert_refused(result, "File name too long: xxx")
     assert len(result.err) < 200
+
+
+@pytest.mark.parametrize(
+    ("version", "names"),
+    [(2, ("memory.max", "memory.current")), (1, ("memory.limit_in_bytes", "memory.usage_in_bytes"))],
+)
+def test_the_memory_of_a_container_is_that_of_its_control_groups(tmp_path, version, names):
+    own, root = tmp_path / "own", tmp_path / "cgroup" / ("memory" if version == 1 else "")
+    own.write_text("4:memory:/jobs/1\n" if version == 1 else "0::/jobs/1\n")
+    assert group_available(tmp_path / "cgroup", own) is None
+    for folder, limit, used, cached in (("jobs/1", "900", "500", 100), ("jobs", "600", "400", 0), ("", "max", "1", 0)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / names[0]).write_text(f"{limit}\n")
+        (root / folder / names[1]).write_text(f"{used}\n")
+        (root / folder / "memory.stat").write_text(f"anon 7\n{'total_' * (version == 1)}inactive_file {cached}\n")
+    assert group_available(tmp_path / "cgroup", own) == 200
+    (root / "jobs" / names[0]).write_text("max\n")
+    assert group_available(tmp_path / "cgroup", own) == 500
