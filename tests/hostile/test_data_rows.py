@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from duo_eval.tasks.lm_eval import files
+from duo_eval.tasks.lm_eval.files import fingerprints
 from duo_eval.tasks.sandbox import sandbox
 
 from tests.hostile.readers import PROBLEM, ROWS
@@ -51,3 +53,14 @@ def test_without_isolation_humaneval_refuses_before_data_and_model_are_read(tmp_
     flags = ("--model", tmp_path / "none", "--data", tmp_path / "none", "--out", tmp_path / "out.jsonl")
     assert_refused(duo("eval", "humaneval", *flags), "cannot isolate", "no Landlock", "--unsafe")
     assert_refused(duo("eval", "humaneval", *flags, "--unsafe"), "no data file")
+
+
+def test_a_folder_of_tasks_is_not_read_without_bounds(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("task: a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.yaml").write_text("task: c")
+    assert list(fingerprints([tmp_path])) == [str(tmp_path / "a.yaml"), str(tmp_path / "b" / "c.yaml")]
+    for name, most in (("MOST_FILES", 1), ("MOST_BYTES", 13)):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=rf"^{tmp_path} .*more than {most} "):
+            patch.setattr(files, name, most)
+            fingerprints([tmp_path])

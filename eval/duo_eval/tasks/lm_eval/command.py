@@ -11,11 +11,12 @@ import tyro
 
 from duo_eval.methods.registry import Method, method
 from duo_eval.runner.provenance import provenance
-from duo_eval.runner.record import Record, fingerprint, sha256, write
+from duo_eval.runner.record import Record, fingerprint, write
 from duo_eval.runner.run import method_fingerprint
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.stats.scores import FULL
+from duo_eval.tasks.lm_eval.files import fingerprints
 from duo_eval.tasks.sandbox.sandbox import isolation
 from duo_jax import LM, HeadPattern
 from duo_jax.arguments import whole_number
@@ -177,8 +178,7 @@ class Harness:
             about["gates"] = fingerprint(HeadPattern.load(self.pattern.pattern))
         if chosen:
             about["gates"] = method_fingerprint(chosen)
-        files = [*self._data().values(), *(path for folder in self.include_path for path in sorted(folder.rglob("*")))]
-        about["files"] = {str(path): sha256(path.read_bytes()) for path in files if path.is_file()}
+        about["files"] = fingerprints([*self._data().values(), *self.include_path])
         return dict(json.loads(json.dumps(about, default=str)))
 
     def _data(self) -> dict[str, Path]:

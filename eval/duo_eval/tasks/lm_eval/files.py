@@ -5,9 +5,38 @@ Its RULER modules cannot be imported, since the import downloads data: their pro
 
 import ast
 import importlib.util
+from collections.abc import Iterable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from duo_eval.runner.record import sha256
+
+# Task definitions are small files of text; a home folder, given by mistake, would be read whole.
+MOST_FILES, MOST_BYTES = 2000, 1 << 30
+
+
+def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
+    """Fingerprints of files, and of all files in folders, by path.
+
+    Raises:
+        ValueError: more than `MOST_FILES` files in folders or `MOST_BYTES` bytes: the paths are not those of tasks.
+    """
+    found: dict[str, str] = {}
+    left = MOST_BYTES
+    for path in paths:
+        inside = list(islice((file for file in path.rglob("*") if file.is_file()), MOST_FILES + 1))
+        if len(inside) > MOST_FILES:
+            raise ValueError(f"{path} has more than {MOST_FILES} files: give a folder with task definitions only")
+        for file in sorted(inside) if path.is_dir() else [path] if path.is_file() else []:
+            left -= file.stat().st_size
+            if left < 0:
+                raise ValueError(
+                    f"{path} and what comes before it have more than {MOST_BYTES} bytes: give task definitions only"
+                )
+            found[str(file)] = sha256(file.read_bytes())
+    return found
 
 
 def tasks_folder(name: str) -> Path:
