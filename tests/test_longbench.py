@@ -7,8 +7,10 @@ import pytest
 from duo_eval.runner.record import read
 from duo_eval.tasks.longbench import LongBenchTask, Row, Task, load_task, names
 from duo_eval.tasks.prompt import frame, prompt
+from duo_train.data.needles import beginning
 
 from duo_jax import load_tokenizer
+from duo_jax.text.tokens import encode
 from tests.text_models import assert_refused
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")
@@ -52,14 +54,15 @@ def test_a_long_prompt_loses_its_middle_and_keeps_its_frame(chat_model):
     tokenizer = load_tokenizer(chat_model)
     text = "".join(chr(97 + n % 26) for n in range(300))
     for use_chat in (True, False):
-        before, after = frame(tokenizer, use_chat=use_chat)
+        before, after = frame(tokenizer, use_chat=use_chat) or ("", "")
+        head = encode(tokenizer, before) if use_chat else beginning(tokenizer)
         whole = prompt(tokenizer, text, use_chat=use_chat, joint="")
         assert prompt(tokenizer, text, use_chat=use_chat, joint="", limit=len(whole)) == whole
         cut = prompt(tokenizer, text, use_chat=use_chat, joint="", limit=101)
         assert len(cut) == 101
-        kept = 101 - len(before) - len(after or "")
+        kept = 101 - len(head) - len(after)
         expected = text[: kept - kept // 2] + text[300 - kept // 2 :]
-        assert tokenizer.decode(cut[len(before) :]) == expected + (after or "")
+        assert tokenizer.decode(cut[len(head) :]) == expected + after
     with pytest.raises(ValueError, match="leave"):
         prompt(tokenizer, text, use_chat=True, joint="", limit=10)
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 # with code points that are no characters, and nobody can guess the number.
 _WRITTEN, _CONTROL, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 _NUMBER = f"{secrets.randbelow(10**12):012}"
+# The end of a line, which no tokenizer joins with a word.
+_LINE = ".\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +112,16 @@ def encode(
         raise
     except BaseException as error:  # A panic in tokenizers, such as a regex that explodes, is no Exception.
         raise _refusal(error) from None
+
+
+def encode_inside(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that continues another one: without the space that SentencePiece puts before a text.
+
+    Special tokens in it are control tokens. Raises as `encode`.
+    """
+    before, whole = encode(tokenizer, _LINE), encode(tokenizer, _LINE + text)
+    # A byte-level tokenizer may join the line's end with the text; it puts nothing before one.
+    return whole[len(before) :] if whole[: len(before)] == before else encode(tokenizer, text)
 
 
 def mark(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:

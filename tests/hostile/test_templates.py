@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from duo_eval.tasks.prompt import prompt
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from duo_jax.text import renderer, template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import MOST_OPEN, Row
 from duo_jax.text.template import DocumentFrame, checked_messages, encode_chat, render
-from duo_jax.text.tokens import encode, special_tokens
+from duo_jax.text.tokens import encode, encode_inside, special_tokens
 from tests.hostile.chat_tokenizers import CHATML, MAKERS, byte_level, tokenizer_of
 from tests.shapes import TINY
 from tests.text_models import assert_refused
@@ -209,6 +210,17 @@ def decoded_rendering(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
     for token in special_tokens(tokenizer):
         text = text.replace(token, "")
     return text.replace("\ue000", content)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("use_chat", [True, False])
+def test_a_question_of_an_evaluation_has_the_tokens_of_one_text(name, use_chat):
+    tokenizer, text, answer = tokenizer_of(name), "The cache. What does it hold?", "It holds"
+    before, after = template.split(tokenizer) if use_chat else ("", "\n")
+    whole = tokenizer.encode(f"{before}{text}{after}{answer}", add_special_tokens=not use_chat)
+    assert prompt(tokenizer, text, answer, use_chat=use_chat) == whole
+    rest = "\nRemember this. The key is 7.\n"
+    assert tokenizer.encode(f"{text}{rest}") == tokenizer.encode(text) + encode_inside(tokenizer, rest)
 
 
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "plain"])

@@ -7,19 +7,18 @@ from duo_train.data.needles import DATE, beginning
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.text.template import has_template, split
-from duo_jax.text.tokens import encode
+from duo_jax.text.tokens import encode, encode_inside
 
 
-def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[list[int], str | None]:
-    """The tokens before a user's message and the text after it, which is None where there is no template.
+def frame(tokenizer: PreTrainedTokenizerBase, *, use_chat: bool) -> tuple[str, str] | None:
+    """The text before and after a user's message; None where there is no template.
 
     Raises:
         ValueError: a chat template that does not show a message once.
     """
     if not (use_chat and has_template(tokenizer)):
-        return beginning(tokenizer), None
-    before, after = split(tokenizer, date_string=DATE, way_out="leave the template out with --no-chat")
-    return encode(tokenizer, before), after
+        return None
+    return split(tokenizer, date_string=DATE, way_out="leave the template out with --no-chat")
 
 
 def prompt(
@@ -44,13 +43,15 @@ def prompt(
     Raises:
         ValueError: a limit that leaves no room for any text.
     """
-    before, after = frame(tokenizer, use_chat=use_chat)
-    ending = (joint if after is None else after) + answer
-    tokens = before + encode(tokenizer, text + ending)
+    around = frame(tokenizer, use_chat=use_chat)
+    before, after = around or ("", joint)
+    head, ending = encode(tokenizer, before) if around else beginning(tokenizer), after + answer
+    # In one go: SentencePiece would put a space before a text of its own.
+    tokens = encode(tokenizer, before + text + ending) if around else head + encode(tokenizer, text + ending)
     if limit is None or len(tokens) <= limit:
         return tokens
-    body, tail = encode(tokenizer, text), encode(tokenizer, ending)
-    room = limit - len(before) - len(tail)
+    body, tail = (encode_inside if around else encode)(tokenizer, text), encode_inside(tokenizer, ending)
+    room = limit - len(head) - len(tail)
     if room < 2:
-        raise ValueError(f"{limit} tokens leave {room} for the text: its frame needs {len(before) + len(tail)}")
-    return [*before, *body[: room - room // 2], *body[len(body) - room // 2 :], *tail]
+        raise ValueError(f"{limit} tokens leave {room} for the text: its frame needs {len(head) + len(tail)}")
+    return [*head, *body[: room - room // 2], *body[len(body) - room // 2 :], *tail]

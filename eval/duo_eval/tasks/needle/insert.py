@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
+from duo_train.data.needles import beginning
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_eval.tasks.needle.styles import Needle
 from duo_eval.tasks.prompt import frame
-from duo_jax.text.tokens import encode
+from duo_jax.text.tokens import encode, encode_inside
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +38,11 @@ def insert_needle(
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must be in [0, 1], got {depth=}")
-    head, after = frame(tokenizer, use_chat=use_chat)
-    tail = encode(tokenizer, needle.question + ("\n" if after is None else after) + needle.answer)
-    sentence = encode(tokenizer, needle.sentence)
+    around = frame(tokenizer, use_chat=use_chat)
+    before, after = around or ("", "\n")
+    head = encode(tokenizer, before) if around else beginning(tokenizer)
+    tail = encode_inside(tokenizer, needle.question + after + needle.answer)
+    sentence = encode_inside(tokenizer, needle.sentence)
     room = length - len(head) - len(sentence) - len(tail)
     if not 0 < room <= len(hay):
         raise ValueError(
