@@ -26,6 +26,11 @@ from pallas_kernels.window import consecutive
 # Tokens whose logits are in memory at the same time in `score`.
 SCORE_BLOCK = 128
 
+# Jitted, so that attention is traced and lowered once for all layers, which are alike.
+_STATIC = ("window", "shards", "backend")
+_prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC)
+_decode_attention = jax.jit(decode_attention, static_argnames=_STATIC)
+
 
 def prefill(
     model: Model,
@@ -205,7 +210,7 @@ def _hidden(
     def attend(
         cache: KVCache, layer: int, q: Array, k: Array, v: Array, lengths: Int32[Array, "B"]
     ) -> tuple[Array, KVCache]:
-        out = prefill_attention(
+        out = _prefill_attention(
             q,
             k,
             v,
@@ -258,7 +263,7 @@ def step(
         cache: KVCache, layer: int, q: Array, k: Array, v: Array, active: Bool[Array, "B"]
     ) -> tuple[Array, KVCache]:
         cache = cache.append_token(layer, k[:, 0], v[:, 0], active)
-        out = decode_attention(
+        out = _decode_attention(
             q[:, 0],
             cache.pools_of(layer),
             cache.heads(layer),

@@ -21,3 +21,5 @@ def keep_programs() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
+            # Small programs too, of which a process compiles dozens.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

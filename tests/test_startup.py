@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from duo_eval.runner.record import read
+from duo_eval.speed.startup import cpu_seconds
 
 from duo_jax import PRESETS, published_patterns
 from duo_jax.checkpoint.packaged import PACKAGED
@@ -52,3 +54,20 @@ def test_loading_lets_jax_keep_compiled_programs(tmp_path):
         environment |= {"DUO_JAX_CACHE": str(tmp_path)} | extra
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == str(folder)
+
+
+@pytest.mark.slow
+def test_startup_is_measured_in_cpu_seconds(duo, text_model, tmp_path):
+    out = tmp_path / "startup.json"
+    pythons = ("--pythons", f"here={sys.executable}", sys.executable)
+    shown = duo("eval", "startup", "--out", out, "--model", text_model, "--repeats", 1, *pythons).out
+    assert "| duo generate, 8 tokens |" in shown and "| here |" in shown
+    results = read(out)[1]
+    assert len(results) == 10
+    assert all(0 < result["seconds"] < 60 for result in results)
+
+
+def test_an_interpreter_without_the_package_is_refused(tmp_path):
+    for command in ([sys.executable, "-S", "-c", "import jax"], [str(tmp_path / "none")]):
+        with pytest.raises(ValueError, match="--pythons"):
+            cpu_seconds(command)

@@ -12,6 +12,7 @@ from pallas_kernels.quantized import Stored, store
 from pallas_kernels.window import consecutive
 
 
+@functools.partial(jax.jit, static_argnames=("window", "shards"))
 def write_chunk(
     pools: Pools,
     heads: Heads,
@@ -43,6 +44,7 @@ def write_chunk(
     return pools
 
 
+@functools.partial(jax.jit, static_argnames=("window", "shards"))
 def write_token(
     pools: Pools,
     heads: Heads,

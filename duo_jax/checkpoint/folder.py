@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arrays import Shards, first_names
 from duo_jax.checkpoint.source import Source
@@ -118,6 +118,8 @@ class Folder(Source):
         if self.path / TOKENIZER_CONFIG in files:
             _check_tokenizer_config(self.path / TOKENIZER_CONFIG)
         try:
+            from transformers import AutoTokenizer  # 0.5 s
+
             with without_marks(self.path, (CONFIG, *TOKENIZER_FILES)) as path:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:

@@ -13,6 +13,7 @@ from duo_eval.runner.merge import Merge
 from duo_eval.show.plot import PlotTask
 from duo_eval.speed.adapter import HarnessBench
 from duo_eval.speed.efficiency import Efficiency
+from duo_eval.speed.startup import Startup
 from duo_eval.speed.training import Training
 from duo_eval.tasks.ablation import Ablation
 from duo_eval.tasks.humaneval import HumanEval
@@ -51,6 +52,7 @@ class Eval:
         | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]
         | Annotated[MeshesTask, tyro.conf.subcommand("meshes", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
+        | Annotated[Startup, tyro.conf.subcommand("startup", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]
         | Annotated[Tune, tyro.conf.subcommand("tune", prefix_name=False)],
         tyro.conf.arg(name=""),

@@ -9,7 +9,7 @@ from duo_eval.runner.provenance import host
 from duo_eval.runner.record import first_object, read
 from duo_eval.show import patterns, score_table
 from duo_eval.show.result_type import ResultType
-from duo_eval.speed import adapter, efficiency_results, training
+from duo_eval.speed import adapter, efficiency_results, startup, training
 from duo_eval.tasks import item_by_item, keys, precision, recall_results
 from duo_eval.tasks.lm_eval import command as harness
 from duo_eval.tasks.needle import command as needle
@@ -27,6 +27,7 @@ RESULT_TYPES: tuple[ResultType, ...] = (
     efficiency_results.RESULT,
     adapter.RESULT,
     training.RESULT,
+    startup.RESULT,
     context.MESHES_RESULT,
     context.RESULT,
     memory.RESULT,

@@ -12,6 +12,7 @@ from duo_eval.aot.memory import memory_table
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
 from duo_eval.speed.efficiency_results import bench_table
+from duo_eval.speed.startup import startup_table
 from duo_eval.speed.training import training_table
 from duo_eval.tasks.item_by_item import short_table
 from duo_eval.tasks.keys import keys_table
@@ -45,6 +46,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "adapter": ("cpu/harness.json", adapter_table),
     "adapter, one by one": ("cpu/harness-1.json", adapter_table),
     "training": ("cpu/training.json", training_table),
+    "startup": ("cpu/startup.json", startup_table),
     "precision": ("cpu/precision.jsonl", precision_table),
     "keys": ("cpu/keys.json", keys_table),
     "memory": ("aot/memory.json", memory_table),
