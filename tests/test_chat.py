@@ -31,6 +31,7 @@ from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM, TextStream
 
 NEW = 6
+LENGTH = 256  # of all caches here, which then share programs
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
 
 
@@ -51,8 +52,15 @@ def turn(text: str, reply: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
+def cold(lm: LM, messages: list[dict[str, str]]) -> str:
+    """The answer of a chat that computes all messages at once."""
+    chat = Chat(lm, max_length=LENGTH)
+    chat.restore(messages[:-1])
+    return say(chat, messages[-1]["content"])
+
+
 def test_a_retry_computes_the_last_turn_only_and_answers_the_same(lm, monkeypatch):
-    chat, sizes = Chat(lm, max_length=256), []
+    chat, sizes = Chat(lm, max_length=LENGTH), []
 
     class Counted(TextStream):
         def __init__(self, lm, prompts, **options):
@@ -69,13 +77,13 @@ def test_a_retry_computes_the_last_turn_only_and_answers_the_same(lm, monkeypatc
 
 
 def test_what_was_taken_back_leaves_no_trace(lm):
-    chat = Chat(lm, max_length=256)
+    chat = Chat(lm, max_length=LENGTH)
     first, _ = say(chat, "Hi."), say(chat, "And then?")
     after_first = len("[user] Hi.[assistant] ") + NEW
     assert chat.undo() == "And then?"
     assert chat.messages == turn("Hi.", first) and chat.num_tokens == after_first
     reply = say(chat, "What else?")
-    assert reply == lm.chat([*turn("Hi.", first), *turn("What else?", "")[:1]], max_new_tokens=NEW)
+    assert reply == cold(lm, [*turn("Hi.", first), *turn("What else?", "")[:1]])
     assert [chat.undo(), chat.undo()] == ["What else?", "Hi."]
     assert (chat.num_tokens, chat.messages) == (0, [])
     for wrong in (chat.undo, chat.retry):
@@ -84,50 +92,50 @@ def test_what_was_taken_back_leaves_no_trace(lm):
     assert say(chat, "Hi.") == first
 
 
-def test_replies_are_sampled_as_the_model_says_with_a_key_each(chat_model, tmp_path):
+def test_replies_are_sampled_as_the_model_says_with_a_key_each(lm, chat_model, tmp_path):
     folder = shutil.copytree(chat_model, tmp_path / "sampled")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 0, "eos_token_id": None}))
-    lm = duo_jax.load(folder)
-    assert lm.sampling.sampler() == Categorical((Temperature(1.0),))
+    random = duo_jax.load(folder, pattern=folder / "pattern")
+    assert random.sampling.sampler() == Categorical((Temperature(1.0),))
 
     def talk(seed: int) -> list[str]:
-        chat = Chat(lm, max_length=256, seed=seed)
+        chat = Chat(random, max_length=LENGTH, seed=seed)
         return [say(chat, "Hello."), say(chat, None), say(chat, None)]
 
     replies = talk(seed=1)
     assert len(set(replies)) == 3 and talk(seed=1) == replies and talk(seed=2) != replies
-    greedy = lm.chat([{"role": "user", "content": "Hello."}], max_new_tokens=NEW)
-    assert say(Chat(lm, max_length=256), "Hello.", sampler=Greedy()) == greedy
+    greedy = cold(lm, [{"role": "user", "content": "Hello."}])
+    assert say(Chat(random, max_length=LENGTH), "Hello.", sampler=Greedy()) == greedy
 
 
 def test_the_oldest_turns_make_room_and_the_system_message_stays(lm):
-    chat = Chat(lm, max_length=180, system="Be brief.")
-    texts = ["One.", "Two.", "Three.", "Four.", "Five."]
+    chat = Chat(lm, max_length=LENGTH, system="Be brief.")
+    texts = [f"{word:.<25}" for word in ("One", "Two", "Three", "Four")]
     replies = [say(chat, text) for text in texts]
     with pytest.raises(ValueError, match="it is full"):
-        say(chat, "5" * 20)
-    assert chat.room("5" * 20) < 1
-    assert chat.drop_oldest("5" * 20) == 8
-    kept = [{"role": "system", "content": "Be brief."}, *turn("Five.", replies[4])]
+        say(chat, "5" * 40)
+    assert chat.room("5" * 40) < 1
+    assert chat.drop_oldest("5" * 40) == 6
+    kept = [{"role": "system", "content": "Be brief."}, *turn(texts[3], replies[3])]
     assert chat.messages == kept
-    reply = say(chat, "5" * 20)
-    assert reply == lm.chat([*kept, {"role": "user", "content": "5" * 20}], max_new_tokens=NEW)
-    assert chat.num_tokens <= 90 + NEW
+    reply = say(chat, "5" * 40)
+    assert reply == cold(lm, [*kept, {"role": "user", "content": "5" * 40}])
+    assert chat.num_tokens <= LENGTH // 2 + NEW
     # Nothing more is dropped where half of the cache is enough, or to answer again.
     assert chat.drop_oldest() == 0 and say(chat, None) == reply
     # All but the newest message, which itself must fit.
     assert chat.drop_oldest("6" * 90) == 4 and chat.messages == kept[:1]
     say(chat, "6" * 90)
     before = chat.messages
-    with pytest.raises(ValueError, match="the cache has room for 180"):
-        chat.drop_oldest("7" * 180)
+    with pytest.raises(ValueError, match="the cache has room for 256"):
+        chat.drop_oldest("7" * LENGTH)
     assert chat.messages == before
 
 
 def test_a_conversation_is_continued_in_another_chat(lm):
-    old = Chat(lm, max_length=256, system="Be brief.")
+    old = Chat(lm, max_length=LENGTH, system="Be brief.")
     say(old, "Hello.")
-    new = Chat(lm, max_length=256)
+    new = Chat(lm, max_length=LENGTH)
     say(new, "Something else.")
     new.restore(old.messages)
     assert (new.num_tokens, new.messages, new.system) == (0, old.messages, "Be brief.")
@@ -141,7 +149,7 @@ def test_a_conversation_is_continued_in_another_chat(lm):
 
 
 def test_an_interrupted_prompt_leaves_the_conversation_as_it_was(lm):
-    chat = Chat(lm, max_length=256)
+    chat = Chat(lm, max_length=LENGTH)
     first = say(chat, "Hello.")
 
     def interrupt(done: int) -> None:
@@ -152,17 +160,17 @@ def test_an_interrupted_prompt_leaves_the_conversation_as_it_was(lm):
             ask()
         assert (chat.num_tokens, chat.messages) == (0, turn("Hello.", first))
     reply = say(chat, "And then?")
-    assert reply == lm.chat([*turn("Hello.", first), {"role": "user", "content": "And then?"}], max_new_tokens=NEW)
+    assert reply == cold(lm, [*turn("Hello.", first), {"role": "user", "content": "And then?"}])
     assert say(chat, None) == reply
 
 
 def test_used_bytes_grow_to_all_bytes(lm):
-    chat = Chat(lm, max_length=64)
+    chat = Chat(lm, max_length=LENGTH)
     assert chat.nbytes_used == 0
     say(chat, "Hello.")
     half = chat.nbytes_used
-    say(chat, "?", max_new_tokens=100)
-    assert chat.num_tokens == 64 and 0 < half < chat.nbytes_used <= chat.nbytes
+    say(chat, "?", max_new_tokens=LENGTH)
+    assert chat.num_tokens == LENGTH and 0 < half < chat.nbytes_used <= chat.nbytes
 
 
 @pytest.mark.parametrize(
@@ -232,9 +240,10 @@ def test_a_saved_model_keeps_its_settings(chat_model, tmp_path, duo):
 
 @pytest.fixture
 def talk(chat_model, duo, monkeypatch):
-    def run(*lines, flags=(), model=chat_model):
+    def run(*lines, flags=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-        result = duo("chat", "--model", model, "--max-new-tokens", 4, "--max-length", 128, *flags)
+        options = ("--pattern", chat_model / "pattern", "--max-new-tokens", 4, "--max-length", LENGTH)
+        result = duo("chat", "--model", chat_model, *options, *flags)
         assert result.code == 0 and "Traceback" not in result.err, result
         return result
 
@@ -243,8 +252,8 @@ def talk(chat_model, duo, monkeypatch):
 
 def test_each_reply_is_followed_by_its_speed_and_the_cache(talk):
     result = talk("Hello.")
-    assert "sampling: the most likely token" in result.out and "[0/128 tokens" in result.out
-    assert "(4 tokens at " in result.err and "KV cache: 29 of 128 tokens, " in result.err
+    assert "sampling: the most likely token" in result.out and "[0/256 tokens" in result.out
+    assert "(4 tokens at " in result.err and "KV cache: 29 of 256 tokens, " in result.err
     assert "cut at --max-new-tokens 4" in result.err
 
 
@@ -282,14 +291,14 @@ def test_a_line_that_begins_with_a_space_is_a_message(talk, tmp_path):
 
 
 def test_a_full_cache_drops_the_oldest_turns_if_it_may(talk, tmp_path):
-    path, lines = tmp_path / "said.json", [f"Message number {number}." for number in range(8)]
+    path, lines = tmp_path / "said.json", [f"Message number {number}. {'x' * 40}" for number in range(5)]
     refused = talk(*lines)
-    assert refused.err.count("it is full") > 1 and "--when-full drop drops its oldest turns" in refused.err
+    assert refused.err.count("it is full") == 2 and "--when-full drop drops its oldest turns" in refused.err
     dropped = talk(*lines, f"/save {path}", flags=("--when-full", "drop"))
     assert "it is full" not in dropped.err and "dropped the oldest 6 of 6 messages" in dropped.err
     assert json.loads(path.read_text())[-2]["content"] == lines[-1]
     # A message that fits with no other is refused, and the conversation goes on.
-    result = talk(lines[0], "x" * 200, "Bye.", flags=("--when-full", "drop"))
+    result = talk(lines[0], "x" * LENGTH, "Bye.", flags=("--when-full", "drop"))
     assert result.err.count("shorten the message, which is too long by itself") == 1
     assert result.err.count(" 4 tokens at ") + result.err.count("(4 tokens at ") == 2
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CONVERSATION = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
-TOKENS = 128
+TOKENS = 256
 
 # What a file contains, None for a folder and "pipe" for a pipe; then the words of the refusal.
 LOADED = {
@@ -30,8 +30,8 @@ PUT = {
     "a pipe": ("pipe", ["is a pipe or a device"]),
     "other bytes": (b"\xff\xfe", ["is not UTF-8 text"]),
     "nothing": (b" \n", ["is empty"]),
-    "more than the cache": (b"x" * TOKENS, ["has 128 tokens, more than the cache of 128", "--max-length"]),
-    "more than is read": (b"x" * TOKENS * 65, ["has more than 8192 bytes"]),
+    "more than the cache": (b"x" * TOKENS, ["has 256 tokens, more than the cache of 256", "--max-length"]),
+    "more than is read": (b"x" * TOKENS * 65, ["has more than 16384 bytes"]),
 }
 
 
