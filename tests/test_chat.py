@@ -76,6 +76,13 @@ def test_a_retry_computes_the_last_turn_only_and_answers_the_same(lm, monkeypatc
     assert sizes == [len("[user] Hi.[assistant] "), *[len("[user] And then?[assistant] ")] * 3]
 
 
+def test_turns_of_all_sizes_share_programs(lm):
+    chat, phases = Chat(lm, max_length=LENGTH), []
+    for text in ("?", "Hello there, you.", "x" * 60):
+        say(chat, text, watch=phases.append)
+    assert "compile" not in phases[1:] and phases.count("prefill") == 3
+
+
 def test_what_was_taken_back_leaves_no_trace(lm):
     chat = Chat(lm, max_length=LENGTH)
     first, _ = say(chat, "Hi."), say(chat, "And then?")

@@ -14,6 +14,10 @@ from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.template import Message, checked_messages
 from duo_jax.text.tokens import check_text
 
+# Tokens of a turn that are computed at a time, up to a number of new tokens and beyond. Turns have all sizes, and a
+# program for each size would be compiled in the middle of a conversation, which takes longer than to compute padding.
+SHORT, LONG, MOST_SHORT = 64, 512, 256
+
 
 class Chat:
     """A conversation.
@@ -190,11 +194,16 @@ class Chat:
         known = self._rewind(tokens)
         self._before = (self._cached, self._cache.mark() if known else self._empty)
         self._count += 1
-        defaults = {
+        defaults: dict[str, Any] = {
             "sampler": self._lm.sampling.sampler(),
             "seed": jax.random.fold_in(jax.random.key(self._seed), self._count),
         }
-        own = {"max_new_tokens": min(max_new_tokens, room), "cache": self._cache, "history": self._cached}
+        own: dict[str, Any] = {
+            "max_new_tokens": min(max_new_tokens, room),
+            "cache": self._cache,
+            "history": self._cached,
+            "width": SHORT if len(tokens) - known <= MOST_SHORT else LONG,
+        }
         self._running = TextStream(self._lm, [tokens[known:]], **defaults | options | own)
         self._messages, self._cached = messages, tokens
         return self._running

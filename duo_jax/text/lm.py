@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,11 +269,17 @@ class TextStream(Iterator[str]):
         eos_ids: Sequence[int] | None = None,
         progress: Callable[[int], None] | None = None,
         watch: Watch | None = None,
+        width: int | None = None,
         **options: Any,
     ) -> None:
-        """See `LM.stream`; `options` as for `LM.request`, `progress` and `watch` as for `Request.stream`."""
+        """See `LM.stream`; `options` as for `LM.request`, `progress` and `watch` as for `Request.stream`.
+
+        `width` are tokens of the prompts that are computed at a time, to which shorter ones are padded.
+        """
         ends = lm.ends(stop, eos_ids)
         request = lm.request(prompts, eos_ids=ends.ids, **options)
+        if width is not None:
+            request = replace(request, width=width)
         self._rows = [Row(lm.tokenizer, ends) for _ in prompts]
         self._steps = request.stream(progress, watch)
         self._is_done = False
