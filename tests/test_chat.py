@@ -22,7 +22,8 @@ from prompt_toolkit.output import DummyOutput
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature, TopK, TopP
 from duo_jax.checkpoint.load import open_source
-from duo_jax.cli.chat import COMMANDS
+from duo_jax.cli.chat import _CONTROLS, COMMANDS, ChatCommand
+from duo_jax.cli.lines import Lines
 from duo_jax.cli.options import ChatSamplingOptions
 from duo_jax.cli.terminal import MOST_HISTORY, Commands, Terminal, history_path, open_history
 from duo_jax.cli.timings import show_status
@@ -311,6 +312,39 @@ def test_a_full_cache_drops_the_oldest_turns_if_it_may(talk, tmp_path):
 
 
 # The command in a terminal.
+
+
+class Typist(Lines):
+    """Types lines and answers every question in the same way."""
+
+    keys = "any"
+
+    def __init__(self, lines, answer=True):
+        self.lines, self.answer, self.questions, self.prompts = iter(lines), answer, [], []
+
+    def read(self, prompt, default=""):
+        self.prompts.append(prompt + default)
+        return next(self.lines, None)
+
+    def confirm(self, question):
+        self.questions.append(question)
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_full_cache_asks_whether_to_drop_the_oldest_turns(talk, monkeypatch, answer):
+    typist = Typist([f"Message number {number}. {'x' * 40}" for number in range(4)] + ["/undo"], answer)
+    monkeypatch.setattr(ChatCommand, "_lines", lambda self: typist)
+    result = talk()
+    assert len(typist.questions) == 1 and "has no room for a reply. Drop the oldest turns?" in typist.questions[0]
+    assert ("dropped the oldest 6 of 6 messages" in result.err) == answer
+    assert ("is full; /reset forgets" in result.err) == (not answer)
+    # What was taken back is offered to be edited.
+    assert typist.prompts[0] == "> " and typist.prompts[-1].startswith(f"> Message number {3 if answer else 2}.")
+
+
+def test_what_a_model_writes_does_not_control_the_terminal():
+    assert "a\x1b[2Jb\tc\n\x9b\r\x7fü".translate(_CONTROLS) == "a�[2Jb\tc\n���ü"
 
 
 def test_a_status_line_removes_itself_and_no_text(capsys, monkeypatch):
