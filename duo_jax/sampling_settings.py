@@ -1,4 +1,4 @@
-"""SamplingSettings: a sampler by its numbers, from flags or from a model's generation_config.json. Knows no files."""
+"""SamplingSettings: a sampler by its numbers, from flags, a model's generation_config.json or GGUF. Knows no files."""
 
 import warnings
 from collections.abc import Mapping
@@ -40,6 +40,16 @@ UNSUPPORTED: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "stop_strings": None,
+}
+# The same for the keys of a GGUF file, and the names here of those that are supported.
+GGUF_PREFIX = "general.sampling."
+GGUF_UNSUPPORTED: dict[str, Any] = {"mirostat": 0, "xtc_probability": 0.0, "sequence": None}
+GGUF_KEYS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
 }
 
 
@@ -97,10 +107,7 @@ class SamplingSettings:
             ValueError: a value of a wrong type or range.
         """
         given = {name: value for name, value in values.items() if value is not None}
-        if left_out := [name for name, off in UNSUPPORTED.items() if given.get(name, off) != off]:
-            warnings.warn(
-                f"generation_config.json: {', '.join(left_out)} is not supported and is left out", stacklevel=2
-            )
+        _warn("generation_config.json", given, UNSUPPORTED)
         # In quotes: names of a file, not of a caller's arguments.
         penalty = real_number("'repetition_penalty'", given.get("repetition_penalty", 1), LEAST, MOST)
         settings = cls(repetition_penalty=None if penalty == 1 else penalty)
@@ -118,8 +125,22 @@ class SamplingSettings:
             repetition_penalty=settings.repetition_penalty,
         )
 
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "SamplingSettings":
+        """The settings in the metadata of a GGUF file, which come from a generation_config.json; see `from_hf`."""
+        keys = {key.removeprefix(GGUF_PREFIX): value for key, value in metadata.items() if key.startswith(GGUF_PREFIX)}
+        _warn(f"{GGUF_PREFIX}*", keys, GGUF_UNSUPPORTED)
+        values = {name: keys[key] for key, name in GGUF_KEYS.items() if key in keys}
+        return cls.from_hf(values | {"do_sample": bool(values.keys() - {"repetition_penalty"})})
+
     def to_hf(self) -> dict[str, Any]:
         """As in a generation_config.json; `from_hf` reads the same settings."""
         off = {"do_sample": self.temperature > 0, "temperature": HF_TEMPERATURE, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         given = {name: value for name, value in vars(self).items() if value}
         return {**off, "repetition_penalty": 1.0, **given}
+
+
+def _warn(place: str, given: Mapping[str, Any], unsupported: Mapping[str, Any]) -> None:
+    """Name the settings that are not supported, unless they are turned off."""
+    if left_out := [name for name, off in unsupported.items() if given.get(name, off) != off]:
+        warnings.warn(f"{place}: {', '.join(left_out)} is not supported and is left out", stacklevel=4)

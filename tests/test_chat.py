@@ -21,6 +21,7 @@ from prompt_toolkit.output import DummyOutput
 
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature, TopK, TopP
+from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.load import open_source
 from duo_jax.cli.chat import _CONTROLS, COMMANDS, ChatCommand
 from duo_jax.cli.lines import Lines
@@ -30,6 +31,7 @@ from duo_jax.cli.timings import show_status
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM, TextStream
+from tests.hostile.gguf_bytes import File, metadata
 
 NEW = 6
 LENGTH = 256  # of all caches here, which then share programs
@@ -216,6 +218,23 @@ def test_wrong_generation_settings_are_refused_with_the_file(chat_model, tmp_pat
     (folder / "generation_config.json").write_text(json.dumps(values))
     result = duo("chat", "--model", folder, "--temperature", 0.5)
     assert result.code == 2 and f"generation_config.json: {word}" in result.err
+
+
+def test_generation_settings_of_a_gguf_file(tmp_path):
+    keys = {"temp": 0.5, "top_k": 20, "top_p": 0.75, "penalty_repeat": 1.0, "penalty_last_n": 64, "mirostat": 0}
+    assert GgufFile(_gguf(tmp_path, keys)).sampling == SamplingSettings(0.5, 20, 0.75)
+    assert GgufFile(_gguf(tmp_path, {"penalty_repeat": 1.5})).sampling == SamplingSettings(repetition_penalty=1.5)
+    assert GgufFile(_gguf(tmp_path, {})).sampling == SamplingSettings()
+    with pytest.raises(ValueError, match=r"model.gguf: 'temperature' must be a number, got 'hot'"):
+        GgufFile(_gguf(tmp_path, {"temp": "hot"})).sampling  # noqa: B018
+    with pytest.warns(UserWarning, match="mirostat is not supported"):
+        GgufFile(_gguf(tmp_path, {"mirostat": 2})).sampling  # noqa: B018
+
+
+def _gguf(folder: Path, keys: dict) -> Path:
+    path = folder / "model.gguf"
+    path.write_bytes(File(metadata() | {f"general.sampling.{key}": value for key, value in keys.items()}).content())
+    return path
 
 
 def test_settings_that_are_not_supported_are_named():

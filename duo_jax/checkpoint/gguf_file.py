@@ -15,6 +15,7 @@ from duo_jax.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.weight_table import check_tensors, weight_table
 from duo_jax.config import ModelConfig
+from duo_jax.sampling_settings import SamplingSettings
 
 # GGUF's name -> Hugging Face's, for whole-model tensors and for the modules of a layer.
 MODEL_TENSORS = {
@@ -100,6 +101,12 @@ class GgufFile(Source):
         """From the metadata."""
         with self._named():
             return tokenizer_from_gguf(self.metadata)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """From the metadata."""
+        with self._named():
+            return SamplingSettings.from_gguf(self.metadata)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
