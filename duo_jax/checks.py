@@ -5,7 +5,7 @@ Under a caller's own `jit`, values are unknown and cannot be checked. A cache th
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 from numpy.typing import ArrayLike
 
-from duo_jax.arguments import ArgumentError, check_rows, instance, integers, seed_number, whole_number
+from duo_jax.arguments import ArgumentError, check_rows, instance, integers, seed_number, spelling, whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model import Model
+from duo_jax.precision import WeightDtype
 from duo_jax.sampling import Sampler
 
 _warned: set[ModelConfig] = set()
+_warned_of_quantization: set[str] = set()
 
 
 def is_traced(*values: object) -> bool:
@@ -143,6 +145,20 @@ def check_cache(
             "expect worse answers beyond that",
             stacklevel=4,
         )
+
+
+def warn_of_quantization(model: Model, cache: KVCache) -> None:
+    """Warn once in a process that quantized numbers cost time on a CPU, which has no instructions to unpack them."""
+    if _warned_of_quantization or is_traced(model, cache) or jax.default_backend() != "cpu":
+        return
+    config = model.config
+    stored = cache.dtype.name.replace("uint", "int")
+    dtypes = {"weight_dtype": config.weight_dtype, "embed_dtype": config.embed_dtype, "kv_dtype": stored}
+    quantized = {name: value for name, value in dtypes.items() if value in get_args(WeightDtype)}
+    if quantized:
+        _warned_of_quantization.update(quantized)
+        listed = " and ".join(f"{spelling.get()(name)} {value}" for name, value in quantized.items())
+        warnings.warn(f"on a CPU, {listed} saves memory and costs time: use it where memory is short", stacklevel=4)
 
 
 def check_generation(

@@ -4,7 +4,7 @@ Afterwards the cache holds the prompt and every token generated: to continue a c
 new tokens.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,16 @@ from numpy.typing import ArrayLike
 
 from duo_jax.arguments import MOST_TOKENS, ArgumentError, whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.checks import check_cache, check_generation, check_history, check_key, check_model, check_prompt, is_traced
+from duo_jax.checks import (
+    check_cache,
+    check_generation,
+    check_history,
+    check_key,
+    check_model,
+    check_prompt,
+    is_traced,
+    warn_of_quantization,
+)
 from duo_jax.chunks import bucket, chunk_width
 from duo_jax.infer import run_prefill
 from duo_jax.model import Model
@@ -206,8 +215,12 @@ def prepare(
     history: ArrayLike | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Request:
-    """Check the arguments of `generate` and `stream`, and make a cache if none was given."""
+    """Check the arguments of `generate` and `stream`, and make a cache if none was given.
+
+    Random draws of a row depend on the key and on its index in `rows`, by default its index in the batch.
+    """
     check_model(model)
     max_new_tokens, key = whole_number("max_new_tokens", max_new_tokens, 1), check_key("key", key)
     eos_ids = check_generation(
@@ -230,6 +243,7 @@ def prepare(
         room = min(bucket(total), MOST_TOKENS)
         cache = KVCache.init(model.config, pattern, len(tokens), room, dtype=kv_dtype, mesh=model.mesh)
     check_cache(model, cache, lengths.astype(np.int64) + max_new_tokens)
+    warn_of_quantization(model, cache)
     answer = 8 * len(tokens) * bucket(max_new_tokens)
     check_free(answer, f"max_new_tokens={max_new_tokens} takes {answer / 1e9:.1f} GB for the answer: ask for fewer")
     seen = np.zeros((len(tokens), model.config.vocab_size), bool)
@@ -237,6 +251,6 @@ def prepare(
         seen[row, tokens[row, :count]] = True
     if history is not None:
         seen[np.arange(len(seen))[:, None], check_history(model.config, history, len(seen))] = True
-    prompt = Prompt(tokens, lengths, seen, row_keys(key, len(tokens)))
+    prompt = Prompt(tokens, lengths, seen, row_keys(key, np.arange(len(tokens)) if rows is None else np.asarray(rows)))
     generator = Generator(sampler, eos_ids, backend)
     return Request(generator, model, prompt, cache, max_new_tokens, width)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from duo_jax import infer
 from duo_jax.cache.cache import KVCache
@@ -159,7 +159,7 @@ class Generator:
     ) -> "Stream":
         """Generate step by step from the logits after a prompt; `seen` and `keys` are for samplers that use them."""
         seen = np.zeros(logits.shape, bool) if seen is None else seen
-        keys = row_keys(0, len(logits)) if keys is None else keys
+        keys = row_keys(0, np.arange(len(logits))) if keys is None else keys
         state = State(cache, logits, seen, jnp.ones(len(logits), bool), keys, jnp.bool_(True))
         return Stream(self, model, state, max_new_tokens, watch)
 
@@ -222,11 +222,11 @@ def check_logits(failed: int, dtype: Any) -> None:
         raise not_finite(f"step {failed}: the logits are", dtype)
 
 
-def row_keys(key: Array | int | None, batch: int) -> Key[Array, "B"]:
-    """One random key for each row, which depends only on `key` and the row's index."""
+def row_keys(key: Array | int | None, rows: Int[np.ndarray, "B"]) -> Key[Array, "B"]:
+    """One random key for each row, which depends only on `key` and the row's index in `rows`."""
     if key is None or isinstance(key, int):
         key = jax.random.key(key or 0)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "eos_ids"))

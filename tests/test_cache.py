@@ -263,3 +263,15 @@ def test_passing_the_trained_positions_warns_exactly_once(monkeypatch):
     with pytest.warns(UserWarning, match="17 tokens of context, but the model was trained for 16"):
         _, cache = decode_step(model, [1, 2], cache)
     decode_step(model, [1, 2], cache)  # A second warning would be an error.
+
+
+def test_quantization_on_a_cpu_warns_exactly_once(monkeypatch, tiny):
+    monkeypatch.setattr(checks, "_warned_of_quantization", set())
+    full, quantized = (KVCache.init(tiny.config, None, 1, 16, dtype=dtype) for dtype in ("float32", "int8"))
+    checks.warn_of_quantization(tiny, full)
+    with pytest.warns(UserWarning, match="on a CPU, kv_dtype int8 saves memory and costs time"):
+        checks.warn_of_quantization(tiny, quantized)
+    checks.warn_of_quantization(tiny, quantized)
+    monkeypatch.setattr(checks, "_warned_of_quantization", set())
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    checks.warn_of_quantization(tiny, quantized)
