@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -20,7 +20,7 @@ from duo_jax.text.tokens import encode
 class PromptOptions:
     """The prompt."""
 
-    stdin: tyro.conf.Positional[Literal["-"] | None] = None
+    stdin: Annotated[Literal["-"] | None, tyro.conf.Positional, tyro.conf.arg(metavar="[-]")] = None
     """Give - to read the prompt from standard input."""
     prompt: str | None = None
     """The prompt itself."""
@@ -31,6 +31,11 @@ class PromptOptions:
     parse_special: bool = False
     """Special tokens that are written in a message or a document are control tokens; by default they are text. In a
     prompt without --chat they always are control tokens."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any of the three flags names a prompt."""
+        return any(value is not None for value in (self.stdin, self.prompt, self.prompt_file))
 
     def text(self) -> str:
         """Read the prompt.
@@ -43,7 +48,7 @@ class PromptOptions:
             raise ValueError("give the prompt once: --prompt TEXT, --prompt-file FILE, or - for standard input")
         try:
             if self.prompt_file is not None:
-                return self._not_empty(read_text(self.prompt_file, way=f"{COPY}, or give - and pipe it"))
+                return self.not_empty(read_text(self.prompt_file, way=f"{COPY}, or give - and pipe it"))
             text = sys.stdin.read(MOST_BYTES + 1) if self.prompt is None else self.prompt
             if len(text) > MOST_BYTES:
                 raise ValueError(f"standard input has more than {MOST_BYTES} characters: give less")
@@ -51,9 +56,10 @@ class PromptOptions:
             text.encode("utf-8")
         except UnicodeError as error:
             raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
-        return self._not_empty(text)
+        return self.not_empty(text)
 
-    def _not_empty(self, text: str) -> str:
+    def not_empty(self, text: str) -> str:
+        """The text of a prompt, if there is any."""
         if not text:
             raise ValueError("the prompt is empty; give at least one character")
         return text

@@ -203,9 +203,10 @@ class LM:
         template.check_template(self.tokenizer)
         return template.encode_chat(self.tokenizer, messages, parse_special=parse_special)
 
-    def make_cache(self, max_length: int) -> KVCache:
-        """An empty cache of one row."""
-        return KVCache.init(self.model.config, self.pattern, 1, max_length, dtype=self.kv_dtype, mesh=self.model.mesh)
+    def make_cache(self, max_length: int, rows: int = 1) -> KVCache:
+        """An empty cache."""
+        config, mesh = self.model.config, self.model.mesh
+        return KVCache.init(config, self.pattern, rows, max_length, dtype=self.kv_dtype, mesh=mesh)
 
     def request(
         self,
@@ -219,7 +220,7 @@ class LM:
     ) -> Request:
         """Check prompts of token ids that continue `cache`, or an empty one; see `LM.stream` and `duo_jax.generate`.
 
-        `history` are the tokens that every row of `cache` contains.
+        `history` are the tokens that every row of `cache` contains; other `options` as for `prepare`.
         """
         if fixed := sorted({"pattern", "kv_dtype"} & set(options)):
             raise TypeError(f"the model was loaded with its {' and '.join(fixed)}: give them to duo_jax.load instead")
