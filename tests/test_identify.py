@@ -83,7 +83,7 @@ def test_another_run_s_folder_is_left_alone(identify, tmp_path):
     assert identify().code == 0
     before = contents(tmp_path / "run")
     assert_refused(identify(), "has a run already", "--resume")
-    assert_refused(identify("--resume", "--distill.steps", "4"), "has other settings", "settings.steps was 3, now 4")
+    assert_refused(identify("--resume", "--distill.seed", "4"), "has other settings", "settings.seed was 0, now 4")
     assert contents(tmp_path / "run") == before
     other = tmp_path / "other"
     other.mkdir()
@@ -166,6 +166,32 @@ def test_a_resume_with_another_text_under_the_same_name_is_refused(identify, tmp
     text.write_text("Something of note happened that day. " * 200)
     assert_refused(identify(*options, "--resume"), "has other settings: contents.text was")
     assert contents(tmp_path / "run") == before
+
+
+def test_more_steps_extend_a_finished_run_and_fewer_are_refused(identify, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert identify().code == 0
+    before, gates = contents(folder), HeadPattern.load(folder).gates
+    assert_refused(identify("--resume", "--distill.steps", "2"), "is finished, with 3 steps")
+    assert_refused(identify("--resume", "--distill.steps", "5", "--distill.seed", "1"), "settings.seed was 0, now 1")
+    assert contents(folder) == before
+    # A run that is killed before its end leaves the earlier pattern, and is resumed.
+    with monkeypatch.context() as patch:
+        patch.setattr("duo_train.loop.MetricsWriter.write", _interrupt)
+        stopped = identify("--resume", "--distill.steps", "5")
+    assert stopped.code == 130 and "extending the run from step 3 to 5" in stopped.err
+    assert np.array_equal(HeadPattern.load(folder).gates, gates)
+    assert_refused(identify("--resume", "--distill.steps", "4"), "settings.steps was 5, now 4")
+    assert identify("--resume", "--distill.steps", "5").code == 0
+    extended = HeadPattern.load(folder)
+    assert not np.array_equal(extended.gates, gates) and extended.metadata["training"]["extends"] == [3]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+    assert "finished run already" in identify("--resume", "--distill.steps", "5").out
+
+
+def _interrupt(self, record):
+    raise KeyboardInterrupt
 
 
 def test_presets_are_what_they_say():

@@ -36,6 +36,8 @@ from duo_train.gated import GatedModel
 from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
 
 RUN_FILE = "run.json"
+# In that file: the steps of a finished run that this one extends.
+EXTENDS = "extends"
 # Fields that may differ on resume, because they do not affect the gates: output folder, checkpoints, devices.
 FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh")
 
@@ -65,7 +67,7 @@ class Identify:
     each sample; recipes that train nothing take one device. By default all devices share the work: samples as far as
     they divide the batch, tokens beyond that."""
     preset: PresetName = "paper"
-    """Defaults of all flags below: the paper's, for a small model on two CPU cores, or for a test run of seconds."""
+    """Defaults of the other flags: the paper's, for a small model on two CPU cores, or for a test run of seconds."""
     recipe: RecipeName = "distill"
     """How the heads are found; attention-profile and kvzip train nothing."""
     start: str | None = None
@@ -75,7 +77,8 @@ class Identify:
     recent_size: int = 256
     """Most recent tokens that streaming heads keep at inference; stored in the pattern."""
     resume: bool = False
-    """Resume the run in the folder from its last checkpoint; start it if there is none."""
+    """Resume the run in the folder from its last checkpoint; start it if there is none. With more steps than a finished
+    run had, extend it: from its last step, the learning rate follows the schedule of all steps."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -96,6 +99,11 @@ class Identify:
         """The recipe, with its settings."""
         return self.settings[self.recipe]
 
+    @property
+    def steps(self) -> int | None:
+        """Steps of the recipe; None for one that trains nothing."""
+        return getattr(self.chosen, "steps", None)
+
     def resolved(self) -> dict[str, Any]:
         """Everything that affects the gates, as JSON."""
         config = {name: value for name, value in dataclasses.asdict(self).items() if name not in (*FREE, "settings")}
@@ -111,7 +119,7 @@ class Identify:
         free = {name: getattr(self, name) for name in FREE if name not in ("processes", "preset")}
         self.processes.join(self.resolved() | free)
         self.check()
-        if self.resume and (self.out / GATES_FILE).exists():
+        if self.resume and (self.out / GATES_FILE).exists() and finished_steps(self.out) == self.steps:
             print(f"{self.out} has the finished run already")
             return
         run = self.prepare()
@@ -133,8 +141,15 @@ class Identify:
         check_folder(self.out, config, resume=self.resume)
         # All processes must have checked the folder before the first one writes.
         check_alike(config)
-        if is_first() and not (self.out / RUN_FILE).exists():
-            write_text(self.out / RUN_FILE, json.dumps(config, indent=1) + "\n")
+        extends = extended(self.out, self.steps)
+        if is_first() and (extends or not (self.out / RUN_FILE).exists()):
+            write_text(self.out / RUN_FILE, json.dumps(config | extends, indent=1) + "\n")
+        if is_first() and extends:
+            print(
+                f"{self.out}: extending the run from step {extends[EXTENDS][-1]} to {self.steps}, with the learning "
+                f"rate that a run of {self.steps} steps has there",
+                file=sys.stderr,
+            )
         with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True, disable=not is_first()) as bar:
             try:
                 gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
@@ -144,7 +159,10 @@ class Identify:
                 raise
         if not is_first():
             return
-        self.pattern(gates).save(self.out)
+        # An extended run leaves the earlier pattern until here. Without its gates, a run that is killed now is not
+        # finished.
+        (self.out / GATES_FILE).unlink(missing_ok=True)
+        self.pattern(gates, extended(self.out, self.steps)).save(self.out)
         above = f"{int((gates > 0.5).sum())} of {gates.size} above 0.5"
         print(f"{self.out}: gates from {gates.min():.3g} to {gates.max():.3g}, {above}")
 
@@ -182,9 +200,10 @@ class Identify:
         self.chosen.check(run)
         return run
 
-    def pattern(self, gates: Float[np.ndarray, "L K"]) -> HeadPattern:
+    def pattern(self, gates: Float[np.ndarray, "L K"], extends: Mapping[str, Any] | None = None) -> HeadPattern:
         """The gates as a pattern, with all settings as metadata."""
-        metadata = {"model_name": self.model.model, "training": self.resolved() | {"duo_jax": duo_jax.__version__}}
+        training = self.resolved() | dict(extends or {}) | {"duo_jax": duo_jax.__version__}
+        metadata = {"model_name": self.model.model, "training": training}
         return HeadPattern.from_gates(gates, sink_size=self.sink_size, recent_size=self.recent_size, metadata=metadata)
 
 
@@ -198,6 +217,26 @@ def contents(run: Run) -> dict[str, str | None]:
         "text": hashlib.sha256(run.data.text.tobytes()).hexdigest()[:16],
         "start": None if run.start is None else hashlib.sha256(run.start.tobytes()).hexdigest()[:16],
     }
+
+
+def finished_steps(folder: Path) -> int | None:
+    """The steps of the finished run in a folder; None if there is none, or a recipe that trains nothing."""
+    if not (folder / GATES_FILE).exists() or not (folder / RUN_FILE).exists():
+        return None
+    training = HeadPattern.load(folder).metadata.get("training")
+    settings = training.get("settings") if isinstance(training, dict) else None
+    steps = settings.get("steps") if isinstance(settings, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def extended(folder: Path, steps: int | None) -> dict[str, list[int]]:
+    """The numbers of steps at which runs in this folder were finished, before they were extended to `steps`."""
+    path = folder / RUN_FILE
+    earlier = read_json(path).get(EXTENDS, []) if path.exists() else []
+    finished = finished_steps(folder)
+    if steps is not None and finished is not None and finished < steps and finished not in earlier:
+        earlier = [*earlier, finished]
+    return {EXTENDS: earlier} if earlier else {}
 
 
 def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
@@ -217,7 +256,16 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             raise ValueError(f"{error}; choose another folder") from None
         if not {"model", "recipe", "settings"} <= set(saved):
             raise ValueError(f"{path} is not the file of a run: choose another folder")
-        before = {name: saved[name] for name in saved if name in config or name != "contents"}
+        before = {name: saved[name] for name in saved if name in config or name not in ("contents", EXTENDS)}
+        old, asked = before["settings"], config["settings"].get("steps")
+        if isinstance(old, dict) and asked is not None and (finished := finished_steps(folder)) is not None:
+            if asked < finished:
+                raise ValueError(
+                    f"the run in {folder} is finished, with {finished} steps: give as many with "
+                    f"--{config['recipe']}.steps, or more to extend it, or choose another folder"
+                )
+            if old.get("steps") == finished:
+                before["settings"] = {**old, "steps": asked}
         different = changes(before, config)
         if different:
             raise ValueError(
