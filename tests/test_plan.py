@@ -107,6 +107,14 @@ def test_the_command_plans_in_text_and_json(duo):
     assert smallest["total"] == replace(plan, chunk_size=1024).total(1_000_000)
 
 
+def test_contexts_beyond_the_trained_positions_are_reported(duo):
+    beyond = "The model was trained for 8192 tokens: expect worse answers beyond that."
+    plan = ("plan", "--model", "llama-3-8b")
+    assert beyond in duo(*plan, "--context", "8193").out and beyond in duo(*plan, "--memory", "80GB").out
+    assert beyond not in duo(*plan, "--context", "8192").out
+    assert json.loads(duo(*plan, "--context", "8192", "--json").out)["trained_positions"] == 8192
+
+
 def test_the_command_refuses_what_does_not_fit_or_make_sense(duo):
     options = ("plan", "--model", "llama-3-8b")
     assert_refused(duo(*options, "--memory", "80GB", "--context", 1_800_000), "what would fit", "kv_dtype=int4")

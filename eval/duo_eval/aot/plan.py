@@ -133,6 +133,7 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
         "devices": _devices(plan),
         "memory": memory,
         "context": context,
+        "trained_positions": plan.config.trained_positions,
         **_sizes(plan, memory, context),
         "full_attention": _sizes(full, memory, context),
     }
@@ -191,6 +192,9 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
         lines.append("KV cache and total are at the longest context.")
     else:
         lines.append(f"KV cache and total are at {record['context']} tokens: the smallest memory that holds them.")
+    trained, most = plan.config.trained_positions, record["context"] or record["max_context"] or 0
+    if most > trained:
+        lines.append(f"The model was trained for {trained} tokens: expect worse answers beyond that.")
     return lines
 
 
