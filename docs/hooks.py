@@ -2,10 +2,11 @@
 
 import io
 from contextlib import redirect_stdout, suppress
+from contextvars import copy_context
 from importlib.metadata import entry_points
 from typing import Any
 
-import tyro
+from duo_jax.cli.flags import parse
 
 PAGE = "reference/cli.md"
 
@@ -24,5 +25,5 @@ def commands() -> str:
 def _help(entry: Any) -> str:
     text = io.StringIO()
     with redirect_stdout(text), suppress(SystemExit):
-        tyro.cli(entry.load(), prog=f"duo {entry.name}", args=["--help"])
+        copy_context().run(parse, entry.load(), f"duo {entry.name}", ["--help"])
     return text.getvalue().strip()

@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+from duo_jax.extras import require
+
 # A file that is larger, packed or unpacked, is refused: reading takes a few times its size in memory.
 MOST_BYTES = 1 << 29
 # Objects in memory take up to twenty times the bytes of their JSON.
@@ -244,10 +246,9 @@ def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unpacked_zst(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    try:
-        from zstandard import ZstdDecompressor, ZstdError
-    except ImportError:
-        raise ValueError(f"{path} needs zstandard: pip install 'duo-jax[train]'") from None
+    require(str(path), ("zstandard",))
+    from zstandard import ZstdDecompressor, ZstdError
+
     # A frame whose window is larger would take as much memory before its first byte.
     unpack = ZstdDecompressor(max_window_size=1 << 27)
     # Frame by frame: zstandard's file objects accept a truncated file as complete. In small pieces: a kilobyte may

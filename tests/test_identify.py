@@ -168,6 +168,7 @@ def test_a_resume_with_another_text_under_the_same_name_is_refused(identify, tmp
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.full_matrix
 def test_more_steps_extend_a_finished_run_and_fewer_are_refused(identify, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     assert identify().code == 0

@@ -12,8 +12,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from typing import Any
+
+from duo_jax.extras import missing_package, needed, packages_of, require
 
 # Errors that users can cause and fix: reported in one line, without a traceback.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
@@ -44,16 +48,41 @@ def _main(name: str, commands: dict[str, EntryPoint]) -> None:
 
 
 def _run(entry: EntryPoint) -> None:
-    from duo_jax.cli.flags import parse
+    args = sys.argv[2:]
+    if {"-h", "--help"} & set(args):
+        from duo_jax.cli.declarations import COMPUTATION, declarations_only
+
+        if not COMPUTATION & sys.modules.keys():
+            # This prints the help and exits. A module that needs one of these libraries to be imported raises.
+            with suppress(ImportError, TypeError, AttributeError), declarations_only():
+                _parsed(entry, args)
     from duo_jax.programs import keep_programs
 
     _take_memory()
     keep_programs()
     warnings.showwarning = functools.partial(_warn, entry.name)
-    command, args = entry.load(), sys.argv[2:]
+    # Without torch, transformers says at its import that it has no models. None of them is used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    command = _parsed(entry, args)
+    require(f"duo {entry.name}", packages_of(command))
+    command.run()
+
+
+def _parsed(entry: EntryPoint, args: list[str]) -> Any:
+    """The command that the arguments describe."""
+    from duo_jax.cli.flags import parse
+
+    try:
+        command = entry.load()
+    except ImportError as error:
+        if package := missing_package(error):
+            raise NotImplementedError(needed(f"duo {entry.name}", [package])) from None
+        raise
+    if not {"-h", "--help"} & set(args):
+        require(f"duo {entry.name}", packages_of(command))
     # A command whose defaults depend on a flag (a preset) has one class per preset.
     command = command.variant(args) if hasattr(command, "variant") else command
-    parse(command, f"duo {entry.name}", args).run()
+    return parse(command, f"duo {entry.name}", args)
 
 
 def _status(label: str, work: Callable[[], None]) -> int:
@@ -101,6 +130,8 @@ def _reason(error: Exception) -> str | None:
         return f"the output's encoding {error.encoding} has no {text!a}: set PYTHONIOENCODING=utf-8"
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
         return f"standard output cannot be written to: {error.strerror}"  # Errors of files name the file.
+    if isinstance(error, ImportError) and (package := missing_package(error)):
+        return needed("this command", [package])
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.strerror}: {str(error.filename)[:80]}..."
     if isinstance(error, USER_ERRORS):

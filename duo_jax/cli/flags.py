@@ -1,6 +1,7 @@
 """Flags of a command: parsed, checked for what holds for all of them, and named in messages. Knows no command."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -11,8 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from duo_jax.arguments import MOST_SEED, ArgumentError, spelling, whole_number
-
-REGISTRY = ConstructorRegistry()
+from duo_jax.cli.help import add_rules, one_line
 
 
 def parse(command: type, prog: str, args: Sequence[str]) -> Any:
@@ -23,7 +23,11 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
     """
     spelling.set(partial(flag, args=args))
     command, prog, args = _subcommand(command, prog, args)
-    parsed: Any = tyro.cli(command, prog=prog, args=args, registry=REGISTRY)
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_optional)
+    add_rules(registry, command, is_help=is_help(args))
+    text = one_line(inspect.getdoc(command) or "")
+    parsed: Any = tyro.cli(command, prog=prog, args=args, registry=registry, description=text)
     for name, value in _numbers(parsed):
         if isinstance(value, float):
             if not math.isfinite(value):
@@ -31,6 +35,11 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
         else:
             whole_number(name, value, 0 if name.rpartition(".")[2] == "seed" else -MOST_SEED, MOST_SEED)
     return parsed
+
+
+def is_help(args: Sequence[str]) -> bool:
+    """Whether these arguments ask for help."""
+    return bool({"-h", "--help"} & set(args))
 
 
 def flag(name: str, args: Sequence[str]) -> str:
@@ -81,7 +90,6 @@ def _is_union(hint: Any) -> bool:
     return get_origin(hint) is Union or type(hint).__name__ == "UnionType"
 
 
-@REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A value or None: help shows only the value, as None is what leaving the flag out means."""
     options = get_args(info.type)

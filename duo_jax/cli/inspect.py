@@ -42,6 +42,11 @@ class Inspect:
     json: bool = False
     """Print one JSON object instead of text."""
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """An image is drawn by a package of an extra."""
+        return () if self.png is None else ("matplotlib",)
+
     def run(self) -> None:
         """Read the configuration, count, print."""
         if not self.lengths:
@@ -91,11 +96,9 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
 
 def draw(pattern: HeadPattern) -> Any:
     """Draw the head table: gates as colors, retrieval heads outlined."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError:
-        raise ValueError("--png needs matplotlib: pip install 'duo-jax[eval]'") from None
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     layers, heads = pattern.is_retrieval.shape
     figure = Figure(figsize=(max(4.0, 1.6 + 0.28 * layers), max(2.4, 1.4 + 0.28 * heads)), layout="constrained")
     axes = figure.subplots()

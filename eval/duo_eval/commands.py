@@ -26,12 +26,14 @@ from duo_eval.tasks.needle.command import NeedleTask
 from duo_eval.tasks.precision import Precision
 from duo_eval.tasks.recall import Recall
 from duo_eval.tasks.ruler.command import RulerTask
+from duo_jax.extras import EXTRAS
 
 
 @dataclass(frozen=True)
 class Eval:
     """Measure the accuracy, memory and speed of a head pattern."""
 
+    packages = EXTRAS["eval"]
     task: Annotated[
         Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
         | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]

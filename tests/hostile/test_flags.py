@@ -90,12 +90,6 @@ def test_an_impossible_value_is_refused_by_its_flag(
     assert not list(tmp_path.iterdir())
 
 
-def test_help_shows_no_none(duo: Callable[..., Result]) -> None:
-    for command in (("generate",), ("plan",), ("eval", "needle"), ("identify",)):
-        found = duo(*command, "--help")
-        assert found.code == 0 and "{None" not in found.out
-
-
 def test_none_is_still_the_value_of_a_flag_that_has_another_default(
     duo: Callable[..., Result], text_model: Path
 ) -> None:

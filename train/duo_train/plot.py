@@ -170,6 +170,7 @@ class SamplePlot:
 class Plot:
     """Draw gates, training curves, attention maps or a training sample; every figure as PNG and SVG."""
 
+    packages = ("matplotlib",)
     figure: tyro.conf.OmitSubcommandPrefixes[
         tyro.conf.OmitArgPrefixes[
             Annotated[GatesPlot, tyro.conf.subcommand("gates")]
@@ -236,10 +237,6 @@ def _weights(q: Float[Array, "T G H"], k: Float[Array, "T H"]) -> Float[Array, "
 
 def _plots() -> ModuleType:
     """The drawing functions, imported late: matplotlib is an extra and takes a second to import."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise NotImplementedError("duo plot needs matplotlib: pip install 'duo-jax[train]'") from None
     from duo_train import plots
 
     return plots

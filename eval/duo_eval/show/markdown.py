@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from duo_jax.extras import require
+
 SIDES = {"l": "left", "r": "right"}
 
 
@@ -13,10 +15,9 @@ def rows_to_table(rows: Iterable[Sequence[object]], headers: Sequence[str], alig
         headers: one for each column.
         align: `l` or `r` for each column; the last letter counts for all columns that are left.
     """
-    try:
-        from tabulate import tabulate
-    except ImportError:
-        raise NotImplementedError("tables need tabulate: pip install 'duo-jax[eval]'") from None
+    require("a table", ("tabulate",))
+    from tabulate import tabulate
+
     sides = [SIDES[letter] for letter in align.ljust(len(headers), align[-1])]
     cells = [[str(cell) for cell in row] for row in rows]
     return tabulate(cells, headers, tablefmt="pipe", colalign=sides, disable_numparse=True)

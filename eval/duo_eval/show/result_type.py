@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from duo_eval.runner.record import read
+from duo_jax.extras import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class ResultType:
             raise ValueError(f"{path} is about {self.title.lower()}, which has no figure")
         if not read(path)[1]:
             raise ValueError(f"{path} has no finished job yet")
-        require_matplotlib()
+        require("a figure", ("matplotlib",))
         from duo_train.plots import check, save
 
         stem = out or path.with_suffix("")
@@ -129,14 +130,6 @@ def readable(path: Path) -> Iterator[None]:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path} has results of another shape ({reason:.200})") from error
-
-
-def require_matplotlib() -> None:
-    """Raise NotImplementedError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise NotImplementedError("figures need matplotlib: pip install 'duo-jax[eval]'") from None
 
 
 def file_name(text: str) -> str:

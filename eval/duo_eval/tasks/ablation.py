@@ -11,7 +11,6 @@ from typing import Annotated
 import tyro
 from duo_train.identify import Identify
 
-from duo_eval.show.result_type import require_matplotlib
 from duo_eval.tasks.recall import Recall, Scoring
 from duo_jax import load_tokenizer
 from duo_jax.pattern import GATES_FILE
@@ -36,7 +35,6 @@ class Ablation:
 
     def run(self) -> None:
         """Train missing gates, score them and plot."""
-        require_matplotlib()
         trainings = self._trainings()
         recall = Recall(
             patterns=tuple(f"{name}={training.out}" for name, training in trainings.items()),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from duo_jax.arguments import path_of
 from duo_jax.checkpoint.packaged import PackagedFile, fetch
+from duo_jax.extras import require
 from duo_jax.reading import read_text_pieces, stream_json_lines
 
 # The default: reference pages of the Python language, 465 thousand characters in every Python installation.
@@ -105,12 +106,11 @@ def hub_rows(name: str, subset: str | None = None, *, split: str = "train") -> I
     """The rows of a streamed data set, each with its number for error messages."""
     if not name:
         raise ValueError(f"a hub data set must have a name, such as {HUB}kmfoda/booksum, got {HUB!r}")
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-        from huggingface_hub.errors import HTTPError
-    except ImportError:
-        raise ValueError(f"{HUB}{name} needs datasets: pip install 'duo-jax[train]'") from None
+    require(f"{HUB}{name}", ("datasets",))
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
     try:
         for number, row in enumerate(load_dataset(name, subset, split=split, streaming=True), start=1):
             yield f"{name}, row {number}", row

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.arguments import MOST_SEED, ArgumentError, real_number, seed_number, whole_number
 from duo_jax.text.template import has_template, split
 from duo_jax.text.tokens import encode
-from duo_train.data.haystack import DEFAULT, load_haystack
+from duo_train.data.haystack import DEFAULT, HUB, load_haystack
 from duo_train.data.vocabulary import NATO, ORDINALS
 
 # All lengths are in memory.
@@ -56,7 +56,7 @@ class Needles:
     """Tokens in the loss: the passkeys in the answers (the paper) or all of the questions and answers (the reference
     implementation)."""
     num_samples: int | None = None
-    """Number of different samples; training repeats them. None: every sample is new."""
+    """Number of different samples; training repeats them. Without a number every sample is new."""
     seed: int = 0
     """Sample i depends only on this and on i."""
     needle: str = "\nRemember this. The {ordinal} passkey of the vault is: {words}.\n"
@@ -65,6 +65,11 @@ class Needles:
     """Question for each passkey."""
     answer: str = "The {ordinal} passkey of the vault is: {words}."
     """Correct answer to a question."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages of an extra that read the haystack."""
+        return ("datasets",) * self.haystack.startswith(HUB) + ("zstandard",) * self.haystack.endswith(".zst")
 
     def __post_init__(self) -> None:
         """Check the settings; lengths are checked later, with the text.

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from duo_eval.show.result_type import require_matplotlib
 from duo_jax.files import check_output, write_text
 
 
@@ -11,6 +10,7 @@ from duo_jax.files import check_output, write_text
 class Report:
     """Show a folder of results as one HTML page: figures, tables, and their provenance."""
 
+    packages = ("matplotlib", "scipy", "tabulate")
     results: Path = Path("eval/results")
     """Folder of results, read with all its subfolders."""
     out: Path = Path("report.html")
@@ -28,7 +28,6 @@ class Report:
         check_output(self.out, is_report, force=self.force)
         if not self.results.is_dir():
             raise FileNotFoundError(f"no folder {self.results}: --results names a folder of results")
-        require_matplotlib()
         from duo_eval.show.report.page import Page
 
         page = Page.of(self.results)

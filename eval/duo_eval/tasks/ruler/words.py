@@ -2,6 +2,8 @@
 
 from functools import cache
 
+from duo_jax.extras import require
+
 
 @cache
 def nouns() -> list[str]:
@@ -22,8 +24,7 @@ def all_words() -> list[str]:
 
 
 def _words(category: str) -> list[str]:
-    try:
-        from wonderwords import RandomWord
-    except ImportError:
-        raise NotImplementedError("RULER's words need wonderwords: pip install 'duo-jax[eval]'") from None
+    require("RULER", ("wonderwords",))
+    from wonderwords import RandomWord
+
     return sorted(set(RandomWord().filter(include_categories=[category])))
