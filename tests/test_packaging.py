@@ -1,4 +1,4 @@
-"""The wheel: the names that it installs, and `duo` next to files of the user named like our folders."""
+"""The wheel: the names that it installs, its use from an empty environment, and `duo` next to a user's files."""
 
 import os
 import shutil
@@ -74,6 +74,41 @@ def test_the_wheel_holds_the_four_packages_and_their_data_files(wheel):
         files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
         wanted = {f"{package}/{path}" for path in files if "__pycache__" not in path.parts}
         assert {name for name in names if name.startswith(f"{package}/")} == wanted
+
+
+WHERE_FROM = """
+import sys
+
+import duo_eval, duo_jax, duo_train, pallas_kernels
+
+duo_jax.load  # loads the modules behind it
+print(*(module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)), sep="\\n")
+"""
+
+
+def test_the_wheel_works_in_an_empty_environment(wheel, smollm2_gguf, tmp_path):
+    """Pip installs it and all that it requires, as for a user; nothing comes from the clone or this environment."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    binaries = environment / "bin"
+    ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    clean = {name: value for name, value in os.environ.items() if name not in ours} | {"JAX_PLATFORMS": "cpu"}
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+
+    def output(*command):
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=folder, env=clean)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    output(binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    assert "generate" in output(binaries / "duo", "--help")
+    files = output(binaries / "python", "-c", WHERE_FROM).splitlines()
+    assert any("/site-packages/duo_jax/" in file for file in files)
+    assert [file for file in files if file.startswith((f"{ROOT}/", f"{sys.prefix}/"))] == []
+    prompt = ("--prompt", "The capital of France is", "--max-new-tokens", 8)
+    assert "Paris" in output(binaries / "duo", "generate", "--model", "smollm2-135m-instruct", *prompt)
+    shutil.rmtree(environment)  # a gigabyte
 
 
 def test_every_command_is_importable_and_our_folders_names_are_not(site, tmp_path):
