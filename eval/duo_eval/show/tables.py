@@ -1,4 +1,4 @@
-"""Tables of README and docs, made from committed results: `python -m duo_eval.show.tables` rewrites them."""
+"""Tables of README and docs, made from committed results and plans: `python -m duo_eval.show.tables` rewrites them."""
 
 import re
 import sys
@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from duo_eval.aot.context import mesh_table, plan_table
+from duo_eval.aot.gpu_memory import longest_contexts, memory_by_context
 from duo_eval.aot.kernels import kernels_table
 from duo_eval.aot.memory import memory_table
 from duo_eval.show.score_table import score_summary, score_table
@@ -57,6 +58,9 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "kernels": ("aot/kernels.json", kernels_table),
 }
 
+# Tables that are computed when they are written.
+COMPUTED: dict[str, Callable[[], str]] = {"gpu memory": memory_by_context, "gpu contexts": longest_contexts}
+
 
 def render(text: str) -> str:
     """The text with a new table between each pair of markers.
@@ -64,17 +68,18 @@ def render(text: str) -> str:
     Raises:
         ValueError: a marker without its end, or with a name that is not in `TABLES`.
     """
-    unknown = sorted(set(re.findall(r"^<!-- /(.+) -->$", text, re.MULTILINE)) - set(TABLES))
+    unknown = sorted(set(re.findall(r"^<!-- /(.+) -->$", text, re.MULTILINE)) - {*TABLES, *COMPUTED})
     if unknown:
         raise ValueError(f"no table has the name {', '.join(unknown)}: add a row to TABLES, or correct the marker")
-    for name, (path, table) in TABLES.items():
+    tables = {name: partial(table, RESULTS / path) for name, (path, table) in TABLES.items()} | COMPUTED
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
             before, _, rest = text.partition(begin)
             if end not in rest:
                 raise ValueError(f"{begin.strip()} has no {end} after it: nothing was written")
             after = rest.partition(end)[2]
-            text = f"{before}{begin}{table(RESULTS / path)}\n{end}{after}"
+            text = f"{before}{begin}{table()}\n{end}{after}"
     return text
 
 
