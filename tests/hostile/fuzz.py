@@ -38,15 +38,14 @@ class TooSlowError(BaseException):
     """An example that took too long."""
 
 
-def fuzz(name: str, reader: Reader, seconds: float) -> int:
+def fuzz(name: str, reader: Reader, seconds: float, first: int | None) -> int:
     """Try examples for a time, print their number, and return that of different failures."""
     counts, known, end = [0, 0], set[str](), time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as folder:
         reader.prepare(Path(folder))
         test = _test(reader.example, Path(folder), counts, known)
-        random.seed(0)
+        number = random.randrange(2**32) if first is None else first
         while time.monotonic() < end:
-            number = random.randrange(2**32)
             print(f"{name}: seed {number}, {counts[0]} examples so far", file=sys.stderr, flush=True)
             try:
                 seed(number)(test)()
@@ -56,6 +55,7 @@ def fuzz(name: str, reader: Reader, seconds: float) -> int:
                 known.add(_place(error))
                 print(f"{name}: FAILED with seed {number}", *traceback.format_exception(error), flush=True)
                 print(*getattr(error, "__notes__", ()), sep="\n", flush=True)
+            number += 1
     seconds += time.monotonic() - end
     failed = f", {len(known)} different failures in {counts[1] + len(known)}" if known else ""
     print(f"{name}: {counts[0]} examples in {seconds:.0f} s{failed}", flush=True)
@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readers", nargs="*", help=f"of {', '.join(READERS)}; all by default")
     parser.add_argument("--seconds", type=float, default=600, help="for each reader")
+    parser.add_argument("--seed", type=int, help="of the first examples: that of a failure gives it again")
     args = parser.parse_args()
     if unknown := set(args.readers) - set(READERS):
         parser.error(f"no reader {', '.join(sorted(unknown))}; there are {', '.join(READERS)}")
@@ -134,7 +135,7 @@ def main() -> None:
         if taken is not None:
             limit = (read_kilobytes(Path("/proc/self/status"), "VmSize:") or taken) + MOST_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        failures += fuzz(name, READERS[name], args.seconds)
+        failures += fuzz(name, READERS[name], args.seconds, args.seed)
     sys.exit(failures > 0)
 
 
