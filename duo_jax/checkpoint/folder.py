@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MOST_NAME_BYTES = 255  # Of file systems.
 MOST_TOKENIZER_BYTES = 1 << 28  # Published ones have up to 35 MB.
 _TOKEN, _FLAG = (str, dict, NoneType), (bool, NoneType)
 TOKENIZER_TYPES: dict[str, tuple[type, ...]] = {
@@ -169,6 +170,10 @@ class Folder(Source):
         # A name, not where a link points to: in the hub's cache, every file is a link.
         if outside := [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
             raise ValueError(f"{index} names files outside its folder: {first_names(outside)}")
+        if long := [name for name in names if len(name.encode()) > MOST_NAME_BYTES]:
+            raise ValueError(
+                f"{index} names a file of {len(long[0])} characters, {long[0][:40]}..., which cannot exist"
+            )
         missing = [name for name in names if not (self.path / name).exists()]
         if missing:
             raise FileNotFoundError(

@@ -32,6 +32,8 @@ from tests.hostile.readers import READERS, Reader
 # and memory, on top of what the process has taken before.
 MOST_SECONDS, MOST_WAIT, MOST_BYTES = 20, 120, 3 << 30
 BATCH = 100
+# Characters of a line of a report: values may be long.
+MOST_SHOWN = 300
 
 
 class TooSlowError(BaseException):
@@ -53,8 +55,9 @@ def fuzz(name: str, reader: Reader, seconds: float, first: int | None) -> int:
                 raise  # A strategy is wrong.
             except Exception as error:
                 known.add(_place(error))
-                print(f"{name}: FAILED with seed {number}", *traceback.format_exception(error), flush=True)
-                print(*getattr(error, "__notes__", ()), sep="\n", flush=True)
+                print(f"{name}: FAILED with seed {number}")
+                for line in "".join(traceback.format_exception(error)).splitlines():
+                    print(line[:MOST_SHOWN], flush=True)
             number += 1
     seconds += time.monotonic() - end
     failed = f", {len(known)} different failures in {counts[1] + len(known)}" if known else ""

@@ -191,6 +191,7 @@ def shards(folder: Path, **weight_map: str) -> Path:
         ({"model.more": "a.safetensors"}, ["model.more", "a.safetensors"]),
         ({EMBED: "c.safetensors"}, ["lacks the shards", "c.safetensors"]),
         ({EMBED: 3}, ["weight_map"]),
+        ({EMBED: "x" * 5000}, ["of 5000 characters", "xxx..."]),
     ],
 )
 def test_an_index_that_the_files_contradict_is_refused(folder: Path, weight_map: Any, words: list[str]) -> None:
