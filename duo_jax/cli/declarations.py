@@ -5,7 +5,7 @@ seconds, for functions that help never calls. While `declarations_only` lasts, t
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -53,7 +53,7 @@ class StandIn:
 class _Library(ModuleType):
     """A module whose every name is a stand-in."""
 
-    __path__: Sequence[str] = ()
+    __path__ = []  # noqa: RUF012 - a package, without files
 
     def __getattr__(self, name: str) -> Any:
         return StandIn.__getattr__(StandIn(), name)

@@ -59,7 +59,7 @@ def add_rules(registry: ConstructorRegistry, command: type, *, is_help: bool) ->
         if isinstance(kind, type) and issubclass(kind, Rest):
             fields = fields_of(kind.whole, kind.default)
             return StructConstructorSpec(dict, tuple(each for each in fields if each.name not in kind.listed_first))
-        if not dataclasses.is_dataclass(kind) or kind in busy:
+        if not _has_fields(kind) or kind in busy:
             return None
         fields = fields_of(kind, info.default)
         return _listed(kind, fields, fields_of) if kind is command else StructConstructorSpec(kind, fields)
@@ -74,11 +74,13 @@ def _listed(
     command: type, fields: tuple[StructFieldSpec, ...], fields_of: Callable[[type, Any], tuple[StructFieldSpec, ...]]
 ) -> StructConstructorSpec:
     """The fields of a command: first the flags of `FIRST`, its own or of its groups, then its others and the groups."""
-    first, own, groups = [], [], []
+    first: list[StructFieldSpec] = []
+    own: list[StructFieldSpec] = []
+    groups: list[StructFieldSpec] = []
     members: dict[str, tuple[type, frozenset[str]]] = {}
     for field in fields:
         kind, *metadata = get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
-        if not dataclasses.is_dataclass(kind) or tyro.conf.OmitArgPrefixes not in metadata:
+        if not _has_fields(kind) or tyro.conf.OmitArgPrefixes not in metadata:
             (first if field.name in FIRST else own).append(field)
             continue
         inside = fields_of(kind, field.default)
@@ -89,8 +91,9 @@ def _listed(
             body = {"whole": kind, "listed_first": listed_first, "default": field.default}
             rest: Any = type(kind.__name__, (Rest,), body)
             title = tyro.conf.arg(name=field.name)
-            help = field.helptext if isinstance(field.helptext, str) else one_line(kind.__doc__ or "")
-            groups.append(StructFieldSpec(f"rest_of_{field.name}", Annotated[rest, *metadata, title], MISSING, help))
+            help = one_line(kind.__doc__ or "")
+            kind_of_rest: Any = Annotated[rest, *metadata, title]
+            groups.append(StructFieldSpec(f"rest_of_{field.name}", kind_of_rest, MISSING, help))
 
     def make(**values: Any) -> Any:
         for name, (kind, listed_first) in members.items():
@@ -101,6 +104,10 @@ def _listed(
     make.__doc__ = command.__doc__
     first.sort(key=lambda field: FIRST.index(field.name))
     return StructConstructorSpec(make, (*first, *own, *groups))
+
+
+def _has_fields(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _shown(field: StructFieldSpec, is_help: bool) -> StructFieldSpec:
