@@ -71,7 +71,9 @@ def render(text: str) -> str:
     unknown = sorted(set(re.findall(r"^<!-- /(.+) -->$", text, re.MULTILINE)) - {*TABLES, *COMPUTED})
     if unknown:
         raise ValueError(f"no table has the name {', '.join(unknown)}: add a row to TABLES, or correct the marker")
-    tables = {name: partial(table, RESULTS / path) for name, (path, table) in TABLES.items()} | COMPUTED
+    tables: dict[str, Callable[[], str]] = {**COMPUTED}
+    for name, (path, made_from) in TABLES.items():
+        tables[name] = partial(made_from, RESULTS / path)
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
