@@ -393,6 +393,7 @@ def state(monkeypatch, tmp_path) -> Path:
         ("Hello.\r", ["Hello."]),
         ("a\\\rb\r", ["a\nb"]),
         ("a\x1b\rb\r", ["a\nb"]),
+        ("a\x1b\nb\n", ["a\nb"]),
         ("\x1b[200~a\nb\n\x1b[201~c\r", ["a\nb\nc"]),
         ("Hallo\x01\x05\x7f\x7fp.\r", ["Halp."]),
         ("wrong\x03right\r", ["right"]),
