@@ -1,6 +1,5 @@
-"""Help of every command: complete, without noise, and at once."""
+"""Help of every command: complete and without noise."""
 
-import json
 import re
 import subprocess
 import sys
@@ -16,24 +15,6 @@ from duo_jax.cli.flags import parse
 from tests.text_models import Result
 
 COMMANDS = sorted(entry.name for entry in entry_points(group="duo.commands"))
-# Renders the help of all commands in one process, and prints what it imported.
-SCRIPT = """
-import contextlib, io, json, sys
-from importlib.metadata import entry_points
-from duo_jax.cli import _parsed
-from duo_jax.cli.declarations import COMPUTATION, declarations_only
-
-entries = {entry.name: entry for entry in entry_points(group="duo.commands")}
-texts, files = {}, {}
-with declarations_only():
-    for command in json.loads(sys.argv[1]):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-            name, *rest = command.split()
-            _parsed(entries[name], [*rest, "--help"])
-        texts[command] = out.getvalue()
-    files = [name for name in COMPUTATION if getattr(sys.modules.get(name), "__file__", None)]
-print(json.dumps([texts, files]))
-"""
 
 
 def all_commands(duo: Callable[..., Result]) -> list[str]:
@@ -89,18 +70,6 @@ def test_a_flag_may_be_switched_off_although_help_does_not_list_it(duo: Callable
     assert "--no-json" not in duo("doctor", "--help").out
     parsed = [copy_context().run(parse, Doctor, "duo doctor", [flag]) for flag in ("--json", "--no-json")]
     assert [command.json for command in parsed] == [True, False]
-
-
-@pytest.mark.process
-def test_help_imports_nothing_that_computes_and_is_the_same(duo: Callable[..., Result]) -> None:
-    commands = all_commands(duo)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, check=True, timeout=120, text=True
-    )
-    texts, files = json.loads(done.stdout)
-    assert not files and not done.stderr
-    for command in commands:
-        assert texts[command] == duo(*command.split(), "--help").out, command
 
 
 @pytest.mark.process

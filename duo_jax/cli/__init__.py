@@ -12,7 +12,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,6 @@ def _main(name: str, commands: dict[str, EntryPoint]) -> None:
 
 
 def _run(entry: EntryPoint) -> None:
-    args = sys.argv[2:]
-    if {"-h", "--help"} & set(args):
-        from duo_jax.cli.declarations import COMPUTATION, declarations_only
-
-        if not COMPUTATION & sys.modules.keys():
-            # This prints the help and exits. A module that needs one of these libraries to be imported raises.
-            with suppress(ImportError, TypeError, AttributeError), declarations_only():
-                _parsed(entry, args)
     from duo_jax.programs import keep_programs
 
     _take_memory()
@@ -63,7 +54,7 @@ def _run(entry: EntryPoint) -> None:
     warnings.showwarning = functools.partial(_warn, entry.name)
     # Without torch, transformers says at its import that it has no models. None of them is used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    command = _parsed(entry, args)
+    command = _parsed(entry, sys.argv[2:])
     require(f"duo {entry.name}", packages_of(command))
     command.run()
 
