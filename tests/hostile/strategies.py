@@ -75,11 +75,12 @@ def changed(data: st.DataObject, value: Any, *, names: tuple[str, ...] = (), mos
 
 def damaged(data: st.DataObject, content: bytes, end: int | None = None, most: int = 3) -> bytes:
     """Bytes with a few changes before `end`: replaced, flipped, inserted, deleted or copied from elsewhere."""
-    changed, last = bytearray(content), (len(content) if end is None else end) - 1
+    end = len(content) if end is None else end
+    changed = bytearray(content[:end])
     for _ in range(data.draw(st.integers(1, most))):
         if not changed:
             break
-        at = data.draw(st.integers(0, min(last, len(changed) - 1)))
+        at = data.draw(st.integers(0, len(changed) - 1))
         new = data.draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"\0", b"\xff" * 8, b"\1" + b"\0" * 7]))
         match data.draw(st.sampled_from(["replace", "flip", "insert", "delete", "copy"])):
             case "replace":
@@ -91,10 +92,10 @@ def damaged(data: st.DataObject, content: bytes, end: int | None = None, most: i
             case "delete":
                 del changed[at : at + len(new)]
             case "copy":
-                start = data.draw(st.integers(0, last))
+                start = data.draw(st.integers(0, len(changed) - 1))
                 part = changed[start : start + data.draw(st.integers(1, 40))]
                 changed[at : at + len(part)] = part
-    return bytes(changed)
+    return bytes(changed) + content[end:]
 
 
 def json_bytes(data: st.DataObject, value: Any, *, names: tuple[str, ...] = ()) -> bytes:
