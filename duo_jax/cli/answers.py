@@ -11,7 +11,7 @@ from typing import Any
 from duo_jax.differences import changes
 from duo_jax.files import append_text, check_output, write_text
 from duo_jax.finite import json_text
-from duo_jax.reading import parse_object, read_text
+from duo_jax.reading import decode, json_lines, parse_object, read_bytes
 
 # Fields that an answer adds to those of its prompt.
 INDEX = "index"
@@ -50,27 +50,21 @@ class Answers:
         answers = cls(path, parse_object(json_text(head), path))
         if not path.exists() or not path.stat().st_size:
             return answers
-        first, *rest = read_text(path).split("\n")
+        content = read_bytes(path)
         try:
-            old = parse_object(first, f"{path}:1")
+            # What has no end of line was cut off by a kill, perhaps inside a character.
+            rows = list(json_lines(decode(content[: content.rfind(b"\n") + 1], path), path))
         except ValueError as error:
-            raise ValueError(f"{error}; it is no file of answers: {WAY}") from None
+            raise ValueError(f"{error}; it is no file of answers, or damaged: {WAY}") from None
+        (place, old), *rest = rows or [(str(path), {})]
         if set(old) != set(answers.head) or not all(isinstance(value, dict) for value in old.values()):
-            raise ValueError(f"{path}:1 is not the head of a file of answers: {WAY}")
+            raise ValueError(f"{place} is not the head of a file of answers: {WAY}")
         if different := changes(old, answers.head):
             raise ValueError(f"{path} has answers of another run: {'; '.join(different)}. {WAY.capitalize()}")
-        for number, line in enumerate(rest, 2):
-            if not line.strip():
-                continue
-            try:
-                answer = parse_object(line, f"{path}:{number}")
-            except ValueError as error:
-                if number == len(rest) + 1:  # It has no end of line: a kill cut it off.
-                    break
-                raise ValueError(f"{error}; {WAY}") from None
+        for place, answer in rest:
             index = answer.get(INDEX)
             if type(index) is not int or not 0 <= index < count or not set(ANSWER) <= set(answer):
-                raise ValueError(f"{path}:{number} is not an answer to one of the {count} prompts: {WAY}")
+                raise ValueError(f"{place} is not an answer to one of the {count} prompts: {WAY}")
             answers.lines[index] = answer
         return answers
 
