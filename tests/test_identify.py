@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,8 @@ def test_more_steps_extend_a_finished_run_and_fewer_are_refused(identify, tmp_pa
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
     assert "finished run already" in identify("--resume", "--distill.steps", "5").out
+    shutil.rmtree(folder / "checkpoints")
+    assert_refused(identify("--resume", "--distill.steps", "6"), "no checkpoint of its last step, 5", "--start")
 
 
 def _interrupt(self, record):

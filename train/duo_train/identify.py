@@ -30,6 +30,7 @@ from duo_jax.mesh.processes import check_alike, is_first
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_jax.pattern import check_folder as check_pattern_folder
 from duo_jax.reading import read_json
+from duo_train.checkpoints import CHECKPOINTS
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
@@ -265,6 +266,11 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
                     f"the run in {folder} is finished, with {finished} steps: give as many with "
                     f"--{config['recipe']}.steps, or more to extend it, or choose another folder"
                 )
+            if asked > finished and _last_checkpoint(folder) < finished:
+                raise ValueError(
+                    f"the run in {folder} has no checkpoint of its last step, {finished}, so it cannot be extended: "
+                    f"choose another folder and --start {folder}"
+                )
             if old.get("steps") == finished:
                 before["settings"] = {**old, "steps": asked}
         different = changes(before, config)
@@ -275,6 +281,12 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     elif folder.exists() and (not folder.is_dir() or not all(map(is_left_over, folder.iterdir()))):
         raise ValueError(f"{folder} is not empty and has no run: choose another folder")
     check_pattern_folder(folder)
+
+
+def _last_checkpoint(folder: Path) -> int:
+    """The step of the last checkpoint in a folder; 0 if there is none."""
+    names = (path.name for path in (folder / CHECKPOINTS).glob("*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _show(bar: Any, done: int, total: int, metrics: Mapping[str, float | int]) -> None:
