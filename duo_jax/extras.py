@@ -35,9 +35,10 @@ def needed(what: str, missing: Iterable[str]) -> str:
 
 
 def missing_package(error: ImportError) -> str | None:
-    """The package of an extra whose import failed, if that is the error."""
+    """The package of an extra that is not installed, if that is the error."""
     package = (error.name or "").partition(".")[0]
-    return package if any(package in packages for packages in EXTRAS.values()) else None
+    is_extra = any(package in packages for packages in EXTRAS.values())
+    return package if is_extra and not _is_installed(package) else None
 
 
 def packages_of(command: Any) -> Iterator[str]:
@@ -52,5 +53,5 @@ def packages_of(command: Any) -> Iterator[str]:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # ValueError: it is being replaced.
+    except (ImportError, ValueError):  # ValueError: a module without a spec has its name.
         return False

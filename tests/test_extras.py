@@ -65,10 +65,14 @@ def test_what_a_command_does_not_use_may_be_missing(
 def test_an_import_that_fails_in_the_middle_is_reported_too(
     duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    error = ImportError("No module named 'scipy.stats'", name="scipy.stats")
+
     def run(self: object) -> None:
-        raise ImportError("No module named 'scipy.stats'", name="scipy.stats")
+        raise error
 
     monkeypatch.setattr("duo_jax.cli.listing.Patterns.run", run)
+    assert missing_package(error) is None  # It is installed: another version, or a damaged one.
+    monkeypatch.setitem(sys.modules, "scipy", None)
     assert_refused(duo("patterns"), "needs scipy", "pip install 'duo-jax[eval]'")
     assert missing_package(ImportError("x", name="flax.nnx")) is None
 

@@ -52,8 +52,6 @@ def _run(entry: EntryPoint) -> None:
     _take_memory()
     keep_programs()
     warnings.showwarning = functools.partial(_warn, entry.name)
-    # Without torch, transformers says at its import that it has no models. None of them is used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     command = _parsed(entry, sys.argv[2:])
     require(f"duo {entry.name}", packages_of(command))
     command.run()
@@ -61,7 +59,7 @@ def _run(entry: EntryPoint) -> None:
 
 def _parsed(entry: EntryPoint, args: list[str]) -> Any:
     """The command that the arguments describe."""
-    from duo_jax.cli.flags import parse
+    from duo_jax.cli.flags import is_help, parse
 
     try:
         command = entry.load()
@@ -69,7 +67,7 @@ def _parsed(entry: EntryPoint, args: list[str]) -> Any:
         if package := missing_package(error):
             raise NotImplementedError(needed(f"duo {entry.name}", [package])) from None
         raise
-    if not {"-h", "--help"} & set(args):
+    if not is_help(args):
         require(f"duo {entry.name}", packages_of(command))
     # A command whose defaults depend on a flag (a preset) has one class per preset.
     command = command.variant(args) if hasattr(command, "variant") else command
