@@ -213,9 +213,12 @@ def test_generation_settings_are_those_of_transformers(values, settings):
         ({"repetition_penalty": 0}, "'repetition_penalty' must be in"),
     ],
 )
-def test_wrong_generation_settings_are_refused_with_the_file(chat_model, tmp_path, duo, values, word):
+def test_wrong_generation_settings_are_refused_with_the_file(chat_model, tmp_path, duo, values, word, monkeypatch):
     folder = shutil.copytree(chat_model, tmp_path / "wrong")
     (folder / "generation_config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("duo_jax.text.lm.load_model", None)  # Before the weights are read.
+    with pytest.raises(ValueError, match=f"generation_config.json: {word}"):
+        duo_jax.load(folder)
     result = duo("chat", "--model", folder, "--temperature", 0.5)
     assert result.code == 2 and f"generation_config.json: {word}" in result.err
 

@@ -76,9 +76,10 @@ def load(
         chosen.check(open_config(source))
     tokenizer = load_tokenizer(source)
     template.start(tokenizer)
+    sampling = open_source(source, weights=False).sampling
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
-    return LM(model, tokenizer, chosen, kv_dtype, open_source(source, weights=False).sampling)
+    return LM(model, tokenizer, chosen, kv_dtype, sampling)
 
 
 def _check_names(pattern_options: dict[str, Any]) -> None:
