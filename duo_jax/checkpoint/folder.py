@@ -123,6 +123,7 @@ class Folder(Source):
 
             with without_marks(self.path, (CONFIG, *TOKENIZER_FILES)) as path:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokenizer.name_or_path = str(self.path)  # Not a temporary folder: lm-eval names its cache after it.
             for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
                 if getattr(tokenizer, name, None) == "":  # For none: transformers would look for its id without end.
                     setattr(tokenizer, name, None)

@@ -120,7 +120,8 @@ def test_a_byte_order_mark_is_left_out_everywhere(folder: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
         assert open_config(folder) == right and load_model(folder).config == right
-        assert load_tokenizer(folder)("Hi").input_ids == ids
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer("Hi").input_ids == ids and tokenizer.name_or_path == str(folder)
 
 
 def test_pipes_and_devices_are_not_read(folder: Path) -> None:
