@@ -84,6 +84,6 @@ def check_tensors(
     extra = [name for name in shapes if name not in expected and not ignorable(name, config)]
     wrong = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
     problems = {"missing": missing, "unknown to this architecture": extra, "of the wrong shape": wrong}
-    found = [f"{kind} ({len(names)}): {first_names(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{label}: the tensors do not match its configuration: {'; '.join(found)}")
+    lists = [f"{kind} ({len(names)}): {first_names(names)}" for kind, names in problems.items() if names]
+    if lists:
+        raise ValueError(f"{label}: the tensors do not match its configuration: {'; '.join(lists)}")

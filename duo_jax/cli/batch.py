@@ -30,7 +30,7 @@ class BatchOptions:
     """File for the answers to --prompts: after a first line with the settings, a JSON line for each. The same command
     again resumes a run that was stopped."""
     batch_size: int = 8
-    """Prompts of the file that are answered at a time; the answers do not depend on it."""
+    """Prompts of the file that are answered at a time; the answers depend on it only by rounding."""
 
     def files(self) -> tuple[Path, Path]:
         """The file of prompts and that of answers.
@@ -104,15 +104,15 @@ def encode_rows(
         tokens = template.encode_chat(tokenizer, row["messages"], parse_special=options.parse_special)
         return np.asarray(tokens, np.int32)
 
-    found = []
+    encoded_rows = []
     for index, (place, row) in enumerate(rows):
         try:
             tokens = encoded(row)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         fields = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
-        found.append(PromptRow(index, tokens, fields))
-    return found
+        encoded_rows.append(PromptRow(index, tokens, fields))
+    return encoded_rows
 
 
 def fingerprint(rows: Sequence[PromptRow]) -> str:

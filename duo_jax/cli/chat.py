@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from duo_jax.arguments import whole_number
+from duo_jax.arguments import path_of, whole_number
 from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.lines import Lines
@@ -167,10 +167,10 @@ class Session:
         elif not argument:
             raise ValueError(f"{name} needs a file: {COMMANDS[name].usage}")
         elif name == "/save":
-            save(Path(os.path.expanduser(argument)), chat)
+            save(path_of("path", argument), chat)
             print(f"(saved {len(chat.messages)} messages to {argument})")
         elif name == "/load":
-            load(Path(os.path.expanduser(argument)), chat)
+            load(path_of("path", argument), chat)
             print(f"(loaded {len(chat.messages)} messages from {argument})")
 
     def _help(self) -> str:
@@ -188,7 +188,7 @@ class Session:
             print("(no file)")
             return
         most = MOST_BYTES_A_TOKEN * self._chat.max_length
-        text = read_text(Path(os.path.expanduser(argument)), most=most)
+        text = read_text(path_of("path", argument), most=most)
         if not text.strip():
             raise ValueError(f"{argument} is empty")
         count = len(encode(self._lm.tokenizer, text, parse_special=self._settings.parse_special))

@@ -131,7 +131,7 @@ def _shown(field: StructFieldSpec, is_help: bool) -> StructFieldSpec:
         kind = Annotated[kind, marker]  # type: ignore[assignment]
 
     def help() -> str | None:
-        found = text() if callable(text) else text
-        return None if found is None else one_line(found)
+        words = text() if callable(text) else text
+        return None if words is None else one_line(words)
 
     return dataclasses.replace(field, type=kind, helptext=help)

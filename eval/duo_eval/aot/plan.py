@@ -1,4 +1,4 @@
-"""`duo plan`: the longest context that a model has on a GPU, or the memory that a context needs; no weights are read.
+"""`duo plan`: the longest context that a model has on a GPU, or the memory that a context needs, without loading it.
 
 The arithmetic is `duo_jax.plan`. `--verify` compares it with the compiler's figures, which is why it is here.
 """
@@ -24,7 +24,7 @@ from pallas_kernels.gpus import find_gpu
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Compute the longest context that fits into a memory, or the memory that a context needs; no weights are read."""
+    """Compute the longest context of a model for a memory, or the memory for a context, without loading it."""
 
     model: str
     """Hugging Face folder, .gguf file, packaged model, hub id, or a preset (llama-3-8b, qwen3-8b, ...)."""

@@ -23,7 +23,7 @@ def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
     Raises:
         ValueError: more than `MOST_FILES` files in folders or `MOST_BYTES` bytes: the paths are not those of tasks.
     """
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     left = MOST_BYTES
     for path in paths:
         inside = list(islice((file for file in path.rglob("*") if file.is_file()), MOST_FILES + 1))
@@ -35,8 +35,8 @@ def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
                 raise ValueError(
                     f"{path} and what comes before it have more than {MOST_BYTES} bytes: give task definitions only"
                 )
-            found[str(file)] = sha256(file.read_bytes())
-    return found
+            hashes[str(file)] = sha256(file.read_bytes())
+    return hashes
 
 
 def tasks_folder(name: str) -> Path:
