@@ -17,6 +17,8 @@ from duo_jax.arguments import path_of
 UNFINISHED = ".duo-jax-unfinished"
 # Bytes at the beginning of a file from which its writer is recognized.
 HEAD = 4096
+# Ends of names that `duo_jax.reading` takes for packed files.
+PACKED = (".gz", ".zst")
 _RANDOM = "[0-9a-f]{16}"
 _PART = re.compile(rf"\..*\.{_RANDOM}\.part")
 
@@ -69,11 +71,13 @@ def check_output(path: Path, is_own: Callable[[bytes], bool] | None = None, *, f
         force: replace any file.
 
     Raises:
-        ValueError: the path is a folder, a pipe or a device, or is inside a file.
+        ValueError: the path is a folder, a pipe or a device, is inside a file, or has the name of a packed file.
         FileExistsError: there is a file that is not its own.
         PermissionError: the file or its folder cannot be written to.
     """
     _check_place(path)
+    if path.suffix in PACKED:
+        raise ValueError(f"{path} would be read as a packed file, and nothing is packed here: leave out {path.suffix}")
     if force or is_own is None or not path.exists():
         return
     with path.open("rb") as file:

@@ -74,6 +74,12 @@ def test_places_that_are_no_file_are_refused_before_the_work(kind, tmp_path, mon
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("suffix", files.PACKED)
+def test_a_name_that_would_be_read_as_packed_is_refused(suffix, tmp_path):
+    with pytest.raises(ValueError, match=f"leave out {suffix}"):
+        files.check_output(tmp_path / f"out.jsonl{suffix}", force=True)
+
+
 class Full:
     """A file on a full disk."""
 
