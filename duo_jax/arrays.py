@@ -147,9 +147,10 @@ def _header(path: Path) -> list[_Stored]:
             views = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118
             return [_Stored(name, path, tuple(view.get_shape()), view.get_dtype()) for name, view in views]
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a valid safetensors file: {error!s:.200}") from None
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first three names of a list, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first three names of a list, in one line, and how many more there are."""
+    first = (name if name.isprintable() and len(name) < 200 else repr(name)[:200] for name in names[:3])
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

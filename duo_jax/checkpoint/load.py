@@ -165,7 +165,9 @@ def loaded_config(source: str | Path) -> ModelConfig:
     if not Path(source).expanduser().exists():
         return config  # A preset, or one whose weights are not here yet.
     try:
-        return _with_stored_head(open_source(source), config, str(source))
+        checkpoint = open_source(source)
+        saved = isinstance(checkpoint, SavedModel)  # As it was when it was loaded.
+        return config if saved else _with_stored_head(checkpoint, config, str(source))
     except FileNotFoundError:  # A configuration without weights.
         return config
 
