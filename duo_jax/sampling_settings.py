@@ -114,12 +114,12 @@ class SamplingSettings:
         temperature = real_number("'temperature'", given.get("temperature", HF_TEMPERATURE), 0, MOST)
         if not true_or_false("'do_sample'", given.get("do_sample", False)) or not temperature:
             return settings
-        top_k = whole_number("'top_k'", given.get("top_k", HF_TOP_K), 0)
+        top_k = whole_number("'top_k'", given.get("top_k", HF_TOP_K), -1)  # -1 is off too, in vLLM's files.
         top_p = real_number("'top_p'", given.get("top_p", 1), 0, 1)
         min_p = real_number("'min_p'", given.get("min_p", 0), 0, 1)
         return cls(
             temperature=max(temperature, LEAST),
-            top_k=top_k or None,
+            top_k=top_k if top_k > 0 else None,
             top_p=None if top_p == 1 else max(top_p, LEAST),
             min_p=min_p or None,
             repetition_penalty=settings.repetition_penalty,
@@ -142,5 +142,5 @@ class SamplingSettings:
 
 def _warn(place: str, given: Mapping[str, Any], unsupported: Mapping[str, Any]) -> None:
     """Name the settings that are not supported, unless they are turned off."""
-    if left_out := [name for name, off in unsupported.items() if given.get(name, off) != off]:
+    if left_out := [name for name, off in unsupported.items() if given.get(name, off) not in (off, [], {})]:
         warnings.warn(f"{place}: {', '.join(left_out)} is not supported and is left out", stacklevel=4)

@@ -192,6 +192,7 @@ def test_used_bytes_grow_to_all_bytes(lm):
         ({"do_sample": True, "temperature": None, "top_k": None}, SamplingSettings(1.0, 50)),
         (SAMPLING, SamplingSettings(0.7, 20, 0.8, repetition_penalty=1.05)),
         ({"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.05}, SamplingSettings(1.0, min_p=0.05)),
+        ({"do_sample": True, "top_k": -1, "suppress_tokens": []}, SamplingSettings(1.0)),
         ({"do_sample": False, "repetition_penalty": 1.1}, SamplingSettings(repetition_penalty=1.1)),
         ({"do_sample": True, "temperature": 0.0}, SamplingSettings()),
     ],
