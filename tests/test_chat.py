@@ -402,6 +402,7 @@ def state(monkeypatch, tmp_path) -> Path:
         ("Hallo\x01\x05\x7f\x7fp.\r", ["Halp."]),
         ("wrong\x03right\r", ["right"]),
         ("\x03a\r", ["a"]),
+        ("a\x1b[31mred\r", ["ared"]),
     ],
 )
 def test_lines_are_edited(keys, lines):

@@ -121,13 +121,18 @@ def _reason(error: Exception) -> str | None:
         return f"standard output cannot be written to: {error.strerror}"  # Errors of files name the file.
     if isinstance(error, ImportError) and (package := missing_package(error)):
         return needed("this command", [package])
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{error.strerror}: {str(error.filename)[:80]}..."
     if isinstance(error, USER_ERRORS):
         from duo_jax.arguments import in_flags
 
-        return in_flags(str(error))
+        return in_flags(message_of(error))
     return _platform_reason() if isinstance(error, RuntimeError | AssertionError) else None
+
+
+def message_of(error: Exception) -> str:
+    """The message; of an error of the system, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename!s:.200}: {error.strerror}"
+    return str(error)
 
 
 def _platform_reason() -> str | None:

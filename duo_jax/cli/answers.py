@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duo_jax.differences import changes
+from duo_jax.differences import differing
 from duo_jax.files import append_text, check_output, write_text
 from duo_jax.finite import json_text
 from duo_jax.reading import decode, json_lines, parse_object, read_bytes
@@ -57,9 +57,10 @@ class Answers:
         except ValueError as error:
             raise ValueError(f"{error}; it is no file of answers, or damaged: {WAY}") from None
         (place, old), *rest = rows or [(str(path), {})]
-        if set(old) != set(answers.head) or not all(isinstance(value, dict) for value in old.values()):
+        is_head = set(old) == set(answers.head) and all(isinstance(value, dict) for value in old.values())
+        if not is_head or old["about"].get("task") != answers.head["about"].get("task"):
             raise ValueError(f"{place} is not the head of a file of answers: {WAY}")
-        if different := changes(old, answers.head):
+        if different := [_change(*each) for each in differing(old, answers.head)]:
             raise ValueError(f"{path} has answers of another run: {'; '.join(different)}. {WAY.capitalize()}")
         for place, answer in rest:
             index = answer.get(INDEX)
@@ -85,6 +86,16 @@ class Answers:
 
     def _write(self, lines: Iterable[dict[str, Any]]) -> None:
         write_text(self.path, _text([self.head, *lines]))
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """What differs in a head: a flag with both values, or contents, of which fingerprints say no more."""
+    part, _, inner = name.partition(".")
+    if part == "contents":
+        return f"other {inner}"
+    flag = inner.rpartition(".")[2].replace("_", "-")
+    old, new = ("not given" if value is None else f"{value!r:.60}" for value in (before, now))
+    return f"--{flag} was {old}, now {new}"
 
 
 def _text(lines: Iterable[dict[str, Any]]) -> str:

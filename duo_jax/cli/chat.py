@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from duo_jax.arguments import path_of, whole_number
-from duo_jax.cli import USER_ERRORS
+from duo_jax.cli import USER_ERRORS, message_of
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.lines import Lines
 from duo_jax.cli.options import CacheOptions, ChatSamplingOptions, ModelOptions, PatternOptions
@@ -30,7 +30,7 @@ from duo_jax.text.tokens import encode
 MOST_BYTES_A_TOKEN = 64
 # An answer with less room than this part of the cache would be cut off: then the oldest turns are in the way.
 LEAST_ROOM = 8
-# What a model writes must not control the terminal: all control characters but the tab and the end of a line.
+# What a model or a file says must not control the terminal: all control characters but the tab and the end of a line.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 
 
@@ -112,7 +112,7 @@ class Session:
     def run(self) -> None:
         """Read and answer."""
         keys = "Alt-Enter begins a new line, " if self._lines.keys else ""
-        print(f"{self._settings.model.model}: sampling: {self._lm.sampling}")
+        self._print(f"{self._settings.model.model}: sampling: {self._lm.sampling}")
         print(f"/help lists the commands, {keys}Ctrl-C stops a reply, Ctrl-D ends")
         while (line := self._read()) is not None:
             try:
@@ -127,9 +127,13 @@ class Session:
             except BrokenPipeError:  # The reader of standard output has gone.
                 raise
             except USER_ERRORS as error:
-                _note(str(error))
+                _note(message_of(error))
             except KeyboardInterrupt:
                 _note("interrupted")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """Print text that a model or a file may have written."""
+        print(text.translate(_CONTROLS) if self._lines.keys else text, end=end, flush=True)
 
     def _read(self) -> str | None:
         default, self._default = self._default, ""
@@ -145,7 +149,7 @@ class Session:
         if name not in COMMANDS:
             raise ValueError(f"no command {name}; /help lists them, and a message may begin with a space: ' {name}'")
         if name == "/help":
-            print(self._help())
+            self._print(self._help())
         elif name == "/file":
             self._file(argument)
         elif name == "/retry":
@@ -159,7 +163,7 @@ class Session:
             if argument:
                 chat.reset("" if argument == "none" else argument)
                 self._files.clear()
-            print(f"(system message: {chat.system or 'none'})")
+            self._print(f"(system message: {chat.system or 'none'})")
         elif name == "/reset":
             chat.reset()
             self._files.clear()
@@ -168,10 +172,10 @@ class Session:
             raise ValueError(f"{name} needs a file: {COMMANDS[name].usage}")
         elif name == "/save":
             save(path_of("path", argument), chat)
-            print(f"(saved {len(chat.messages)} messages to {argument})")
+            self._print(f"(saved {len(chat.messages)} messages to {argument})")
         elif name == "/load":
             load(path_of("path", argument), chat)
-            print(f"(loaded {len(chat.messages)} messages from {argument})")
+            self._print(f"(loaded {len(chat.messages)} messages from {argument})")
 
     def _help(self) -> str:
         width = max(len(command.usage) for command in COMMANDS.values())
@@ -188,7 +192,7 @@ class Session:
             print("(no file)")
             return
         most = MOST_BYTES_A_TOKEN * self._chat.max_length
-        text = read_text(path_of("path", argument), most=most)
+        text = read_text(path_of("path", argument), most=most, way="start the chat with a larger --max-length")
         if not text.strip():
             raise ValueError(f"{argument} is empty")
         count = len(encode(self._lm.tokenizer, text, parse_special=self._settings.parse_special))
@@ -198,7 +202,7 @@ class Session:
                 "larger --max-length"
             )
         self._files[argument] = text
-        print(f"({argument}, {count} tokens, comes before your next message)")
+        self._print(f"({argument}, {count} tokens, comes before your next message)")
 
     def _send(self, text: str) -> None:
         if self._answer("\n\n".join([*self._files.values(), text])):
@@ -224,7 +228,7 @@ class Session:
                     if piece and not is_shown:
                         show_status("")
                     is_shown = is_shown or bool(piece)
-                    print(piece.translate(_CONTROLS) if self._lines.keys else piece, end="", flush=True)
+                    self._print(piece, end="")
                     if interrupted():
                         is_stopped = True
                         break
@@ -315,7 +319,7 @@ def is_chat(head: bytes) -> bool:
 def _note(text: str) -> None:
     """A remark on standard error, dim in a terminal."""
     begin, end = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-    print(f"{begin}({text}){end}", file=sys.stderr, flush=True)
+    print(f"{begin}({text.translate(_CONTROLS)}){end}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class PatternOptions:
     pattern: str | None = None
     """Head pattern: a published name or a folder; without it every head keeps all tokens (full attention)."""
     sparsity: float | None = None
-    """Fraction of KV heads that stream, 0 to 1; needs --pattern."""
+    """Fraction of KV heads that stream, 0 to 1: those with the smallest gates of --pattern."""
     threshold: float | None = None
     """Heads with a gate of at least this keep all tokens; needs --pattern."""
     kv_budget: float | None = None

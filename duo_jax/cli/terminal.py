@@ -13,6 +13,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.shortcuts import confirm
 
 from duo_jax.cli.lines import Lines
@@ -141,6 +142,10 @@ def _keys() -> KeyBindings:
     @keys.add("escape", "c-j")  # What the terminal makes of it while nobody reads.
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
+
+    @keys.add(Keys.Vt100MouseEvent)
+    def ignore(event: KeyPressEvent) -> None:
+        """Typed bytes such as a colour code look like a mouse's, and prompt_toolkit fails to read them."""
 
     @keys.add("c-c")
     def clear(event: KeyPressEvent) -> None:

@@ -5,7 +5,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.text.ends import Ends
-from duo_jax.text.tokens import special_tokens
+from duo_jax.text.tokens import decode, special_tokens
 
 # Tokens whose text a later one may change: more are settled, so that the work for each is bounded.
 MOST_OPEN = 64
@@ -133,7 +133,7 @@ class Row:
         return self._decode(self._context + tokens)[len(self._decode(self._context)) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, tokens)
 
     def _is_settled(self, token: int) -> bool:
         """Whether no later token can change the text that ends with this one."""

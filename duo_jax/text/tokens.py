@@ -200,6 +200,20 @@ def _literal_backend(tokenizer: PreTrainedTokenizerBase, specials: _Specials) ->
     return backend
 
 
-def _refusal(error: BaseException) -> ValueError:
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of tokens, without special ones.
+
+    Raises:
+        ValueError: a tokenizer that fails.
+    """
+    try:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # As in `encode`.
+        raise _refusal(error, "decode its tokens") from None
+
+
+def _refusal(error: BaseException, what: str = "encode this text") -> ValueError:
     first = str(error).partition("\n")[0]
-    return ValueError(f"the tokenizer cannot encode this text ({type(error).__name__}: {first:.200})")
+    return ValueError(f"the tokenizer cannot {what} ({type(error).__name__}: {first:.200})")

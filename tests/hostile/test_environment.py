@@ -97,13 +97,13 @@ def test_errors_of_files_are_not_blamed_on_the_output(capsys):
         raise OSError(28, os.strerror(28), "r.jsonl")
 
     assert _status("duo x", work) == 2
-    assert capsys.readouterr().err == "duo x: [Errno 28] No space left on device: 'r.jsonl'\n"
+    assert capsys.readouterr().err == "duo x: r.jsonl: No space left on device\n"
 
 
 def test_a_name_that_is_too_long_is_cut(duo):
     result = duo("inspect", "--model", "x" * 5000)
-    assert_refused(result, "File name too long: xxx")
-    assert len(result.err) < 200
+    assert_refused(result, "File name too long", "xxx")
+    assert len(result.err) < 300
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 from duo_eval.tasks.prompt import prompt
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 import duo_jax
+from duo_jax.checkpoint.load import load_tokenizer
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.text import renderer, template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
@@ -395,3 +397,12 @@ def test_a_whole_reply_has_the_text_of_its_tokens_one_by_one(name, data, end):
         rows[1].add(token, logprob)
     whole, single = (row.reply for row in rows)
     assert (whole, whole.__dict__) == (single, single.__dict__) and whole.finish_reason == (end or "length")
+
+
+def test_a_tokenizer_that_panics_is_refused(chat_model):
+    tokenizer = load_tokenizer(chat_model)
+    tokenizer.backend_tokenizer.decoder = decoders.Strip(" ", 1, 1)
+    row = Row(tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer cannot decode its tokens"):
+        for token in tokenizer.encode("the a", add_special_tokens=False):
+            row.add(token)
