@@ -83,7 +83,9 @@ def test_json_is_one_object(model: Path, duo: Callable[..., Result]) -> None:
     assert found["prompt_tokens"] == len(PROMPT)
     assert all(logprob <= 0 for logprob in found["logprobs"])
     assert found["kv_bytes"] == found["kv_bytes_full"] > 0
-    assert all(found[name] > 0 for name in FIELDS if name.endswith("seconds") or name.endswith("second"))
+    times = {name for name in FIELDS if name.endswith(("seconds", "second"))}
+    assert all(found[name] > 0 for name in times - {"compile_seconds"})
+    assert found["compile_seconds"] >= 0  # Programs that this process has compiled before take no time.
     assert len(result.out.splitlines()) == 1
 
 
@@ -218,7 +220,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["30 layers x 3 KV heads", "2 x 4"],
     ),
     "no new tokens": (["--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "got 0"]),
-    "top-k, greedy": (["--prompt", "a", "--top-k", "4"], ["--temperature"]),
+    "top-k, greedy": (["--prompt", "a", "--top-k", "4"], ["--top-k", "give a temperature above 0"]),
     "top-k 0": (["--prompt", "a", "--temperature", "1", "--top-k", "0"], ["0"]),
     "top-p 2": (["--prompt", "a", "--temperature", "1", "--top-p", "2"], ["2"]),
     "negative temperature": (["--prompt", "a", "--temperature", "-1"], ["--temperature", "-1", "0 takes the most"]),
