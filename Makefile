@@ -28,7 +28,7 @@ PYTEST_ALL = $(PYTEST) --jaxtyping-packages=duo_jax,pallas_kernels,duo_train,duo
 # pytest's exit status when no test was selected.
 NOTHING := 5
 
-.PHONY: help venv demo model test fuzz test-all test-meshes test-aot gpu-suite check docs clean
+.PHONY: help venv demo model test fuzz test-all test-pages test-meshes test-aot gpu-suite check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -70,6 +70,10 @@ test-all: $(STAMP) ## run all tests but those of every mesh, which take most of 
 	  $(PYTEST_ALL) -m "not real_model and not meshes and not aot" $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
 	  XLA_FLAGS= $(PYTEST_ALL) -m real_model $(PYTEST_ARGS) || test $$? = $(NOTHING) || failed=1; \
 	  exit $$failed
+
+test-pages: $(STAMP) ## run the examples of README and guides as written, a part of test-all, most of an hour; PYTEST_ARGS="-k plan"
+	@echo "Running the examples of all pages"
+	@XLA_FLAGS= $(PYTEST_ALL) -m real_model tests/test_pages.py $(PYTEST_ARGS) || test $$? = $(NOTHING)
 
 test-meshes: $(STAMP) ## run every legal mesh of up to eight devices
 	@echo "Running every mesh"
