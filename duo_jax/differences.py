@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Of a message: files may have any settings, and as many as they like.
+MOST_SHOWN, MOST_CHARACTERS = 5, 60
+
 
 def differing(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The dotted name of each setting that differs, and both values; None for a missing one."""
@@ -15,5 +18,12 @@ def differing(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A phrase for each setting that changed."""
-    return [f"{name} was {old!r}, now {new!r}" for name, old, new in differing(before, now)]
+    """A phrase for each setting that changed, and one for the number of others if there are many."""
+    phrases = [f"{name:.60} was {_shown(old)}, now {_shown(new)}" for name, old, new in differing(before, now)]
+    more = len(phrases) - MOST_SHOWN
+    return phrases if more <= 0 else [*phrases[:MOST_SHOWN], f"{more} more"]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."

@@ -14,6 +14,7 @@ from duo_train.checkpoints import Checkpoints
 from duo_train.metrics import MetricsWriter, read_metrics
 
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.differences import changes
 from tests.text_models import assert_refused, make_model
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
@@ -194,3 +195,8 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(damage, tmp_path, capfd)
         for like in (other, {"a": state["a"]}, {"a": jnp.ones((2, 3), jnp.int32), "b": jnp.int32(1)}):
             with pytest.raises(ValueError, match="checkpoint of step 2 cannot be read"):
                 checkpoints.restore(like)
+
+
+def test_settings_of_a_strange_file_are_cut_in_a_message():
+    phrases = changes({}, {f"{number}{'x' * 999}": ["y" * 999] * 999 for number in range(99)})
+    assert phrases[-1] == "94 more" and len("; ".join(phrases)) < 1000
