@@ -147,5 +147,5 @@ def _is_header(row: Mapping[str, Any]) -> bool:
 
 def _wrong(row: Mapping[str, Any]) -> str | None:
     if not _is_header(row) and row["correct_answer"] not in tuple(LETTERS):
-        return f"correct_answer must be one of {', '.join(LETTERS)}, got {row['correct_answer']!r}"
+        return f"correct_answer must be one of {', '.join(LETTERS)}, got {row['correct_answer']!r:.60}"
     return None
