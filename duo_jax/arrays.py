@@ -147,7 +147,8 @@ def _header(path: Path) -> list[_Stored]:
             views = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118
             return [_Stored(name, path, tuple(view.get_shape()), view.get_dtype()) for name, view in views]
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error!s:.200}") from None
+        reason = " ".join(str(error).split())  # It repeats what the file says.
+        raise ValueError(f"{path} is not a valid safetensors file: {reason:.200}") from None
 
 
 def first_names(names: Sequence[str]) -> str:
