@@ -5,6 +5,7 @@ A measurement defines its own, next to the code that makes the data; `registry` 
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,8 +125,10 @@ def fields(value: Any) -> dict[str, Any]:
 def readable(path: Path) -> Iterator[None]:
     """Raise ValueError with the path for all that results of another shape raise in a table or a figure."""
     try:
-        yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # Of numpy, for means of nothing and the like.
+            yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeWarning) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
