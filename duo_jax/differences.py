@@ -18,12 +18,15 @@ def differing(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A phrase for each setting that changed, and one for the number of others if there are many."""
-    phrases = [f"{name:.60} was {_shown(old)}, now {_shown(new)}" for name, old, new in differing(before, now)]
+    """A phrase for each setting that changed, first those that both have, and the number of others if there are many."""
+    different = sorted(differing(before, now), key=lambda change: None in change[1:])
+    phrases = [f"{_short(name)} was {_short(repr(old))}, now {_short(repr(new))}" for name, old, new in different]
     more = len(phrases) - MOST_SHOWN
     return phrases if more <= 0 else [*phrases[:MOST_SHOWN], f"{more} more"]
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+def _short(text: str) -> str:
+    """Both ends of a long text: the name of a file is at the end of its path."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[: MOST_CHARACTERS // 2 - 3]}...{text[-MOST_CHARACTERS // 2 :]}"

@@ -200,3 +200,9 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(damage, tmp_path, capfd)
 def test_settings_of_a_strange_file_are_cut_in_a_message():
     phrases = changes({}, {f"{number}{'x' * 999}": ["y" * 999] * 999 for number in range(99)})
     assert phrases[-1] == "94 more" and len("; ".join(phrases)) < 1000
+
+
+def test_a_change_shows_the_name_of_a_file_and_first_what_both_have():
+    phrases = changes({"z": 1}, {"z": 2, **{letter: 0 for letter in "abcdef"}, f"/long{'x' * 99}/task.yaml": 3})
+    assert phrases[0] == "z was 1, now 2" and len(phrases) == 6
+    assert "/task.yaml was 3" in changes({f"/long{'x' * 99}/task.yaml": 3}, {f"/long{'x' * 99}/task.yaml": 4})[0]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from duo_jax.arrays import first_names
 from duo_jax.reading import read_json_lines
 
 
@@ -33,7 +34,7 @@ def read_rows(
     for place, row in read_json_lines(path):
         missing = [field for field in (*fields, *texts) if field not in row]
         if missing:
-            raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(row)}"[:500])
+            raise ValueError(f"{place}: no {', '.join(missing)}, only {first_names([*row])}")
         for field in texts:
             if not isinstance(row[field], str):
                 raise ValueError(f"{place}: {field} must be a text, got {row[field]!r:.80}")
