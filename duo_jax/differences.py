@@ -18,7 +18,7 @@ def differing(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A phrase for each setting that changed, first those that both have, and the number of others if there are many."""
+    """A phrase for each setting that changed, first those that both have, and a count of those that are too many."""
     different = sorted(differing(before, now), key=lambda change: None in change[1:])
     phrases = [f"{_short(name)} was {_short(repr(old))}, now {_short(repr(new))}" for name, old, new in different]
     more = len(phrases) - MOST_SHOWN

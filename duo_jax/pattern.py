@@ -131,11 +131,12 @@ class HeadPattern:
     ) -> "HeadPattern":
         """Choose the retrieval heads: those with the largest gates (paper section 2.3).
 
-        Exactly one rule applies; without any it is `threshold=0.5`. Ties are broken by (gate, kv head, layer), so the
-        same gates give the same pattern on every machine.
+        Exactly one rule applies; without any it is `threshold=0.5`. Gates beyond 0 and 1 are in order too: how far
+        beyond says how early and firmly a gate was decided. Ties are broken by (gate, kv head, layer), so the same
+        gates give the same pattern on every machine.
 
         Args:
-            gates: one per KV head, `[layers, kv_heads]`; clipped to [0, 1] for the choice, kept as given.
+            gates: one per KV head, `[layers, kv_heads]`; kept as given.
             sink_size: first tokens that a streaming head keeps.
             recent_size: most recent tokens that a streaming head keeps.
             sparsity: fraction of KV heads that become streaming heads, over all layers, rounded down to whole heads.
@@ -164,15 +165,14 @@ class HeadPattern:
             real_number(name, value, 0, 1)
         if (kv_budget is None) != (context_length is None):
             raise ValueError(f"kv_budget and context_length go together, got {kv_budget=}, {context_length=}")
-        usable = gates.clip(0.0, 1.0)
         if sparsity is not None:
             # The tolerance keeps 0.7 * 10 at 7.
-            is_retrieval = _largest(usable, gates.size - int(sparsity * gates.size + 1e-9))
+            is_retrieval = _largest(gates, gates.size - int(sparsity * gates.size + 1e-9))
         elif kv_budget is not None and context_length is not None:
             capacity = sink_size + recent_size
-            is_retrieval = _largest(usable, _affordable(gates.size, kv_budget, context_length, capacity))
+            is_retrieval = _largest(gates, _affordable(gates.size, kv_budget, context_length, capacity))
         else:
-            is_retrieval = usable >= (0.5 if threshold is None else threshold)
+            is_retrieval = gates.clip(0.0, 1.0) >= (0.5 if threshold is None else threshold)
         return cls(is_retrieval, sink_size, recent_size, gates, metadata or {})
 
     @classmethod

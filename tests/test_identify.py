@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from duo_train.data.needles import Needles
-from duo_train.identify import PRESETS, RUN_FILE, Identify
+from duo_train.identify import PRESETS, RUN_FILE, Identify, ranks
 from duo_train.recipes import Distill
 
 from duo_jax import HeadPattern
@@ -78,6 +78,11 @@ def test_one_recipe_starts_from_another_s_result(identify, tmp_path):
     done = identify("--start", first, "--distill.steps", "1", "--distill.learning-rate", "1e-6")
     assert done.code == 0
     np.testing.assert_allclose(HeadPattern.load(tmp_path / "run").gates, gates, atol=1e-5)
+
+
+def test_scores_that_only_rank_begin_as_ranks(identify):
+    assert ranks(np.array([[0.3, 0.1], [0.1, 0.9]])).tolist() == [[2 / 3, 1 / 6], [1 / 6, 1]]
+    assert_refused(identify("--start-ranks"), "--start-ranks needs", "--start PATTERN")
 
 
 def test_another_run_s_folder_is_left_alone(identify, tmp_path):

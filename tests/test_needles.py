@@ -94,6 +94,7 @@ def test_lengths_are_evenly_spaced_and_all_occur(plain):
     data = NeedleData(replace(SMALL, num_passkeys=1), plain)
     found = {data[i].text_length for i in range(30)}
     assert found == set(SMALL.lengths) == {400, 500, 600}
+    assert replace(SMALL, max_length=1600, spacing="geometric").lengths == (400, 800, 1600)
 
 
 def test_samples_come_round_again(plain):

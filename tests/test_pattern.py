@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,14 @@ def test_ties_are_broken_by_kv_head_then_layer():
     assert pattern.is_retrieval.tolist() == [[False, True]] * 3
     fewer = HeadPattern.from_gates(np.ones((3, 2)), sparsity=1 / 3, **SIZES)
     assert fewer.is_retrieval.tolist() == [[False, True], [False, True], [True, True]]
+
+
+def test_gates_beyond_the_ends_are_in_order_too():
+    gates = np.array([[1.0, 1.002], [-0.003, 0.0], [1.001, -0.001]])
+    kept = [HeadPattern.from_gates(gates, sparsity=n / 6, **SIZES).is_retrieval for n in range(6)]
+    order = [np.argwhere(more & ~less).tolist()[0] for more, less in pairwise(kept)]
+    assert order == [[1, 0], [2, 1], [1, 1], [0, 0], [2, 0]]
+    assert HeadPattern.from_gates(gates, threshold=0.0, **SIZES).num_streaming == 0
 
 
 def test_the_same_gates_choose_these_heads_on_every_machine():

@@ -74,6 +74,8 @@ class Identify:
     """How the heads are found; attention-profile and kvzip train nothing."""
     start: str | None = None
     """Pattern whose gates are the initial gates: a folder or a published name."""
+    start_ranks: bool = False
+    """Begin with the ranks of those gates, evenly spaced from 0 to 1, for scores that only rank the heads."""
     sink_size: int = 64
     """First tokens that streaming heads keep at inference; stored in the pattern."""
     recent_size: int = 256
@@ -179,7 +181,9 @@ class Identify:
         if self.start is not None:
             pattern = HeadPattern.load(self.start)
             pattern.check(config)
-            start = pattern.gates.clip(0.0, 1.0)
+            start = ranks(pattern.gates) if self.start_ranks else pattern.gates.clip(0.0, 1.0)
+        elif self.start_ranks:
+            raise ValueError("--start-ranks needs the gates to rank: --start PATTERN")
         model = self.model.load()
         data = NeedleData(self.data, self.model.tokenizer())
         trained = model.config.trained_positions
@@ -207,6 +211,13 @@ class Identify:
         training = self.resolved() | dict(extends or {}) | {"duo_jax": duo_jax.__version__}
         metadata = {"model_name": self.model.model, "training": training}
         return HeadPattern.from_gates(gates, sink_size=self.sink_size, recent_size=self.recent_size, metadata=metadata)
+
+
+def ranks(gates: Float[np.ndarray, "L K"]) -> Float[np.ndarray, "L K"]:
+    """Evenly spaced from 0 for the smallest gate to 1 for the largest; equal gates share their mean."""
+    ascending = np.sort(gates, axis=None)
+    first, after = (np.searchsorted(ascending, gates, side) for side in ("left", "right"))
+    return (first + after - 1) / 2 / max(gates.size - 1, 1)
 
 
 def contents(run: Run) -> dict[str, str | None]:

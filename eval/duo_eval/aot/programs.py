@@ -36,7 +36,8 @@ def training_step(config: ModelConfig, length: int, attention: GatedModel, mesh:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     gates, rows = shape((config.num_layers, config.num_kv_heads), jnp.float32), MeshSize.of(mesh).data
-    state = State(shape((), jnp.int32), gates, jax.eval_shape(recipe.optimizer().init, gates))
+    params = jax.tree.map(lambda x: shape(x.shape, x.dtype), jax.eval_shape(recipe.init, gates))
+    state = State(shape((), jnp.int32), params, jax.eval_shape(recipe.optimizer().init, params))
     # Ten passkeys of 32 words.
     labels, by_row = (1, rows, 2 * LABEL_MULTIPLE), (None, "data")
     tokens = shape((1, rows, length), jnp.int32, None, *BY_TOKEN)

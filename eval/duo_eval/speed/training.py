@@ -71,7 +71,8 @@ class Training:
         batch = Batch(tokens, labels, jnp.ones_like(labels, dtype=bool))
         targets = jnp.zeros((*labels.shape, model.config.embed_dim), jnp.float32)
         gates = jnp.full((model.config.num_layers, model.config.num_kv_heads), 0.5, jnp.float32)
-        state = State(jnp.int32(0), gates, recipe.optimizer().init(gates))
+        params = recipe.init(gates)
+        state = State(jnp.int32(0), params, recipe.optimizer().init(params))
         begin = time.perf_counter()
         program = step.lower(recipe, attention, model, state, batch, targets).compile()
         compiled = time.perf_counter() - begin

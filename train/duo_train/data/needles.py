@@ -49,7 +49,9 @@ class Needles:
     max_length: int = 32000
     """Tokens of text in the longest sample."""
     num_lengths: int = 50
-    """Number of different lengths, evenly spaced from the shortest to the longest."""
+    """Number of different lengths, from the shortest to the longest."""
+    spacing: Literal["even", "geometric"] = "even"
+    """Lengths with equal differences, or with equal ratios: more short samples, which cost less."""
     chat: bool = True
     """Use the tokenizer's chat template, if it has one."""
     label_tokens: Literal["passkeys", "tail"] = "passkeys"
@@ -111,7 +113,8 @@ class Needles:
     @property
     def lengths(self) -> tuple[int, ...]:
         """The numbers of tokens of text that samples may have."""
-        return tuple(int(length) for length in np.linspace(self.min_length, self.max_length, self.num_lengths).round())
+        space = np.geomspace if self.spacing == "geometric" else np.linspace
+        return tuple(int(length) for length in space(self.min_length, self.max_length, self.num_lengths).round())
 
 
 def _has_only(fields: tuple[str, ...], text: str) -> bool:

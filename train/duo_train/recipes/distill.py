@@ -11,7 +11,12 @@ from duo_jax.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
 from duo_train.objective import Metrics
-from duo_train.recipes.learned import Learned, at_labels, stop
+from duo_train.recipes.learned import Learned, before_labels, stop
+
+DistillParams = dict[str, Float[Array, "L K"]]
+# Small, so that gates stay numbers from 0 to 1 for every other reader of a pattern; a step overshoots by at most about
+# the learning rate.
+OVERSHOOT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -25,29 +30,29 @@ class Distill(Learned):
     reg: Literal["mean", "sum"] = "mean"
     """L1 as a mean over the gates (the reference implementation) or as a sum (the paper's formula)."""
 
-    def init(self, start: Float[Array, "L K"]) -> Float[Array, "L K"]:
-        """The gates themselves."""
-        return jnp.clip(start, 0.0, 1.0)
+    def init(self, start: Float[Array, "L K"]) -> DistillParams:
+        """The gates themselves, and how far the optimizer overshot their range."""
+        return {"gates": jnp.clip(start, 0.0, 1.0), "overshoot": jnp.zeros_like(start)}
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW without weight decay."""
         return optax.adamw(self.schedule, weight_decay=0.0)
 
-    def gates(self, params: Float[Array, "L K"]) -> Float[Array, "L K"]:
-        """The gates themselves."""
-        return params
+    def gates(self, params: DistillParams) -> Float[Array, "L K"]:
+        """The gates, in order: those that ended at 0 or 1 are just beyond it, by how long and hard they were pushed."""
+        return params["gates"] + OVERSHOOT * params["overshoot"]
 
     def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
-        """The teacher's hidden states at the labels. With teacher mixing, `losses` runs the teacher."""
+        """The teacher's hidden states that predict the labels. With teacher mixing, `losses` runs the teacher."""
         if attention.mixing == "teacher":
             return None
-        return at_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
+        return before_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
 
     def losses(
         self,
         attention: GatedModel,
         model: Model,
-        params: Float[Array, "L K"],
+        params: DistillParams,
         batch: Batch,
         targets: Float[Array, "B M D"] | None,
         key: PRNGKeyArray,
@@ -56,14 +61,16 @@ class Distill(Learned):
         full = None
         if targets is None:
             hidden, full = stop(attention.teacher(model, batch.tokens))
-            targets = at_labels(hidden, batch.labels)
-        student = attention.student(model, batch.tokens, params, full)
-        return jnp.square(at_labels(student, batch.labels) - targets).mean(-1)
+            targets = before_labels(hidden, batch.labels)
+        student = attention.student(model, batch.tokens, params["gates"], full)
+        return jnp.square(before_labels(student, batch.labels) - targets).mean(-1)
 
-    def penalty(self, params: Float[Array, "L K"], step: Int32[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+    def penalty(self, params: DistillParams, step: Int32[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         """The L1 norm; gates are never negative."""
-        return self.reg_weight * (params.mean() if self.reg == "mean" else params.sum()), {}
+        gates = params["gates"]
+        return self.reg_weight * (gates.mean() if self.reg == "mean" else gates.sum()), {}
 
-    def project(self, params: Float[Array, "L K"]) -> Float[Array, "L K"]:
-        """Clip the gates to [0, 1]."""
-        return optax.projections.projection_hypercube(params)
+    def project(self, params: DistillParams) -> DistillParams:
+        """Clip the gates to [0, 1], and add up what that takes away."""
+        gates = optax.projections.projection_hypercube(params["gates"])
+        return {"gates": gates, "overshoot": params["overshoot"] + params["gates"] - gates}

@@ -65,8 +65,9 @@ class Learned(Recipe, Objective):
         return self.learning_rate * jnp.minimum(1.0, jnp.maximum(jnp.minimum(rising, falling), 0.1))
 
 
-def at_labels(x: Float[Array, "B T D"], positions: Int32[Array, "B M"]) -> Float[Array, "B M D"]:
-    """Rows of `x` at the label positions, float32."""
+def before_labels(x: Float[Array, "B T D"], labels: Int32[Array, "B M"]) -> Float[Array, "B M D"]:
+    """Rows of `x` that predict the label tokens, float32: at the position before each."""
+    positions = jnp.maximum(labels - 1, 0)  # 0 is padding.
     return jnp.take_along_axis(x, positions[:, :, None], axis=1).astype(jnp.float32)
 
 

@@ -14,7 +14,7 @@ from duo_jax.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
 from duo_train.objective import Metrics
-from duo_train.recipes.learned import Learned, at_labels
+from duo_train.recipes.learned import Learned, before_labels
 from duo_train.run import Run
 
 # The hard-concrete distribution (Louizos et al. 2018): a stretched sigmoid, cut off at 0 and 1.
@@ -89,7 +89,7 @@ class PruLong(Learned):
     ) -> Float[Array, "B M"]:
         """Negative log-likelihood of each label token under gates drawn at random."""
         hidden = attention.student(model, batch.tokens, _draw(params["log_alpha"], key))
-        previous = at_labels(hidden, jnp.maximum(batch.labels - 1, 0)).astype(hidden.dtype)
+        previous = before_labels(hidden, batch.labels).astype(hidden.dtype)
         tokens = jnp.take_along_axis(batch.tokens, batch.labels, axis=1)
         return optax.softmax_cross_entropy_with_integer_labels(model.decoder.logits(previous), tokens)
 
