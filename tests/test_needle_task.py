@@ -68,7 +68,7 @@ def test_a_needle_depends_on_no_other_cell(chat_model):
     # The haystack is shorter than the longest prompt, and the cell that both have is longer than it.
     def asked(*lengths):
         task = NeedleTask(Comparison(str(chat_model)), lengths=lengths, haystack_chars=2000)
-        return task._question(Cell("full", 1.0, 400, 0.5, 0))
+        return task.question(Cell("full", 1.0, 400, 0.5, 0))
 
     alone, among = asked(400), asked(400, 500)
     assert alone.facts == among.facts and (alone.tokens == among.tokens).all() and len(alone.tokens) == 388

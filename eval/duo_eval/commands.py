@@ -23,6 +23,7 @@ from duo_eval.tasks.longbench import LongBenchTask
 from duo_eval.tasks.mmlu import Mmlu
 from duo_eval.tasks.mtbench import MtBench
 from duo_eval.tasks.needle.command import NeedleTask
+from duo_eval.tasks.needle.heads import HeadsTask
 from duo_eval.tasks.precision import Precision
 from duo_eval.tasks.recall import Recall
 from duo_eval.tasks.ruler.command import RulerTask
@@ -39,6 +40,7 @@ class Eval:
         | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]
         | Annotated[Efficiency, tyro.conf.subcommand("efficiency", prefix_name=False)]
         | Annotated[NeedleTask, tyro.conf.subcommand("needle", prefix_name=False)]
+        | Annotated[HeadsTask, tyro.conf.subcommand("heads", prefix_name=False)]
         | Annotated[RulerTask, tyro.conf.subcommand("ruler", prefix_name=False)]
         | Annotated[LongBenchTask, tyro.conf.subcommand("longbench", prefix_name=False)]
         | Annotated[Precision, tyro.conf.subcommand("precision", prefix_name=False)]

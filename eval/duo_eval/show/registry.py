@@ -13,11 +13,13 @@ from duo_eval.speed import adapter, efficiency_results, startup, training
 from duo_eval.tasks import item_by_item, keys, precision, recall_results
 from duo_eval.tasks.lm_eval import command as harness
 from duo_eval.tasks.needle import command as needle
+from duo_eval.tasks.needle import heads
 from duo_jax.pattern import GATES_FILE
 
 # The first that matches a file is its type.
 RESULT_TYPES: tuple[ResultType, ...] = (
     needle.RESULT,
+    heads.RESULT,
     score_table.RESULT,
     item_by_item.RESULT,
     recall_results.RESULT,

@@ -65,15 +65,22 @@ class NeedleTask:
     seed: int = 0
     """Decides keys and stretches of text."""
 
-    def run(self) -> None:
-        """Run the missing questions, cell by cell, and plot."""
+    def check(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: no length, or a number out of range.
+        """
         if not self.lengths:
             raise ValueError("--lengths must have at least one length")
-        room = self._room
         for length in self.lengths:
-            whole_number("lengths", length, room + 1, way=f"an answer has {room} tokens")
+            whole_number("lengths", length, self._room + 1, way=f"an answer has {self._room} tokens")
         whole_number("samples", self.samples, 1)
         whole_number("depths", self.depths, 2, MOST_DEPTHS)
+
+    def run(self) -> None:
+        """Run the missing questions, cell by cell, and plot."""
+        self.check()
         settings = asdict(self)
         shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "chat", "seed")}
         # Stored only if set: in older files, which lack it, the question was in the prompt.
@@ -82,10 +89,10 @@ class NeedleTask:
             self.out,
             {"task": "needle", **shared},
             self._jobs(),
-            self._question,
-            data={"haystack": sha256(self._text.encode())},
+            self.question,
+            data={"haystack": sha256(self.text.encode())},
             longest=max(self.lengths),
-            shortest=max(min(self.lengths) - room, 1),
+            shortest=max(min(self.lengths) - self._room, 1),
         )
         print("\n".join(in_words(scored(results))))
         if scored(results):
@@ -104,7 +111,7 @@ class NeedleTask:
         """Tokens of the answer."""
         return STYLES[self.style](np.random.default_rng(0)).max_new_tokens
 
-    def _question(self, job: Cell) -> Question:
+    def question(self, job: Cell) -> Question:
         """The same needle in the same text for every method."""
         rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
         needle = STYLES[self.style](rng)
@@ -125,13 +132,14 @@ class NeedleTask:
         )
 
     @cached_property
-    def _text(self) -> str:
+    def text(self) -> str:
+        """The haystack."""
         return load_haystack(self.haystack, max_chars=self.haystack_chars)
 
     @cached_property
     def _hay(self) -> Int32[np.ndarray, "S"]:
         """Tokens of the haystack."""
-        hay = np.asarray(encode(self.comparison.tokenizer, self._text), np.int32)
+        hay = np.asarray(encode(self.comparison.tokenizer, self.text), np.int32)
         if len(hay) < max(self.lengths):
             print(f"{self.haystack!r} has {len(hay)} tokens: repeated in longer prompts")
         return hay
