@@ -107,6 +107,8 @@ def check_cache(
         ValueError: a cache of another model, batch or mesh, one that is too short, or one that was donated.
     """
     instance("cache", cache, KVCache, "KVCache.init makes one")
+    if model.is_fsdp:
+        raise ValueError("the model was loaded with fsdp=True, to train with: load it without, for inference")
     config, sizes = model.config, MeshSize.of(model.mesh)
     if cache.mesh != model.mesh:
         places = [MeshSize.of(mesh) if mesh is not None else "one device" for mesh in (cache.mesh, model.mesh)]

@@ -1,10 +1,12 @@
 """The decoder of every family, and `Model`, the pytree that functions take. Knows no cache and no pattern.
 
-Only attention differs between inference, training and evaluation, so it is an argument: `attend`.
+Only attention differs between inference, training and evaluation, so it is an argument: `attend`. Where devices have
+slices of all weights (FSDP), each part of the decoder is gathered when it is used, see `Decoder.whole`.
 """
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,10 +26,20 @@ from duo_jax.sizes import host_total, nbytes, size_text
 from duo_jax.weights import multiply
 
 State = TypeVar("State")
+Part = TypeVar("Part", bound=nnx.Module)
+# The operations that make a part whole, see `Decoder.whole`.
+GATHERING = ("optimization_barrier", "sharding_constraint")
 
 
 class Decoder(nnx.Module):
-    """Embedding, decoder layers, final norm, and the head to logits."""
+    """Embedding, decoder layers, final norm, and the head to logits.
+
+    Attributes:
+        mesh: devices that share the heads; None: the weights have the order of one device.
+        sliced: devices that each have a slice of every array (FSDP).
+    """
+
+    sliced: AnyMesh | None = None
 
     def __init__(
         self,
@@ -62,13 +74,12 @@ class Decoder(nnx.Module):
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
         third more time.
         """
-        x = constrain(self.embed(tokens), self.mesh, "data")
+        x = constrain(self.whole(self.embed, tokens)(tokens), self.mesh, "data")
         angles = rotation(self.config.rope, self.config.head_dim, positions)
         for index, layer in enumerate(self.layers):
-            plain = functools.partial(layer, attend=attend, layer=index)
-            apply = jax.checkpoint(plain) if rematerialize else plain
+            plain = functools.partial(self._layer, layer, index, attend)
             with jax.named_scope(f"layer_{index}"):
-                x, state = apply(x, angles, state=state)
+                x, state = self._kept(plain, rematerialize)(x, angles, state)
                 x = constrain(x, self.mesh, "data")
         return self.norm(x), state
 
@@ -76,10 +87,35 @@ class Decoder(nnx.Module):
         """Next-token logits in float32. Pass only the positions you need: `[T, V]` of a long prompt is large."""
         with jax.named_scope("head"):
             tied = self.config.tied_head
-            weight = self.embed.embedding.get_value() if tied else self.head.kernel.get_value()
+            part = self.whole(self.embed if tied else self.head, hidden)
+            weight = part.embedding.get_value() if tied else part.kernel.get_value()
             if self.config.embed_dtype is not None:
                 return multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
             return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
+
+    def whole(self, part: Part, inputs: Array) -> Part:
+        """A part of the decoder with all of its weights, from the slices of all devices, once `inputs` are computed.
+
+        Without that condition the compiler could gather all layers at once. Weights are frozen: no gradient is summed.
+        """
+        if self.sliced is None:
+            return part
+        graphdef, params = nnx.split(part)
+        params, _ = jax.lax.optimization_barrier(jax.lax.stop_gradient((params, inputs)))
+        return nnx.merge(graphdef, constrain(params, self.sliced))
+
+    def _layer(
+        self, layer: Layer, index: int, attend: Attend[State], x: Array, angles: tuple[Array, Array], state: State
+    ) -> tuple[Array, State]:
+        return self.whole(layer, x)(x, angles, attend, state, index)
+
+    def _kept(self, layer: Callable[..., Any], rematerialize: bool) -> Callable[..., Any]:
+        """A layer with what a gradient keeps of it: never gathered weights, which would be those of all layers."""
+        if rematerialize:
+            return jax.checkpoint(layer)
+        if self.sliced is None:
+            return layer
+        return jax.checkpoint(layer, policy=lambda operation, *_, **settings: operation.name not in GATHERING)
 
 
 def abstract_decoder(config: ModelConfig, mesh: AnyMesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
@@ -126,6 +162,7 @@ class Model:
     """A decoder's weights as a pytree: `params` are its leaves, everything else is static under jit.
 
     On a mesh, `order` is the KV head of each column of a head table (see `balance`); caches must have the same order.
+    On a mesh without it, devices have slices of the weights and no heads of their own, for training (`mesh.fsdp`).
     """
 
     config: ModelConfig
@@ -156,9 +193,16 @@ class Model:
         return cls(decoder.config, graphdef, params)
 
     @property
+    def is_fsdp(self) -> bool:
+        """Whether every device has a slice of each array: a model to train with, not for inference."""
+        return self.mesh is not None and self.order is None
+
+    @property
     def decoder(self) -> Decoder:
         """The module, merged from its parts: cheap, and meant to be used inside a jitted function."""
-        return nnx.merge(self.graphdef, self.params)
+        decoder = nnx.merge(self.graphdef, self.params)
+        decoder.sliced = self.mesh if self.is_fsdp else None
+        return decoder
 
     @property
     def dtype(self) -> jnp.dtype:

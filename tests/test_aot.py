@@ -6,13 +6,13 @@ from itertools import product
 
 import jaxtyping
 import pytest
-from duo_eval.aot.compile import compile_for, kernels_on, memory_of
+from duo_eval.aot.compile import compile_for, gpus_like, kernels_on, memory_of
 from duo_eval.aot.kernels import OPERATIONS, program
 from duo_eval.aot.programs import decode, is_close, prefill_chunk, training_step, verify
 from duo_train.gated import GatedModel
 
 from duo_jax import PRESETS
-from duo_jax.mesh.mesh import MeshSize
+from duo_jax.mesh.mesh import MeshSize, mesh_of
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
 
@@ -45,6 +45,21 @@ def test_a_training_step_s_memory_is_linear_in_the_tokens():
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
     assert small.arguments == pytest.approx(2 * (2 * layer + 128256 * 4096), rel=0.01)
     assert large.total < GPUS["a100-80g"].memory_bytes
+
+
+def test_eight_gpus_share_the_weights_in_training():
+    """Each has an eighth and, whatever the number of layers, gathers one or two; all 80 were compiled once."""
+    mesh, sizes = mesh_of(MeshSize(sequence=8), gpus_like("h100-80g", 8)), []
+    for layers in (2, 4):
+        config = replace(PRESETS["llama-3-70b"], num_layers=layers, dtype="bfloat16")
+        program = training_step(config, 8192, GatedModel(backend="triton"), mesh)
+        sizes.append(memory_of(compile_for("h100-80g", *program, mesh=mesh)))
+    small, large = sizes
+    layer = (large.arguments - small.arguments) / 2 * 8
+    assert layer == pytest.approx(2 * (8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672), rel=0.01)
+    hidden = 8192 // 8 * 8192 * 2  # What a layer keeps for its gradient.
+    assert large.temporaries - small.temporaries < 2 * hidden + 0.05 * layer
+    assert large.temporaries < 2.5 * layer
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])

@@ -128,7 +128,8 @@ def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
         (("--start", "no-such-pattern"), ("no published pattern",)),
         (("--start", "smollm2-135m-instruct"), ("made for another model",)),
         (("--recipe", "prulong", "--attention.mixing", "teacher"), ("no teacher",)),
-        (("--recipe", "kvzip", "--mesh", "data=2"), ("takes one device",)),
+        (("--recipe", "kvzip", "--mesh", "data=2", "--no-fsdp"), ("can only share its weights",)),
+        (("--mesh", "tensor=2"), ("no tensor parallelism, got tensor=2",)),
         (("--mesh", "data=16"), ("16 devices, but there are 8",)),
     ],
 )

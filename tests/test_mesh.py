@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from duo_train.data.needles import NeedleData
@@ -11,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from duo_jax import PRESETS, HeadPattern, KVCache, make_mesh, published_patterns
+from duo_jax import (
+    PRESETS,
+    HeadPattern,
+    KVCache,
+    generate,
+    load_model,
+    make_mesh,
+    prefill,
+    published_patterns,
+    save_model,
+)
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.mesh.balance import balance, query_heads
 from duo_jax.mesh.mesh import MeshSize
@@ -93,11 +104,46 @@ def test_what_no_mesh_can_share_is_refused():
         make_mesh(tensor=1024)
 
 
-def test_training_refuses_a_model_on_a_mesh(tiny, half, text_model, tmp_path):
+def test_a_model_in_slices_has_the_weights_of_one_device(text_model, tmp_path):
+    """Each device has an eighth of them, besides norms; saved models load in the same way."""
+    mesh = make_mesh(data=2, sequence=4)
+    one = load_model(text_model, weight_dtype="int8")
+    save_model(one, tmp_path / "saved")
+    for sliced in (
+        load_model(text_model, weight_dtype="int8", mesh=mesh, fsdp=True),
+        load_model(tmp_path / "saved", mesh=mesh, fsdp=True),
+    ):
+        assert sliced.is_fsdp and sliced.graphdef == one.graphdef
+        for whole, leaf in zip(jax.tree.leaves(one.params), jax.tree.leaves(sliced.params), strict=True):
+            np.testing.assert_array_equal(leaf, whole)
+            parts = {shard.data.size for shard in leaf.addressable_shards}
+            assert parts == {leaf.size // 8 if leaf.ndim == 2 else leaf.size}
+
+
+def test_a_model_in_slices_is_for_training(text_model, tmp_path):
+    mesh = make_mesh(sequence=2)
+    sliced = load_model(text_model, mesh=mesh, fsdp=True)
+    for cache in (None, mesh):
+        with pytest.raises(ValueError, match=r"loaded with fsdp=True.* load it without"):
+            prefill(sliced, [[1, 2]], KVCache.init(sliced.config, None, 1, 8, mesh=cache))
+    with pytest.raises(ValueError, match=r"loaded with fsdp=True.* load it without"):
+        generate(sliced, [[1, 2]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="save it from one device"):
+        save_model(sliced, tmp_path / "model")
+    with pytest.raises(ValueError, match="give mesh="):
+        load_model(text_model, fsdp=True)
+    with pytest.raises(ValueError, match="no pattern="):
+        load_model(text_model, mesh=mesh, pattern=HeadPattern.full(sliced.config), fsdp=True)
+
+
+def test_training_refuses_a_model_whose_devices_share_heads(tiny, half, text_model, tmp_path):
     placed = place_model(tiny, make_mesh(), half)
     data = NeedleData(DATA, AutoTokenizer.from_pretrained(text_model))
-    with pytest.raises(ValueError, match="load the model without mesh="):
+    with pytest.raises(ValueError, match=r"order of heads .* load the model with fsdp=True"):
         Run(placed, data, GatedModel(), tmp_path)
+    sliced = load_model(text_model, mesh=make_mesh(sequence=2), fsdp=True)
+    with pytest.raises(ValueError, match=r"the model is on .*sequence=2, .* the run on .*data=2"):
+        Run(sliced, data, GatedModel(), tmp_path, mesh=make_mesh(data=2))
     with pytest.raises(ValueError, match="already on a mesh"):
         place_model(placed, make_mesh(), half)
 

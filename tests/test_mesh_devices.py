@@ -17,7 +17,7 @@ from duo_eval.aot.programs import decode, prefill_chunk, training_step
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
 from duo_train.metrics import METRICS_FILE
-from duo_train.recipes import KVzip, PruLong, Run
+from duo_train.recipes import AttentionProfile, KVzip, PruLong, Run
 from jax.sharding import PartitionSpec
 from transformers import AutoTokenizer
 
@@ -316,12 +316,13 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "recipe", "changed"),
+    ("size", "recipe", "changed", "loaded"),
     [
         pytest.param(
             MeshSize(sequence=4, data=2),
             replace(RECIPE, reg_weight=1e-4, accumulate=2),
             {"rematerialize": True},
+            {"fsdp": True},
             marks=pytest.mark.mesh,
         ),
         # Each of four KV heads is on two devices, and a kernel runs on each.
@@ -329,17 +330,26 @@ def test_quantized_weights_and_a_saved_model_lie_on_a_mesh(folder, tmp_path):
             MeshSize(sequence=8),
             replace(RECIPE, reg_weight=1e-4),
             {"mixing": "teacher", "backend": "triton"},
+            {"fsdp": True},
             marks=pytest.mark.mesh,
         ),
         # What samples are padded to is not a multiple of the devices.
-        pytest.param(MeshSize(sequence=2), PruLong(pad_multiple=63), {}, marks=pytest.mark.mesh),
+        pytest.param(MeshSize(sequence=2), PruLong(pad_multiple=63), {}, {}, marks=pytest.mark.mesh),
+        pytest.param(
+            MeshSize(sequence=4, data=2), PruLong(), {}, {"fsdp": True, "weight_dtype": "int8"}, marks=pytest.mark.mesh
+        ),
     ],
 )
-def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size, recipe, changed):
-    model, data = load_model(folder), NeedleData(DATA, AutoTokenizer.from_pretrained(folder))
+def test_devices_that_share_tokens_find_the_gates_of_one(folder, tmp_path, size, recipe, changed, loaded):
+    model, data = (
+        load_model(folder, **loaded | {"fsdp": False}),
+        NeedleData(DATA, AutoTokenizer.from_pretrained(folder)),
+    )
     attention, recipe = replace(ATTENTION, **changed), replace(recipe, steps=4, learning_rate=0.02, batch_size=2)
     gates, losses = [], []
     for mesh in (make_mesh(), mesh_of(size)):
+        if gates and loaded:
+            model = load_model(folder, mesh=mesh, **loaded)
         run = Run(model, data, attention, tmp_path / str(len(gates)), start=np.full((2, 4), 0.5), mesh=mesh)
         run.folder.mkdir()
         gates.append(recipe.find(run))
@@ -358,7 +368,7 @@ def test_a_training_step_on_devices_that_share_tokens(monkeypatch, fresh_program
     temporaries = {}
     for count in (1, 4):
         attention = GatedModel(sink_size=16, recent_size=64, backend="xla")
-        function, *shapes = training_step(config, length, attention, make_mesh(sequence=count))
+        function, *shapes = training_step(config, length, attention, make_mesh(sequence=count), fsdp=False)
         compiled = function.lower(*shapes).compile()
         temporaries[count], found = memory_of(compiled).temporaries, collectives(compiled)
     assert temporaries[4] < 0.35 * temporaries[1]
@@ -368,14 +378,43 @@ def test_a_training_step_on_devices_that_share_tokens(monkeypatch, fresh_program
     assert max(one.nbytes for one in found if one.kind != "all-to-all") < 1024 * 4 * config.embed_dim
 
 
+@pytest.mark.mesh
+@pytest.mark.parametrize("rematerialize", [True, False])
+def test_a_training_step_gathers_a_layer_at_a_time(monkeypatch, fresh_programs, rematerialize):
+    """Each device has an eighth of the weights and, for a while, those of one or two of the layers."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Arguments are shapes, not arrays.
+    config = replace(TINY, num_heads=8, num_kv_heads=4, embed_dim=256, mlp_dim=1024, num_layers=5)
+    attention = GatedModel(sink_size=16, recent_size=64, backend="xla", rematerialize=rematerialize)
+    memory, kinds = {}, {}
+    for fsdp in (False, True):
+        function, *shapes = training_step(config, 256, attention, make_mesh(sequence=8), fsdp=fsdp)
+        # By default, XLA's scheduler for CPUs trades memory for concurrency; that for GPUs does not.
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        compiled = function.lower(*shapes).compile(options)
+        memory[fsdp], kinds[fsdp] = memory_of(compiled), summary(collectives(compiled))
+    layer = (config.num_parameters - 2 * config.vocab_size * config.embed_dim) // config.num_layers * 4
+    assert memory[True].arguments < 0.13 * memory[False].arguments
+    assert memory[True].temporaries - memory[False].temporaries < 2 * layer
+    assert "all-gather" not in kinds[False]["in_a_layer"] and kinds[True]["in_a_layer"]["all-gather"] >= 4
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("recipe", [KVzip(num_samples=1, length=64), AttentionProfile(num_samples=1, length=64)])
+def test_recipes_without_training_share_the_weights(folder, tmp_path, recipe):
+    data, mesh = NeedleData(DATA, AutoTokenizer.from_pretrained(folder)), make_mesh(data=2, sequence=2)
+    one, sliced = load_model(folder), load_model(folder, mesh=mesh, fsdp=True)
+    wanted = recipe.find(Run(one, data, ATTENTION, tmp_path, mesh=make_mesh()))
+    np.testing.assert_allclose(recipe.find(Run(sliced, data, ATTENTION, tmp_path)), wanted, rtol=0, atol=1e-5)
+
+
 def test_what_devices_cannot_share_in_training_is_refused(folder, tmp_path):
     model, data = load_model(folder), NeedleData(DATA, AutoTokenizer.from_pretrained(folder))
     for mesh, recipe, said in (
         (make_mesh(sequence=3), RECIPE, "4 KV heads and 8 query heads cannot be divided among sequence=3"),
-        (make_mesh(tensor=2), RECIPE, "not weights, got tensor=2"),
+        (make_mesh(tensor=2), RECIPE, "no tensor parallelism, got tensor=2"),
         (make_mesh(data=3), RECIPE, r"a multiple of the 3 devices .*batch_size=1"),
         (make_mesh(data=2), PruLong(), r"a multiple of the 2 devices .*batch_size=1"),
-        (make_mesh(sequence=2), KVzip(length=64), "KVzip trains nothing and takes one device"),
+        (make_mesh(sequence=2), KVzip(length=64), "KVzip trains nothing: .* only share its weights"),
     ):
         with pytest.raises(ValueError, match=said):
             recipe.find(Run(model, data, ATTENTION, tmp_path, mesh=mesh))

@@ -54,8 +54,8 @@ def start(text_model):
 
     def run(folder, recipe=RECIPE, data=DATA, **changed):
         folder.mkdir(exist_ok=True)
-        fields = {"checkpoint_every": 2, "attention": ATTENTION, "mesh": make_mesh()} | changed
-        return recipe.find(Run(model, NeedleData(data, tokenizer), folder=folder, **fields))
+        fields = {"model": model, "checkpoint_every": 2, "attention": ATTENTION, "mesh": make_mesh()} | changed
+        return recipe.find(Run(data=NeedleData(data, tokenizer), folder=folder, **fields))
 
     return run
 
@@ -169,12 +169,13 @@ def test_gradient_accumulation_weighs_every_label_token_the_same(start, tmp_path
     assert metrics(tmp_path / "4x1")[1]["distillation"] > 1e-4  # so that the line above compares something
 
 
-def test_devices_share_a_batch_or_its_only_sample(start, whole, tmp_path):
-    """All eight, where no mesh is given."""
+def test_devices_share_a_batch_or_its_only_sample_and_the_weights(start, whole, text_model, tmp_path):
+    """All eight, where no mesh is given; or those of the weights."""
     recipe = replace(RECIPE, steps=2, batch_size=2)
     one = start(tmp_path / "one", recipe)
     np.testing.assert_allclose(start(tmp_path / "batch", recipe, mesh=None), one, atol=1e-5)
-    np.testing.assert_allclose(start(tmp_path / "sample", mesh=None), whole[1], atol=1e-5)
+    sliced = load_model(text_model, mesh=make_mesh(sequence=8), fsdp=True)
+    np.testing.assert_allclose(start(tmp_path / "sample", model=sliced, mesh=None), whole[1], atol=1e-5)
 
 
 def test_the_teacher_runs_once_a_sample(start, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.weight_table import Weight, check_tensors, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.mesh.mesh import MeshSize
-from duo_jax.mesh.place import Placement, on_mesh
+from duo_jax.mesh.place import placement_on
 from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, name_of
@@ -45,6 +45,7 @@ def load_model(
     embed_dtype: AnyDtype | None = None,
     mesh: Mesh | None = None,
     pattern: HeadPattern | None = None,
+    fsdp: bool = False,
     progress: bool | None = None,
 ) -> Model:
     """Load pretrained weights, tensor by tensor, onto the default device or the devices of a mesh.
@@ -61,20 +62,26 @@ def load_model(
         pattern: which heads will stream, only with a mesh: it balances retrieval heads over the devices, to within one
             in every layer and in total (see `duo_jax.mesh.balance`). Caches must have this pattern, or another that
             puts the heads on the same devices. None: full attention.
+        fsdp: with a mesh, give every device a slice of each array and gather a layer when it is used, for training
+            (`duo_jax.mesh.fsdp`); by default devices share heads, for inference.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
         FileNotFoundError, PermissionError: the path does not exist or is not readable; the message has a remedy.
         NotImplementedError: an architecture, feature or quantization that is not supported, by name.
         ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model; a
-            pattern of another model, or without a mesh; more weights than the host has memory.
+            pattern of another model, without a mesh, or with `fsdp`; more weights than the host has memory.
     """
     keep_programs()
-    sizes = MeshSize.of(mesh)
+    MeshSize.of(mesh)  # Refuses what is not a mesh.
     if pattern is not None and mesh is None:
         raise ValueError(
             "pattern= places heads on the devices of a mesh: give mesh= too, or give the pattern to duo_jax.load, "
             "generate or KVCache.init"
+        )
+    if fsdp and (mesh is None or pattern is not None):
+        raise ValueError(
+            "fsdp=True slices weights over the devices of a mesh and places no heads: give mesh=, and no pattern="
         )
     checkpoint = open_source(source)
     if pattern is not None:
@@ -87,11 +94,11 @@ def load_model(
         saved = {name: getattr(checkpoint.config, name) for name in dtypes}
         if not asked.items() <= saved.items():
             raise ValueError(f"{source} was saved with {saved}, which cannot be changed to {asked}: load the original")
-        return checkpoint.load(mesh=mesh, pattern=pattern, progress=progress)
+        return checkpoint.load(mesh=mesh, pattern=pattern, fsdp=fsdp, progress=progress)
     config = checkpoint.config.with_dtypes(**dtypes | {"dtype": usual_dtype(checkpoint.config, dtype)})
     check_size(config, len(checkpoint.shapes), str(source))
     config = _with_stored_head(checkpoint, config, str(source))
-    placement = None if mesh is None else Placement.of(config, sizes, pattern or HeadPattern.full(config))
+    placement = None if mesh is None else placement_on(config, mesh, pattern, fsdp=fsdp)
     table = weight_table(config)
     check_tensors(checkpoint.shapes, table, config, label=str(source))
     graphdef, abstract = abstract_decoder(config)
@@ -114,7 +121,7 @@ def load_model(
             flat[path] = flat[path].replace(value)
             bar.update(sum(int(np.prod(shape)) for shape in weight.shapes))
     if placement is not None and mesh is not None:
-        return on_mesh(flat, placement, mesh)
+        return placement.model(flat, mesh)
     return Model(config, graphdef, nnx.from_flat_state(flat.items()))
 
 

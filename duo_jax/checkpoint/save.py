@@ -23,8 +23,7 @@ from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import GENERATION, Folder
 from duo_jax.config import FAMILIES, ModelConfig
 from duo_jax.files import whole_folder, write_text
-from duo_jax.mesh.mesh import MeshSize
-from duo_jax.mesh.place import Placement, on_mesh
+from duo_jax.mesh.place import placement_on
 from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.reading import read_json
@@ -55,7 +54,7 @@ def save_model(
         ValueError: the model is on a mesh.
     """
     if model.mesh is not None:
-        raise ValueError("a model on a mesh has its weights in another order: save it from one device")
+        raise ValueError("a model on a mesh has its weights in parts, or in another order: save it from one device")
     config = asdict(model.config) | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
     with whole_folder(path_of("folder", folder)) as part:
         if tokenizer is not None:
@@ -100,8 +99,8 @@ class SavedModel(Folder):
         except ValueError as error:
             raise ValueError(error if CONFIG in str(error) else f"{self.path / CONFIG}: {error}") from None
 
-    def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, progress: bool | None) -> Model:
-        """Every parameter as it was saved; on a mesh, placed for a pattern, or for full attention.
+    def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, fsdp: bool, progress: bool | None) -> Model:
+        """Every parameter as it was saved; on a mesh, placed for a pattern or for full attention, or in slices.
 
         Raises:
             ValueError: missing, extra, misshapen or truncated arrays, by name.
@@ -120,13 +119,13 @@ class SavedModel(Folder):
         if mesh is None:
             arrays = [_unpacked(self.read(name), x.dtype) for name, x in bar]
             return Model(self.config, graphdef, jax.tree.unflatten(structure, arrays))
-        placement = Placement.of(self.config, MeshSize.of(mesh), pattern or HeadPattern.full(self.config))
+        placement = placement_on(self.config, mesh, pattern, fsdp=fsdp)
         paths = [path for path, variable in nnx.to_flat_state(abstract) for _ in jax.tree.leaves(variable)]
         arrays = [
             placement.put(path, _unpacked(self.read(name), x.dtype), mesh)
             for path, (name, x) in zip(paths, bar, strict=True)
         ]
-        return on_mesh(dict(nnx.to_flat_state(jax.tree.unflatten(structure, arrays))), placement, mesh)
+        return placement.model(dict(nnx.to_flat_state(jax.tree.unflatten(structure, arrays))), mesh)
 
 
 def _named(params: nnx.State) -> list[tuple[str, Any]]:

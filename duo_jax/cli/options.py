@@ -40,8 +40,8 @@ class ModelOptions:
     embed_dtype: EmbedDtype | None = None
     """Quantize embeddings and head too, which keep their data type by default."""
 
-    def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None) -> Model:
-        """Load the weights; on a mesh, the pattern decides where each head is placed.
+    def load(self, *, mesh: Mesh | None = None, pattern: HeadPattern | None = None, fsdp: bool = False) -> Model:
+        """Load the weights; on a mesh, the pattern decides where each head is placed, or devices get slices (`fsdp`).
 
         A pattern of another model is refused before the weights are read.
         """
@@ -52,7 +52,7 @@ class ModelOptions:
             "weight_dtype": self.weight_dtype,
             "embed_dtype": self.embed_dtype,
         }
-        return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern if mesh is not None else None)
+        return load_model(self.model, **dtypes, mesh=mesh, pattern=pattern if mesh is not None else None, fsdp=fsdp)
 
     def plan(self, pattern: HeadPattern | None, chunk_size: int, mesh: MeshSize = MeshSize()) -> Plan:
         """The memory that this model needs, computed before its weights are read."""

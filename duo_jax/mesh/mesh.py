@@ -3,7 +3,8 @@
 There are three axes. `data` divides the rows of a batch. `tensor` divides heads, and the weights that belong to them.
 `sequence` divides the tokens of retrieval heads, and the same weights again (Helix parallelism, arXiv 2507.07120). A
 device has `1 / (tensor * sequence)` of the weights, `1 / tensor` of the heads and `1 / sequence` of a retrieval head's
-tokens. Training of gates has no cache: there, `sequence` divides all tokens and no weights (`duo_train.devices`).
+tokens. Training of gates has no cache: there, `sequence` divides all tokens (`duo_train.devices`), and the devices of
+both axes share the weights (`duo_jax.mesh.fsdp`).
 """
 
 from dataclasses import dataclass, fields
@@ -104,7 +105,7 @@ def make_mesh(*, tensor: int = 1, sequence: int = 1, data: int = 1) -> Mesh:
             is a multiple of it: each KV head is then on several devices.
         sequence: devices that share the tokens of every retrieval head, and again the weights; in training, the tokens
             of a sample.
-        data: devices, or groups of them, that share the rows of a batch; each has all weights.
+        data: devices, or groups of them, that share the rows of a batch; each has all weights, except in training.
 
     Raises:
         ValueError: sizes below 1, or more devices than exist.

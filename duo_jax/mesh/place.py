@@ -1,4 +1,4 @@
-"""Weights on a mesh: which part of each parameter a device has, and in which order its heads are.
+"""Weights on a mesh, for inference: which part of each parameter a device has, and in which order its heads are.
 
 Linear maps are divided by `tensor` and again by `sequence`: those into heads and MLP by output, those back by input, so
 that each ends in one sum, which XLA's partitioner adds. A device's part of the fused q/k/v projection has the queries,
@@ -18,6 +18,7 @@ from jaxtyping import Int32, Shaped
 
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.balance import balance, query_heads
+from duo_jax.mesh.fsdp import Slices
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, place
 from duo_jax.model import Model, abstract_decoder
 from duo_jax.pattern import HeadPattern
@@ -83,6 +84,12 @@ class Placement:
 
         return jax.tree.map(placed, value)
 
+    def model(self, flat: dict[Path, Any], mesh: Mesh) -> Model:
+        """A model of these parameters, which `put` placed."""
+        graphdef, _ = abstract_decoder(self.config, mesh)
+        order = place(mesh, self.order)
+        return Model(self.config, graphdef, nnx.from_flat_state(flat.items()), mesh, order)
+
     def _divided(self, path: Path, shape: tuple[int, ...]) -> int | None:
         """The axis along which a parameter's array is divided; None: it is replicated."""
         match path[-2:]:
@@ -113,6 +120,19 @@ class Placement:
         return config.num_heads + 2 * config.num_kv_heads, np.concatenate(together).astype(np.int32)
 
 
+def placement_on(
+    config: ModelConfig, mesh: Mesh, pattern: HeadPattern | None = None, *, fsdp: bool = False
+) -> Placement | Slices:
+    """How weights are divided over a mesh: by heads, for a pattern or for full attention, or in slices (`fsdp`).
+
+    Raises:
+        ValueError: as `Placement.of`.
+    """
+    if fsdp:
+        return Slices(config, mesh.size)
+    return Placement.of(config, MeshSize.of(mesh), pattern or HeadPattern.full(config))
+
+
 def place_model(model: Model, mesh: Mesh, pattern: HeadPattern | None = None) -> Model:
     """Move a model from one device to a mesh, for a pattern; the host's memory must hold its largest array.
 
@@ -126,7 +146,7 @@ def place_model(model: Model, mesh: Mesh, pattern: HeadPattern | None = None) ->
         path: variable.replace(placement.put(path, variable.get_value(), mesh))
         for path, variable in nnx.to_flat_state(model.params)
     }
-    return on_mesh(flat, placement, mesh)
+    return placement.model(flat, mesh)
 
 
 def model_shapes(config: ModelConfig, mesh: Mesh | None) -> Any:
@@ -155,10 +175,3 @@ def parameter_shapes(config: ModelConfig, mesh: AnyMesh | None) -> tuple[nnx.Gra
         for path, variable in nnx.to_flat_state(params)
     }
     return graphdef, nnx.from_flat_state(flat.items())
-
-
-def on_mesh(flat: dict[Path, Any], placement: Placement, mesh: Mesh) -> Model:
-    """A model whose parameters are on the mesh."""
-    graphdef, _ = abstract_decoder(placement.config, mesh)
-    order = place(mesh, placement.order)
-    return Model(placement.config, graphdef, nnx.from_flat_state(flat.items()), mesh, order)

@@ -1,8 +1,8 @@
 """How devices share a training step: the samples of a batch along `data`, the tokens of each along `sequence`.
 
-Every device has all weights. Outside attention a device computes its part of the tokens; in attention, all tokens of
-its part of the heads (Ulysses, arXiv 2309.14509). This balances causal attention and works with any backend. Only
-queries, keys, values and the output are exchanged.
+They share the weights too (`duo_jax.mesh.fsdp`), or each has a copy. Outside attention a device computes its part of
+the tokens; in attention, all tokens of its part of the heads (Ulysses, arXiv 2309.14509). This balances causal
+attention and works with any backend. Only queries, keys, values, the output and shared weights are exchanged.
 """
 
 import math
@@ -82,7 +82,8 @@ class Sharding:
         self.mesh = None if self.size.devices == 1 else mesh
         if self.size.tensor > 1:
             raise ValueError(
-                f"training shares samples and tokens, not weights, got tensor={self.size.tensor}: use data and sequence"
+                f"training has no tensor parallelism, got tensor={self.size.tensor}: use data and sequence, whose "
+                "devices share the weights too"
             )
         if batch_size % self.size.data:
             raise ValueError(

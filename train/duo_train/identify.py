@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
-from jaxtyping import Float
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 import duo_jax
@@ -40,7 +41,7 @@ RUN_FILE = "run.json"
 # In that file: the steps of a finished run that this one extends.
 EXTENDS = "extends"
 # Fields that may differ on resume, because they do not affect the gates: output folder, checkpoints, devices.
-FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh")
+FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh", "fsdp")
 
 PresetName = Literal["paper", "smollm2-cpu", "debug"]
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ class Identify:
     processes: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = ProcessOptions()
     mesh: str | None = None
     """Devices along each axis, such as data=4,sequence=2: data shares the samples of a batch, sequence the tokens of
-    each sample; recipes that train nothing take one device. By default all devices share the work: samples as far as
-    they divide the batch, tokens beyond that."""
+    each sample. By default all devices share the work: samples as far as they divide the batch, tokens beyond that.
+    Recipes that train nothing use one device by default; the devices of a mesh share only their weights."""
+    fsdp: bool = True
+    """Shard the weights over all devices and gather each layer when it is used; otherwise each device has a copy."""
     preset: PresetName = "paper"
     """Defaults of the other flags: the paper's, for a small model on two CPU cores, or for the shortest test
     run, which takes minutes on a CPU to compile."""
@@ -177,14 +180,15 @@ class Identify:
         whole_number("keep_checkpoints", self.keep_checkpoints, 1)
         mesh = DeviceOptions(self.mesh).make()
         config, start = open_config(self.model.model), None
-        self.chosen.check_devices(config, mesh)
+        sharers = self.chosen.devices(config, mesh, fsdp=self.fsdp)
         if self.start is not None:
             pattern = HeadPattern.load(self.start)
             pattern.check(config)
             start = ranks(pattern.gates) if self.start_ranks else pattern.gates.clip(0.0, 1.0)
         elif self.start_ranks:
             raise ValueError("--start-ranks needs the gates to rank: --start PATTERN")
-        model = self.model.load()
+        fsdp = self.fsdp and sharers is not None
+        model = self.model.load(mesh=sharers if fsdp else None, fsdp=fsdp)
         data = NeedleData(self.data, self.model.tokenizer())
         trained = model.config.trained_positions
         longest = max(self.data.lengths) + len(data[0].tokens) - data[0].text_length
@@ -223,13 +227,22 @@ def ranks(gates: Float[np.ndarray, "L K"]) -> Float[np.ndarray, "L K"]:
 def contents(run: Run) -> dict[str, str | None]:
     """Fingerprints of the weights, the text and the initial gates: files may have changed when a run is resumed."""
     weights = hashlib.sha256()
-    for leaf in jax.tree.leaves(run.model):
-        weights.update(np.asarray(leaf.ravel()[:1024]).tobytes())
+    mesh = run.model.mesh
+    # Every process needs the numbers, which are on one device.
+    first = partial(jax.jit, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))(_first)
+    for leaf in jax.tree.leaves(run.model.params):
+        weights.update(np.asarray(first(leaf)).tobytes())
     return {
         "weights": weights.hexdigest()[:16],
         "text": hashlib.sha256(run.data.text.tobytes()).hexdigest()[:16],
         "start": None if run.start is None else hashlib.sha256(run.start.tobytes()).hexdigest()[:16],
     }
+
+
+def _first(x: Array) -> Array:
+    """The first 1024 numbers of an array."""
+    rows = x[: -(-1024 // x.shape[-1])] if x.ndim == 2 else x
+    return rows.ravel()[:1024]
 
 
 def finished_steps(folder: Path) -> int | None:

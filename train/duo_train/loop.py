@@ -49,7 +49,7 @@ def train(objective: Objective, run: Run) -> Float[np.ndarray, "L K"]:
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         SystemExit: SIGTERM, after a checkpoint was written.
     """
-    sharding = Sharding(run.mesh, run.model.config, objective.batch_size)
+    sharding = Sharding(run.devices, run.model.config, objective.batch_size)
     if not run.resume and (run.folder / METRICS_FILE).exists():
         raise ValueError(f"{run.folder} has the metrics of a run: resume it, or choose another folder")
     check_alike({"start": None if run.start is None else run.start.tolist(), "steps": objective.steps})
@@ -67,7 +67,7 @@ def train(objective: Objective, run: Run) -> Float[np.ndarray, "L K"]:
             raise ValueError(
                 f"the checkpoint of step {checkpoints.latest} in {run.folder} is of step {done}: remove it"
             )
-        model = sharding.replicate(run.model)
+        model = run.model if run.model.is_fsdp else sharding.replicate(run.model)
         writer = MetricsWriter(run.folder / METRICS_FILE if is_first() else None, done)
         for number in range(done, objective.steps):
             begin = time.perf_counter()

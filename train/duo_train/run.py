@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model import Model
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
@@ -25,7 +26,8 @@ class Run:
     """The input of every recipe.
 
     Attributes:
-        model: the frozen weights.
+        model: the frozen weights, on one device, of which every device gets a copy, or in slices
+            (`load_model(..., mesh=mesh, fsdp=True)`).
         data: samples by number.
         attention: how the gated forward pass is computed.
         folder: where checkpoints and metrics are written.
@@ -33,7 +35,8 @@ class Run:
         resume: continue from the last checkpoint in `folder`, if there is one.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: number of checkpoints to keep.
-        mesh: devices that share samples (`data`) and the tokens of each (`sequence`); None: all devices.
+        mesh: devices that share samples (`data`) and the tokens of each (`sequence`); None: those of a model in slices,
+            otherwise all devices.
         report: called after every step.
     """
 
@@ -49,9 +52,18 @@ class Run:
     report: Report = quiet
 
     def __post_init__(self) -> None:
-        """Reject a model on a mesh: the order of its heads there is not that of the gates."""
-        if self.model.mesh is not None:
-            raise ValueError("training shares samples and tokens, not models: load the model without mesh=")
+        """Reject a model whose devices share heads, in an order that is not that of the gates, or another mesh's."""
+        on = self.model.mesh
+        if on is not None and not self.model.is_fsdp:
+            raise ValueError("training needs the order of heads of one device: load the model with fsdp=True")
+        if on is not None and self.mesh not in (None, on):
+            places = MeshSize.of(on), MeshSize.of(self.mesh)
+            raise ValueError(f"the model is on {places[0]}, the run on {places[1]}: give both the same mesh=")
+
+    @property
+    def devices(self) -> Mesh | None:
+        """The mesh of the run; None: all devices."""
+        return self.mesh or self.model.mesh
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -49,6 +49,8 @@ class MemoryTask:
     """Attention backend."""
     mesh: str | None = None
     """GPUs that share a training step, such as data=2,sequence=4; sizes are those of each."""
+    fsdp: bool = True
+    """On a mesh, shard the weights as duo identify does; otherwise each GPU has a copy."""
     out: Path | None = None
     """File to write."""
 
@@ -92,7 +94,7 @@ class MemoryTask:
 
     def _program(self, program: str, config: ModelConfig, length: int, mesh: Mesh) -> Program:
         if program == "training":
-            return training_step(config, length, GatedModel(backend=self.backend), mesh)
+            return training_step(config, length, GatedModel(backend=self.backend), mesh, fsdp=self.fsdp)
         pattern = any_pattern(config, self.sparsity) if self.sparsity else None
         config = replace(config, weight_dtype=self.weight_dtype)
         plan = Plan(config, pattern, chunk_size=self.chunk, kv_dtype=self.kv_dtype)
@@ -113,7 +115,8 @@ def memory_table(path: Path) -> str:
     ]
     table = rows_to_table(rows, ["program", "tokens", "arguments, GB", "temporary, GB", "total, GB"])
     target = gpus_of(about["gpu"], about.get("mesh"))
-    note = f"{about['model']}, {about['dtype']}, backend {about['backend']}, {target}; not run."
+    sharded = ", weights sharded (FSDP)" if about.get("mesh") and about.get("fsdp") else ""
+    note = f"{about['model']}, {about['dtype']}, backend {about['backend']}, {target}{sharded}; not run."
     return f"{table}\n\n{note} {compiled_with(head)}"
 
 

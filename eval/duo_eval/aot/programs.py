@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from duo_eval.aot.collectives import collectives, summary
 from duo_eval.aot.compile import compile_for, gpus_like, memory_of
 from duo_jax import ModelConfig, infer
+from duo_jax.mesh.fsdp import fsdp_shapes
 from duo_jax.mesh.mesh import MeshSize, mesh_of
 from duo_jax.mesh.place import model_shapes
 from duo_jax.plan import Plan
@@ -25,9 +26,11 @@ Program = tuple[Any, ...]
 TOLERANCE = 0.03
 
 
-def training_step(config: ModelConfig, length: int, attention: GatedModel, mesh: Mesh | None = None) -> Program:
-    """A step of `distill` with one sample, or one for each group of devices."""
-    recipe = Distill()
+def training_step(
+    config: ModelConfig, length: int, attention: GatedModel, mesh: Mesh | None = None, *, fsdp: bool = True
+) -> Program:
+    """A step of `distill` with one sample, or one for each group of devices, which share the weights (`fsdp`)."""
+    recipe, fsdp = Distill(), fsdp and MeshSize.of(mesh).devices > 1
     if mesh is not None:
         attention = Sharding(mesh, config, MeshSize.of(mesh).data).model(attention)
 
@@ -43,7 +46,8 @@ def training_step(config: ModelConfig, length: int, attention: GatedModel, mesh:
     tokens = shape((1, rows, length), jnp.int32, None, *BY_TOKEN)
     batch = Batch(tokens, shape(labels, jnp.int32, *by_row), shape(labels, jnp.bool_, *by_row))
     targets = shape((*labels, config.embed_dim), jnp.float32, *by_row)
-    return jax.jit(partial(step, recipe, attention)), model_shapes(config, None), state, batch, targets
+    model = fsdp_shapes(config, mesh) if fsdp and mesh is not None else model_shapes(config, None)
+    return jax.jit(partial(step, recipe, attention)), model, state, batch, targets
 
 
 def prefill_chunk(plan: Plan, length: int, backend: str | None, mesh: Mesh | None = None) -> Program:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import whole_number
 from duo_jax.config import ModelConfig
+from duo_jax.mesh.mesh import constrain
 from duo_jax.model import Model
 from duo_jax.rope import rotate, rotation
 from duo_train.recipes.base import Recipe
@@ -42,11 +43,11 @@ class AttentionProfile(Recipe):
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """How far back each head's mean query looks, as a fraction of `length`."""
-        self.check_devices(run.model.config, run.mesh)
+        self.devices(run.model.config, run.devices, fsdp=run.model.is_fsdp)
         self.check(run)
         scores = []
         for number in range(self.num_samples):
-            tokens = jnp.asarray(run.data[number].tokens)[None]
+            tokens = run.data[number].tokens[None]
             scores.append(_means(run.model, tokens, run.attention.backend))
             run.report(number + 1, self.num_samples, {})
         means = jax.tree.map(lambda *x: jnp.stack(x).mean(0), *scores)
@@ -69,7 +70,7 @@ def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Me
         return full_attention(q, k, v, backend=backend), (*means, (q_mean, k_mean))
 
     means: Means = ()
-    return model.decoder.hidden(tokens, positions, attend, means)[1]
+    return constrain(model.decoder.hidden(tokens, positions, attend, means)[1], model.mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -18,10 +18,22 @@ class Recipe(abc.ABC):
         """Raise ValueError if this recipe cannot work with `run`; called before `find`."""
         return
 
-    def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
-        """Raise ValueError for devices that cannot share the work; called before any weights are read."""
-        if MeshSize.of(mesh).devices > 1:
-            raise ValueError(f"{type(self).__name__} trains nothing and takes one device: leave the mesh out")
+    def devices(self, config: ModelConfig, mesh: Mesh | None, *, fsdp: bool) -> Mesh | None:
+        """The devices of a run, given those that the user chose; None: one. Called before any weights are read.
+
+        With `fsdp` they share the weights, otherwise each has a copy.
+
+        Raises:
+            ValueError: devices that cannot share the work.
+        """
+        if MeshSize.of(mesh).devices == 1:
+            return None
+        if not fsdp:
+            raise ValueError(
+                f"{type(self).__name__} trains nothing: several devices can only share its weights (--fsdp, "
+                "load_model(..., fsdp=True)); leave the mesh out for one device"
+            )
+        return mesh
 
     @abc.abstractmethod
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:

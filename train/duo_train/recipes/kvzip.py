@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import whole_number
+from duo_jax.mesh.mesh import constrain
 from duo_jax.model import Model
 from duo_jax.text.template import has_template, split
 from duo_jax.text.tokens import encode
@@ -48,7 +49,7 @@ class KVzip(Recipe):
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Mean over contexts of the most attention received from queries that a streaming head would hide it from."""
-        self.check_devices(run.model.config, run.mesh)
+        self.devices(run.model.config, run.devices, fsdp=run.model.is_fsdp)
         self.check(run)
         text = run.data.text
         scores = []
@@ -57,7 +58,7 @@ class KVzip(Recipe):
             begin = int(rng.integers(0, len(text) - self.length + 1))
             context = text[begin : begin + self.length]
             tokens, first = _repeat(run.data.tokenizer, context)
-            score = _received(run.model, jnp.asarray(tokens)[None], first, self.length, run.attention)
+            score = _received(run.model, tokens[None], first, self.length, run.attention)
             scores.append(np.asarray(score, np.float64))
             run.report(number + 1, self.num_samples, {})
         return np.mean(scores, axis=0)
@@ -88,7 +89,7 @@ def _received(
         return full_attention(q, k, v, backend=attention.backend), (*scores, most)
 
     scores: Scores = ()
-    return jnp.stack(model.decoder.hidden(tokens, positions, attend, scores)[1])
+    return constrain(jnp.stack(model.decoder.hidden(tokens, positions, attend, scores)[1]), model.mesh)
 
 
 def _most(

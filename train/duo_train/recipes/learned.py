@@ -48,9 +48,9 @@ class Learned(Recipe, Objective):
         for name in ("warmup", "cooldown"):
             real_number(name, getattr(self, name), 0, 1)
 
-    def check_devices(self, config: ModelConfig, mesh: Mesh | None) -> None:
-        """The devices must be able to share the batch and the heads."""
-        Sharding(mesh, config, self.batch_size)
+    def devices(self, config: ModelConfig, mesh: Mesh | None, *, fsdp: bool) -> Mesh | None:
+        """They must be able to share the batch and the heads; by default all devices do."""
+        return Sharding(mesh, config, self.batch_size).mesh
 
     def find(self, run: Run) -> Float[np.ndarray, "L K"]:
         """Train; see `duo_train.loop.train`."""
