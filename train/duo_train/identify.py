@@ -35,7 +35,7 @@ from duo_train.checkpoints import CHECKPOINTS
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
-from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
+from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run, TopK
 
 RUN_FILE = "run.json"
 # In that file: the steps of a finished run that this one extends.
@@ -341,6 +341,7 @@ class SmolLM2Cpu(Identify):
     settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings(
         Distill(steps=200, learning_rate=0.05, cooldown=0.4, reg_weight=0.2, pad_multiple=64),
         PruLong(steps=200, multiplier_rate=0.3, pad_multiple=64),
+        TopK(steps=100, cooldown=0.4, pad_multiple=64),
         AttentionProfile(num_samples=8, length=1024),
         KVzip(num_samples=4, length=1024),
     )
@@ -358,6 +359,7 @@ class Debug(Identify):
     settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings(
         Distill(steps=5),
         PruLong(steps=5),
+        TopK(steps=5),
         AttentionProfile(num_samples=1, length=128),
         KVzip(num_samples=1, length=128),
     )

@@ -1,7 +1,8 @@
 """`distill`: the paper's recipe (section 2.2). The gated model matches the full model's hidden states, under L1."""
 
+import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import optax
@@ -20,10 +21,42 @@ OVERSHOOT = 1e-3
 
 
 @dataclass(frozen=True)
-class Distill(Learned):
-    """Gates in [0, 1] trained by distillation."""
+class Distilled(Learned):
+    """Recipes whose loss is the distance of hidden states from the full model's."""
 
     loss_name: ClassVar[str] = "distillation"
+
+    @abc.abstractmethod
+    def applied(self, params: Any) -> Float[Array, "L K"]:
+        """The gates with which the student computes."""
+
+    def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
+        """The teacher's hidden states that predict the labels. With teacher mixing, `losses` runs the teacher."""
+        if attention.mixing == "teacher":
+            return None
+        return before_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
+
+    def losses(
+        self,
+        attention: GatedModel,
+        model: Model,
+        params: Any,
+        batch: Batch,
+        targets: Float[Array, "B M D"] | None,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "B M"]:
+        """Squared distance of the final-norm hidden states, mean over the hidden dimension."""
+        full = None
+        if targets is None:
+            hidden, full = stop(attention.teacher(model, batch.tokens))
+            targets = before_labels(hidden, batch.labels)
+        student = attention.student(model, batch.tokens, self.applied(params), full)
+        return jnp.square(before_labels(student, batch.labels) - targets).mean(-1)
+
+
+@dataclass(frozen=True)
+class Distill(Distilled):
+    """Gates in [0, 1] trained by distillation."""
 
     reg_weight: float = 0.05
     """Weight of the gates' L1 norm."""
@@ -42,28 +75,9 @@ class Distill(Learned):
         """The gates, in order: those that ended at 0 or 1 are just beyond it, by how long and hard they were pushed."""
         return params["gates"] + OVERSHOOT * params["overshoot"]
 
-    def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
-        """The teacher's hidden states that predict the labels. With teacher mixing, `losses` runs the teacher."""
-        if attention.mixing == "teacher":
-            return None
-        return before_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
-
-    def losses(
-        self,
-        attention: GatedModel,
-        model: Model,
-        params: DistillParams,
-        batch: Batch,
-        targets: Float[Array, "B M D"] | None,
-        key: PRNGKeyArray,
-    ) -> Float[Array, "B M"]:
-        """Squared distance of the final-norm hidden states, mean over the hidden dimension."""
-        full = None
-        if targets is None:
-            hidden, full = stop(attention.teacher(model, batch.tokens))
-            targets = before_labels(hidden, batch.labels)
-        student = attention.student(model, batch.tokens, params["gates"], full)
-        return jnp.square(before_labels(student, batch.labels) - targets).mean(-1)
+    def applied(self, params: DistillParams) -> Float[Array, "L K"]:
+        """The gates themselves."""
+        return params["gates"]
 
     def penalty(self, params: DistillParams, step: Int32[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         """The L1 norm; gates are never negative."""
