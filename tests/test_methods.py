@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from duo_eval.methods import eviction, fastgen, profile, snapkv
+from duo_eval.methods import eviction, expected_attention, fastgen, kvzip, profile, quest, ragged, scored, snapkv
 from duo_eval.methods.fastgen import EVERYTHING, FREQUENT, LOCAL, PUNCTUATION
 from duo_eval.methods.registry import METHODS, greedy, method
 
@@ -34,12 +34,17 @@ OPTIONS = {
     "tova": {"block": BLOCK},
     "snapkv": {"window": 8},
     "fastgen": KINDS,
+    "duo+quest": {"sink_size": 4, "recent_size": 8, "page": 4, "tokens": 64, "dense_layers": 0},
+    "kvzip-tokens": {"before": (1, 5), "request": (7, 8, 9), "next_request": (7, 8), "after": (3,), "chunk": 48},
 }
+# Methods with a `KVCache`, and those that see all keys of the prompt before they choose.
+POOLED = ("duo", "duo+quest", "random-heads")
+WHOLE = ("fastgen", "expected-attention", "kvzip-tokens")
 
 
 def make(name, folder):
     """A method with small sizes; `folder` has a pattern."""
-    return method(f"duo={folder}" if name == "duo" else name, **OPTIONS.get(name, {}))
+    return method(f"{name}={folder}" if name.startswith("duo") else name, **OPTIONS.get(name, {}))
 
 
 @pytest.fixture(scope="module")
@@ -212,15 +217,13 @@ def test_bytes_equal_the_formula_and_the_devices_buffers_and_meet_the_budget(tin
     size, most = bucket(LENGTH), bucket(LENGTH + NEW)
     slots = {
         "snapkv": heads * (int(BUDGET * size) + bucket(NEW)),
-        "fastgen": int(BUDGET * heads * size) + heads * bucket(NEW),
-        "duo": most + 3 * 12,
-        "random-heads": most + 3 * 12,
+        **dict.fromkeys(WHOLE, int(BUDGET * heads * size) + heads * bucket(NEW)),
+        **dict.fromkeys(POOLED, most + 3 * 12),
     }.get(name, heads * int(BUDGET * most))
     beside = {
         "snapkv": TINY.num_kv_heads * size,
-        "fastgen": heads * size,
-        "duo": TINY.num_kv_heads * chunk_width(size),
-        "random-heads": TINY.num_kv_heads * chunk_width(size),
+        **dict.fromkeys(WHOLE, heads * size),
+        **dict.fromkeys(POOLED, TINY.num_kv_heads * chunk_width(size)),
     }.get(name, TINY.num_kv_heads * (int(BUDGET * most) + BLOCK))
     memory = state.memory
     assert memory.nbytes == state.nbytes == buffers(state) == slots * entry
@@ -234,7 +237,8 @@ def test_bytes_equal_the_formula_and_the_devices_buffers_and_meet_the_budget(tin
 @pytest.mark.parametrize("name", METHODS)
 def test_a_second_prompt_of_the_bucket_compiles_nothing(tiny, pattern, name):
     functions = (infer._extend, infer.jitted_step, eviction._take_in, eviction._append)
-    functions += (snapkv._observe, profile._profile, fastgen._compress, fastgen._append)
+    functions += (snapkv._observe, profile._profile, ragged.compress, fastgen._append)
+    functions += (scored._append, expected_attention._observe, kvzip._read, kvzip._score, quest._bounds, quest._step)
 
     def run(length):
         budget = 1.0 if name == "full" else BUDGET
@@ -288,6 +292,9 @@ def test_greedy_takes_the_likeliest_token_and_stops_at_an_eos_id(tiny):
         ("tova", 0.01, 50, "allows 0 tokens per head; tova needs 1"),
         ("snapkv", 0.1, 50, "allows 5 tokens per head; snapkv needs 9"),
         ("fastgen", 0.02, 50, "budget=0.02 of 50 tokens is less than the"),
+        ("expected-attention", 0.09, 50, "allows 4 tokens per head; expected-attention needs 5"),
+        ("kvzip-tokens", 0.09, 50, "allows 4 tokens per head; kvzip-tokens needs 5"),
+        ("duo+quest", 0.1, 50, "kv_budget=0.1.*less than 0.24"),
         ("duo", 0.1, 50, "kv_budget=0.1.*less than 0.24.*lower sink_size"),
         ("random-heads", 0.1, 50, "kv_budget=0.1.*less than 0.24"),
         ("h2o", 0.5, 0, "empty"),
@@ -307,6 +314,13 @@ def test_a_budget_or_a_prompt_that_cannot_be_is_refused(tiny, pattern, name, bud
         ("duo", {}, "duo=FOLDER"),
         ("random-heads=x", {}, "whole number, got 'x'"),
         ("fastgen", {}, "pass tokenizer="),
+        ("kvzip-tokens", {}, "pass tokenizer="),
+        ("kvzip-tokens", OPTIONS["kvzip-tokens"] | {"chunk": 0}, "chunk must be at least 1, got 0"),
+        ("expected-attention:future=0", {}, "future must be at least 1, got 0"),
+        ("expected-attention:safeguard=2", {}, r"safeguard must be in \[0, 1\], got 2"),
+        ("duo+quest", {}, r"duo\+quest=FOLDER"),
+        ("duo+quest=a:page=0", {}, "page must be at least 1, got 0"),
+        ("duo+quest=a:page=64,tokens=63", {}, "tokens must be at least 64, got 63"),
         ("h2o", {"block": 0}, "block must be at least 1, got 0"),
         ("h2o", {"recent": 1.0}, r"recent must be in \[0, 1\)"),
         ("streamingllm", {"sink_size": -1}, "sink_size must be at least 0"),
@@ -335,6 +349,7 @@ def test_a_method_that_cannot_be_is_refused(text, options, words):
         ("random-heads=3:recent_size=17", {"seed": 3, "recent_size": 17, "sink_size": 1}),
         ("duo=a:b/c=1:sink_size=5", {"pattern": "a:b/c=1", "sink_size": 5, "recent_size": 2}),
         ("duo=a:b", {"pattern": "a:b", "sink_size": 1}),
+        ("duo+quest=a:page=8,tokens=64", {"pattern": "a", "page": 8, "tokens": 64, "sink_size": 1}),
     ],
 )
 def test_settings_are_part_of_a_method_s_name(text, options):

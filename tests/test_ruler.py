@@ -9,8 +9,11 @@ from random import Random
 
 import pytest
 from duo_eval.runner.record import read
+from duo_eval.runner.run import Comparison
 from duo_eval.tasks.lm_eval.files import literal
+from duo_eval.tasks.prompt import known_tokens, prompt
 from duo_eval.tasks.ruler import qa
+from duo_eval.tasks.ruler.command import Entry, RulerTask
 from duo_eval.tasks.ruler.kind import Material, fitted
 from duo_eval.tasks.ruler.tasks import TASKS, score
 from duo_train.data.haystack import load_haystack
@@ -69,6 +72,39 @@ def test_an_example_fills_its_length_and_its_right_answer_scores_one(material, n
     assert half == (1.0 if kind.match == "any" else 1 / len(example.outputs))
     assert made(material, name) == (example, size)
     assert made(material, name, sample=1)[0].text != example.text
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_question_begins_where_it_does_in_kvpresss_data(material, name):
+    begin = {
+        "niah": r"What (is|are all) the special magic",
+        "vt": "Question: Find all variables that are assigned the value",
+        "cwe": r"Question: What are the 10 most common words",
+        "fwe": r"Question: Do not provide any explanation",
+        "qa": r"Answer the question based on the",
+    }[name.partition("_")[0]]
+    example, _ = made(material, name)
+    assert example.text == example.context + example.question and example.context.endswith("\n")
+    assert re.match(begin, example.question) and "\n" not in example.question.partition("Question: ")[0].strip()
+    last = [found.start() for found in re.finditer(begin, example.text)][-1]
+    assert last == len(example.context)
+
+
+def test_a_later_question_leaves_the_prompt_as_it_is(chat_model):
+    """What is known first depends on the text alone; the question, the end of its message and the answer follow."""
+    comparison, options = Comparison(str(chat_model)), {"haystack": "pydoc", "haystack_chars": 5000}
+    job = Entry("full", 1.0, "fwe", 900, 0)
+    inside, later = (RulerTask(comparison, question_later=later, **options)._question(job) for later in (False, True))
+    assert inside.later == 0 and inside.tokens.tolist() == later.tokens.tolist()
+    decode = comparison.tokenizer.decode
+    known, asked = later.tokens[: -later.later], later.tokens[-later.later :]
+    assert decode(known).startswith("[user] Read the following") and "Question" not in decode(known)
+    assert re.fullmatch(r"Question: Do not .*\?\[assistant\] Answer: .*are:", decode(asked))
+    # A token that the end of the text shares with the question is not known.
+    tokenizer = comparison.tokenizer
+    assert known_tokens(tokenizer, "some text", prompt(tokenizer, "some more", use_chat=True), use_chat=True) == len(
+        prompt(tokenizer, "some ", use_chat=True)
+    ) - len("[assistant] ")
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("niah")])
@@ -194,6 +230,7 @@ def test_ruler_asks_every_method_resumes_and_refuses(duo, chat_model, tmp_path):
     squad.write_text(json.dumps(SQUAD).replace("Rex", "Max"))
     assert_refused(run(*methods, *tasks), "other qa_squad under the same name")
     assert_refused(run(*methods, *tasks[:2], "--seed", "1"), "seed was 0, now 1")
+    assert_refused(run(*methods, *tasks[:2], "--question-later"), "question_later was None, now True")
     assert read(out)[1] == records
 
 

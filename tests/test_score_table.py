@@ -52,6 +52,16 @@ def test_differences_are_of_the_questions_that_both_were_asked(scores):
     assert "a processor" in score_table(path) and "abc1234" in score_summary(path)
 
 
+def test_bytes_read_and_a_question_that_comes_later_are_shown_where_they_are(scores):
+    one, other = record("full", 1000, 0, 1.0), record("duo+quest", 1000, 0, 1.0, read_bytes=250_000)
+    assert "KV read" not in score_table(scores(one)) and "before the question" not in score_table(scores(one))
+    path = scores(one, other)
+    assert [row[6] for row in rows(score_table(path))] == ["", "0.2"] and "bounds of pages" in score_table(path)
+    path.write_text(path.read_text().replace('{"task": "needle"}', '{"task": "needle", "question_later": true}', 1))
+    for table in (score_summary(path), score_table(path)):
+        assert "compressed before the question was known" in table
+
+
 def test_tasks_count_the_same_however_many_questions_they_have(scores):
     asked = [("easy", n, 1.0) for n in range(9)] + [("hard", n, 0.5) for n in range(3)]
     records = [record("full", 1000, n, score) for _, n, score in asked]

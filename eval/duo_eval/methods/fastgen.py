@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_eval.methods.eviction import ALWAYS, by_head
 from duo_eval.methods.method import Memory, Method, check_arguments
-from duo_eval.methods.profile import Profile, profile
-from duo_eval.methods.ragged import Ragged, attend_one, evicted
+from duo_eval.methods.profile import profile
+from duo_eval.methods.ragged import Ragged, attend_one, compress, evicted, layout
 from duo_jax import Model
 from duo_jax.checks import check_vocabulary
 from duo_jax.chunks import bucket
@@ -125,7 +125,9 @@ class FastGen(Method):
         choice = choose(self, total, near, kinds, int(budget * heads * length + 1e-9))
         # Enough slots for any choice: prompts of one bucket run the same programs.
         slots = int(budget * heads * size + 1e-9) + heads * bucket(room)
-        cache = _compress(prompt, *(jnp.asarray(x) for x in _layout(choice, total, kinds, size, room, slots)))
+        cache = compress(
+            prompt.k, prompt.v, *(jnp.asarray(x) for x in _layout(choice, total, kinds, size, room, slots))
+        )
         peak = prompt.k.nbytes + prompt.v.nbytes + cache.k.nbytes + cache.v.nbytes
         policy = choice.policy.astype(np.int32)
         return logits, FastGenState(cache, policy, choice.threshold, length, length + room, peak)
@@ -228,26 +230,14 @@ def _layout(
     choice: Choice, total: Float[np.ndarray, "P T"], kinds: Int32[np.ndarray, "T"], stride: int, room: int, slots: int
 ) -> tuple[np.ndarray, ...]:
     """Index of each slot's token in a profile of `stride` tokens per head, and all of `Ragged` but keys and values."""
-    heads, length = total.shape
     size = choice.size + np.where(choice.policy == EVERYTHING, room, 0)
-    offset = np.cumsum(size) - size
-    source, position, kind = np.zeros(slots, np.int32), np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
-    score, head = np.zeros(slots, np.float32), np.full(slots, heads, np.int32)
-    for index in range(heads):
-        held = np.flatnonzero(choice.held[index])
-        begin = offset[index]
-        where = slice(begin, begin + len(held))
-        source[where], position[where], kind[where] = index * stride + held, held, kinds[held]
-        score[where] = total[index, held] * length  # A sum over queries, to which steps add.
-        head[begin : begin + size[index]] = index
-    return source, position, score, kind, head, offset.astype(np.int32), size.astype(np.int32)
-
-
-@jax.jit
-def _compress(prompt: Profile, source: Int32[Array, "M"], *rest: Array) -> Ragged:
-    """The cache with the tokens of a profile that stay."""
-    k, v = (x.reshape(-1, x.shape[-1])[source] for x in (prompt.k, prompt.v))
-    return Ragged(k, v, *rest)
+    at = layout(choice.held, size, stride=stride, slots=slots)
+    is_held = at.position >= 0
+    kind, score = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
+    kind[is_held] = kinds[at.position[is_held]]
+    # A sum over queries, to which steps add.
+    score[is_held] = total[at.head[is_held], at.position[is_held]] * total.shape[1]
+    return at.source, at.position, score, kind, at.head, at.offset, at.size
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)

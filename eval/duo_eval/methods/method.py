@@ -23,12 +23,14 @@ class Memory(NamedTuple):
         held_nbytes: keys and values of the tokens held, which the budget limits.
         peak_nbytes: keys and values allocated during the prefill, including the temporary ones of one layer.
         metadata_nbytes: everything else that is stored for the sequence, such as positions and accumulated scores.
+        read_nbytes: keys, values and bounds that a decode step reads on average; None: everything that is held.
     """
 
     nbytes: int
     held_nbytes: int
     peak_nbytes: int
     metadata_nbytes: int
+    read_nbytes: int | None = None
 
 
 class State(Protocol):

@@ -118,13 +118,13 @@ class Duo(Pooled):
     def __post_init__(self) -> None:
         """Check the sparsity."""
         if self.sparsity is not None:
-            real_number("duo:sparsity", self.sparsity, 0, 1)
+            real_number(f"{self.name}:sparsity", self.sparsity, 0, 1)
 
     @classmethod
     def create(cls, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> "Duo":
         """See `Method.create`."""
         if not options.get("pattern"):
-            raise ValueError("duo needs a pattern: duo=FOLDER, or duo=NAME of a published one")
+            raise ValueError(f"{cls.name} needs a pattern: {cls.name}=FOLDER, or {cls.name}=NAME of a published one")
         return cls(**options)
 
     @property
@@ -135,7 +135,9 @@ class Duo(Pooled):
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """See `Pooled.pattern_for`."""
         if self.is_fixed and budget < 1.0:
-            raise ValueError(f"duo with a sparsity is as large at every budget: its budget is 1.0, got {budget=}")
+            raise ValueError(
+                f"{self.name} with a sparsity is as large at every budget: its budget is 1.0, got {budget=}"
+            )
         size: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
         size |= {"sparsity": self.sparsity} if self.is_fixed else {"kv_budget": budget, "context_length": length}
         pattern = HeadPattern.load(self.pattern, **size)

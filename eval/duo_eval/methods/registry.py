@@ -15,10 +15,13 @@ from jaxtyping import Array, Float, Int32
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
+from duo_eval.methods.expected_attention import ExpectedAttention
 from duo_eval.methods.fastgen import FastGen
 from duo_eval.methods.h2o import H2O
+from duo_eval.methods.kvzip import KVzip
 from duo_eval.methods.method import Memory, Method, State
 from duo_eval.methods.patterns import Duo, Full, RandomHeads
+from duo_eval.methods.quest import DuoQuest
 from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
@@ -34,12 +37,15 @@ __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method", "reply"]
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "duo": Duo,
+    "duo+quest": DuoQuest,
     "random-heads": RandomHeads,
     "streamingllm": StreamingLLM,
     "h2o": H2O,
     "tova": TOVA,
     "snapkv": SnapKV,
     "fastgen": FastGen,
+    "expected-attention": ExpectedAttention,
+    "kvzip-tokens": KVzip,
 }
 
 
@@ -55,7 +61,7 @@ def method(
 
     Args:
         text: NAME or NAME=VALUE, the name one of `METHODS`; then fields of the method after a colon, if any.
-        model: path or name of the model whose published pattern a `duo` without a value uses.
+        model: path or name of the model whose published pattern `duo` and `duo+quest` without a value use.
         tokenizer: needed by methods that distinguish tokens by their text.
         defaults: values of fields that the text does not set, for methods that have all of these fields.
         **options: further fields of the method, such as `block=128`.
@@ -64,7 +70,7 @@ def method(
         ValueError: an unknown method or field, or a value that the method does not take.
     """
     if model is not None:  # A published pattern has the name of its model.
-        text = re.sub(r"^duo(?=:|$)", f"duo={Path(model).name.lower()}", text)
+        text = re.sub(r"^(duo(?:\+\w+)?)(?=:|$)", rf"\1={Path(model).name.lower()}", text)
     named, settings = _SETTINGS.fullmatch(text).groups()  # type: ignore[union-attr]
     name, equals, value = named.partition("=")
     if name not in METHODS:
@@ -124,7 +130,8 @@ def greedy(
             method does not know them during the prefill of the rest, to which the budget then applies.
 
     Returns:
-        The new tokens, including an EOS token that ended them, and the bytes of the sequence before `later` tokens.
+        The new tokens, including an EOS token that ended them, and the bytes of the sequence before `later` tokens; of
+        these, what a step reads is the mean over all steps.
 
     Raises:
         ValueError: what `Method.begin` refuses, fewer than one new token, or nothing before what comes later.
@@ -137,9 +144,11 @@ def greedy(
     memory = state.memory
     for token in tokens[first:]:
         logits, state = method.step(model, int(token), state)
-    generator = Generator(eos_ids=tuple(eos_ids), step=partial(_step, method))
+    newest = [state]
+    generator = Generator(eos_ids=tuple(eos_ids), step=partial(_step, method, newest))
     steps = generator.stream(model, logits[None], state, max_new_tokens)
-    return [int(step.token[0]) for step in steps], memory
+    new = [int(step.token[0]) for step in steps]
+    return new, memory._replace(read_nbytes=newest[0].memory.read_nbytes)
 
 
 def reply(
@@ -168,8 +177,14 @@ def reply(
 
 
 def _step(
-    method: Method, model: Model, token: Int32[Array, "1"], state: Any, active: Array, backend: str | None
+    method: Method,
+    newest: list[Any],
+    model: Model,
+    token: Int32[Array, "1"],
+    state: Any,
+    active: Array,
+    backend: str | None,
 ) -> tuple[Float[Array, "1 V"], Any]:
-    """A method's step as the generator calls it."""
-    logits, state = method.step(model, int(token[0]), state)
-    return logits[None], state
+    """A method's step as the generator calls it; `newest` then has the state after it."""
+    logits, newest[0] = method.step(model, int(token[0]), state)
+    return logits[None], newest[0]

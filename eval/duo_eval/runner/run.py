@@ -96,6 +96,7 @@ class Question:
             "kv_bytes": memory.nbytes,
             "held_bytes": memory.held_nbytes,
             "peak_bytes": memory.peak_nbytes,
+            "read_bytes": memory.held_nbytes if memory.read_nbytes is None else memory.read_nbytes,
             "seconds": round(seconds, 3),
         }
 
@@ -108,7 +109,8 @@ class Comparison:
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     methods: tuple[str, ...] = (FULL, "duo")
     """Ways to hold the context: full, duo (the pattern published for the model), duo=FOLDER, duo=PUBLISHED-NAME,
-    random-heads, streamingllm, h2o, tova, snapkv, fastgen; settings after a colon: snapkv:window=64,pool=5."""
+    duo+quest, random-heads, streamingllm, h2o, tova, snapkv, fastgen, expected-attention, kvzip-tokens; settings after
+    a colon: snapkv:window=64,pool=5."""
     budgets: tuple[float, ...] = (0.5,)
     """Fractions of full attention's KV bytes at the prompt's length. Full attention and duo:sparsity=FRACTION, whose
     size is fixed, are run once, at budget 1."""
@@ -238,4 +240,8 @@ def refused(error: ValueError, num_tokens: int) -> dict[str, Any]:
 
 def method_fingerprint(method: Method) -> str:
     """Fingerprint of the method's gates or settings, whose defaults may change between versions."""
-    return fingerprint(HeadPattern.load(method.pattern)) if isinstance(method, Duo) else sha256(repr(method).encode())
+    if not isinstance(method, Duo):
+        return sha256(repr(method).encode())
+    gates = fingerprint(HeadPattern.load(method.pattern))
+    # A file has the settings of `duo` elsewhere; the path of a pattern may change.
+    return gates if type(method) is Duo else sha256(repr(replace(method, pattern=gates)).encode())

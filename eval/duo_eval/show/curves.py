@@ -72,14 +72,16 @@ def score_curves(path: Path) -> Iterator[Drawn]:
 
     A figure covers the questions for which all of its methods have a score.
     """
-    records = [record for record in scored(read(path)[1]) if "held_bytes" in record]
+    head, results = read(path)
+    records = [record for record in scored(results) if "held_bytes" in record]
+    later = ", question later" if head["about"].get("question_later") else ""
     lengths = sorted({record["job"].get("length", 0) for record in records})
     split = len(lengths) <= MAX_FIGURES
     for length in lengths if split else [0]:
         compared = shared(record for record in records if not split or record["job"].get("length", 0) == length)
         if compared:
             suffix, title = (f"-{length}", f" at {length:,} tokens") if split and length else ("", "")
-            yield _scores(f"score{suffix}", f"Score{title}", compared)
+            yield _scores(f"score{suffix}", f"Score{title}{later}", compared)
 
 
 def _scores(name: str, title: str, records: Sequence[Record]) -> Drawn:

@@ -17,6 +17,12 @@ from duo_eval.stats.scores import FULL, NOTHING, Record, by_method, difference, 
 
 # Fields of a job that make a row of their own, where a job has them.
 ROW_FIELDS = ("task", "subset", "length")
+# Sizes that a record may have, with their column and its meaning.
+SIZES = {
+    "held_bytes": ("KV held, MB", "*Held*: after the prompt."),
+    "peak_bytes": ("KV at most, MB", "*At most*: while it was read, including one layer's tokens outside the cache."),
+    "read_bytes": ("KV read, MB", "*Read*: by a decode step on average, with the bounds of pages."),
+}
 
 
 def score_summary(path: Path, *, budget: float | None = None) -> str:
@@ -55,16 +61,18 @@ def score_table(path: Path) -> str:
     full = [record for record in chosen if record["job"]["method"] == FULL]
     fields = [name for name in ROW_FIELDS if name in chosen[0]["job"]]
     groups = grouped(chosen, *fields, "method", "budget")
+    measured = {field for record in chosen for field in SIZES if field in record}
     rows = []
     # Sorted by question; methods keep the order in which they were asked.
     for key in sorted(groups, key=lambda key: [str(part).rjust(12) for part in key[: len(fields)]]):
         group = groups[key]
         score = f"{_percent(mean(group))}, n = {len(group)}"
-        sizes = [_megabytes(group, field) for field in ("held_bytes", "peak_bytes")]
+        sizes = [_megabytes(group, field) for field in SIZES if field in measured]
         rows.append([*key[:-1], f"{key[-1]:.0%}", score, _minus_full(group, full), *sizes])
-    headers = [*fields, "method", "budget", "score, %", "minus full, points", "KV held, MB", "KV at most, MB"]
+    sizes = [name for field, (name, _) in SIZES.items() if field in measured]
+    headers = [*fields, "method", "budget", "score, %", "minus full, points", *sizes]
     table = rows_to_table(rows, headers, "l" * (len(fields) + 1) + "r")
-    what = "*Held*: after the prompt. *At most*: while it was read, including one layer's tokens outside the cache."
+    what = " ".join(meaning for field, (_, meaning) in SIZES.items() if field in measured)
     return f"{table}\n\n{what}\n{_footer(head, records)}"
 
 
@@ -90,7 +98,8 @@ def _footer(head: Mapping[str, Any], records: Sequence[Record]) -> str:
     note = f"{refused} questions have no score: their method could not hold them within its budget. " if refused else ""
     where = origin(head["runs"], f"duo eval {head['about']['task']}") if head["runs"] else ""
     what = "95 % intervals; differences are paired; rows with a different n were asked different questions."
-    return f"{what} {note}{where}"
+    later = "The text was compressed before the question was known. " if head["about"].get("question_later") else ""
+    return f"{later}{what} {note}{where}"
 
 
 RESULT = ResultType(

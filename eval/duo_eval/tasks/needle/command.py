@@ -20,6 +20,7 @@ from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
 from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import STYLES
+from duo_eval.tasks.prompt import QuestionLater, later_setting
 from duo_jax.arguments import ArgumentError, whole_number
 from duo_jax.text.tokens import encode
 
@@ -52,9 +53,7 @@ class NeedleTask:
     style: Literal["original", "digits", "words"] = "digits"
     """The sentence about San Francisco, scored by its key words; a passkey of five digits, right or wrong; one of five
     words, scored by how many come."""
-    question_later: bool = False
-    """Take in the text first and the question token by token afterwards, as with a stored document: a method evicts
-    without knowing the question, and budgets are fractions of the text's bytes."""
+    question_later: QuestionLater = False
     haystack: str = DEFAULT
     """Text to hide it in: pydoc (Python's own reference pages), essays (fetched by pip), a text or .jsonl[.zst] file, a
     folder of them, or a hub data set such as hub:kmfoda/booksum:chapter. A text that is too short is repeated."""
@@ -83,8 +82,7 @@ class NeedleTask:
         self.check()
         settings = asdict(self)
         shared = {name: settings[name] for name in ("depths", "style", "haystack", "haystack_chars", "chat", "seed")}
-        # Stored only if set: in older files, which lack it, the question was in the prompt.
-        shared |= {"question_later": True} if self.question_later else {}
+        shared |= later_setting(self.question_later)
         results = self.comparison.run(
             self.out,
             {"task": "needle", **shared},

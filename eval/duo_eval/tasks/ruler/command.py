@@ -14,7 +14,7 @@ from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.stats.scores import grouped, in_words
 from duo_eval.tasks.lm_eval.files import tasks_folder
-from duo_eval.tasks.prompt import prompt
+from duo_eval.tasks.prompt import QuestionLater, known_tokens, later_setting, prompt
 from duo_eval.tasks.ruler.kind import Example, Material, fitted
 from duo_eval.tasks.ruler.qa import Questions, load
 from duo_eval.tasks.ruler.tasks import TASKS, score
@@ -55,6 +55,7 @@ class RulerTask:
     """File in SQuAD's format, for qa_squad."""
     hotpot: Path | None = None
     """File in HotpotQA's format, for qa_hotpot."""
+    question_later: QuestionLater = False
     chat: bool = True
     """Ask in the tokenizer's chat template, if it has one."""
     seed: int = 0
@@ -76,6 +77,7 @@ class RulerTask:
         tasks_folder("ruler")
         settings = asdict(self)
         shared = {name: settings[name] for name in ("haystack", "haystack_chars", "chat", "seed")}
+        shared |= later_setting(self.question_later)
         _ = self._questions  # Refuse malformed files first.
         data = {name: sha256(getattr(self, style).read_bytes()) for name, style in self._files.items()}
         data["haystack"] = sha256(" ".join(self._words).encode())
@@ -115,11 +117,16 @@ class RulerTask:
         example, size = fitted(
             kind, (self.seed, job.task, job.length, job.sample), material, lambda made: len(tokens(made))
         )
+        whole, later = tokens(example), 0
+        if self.question_later:
+            known = known_tokens(self.comparison.tokenizer, example.context, whole, use_chat=self.chat)
+            later = len(whole) - known
         return Question(
-            np.asarray(tokens(example), np.int32),
+            np.asarray(whole, np.int32),
             kind.max_new_tokens,
             lambda answer: score(kind, example, answer),
             {"outputs": example.outputs, "size": size},
+            later,
         )
 
     @cached_property

@@ -1,10 +1,10 @@
 """Common words (RULER, section 3): ten words that come often, among many that come seldom, in a numbered list."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar
 
-from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_eval.tasks.ruler.kind import Example, Kind, Material, divided, prompts
 from duo_eval.tasks.ruler.words import all_words
 
 COMMON = 10
@@ -31,7 +31,8 @@ class CommonWords(Kind):
         example = _list(rng, *((20, 3, 1) if short else (40, 10, 3)))
         question = _list(rng, size, *((6, 1) if short else (30, 3)))
         answers = " ".join(f"{number}. {word}" for number, word in enumerate(example.outputs, 1))
-        return Example(f"{example.text} {example.answer} {answers}\n{question.text}", question.answer, question.outputs)
+        before = f"{example.text} {example.answer} {answers}\n"
+        return replace(question, context=before + question.context)
 
 
 def _list(rng: Random, size: int, common_repeats: int, other_repeats: int) -> Example:
@@ -42,4 +43,4 @@ def _list(rng: Random, size: int, common_repeats: int, other_repeats: int) -> Ex
     rng.shuffle(listed)
     texts = prompts("cwe_utils.py", "CONFIG")
     context = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
-    return Example(texts["template"].format(context=context), texts["answer_prefix"].strip(), tuple(common))
+    return Example(*divided(texts["template"], context=context), texts["answer_prefix"].strip(), tuple(common))

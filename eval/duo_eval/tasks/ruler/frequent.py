@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import zeta
 
-from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_eval.tasks.ruler.kind import Example, Kind, Material, divided, prompts
 
 LETTERS = 6
 # One different word for this many tokens of the example.
@@ -39,5 +39,5 @@ class FrequentWords(Kind):
         text = [word for word, count in zip(words, counts.tolist(), strict=True) for _ in range(count)]
         rng.shuffle(text)
         texts = prompts("fwe_utils.py", "CONFIG")
-        asked = texts["template"].format(context=" ".join(text))
-        return Example(asked, texts["answer_prefix"].strip(), tuple(list(words)[1:4]))
+        parts = divided(texts["template"], context=" ".join(text))
+        return Example(*parts, texts["answer_prefix"].strip(), tuple(list(words)[1:4]))

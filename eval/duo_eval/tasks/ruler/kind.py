@@ -17,14 +17,21 @@ class Example:
     """One question.
 
     Attributes:
-        text: the question, with its long context.
+        context: the long text, with everything before the question.
+        question: the rest of the prompt, which asks about the text.
         answer: the beginning of the answer.
         outputs: strings that an answer must contain: all of them or any, depending on the task.
     """
 
-    text: str
+    context: str
+    question: str
     answer: str
     outputs: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Context and question."""
+        return self.context + self.question
 
 
 @dataclass(frozen=True)
@@ -104,3 +111,14 @@ def fitted(
 def prompts(file: str, name: str) -> Any:
     """A text of lm-eval's RULER."""
     return literal(tasks_folder("ruler") / file, name)
+
+
+def divided(template: str, *, context: str, **filled: Any) -> tuple[str, str]:
+    """A filled template of lm-eval in two parts, divided where kvpress's data of RULER are: its context, its question.
+
+    Whitespace between the two is part of the context.
+    """
+    before, _, after = template.partition("{context}")
+    question = after.lstrip()
+    between = after.removesuffix(question)
+    return before.format(**filled) + context + between, question.format(**filled)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_eval.tasks.ruler.kind import Example, Kind, Material, divided, prompts
 from duo_eval.tasks.ruler.words import adjectives, nouns
 
 # Depths of needles in essays, as fractions of the sentences.
@@ -83,7 +83,7 @@ class Niah(Kind):
         query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
         filled = {"type_needle_v": kind, "query": query}
         outputs = tuple(value for row in values for value in row)
-        return Example(template.format(context=context, **filled), answer.format(**filled), outputs)
+        return Example(*divided(template, context=context, **filled), answer.format(**filled), outputs)
 
 
 def _between_sentences(rng: Random, words: tuple[str, ...], needles: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
 
-from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_eval.tasks.ruler.kind import Example, Kind, Material, divided, prompts
 from duo_jax.reading import MOST_JSON_BYTES, parse_json, read_text
 
 
@@ -60,9 +60,8 @@ class QA(Kind):
         context = "\n\n".join(
             document.format(i=place, document=data.paragraphs[number]) for place, number in enumerate(chosen, 1)
         )
-        return Example(
-            texts["template"].format(context=context, query=asked.text), texts["answer_prefix"].strip(), asked.answers
-        )
+        parts = divided(texts["template"], context=context, query=asked.text)
+        return Example(*parts, texts["answer_prefix"].strip(), asked.answers)
 
 
 def load(path: Path, style: Literal["squad", "hotpot"]) -> Questions:

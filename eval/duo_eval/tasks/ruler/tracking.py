@@ -2,11 +2,11 @@
 
 import itertools
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar
 
-from duo_eval.tasks.ruler.kind import Example, Kind, Material, prompts
+from duo_eval.tasks.ruler.kind import Example, Kind, Material, divided, prompts
 
 # Lines of noise in the worked example, and letters of its names: fewer than in the question, so that none is in both.
 EXAMPLE_LINES, EXAMPLE_LETTERS = 8, 3
@@ -30,9 +30,9 @@ class Tracking(Kind):
     def make(self, rng: Random, size: int, material: Material) -> Example:
         """See `Kind.make`."""
         example = self._chain(rng, EXAMPLE_LINES, EXAMPLE_LETTERS)
-        asked = self._chain(rng, size, self.letters)
+        question = self._chain(rng, size, self.letters)
         before = f"{example.text} {example.answer} {' '.join(example.outputs)}\n\n\n"
-        return Example(before + asked.text, asked.answer, asked.outputs)
+        return replace(question, context=before + question.context)
 
     def _chain(self, rng: Random, lines: int, letters: int) -> Example:
         names: list[str] = []
@@ -50,5 +50,5 @@ class Tracking(Kind):
             context.insert(place, assignment)
         texts = prompts("vt_utils.py", "CONFIG")["variable_tracking"]
         filled = {"query": value, "num_v": len(names)}
-        text = texts["template"].format(context="\n".join(context), **filled)
-        return Example(text, texts["answer_prefix"].strip().format(**filled), tuple(names))
+        parts = divided(texts["template"], context="\n".join(context), **filled)
+        return Example(*parts, texts["answer_prefix"].strip().format(**filled), tuple(names))
