@@ -51,6 +51,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "precision": ("cpu/precision.jsonl", precision_table),
     "keys": ("cpu/keys.json", keys_table),
     "memory": ("aot/memory.json", memory_table),
+    "sharded training": ("aot/training-70b.json", memory_table),
     "shared training": ("aot/training-mesh.json", memory_table),
     "serving": ("aot/serving.json", memory_table),
     "plan": ("aot/plan.json", plan_table),
