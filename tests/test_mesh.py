@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
+from duo_train.identify import contents
 from duo_train.recipes import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,6 +110,7 @@ def test_a_model_in_slices_has_the_weights_of_one_device(text_model, tmp_path):
     mesh = make_mesh(data=2, sequence=4)
     one = load_model(text_model, weight_dtype="int8")
     save_model(one, tmp_path / "saved")
+    data = NeedleData(DATA, AutoTokenizer.from_pretrained(text_model))
     for sliced in (
         load_model(text_model, weight_dtype="int8", mesh=mesh, fsdp=True),
         load_model(tmp_path / "saved", mesh=mesh, fsdp=True),
@@ -118,6 +120,9 @@ def test_a_model_in_slices_has_the_weights_of_one_device(text_model, tmp_path):
             np.testing.assert_array_equal(leaf, whole)
             parts = {shard.data.size for shard in leaf.addressable_shards}
             assert parts == {leaf.size // 8 if leaf.ndim == 2 else leaf.size}
+        # A run may be resumed on other devices.
+        runs = [Run(model, data, GatedModel(), tmp_path) for model in (one, sliced)]
+        assert contents(runs[0]) == contents(runs[1])
 
 
 def test_a_model_in_slices_is_for_training(text_model, tmp_path):

@@ -170,12 +170,20 @@ def test_gradient_accumulation_weighs_every_label_token_the_same(start, tmp_path
 
 
 def test_devices_share_a_batch_or_its_only_sample_and_the_weights(start, whole, text_model, tmp_path):
-    """All eight, where no mesh is given; or those of the weights."""
+    """All eight, where no mesh is given; or those of the weights. One device ends what eight began."""
     recipe = replace(RECIPE, steps=2, batch_size=2)
     one = start(tmp_path / "one", recipe)
     np.testing.assert_allclose(start(tmp_path / "batch", recipe, mesh=None), one, atol=1e-5)
     sliced = load_model(text_model, mesh=make_mesh(sequence=8), fsdp=True)
-    np.testing.assert_allclose(start(tmp_path / "sample", model=sliced, mesh=None), whole[1], atol=1e-5)
+
+    def die():
+        raise MemoryError("out of it")
+
+    with pytest.raises(MemoryError):
+        start(tmp_path / "sample", model=sliced, mesh=None, report=stop_at(5, die))
+    np.testing.assert_allclose(start(tmp_path / "sample", resume=True), whole[1], atol=1e-5)
+    for eight, alone in zip(metrics(tmp_path / "sample"), metrics(whole[0]), strict=True):
+        assert eight["distillation"] == pytest.approx(alone["distillation"], rel=1e-3, abs=1e-9)
 
 
 def test_the_teacher_runs_once_a_sample(start, tmp_path, monkeypatch):
