@@ -10,7 +10,7 @@ from duo_eval.methods.kvzip import NEXT_REQUEST, OVERLAP, REQUEST
 from duo_eval.methods.registry import greedy, method
 
 from duo_jax import load_tokenizer
-from duo_jax.rope import Rope, YarnRope, rotate, rotation
+from duo_jax.rope import YarnRope, rotate, rotation
 from duo_jax.text.template import split
 from duo_jax.text.tokens import encode
 from tests import dense_scores
@@ -102,15 +102,15 @@ def test_heads_hold_at_least_the_safe_tokens():
     assert choose(safeguard=0.0) == [[0, 40]] and choose() == [[4, 36]] and choose(safeguard=1.0) == [[20, 20]]
 
 
-@pytest.mark.parametrize("rope", [Rope(), YarnRope(factor=4.0, original_max_position_embeddings=32)])
-def test_queries_before_rope_are_found_again(rope):
+def test_queries_before_rope_are_found_again():
+    rope = YarnRope(factor=4.0, original_max_position_embeddings=32)
     q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 4, 16)), jnp.float32)
     position = jnp.arange(100, 109, dtype=jnp.int32)[None]
     turned = rotate(q, *rotation(rope, 16, position))
     np.testing.assert_allclose(before_rope(turned, replace(TINY, rope=rope), position), q, atol=1e-5)
 
 
-@pytest.mark.parametrize("dense_layers", [0, 1])
+@pytest.mark.parametrize("dense_layers", [1, pytest.param(0, marks=pytest.mark.full_matrix)])
 def test_quest_reads_the_pages_with_the_best_bounds_in_retrieval_heads(tiny, half, tmp_path, dense_layers):
     """What is held is the pattern's; what a step reads is counted, pages that two query heads chose only once."""
     half.save(tmp_path)
@@ -159,7 +159,7 @@ def test_greedy_reports_what_steps_read(tiny, half, tmp_path):
     prompt, options = TOKENS[:LENGTH], {"max_new_tokens": NEW}
     settings = {"sink_size": 3, "recent_size": 8, "sparsity": 0.5}
     _, plain = greedy(method(f"duo={tmp_path}", **settings), tiny, prompt, **options)
-    few = method(f"duo+quest={tmp_path}", page=8, tokens=32, dense_layers=0, **settings)
+    few = method(f"duo+quest={tmp_path}", page=8, tokens=32, dense_layers=1, **settings)
     _, memory = greedy(few, tiny, prompt, **options)
     assert plain.read_nbytes is None and memory[:3] == plain[:3]
-    assert 0 < memory.read_nbytes < 0.8 * memory.held_nbytes
+    assert 0 < memory.read_nbytes < 0.9 * memory.held_nbytes

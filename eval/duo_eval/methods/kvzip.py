@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from duo_train.data.needles import DATE
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,8 @@ class KVzip(Scoring):
         if tokenizer is None and not texts <= set(options):
             raise ValueError(f"{cls.name} needs a request as tokens: pass tokenizer=, or {'=, '.join(sorted(texts))}=")
         if tokenizer is not None:
-            before, after = split(tokenizer) if has_template(tokenizer) else ("", "\n")
+            # The date of every task: a template may write it before the message.
+            before, after = split(tokenizer, date_string=DATE) if has_template(tokenizer) else ("", "\n")
             options = {
                 "before": tuple(encode(tokenizer, before)) if before else (),
                 "request": tuple(encode_inside(tokenizer, REQUEST)),
