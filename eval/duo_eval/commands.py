@@ -8,6 +8,7 @@ import tyro
 from duo_eval.aot.context import ContextTask, MeshesTask
 from duo_eval.aot.kernels import Kernels
 from duo_eval.aot.memory import MemoryTask
+from duo_eval.aot.paper import PaperTask
 from duo_eval.aot.tune import Tune
 from duo_eval.runner.merge import Merge
 from duo_eval.show.plot import PlotTask
@@ -56,6 +57,7 @@ class Eval:
         | Annotated[ContextTask, tyro.conf.subcommand("context", prefix_name=False)]
         | Annotated[MeshesTask, tyro.conf.subcommand("meshes", prefix_name=False)]
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
+        | Annotated[PaperTask, tyro.conf.subcommand("paper", prefix_name=False)]
         | Annotated[Startup, tyro.conf.subcommand("startup", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]
         | Annotated[Tune, tyro.conf.subcommand("tune", prefix_name=False)],

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from duo_eval.aot import context, kernels, memory
+from duo_eval.aot import context, kernels, memory, paper
 from duo_eval.gpu_suite import results as gpu_suite
 from duo_eval.runner.provenance import host
 from duo_eval.runner.record import first_object, read
@@ -33,6 +33,7 @@ RESULT_TYPES: tuple[ResultType, ...] = (
     context.MESHES_RESULT,
     context.RESULT,
     memory.RESULT,
+    paper.RESULT,
     kernels.RESULT,
     gpu_suite.RESULT,
     patterns.RESULT,
