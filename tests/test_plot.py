@@ -111,6 +111,26 @@ def test_gates_are_readable_and_in_place(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.argwhere(gates > 0.5))
 
 
+def test_gates_of_several_patterns_are_on_one_scale(duo: Duo, tmp_path: Path) -> None:
+    names = ("smollm2-135m-instruct", "llama-2-7b-32k-instruct")
+    found = labels_of(duo("plot", "gates", *names[:1] * 2, "--sparsity", 0.5, "--out", tmp_path / "a"), tmp_path / "a")
+    assert found.count("45 of 90 are retrieval heads") == 2 and "45 of them in the first too" in found
+    refused = duo("plot", "gates", *names, "--out", tmp_path / "b")
+    assert_refused(refused, "same layers x KV heads to be compared, got 30 x 3, 32 x 32")
+    assert_refused(duo("plot", "gates"), "name a head pattern")
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (30, 3)], ids=str)
+def test_gate_maps_are_readable(shape: tuple[int, int]) -> None:
+    gates = np.random.default_rng(0).uniform(0, 1, shape)
+    title = "smollm2-135m-instruct, 30 × 3\n45 of 90 are retrieval heads (dots), 32 of them in the first too"
+    figure = plots.gate_maps_figure([plots.GateMap(gates, gates > 0.5, title), plots.GateMap(gates / 2, None, title)])
+    assert_readable(figure)
+    first, second = (axes.images[0] for axes in figure.axes[:2])
+    assert first.get_clim() == second.get_clim() == (0, 1)
+    np.testing.assert_array_equal(second.get_array(), gates.T / 2)
+
+
 # Curves.
 
 

@@ -286,49 +286,68 @@ def test_the_page_fits_a_browser(page, width, tmp_path):
     assert "Side experiment" in found["text"]
 
 
-def test_points_are_at_their_values_and_intervals_at_the_same_x_side_by_side():
+def chart_of(*panels, **settings):
+    from duo_eval.show.curves import Chart, Panel
+
+    named = [Panel(str(index), f"panel {index}", lines) for index, lines in enumerate(panels)]
+    return Chart("a", "a title", named, "bytes", "score, %", **settings)
+
+
+def test_points_keep_their_values_and_stand_side_by_side_with_their_intervals():
     from duo_eval.show.curves import Line
-    from duo_eval.show.figures import lines_figure
     from matplotlib.collections import LineCollection
 
     lines = [Line(name, [25.0, 50.0], [40.0, 80.0], [20.0, 60.0], [50.0, 95.0]) for name in ("full", "duo", "h2o")]
     lines.append(Line("tova", [90.0], [30.0], [10.0], [40.0]))
-    figure = lines_figure(lines, title="", x="bytes", y="score, %")
+    figure = chart_of(lines, [lines[0]], is_percent=True).whole().figure
     figure.draw_without_rendering()
-    (axes,) = figure.axes
-    for line, drawn in zip(lines, axes.lines, strict=True):
-        assert drawn.get_transform() == axes.transData
-        assert drawn.get_xydata().tolist() == [list(point) for point in zip(line.x, line.y, strict=True)]
-    bars = [bar for bar in axes.collections if isinstance(bar, LineCollection)]
-    ends = [(bar.get_segments()[0], bar.get_transform()) for bar in bars]
-    assert [segment[:, 1].tolist() for segment, _ in ends] == [[20, 50], [60, 95]] * 3 + [[10, 40]]
-    x = [transform.transform(segment)[0, 0] for segment, transform in ends]
-    assert all(left + 2 < right for left, right in pairwise(x[0:6:2]))
-    assert x[-1] == pytest.approx(axes.transData.transform((90, 0))[0])
-    inside = axes.get_window_extent()
-    assert inside.x0 < min(x) and max(x) < inside.x1
-    assert axes.get_ylim()[0] <= 20 and axes.get_ylim()[1] >= 95
-    assert "side by side" in figure.legends[0].get_title().get_text()
+    axes, other = figure.axes
+    assert (axes.get_xlim(), axes.get_ylim()) == (other.get_xlim(), other.get_ylim())
+    assert [line.get_ydata().tolist() for line in axes.lines] == [list(line.y) for line in lines]
+    x = [line.get_xdata().tolist() for line in axes.lines]
+    assert x[1] == pytest.approx([25, 50]) and x[3] == [90] and other.lines[0].get_xdata().tolist() == [25, 50]
+    pixels = [axes.transData.transform((place, 0))[0] for place, _ in x[:3]]
+    least = axes.lines[0].get_markersize() * figure.dpi / 72 * 0.8
+    assert all(left + least < right for left, right in pairwise(pixels))
+    bars = [bar.get_segments() for bar in axes.collections if isinstance(bar, LineCollection)]
+    assert [[segment[:, 0].tolist() for segment in bar] for bar in bars] == [[[p, p] for p in places] for places in x]
+    assert [[segment[:, 1].tolist() for segment in bar] for bar in bars] == [[[20, 50], [60, 95]]] * 3 + [[[10, 40]]]
+    (legend,) = figure.legends
+    assert "side by side" in legend.get_title().get_text()
+    assert [text.get_text() for text in legend.get_texts()] == ["full", "duo", "h2o", "tova"]
+
+
+def test_every_length_is_a_panel_with_its_number_of_questions(tmp_path):
+    from duo_eval.show.curves import score_curves
+
+    ledger(tmp_path / "it.jsonl", {"task": "needle", "model": "a/m", "style": "digits"}, needle_records())
+    (chart,) = score_curves(tmp_path / "it.jsonl")
+    assert [panel.title for panel in chart.panels] == ["1,024 tokens, n = 3", "2,048 tokens, n = 3"]
+    assert [panel.level.y for panel in chart.panels] == [[100], [100]]
+    assert [drawn.name for drawn in chart.each()] == ["score-1024", "score-2048"]
+    whole = chart.whole()
+    assert whole.name == "score" and "2,048 tokens, n = 3: full attention 100; duo 66.7 at 50" in whole.alt
+    assert [axes.get_title() for axes in whole.figure.axes] == [panel.title for panel in chart.panels]
 
 
 def test_a_method_looks_the_same_in_every_figure():
     from duo_eval.methods.registry import METHODS
     from duo_eval.show.curves import Line
-    from duo_eval.show.figures import lines_figure
-    from duo_eval.show.style import style_of, styles_of
+    from duo_eval.show.style import label, style_of, styles_of
     from duo_train.recipes import RECIPES
 
     names = {*METHODS, *RECIPES, "transformers"} - {"distill"}  # The recipe of the shipped pattern is duo.
     assert len({(style_of(name).colour, style_of(name).marker) for name in names}) == len(names)
-    same = (("full", "full attention"), ("duo", "distill"), ("duo", "duo=a/folder"), ("snapkv", "snapkv:window=64"))
-    same += (("random-heads", "random"), ("random-heads", "random-heads=1"))
+    same = (("full", "full attention"), ("duo", "distill"), ("kvzip", "duo=a/kvzip/"), ("snapkv", "snapkv:window=64"))
+    same += (("random-heads", "random"), ("random-heads", "random-heads=1"), ("duo=a/mine", "duo=b/mine:sparsity=0.5"))
     assert all(style_of(one) == style_of(other) for one, other in same)
     assert style_of("a new method") == style_of("a new method:size=3")
-    first, second = styles_of(["duo=a", "duo=b"])
+    assert label("duo=a/mine:sparsity=0.5") == "mine 50% stream"
+    first, second = styles_of(["duo", "duo:sparsity=0.5"])
     assert (first.colour, first.marker) == (second.colour, second.marker) and first.pattern != second.pattern
     for names in (("full", "duo", "tova"), ("tova", "full")):
         lines = [Line(name, [1.0], [2.0]) for name in names]
-        drawn = lines_figure(lines, title="", x="x", y="y").axes[0].lines
+        drawn = chart_of(lines).whole().figure.axes[0].lines
         assert [(line.get_color(), line.get_marker()) for line in drawn] == [
             (style_of(name).colour, style_of(name).marker) for name in names
         ]

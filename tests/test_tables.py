@@ -1,7 +1,9 @@
 """Tables in the pages match the results that they are made from."""
 
 import pytest
-from duo_eval.show.tables import PAGES, render
+from duo_eval.aot.paper import POINTS, totals
+from duo_eval.show.paper import least
+from duo_eval.show.tables import PAGES, RESULTS, render
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -14,3 +16,12 @@ def test_a_marker_without_a_table_raises():
         render("<!-- neddle -->\n<!-- /neddle -->\n")
     with pytest.raises(ValueError, match="has no <!-- /needle -->"):
         render("<!-- needle -->\n")
+
+
+def test_the_papers_points_are_compiled_and_no_time_of_it_is_below_what_its_gpu_can_do():
+    compiled = totals(RESULTS / "aot" / "paper.json")
+    assert tuple(compiled) == POINTS
+    for point, nbytes in compiled.items():
+        assert all(theirs > ours for theirs, ours in zip(point.seconds, least(point), strict=True)), point
+        # Weights and cache of the paper's programs are ours: its memory differs by what its framework takes.
+        assert nbytes[0] / 2**30 == pytest.approx(point.memory[0], rel=0.04), point

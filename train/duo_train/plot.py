@@ -29,31 +29,49 @@ LONGEST_MAP = 4096
 
 @dataclass(frozen=True)
 class GatesPlot:
-    """Heat map of a pattern's gates, layers by KV heads."""
+    """Heat map of a pattern's gates, layers by KV heads; of several patterns on one scale."""
 
-    dir: tyro.conf.Positional[str]
-    """Head pattern: a folder or a published name."""
+    dirs: tyro.conf.Positional[tuple[str, ...]]
+    """Head patterns to compare: folders or published names. One of them draws that one."""
     sparsity: float | None = None
     """Mark the retrieval heads when this fraction of KV heads streams, 0 to 1."""
     out: Path | None = None
-    """Name of the figure, .png, .svg or neither; gates in the folder, or here for a published name."""
+    """Name of the figure, .png, .svg or neither; by default gates, in the folder of a single pattern, or here."""
     force: bool = False
     """Replace files that this command did not write."""
 
     def run(self) -> None:
-        """Load the pattern and draw it."""
-        plots, folder = _plots(), Path(self.dir)
-        stem = _stem(self.out, folder / "gates" if folder.is_dir() else Path("gates"), self.force)
-        pattern = HeadPattern.load(self.dir, sparsity=self.sparsity)
-        name = str(pattern.metadata.get("model_name") or Path(self.dir).resolve().name).rsplit("/", 1)[-1]
-        title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
+        """Load the patterns and draw them."""
+        if not self.dirs:
+            raise ValueError("name a head pattern: a folder, or one of those that duo patterns lists")
+        plots, folder = _plots(), Path(self.dirs[0])
+        usual = folder / "gates" if len(self.dirs) == 1 and folder.is_dir() else Path("gates")
+        stem = _stem(self.out, usual, self.force)
+        patterns = [HeadPattern.load(name, sparsity=self.sparsity) for name in self.dirs]
+        maps = [
+            plots.GateMap(
+                pattern.gates,
+                None if self.sparsity is None else pattern.is_retrieval,
+                self._title(name, pattern, patterns[0]),
+            )
+            for name, pattern in zip(self.dirs, patterns, strict=True)
+        ]
+        _write(plots.gate_maps_figure(maps), stem, self.force)
+
+    def _title(self, source: str, pattern: HeadPattern, first: HeadPattern) -> str:
+        """The pattern's name; how many heads it keeps, and with others, how many of the first one's."""
+        name = str(pattern.metadata.get("model_name") or "").rsplit("/", 1)[-1]
+        own = Path(source).resolve().name
+        name = own if not name or len(self.dirs) > 1 else name
         total, gates = pattern.is_retrieval.size, pattern.gates.clip(0, 1)
+        title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
         if self.sparsity is None:
-            title += f"{(gates > 0.5).sum()} of {total} gates above 0.5, mean {gates.mean():.2f}"
-        else:
-            title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"
-        figure = plots.gates_figure(pattern.gates, None if self.sparsity is None else pattern.is_retrieval, title)
-        _write(figure, stem, self.force)
+            return f"{title}{(gates > 0.5).sum()} of {total} gates above 0.5, mean {gates.mean():.2f}"
+        title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"
+        if pattern is first or pattern.gates.shape != first.gates.shape:
+            return title
+        shared = int((pattern.is_retrieval & first.is_retrieval).sum())
+        return f"{title}, {shared} of them in the first too"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`duo eval paper`: decode and prefill at the points of the paper's figures, compiled for its GPU, which need not be here.
+"""`duo eval paper`: decode and prefill at the points of the paper's figures, compiled for its GPU, without that GPU.
 
 Knows the paper's memory and times at these points, and how its models are planned; measures nothing.
 """
@@ -38,7 +38,7 @@ class Point:
     model: str
     context: int
     chunk: int
-    memory: tuple[float, float]
+    memory: tuple[int, int]
     seconds: tuple[float, float]
 
 
@@ -49,8 +49,8 @@ POINTS = (
     Point("decode", "llama-2-7b", 20_000, 1, (22, 17), (0.020, 0.018)),
     Point("decode", "llama-2-7b", 60_000, 1, (42, 22), (0.032, 0.019)),
     Point("decode", "llama-2-7b", 100_000, 1, (61, 26), (0.045, 0.023)),
-    Point("prefill", "llama-3-8b", 320_000, 32_000, (58, 38), (152, 93)),
-    Point("prefill", "llama-3-8b", 320_000, 160_000, (72, 52), (154, 123)),
+    Point("prefill", "llama-3-8b", 320_000, 32_000, (58, 38), (152.0, 93.0)),
+    Point("prefill", "llama-3-8b", 320_000, 160_000, (72, 52), (154.0, 123.0)),
 )
 
 
@@ -102,7 +102,7 @@ def paper_memory_table(path: Path) -> str:
         theirs, ours = point.memory, [total / GIB for total in compiled]
         what = point.phase if point.chunk == 1 else f"{point.phase}, chunks of {point.chunk:,}"
         row = [what, point.model, f"{point.context:,}"]
-        row += [f"{theirs[0]:.0f} → {theirs[1]:.0f}", f"{theirs[0] / theirs[1]:.2f}x"]
+        row += [f"{theirs[0]} → {theirs[1]}", f"{theirs[0] / theirs[1]:.2f}x"]
         rows.append([*row, f"{ours[0]:.1f} → {ours[1]:.1f}", f"{ours[0] / ours[1]:.2f}x"])
     headers = ["program", "model", "tokens", "paper, measured", "smaller", "duo-jax, compiled", "smaller"]
     head = read(path)[0]
@@ -113,6 +113,4 @@ def paper_memory_table(path: Path) -> str:
     return f"{rows_to_table(rows, headers, 'llr')}\n\n{note} {compiled_with(head)}"
 
 
-RESULT = ResultType(
-    "The paper's points", of_task("paper"), {"Memory": paper_memory_table}, group="Compiled, not run"
-)
+RESULT = ResultType("The paper's points", of_task("paper"), {"Memory": paper_memory_table}, group="Compiled, not run")

@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 
-from duo_eval.show.curves import Line
-from duo_eval.show.style import style_of, styles_of
+from duo_eval.show.curves import Chart, Line, Panel
+from duo_eval.show.style import Style, style_of, styles_of
 from duo_eval.stats.intervals import Estimate
 
 # With more lengths than this, numbers in cells would be unreadable.
 MOST_NUMBERS = 14
 MOST_TICKS = 7
-# Intervals of points whose x differ by less than this fraction would hide each other: they are so many points apart.
-NEAR = 0.03
-APART = 2.5
+MOST_COLUMNS = 2
+# Points that are nearer than this fraction of the axis would hide each other: they are drawn so many points apart.
+NEAR = 0.025
+APART = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,65 +63,137 @@ def heatmaps(
     return figure
 
 
-def lines_figure(
-    lines: Sequence[Line], *, title: str, x: str, y: str, level: Line | None = None, x_is_tokens: bool = False
-) -> Figure:
-    """Lines with intervals, narrow enough for a phone; `level` is one value for all x, with its interval as a band.
+def lines_figure(chart: Chart, panels: Sequence[Panel], *, title: str = "") -> Figure:
+    """Panels of a chart, all with the same axes and one legend; a single one is narrow enough for a phone.
 
-    Points are at their values. Intervals of points at about the same x are drawn side by side, in the order of the
-    lines, and the legend says so. The x axis is logarithmic if it shows tokens over more than a factor of 8, the y
-    axis if values span more than a factor of 50.
+    Points at about the same x are drawn side by side with their intervals, in the order of the lines, and the legend
+    says so. The x axis is logarithmic if it shows tokens over more than a factor of 8, the y axis if values span more
+    than a factor of 50.
     """
-    figure = Figure(figsize=(4.6, 3.5 + 0.1 * len(lines)), layout="constrained")
-    axes = figure.subplots()
-    measured = [line for line in lines if not line.is_floor]
-    styles = dict(zip(measured, styles_of([line.method or line.name for line in measured]), strict=True))
-    with_intervals = [line for line in measured if line.low is not None]
-    style, are_moved = style_of(""), False
-    for line in lines:
+    alone = len(panels) == 1
+    columns = min(len(panels), MOST_COLUMNS)
+    rows = -(-len(panels) // columns)
+    named = {line.name: line for panel in panels for line in panel.lines}
+    measured = {name: line for name, line in named.items() if not line.is_floor}
+    given = styles_of([line.method or line.name for line in measured.values()])
+    styles = {name: line.style or style for (name, line), style in zip(measured.items(), given, strict=True)}
+    size = (4.6, 3.5 + 0.1 * len(named)) if alone else (5.6 * columns, 3.4 * rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for unused in grid.flat[len(panels) :]:
+        unused.set_axis_off()
+    first = grid.flat[0]
+    _scale(first, chart, panels)
+    width = 72 * (size[0] / columns - 0.8)  # Of a panel, about, in points.
+    handles: dict[str, Any] = {}
+    moved = [_draw(axes, panel, styles, handles, width) for axes, panel in zip(grid.flat, panels, strict=False)]
+    for at, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
+        axes.set_title(panel.title, fontsize=10, parse_math=False)
+        axes.set_xlabel(chart.x if at + columns >= len(panels) else "")
+        axes.set_ylabel(chart.y if at % columns == 0 else "")
+        axes.tick_params(labelbottom=at + columns >= len(panels))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+    notes = ["95 % intervals"] if any(line.low is not None for panel in panels for line in panel.lines) else []
+    notes += ["points at about the same x are side by side"] if any(moved) else []
+    place = {"loc": "outside lower center", "ncols": 2 if alone else min(5, len(handles)), "frameon": False}
+    legend = figure.legend(handles.values(), handles, **place, fontsize=9, title="; ".join(notes), title_fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _scale(axes: Axes, chart: Chart, panels: Sequence[Panel]) -> None:
+    """The axes that all panels share: scales, limits and ticks."""
+    lines = [line for panel in panels for line in panel.lines]
+    x, y = (np.concatenate([np.asarray(getattr(line, name), float) for line in lines]) for name in "xy")
+    if chart.x_is_tokens and x.min() > 0 and x.max() > 8 * x.min():
+        axes.set_xscale("log")
+        # Ticks at the points, not at powers of ten.
+        ticks = np.unique(x)[:: -(-len(np.unique(x)) // MOST_TICKS)]
+        axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(x.min() * 0.85, x.max() / 0.85)
+    elif chart.is_percent and not chart.x_is_tokens:
+        axes.set_xlim(0, 104)
+    else:
+        edge = 0.06 * (float(np.ptp(x)) or 1.0)
+        axes.set_xlim(x.min() - edge, x.max() + edge)
+    if chart.is_percent:
+        axes.set_ylim(0, 103)
+    elif y.min() > 0 and y.max() > 50 * y.min():
+        axes.set_yscale("log")
+    else:
+        intervals = [end for line in lines for end in (line.low, line.high) if end is not None]
+        ends = np.concatenate([y, *intervals])
+            [y, *(line.low for line in lines if line.low), *(line.high for line in lines if line.high)]
+        )
+        if ends.min() >= 0:
+            axes.set_ylim(0, 1.06 * float(ends.max()) or 1.0)
+
+
+def _draw(axes: Axes, panel: Panel, styles: Mapping[str, Style], handles: dict[str, Any], width: float) -> bool:
+    """Draw the lines and the level of a panel, note new names for the legend; whether points were moved."""
+    style, moved = style_of(""), False
+    apart = [line for line in panel.lines if line.low is not None]
+    beside = _side_by_side(axes, apart, APART / width)
+    for line in panel.lines:
         order = np.argsort(line.x)
         at, values = np.asarray(line.x, float)[order], np.asarray(line.y, float)[order]
         if line.is_floor:
-            axes.plot(at, values, color=style.colour, linestyle="--", linewidth=1.0, label=line.name)
+            (drawn,) = axes.plot(at, values, color=style.colour, linestyle="--", linewidth=1.0)
+            handles.setdefault(line.name, drawn)
             continue
-        style = line.style or styles[line]
-        # Markers that one can see through: methods with the same value stay visible.
-        points: dict[str, Any] = {"marker": style.marker, "markersize": 5, "markerfacecolor": (style.colour, 0.35)}
-        axes.plot(at, values, color=style.colour, linestyle=style.pattern, linewidth=1.4, label=line.name, **points)
+        style = styles[line.name]
+        if line in apart:
+            at = beside[line][order]
+            moved |= not np.array_equal(at, np.asarray(line.x, float)[order])
+        (drawn,) = axes.plot(
+            at,
+            values,
+            color=style.colour,
+            linestyle=style.pattern,
+            linewidth=1.4,
+            marker=style.marker,
+            markersize=5.5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+        )
+        handles.setdefault(line.name, drawn)
         if line.low is not None and line.high is not None:
             low, high = np.asarray(line.low, float)[order], np.asarray(line.high, float)[order]
-            for place, bottom, top in zip(at, low, high, strict=True):
-                offset = _offset(line, place, with_intervals)
-                are_moved |= offset != 0
-                moved = axes.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
-                axes.vlines(place, bottom, top, colors=style.colour, linewidths=0.9, alpha=0.8, transform=moved)
-            # Artists with a transform of their own do not count for the limits.
-            axes.update_datalim(np.column_stack([[*at, *at], [*low, *high]]))
-    axes.autoscale_view()
-    if level is not None:
+            axes.vlines(at, low, high, colors=style.colour, linewidths=1.1, alpha=0.7)
+    if (level := panel.level) is not None:
         colour = style_of(level.name).colour
-        axes.axhline(level.y[0], color=colour, linewidth=1.4, linestyle=":", label=level.name)
+        drawn = axes.axhline(level.y[0], color=colour, linewidth=1.4, linestyle=":")
+        handles.setdefault(level.name, drawn)
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low[0], level.high[0], color=colour, alpha=0.12, linewidth=0)
-    x_values, y_values = (np.concatenate(parts) for parts in ([line.x for line in lines], [line.y for line in lines]))
-    if x_is_tokens and x_values.min() > 0 and x_values.max() > 8 * x_values.min():
-        axes.set_xscale("log")
-        # Ticks at the points, not at powers of ten.
-        ticks = np.unique(x_values)[:: -(-len(np.unique(x_values)) // MOST_TICKS)]
-        axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
-        axes.set_xticks([], minor=True)
-    if y_values.min() > 0 and y_values.max() > 50 * y_values.min():
-        axes.set_yscale("log")
-    elif y_values.min() >= 0:
-        axes.set_ylim(bottom=0)
-    axes.set(xlabel=x, ylabel=y)
-    axes.set_title(title, fontsize=10, parse_math=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    note = "95 % intervals; those of neighbouring points are side by side" if are_moved else None
-    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-    figure.legend(**place, fontsize=8, title=note, title_fontsize=8)
-    return figure
+    return moved
+
+
+def _side_by_side(axes: Axes, lines: Sequence[Line], step: float) -> dict[Line, Float[np.ndarray, "S"]]:
+    """Where to draw points, which would hide each other at the same x; `step` is a fraction of the axis."""
+    logarithmic, limits = axes.get_xscale() == "log", np.asarray(axes.get_xlim())
+    low, high = np.log(limits) if logarithmic else limits
+    points = [(x, line, index) for line in lines for index, x in enumerate(line.x)]
+    groups: list[list[tuple[float, Line, int]]] = []
+    for x, line, index in sorted(points, key=lambda point: point[0]):
+        place = (float(np.log(x) if logarithmic else x) - low) / (high - low)
+        if not groups or place - groups[-1][-1][0] > NEAR:
+            groups.append([])
+        groups[-1].append((place, line, index))
+    beside = {line: np.asarray(line.x, float) for line in lines}
+    for group in groups:
+        members = [line for line in lines if any(line is other for _, other, _ in group)]
+        if len(members) > 1:
+            middle = np.mean([place for place, _, _ in group])
+            for _, line, index in group:
+                place = low + (high - low) * (middle + step * (members.index(line) - (len(members) - 1) / 2))
+                beside[line][index] = np.exp(place) if logarithmic else place
+    return beside
 
 
 def dots_figure(groups: Mapping[str, Mapping[str, Estimate]], *, labels: Mapping[str, str], x: str) -> Figure:
@@ -149,12 +221,6 @@ def dots_figure(groups: Mapping[str, Mapping[str, Estimate]], *, labels: Mapping
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
-
-
-def _offset(line: Line, x: float, others: Sequence[Line]) -> float:
-    """By how many points the interval at `x` is moved to the right, given all lines with intervals."""
-    near = [other for other in others if any(abs(x - at) <= NEAR * max(abs(x), abs(at)) for at in other.x)]
-    return APART * (near.index(line) - (len(near) - 1) / 2)
 
 
 def _numbers(axes: Axes, scores: Float[np.ndarray, "D L"]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn
+from duo_eval.show.style import label
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.scores import FULL, Record, by_method, mean, shared
 
@@ -74,14 +75,6 @@ def headline_figure(columns: Sequence[Column]) -> Drawn:
     labels = {method: label(method) for method in _methods(chosen)}
     figure = dots_figure({column.name: column.scores for column in chosen}, labels=labels, x="score, %")
     return Drawn("headline", figure, f"{alt}.")
-
-
-def label(method: str) -> str:
-    """A method in few words: `duo:sparsity=0.5,sink_size=32,recent_size=128` is "duo 50% stream, 32/128"."""
-    name, _, settings = method.partition(":")
-    settings = re.sub(r"sparsity=([\d.]+)", lambda found: f"{float(found[1]):.0%} stream", settings)
-    settings = re.sub(r"sink_size=(\d+),recent_size=(\d+)", r"\1/\2", settings)
-    return f"{name} {settings.replace('=', ' ').replace(',', ', ')}".strip()
 
 
 def _cell(score: Estimate | None) -> str:

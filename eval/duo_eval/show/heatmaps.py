@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from duo_eval.runner.record import read
 from duo_eval.show.result_type import Drawn, file_name
+from duo_eval.show.style import label
 from duo_eval.stats.scores import FULL, by_method, grouped, scored
 
 # Maps in a row, where no method has several budgets.
@@ -55,44 +56,48 @@ class Maps:
             mean += f" (full {full[asked].mean():.2f})"
         return f"{mean}, {asked.sum()} cells"
 
+    def whole(self) -> Drawn:
+        """One figure with a map for every method and budget."""
+        from duo_eval.show.figures import Map, heatmaps
+
+        drawn = {cell: Map(f"{_name(cell)}\n{self.summary(cell)}", scores) for cell, scores in self.by_cell.items()}
+        note = "Budgets are fractions of full attention's KV.\nMeans are over the cells asked; others are grey."
+        rows = [[drawn.get(cell) if cell else None for cell in row] for row in _layout(list(drawn))]
+        figure = heatmaps(rows, self.lengths, self.depths, f"{self.title}\n{note}")
+        return Drawn(
+            "", figure, f"{self.title}. {'; '.join(f'{_name(cell)}: {self.summary(cell)}' for cell in drawn)}."
+        )
+
+    def each(self) -> Iterator[Drawn]:
+        """A figure for every method and budget."""
+        from duo_eval.show.figures import Map, heatmaps
+
+        lengths, depths = self.lengths, self.depths
+        for cell, scores in self.by_cell.items():
+            worst = np.unravel_index(np.nanargmin(scores), scores.shape)
+            alt = (
+                f"{self.title}. {_name(cell)}: mean score {self.summary(cell)}, of {len(depths)} depths and "
+                f"{len(lengths)} lengths from {lengths[0]:,} to {lengths[-1]:,} tokens; the lowest is "
+                f"{scores[worst]:.2f}, at {lengths[worst[1]]:,} tokens and a depth of {depths[worst[0]]:.0%}."
+            )
+            figure = heatmaps([[Map(f"{_name(cell)}\n{self.summary(cell)}", scores)]], lengths, depths, "")
+            yield Drawn(file_name(f"map-{_name(cell)}"), figure, alt)
+
 
 def needle_poster(path: Path) -> Any:
     """One figure with a map for every method and budget."""
-    from duo_eval.show.figures import Map, heatmaps
-
-    maps = Maps.of(path)
-    drawn = {cell: Map(f"{_name(cell)}\n{maps.summary(cell)}", scores) for cell, scores in maps.by_cell.items()}
-    note = "Budgets are fractions of full attention's KV.\nMeans are over the cells asked; others are grey."
-    return heatmaps(
-        [[drawn.get(cell) if cell else None for cell in row] for row in _layout(list(drawn))],
-        maps.lengths,
-        maps.depths,
-        f"{maps.title}\n{note}",
-    )
+    return Maps.of(path).whole().figure
 
 
-def needle_maps(path: Path) -> Iterator[Drawn]:
-    """A figure for every method and budget."""
-    from duo_eval.show.figures import Map, heatmaps
-
-    if not scored(read(path)[1]):
-        return
-    maps = Maps.of(path)
-    lengths, depths = maps.lengths, maps.depths
-    for cell, scores in maps.by_cell.items():
-        worst = np.unravel_index(np.nanargmin(scores), scores.shape)
-        alt = (
-            f"{maps.title}. {_name(cell)}: mean score {maps.summary(cell)}, of {len(depths)} depths and {len(lengths)} "
-            f"lengths from {lengths[0]:,} to {lengths[-1]:,} tokens; the lowest is {scores[worst]:.2f}, at "
-            f"{lengths[worst[1]]:,} tokens and a depth of {depths[worst[0]]:.0%}."
-        )
-        figure = heatmaps([[Map(f"{_name(cell)}\n{maps.summary(cell)}", scores)]], lengths, depths, "")
-        yield Drawn(file_name(f"map-{_name(cell)}"), figure, alt)
+def needle_maps(path: Path) -> Iterator[Maps]:
+    """The maps of a file; nothing without a score."""
+    if scored(read(path)[1]):
+        yield Maps.of(path)
 
 
 def _name(cell: Cell) -> str:
     method, budget = cell
-    return method if budget == 1 else f"{method} at {budget:g}"
+    return label(method) if budget == 1 else f"{label(method)} at {budget:g}"
 
 
 def _layout(cells: Sequence[Cell]) -> list[list[Cell | None]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from duo_eval.runner.record import read
 from duo_jax.extras import require
@@ -23,6 +23,24 @@ class Drawn:
     name: str
     figure: Any
     alt: str
+
+    def each(self) -> "Iterator[Drawn]":
+        """Itself, small enough for a phone."""
+        yield self
+
+    def whole(self) -> "Drawn":
+        """Itself."""
+        return self
+
+
+class Picture(Protocol):
+    """What can be shown as several figures, each small enough for a phone, or as one with all of them."""
+
+    def each(self) -> Iterator[Drawn]:
+        """The figures of a report."""
+
+    def whole(self) -> Drawn:
+        """The figure of a file of its own; without a name, its file has the name of the results."""
 
 
 # The groups of a report, in order. Files of one task in the first are a main one and side experiments.
@@ -38,22 +56,15 @@ class ResultType:
         title: heading of its section of a report, unless `registry.TASKS` has a name for the task.
         matches: whether a file is of this type, given its first JSON value.
         tables: functions of the path that return Markdown, by caption.
-        figures: functions of the path that yield figures, each small enough for a phone.
-        poster: function of the path that returns one figure with everything that the first of `figures` yields.
+        figures: functions of the path that yield pictures.
         group: of its section.
     """
 
     title: str
     matches: Callable[[dict[str, Any]], bool]
     tables: Mapping[str, Callable[[Path], str]] = field(default_factory=dict)
-    figures: tuple[Callable[[Path], Iterator[Drawn]], ...] = ()
-    poster: Callable[[Path], Any] | None = None
+    figures: tuple[Callable[[Path], Iterator[Picture]], ...] = ()
     group: Group = "Speed and memory"
-
-    def draw(self, path: Path) -> Iterator[Drawn]:
-        """Every figure of a file, as a report shows them."""
-        for figures in self.figures:
-            yield from figures(path)
 
     def show_figures(self, path: Path) -> None:
         """Write the figures of a file next to it, after the work that made it, and print their names.
@@ -68,11 +79,11 @@ class ResultType:
             print(f"{reason}: keeping it; `duo eval plot --force` replaces it", file=sys.stderr)
 
     def save_figures(self, path: Path, out: Path | None = None, *, force: bool = False) -> list[Path]:
-        """Write the figures of a file, each as PNG and SVG; the poster replaces the figures that it contains.
+        """Write the pictures of a file whole, each as PNG and SVG.
 
         Args:
             path: the file of results.
-            out: name of the poster without a suffix, and prefix of the other names; by default the file's name.
+            out: name of a figure without a suffix, and prefix of the other names; by default the file's name.
             force: replace files that this project did not write.
 
         Raises:
@@ -91,11 +102,10 @@ class ResultType:
         check(stem, force=force)
         written: list[Path] = []
         with readable(path):
-            if self.poster:
-                written += save(self.poster(path), stem, force=force)
-            for figures in self.figures[1:] if self.poster else self.figures:
-                for drawn in figures(path):
-                    written += save(drawn.figure, stem.with_name(f"{stem.name}-{drawn.name}"), force=force)
+            for figures in self.figures:
+                for drawn in (picture.whole() for picture in figures(path)):
+                    name = f"{stem.name}-{drawn.name}" if drawn.name else stem.name
+                    written += save(drawn.figure, stem.with_name(name), force=force)
         if not written:
             raise ValueError(f"{path} has nothing to draw yet")
         return written

@@ -52,18 +52,40 @@ SCALE = ("#440154", "#3b528b", "#21918c", "#5ec962", "#c8b400")
 SCALE_MARKERS = "o^sph"
 
 
+def label(method: str) -> str:
+    """A method in few words.
+
+    `duo:sparsity=0.5,sink_size=32,recent_size=128` is "duo 50% stream, 32/128"; a pattern in a folder has its name.
+    """
+    name, _, settings = method.partition(":")
+    kind, _, source = name.partition("=")
+    if kind == "duo" and source:
+        name = _last(source)
+    settings = re.sub(r"sparsity=([\d.]+)", lambda found: f"{float(found[1]):.0%} stream", settings)
+    settings = re.sub(r"sink_size=(\d+),recent_size=(\d+)", r"\1/\2", settings)
+    return f"{name} {settings.replace('=', ' ').replace(',', ', ')}".strip()
+
+
 def style_of(method: str) -> Style:
     """The style of a method, however its name continues: `random-heads=1` and `snapkv:window=64` are known methods.
 
-    A name that is not in `STYLES` has a style that depends on nothing but the name.
+    A pattern in a folder, `duo=results/kvzip`, has the style of the folder's name. A name that is not in `STYLES` has a
+    style that depends on nothing but the name.
     """
-    name = method if method in SAME else re.split(r"[=:]", method, maxsplit=1)[0]
-    name = SAME.get(name, name)
+    name, _, source = re.split(r":", method, maxsplit=1)[0].partition("=")
+    if name == "duo" and source:
+        name = _last(source)
+    name = SAME.get(method if method in SAME else name, name)
     if name in STYLES:
         return STYLES[name]
     number = zlib.crc32(name.encode())
     colours = len(OTHER_COLOURS)
     return Style(OTHER_COLOURS[number % colours], OTHER_MARKERS[number // colours % len(OTHER_MARKERS)])
+
+
+def _last(source: str) -> str:
+    """The last part of a path."""
+    return source.rstrip("/").rpartition("/")[2]
 
 
 def styles_of(methods: Sequence[str]) -> list[Style]:

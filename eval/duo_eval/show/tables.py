@@ -10,6 +10,8 @@ from duo_eval.aot.context import mesh_table, plan_table
 from duo_eval.aot.gpu_memory import longest_contexts, memory_by_context
 from duo_eval.aot.kernels import kernels_table
 from duo_eval.aot.memory import memory_table
+from duo_eval.aot.paper import paper_memory_table
+from duo_eval.show.paper import paper_accuracy, paper_cpu, paper_latency, paper_short
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
 from duo_eval.speed.efficiency_results import bench_table
@@ -57,6 +59,12 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "plan": ("aot/plan.json", plan_table),
     "mesh": ("aot/mesh.json", mesh_table),
     "kernels": ("aot/kernels.json", kernels_table),
+    "paper memory": ("aot/paper.json", paper_memory_table),
+    # Of several files.
+    "paper, short": ("", paper_short),
+    "paper accuracy": ("", paper_accuracy),
+    "paper latency": ("", paper_latency),
+    "paper cpu": ("", paper_cpu),
 }
 
 # Tables that are computed when they are written.

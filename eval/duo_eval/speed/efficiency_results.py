@@ -6,9 +6,9 @@ from typing import Any
 
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import read
-from duo_eval.show.curves import Line, chart
+from duo_eval.show.curves import Chart, Line, Panel
 from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import Drawn, ResultType, with_fields
+from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.roofline import saving_realized
 
@@ -75,7 +75,7 @@ def efficiency_table(path: Path) -> str:
     return "\n\n".join(parts)
 
 
-def efficiency_curves(path: Path) -> Iterator[Drawn]:
+def efficiency_curves(path: Path) -> Iterator[Chart]:
     """Prefill, decode and memory against context length, this library's floors dashed."""
     done = [result for result in read(path)[1] if "cannot" not in result]
     for model, batch in dict.fromkeys(place(result)[:2] for result in done):
@@ -86,8 +86,8 @@ def efficiency_curves(path: Path) -> Iterator[Drawn]:
             ("memory", "peak_memory_bytes", None, "GB", 1e-9),
         ):
             lines = _against_context(results, field, floor, scale)
-            title = f"{name.capitalize()}: {model}, batch {batch}"
-            yield chart(f"{name}-{model}-{batch}", lines, title=title, x="context, tokens", y=unit, x_is_tokens=True)
+            panel = Panel("", f"{name.capitalize()}: {model}, batch {batch}", lines)
+            yield Chart(f"{name}-{model}-{batch}", "", [panel], "context, tokens", unit, x_is_tokens=True)
 
 
 def _against_context(results: list[Result], field: str, floor: str | None, scale: float) -> list[Line]:

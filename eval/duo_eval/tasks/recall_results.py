@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from duo_eval.runner.provenance import origin
-from duo_eval.show.curves import Line, chart, percent_line
+from duo_eval.show.curves import Chart, Line, Panel, percent_line, title_of
 from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import Drawn, ResultType, fields
+from duo_eval.show.result_type import ResultType, fields
 from duo_eval.show.style import styles_of_settings
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.recall_cells import FULL_ATTENTION, RANDOM, STREAMING, Cell, Key, full, recall_cells
@@ -73,15 +72,13 @@ def prose_table(path: Path) -> str:
     return rows_to_table(rows, ["method", "stream", "loss, nats a token", "difference to full attention"])
 
 
-def recall_curves(path: Path) -> Iterator[Drawn]:
+def recall_curves(path: Path) -> Iterator[Chart]:
     """Accuracy against KV budget; where sizes were compared, against the window (paper's ablations, section 3.5)."""
-    _, cells = recall_cells(path)
+    head, cells = recall_cells(path)
+    budgets, sizes = [], []
     for length, base, streaming in _lengths(cells):
-        shared: dict[str, Any] = {
-            "y": "token accuracy, %",
-            "level": percent_line(FULL_ATTENTION, [0.0], [base.accuracy]),
-        }
-        title = f"Recall at {length:,} tokens"
+        level = percent_line(FULL_ATTENTION, [100.0], [base.accuracy])
+        title = f"{length:,} tokens, n = {base.passkeys} passkeys"
         if len({key[3:] for key in streaming}) > 1:
             for method, sparsity in sorted({key[1:3] for key in streaming}):
                 chosen = _only(streaming, method, sparsity)
@@ -89,12 +86,17 @@ def recall_curves(path: Path) -> Iterator[Drawn]:
                 lines.sort(key=lambda line: int(line.name.split()[0]))
                 styles = styles_of_settings(len(lines))
                 lines = [replace(line, style=style) for line, style in zip(lines, styles, strict=True)]
-                shared |= {"title": f"{title}: {method}, {sparsity:.0%} stream", "x": "recent tokens"}
-                name = f"sizes-{length}-{method}-{round(100 * sparsity)}"
-                yield chart(name, lines, x_is_tokens=True, **shared)
+                name = f"{length}-{method}-{round(100 * sparsity)}"
+                sizes.append(Panel(name, f"{title}\n{method}, {sparsity:.0%} stream", lines, level))
         elif streaming:
             lines = _lines(streaming, lambda key: key.method, lambda key: 100 * key.kv_fraction)
-            yield chart(f"budget-{length}", lines, title=title, x="KV tokens kept, % of full attention's", **shared)
+            budgets.append(Panel(str(length), title, lines, level))
+    accuracy = "token accuracy, %"
+    if budgets:
+        x = "KV held, % of full attention's bytes"
+        yield Chart("budget", title_of(head), budgets, x, accuracy, is_percent=True)
+    if sizes:
+        yield Chart("sizes", title_of(head), sizes, "recent tokens", accuracy, x_is_tokens=True, is_percent=True)
 
 
 def _lengths(cells: Cells) -> Iterator[tuple[int, Cell, Cells]]:

@@ -237,7 +237,7 @@ def _part(kind: ResultType, path: Path, name: str) -> Part:
     figures: list[Image] = []
     folded: list[Image] = []
     for draw in kind.figures:
-        drawn = [_image(each) for each in draw(path)]
+        drawn = [_image(each) for picture in draw(path) for each in picture.each()]
         (figures if len(drawn) <= MAX_FIGURES else folded).extend(drawn)
     head, results = contents(path)
     title = title_of(kind, path)

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from duo_eval.runner.record import sha256
 from duo_eval.runner.run import Comparison, MethodJob, Question
 from duo_eval.show.curves import score_curves
-from duo_eval.show.heatmaps import needle_maps, needle_poster
+from duo_eval.show.heatmaps import needle_maps
 from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
@@ -148,6 +148,5 @@ RESULT = ResultType(
     of_task("needle"),
     {"Scores": score_summary, "Every cell": score_table},
     (needle_maps, score_curves),
-    poster=needle_poster,
     group="Accuracy",
 )

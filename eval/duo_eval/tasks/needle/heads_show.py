@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import Result, read
-from duo_eval.show.curves import Line, chart
+from duo_eval.show.curves import Chart, Line, Panel
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import Drawn
 from duo_eval.stats.intervals import Estimate, ratio
@@ -91,7 +91,7 @@ def restored_figure(path: Path) -> Iterator[Drawn]:
     yield Drawn("heads", figure, f"Effect of single streaming heads on needles by distance; the largest are {names}.")
 
 
-def token_figure(path: Path) -> Iterator[Drawn]:
+def token_figure(path: Path) -> Iterator[Chart]:
     """The answer token by token: teacher forcing sees a loss in the first tokens only."""
     _, results = read(path)
     results = [result for result in results if found(result["full"])]
@@ -104,4 +104,4 @@ def token_figure(path: Path) -> Iterator[Drawn]:
         ends = ([getattr(estimate, end) for estimate in estimates] for end in ("mean", "low", "high"))
         lines.append(Line(name, np.arange(1.0, count + 1).tolist(), *ends))
     title = f"The answer, token by token ({len(results)} needles that full attention finds)"
-    yield chart("tokens", lines, title=title, x="token of the answer", y="negative log-likelihood, nats")
+    yield Chart("tokens", "", [Panel("", title, lines)], "token of the answer", "negative log-likelihood, nats")
