@@ -291,6 +291,18 @@ def test_a_cut_checkpoint_is_refused(model: Path, tmp_path: Path, duo: Callable[
     assert_refused(result, "model.safetensors is truncated", "download it again")
 
 
+@pytest.mark.parametrize(
+    "flags", [("--prompts", "no.jsonl", "--out", "a.jsonl"), ("--prompt-file", "no.jsonl")], ids=str
+)
+def test_a_file_that_is_not_there_is_named_with_the_way_out(
+    flags: tuple, model: Path, tmp_path: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "no.jsonl: No such file or directory: check the path, from the working folder on"
+    assert_refused(duo("generate", "--model", model, *flags), words)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 @pytest.mark.process
 def test_wrong_use_is_refused_by_the_shell_command_too(model: Path) -> None:
     assert_refused(shell("generate", "--model", model, "--no-such-flag", "1"), "--no-such-flag")

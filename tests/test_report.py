@@ -239,8 +239,11 @@ def test_a_broken_file_is_on_the_page_and_an_error(duo, results, tmp_path):
     assert "Could not be shown" in text and "torn.jsonl" in text and ">Needle</h3>" in text
     for path in folder.iterdir():
         path.unlink()
-    assert duo("report", "--results", folder, "--out", out).code == 0
-    assert "no result that can be shown" in out.read_text()
+    before = out.read_text()
+    (folder / "notes.txt").write_text("no result")
+    refused = duo("report", "--results", folder, "--out", out)
+    assert refused.code == 2 and "has no results, only 1 other files: --results names a folder" in refused.err
+    assert out.read_text() == before
     refused = duo("report", "--results", tmp_path / "none", "--out", out)
     assert refused.code == 2 and "no folder" in refused.err
 

@@ -131,7 +131,12 @@ def _reason(error: Exception) -> str | None:
 def message_of(error: Exception) -> str:
     """The message; of an error of the system, the file and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename!s:.200}: {error.strerror}"
+        message = f"{error.filename!s:.200}: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            message += ": check the path" + (
+                "" if os.path.isabs(str(error.filename)) else ", from the working folder on"
+            )
+        return message
     return str(error)
 
 

@@ -175,7 +175,8 @@ class SamplingOptions:
     """How tokens are chosen."""
 
     temperature: float = 0.0
-    """0 chooses the most likely token; above 0, tokens are sampled."""
+    """0 chooses the most likely token, also with --chat; above 0, tokens are sampled. duo chat has the model's own
+    temperature by default."""
     top_k: int | None = None
     """Sample only from the k most likely tokens."""
     top_p: float | None = None

@@ -22,7 +22,7 @@ class Report:
         """Read, draw, write.
 
         Raises:
-            ValueError: files that could not be shown; the page is still written, and lists them.
+            ValueError: no result, and nothing is written; or files that could not be shown, which the page lists.
             FileExistsError: --out is a file that is no report.
         """
         check_output(self.out, is_report, force=self.force)
@@ -31,6 +31,9 @@ class Report:
         from duo_eval.show.report.page import Page
 
         page = Page.of(self.results)
+        if not page.parts and not page.broken:
+            others = f", only {len(page.unknown)} other files" if page.unknown else ""
+            raise ValueError(f"{self.results} has no results{others}: --results names a folder with files of duo eval")
         write_text(self.out, page.html())
         print(
             f"{self.out}: {len(page.parts)} results" + (f", {len(page.unknown)} unknown files" if page.unknown else "")
