@@ -42,7 +42,7 @@ NOT_RUN = {
     "docs/guides/efficiency.md": 1,
     "docs/guides/gpu.md": 3,
     "docs/guides/harness.md": 6,
-    "docs/guides/identify.md": 11,
+    "docs/guides/identify.md": 12,
     "docs/guides/kernels.md": 1,
     "docs/guides/long-tasks.md": 2,
     "docs/guides/models.md": 1,

@@ -128,8 +128,6 @@ def _scale(axes: Axes, chart: Chart, panels: Sequence[Panel]) -> None:
     else:
         intervals = [end for line in lines for end in (line.low, line.high) if end is not None]
         ends = np.concatenate([y, *intervals])
-            [y, *(line.low for line in lines if line.low), *(line.high for line in lines if line.high)]
-        )
         if ends.min() >= 0:
             axes.set_ylim(0, 1.06 * float(ends.max()) or 1.0)
 
