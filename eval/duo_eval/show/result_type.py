@@ -66,6 +66,12 @@ class ResultType:
     figures: tuple[Callable[[Path], Iterator[Picture]], ...] = ()
     group: Group = "Speed and memory"
 
+    def draw(self, path: Path) -> Iterator[Drawn]:
+        """Every figure of a file, as a report shows them."""
+        for figures in self.figures:
+            for picture in figures(path):
+                yield from picture.each()
+
     def show_figures(self, path: Path) -> None:
         """Write the figures of a file next to it, after the work that made it, and print their names.
 
