@@ -173,8 +173,7 @@ def _score(
         nothing = jnp.zeros((0, 1, 0, keys.shape[2]), keys.dtype)
         pools = Pools(keys[:, None], prompt.v[layer][:, None], nothing, nothing)
         every = Heads(jnp.ones(heads, bool), jnp.arange(heads, dtype=jnp.int32))
-        where = {"start": length[None], "lengths": count[None], "window": Window(0, 0)}
-        out = prefill_attention(q, k, v, pools, every, **where)
+        out = prefill_attention(q, k, v, pools, every, start=length[None], lengths=count[None], window=Window(0, 0))
         part = lax.dynamic_slice_in_dim(keys, begin, width, 1)
         shown = [keys[:, :most_first], part, k[0].transpose(1, 0, 2)]
         most = _most(by_head(q, heads), shown, jnp.concatenate([earliest, is_part]), count)[:, most_first:]

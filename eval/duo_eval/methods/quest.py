@@ -38,7 +38,7 @@ class Paging(NamedTuple):
     """The tokens of a page, the pages that a query reads, and the first layers in which everything is read."""
 
     page: int
-    count: int
+    chosen: int
     dense_layers: int
 
 
@@ -147,7 +147,7 @@ def _paged_attention(
     bound += jnp.einsum("kgh,khn->kgn", jnp.minimum(queries, 0.0), low)
     page, used = jnp.arange(bound.shape[-1], dtype=jnp.int32)[None, None, :], cdiv(length, paging.page)
     bound = jnp.where(page == used - 1, jnp.inf, jnp.where(page < used, bound, -jnp.inf))
-    count = min(paging.count, bound.shape[-1])
+    count = min(paging.chosen, bound.shape[-1])
     _, best = jax.lax.top_k(bound, count)
     is_chosen = (best[..., None] == page[..., None, :]).any(-2)
     position = jnp.arange(size, dtype=jnp.int32)[None, None, :]
