@@ -87,8 +87,8 @@ class Decoder(nnx.Module):
         """Next-token logits in float32. Pass only the positions you need: `[T, V]` of a long prompt is large."""
         with jax.named_scope("head"):
             tied = self.config.tied_head
-            part = self.whole(self.embed if tied else self.head, hidden)
-            weight = part.embedding.get_value() if tied else part.kernel.get_value()
+            stored = self.whole(self.embed, hidden).embedding if tied else self.whole(self.head, hidden).kernel
+            weight = stored.get_value()
             if self.config.embed_dtype is not None:
                 return multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
             return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)

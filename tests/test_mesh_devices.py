@@ -398,10 +398,9 @@ def test_a_training_step_gathers_a_layer_at_a_time(monkeypatch, fresh_programs, 
     saved = memory[False].arguments - memory[True].arguments
     assert saved == pytest.approx(7 / 8 * 4 * (config.num_parameters - table), rel=0.01)
     assert memory[True].temporaries - memory[False].temporaries < 2 * layer
-    # Each layer twice, for the forward and the backward pass, and the embeddings once; before, gradients of gates.
-    assert (
-        gathered[True] == pytest.approx(2 * config.num_layers * layer + 4 * table, rel=0.01) and gathered[False] < 1024
-    )
+    # Each layer twice, for the forward and the backward pass, and the embeddings once.
+    assert gathered[True] == pytest.approx(2 * config.num_layers * layer + 4 * table, rel=0.02)
+    assert gathered[False] < 1024
 
 
 @pytest.mark.mesh
