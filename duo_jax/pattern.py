@@ -23,6 +23,8 @@ from pallas_kernels.window import Window
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
+# In `config.json`: the sparsity to load with, if no rule is given. `duo choose --apply` measures and writes it.
+DEFAULT_RULE = "default_sparsity"
 # A thousand times the largest published pattern.
 MOST_BYTES = 1 << 24
 
@@ -189,13 +191,14 @@ class HeadPattern:
     ) -> "HeadPattern":
         """Load a folder with `full_attention_heads.tsv` and `config.json`, or a published pattern by name.
 
-        `sink_size` and `recent_size` override the ones in `config.json`; the rules are those of `from_gates`.
+        `sink_size` and `recent_size` override the ones in `config.json`; the rules are those of `from_gates`. Without a
+        rule, the `default_sparsity` of `config.json` applies if there is one, such as `duo choose --apply` writes.
 
         Raises:
             FileNotFoundError: no such folder or name; the message lists the names.
             ValueError: files that are not a pattern, or a rule that cannot be met.
         """
-        folder = _find(source)
+        folder = find_folder(source)
         config_text = _read(folder / CONFIG_FILE)
         metadata = parse_object(config_text, folder / CONFIG_FILE)
         sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
@@ -209,6 +212,11 @@ class HeadPattern:
             _check_sizes(**sizes)
         except ValueError as error:
             raise error if overrides else ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+        if all(rule is None for rule in rules.values()) and DEFAULT_RULE in metadata:
+            try:
+                rules["sparsity"] = real_number(DEFAULT_RULE, metadata[DEFAULT_RULE], 0, 1)
+            except ValueError as error:
+                raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         gates = _read_gates(folder / GATES_FILE)
         _check_finite(gates, f"{folder / GATES_FILE}: gates")
         pattern = cls.from_gates(gates, **sizes, **rules, context_length=context_length, metadata=metadata)
@@ -263,6 +271,11 @@ def _is_pattern(path: Path) -> bool:
         return False
 
 
+def is_published(folder: Path) -> bool:
+    """Whether a folder is one of the published patterns, which are part of the installed package."""
+    return folder.resolve().parent == Path(str(resources.files("duo_jax") / "patterns")).resolve()
+
+
 def published_patterns() -> list[str]:
     """Names that `HeadPattern.load` accepts in place of a path."""
     root = resources.files("duo_jax") / "patterns"
@@ -305,7 +318,12 @@ def _affordable(num_heads: int, budget: float, context_length: int, capacity: in
     return int(num_heads * (budget * context_length - streaming) / (context_length - streaming) + 1e-9)
 
 
-def _find(source: str | Path) -> Path:
+def find_folder(source: str | Path) -> Path:
+    """The folder of a pattern: itself, or that of a published name.
+
+    Raises:
+        FileNotFoundError: no such folder or name; the message lists the names.
+    """
     folder = path_of("pattern", source, "a folder or a published name")
     if folder.is_dir():
         return folder

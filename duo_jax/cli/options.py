@@ -77,7 +77,8 @@ class PatternOptions:
     pattern: str | None = None
     """Head pattern: a published name or a folder; without it every head keeps all tokens (full attention)."""
     sparsity: float | None = None
-    """Fraction of KV heads that stream, 0 to 1: those with the smallest gates of --pattern."""
+    """Fraction of KV heads that stream, 0 to 1: those with the smallest gates of --pattern. Without any rule: what duo
+    choose --apply stored with the pattern, else --threshold 0.5."""
     threshold: float | None = None
     """Heads with a gate of at least this keep all tokens; needs --pattern."""
     kv_budget: float | None = None

@@ -49,10 +49,18 @@ class Pooled(Method):
         """
         raise NotImplementedError
 
+    def pattern_at(self, model: Model, budget: float, length: int) -> HeadPattern:
+        """The pattern of every prompt whose length rounds up to the same bucket as `length`.
+
+        Raises:
+            ValueError: a budget that no pattern meets.
+        """
+        return self.pattern_for(model, budget, _least_of_bucket(length))
+
     def check(self, model: Model, budget: float, length: int) -> None:
         """See `Method.check`."""
         super().check(model, budget, length)
-        self.pattern_for(model, budget, _least_of_bucket(length))
+        self.pattern_at(model, budget, length)
 
     def begin(
         self, model: Model, tokens: ArrayLike, *, room: int, budget: float
@@ -61,7 +69,7 @@ class Pooled(Method):
         tokens = check_arguments(model, tokens, room)
         length = len(tokens)
         self.check(model, budget, length)
-        pattern = self.pattern_for(model, budget, _least_of_bucket(length))
+        pattern = self.pattern_at(model, budget, length)
         cache = KVCache.init(model.config, pattern, 1, bucket(length + room))
         # Padded to its bucket, in chunks of the bucket's size: prompts of one bucket run the same programs.
         padded = np.pad(tokens, (0, bucket(length) - length))[None]

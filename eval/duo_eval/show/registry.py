@@ -11,6 +11,7 @@ from duo_eval.show import patterns, score_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.speed import adapter, efficiency_results, startup, training
 from duo_eval.tasks import item_by_item, keys, precision, recall_results
+from duo_eval.tasks.choose import results as choose
 from duo_eval.tasks.lm_eval import command as harness
 from duo_eval.tasks.needle import command as needle
 from duo_eval.tasks.needle import heads
@@ -20,6 +21,7 @@ from duo_jax.pattern import GATES_FILE
 RESULT_TYPES: tuple[ResultType, ...] = (
     needle.RESULT,
     heads.RESULT,
+    choose.RESULT,
     score_table.RESULT,
     item_by_item.RESULT,
     recall_results.RESULT,

@@ -18,8 +18,8 @@ from duo_eval.show.heatmaps import needle_maps
 from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.stats.scores import in_words, scored
-from duo_eval.tasks.needle.insert import insert_needle
-from duo_eval.tasks.needle.styles import STYLES
+from duo_eval.tasks.needle.insert import NeedlePrompt, insert_needle
+from duo_eval.tasks.needle.styles import STYLES, Needle
 from duo_eval.tasks.prompt import QuestionLater, later_setting
 from duo_jax.arguments import ArgumentError, whole_number
 from duo_jax.text.tokens import encode
@@ -73,7 +73,7 @@ class NeedleTask:
         if not self.lengths:
             raise ValueError("--lengths must have at least one length")
         for length in self.lengths:
-            whole_number("lengths", length, self._room + 1, way=f"an answer has {self._room} tokens")
+            whole_number("lengths", length, self.room + 1, way=f"an answer has {self.room} tokens")
         whole_number("samples", self.samples, 1)
         whole_number("depths", self.depths, 2, MOST_DEPTHS)
 
@@ -90,7 +90,7 @@ class NeedleTask:
             self.question,
             data={"haystack": sha256(self.text.encode())},
             longest=max(self.lengths),
-            shortest=max(min(self.lengths) - self._room, 1),
+            shortest=max(min(self.lengths) - self.room, 1),
         )
         print("\n".join(in_words(scored(results))))
         if scored(results):
@@ -105,29 +105,39 @@ class NeedleTask:
                         yield Cell(method, budget, length, depth, sample)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
         """Tokens of the answer."""
         return STYLES[self.style](np.random.default_rng(0)).max_new_tokens
 
     def question(self, job: Cell) -> Question:
         """The same needle in the same text for every method."""
-        rng = np.random.default_rng((self.seed, job.sample, job.length, round(1e4 * job.depth)))
-        needle = STYLES[self.style](rng)
-        # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
-        hay = np.resize(self._hay, max(len(self._hay), job.length))
-        length, tokenizer = job.length - needle.max_new_tokens, self.comparison.tokenizer
         try:
-            needle_prompt = insert_needle(
-                tokenizer, hay, needle, rng, length=length, depth=job.depth, use_chat=self.chat
-            )
+            needle, needle_prompt = self.hide(job.length, job.depth, job.sample)
         except ValueError as error:
-            rule = f"of {job.length} has {needle.max_new_tokens} tokens for the answer, and {error}"
-            raise ArgumentError("lengths", rule) from None
+            raise ArgumentError("lengths", str(error)) from None
         facts: dict[str, Any] = {"key": " ".join(needle.key), "position": needle_prompt.position}
         later = needle_prompt.question_length if self.question_later else 0
         return Question(
             needle_prompt.tokens, needle.max_new_tokens, lambda answer: needle.score(answer, needle.key), facts, later
         )
+
+    def hide(self, length: int, depth: float, sample: int) -> tuple[Needle, NeedlePrompt]:
+        """The needle of a cell, and its prompt.
+
+        Raises:
+            ValueError: a length that has no room for it, in words that follow the name of its flag.
+        """
+        rng = np.random.default_rng((self.seed, sample, length, round(1e4 * depth)))
+        needle = STYLES[self.style](rng)
+        # A text shorter than the cell is repeated. The stretch that is drawn depends on no other cell.
+        hay = self._repeated[: max(len(self.hay), length)]
+        tokenizer, prompt_length = self.comparison.tokenizer, length - needle.max_new_tokens
+        try:
+            return needle, insert_needle(
+                tokenizer, hay, needle, rng, length=prompt_length, depth=depth, use_chat=self.chat
+            )
+        except ValueError as error:
+            raise ValueError(f"of {length} has {needle.max_new_tokens} tokens for the answer, and {error}") from None
 
     @cached_property
     def text(self) -> str:
@@ -135,12 +145,16 @@ class NeedleTask:
         return load_haystack(self.haystack, max_chars=self.haystack_chars)
 
     @cached_property
-    def _hay(self) -> Int32[np.ndarray, "S"]:
+    def hay(self) -> Int32[np.ndarray, "S"]:
         """Tokens of the haystack."""
-        hay = np.asarray(encode(self.comparison.tokenizer, self.text), np.int32)
-        if len(hay) < max(self.lengths):
-            print(f"{self.haystack!r} has {len(hay)} tokens: repeated in longer prompts")
-        return hay
+        return np.asarray(encode(self.comparison.tokenizer, self.text), np.int32)
+
+    @cached_property
+    def _repeated(self) -> Int32[np.ndarray, "S"]:
+        """The haystack, repeated if it is shorter than the longest prompt."""
+        if len(self.hay) < max(self.lengths):
+            print(f"{self.haystack!r} has {len(self.hay)} tokens: repeated in longer prompts")
+        return np.resize(self.hay, max(len(self.hay), *self.lengths))
 
 
 RESULT = ResultType(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from duo_train.data.needles import beginning
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_eval.tasks.needle.styles import Needle
@@ -14,11 +14,21 @@ from duo_jax.text.tokens import encode, encode_inside
 
 @dataclass(frozen=True, eq=False)
 class NeedlePrompt:
-    """A prompt that contains a needle at `position`; its last `question_length` tokens ask for it."""
+    """A prompt that contains a needle at `position`; its last `question_length` tokens ask for it.
+
+    Attributes:
+        tokens: the prompt.
+        position: of the needle's first token.
+        question_length: tokens of the question.
+        is_text: True for the tokens of the text around the needle.
+        right: tokens that answer the question.
+    """
 
     tokens: Int32[np.ndarray, "T"]
     position: int
     question_length: int
+    is_text: Bool[np.ndarray, "T"]
+    right: Int32[np.ndarray, "R"]
 
 
 def insert_needle(
@@ -52,4 +62,12 @@ def insert_needle(
     text = hay[begin : begin + room]
     cut = round(depth * room)
     tokens = [*head, *text[:cut], *sentence, *text[cut:], *tail]
-    return NeedlePrompt(np.asarray(tokens, np.int32), len(head) + cut, len(tail))
+    position = len(head) + cut
+    is_text = np.zeros(len(tokens), bool)
+    is_text[len(head) : len(tokens) - len(tail)] = True
+    is_text[position : position + len(sentence)] = False
+    answered = encode_inside(tokenizer, needle.question + after + needle.answer + needle.right)
+    # A tokenizer may join the answer's first words with the next ones; the prompt has them already.
+    is_joined = answered[: len(tail)] != tail
+    right = encode_inside(tokenizer, needle.right) if is_joined else answered[len(tail) :]
+    return NeedlePrompt(np.asarray(tokens, np.int32), position, len(tail), is_text, np.asarray(right, np.int32))

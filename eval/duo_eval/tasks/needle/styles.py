@@ -31,6 +31,11 @@ class Needle:
     score: Callable[[str, tuple[str, ...]], float]
     max_new_tokens: int
 
+    @property
+    def right(self) -> str:
+        """The right answer after its first words, as the hidden sentence has it."""
+        return self.sentence.partition(self.answer)[2].rstrip(".\n")
+
 
 def words_found(answer: str, key: tuple[str, ...]) -> float:
     """The fraction of key words that an answer has, as whole words, in any order and case."""
