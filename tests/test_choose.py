@@ -60,7 +60,7 @@ def results(number, lost=None, **texts):
 def test_too_few_needles_choose_nothing_and_say_how_many_it_takes():
     few = choose(results(20, {0.5: 0, 0.75: 0}), 0.01)
     assert few.row is None and "No budget is shown to lose at most 1 point" in few.reasons[0]
-    assert "needles 0.0 points, at most 13.9; 299 needles are needed to tell" in few.reasons[1]
+    assert "needles 0.00 points, at most 13.91" in few.reasons[1] and "To tell, it takes 299 needles" in few.reasons[1]
     # The same answers are enough for a larger loss.
     enough = choose(results(20, {0.5: 0, 0.75: 0}), 0.15)
     assert enough.row is not None and enough.row.budget == 0.5 and enough.row.sparsity == 0.5
@@ -70,8 +70,8 @@ def test_the_smallest_budget_within_the_loss_is_chosen_and_others_are_explained(
     made = choose(results(300, {0.25: 30, 0.5: 0, 0.75: 0}), 0.01)
     assert made.row is not None and made.row.budget == 0.5
     assert made.reasons[0].startswith("Chosen: 50% of the KV bytes, a sparsity of 0.500. With 95 % confidence")
-    assert "25% (300 needles) loses needles 10.0 points, at most 13" in made.reasons[1]
-    assert "needed" not in made.reasons[1], "more needles would not help"
+    assert "25%, 300 needles: loses needles 10.00 points, at most 13" in made.reasons[1]
+    assert "To tell" not in made.reasons[1], "more needles would not help"
     # A larger budget that loses keeps a smaller one out.
     odd = choose(results(300, {0.25: 0, 0.5: 30, 0.75: 0}), 0.01)
     assert odd.row is not None and odd.row.budget == 0.75
@@ -90,51 +90,64 @@ def test_a_model_that_finds_nothing_has_nothing_to_lose():
 def test_questions_of_one_short_text_do_not_count_as_many_texts():
     assert choose(results(300, {0.5: 0}), 0.01).row is not None
     made = choose(results(300, {0.5: 0}, stretches=1), 0.01)
-    assert made.row is None and "a longer --text is needed" not in made.reasons[1]
-    assert "text's probability" in made.reasons[1] and "any number" in made.reasons[1]
+    assert made.row is None and "text's probability" in made.reasons[1] and "any number" in made.reasons[1]
+    noisy = results(300, {0.5: 0}, stretches=2)
+    for number, each in enumerate(noisy[0].records):
+        each["text"]["probability"] += number % 2
+    assert "To tell, it takes a longer --text, if" in choose(noisy, 0.01).reasons[1]
 
 
-def test_choose_asks_what_duo_eval_needle_asks_resumes_and_stores_its_choice(run, duo, text_model, own, tmp_path):
+def test_choose_measures_all_budgets_and_resumes(run, tmp_path):
     out = tmp_path / "choose.jsonl"
     done = run("--loss", "100")
-    assert done.code == 0, done
-    assert "questions of" in done.err + done.out and "about" in done.err + done.out
+    assert done.code == 0 and "6 questions of" in done.out + done.err and "on this device" in done.out + done.err, done
     head, records = read(out)
     assert head["about"]["task"] == "choose" and [each["job"]["sample"] for each in records] == [0, 0, 1, 1, 2, 2]
-    # The same answers as those of `duo eval needle`, whose method prefills the whole prompt.
-    task = command.Choose(str(text_model), str(own), 400, (0.5,), needles=3, text_chars=9000)
-    model = duo_jax.load_model(text_model)
-    for job, each in zip(task._jobs(), records, strict=True):
-        question = task._task._question(job)
-        asked = question.ask(task._comparison.resolved[job.method], job.budget, model, task._comparison.tokenizer)
-        assert asked["answer"] == each["answer"] and asked["key"] == each["key"] and asked["tokens"] == 388
-        assert each["held_bytes"] == pytest.approx(asked["held_bytes"], rel=0.01)
-        assert each["recall"]["tokens"] == len(f" {each['key']}") and each["text"]["tokens"] > 150
+    for full, half in zip(records[::2], records[1::2], strict=True):
+        assert full["key"] == half["key"] and full["position"] == half["position"] and full["tokens"] == 388
+        assert half["held_bytes"] <= 0.5 * full["held_bytes"] and full["sparsity"] == 0 < half["sparsity"]
+        assert full["recall"]["tokens"] == len(f" {full['key']}") and full["text"]["tokens"] > 150
+    assert (tmp_path / "choose-loss-400.png").stat().st_size > 5000
     # A random model finds nothing, so nothing can be chosen or stored.
     assert "Full attention itself finds 0 of 3" in done.out
-    assert (tmp_path / "choose-loss-400.png").stat().st_size > 5000
-    refused = run("--loss", "100", "--apply")
+    refused = run("--loss", "100", "--copy-to", tmp_path / "copy")
     assert refused.code == 2 and "no budget was chosen" in refused.err and "already complete" in refused.out
-    assert "default_sparsity" not in (own / "config.json").read_text()
+    assert not (tmp_path / "copy").exists()
 
 
-def test_text_and_answers_are_scored_as_by_one_pass(run, text_model, own):
-    # The prompt followed by the right answer, in one go.
+def asked(text_model, own):
+    """The first question at half of the bytes, and the model with its pattern."""
     task = command.Choose(str(text_model), str(own), 400, (0.5,), needles=1, text_chars=9000)
-    job = next(iter(task._jobs()))
-    needle, prompt = task._hide(job)
-    model = duo_jax.load_model(text_model)
-    lm = duo_jax.LM(model, task._comparison.tokenizer, HeadPattern.load(own, sparsity=0.5))
-    asked = command.ask(lm, needle, prompt)
-    whole = np.concatenate([prompt.tokens, prompt.right])
-    scores, _ = duo_jax.score(model, whole[None], lm.make_cache(416))
-    logprobs = np.asarray(scores.logprobs[0], np.float64)
+    job = [*task._jobs()][1]
+    model, (needle, prompt) = duo_jax.load_model(text_model), task._hide(job)
+    pattern = task._comparison.resolved[job.method].pattern_at(model, job.budget, len(prompt.tokens))
+    return task, job, needle, prompt, duo_jax.LM(model, task._comparison.tokenizer, pattern)
+
+
+def test_text_and_answers_are_scored_as_by_one_pass(text_model, own):
+    _, _, needle, prompt, lm = asked(text_model, own)
+    measured = command.ask(lm, needle, prompt)
     assert lm.tokenizer.decode(prompt.right) == f" {needle.key[0]}"
-    assert asked["recall"]["nll"] == pytest.approx(-logprobs[-len(prompt.right) :].sum(), rel=1e-4)
-    is_text = prompt.is_text[1:]
-    assert is_text.sum() == asked["text"]["tokens"] + is_text[-1]
-    assert asked["text"]["nll"] == pytest.approx(-logprobs[: len(is_text)][is_text].sum(), rel=1e-4)
-    assert 0 < asked["text"]["probability"] < asked["text"]["tokens"]
+    # The prompt followed by the right answer, in one go.
+    whole = np.concatenate([prompt.tokens, prompt.right])
+    scores, _ = duo_jax.score(lm.model, whole[None], lm.make_cache(416))
+    logprobs, is_text = np.asarray(scores.logprobs[0], np.float64), prompt.is_text[1:]
+    assert measured["recall"]["nll"] == pytest.approx(-logprobs[-len(prompt.right) :].sum(), rel=1e-4)
+    assert is_text.sum() == measured["text"]["tokens"] and not is_text[-1]
+    assert measured["text"]["nll"] == pytest.approx(-logprobs[: len(is_text)][is_text].sum(), rel=1e-4)
+    assert 0 < measured["text"]["probability"] < measured["text"]["tokens"]
+
+
+@pytest.mark.full_matrix
+def test_choose_asks_what_duo_eval_needle_asks_and_gets_the_same_answers(text_model, own):
+    # There the method prefills the whole prompt.
+    task, job, needle, prompt, lm = asked(text_model, own)
+    measured, method = command.ask(lm, needle, prompt), task._comparison.resolved[job.method]
+    other = task._task._question(job).ask(method, job.budget, lm.model, lm.tokenizer)
+    assert [other[name] for name in ("answer", "key", "tokens")] == [
+        measured[name] for name in ("answer", "key", "tokens")
+    ]
+    assert measured["held_bytes"] == pytest.approx(other["held_bytes"], rel=0.01)
 
 
 def test_a_choice_is_stored_and_every_command_then_loads_it(run, duo, text_model, own, tmp_path, monkeypatch):

@@ -143,24 +143,22 @@ def choose(rows: Sequence[Row], allowed: float) -> Choice:
 
 
 def _failure(row: Row, allowed: float) -> str:
-    """What a budget loses, or has not been shown not to lose."""
-    parts = []
-    for measure in MEASURES:
-        loss = row.losses.by_measure[measure.name]
-        if loss.high <= allowed:
-            continue
-        needed = row.needed(measure, allowed)
-        if measure is MEASURES[-1] and row.records[0]["stretches"] < len(row.records):
-            way = "" if needed is None else "; a longer --text is needed to tell"
-        else:
-            way = "" if needed is None else f"; {needed} needles are needed to tell, if no more of them are lost"
-        parts.append(f"{measure.name} {_points(loss)}{way}")
-    return f"{row.budget:.0%} ({len(row.records)} needles) loses {'; '.join(parts)}."
+    """What a budget loses, or has not been shown not to lose; and what would tell, if anything would."""
+    failed = [measure for measure in MEASURES if row.losses.by_measure[measure.name].high > allowed]
+    parts = [f"{measure.name} {_points(row.losses.by_measure[measure.name], ' points')}" for measure in failed]
+    needed = {measure: row.needed(measure, allowed) for measure in failed}
+    way = ""
+    if None not in needed.values():  # Else more questions would only confirm the loss.
+        short = row.records[0]["stretches"] < len(row.records)
+        ways = ["a longer --text"] if short and needed.pop(MEASURES[-1], None) else []
+        ways += [f"{max(needed.values(), key=int)} needles"] if needed else []  # type: ignore[arg-type, type-var]
+        way = f". To tell, it takes {' and '.join(ways)}, if the loss stays as it is"
+    return f"{row.budget:.0%}, {len(row.records)} needles: loses {'; '.join(parts)}{way}."
 
 
-def _points(loss: Estimate) -> str:
-    high = f"{100 * loss.high:.1f}" if np.isfinite(loss.high) else "any number"
-    return f"{100 * loss.mean + 0.0:.1f} points, at most {high}"
+def _points(loss: Estimate, unit: str = "") -> str:
+    high = f"{100 * loss.high:.2f}" if np.isfinite(loss.high) else "any number"
+    return f"{100 * loss.mean + 0.0:.2f}{unit}, at most {high}"
 
 
 def loss_table(path: Path) -> str:
@@ -170,7 +168,7 @@ def loss_table(path: Path) -> str:
     for length, rows in _by_length(records):
         for row in rows:
             losses = row.losses.by_measure.values()
-            cells = (_points(loss).replace(" points", "") for loss in losses)
+            cells = map(_points, losses)
             lines.append([length, f"{row.budget:.0%}", f"{row.sparsity:.0%}", len(row.records), *cells])
     if not lines:
         return NOTHING
@@ -212,6 +210,7 @@ def loss_curves(path: Path, *, allowed: float = ALLOWED) -> Iterator[Drawn]:
             y="loss, points",
             level=Line("allowed", [0.0], [100 * allowed]),
             intervals=LIMITS,
+            from_zero=False,
         )
 
 
