@@ -143,7 +143,7 @@ def test_choose_asks_what_duo_eval_needle_asks_and_gets_the_same_answers(text_mo
     # There the method prefills the whole prompt.
     task, job, needle, prompt, lm = asked(text_model, own)
     measured, method = command.ask(lm, needle, prompt), task._comparison.resolved[job.method]
-    other = task._task._question(job).ask(method, job.budget, lm.model, lm.tokenizer)
+    other = task._task.question(job).ask(method, job.budget, lm.model, lm.tokenizer)
     assert [other[name] for name in ("answer", "key", "tokens")] == [
         measured[name] for name in ("answer", "key", "tokens")
     ]

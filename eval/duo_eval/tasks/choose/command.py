@@ -10,7 +10,7 @@ from duo_train.data.haystack import DEFAULT
 from tqdm import tqdm
 
 from duo_eval.methods.patterns import Pooled
-from duo_eval.runner.record import read
+from duo_eval.runner.record import read, sha256
 from duo_eval.runner.run import Comparison
 from duo_eval.stats.scores import FULL
 from duo_eval.tasks.choose.joint import ask
@@ -80,7 +80,7 @@ class Choose:
             self._jobs(),
             self._hide,
             answer=self._answer,
-            data={"text": task.fingerprint},
+            data={"text": sha256(task.text.encode())},
             longest=self.context,
             shortest=max(self.context - task.room, 1),
         )
