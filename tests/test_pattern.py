@@ -157,6 +157,11 @@ def test_gates_with_nan_are_refused_with_their_place():
         (CONFIG_FILE, "{", "not JSON"),
         (CONFIG_FILE, '{"sink_size": 4}', "has no 'recent_size'"),
         (CONFIG_FILE, '{"sink_size": 4, "recent_size": "12"}', "recent_size must be an integer"),
+        (
+            CONFIG_FILE,
+            '{"sink_size": 4, "recent_size": 12, "default_sparsity": 2}',
+            r"json: default_sparsity must be in",
+        ),
         (CONFIG_FILE, "[]", "must contain a JSON object, not a list"),
     ],
 )
@@ -179,3 +184,12 @@ def test_metadata_that_was_changed_is_saved(tmp_path):
     pattern.metadata["note"] = "mine"
     pattern.save(tmp_path)
     assert HeadPattern.load(tmp_path).metadata["note"] == "mine"
+
+
+def test_the_default_sparsity_of_a_file_applies_where_no_rule_is_given(tmp_path):
+    pattern = HeadPattern.load("smollm2-135m-instruct")
+    pattern.metadata["default_sparsity"] = 0.4
+    pattern.save(tmp_path)
+    assert HeadPattern.load(tmp_path).sparsity == HeadPattern.load(tmp_path, recent_size=8).sparsity == 0.4
+    for rule in ({"sparsity": 0.5}, {"threshold": 0.5}, {"kv_budget": 0.5, "context_length": 4096}):
+        assert HeadPattern.load(tmp_path, **rule) == HeadPattern.load("smollm2-135m-instruct", **rule)

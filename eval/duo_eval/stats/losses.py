@@ -29,7 +29,7 @@ def of_answers(full: Float[np.ndarray, "S"], other: Float[np.ndarray, "S"]) -> E
     return of_counts(float(change.clip(min=0).sum()), float((-change).clip(min=0).sum()), number)
 
 
-def of_counts(lost: float, gained: float, number: int | float) -> Estimate:
+def of_counts(lost: int | float, gained: int | float, number: int | float) -> Estimate:
     """The same of `lost` and `gained` answers of `number`, fractions of answers included."""
     (lost_low, lost_high), (gained_low, gained_high) = (_limits(count, number) for count in (lost, gained))
     lost, gained = lost / number, gained / number
@@ -43,7 +43,7 @@ def of_counts(lost: float, gained: float, number: int | float) -> Estimate:
     return Estimate(mean, max(mean - below, -1.0), min(mean + above, 1.0))
 
 
-def _limits(count: float, number: int | float) -> tuple[float, float]:
+def _limits(count: int | float, number: int | float) -> tuple[float, float]:
     """One-sided limits of a fraction."""
     low = float(stats.beta.ppf(1 - CONFIDENCE, count, number - count + 1)) if count > 0 else 0.0
     high = float(stats.beta.ppf(CONFIDENCE, count + 1, number - count)) if count < number else 1.0
@@ -74,7 +74,7 @@ def answers_needed(full: Float[np.ndarray, "S"], other: Float[np.ndarray, "S"], 
     None: more answers would not help, as the loss itself is not below `allowed`.
     """
     change, number = full - other, len(full)
-    lost, gained = change.clip(min=0).mean(), (-change).clip(min=0).mean()
+    lost, gained = float(change.clip(min=0).mean()), float((-change).clip(min=0).mean())
     if lost - gained >= allowed:
         return None
 

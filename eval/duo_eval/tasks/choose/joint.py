@@ -46,7 +46,7 @@ def ask(lm: LM, needle: Needle, prompt: NeedlePrompt) -> dict[str, Any]:
     }
 
 
-def _sums(lm: LM, scores: Scores, chosen: Bool[np.ndarray, "T"]) -> dict[str, float]:
+def _sums(lm: LM, scores: Scores, chosen: Bool[np.ndarray, "T"]) -> dict[str, int | float]:
     """Of the chosen tokens: their number, how many were the likeliest, negative log-likelihood, and probability."""
     logprobs = np.asarray(scores.logprobs[0], np.float64)[chosen]
     check_finite("the log-probabilities of a question are", logprobs, lm.model.dtype)
