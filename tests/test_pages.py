@@ -39,7 +39,7 @@ NOT_RUN = {
     "docs/installation.md": 2,
     "docs/guides/ablations.md": 2,
     "docs/guides/chat.md": 1,
-    "docs/guides/choose.md": 2,
+    "docs/guides/choose.md": 3,
     "docs/guides/efficiency.md": 1,
     "docs/guides/gpu.md": 3,
     "docs/guides/harness.md": 6,

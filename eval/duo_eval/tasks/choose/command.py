@@ -134,7 +134,7 @@ class Choose:
     @cached_property
     def _comparison(self) -> Comparison:
         pattern = HeadPattern.load(self._source)
-        sizes = {"sink_size": int(pattern.sink_size), "recent_size": int(pattern.recent_size)}
+        sizes: dict[str, Any] = {"sink_size": int(pattern.sink_size), "recent_size": int(pattern.recent_size)}
         dtypes: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "embed_dtype")}
         return Comparison(self.model, (FULL, f"duo={self._source}"), self.budgets, **sizes, **dtypes)
 

@@ -146,12 +146,13 @@ def _failure(row: Row, allowed: float) -> str:
     """What a budget loses, or has not been shown not to lose; and what would tell, if anything would."""
     failed = [measure for measure in MEASURES if row.losses.by_measure[measure.name].high > allowed]
     parts = [f"{measure.name} {_points(row.losses.by_measure[measure.name], ' points')}" for measure in failed]
-    needed = {measure: row.needed(measure, allowed) for measure in failed}
+    needed = [(measure, row.needed(measure, allowed)) for measure in failed]
+    counts = {measure.name: count for measure, count in needed if count is not None}
     way = ""
-    if None not in needed.values():  # Else more questions would only confirm the loss.
+    if len(counts) == len(failed):  # Else more questions would only confirm the loss.
         short = row.records[0]["stretches"] < len(row.records)
-        ways = ["a longer --text"] if short and needed.pop(MEASURES[-1], None) else []
-        ways += [f"{max(needed.values(), key=int)} needles"] if needed else []  # type: ignore[arg-type, type-var]
+        ways = ["a longer --text"] if short and counts.pop(MEASURES[-1].name, None) else []
+        ways += [f"{max(counts.values())} needles"] if counts else []
         way = f". To tell, it takes {' and '.join(ways)}, if the loss stays as it is"
     return f"{row.budget:.0%}, {len(row.records)} needles: loses {'; '.join(parts)}{way}."
 
