@@ -150,12 +150,13 @@ def test_choose_asks_what_duo_eval_needle_asks_and_gets_the_same_answers(text_mo
     assert measured["held_bytes"] == pytest.approx(other["held_bytes"], rel=0.01)
 
 
-def test_a_choice_is_stored_and_every_command_then_loads_it(run, duo, text_model, own, tmp_path, monkeypatch):
-    def found(lm, needle, prompt):
-        fields = ("score", "recall", "text", "held_bytes")
-        made = record("", lm.pattern.kv_fraction(400), 0, 1.0)
-        return {name: made[name] for name in fields} | {"seconds": 1.0}
+def found(lm, needle, prompt):
+    """In place of `ask`: a model that loses nothing."""
+    made = record("", lm.pattern.kv_fraction(400), 0, 1.0)
+    return {name: made[name] for name in ("score", "recall", "text", "held_bytes")} | {"seconds": 1.0}
 
+
+def test_a_choice_is_stored_and_every_command_then_loads_it(run, duo, text_model, own, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "ask", found)
     gates = (own / "full_attention_heads.tsv").read_bytes()
     copy = tmp_path / "copy"
@@ -181,13 +182,13 @@ def test_a_choice_is_stored_and_every_command_then_loads_it(run, duo, text_model
 
 
 def test_an_interrupt_loses_only_the_question_in_hand(run, tmp_path, monkeypatch):
-    ask, calls = command.ask, []
+    calls = []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return ask(*args)
+        return found(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(command, "ask", interrupted)
@@ -195,6 +196,7 @@ def test_an_interrupt_loses_only_the_question_in_hand(run, tmp_path, monkeypatch
     assert stopped.code == 130 and "Traceback" not in stopped.err
     first = read(tmp_path / "choose.jsonl")[1]
     assert len(first) == 2
+    monkeypatch.setattr(command, "ask", found)
     assert run().code == 0
     assert read(tmp_path / "choose.jsonl")[1][:2] == first and len(read(tmp_path / "choose.jsonl")[1]) == 6
 
