@@ -69,6 +69,7 @@ class Chart:
         x, y: labels of the axes.
         x_is_tokens: x may be logarithmic, with ticks at the points.
         is_percent: y, and x unless it is tokens, go from 0 to 100 in every panel.
+        intervals: what the intervals are, for the legend.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Chart:
     y: str
     x_is_tokens: bool = False
     is_percent: bool = False
+    intervals: str = "95 % intervals"
 
     def each(self) -> Iterator[Drawn]:
         """A figure for each panel, narrow enough for a phone."""

@@ -96,7 +96,7 @@ def lines_figure(chart: Chart, panels: Sequence[Panel], *, title: str = "") -> F
         axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
-    notes = ["95 % intervals"] if any(line.low is not None for panel in panels for line in panel.lines) else []
+    notes = [chart.intervals] if any(line.low is not None for panel in panels for line in panel.lines) else []
     notes += ["points at about the same x are side by side"] if any(moved) else []
     place = {"loc": "outside lower center", "ncols": 2 if alone else min(5, len(handles)), "frameon": False}
     legend = figure.legend(handles.values(), handles, **place, fontsize=9, title="; ".join(notes), title_fontsize=9)

@@ -9,9 +9,9 @@ import numpy as np
 
 from duo_eval.runner.provenance import origin
 from duo_eval.runner.record import read
-from duo_eval.show.curves import Line, chart, percent_line
+from duo_eval.show.curves import Chart, Line, Panel, percent_line, title_of
 from duo_eval.show.markdown import rows_to_table
-from duo_eval.show.result_type import Drawn, ResultType, of_task
+from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.show.style import styles_of_settings
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.losses import Losses, answers_needed, of_answers, of_means, smallest_budget
@@ -193,26 +193,22 @@ def score_table(path: Path) -> str:
     return rows_to_table(lines, [*headers, "answer, nats a token", "text, nats a token"], "r") if lines else NOTHING
 
 
-def loss_curves(path: Path, *, allowed: float = ALLOWED) -> Iterator[Drawn]:
-    """Loss against the KV bytes held, a figure for each length."""
-    for length, rows in _by_length(read(path)[1]):
-        x = [100 * row.held for row in rows]
-        losses = [row.losses for row in rows]
+def loss_curves(path: Path, *, allowed: float = ALLOWED) -> Iterator[Chart]:
+    """Loss against the KV bytes held, a panel for each length."""
+    head, records = read(path)
+    panels = []
+    for length, rows in _by_length(records):
+        x, losses = [100 * row.held for row in rows], [row.losses for row in rows]
         styles = styles_of_settings(len(MEASURES))
         lines = [
             replace(percent_line(measure.name, x, [each.by_measure[measure.name] for each in losses]), style=style)
             for measure, style in zip(MEASURES, styles, strict=True)
         ]
-        yield chart(
-            f"loss-{length}",
-            lines,
-            title=f"Lost against full attention at {length:,} tokens, n = {min(len(row.records) for row in rows)}",
-            x="KV held, % of full attention's",
-            y="loss, points",
-            level=Line("allowed", [0.0], [100 * allowed]),
-            intervals=LIMITS,
-            from_zero=False,
-        )
+        title = f"{length:,} tokens, n = {min(len(row.records) for row in rows)}"
+        panels.append(Panel(str(length), title, lines, Line("allowed", [0.0], [100 * allowed])))
+    if panels:
+        x_label, y_label = "KV held, % of full attention's bytes", "lost against full attention, points"
+        yield Chart("loss", title_of(head), panels, x_label, y_label, intervals=LIMITS)
 
 
 def _by_length(records: Sequence[Record]) -> Iterator[tuple[int, list[Row]]]:
