@@ -101,8 +101,8 @@ def percent_line(name: str, x: Sequence[float], estimates: Sequence[Estimate], *
     """Estimates in percent; where an interval is unknown (a single sample), its ends are the mean."""
     scaled = [estimate.scaled(100) for estimate in estimates]
     means, low, high = (np.array([getattr(estimate, end) for estimate in scaled]) for end in ("mean", "low", "high"))
-    ends = (np.where(np.isfinite(values), values, means).tolist() for values in (low, high))
-    return Line(name, x, means.tolist(), *ends, method=method)
+    below, above = (np.where(np.isfinite(values), values, means).tolist() for values in (low, high))
+    return Line(name, x, means.tolist(), below, above, method=method)
 
 
 def score_curves(path: Path) -> Iterator[Chart]:

@@ -98,8 +98,9 @@ def lines_figure(chart: Chart, panels: Sequence[Panel], *, title: str = "") -> F
         figure.suptitle(title, fontsize=11, parse_math=False)
     notes = [chart.intervals] if any(line.low is not None for panel in panels for line in panel.lines) else []
     notes += ["points at about the same x are side by side"] if any(moved) else []
-    place = {"loc": "outside lower center", "ncols": 2 if alone else min(5, len(handles)), "frameon": False}
-    legend = figure.legend(handles.values(), handles, **place, fontsize=9, title="; ".join(notes), title_fontsize=9)
+    place: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
+    place |= {"ncols": 2 if alone else min(5, len(handles)), "title": "; ".join(notes)}
+    legend = figure.legend(handles.values(), list(handles), **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure

@@ -169,7 +169,7 @@ def _range(factors: Sequence[float]) -> str:
     return f"{min(factors):.2f}x to {max(factors):.2f}x"
 
 
-def _pairs(points: Sequence[Record]) -> dict[tuple[int, int], tuple[Any, Any]]:
+def _pairs(points: Sequence[dict[str, Any]]) -> dict[tuple[int, int], tuple[Any, Any]]:
     """Results of full attention and of half of the heads, by batch and context."""
     by_engine: dict[tuple[int, int], dict[str, Any]] = {}
     for result in points:
