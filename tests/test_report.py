@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from base64 import b64decode
+from dataclasses import replace
 from html import escape, unescape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -331,6 +332,25 @@ def test_every_length_is_a_panel_with_its_number_of_questions(tmp_path):
     whole = chart.whole()
     assert whole.name == "score" and "2,048 tokens, n = 3: full attention 100; duo 66.7 at 50" in whole.alt
     assert [axes.get_title() for axes in whole.figure.axes] == [panel.title for panel in chart.panels]
+
+
+def test_full_attention_on_its_own_is_drawn(tmp_path):
+    from duo_eval.show.curves import score_curves
+
+    full = [record for record in needle_records() if record["job"]["method"] == "full"]
+    ledger(tmp_path / "it.jsonl", {"task": "needle", "model": "a/m", "style": "digits"}, full)
+    (chart,) = score_curves(tmp_path / "it.jsonl")
+    assert chart.whole().alt.endswith("2,048 tokens, n = 3: full attention 100.")
+    assert len(chart.whole().figure.axes) == 2
+
+
+def test_a_level_that_no_line_reaches_is_inside_its_axes():
+    from duo_eval.show.curves import Line
+
+    chart = chart_of([Line("loss", [25.0, 50.0], [0.4, 0.2])])
+    panel = replace(chart.panels[0], level=Line("allowed", [0.0], [1.0]))
+    (axes,) = replace(chart, panels=[panel]).whole().figure.axes
+    assert axes.get_ylim()[1] > 1 and axes.get_xlim()[0] > 0
 
 
 def test_a_method_looks_the_same_in_every_figure():

@@ -66,8 +66,8 @@ def heatmaps(
 def lines_figure(chart: Chart, panels: Sequence[Panel], *, title: str = "") -> Figure:
     """Panels of a chart, all with the same axes and one legend; a single one is narrow enough for a phone.
 
-    Points at about the same x are drawn side by side with their intervals, in the order of the lines, and the legend
-    says so. The x axis is logarithmic if it shows tokens over more than a factor of 8, the y axis if values span more
+    Points at about the same x are drawn side by side with their intervals, in the order of the lines, which the legend
+    states. The x axis is logarithmic if it shows tokens over more than a factor of 8, the y axis if values span more
     than a factor of 50.
     """
     alone = len(panels) == 1
@@ -108,7 +108,8 @@ def lines_figure(chart: Chart, panels: Sequence[Panel], *, title: str = "") -> F
 
 def _scale(axes: Axes, chart: Chart, panels: Sequence[Panel]) -> None:
     """The axes that all panels share: scales, limits and ticks."""
-    lines = [line for panel in panels for line in panel.lines]
+    levels = [panel.level for panel in panels if panel.level is not None]
+    lines = [line for panel in panels for line in panel.lines] or levels  # Full attention may be the only method.
     x, y = (np.concatenate([np.asarray(getattr(line, name), float) for line in lines]) for name in "xy")
     if chart.x_is_tokens and x.min() > 0 and x.max() > 8 * x.min():
         axes.set_xscale("log")
@@ -128,7 +129,7 @@ def _scale(axes: Axes, chart: Chart, panels: Sequence[Panel]) -> None:
         axes.set_yscale("log")
     else:
         intervals = [end for line in lines for end in (line.low, line.high) if end is not None]
-        ends = np.concatenate([y, *intervals])
+        ends = np.concatenate([y, *intervals, *(level.y for level in levels)])
         if ends.min() >= 0:
             axes.set_ylim(0, 1.06 * float(ends.max()) or 1.0)
 
