@@ -68,6 +68,13 @@ def test_heads_turned_back_are_those_with_the_largest_effect(heads, measured):
         assert turn["hits"] == hits
 
 
+def test_only_streaming_heads_are_turned_back(heads, measured):
+    tokens, labels, _ = measured
+    # Retrieval heads have an effect of 0, larger than that of a head that does harm.
+    turned = heads.measure(tokens, labels, 100)["turned"]
+    assert sorted(turned[-1]["heads"]) == np.argwhere(~heads.pattern.is_retrieval).tolist()
+
+
 def test_the_effect_is_the_derivative(heads, measured):
     tokens, labels, result = measured
     place = np.unravel_index(np.argmax(np.abs(result["effect"])), np.shape(result["effect"]))

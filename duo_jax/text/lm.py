@@ -77,7 +77,7 @@ def load(
     tokenizer = load_tokenizer(source)
     template.start(tokenizer)
     sampling = open_source(source, weights=False).sampling
-    dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
+    dtypes: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
     return LM(model, tokenizer, chosen, kv_dtype, sampling)
 

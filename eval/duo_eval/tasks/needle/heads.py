@@ -166,15 +166,17 @@ class Heads:
 
         def scores(is_retrieval: Bool[np.ndarray, "L K"]) -> dict[str, list[Any]]:
             gates = jnp.asarray(is_retrieval, jnp.float32)
-            return _scores(*_answer(self.attention, gates, self.model, batch)[1], count)
+            _, (nll, hits) = _answer(self.attention, gates, self.model, batch)
+            return _scores(nll, hits, count)
 
         retrieval = self.pattern.is_retrieval
-        (_, found), gradient = _effect(self.attention, jnp.asarray(retrieval, jnp.float32), self.model, batch)
+        (_, (nll, hits)), gradient = _effect(self.attention, jnp.asarray(retrieval, jnp.float32), self.model, batch)
         effect = np.where(retrieval, 0.0, -np.asarray(gradient, np.float64))
-        full, kept = scores(np.ones(shape, bool)), _scores(*found, count)
+        full, kept = scores(np.ones(shape, bool)), _scores(nll, hits, count)
         turned = []
         if all(full["hits"]) and not all(kept["hits"]):
-            best = np.argsort(-effect, axis=None)[:most]
+            streaming = np.flatnonzero(~retrieval)
+            best = streaming[np.argsort(-effect.flat[streaming])][:most]
             for chosen in [*best[:, None], best]:
                 changed = retrieval.copy()
                 changed.flat[chosen] = True
