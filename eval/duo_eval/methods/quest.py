@@ -50,7 +50,7 @@ class QuestState(PooledState):
     """
 
     bounds: Bounds
-    read: Int32[Array, ""]
+    read: int
     steps: int
 
     @property
@@ -61,7 +61,7 @@ class QuestState(PooledState):
         if not self.steps:
             return memory._replace(metadata_nbytes=metadata)
         pair = 2 * self.cache.head_dim * self.cache.dtype.itemsize
-        return memory._replace(metadata_nbytes=metadata, read_nbytes=round(pair * int(self.read) / self.steps))
+        return memory._replace(metadata_nbytes=metadata, read_nbytes=round(pair * self.read / self.steps))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class DuoQuest(Duo):
         """See `Method.begin`."""
         logits, state = super().begin(model, tokens, room=room, budget=budget)
         bounds = _bounds(state.cache.full.k[:, 0], state.cache.length[0], self.page)
-        return logits, QuestState(state.cache, state.chunk, bounds, jnp.int32(0), 0)
+        return logits, QuestState(state.cache, state.chunk, bounds, 0, 0)
 
     def step(self, model: Model, token: int, state: PooledState) -> tuple[Float[Array, "V"], QuestState]:
         """See `Method.step`."""
@@ -98,8 +98,9 @@ class DuoQuest(Duo):
         ids, active = check_step(model.config, np.array([token], np.int32), None)
         check_cache(model, state.cache, active)
         paging = Paging(self.page, self.tokens // self.page, self.dense_layers)
-        logits, cache, bounds, read = _step(paging, model, ids, state.cache, state.bounds, state.read)
-        return logits, QuestState(cache, state.chunk, bounds, read, state.steps + 1)
+        logits, cache, bounds, read = _step(paging, model, ids, state.cache, state.bounds)
+        # Added up here: on the device, int32 would overflow after some hundred steps of a large model.
+        return logits, QuestState(cache, state.chunk, bounds, state.read + int(read), state.steps + 1)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -166,9 +167,8 @@ def _step(
     token: Int32[Array, "1"],
     cache: KVCache,
     bounds: Bounds,
-    read: Int32[Array, ""],
 ) -> tuple[Float[Array, "V"], KVCache, Bounds, Int32[Array, ""]]:
-    """Append a token: the logits after it, the cache, the bounds, and the pairs read so far."""
+    """Append a token: the logits after it, the cache, the bounds, and the pairs that were read for it."""
     active = jnp.ones(1, bool)
     length = cache.length[0] + 1
 
@@ -193,5 +193,6 @@ def _step(
         return out[:, None], (cache, bounds, read + pairs.sum(dtype=jnp.int32))
 
     decoder = model.decoder
-    hidden, (cache, bounds, read) = decoder.hidden(token[None], cache.length[:, None], attend, (cache, bounds, read))
+    state = cache, bounds, jnp.int32(0)
+    hidden, (cache, bounds, read) = decoder.hidden(token[None], cache.length[:, None], attend, state)
     return decoder.logits(hidden[0, 0]), cache.advance(active.astype(jnp.int32)), bounds, read
