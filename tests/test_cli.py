@@ -298,7 +298,7 @@ def test_a_file_that_is_not_there_is_named_with_the_way_out(
     flags: tuple, model: Path, tmp_path: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = "no.jsonl: No such file or directory: check the path, from the working folder on"
+    words = "no.jsonl: No such file or directory: check the path, which is relative to the working folder"
     assert_refused(duo("generate", "--model", model, *flags), words)
     assert not (tmp_path / "a.jsonl").exists()
 

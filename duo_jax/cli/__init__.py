@@ -134,7 +134,7 @@ def message_of(error: Exception) -> str:
         message = f"{error.filename!s:.200}: {error.strerror}"
         if isinstance(error, FileNotFoundError):
             message += ": check the path" + (
-                "" if os.path.isabs(str(error.filename)) else ", from the working folder on"
+                "" if os.path.isabs(str(error.filename)) else ", which is relative to the working folder"
             )
         return message
     return str(error)

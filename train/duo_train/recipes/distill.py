@@ -72,7 +72,7 @@ class Distill(Distilled):
         return optax.adamw(self.schedule, weight_decay=0.0)
 
     def gates(self, params: DistillParams) -> Float[Array, "L K"]:
-        """The gates, in order: those that ended at 0 or 1 are just beyond it, by how long and hard they were pushed."""
+        """The gates plus a little of all overshoot: equal ones are ordered by how long and hard they were pushed."""
         return params["gates"] + OVERSHOOT * params["overshoot"]
 
     def applied(self, params: DistillParams) -> Float[Array, "L K"]:
