@@ -241,6 +241,10 @@ def test_wrong_use_is_refused_in_a_line(
     assert_refused(duo("generate", "--model", model, *args), *words)
 
 
+def test_an_empty_path_is_not_the_working_folder(duo: Callable[..., Result]) -> None:
+    assert_refused(duo("report", "--results", "", "--out", "page.html"), "--results", "an empty text is no path")
+
+
 def test_an_empty_standard_input_is_refused(
     model: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

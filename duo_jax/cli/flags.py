@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -24,6 +25,7 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
     spelling.set(partial(flag, args=args))
     command, prog, args = _subcommand(command, prog, args)
     registry = ConstructorRegistry()
+    registry.primitive_rule(_path)
     registry.primitive_rule(_optional)
     add_rules(registry, command, is_help=is_help(args))
     text = one_line(inspect.getdoc(command) or "")
@@ -88,6 +90,25 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
 
 def _is_union(hint: Any) -> bool:
     return get_origin(hint) is Union or type(hint).__name__ == "UnionType"
+
+
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A path; `Path("")`, such as of an unset variable of the shell, would be the working folder."""
+    if info.type is not Path:
+        return None
+
+    def parse_text(text: list[str]) -> Path:
+        if not text[0]:
+            raise ValueError("an empty text is no path; the working folder is .")
+        return Path(text[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=parse_text,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
