@@ -26,7 +26,7 @@ from duo_eval.methods.snapkv import SnapKV
 from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
-from duo_jax.arguments import whole_number
+from duo_jax.arguments import spelling, whole_number
 from duo_jax.text.ends import eos_ids_of, stop_ends
 from duo_jax.text.reply import Row
 from duo_jax.token_loop import Generator
@@ -79,7 +79,10 @@ def method(
     if equals and kind.value_field is None:
         raise ValueError(f"{name} takes no value, got ={value}")
     known = {field.name: field.default for field in fields(kind)} if is_dataclass(kind) else dict[str, Any]()
-    written = dict(setting.split("=") for setting in settings.split(",")) if settings else dict[str, str]()
+    pairs = [setting.split("=") for setting in settings.split(",")] if settings else []
+    written = dict[str, str](pairs)
+    if len(written) < len(pairs):
+        raise ValueError(f"{name} takes every setting once, got {settings}")
     unknown = sorted(set(written | options) - set(known))
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
@@ -90,11 +93,16 @@ def method(
         default, shown = known[kind.value_field], f"{name}={kind.value_field.upper()}"
         values[kind.value_field] = value if default is MISSING else _number(shown, value, default)
     usual = defaults if defaults and set(defaults) <= set(known) else {}
-    return kind.create(tokenizer, **{**usual, **options, **values})
+    spell, own = spelling.get(), {**options, **values}
+    named_here = spelling.set(lambda field: f"{name}:{field}" if field in own else spell(field))
+    try:
+        return kind.create(tokenizer, **{**usual, **own})
+    finally:
+        spelling.reset(named_here)
 
 
 # A method with its value, and its settings; a path may contain colons.
-_SETTINGS = re.compile(r"(.*?)(?::(\w+=[^,=:/\\]+(?:,\w+=[^,=:/\\]+)*))?", re.DOTALL)
+_SETTINGS = re.compile(r"(.*?)(?::(\w+=[^,=:/\\]*(?:,\w+=[^,=:/\\]*)*))?", re.DOTALL)
 
 
 def _number(setting: str, text: str, default: Any) -> bool | int | float:
