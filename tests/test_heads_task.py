@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from duo_eval.runner.provenance import provenance
 from duo_eval.runner.record import read, write
+from duo_eval.tasks.needle import heads as task
 from duo_eval.tasks.needle.heads import RESULT, Heads, _answer, batch_of, in_words
 from duo_eval.tasks.needle.heads_show import head_table, needle_table
 from duo_train.gated import GatedModel
@@ -87,7 +88,7 @@ def test_the_effect_is_the_derivative(heads, measured):
     assert -(ends[1] - ends[0]) / (2 * step) == pytest.approx(result["effect"][place[0]][place[1]], rel=0.05)
 
 
-def test_the_command_measures_resumes_refuses_and_draws(duo, chat_model, tmp_path):
+def test_the_command_measures_resumes_refuses_and_draws(duo, chat_model, tmp_path, monkeypatch):
     out = tmp_path / "heads.jsonl"
     flags = ("--model", chat_model, "--pattern", chat_model / "pattern", "--lengths", 400, "--depths", 2)
     flags = (*flags, "--sink-size", 4, "--recent-size", 16, "--out", out)
@@ -97,6 +98,12 @@ def test_the_command_measures_resumes_refuses_and_draws(duo, chat_model, tmp_pat
     assert duo("eval", "heads", *flags).code == 0 and out.read_text() == first
     assert_refused(duo("eval", "heads", *flags, "--sparsity", 0.25), "sparsity was 0.5, now 0.25", "--out")
     assert_refused(duo("eval", "heads", *flags, "--turn-back", 0), "--turn-back must be at least 1")
+    monkeypatch.setattr(task, "load_model", lambda *args: pytest.fail("weights were read"))
+    flags = (*flags, "--out", tmp_path / "new.jsonl")
+    assert_refused(duo("eval", "heads", *flags, "--lengths", 100_000), "100000 tokens", "trained for")
+    assert_refused(duo("eval", "heads", *flags, "--lengths", 20), "--lengths of 20", "leaves -")
+    assert_refused(duo("eval", "heads", *flags, "--pattern", "smollm2-135m-instruct"), "made for another model")
+    assert not (tmp_path / "new.jsonl").exists()
     near, far = sorted(read(out)[1], key=lambda result: result["distance"])
     assert near["job"]["depth"] == 1 and far["distance"] > near["distance"] and len(near["answer"]) >= 5
     assert "layer 0, head" in head_table(out) and f"| {far['distance']} |" in " ".join(needle_table(out).split())

@@ -130,6 +130,14 @@ class Comparison:
         """Longest sequence that the model was trained for; reads no weights."""
         return open_source(self.model, weights=False).config.trained_positions
 
+    def check_length(self, longest: int) -> None:
+        """Raise ValueError if `longest`, tokens of prompt and answer, is more than the model was trained for."""
+        if longest > self.trained_positions:
+            raise ValueError(
+                f"{longest} tokens of prompt and answer are more than the {self.trained_positions} that {self.model} "
+                "was trained for: ask for less"
+            )
+
     def cells(self) -> tuple[tuple[str, float], ...]:
         """Every method at each of its budgets.
 
@@ -192,11 +200,7 @@ class Comparison:
         Raises:
             ValueError: flags or a file that cannot be right, before anything is computed.
         """
-        if longest > self.trained_positions:
-            raise ValueError(
-                f"{longest} tokens of prompt and answer are more than the {self.trained_positions} that {self.model} "
-                "was trained for: ask for less"
-            )
+        self.check_length(longest)
         dtypes: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "weight_dtype", "embed_dtype")}
         own = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size")} | dtypes
         sources = {name: method_fingerprint(each) for name, each in self.resolved.items()} | dict(data or {})

@@ -30,6 +30,7 @@ from duo_eval.tasks.needle.heads_show import head_table, needle_table, restored_
 from duo_jax import HeadPattern, Model, load_model
 from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.load import open_config
 from duo_jax.text.tokens import encode_inside
 
 # Samples are padded to a multiple of this: lengths in tokens compile few programs.
@@ -43,6 +44,11 @@ class Job:
     length: int
     depth: float
     sample: int
+
+    @property
+    def cell(self) -> Cell:
+        """The same needle as a question of `duo eval needle`."""
+        return Cell(FULL, 1.0, self.length, self.depth, self.sample)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class HeadsTask:
             seed=self.seed,
         )
         task.check()
+        comparison.check_length(max(self.lengths))
         sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
         pattern = HeadPattern.load(self.pattern, sparsity=self.sparsity, **sizes)
         settings = asdict(self)
@@ -104,9 +111,11 @@ class HeadsTask:
         }
         record = Record.open(self.out, {"task": "heads"} | {name: settings[name] for name in names}, sources)
 
-        def prepare(_: list[Job]) -> tuple[str, Answer[Job]]:
+        def prepare(missing: list[Job]) -> tuple[str, Answer[Job]]:
+            # Refuses bad data before the weights are read.
+            pattern.check(open_config(self.model))
+            task.question(missing[0].cell)
             model = load_model(self.model)
-            pattern.check(model.config)
             attention = GatedModel(**sizes, rematerialize=self.rematerialize)
             return str(model.dtype), partial(self._measure, task, Heads(model, attention, pattern))
 
@@ -125,7 +134,7 @@ class HeadsTask:
     def _measure(self, task: NeedleTask, heads: "Heads", jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         for job in jobs:
             begin = time.perf_counter()
-            question = task.question(Cell(FULL, 1.0, job.length, job.depth, job.sample))
+            question = task.question(job.cell)
             answer = encode_inside(task.comparison.tokenizer, f" {question.facts['key']}")
             tokens = np.asarray([*question.tokens, *answer], np.int32)
             labels = np.arange(len(tokens)) >= len(question.tokens)
