@@ -177,8 +177,9 @@ def test_a_choice_is_stored_and_every_command_then_loads_it(run, duo, text_model
     assert duo_jax.load(text_model, pattern=own).pattern.sparsity == sparsity
     shown = json.loads(duo("inspect", "--model", text_model, "--pattern", own, "--json").out)
     assert shown["heads"]["streaming"] / (shown["heads"]["streaming"] + shown["heads"]["retrieval"]) == sparsity
-    # The measured budgets are the same as before.
+    # The measured budgets are the same as before; those of another pattern have nothing to do with them.
     assert "already complete" in run("--loss", "70").out
+    assert_refused(run("--loss", "70", "--pattern", copy), "choose.jsonl was made with other settings: pattern was")
 
 
 def test_an_interrupt_loses_only_the_question_in_hand(run, tmp_path, monkeypatch):
@@ -211,6 +212,9 @@ def test_choose_refuses_what_cannot_be_right(run, duo, text_model, own, tmp_path
     assert_refused(run("--budgets", "1.5"), "in (0, 1]")
     assert_refused(run("--loss", "0"), "--loss must be in")
     assert_refused(run("--needles", "0"), "--needles must be at least 1")
+    assert_refused(run("--text-chars", "0"), "--text-chars must be at least 1")
+    assert_refused(run("--pattern", ""), "--pattern must be a folder or a published name, got ''")
+    assert_refused(run("--copy-to", ""), "--copy-to", "an empty text is no path")
     assert_refused(run("--pattern", "mistral-7b-instruct-v0.2"), "made for another model")
     assert_refused(run("--pattern", tmp_path / "none"), "no folder and no published pattern")
     assert_refused(duo("choose", "--model", text_model, *QUICK), "no pattern is published", "--pattern", "duo identify")

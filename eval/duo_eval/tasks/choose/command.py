@@ -76,7 +76,9 @@ class Choose:
         comparison, task = self._comparison, self._task
         comparison.run(
             self.out,
-            {"task": "choose", **{name: getattr(self, name) for name in ("text", "text_chars", "chat", "seed")}},
+            # One pattern a file: budgets of two would be ranked as if they were of one.
+            {"task": "choose", "pattern": self._source}
+            | {name: getattr(self, name) for name in ("text", "text_chars", "chat", "seed")},
             self._jobs(),
             self._hide,
             answer=self._answer,
@@ -95,6 +97,8 @@ class Choose:
         """Refuse what can be refused without weights."""
         real_number("loss", self.loss, 0.01, 100)
         whole_number("needles", self.needles, 1, MOST_NEEDLES)
+        if self.text_chars is not None:
+            whole_number("text_chars", self.text_chars, 1)
         seed_number("seed", self.seed)
         whole_number("context", self.context, self._task.room + 1, way=f"an answer has {self._task.room} tokens")
         self._comparison.cells()
@@ -119,7 +123,7 @@ class Choose:
     @cached_property
     def _source(self) -> str:
         """Folder or name of the pattern."""
-        name = self.pattern or Path(self.model).name.lower()
+        name = Path(self.model).name.lower() if self.pattern is None else self.pattern
         if self.pattern is None and name not in published_patterns():
             raise ValueError(
                 f"no pattern is published for the model {self.model!r}: give --pattern; `duo identify` finds one"
