@@ -59,8 +59,8 @@ def label(method: str) -> str:
     """
     name, _, settings = method.partition(":")
     kind, _, source = name.partition("=")
-    if kind == "duo" and source:
-        name = _last(source)
+    if source:
+        name = _last(source) if kind == "duo" else f"{kind}={_last(source)}"
     settings = re.sub(r"sparsity=([\d.]+)", lambda found: f"{float(found[1]):.0%} stream", settings)
     settings = re.sub(r"sink_size=(\d+),recent_size=(\d+)", r"\1/\2", settings)
     return f"{name} {settings.replace('=', ' ').replace(',', ', ')}".strip()
@@ -72,7 +72,7 @@ def style_of(method: str) -> Style:
     A pattern in a folder, `duo=results/kvzip`, has the style of the folder's name. A name that is not in `STYLES` has a
     style that depends on nothing but the name.
     """
-    name, _, source = re.split(r":", method, maxsplit=1)[0].partition("=")
+    name, _, source = method.partition(":")[0].partition("=")
     if name == "duo" and source:
         name = _last(source)
     name = SAME.get(method if method in SAME else name, name)
