@@ -1,8 +1,8 @@
 """Fully sharded weights (FSDP), for training: every device has a slice of each array. Knows no heads.
 
 The order of the weights is that of one device. A layer is whole only while it computes (`Decoder.whole`), so a device
-needs the memory of its slices and of one layer, whatever the number of KV heads. Arrays that the devices do not divide,
-and norms, are copied.
+needs the memory of its slices and of about two layers, as the next may be gathered early, whatever the number of KV
+heads. Arrays that the devices do not divide, and norms, are copied.
 """
 
 from dataclasses import dataclass
