@@ -80,6 +80,15 @@ def test_one_recipe_starts_from_another_s_result(identify, tmp_path):
     np.testing.assert_allclose(HeadPattern.load(tmp_path / "run").gates, gates, atol=1e-5)
 
 
+def test_scores_beyond_0_and_1_begin_in_their_order(identify, tmp_path):
+    """As `topk` leaves them for a high sparsity: clipped, they would be equal, and chosen by position."""
+    first = tmp_path / "first"
+    HeadPattern.from_gates(np.linspace(-0.7, 0.6, 8).reshape(2, 4), sink_size=1, recent_size=1).save(first)
+    topk = ("--recipe", "topk", "--topk.steps", "1", "--topk.learning-rate", "1e-6", "--topk.pad-multiple", "64")
+    assert identify("--start", first, *topk).code == 0
+    assert (np.diff(HeadPattern.load(tmp_path / "run").gates.ravel()) > 0).all()
+
+
 def test_scores_that_only_rank_begin_as_ranks(identify):
     assert ranks(np.array([[0.3, 0.1], [0.1, 0.9]])).tolist() == [[2 / 3, 1 / 6], [1 / 6, 1]]
     assert_refused(identify("--start-ranks"), "--start-ranks needs", "--start PATTERN")

@@ -184,7 +184,7 @@ class Identify:
         if self.start is not None:
             pattern = HeadPattern.load(self.start)
             pattern.check(config)
-            start = ranks(pattern.gates) if self.start_ranks else pattern.gates.clip(0.0, 1.0)
+            start = ranks(pattern.gates) if self.start_ranks else pattern.gates
         elif self.start_ranks:
             raise ValueError("--start-ranks needs the gates to rank: --start PATTERN")
         fsdp = self.fsdp and sharers is not None
