@@ -136,6 +136,7 @@ def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
         (("--distill.steps", "0"), ("--distill.steps must be at least 1",)),
         (("--start", "no-such-pattern"), ("no published pattern",)),
         (("--start", "smollm2-135m-instruct"), ("made for another model",)),
+        (("--recipe", "kvzip", "--start", "x"), ("--recipe kvzip trains nothing", "--start", "leave that out")),
         (("--recipe", "prulong", "--attention.mixing", "teacher"), ("no teacher",)),
         (("--recipe", "kvzip", "--mesh", "data=2", "--no-fsdp"), ("can only share its weights",)),
         (("--mesh", "tensor=2"), ("no tensor parallelism, got tensor=2",)),

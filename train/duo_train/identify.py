@@ -181,6 +181,8 @@ class Identify:
         mesh = DeviceOptions(self.mesh).make()
         config, start = open_config(self.model.model), None
         sharers = self.chosen.devices(config, mesh, fsdp=self.fsdp)
+        if self.start is not None and self.steps is None:
+            raise ValueError(f"--recipe {self.recipe} trains nothing, so it has no use for --start: leave that out")
         if self.start is not None:
             pattern = HeadPattern.load(self.start)
             pattern.check(config)
