@@ -177,6 +177,12 @@ def test_a_choice_is_stored_and_every_command_then_loads_it(run, duo, text_model
     assert duo_jax.load(text_model, pattern=own).pattern.sparsity == sparsity
     shown = json.loads(duo("inspect", "--model", text_model, "--pattern", own, "--json").out)
     assert shown["heads"]["streaming"] / (shown["heads"]["streaming"] + shown["heads"]["retrieval"]) == sparsity
+    # A file that was changed by hand is refused by name, as in a report.
+    out, edited = tmp_path / "choose.jsonl", tmp_path / "edited.jsonl"
+    for field, value in (("recall", None), ("score", None), ("sparsity", "x")):
+        head, *lines = map(json.loads, out.read_text().splitlines())
+        edited.write_text("\n".join(map(json.dumps, [head, *(line | {field: value} for line in lines)])) + "\n")
+        assert "edited.jsonl has results of another shape" in run("--loss", "70", "--out", edited).err
     # The measured budgets are the same as before; those of another pattern have nothing to do with them.
     assert "already complete" in run("--loss", "70").out
     assert_refused(run("--loss", "70", "--pattern", copy), "choose.jsonl was made with other settings: pattern was")

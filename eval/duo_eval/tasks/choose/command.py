@@ -12,6 +12,7 @@ from tqdm import tqdm
 from duo_eval.methods.patterns import Pooled
 from duo_eval.runner.record import read, sha256
 from duo_eval.runner.run import Comparison
+from duo_eval.show.result_type import readable
 from duo_eval.stats.scores import FULL
 from duo_eval.tasks.choose.joint import ask
 from duo_eval.tasks.choose.results import ALLOWED, RESULT, Choice, Row, choose, loss_curves, loss_table, rows_of
@@ -86,9 +87,9 @@ class Choose:
             longest=self.context,
             shortest=max(self.context - task.room, 1),
         )
-        print(f"\n{loss_table(self.out).partition(chr(10) * 2)[0]}\n")
-        choice = self._choice()
-        print("\n".join(choice.reasons))
+        with readable(self.out):
+            table, choice = loss_table(self.out).partition("\n\n")[0], self._choice()
+        print(f"\n{table}\n", *choice.reasons, sep="\n")
         replace(RESULT, figures=(partial(loss_curves, allowed=self.loss / 100),)).show_figures(self.out)
         if self._target is not None:
             self._store(self._target, choice)
@@ -181,7 +182,8 @@ class Choose:
         compiled, first = measure(jobs[0])["seconds"], measure(jobs[0])
         cells = len({(job.method, job.budget) for job in jobs})
         seconds = first["seconds"] * (len(jobs) - 1) + max(0.0, compiled - first["seconds"]) * (cells - 1)
-        tqdm.write(f"{len(jobs)} questions of {first['seconds']:.1f} s: about {_duration(seconds)} on this device")
+        count = f"{len(jobs)} question{'s' * (len(jobs) > 1)}"
+        tqdm.write(f"{count} of {first['seconds']:.1f} s: about {_duration(seconds)} on this device")
         yield jobs[0], first
         for job in jobs[1:]:
             yield job, measure(job)

@@ -42,7 +42,7 @@ def _share(field: str, what: str) -> Callable[[Record], float]:
     return lambda record: record[field][what] / record[field]["tokens"]
 
 
-NEEDLES = Measure("needles", lambda record: record["score"], True)
+NEEDLES = Measure("needles", lambda record: float(record["score"]), True)
 MEASURES = (
     NEEDLES,
     Measure("recall", _share("recall", "hits"), True),

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from duo_eval.runner.record import Record, Result, fingerprint, sha256
 from duo_eval.runner.run import Answer, Comparison, run
-from duo_eval.show.result_type import ResultType, of_task
+from duo_eval.show.result_type import ResultType, of_task, readable
 from duo_eval.stats.scores import FULL
 from duo_eval.tasks.needle.command import Cell, NeedleTask
 from duo_eval.tasks.needle.heads_show import head_table, needle_table, restored_figure, token_figure
@@ -120,8 +120,8 @@ class HeadsTask:
             return str(model.dtype), partial(self._measure, task, Heads(model, attention, pattern))
 
         run(record, self._jobs(), prepare, unit="needle")
-        for line in in_words(record.results):
-            print(line)
+        with readable(self.out):
+            print("\n".join(in_words(record.results)))
         if record.results:
             RESULT.show_figures(self.out)
 
