@@ -111,7 +111,8 @@ class Decoder(nnx.Module):
 
     def _kept(self, layer: Callable[..., Any], rematerialize: bool) -> Callable[..., Any]:
         """A layer with what a gradient keeps of it: never gathered weights, which would be those of all layers."""
-        if rematerialize:
+        # Quantized weights would be kept in the data type in which they are multiplied.
+        if rematerialize or (self.sliced is not None and self.config.weight_dtype is not None):
             return jax.checkpoint(layer)
         if self.sliced is None:
             return layer

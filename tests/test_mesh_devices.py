@@ -404,6 +404,19 @@ def test_a_training_step_gathers_a_layer_at_a_time(monkeypatch, fresh_programs, 
 
 
 @pytest.mark.mesh
+def test_a_gradient_keeps_no_quantized_weights_that_were_gathered(monkeypatch, fresh_programs):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Arguments are shapes, not arrays.
+    attention, sizes = GatedModel(sink_size=16, recent_size=64, backend="xla", rematerialize=False), []
+    for layers in (2, 4):
+        config = replace(TINY, num_heads=8, num_kv_heads=4, embed_dim=256, mlp_dim=1024, num_layers=layers)
+        function, *shapes = training_step(replace(config, weight_dtype="int8"), 256, attention, make_mesh(sequence=8))
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        sizes.append(memory_of(function.lower(*shapes).compile(options)).temporaries)
+    # A quarter of what a layer's MLP takes in float32.
+    assert (sizes[1] - sizes[0]) / 2 < 4 * 3 * 256 * 1024 / 4
+
+
+@pytest.mark.mesh
 @pytest.mark.parametrize("recipe", [KVzip(num_samples=1, length=64), AttentionProfile(num_samples=1, length=64)])
 def test_recipes_without_training_share_the_weights(folder, tmp_path, recipe):
     data, mesh = NeedleData(DATA, AutoTokenizer.from_pretrained(folder)), make_mesh(data=2, sequence=2)
