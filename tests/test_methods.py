@@ -317,6 +317,7 @@ def test_a_budget_or_a_prompt_that_cannot_be_is_refused(tiny, pattern, name, bud
         ("kvzip-tokens", {}, "pass tokenizer="),
         ("kvzip-tokens", OPTIONS["kvzip-tokens"] | {"chunk": 0}, "chunk must be at least 1, got 0"),
         ("expected-attention:future=0", {}, "future must be at least 1, got 0"),
+        ("expected-attention:future=999999999", {}, "expected-attention:future must be at most 1048576"),
         ("expected-attention:safeguard=2", {}, r"safeguard must be in \[0, 1\], got 2"),
         ("duo+quest", {}, r"duo\+quest=FOLDER"),
         ("duo+quest=a:page=0", {}, r"^duo\+quest:page must be at least 1, got 0"),

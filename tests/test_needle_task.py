@@ -102,6 +102,7 @@ def test_needle_refuses_what_cannot_be_right(needle, tmp_path):
     assert_refused(run("--methods", "full", "full"), "each of them once")
     assert_refused(run("--budgets", "1.5"), "in (0, 1]")
     assert_refused(run("--depths", "1"), "--depths must be at least 2")
+    assert_refused(run("--haystack-chars", "0"), "--haystack-chars must be at least 1, got 0")
     assert_refused(run("--lengths", "60"), "leaves -")
     assert_refused(run("--haystack", tmp_path / "nothing"), "no haystack")
     assert not out.exists()

@@ -215,6 +215,7 @@ def test_ruler_asks_every_method_resumes_and_refuses(duo, chat_model, tmp_path):
     tasks = ("--tasks", "fwe", "qa_squad", "--squad", squad)
     assert_refused(run(*methods, "--tasks", "chess"), "unknown task chess", "niah_single_1")
     assert_refused(run(*methods, "--tasks", "qa_hotpot"), "--hotpot")
+    assert_refused(run(*methods, *tasks, "--haystack-chars", "0"), "--haystack-chars must be at least 1, got 0")
     assert_refused(run(*methods, *tasks, "--lengths", "100000"), "trained for")
     assert_refused(run(*methods, "--tasks", "qa_squad", "--squad", tmp_path / "none.json"), "none.json")
     assert_refused(run(*methods, "--tasks", "cwe", "--lengths", "310"), "the smallest example takes")

@@ -24,6 +24,9 @@ from duo_jax.chunks import bucket
 from duo_jax.rope import rotate, rotation
 from pallas_kernels import full_attention
 
+# Their rotations are in memory, one for each position.
+MOST_FUTURE = 2**20
+
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scoring):
@@ -42,7 +45,7 @@ class ExpectedAttention(Scoring):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        whole_number("future", self.future, 1)
+        whole_number("future", self.future, 1, MOST_FUTURE)
         whole_number("sinks", self.sinks, 0)
         real_number("epsilon", self.epsilon, 0, 1)
         real_number("safeguard", self.safeguard, 0, 1)

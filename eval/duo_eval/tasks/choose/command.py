@@ -18,7 +18,7 @@ from duo_eval.tasks.choose.joint import ask
 from duo_eval.tasks.choose.results import ALLOWED, RESULT, Choice, Row, choose, loss_curves, loss_table, rows_of
 from duo_eval.tasks.needle.command import Cell, NeedleTask
 from duo_jax import LM, HeadPattern, Model
-from duo_jax.arguments import ArgumentError, real_number, seed_number, whole_number
+from duo_jax.arguments import MOST_SEED, ArgumentError, real_number, seed_number, whole_number
 from duo_jax.checkpoint.load import open_config
 from duo_jax.pattern import DEFAULT_RULE, check_folder, find_folder, is_published, published_patterns
 from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
@@ -99,7 +99,7 @@ class Choose:
         real_number("loss", self.loss, 0.01, 100)
         whole_number("needles", self.needles, 1, MOST_NEEDLES)
         if self.text_chars is not None:
-            whole_number("text_chars", self.text_chars, 1)
+            whole_number("text_chars", self.text_chars, 1, MOST_SEED)
         seed_number("seed", self.seed)
         whole_number("context", self.context, self._task.room + 1, way=f"an answer has {self._task.room} tokens")
         self._comparison.cells()

@@ -21,7 +21,7 @@ from duo_eval.stats.scores import in_words, scored
 from duo_eval.tasks.needle.insert import NeedlePrompt, insert_needle
 from duo_eval.tasks.needle.styles import STYLES, Needle
 from duo_eval.tasks.prompt import QuestionLater, later_setting
-from duo_jax.arguments import ArgumentError, whole_number
+from duo_jax.arguments import MOST_SEED, ArgumentError, whole_number
 from duo_jax.text.tokens import encode
 
 # Depths are stored with four digits.
@@ -76,6 +76,8 @@ class NeedleTask:
             whole_number("lengths", length, self.room + 1, way=f"an answer has {self.room} tokens")
         whole_number("samples", self.samples, 1)
         whole_number("depths", self.depths, 2, MOST_DEPTHS)
+        if self.haystack_chars is not None:
+            whole_number("haystack_chars", self.haystack_chars, 1, MOST_SEED)
 
     def run(self) -> None:
         """Run the missing questions, cell by cell, and plot."""

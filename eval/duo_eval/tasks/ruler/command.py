@@ -18,7 +18,7 @@ from duo_eval.tasks.prompt import QuestionLater, known_tokens, later_setting, pr
 from duo_eval.tasks.ruler.kind import Example, Material, fitted
 from duo_eval.tasks.ruler.qa import Questions, load
 from duo_eval.tasks.ruler.tasks import TASKS, score
-from duo_jax.arguments import whole_number
+from duo_jax.arguments import MOST_SEED, whole_number
 
 # Tasks that need a file, and the format of the file.
 FILES: dict[str, Literal["squad", "hotpot"]] = {"qa_squad": "squad", "qa_hotpot": "hotpot"}
@@ -74,6 +74,8 @@ class RulerTask:
         for length in self.lengths:
             whole_number("lengths", length, 1)
         whole_number("samples", self.samples, 1)
+        if self.haystack_chars is not None:
+            whole_number("haystack_chars", self.haystack_chars, 1, MOST_SEED)
         tasks_folder("ruler")
         settings = asdict(self)
         shared = {name: settings[name] for name in ("haystack", "haystack_chars", "chat", "seed")}
