@@ -130,6 +130,7 @@ def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
         (("--data.seed", "-1"), ("--data.seed must be at least 0, got -1",)),
         (("--data.answer", "{ordinal.__class__}{ordinal}{words}"), ("--data.answer may have no other braces",)),
         (("--recipe", "attention-profile", "--attention-profile.length", "1000000000"), ("length must be at most",)),
+        (("--topk.learning-rate", "2"), ("--topk.learning-rate must be in", "a weight in a mean")),
         (("--prulong.target-sparsity", "1.5"), ("--prulong.target-sparsity", "[0, 1]")),
         (("--attention.recent-size", "0"), ("--attention.recent-size must be at least 1",)),
         (("--recent-size", "0"), ("--recent-size must be at least 1",)),

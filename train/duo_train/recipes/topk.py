@@ -31,6 +31,7 @@ class TopK(Distilled):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
+        real_number("learning_rate", self.learning_rate, 1e-30, 1, way="it is a weight in a mean")
         real_number("target_sparsity", self.target_sparsity, 0, 1)
 
     def check(self, run: Run) -> None:
