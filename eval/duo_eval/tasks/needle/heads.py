@@ -31,7 +31,6 @@ from duo_jax import HeadPattern, Model, load_model
 from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
-from duo_jax.text.tokens import encode_inside
 
 # Samples are padded to a multiple of this: lengths in tokens compile few programs.
 PAD = 128
@@ -44,11 +43,6 @@ class Job:
     length: int
     depth: float
     sample: int
-
-    @property
-    def cell(self) -> Cell:
-        """The same needle as a question of `duo eval needle`."""
-        return Cell(FULL, 1.0, self.length, self.depth, self.sample)
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ class HeadsTask:
         def prepare(missing: list[Job]) -> tuple[str, Answer[Job]]:
             # Refuses bad data before the weights are read.
             pattern.check(open_config(self.model))
-            task.question(missing[0].cell)
+            task.question(Cell(FULL, 1.0, **asdict(missing[0])))
             model = load_model(self.model)
             attention = GatedModel(**sizes, rematerialize=self.rematerialize)
             return str(model.dtype), partial(self._measure, task, Heads(model, attention, pattern))
@@ -134,17 +128,16 @@ class HeadsTask:
     def _measure(self, task: NeedleTask, heads: "Heads", jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         for job in jobs:
             begin = time.perf_counter()
-            question = task.question(job.cell)
-            answer = encode_inside(task.comparison.tokenizer, f" {question.facts['key']}")
-            tokens = np.asarray([*question.tokens, *answer], np.int32)
-            labels = np.arange(len(tokens)) >= len(question.tokens)
+            needle, prompt = task.hide(job.length, job.depth, job.sample)
+            tokens = np.concatenate([prompt.tokens, prompt.right])
+            labels = np.arange(len(tokens)) >= len(prompt.tokens)
             result = heads.measure(tokens, labels, self.turn_back)
             yield (
                 job,
                 {
-                    "key": question.facts["key"],
-                    "distance": len(question.tokens) - question.facts["position"],
-                    "answer": [task.comparison.tokenizer.decode([token]) for token in answer],
+                    "key": " ".join(needle.key),
+                    "distance": len(prompt.tokens) - prompt.position,
+                    "answer": [task.comparison.tokenizer.decode([token]) for token in prompt.right],
                     **result,
                     "seconds": round(time.perf_counter() - begin, 3),
                 },
@@ -223,7 +216,10 @@ def _effect(attention: GatedModel, gates: Array, model: Model, batch: Batch) -> 
 
 
 def _scores(nll: Float[Array, "1 M"], hits: Bool[Array, "1 M"], count: int) -> dict[str, list[Any]]:
-    return {"nll": np.asarray(nll)[0, :count].round(4).tolist(), "hits": np.asarray(hits)[0, :count].tolist()}
+    return {
+        "nll": np.asarray(nll, np.float64)[0, :count].round(4).tolist(),
+        "hits": np.asarray(hits)[0, :count].tolist(),
+    }
 
 
 def in_words(results: Sequence[Result]) -> Iterator[str]:
