@@ -269,6 +269,9 @@ def test_the_update_is_adamw_without_decay_then_the_projection():
     # What was cut off is remembered, and orders gates that are equal.
     np.testing.assert_allclose(projected["overshoot"], [[0.15, -0.23]], rtol=1e-4)
     np.testing.assert_allclose(recipe.gates(projected), [[1.00015, -0.00023]], rtol=1e-5)
+    # Only a push in the direction of the end counts, and only there.
+    moved = {"gates": jnp.asarray([[1.0, 0.0, 0.3]]), "overshoot": jnp.asarray([[-2.0, 2.0, 2.0]])}
+    np.testing.assert_array_equal(recipe.gates(moved), moved["gates"])
 
 
 def test_gates_that_end_at_zero_are_ordered_by_how_long_they_are_there(start, tmp_path):

@@ -43,6 +43,9 @@ EXTENDS = "extends"
 # Fields that may differ on resume, because they do not affect the gates: output folder, checkpoints, devices.
 FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh", "fsdp")
 
+# Settings that runs of earlier versions lack, with what these runs did.
+ADDED: dict[str, Any] = {"start_ranks": False}
+ADDED_DATA = {"spacing": "even"}
 PresetName = Literal["paper", "smollm2-cpu", "debug"]
 if TYPE_CHECKING:
     RecipeName = str
@@ -284,7 +287,9 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             raise ValueError(f"{error}; choose another folder") from None
         if not {"model", "recipe", "settings"} <= set(saved):
             raise ValueError(f"{path} is not the file of a run: choose another folder")
-        before = {name: saved[name] for name in saved if name in config or name not in ("contents", EXTENDS)}
+        before = ADDED | {name: saved[name] for name in saved if name in config or name not in ("contents", EXTENDS)}
+        if isinstance(before.get("data"), dict):
+            before["data"] = ADDED_DATA | before["data"]
         old, asked = before["settings"], config["settings"].get("steps")
         if isinstance(old, dict) and asked is not None and (finished := finished_steps(folder)) is not None:
             if asked < finished:

@@ -72,8 +72,10 @@ class Distill(Distilled):
         return optax.adamw(self.schedule, weight_decay=0.0)
 
     def gates(self, params: DistillParams) -> Float[Array, "L K"]:
-        """The gates plus a little of all overshoot: equal ones are ordered by how long and hard they were pushed."""
-        return params["gates"] + OVERSHOOT * params["overshoot"]
+        """The gates; those at 0 or 1 are just beyond it, and so ordered by how long and hard they were pushed there."""
+        gates, beyond = params["gates"], OVERSHOOT * params["overshoot"]
+        below, above = jnp.minimum(beyond, 0.0), jnp.maximum(beyond, 0.0)
+        return gates + jnp.where(gates <= 0, below, jnp.where(gates >= 1, above, 0.0))
 
     def applied(self, params: DistillParams) -> Float[Array, "L K"]:
         """The gates themselves."""
