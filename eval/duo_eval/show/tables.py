@@ -19,6 +19,7 @@ from duo_eval.speed.startup import startup_table
 from duo_eval.speed.training import training_table
 from duo_eval.tasks.item_by_item import short_table
 from duo_eval.tasks.keys import keys_table
+from duo_eval.tasks.needle.heads_show import head_table, needle_table
 from duo_eval.tasks.precision import precision_table
 from duo_eval.tasks.recall_results import prose_table, recall_details, recall_table
 from duo_jax.files import write_text
@@ -38,6 +39,9 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "prose": ("cpu/recall.jsonl", prose_table),
     "needle": ("cpu/needle.jsonl", score_summary),
     "needle, half": ("cpu/needle.jsonl", partial(score_summary, budget=0.5)),
+    "needle 4096": ("cpu/needle-4096.jsonl", score_summary),
+    "heads": ("cpu/heads-4096.jsonl", head_table),
+    "heads needles": ("cpu/heads-4096.jsonl", needle_table),
     "needle later": ("cpu/needle-later.jsonl", score_summary),
     "needle window": ("cpu/needle-window.jsonl", score_summary),
     "needle cells": ("cpu/needle.jsonl", score_table),

@@ -103,5 +103,5 @@ def token_figure(path: Path) -> Iterator[Chart]:
         estimates = [mean(np.array([result[key]["nll"][place] for result in results])) for place in range(count)]
         means, low, high = ([getattr(estimate, end) for estimate in estimates] for end in ("mean", "low", "high"))
         lines.append(Line(name, np.arange(1.0, count + 1).tolist(), means, low, high))
-    title = f"The answer, token by token ({len(results)} needles that full attention finds)"
+    title = f"Answer by token; {len(results)} needles that full attention finds"
     yield Chart("tokens", "", [Panel("", title, lines)], "token of the answer", "negative log-likelihood, nats")
