@@ -61,7 +61,7 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     assert all(one["held_bytes"] < other["held_bytes"] for one, other in zip(later, records, strict=True))
     # The figure can be had again, elsewhere.
     assert duo("eval", "plot", out, "--out", out.parent / "maps").code == 0
-    assert "duo=" in out.with_name("maps.svg").read_text()
+    assert "pattern at 0.5" in out.with_name("maps.svg").read_text()
 
 
 def test_a_needle_depends_on_no_other_cell(chat_model):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from duo_eval.show.report.command import is_report
 from duo_eval.show.result_type import ResultType
+from duo_eval.show.tables import RESULTS
 from duo_train.identify import check_folder
 
 from duo_jax import HeadPattern, files
@@ -225,6 +227,7 @@ PUBLISHED = "smollm2-135m-instruct"
 def test_files_of_others_are_replaced_only_by_force(args, flag, name, duo, tmp_path):
     if args[0] == "report":
         (tmp_path / "results").mkdir()
+        shutil.copy(RESULTS / "cpu" / "startup.json", tmp_path / "results")
         args = (*args, tmp_path / "results")
     path = tmp_path / name
     path.write_text("mine")
