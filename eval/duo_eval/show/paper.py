@@ -161,7 +161,7 @@ def _context_row(results: Path, words: str, paper: str, key: tuple[str, str, str
     raise ValueError(f"{results / CONTEXTS} has no {key}")
 
 
-def _times(pair: Sequence[float]) -> str:
+def _times(pair: Sequence[float | int]) -> str:
     return f"{pair[0] / pair[1]:.2f}x"
 
 
