@@ -1,13 +1,6 @@
-"""Facts about GPUs: memory and compute capability by name, a description for compilers, and the kernels' tile sizes."""
+"""Facts about GPUs: those known by name, described for planners and compilers, and the one that programs are for."""
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 
@@ -38,6 +31,11 @@ class Gpu:
     def usable_bytes(self) -> int:
         """Bytes that programs may take: `MEMORY_FRACTION` of the total."""
         return int(self.memory_bytes * MEMORY_FRACTION)
+
+    @property
+    def chip(self) -> "Chip":
+        """What backends and tiles are chosen by."""
+        return Chip(self.capability, self.cores, shared_memory_per_block(self.capability))
 
     @property
     def architecture(self) -> str:
@@ -109,128 +107,34 @@ def device_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def compute_capability() -> tuple[int, int] | None:
-    """Compute capability of the GPU that programs are traced for; None on other devices and unknown GPUs."""
+@dataclass(frozen=True)
+class Chip:
+    """What backends and tiles are chosen by, whatever name a product has."""
+
+    capability: tuple[int, int] | None
+    """Compute capability, as in (9, 0); None for a CPU, and for accelerators that are not NVIDIA's."""
+    cores: int | None
+    """Multiprocessors; None: unknown."""
+    shared_memory: int
+    """Bytes of shared memory that a block may take; 0 without a compute capability."""
+
+
+def shared_memory_per_block(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may take on GPUs of a compute capability (CUDA programming guide, 20.2)."""
+    kib = {(7, 0): 96, (7, 2): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    # 99 KiB: the GPUs of workstations and games, 8.6, 8.9 and 12.0, and a safe guess for later ones.
+    return kib.get(capability, 99 if capability > (8, 0) else 48) * 1024
+
+
+def chip() -> Chip:
+    """The chip that programs are traced for: the driver's facts, or those of `GPUS` for a GPU that is not here."""
     device = jax.devices()[0]
     if device.device_kind != device_kind():  # Programs are compiled for a GPU that is not here.
-        return next((gpu.capability for gpu in GPUS.values() if gpu.name == device_kind()), None)
+        gpu = next((gpu for gpu in GPUS.values() if gpu.name == device_kind()), None)
+        return Chip(None, None, 0) if gpu is None else gpu.chip
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-
-
-@dataclass(frozen=True)
-class FlashTiles:
-    """Tiles of Triton's prefill kernel, and of the backward kernels of training."""
-
-    block_q: int
-    """Queries of a tile."""
-    block_k: int
-    """Keys of a tile."""
-    num_warps: int
-    """Warps of a program."""
-    num_stages: int
-    """Loads in flight while a tile is computed."""
-
-
-@dataclass(frozen=True)
-class DecodeTiles:
-    """Tiles of the decode kernels."""
-
-    block_k: int
-    """Keys of a tile."""
-    min_split: int
-    """Least keys that are worth a program of their own; a multiple of `block_k`."""
-    max_programs: int
-    """Programs to spread a layer's keys over: a few for every multiprocessor."""
-    num_warps: int
-    """Warps of a program; the Mosaic kernel always multiplies with the four of a warpgroup."""
-    num_stages: int
-    """Loads in flight while a tile is computed."""
-
-    def __post_init__(self) -> None:
-        if self.min_split % self.block_k:
-            raise ValueError(f"min_split must be a multiple of block_k, got {self}")
-
-
-@dataclass(frozen=True)
-class PipelineTiles:
-    """Tiles of the Mosaic prefill kernel, whose tiles of queries have one size."""
-
-    block_k: int
-    """Keys of a tile."""
-    num_stages: int
-    """Tiles of keys and values that shared memory holds."""
-
-
-KINDS: dict[str, type[Any]] = {
-    "flash": FlashTiles,
-    "backward": FlashTiles,
-    "decode": DecodeTiles,
-    "mosaic_flash": PipelineTiles,
-    "mosaic_decode": DecodeTiles,
-}
-
-_ON_TRIAL: dict[str, Any] = {}
-
-
-def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = False) -> Any:
-    """Tiles of a kernel on the device that programs are traced for: tuned ones, or ones that fit any GPU.
-
-    Args:
-        kernel: a name in `KINDS`.
-        head_dim: of the model; kernels round it up to a power of two.
-        itemsize: bytes of a number: float32 tiles are half as large.
-        quantized: whether the cache is; its keys need more registers while they are unpacked.
-    """
-    if kernel in _ON_TRIAL:
-        return _ON_TRIAL[kernel]
-    width = max(16, 1 << (head_dim - 1).bit_length())
-    name = f"{width}x{itemsize}" + "q" * quantized
-    tuned = _tuned().get(device_kind(), {}).get(kernel, {}).get(name)
-    return KINDS[kernel](**tuned) if tuned else _default(kernel, width, itemsize, quantized)
-
-
-@contextmanager
-def trying(kernel: str, tiles: Any) -> Iterator[None]:
-    """Within it, programs are traced with these tiles of a kernel: for a tuner."""
-    _ON_TRIAL[kernel] = tiles
-    try:
-        yield
-    finally:
-        del _ON_TRIAL[kernel]
-
-
-def tuned_file() -> Path:
-    """The file of tuned tiles in the user's cache: by kind of GPU, kernel and `<head dim>x<bytes of a number>[q]`."""
-    # Without a home folder, expanduser leaves the ~, and there is no such file.
-    folder = os.environ.get("DUO_JAX_CACHE") or os.path.expanduser("~/.cache/duo-jax")
-    return Path(folder) / "tiles.json"
-
-
-@cache
-def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    path = tuned_file()
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or was altered ({error}): delete it, then tune again") from None
-
-
-def _default(kernel: str, width: int, itemsize: int, quantized: bool) -> Any:
-    """Small enough for the registers and the shared memory of an A100, without spills."""
-    small = width * itemsize <= 256
-    if quantized:
-        tiles = _default(kernel, width, itemsize, False)
-        smaller = {"block_k": 32 if small else 16} | ({"block_q": 32} if kernel == "flash" and not small else {})
-        return replace(tiles, **smaller)
-    if kernel == "mosaic_flash":
-        return PipelineTiles(block_k=128, num_stages=2)
-    if kernel == "mosaic_decode":
-        return DecodeTiles(block_k=64, min_split=256, max_programs=1056, num_warps=4, num_stages=4)
-    if kernel == "decode":
-        return DecodeTiles(block_k=64 if small else 32, min_split=256, max_programs=1024, num_warps=4, num_stages=2)
-    if kernel == "backward":
-        if width * itemsize <= 128:
-            return FlashTiles(64, 32, 4, 2)
-        return FlashTiles(64, 64, 8, 2) if small else FlashTiles(32, 32, 8, 1)
-    return FlashTiles(128, 64, 8, 2) if small else FlashTiles(64, 32, 8, 2)
+    if not (major.isdigit() and minor.isdigit()):
+        return Chip(None, None, 0)
+    capability = int(major), int(minor)
+    shared = getattr(device, "shared_memory_per_block_optin", None) or shared_memory_per_block(capability)
+    return Chip(capability, getattr(device, "core_count", None), int(shared))

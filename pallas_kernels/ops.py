@@ -1,10 +1,5 @@
-"""The operations: they check their arguments, choose a backend, and merge what devices computed in parts.
+"""The operations: they check their arguments, choose a backend, and merge what devices computed in parts."""
 
-A backend is a module of this package with a `BACKEND`; a new one is a file next to the others and its name in
-`BACKENDS`. Its module is imported when it is first considered: some need packages that not every machine has.
-"""
-
-import importlib
 import warnings
 from functools import cache
 
@@ -13,19 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpus import device_kind
+from pallas_kernels.backends import candidates, find_backend
+from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.merge import merge_shards
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
-from pallas_kernels.types import OPERATIONS, Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
+from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
 from pallas_kernels.window import Window
-
-BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
-
-# Backends by kind of device (`jax.devices()[0].device_kind`) and operation, the best first: those whose numerics were
-# verified there, by committed results of `python -m duo_eval.gpu_suite`.
-PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {"cpu": dict.fromkeys(OPERATIONS, ("xla", "reference"))}
-# Elsewhere.
-UNVERIFIED = ("xla", "reference")
 
 
 def prefill_attention(
@@ -173,48 +161,27 @@ def full_attention(
         return _training(q, k, v, None, backend)
 
 
-def find_backend(name: str) -> Backend:
-    """A backend by name.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
-    return importlib.import_module(f"pallas_kernels.{name}").BACKEND
-
-
-def preferences(device: str, operation: str) -> tuple[str, ...]:
-    """Names of the backends to try on a kind of device, the best first."""
-    return PREFERENCES[device][operation] if device in PREFERENCES else UNVERIFIED
-
-
 def choose(request: Request, name: str | None = None) -> Backend:
-    """The named backend, or the first of `preferences` that can run the request.
+    """The named backend; without a name, `xla`, and on a GPU a warning that no kernel is verified there.
 
     Raises:
         ValueError: an unknown name.
         Unsupported: the backend cannot run the request.
     """
     if name is None:
-        if request.device not in PREFERENCES:
+        if len(candidates(request)) > 1:
             _warn_of(request.device)
-        able = (find_backend(name) for name in preferences(request.device, request.operation))
-        return next(backend for backend in able if backend.supports(request) is None)
+        return find_backend("xla")
     backend = find_backend(name)
     reason = backend.supports(request)
     if reason is not None:
-        # A CPU only interprets Triton's kernels.
-        others = ("xla", "triton", "reference") if request.device == "cpu" else ("triton", "xla", "reference")
-        able = (find_backend(other) for other in others)
-        other = next(backend.name for backend in able if backend.supports(request) is None)
-        raise Unsupported(f"the {name} backend {reason}: use backend={other!r}")
+        raise Unsupported(f"the {name} backend {reason}: use backend={candidates(request)[0]!r}")
     return backend
 
 
 @cache
 def _warn_of(device: str) -> None:
-    warnings.warn(f"no attention backend is verified on {device!r} yet: using {UNVERIFIED[0]!r}", stacklevel=4)
+    warnings.warn(f"no attention backend is verified on {device!r} yet: using 'xla'", stacklevel=4)
 
 
 def _merged(part: Partial, shards: TokenShards | None) -> Array:
@@ -251,6 +218,7 @@ def _request(
         capacities=tuple(sizes),
         is_paged=pools is not None and pools.pages is not None,
         is_sharded=shards is not None,
+        capability=chip().capability,
     )
 
 

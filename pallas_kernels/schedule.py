@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels.gpus import DecodeTiles
+from pallas_kernels.tiles import DecodeTiles
 from pallas_kernels.types import Heads, Pools
 from pallas_kernels.window import Window
 

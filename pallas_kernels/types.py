@@ -124,6 +124,7 @@ class Request:
         capacities: tokens of a slot, for each pool that has slots.
         is_paged: whether a page table leads to the tokens of retrieval heads.
         is_sharded: whether devices share the tokens of retrieval heads.
+        capability: compute capability of the device, as in (9, 0); None if it is not a GPU of NVIDIA.
     """
 
     operation: str
@@ -135,6 +136,7 @@ class Request:
     capacities: tuple[int, ...] = ()
     is_paged: bool = False
     is_sharded: bool = False
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

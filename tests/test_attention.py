@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -14,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import Heads, Pools, Unsupported, gpus, ops, xla
-from pallas_kernels.gpus import DecodeTiles, FlashTiles
+from pallas_kernels import Heads, Pools, Unsupported, ops, tiles, xla
 from pallas_kernels.quantized import BITS, Quantized, Stored, empty, hadamard, read, store
-from pallas_kernels.types import OPERATIONS, Request
+from pallas_kernels.tiles import DecodeTiles, FlashTiles
 from pallas_kernels.window import Window
 from tests.shapes import ON_CPU
 
@@ -92,7 +90,7 @@ def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., ja
             if blocks == "small":
                 for name, size in SMALL_BLOCKS.items():
                     patch.setattr(xla, name, size)
-                patch.setattr(gpus, "_default", lambda kernel, *_: SMALL_TILES[kernel])
+                patch.setattr(tiles, "_default", lambda kernel, *_: SMALL_TILES[kernel])
             return CALLS[operation](*args, **sizes, backend=backend)
 
     return jax.jit(traced, static_argnames="window")
@@ -468,34 +466,3 @@ def test_log_sums_equal_those_of_the_reference(backend):
 
     for found, expected in zip(parts(backend), parts("reference"), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-def test_the_default_skips_backends_that_cannot_run_a_request(monkeypatch):
-    request = Request("decode", "cpu", frozenset(["float32"]), head_dim=64, group=1, capacities=(64,))
-    monkeypatch.setitem(ops.PREFERENCES, "cpu", {"decode": ("jax_triton", "mosaic", "triton", "xla")})
-    assert ops.choose(request).name == "triton"
-    assert ops.choose(replace(request, head_dim=512)).name == "xla"
-    with pytest.raises(
-        Unsupported, match=r"the mosaic backend takes bfloat16 or float16.* got float32 with 64: use backend='xla'"
-    ):
-        ops.choose(request, "mosaic")
-    for name in ops.BACKENDS:
-        for operation in OPERATIONS:
-            reason = ops.find_backend(name).supports(replace(request, operation=operation))
-            assert reason is None or reason.startswith(("takes", "has no", "needs", "is for", "runs only"))
-
-
-def test_a_device_without_a_verified_backend_falls_back_and_says_so_once():
-    requests = [Request(name, "abacus", frozenset(["float32"]), head_dim=64, group=1) for name in OPERATIONS]
-    ops._warn_of.cache_clear()
-    with pytest.warns(UserWarning, match="no attention backend is verified on 'abacus'"):
-        assert ops.choose(requests[0]).name == "xla"
-    assert [ops.choose(request).name for request in requests] == ["xla"] * 3  # A second warning would be an error.
-    ops._warn_of.cache_clear()
-
-
-def test_the_default_backend_is_one_that_exists():
-    problem = Problem(CASES["gqa_2_one_row"])
-    np.testing.assert_array_equal(
-        problem.prefill(None), problem.prefill(ops.preferences(gpus.device_kind(), "prefill")[0])
-    )

@@ -10,8 +10,8 @@ from duo_train.gated import GatedModel
 from jax.test_util import check_grads
 
 from duo_jax import load_model
-from pallas_kernels import full_attention, gated_attention, gpus, ops, xla_train
-from pallas_kernels.gpus import FlashTiles
+from pallas_kernels import full_attention, gated_attention, ops, tiles, xla_train
+from pallas_kernels.tiles import FlashTiles
 from pallas_kernels.window import Window
 from tests.shapes import ON_CPU
 
@@ -31,7 +31,7 @@ SHAPES = {
 def small_blocks(request, monkeypatch):
     if "default_blocks" not in request.keywords:
         monkeypatch.setattr(xla_train, "BLOCK", 8)
-        monkeypatch.setattr(gpus, "_default", lambda *_: FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2))
+        monkeypatch.setattr(tiles, "_default", lambda *_: FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2))
 
 
 def inputs(shape, seed=0):

@@ -12,9 +12,10 @@ from duo_eval.aot.compile import assemble, compile_for
 from duo_eval.aot.kernels import program
 
 from pallas_kernels import Pools, decode_attention, gated_attention, prefill_attention
-from pallas_kernels.gpus import GPUS, tiles_for
+from pallas_kernels.gpus import GPUS
 from pallas_kernels.quantized import empty
 from pallas_kernels.schedule import Splits
+from pallas_kernels.tiles import tiles_for
 from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -39,7 +40,7 @@ from triton.runtime import interpreter
 from pallas_kernels import Pools, decode_attention, ops
 from pallas_kernels.jax_triton import decode_kernel as implementation
 from pallas_kernels.quantized import empty, store
-from pallas_kernels.gpus import DecodeTiles, trying
+from pallas_kernels.tiles import DecodeTiles, trying
 from tests.test_mosaic import WINDOW, problem
 
 class OfInt(type):

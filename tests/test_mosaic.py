@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
-from pallas_kernels.gpus import DecodeTiles, trying
 from pallas_kernels.ops import find_backend
+from pallas_kernels.tiles import DecodeTiles, trying
 
 WINDOW = Window(16, 64)
 

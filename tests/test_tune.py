@@ -6,8 +6,8 @@ import pytest
 from duo_eval.aot import tune
 from duo_eval.aot.tune import Tune
 
-from pallas_kernels import gpus
-from pallas_kernels.gpus import DecodeTiles, PipelineTiles, tiles_for, trying
+from pallas_kernels import tiles
+from pallas_kernels.tiles import DecodeTiles, PipelineTiles, tiles_for, trying
 
 
 @pytest.mark.full_matrix
@@ -20,15 +20,15 @@ def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
     found = json.loads(table.read_text())
     assert found["NVIDIA Abacus"] == {"flash": {"64x2": {}}}
     assert found["cpu"]["decode"].keys() == {"16x2"}
-    monkeypatch.setattr(gpus, "_tuned", lambda: found)
+    monkeypatch.setattr(tiles, "_tuned", lambda: found)
     assert tiles_for("decode", 16, 2) in (wrong, right)
-    assert tiles_for("decode", 16, 4) == gpus._default("decode", 16, 4, False)
+    assert tiles_for("decode", 16, 4) == tiles._default("decode", 16, 4, False)
 
 
 def test_a_truncated_table_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path))
     (tmp_path / "tiles.json").write_text('{"cpu": {"flash"')
-    gpus._tuned.cache_clear()  # A failure is not kept.
+    tiles._tuned.cache_clear()  # A failure is not kept.
     with pytest.raises(ValueError, match=r"tiles.json is truncated or was altered .*: delete it, then tune again"):
         tiles_for("decode", 16, 2)
 

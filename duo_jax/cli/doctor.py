@@ -23,8 +23,6 @@ from pallas_kernels import (
     gated_attention,
     prefill_attention,
 )
-from pallas_kernels.gpus import device_kind
-from pallas_kernels.ops import preferences
 
 PACKAGES = (
     "duo-jax",
@@ -75,7 +73,7 @@ def examine(show: Callable[[str], None] = _ignore) -> dict:
             for device in jax.devices()
         ],
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "default_backend": preferences(device_kind(), "decode")[0],
+        "default_backend": "xla",
     }
     for line in _machine(record):
         show(line)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpus import compute_capability
+from pallas_kernels.gpus import chip
 from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards
 from pallas_kernels.window import Window
 
@@ -31,8 +31,8 @@ def refuses(request: Request) -> str | None:
         )
     if request.bits and (request.head_dim < 16 or request.head_dim.bit_count() > 1):
         return f"takes quantized caches of head dims that are powers of two, at least 16, got {request.head_dim}"
-    if compute_capability() is None:
-        return "runs only on NVIDIA GPUs"
+    if request.capability is None or request.capability < (8, 0):
+        return f"runs only on GPUs of compute capability 8.0 or higher, this is {request.device}"
     try:
         importlib.import_module(KERNEL)
     except ImportError as error:
@@ -52,7 +52,7 @@ def decode(
     """See `pallas_kernels.decode_attention`."""
     del window, shards  # A ring stores nothing but visible tokens; shards are refused.
     kernel: Any = importlib.import_module(KERNEL)
-    major, minor = compute_capability() or (0, 0)
+    major, minor = chip().capability or (0, 0)
     return kernel.decode(q, pools, heads, lengths=lengths, capability=10 * major + minor)
 
 

@@ -11,10 +11,10 @@ import triton.language as tl
 from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpus import DecodeTiles, tiles_for
 from pallas_kernels.merge import LN_2, LOG2_E, MASKED, merge_splits
 from pallas_kernels.quantized import FINE, Quantized, Stored, any_quantized
 from pallas_kernels.schedule import Splits
+from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools
 
 # Least rows and columns of a matrix product.

@@ -23,6 +23,8 @@ def refuses(request: Request) -> str | None:
     if request.dtypes - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         types = ", ".join(sorted(request.dtypes))
         return f"takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got {types} with {head_dim}"
+    if request.capability is not None and request.capability < (8, 0):
+        return f"runs only on GPUs of compute capability 8.0 or higher, this is {request.device}"
     return None
 
 

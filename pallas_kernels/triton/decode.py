@@ -13,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpus import DecodeTiles, tiles_for
 from pallas_kernels.merge import Softmax, empty, merge_splits
 from pallas_kernels.quantized import any_quantized, compute_dtype
 from pallas_kernels.schedule import Splits, cdiv, div
+from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.triton import tile
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window

@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpus import FlashTiles, tiles_for
 from pallas_kernels.merge import LOG2_E
 from pallas_kernels.schedule import Sizes, cdiv, div, steps_of
+from pallas_kernels.tiles import FlashTiles, tiles_for
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.types import Heads

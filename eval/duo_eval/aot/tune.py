@@ -1,4 +1,4 @@
-"""`duo eval tune`: find the fastest tile sizes of every kernel on this GPU, for `pallas_kernels.gpus` to read."""
+"""`duo eval tune`: find the fastest tile sizes of every kernel on this GPU, for `pallas_kernels.tiles` to read."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +16,8 @@ from duo_eval.speed.timing import fastest
 from duo_jax.arguments import whole_number
 from duo_jax.files import check_output, write_text
 from duo_jax.reading import read_json
-from pallas_kernels.gpus import KINDS, DecodeTiles, FlashTiles, PipelineTiles, device_kind, trying, tuned_file
+from pallas_kernels.gpus import device_kind
+from pallas_kernels.tiles import KINDS, DecodeTiles, FlashTiles, PipelineTiles, trying, tuned_file
 
 
 @dataclass(frozen=True)

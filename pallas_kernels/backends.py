@@ -1,0 +1,42 @@
+"""The backends: their names, and which are preferred where; knows no arrays.
+
+A backend is a module of this package with a `BACKEND`; a new one is a file next to the others and its name in
+`BACKENDS`. Its module is imported when it is first considered: some need packages that not every machine has.
+"""
+
+import importlib
+
+from pallas_kernels.types import Backend, Request
+
+BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
+
+# Backends of each operation, the one that should be fastest first. `xla` runs everything and ends every list.
+ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "training": ("xla",)}
+# Two equals for decode: jax is removing the lowering of the first one, and the second one needs two more packages.
+ON_NVIDIA = {"prefill": ("triton", "xla"), "decode": ("triton", "jax_triton", "xla"), "training": ("triton", "xla")}
+# By compute capability, where the order is another one.
+PREFERENCES = {
+    (9, 0): ON_NVIDIA | {"prefill": ("mosaic", "triton", "xla"), "decode": ("triton", "jax_triton", "mosaic", "xla")},
+}
+
+
+def find_backend(name: str) -> Backend:
+    """A backend by name.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    return importlib.import_module(f"pallas_kernels.{name}").BACKEND
+
+
+def preferences(request: Request) -> tuple[str, ...]:
+    """Names of the backends for an operation on a chip, the best first, whether or not they can run the request."""
+    known = ELSEWHERE if request.capability is None else PREFERENCES.get(request.capability, ON_NVIDIA)
+    return known[request.operation]
+
+
+def candidates(request: Request) -> tuple[str, ...]:
+    """Names of the backends that can run a request where it is traced for, the best first; the last one is `xla`."""
+    return tuple(name for name in preferences(request) if find_backend(name).supports(request) is None)

@@ -1,0 +1,75 @@
+"""Which backends are candidates where, by what a device is and what is asked; and what the default is."""
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+
+from pallas_kernels import BACKENDS, Unsupported, ops
+from pallas_kernels.backends import candidates, find_backend
+from pallas_kernels.types import OPERATIONS, Request
+
+REQUEST = Request("decode", "NVIDIA Abacus", frozenset(["bfloat16"]), head_dim=128, group=4, capacities=(1024, 320))
+# Compute capabilities, and the candidates of prefill, decode and training for the heads of most models.
+ORDER = {
+    None: ("xla", "xla", "xla"),
+    (7, 5): ("xla", "xla", "xla"),
+    (8, 0): ("triton xla", "triton jax_triton xla", "triton xla"),
+    (8, 9): ("triton xla", "triton jax_triton xla", "triton xla"),
+    (9, 0): ("mosaic triton xla", "triton jax_triton mosaic xla", "triton xla"),
+    (10, 0): ("triton xla", "triton jax_triton xla", "triton xla"),
+    (12, 0): ("triton xla", "triton jax_triton xla", "triton xla"),
+}
+# What falls through to which candidates on Hopper, of prefill and decode.
+FALLS = [
+    ({"head_dim": 80}, "triton xla", "triton jax_triton xla"),
+    ({"head_dim": 512}, "xla", "xla"),
+    ({"dtypes": frozenset(["float32"])}, "triton xla", "triton jax_triton xla"),
+    ({"bits": frozenset([4])}, "triton xla", "triton jax_triton xla"),
+    ({"bits": frozenset([4]), "head_dim": 96}, "xla", "xla"),
+    ({"capacities": (1023, 320)}, "triton xla", "triton jax_triton xla"),
+    ({"is_sharded": True}, "triton xla", "triton xla"),
+    ({"is_paged": True}, "xla", "xla"),
+]
+
+
+@pytest.fixture(autouse=True)
+def jax_triton_is_installed(monkeypatch):
+    name = "pallas_kernels.jax_triton.decode_kernel"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+def names(**changes):
+    return " ".join(candidates(replace(REQUEST, **changes)))
+
+
+@pytest.mark.parametrize("capability", ORDER)
+def test_candidates_follow_from_operation_and_capability(capability):
+    found = tuple(names(operation=operation, capability=capability) for operation in OPERATIONS)
+    assert found == ORDER[capability]
+
+
+@pytest.mark.parametrize(("changes", "prefill", "decode"), FALLS)
+def test_what_a_backend_cannot_do_falls_to_the_next_one(changes, prefill, decode):
+    assert names(operation="prefill", capability=(9, 0), **changes) == prefill
+    assert names(operation="decode", capability=(9, 0), **changes) == decode
+
+
+def test_every_refusal_gives_a_reason():
+    with pytest.raises(Unsupported, match=r"the mosaic backend takes bfloat16 .* got float32 with 64: use .*'xla'"):
+        ops.choose(replace(REQUEST, device="cpu", dtypes=frozenset(["float32"]), head_dim=64), "mosaic")
+    for name in BACKENDS:
+        for operation in OPERATIONS:
+            for capability in ORDER:
+                reason = find_backend(name).supports(replace(REQUEST, operation=operation, capability=capability))
+                assert reason is None or reason.startswith(("takes", "has no", "needs", "is for", "runs only"))
+
+
+def test_a_gpu_without_a_verified_kernel_falls_back_and_says_so_once():
+    requests = [replace(REQUEST, operation=name, capability=(9, 0)) for name in OPERATIONS]
+    ops._warn_of.cache_clear()
+    with pytest.warns(UserWarning, match="no attention backend is verified on 'NVIDIA Abacus'"):
+        assert ops.choose(requests[0]).name == "xla"
+    assert [ops.choose(request).name for request in requests] == ["xla"] * 3  # A second warning would be an error.
+    ops._warn_of.cache_clear()
