@@ -55,6 +55,9 @@ def prefill_attention(
     _check(q.shape[0], q.shape[2:], pools, heads, window)
     if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] like {q.shape=}, got {k.shape=}, {v.shape=}")
+    # Padding may hold NaN, which a weight of zero does not hide.
+    is_valid = (jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None])[:, :, None, None]
+    k, v = (jnp.where(is_valid, x, jnp.zeros((), x.dtype)) for x in (k, v))
     k = _as_stored(k, pools.full_k, pools.ring_k, heads, q.dtype)
     v = _as_stored(v, pools.full_v, pools.ring_v, heads, q.dtype)
     chosen = choose(_request("prefill", q, (k, v), pools, heads.slot.shape[0], shards), backend)

@@ -129,6 +129,8 @@ def _attend(q_h: Array, cached: Any, q_pos: Array, window: Window | None) -> Par
     nothing = jnp.full(q_h.shape[:-1], MASKED, jnp.float32)
     if keys.shape[1] == 0:  # No head has this type: the caller discards this branch.
         return Partial(jnp.zeros_like(q_h), nothing)
+    # Memory without a token may hold NaN, which a weight of zero does not hide.
+    values = jnp.where((k_pos >= 0)[:, :, None], values, jnp.zeros((), values.dtype))
     q_pos, k_pos = q_pos[:, :, None], k_pos[:, None, :]
     seen = (k_pos <= q_pos if window is None else window.visible(q_pos, k_pos)) & (k_pos >= 0)
     compute = np.promote_types(np.promote_types(np.float32, q_h.dtype), keys.dtype)

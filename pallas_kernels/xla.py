@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.merge import accumulate, empty, partial_of
 from pallas_kernels.quantized import Stored, read
@@ -53,7 +53,8 @@ def prefill(
         return _prefill_retrieval(*args, _head(blank), start=start, longest=longest)
 
     def streaming(head: Array) -> Partial:
-        ring_k, ring_v = Slot.of(pools.ring, heads.slot[head]).load(jnp.int32(0), window.size, q.dtype)
+        is_written = window.positions(start) >= 0
+        ring_k, ring_v = Slot.of(pools.ring, heads.slot[head]).load(jnp.int32(0), is_written, q.dtype)
         ring = ring_k.astype(k.dtype), ring_v.astype(v.dtype)
         args = q_heads[head], k_heads[head], v_heads[head], ring, _head(blank)
         return _prefill_streaming(*args, start=start, longest=longest, window=window)
@@ -117,9 +118,13 @@ class Slot(NamedTuple):
         return page * min(max(1, K_BLOCK // page), self.pages.shape[1])
 
     def load(
-        self, begin: Array, size: int, dtype: jnp.dtype
+        self, begin: Array, exists: Bool[Array, "B size"], dtype: jnp.dtype
     ) -> tuple[Float[Array, "B size H"], Float[Array, "B size H"]]:
-        """Keys and values of `size` tokens of each row; with pages, those begin and end with one."""
+        """Keys and values of `size` tokens of each row; with pages, those begin and end with one.
+
+        Values of tokens that do not exist are zeros: memory may hold NaN there, and a weight of zero does not hide it.
+        """
+        size = exists.shape[1]
 
         def contiguous(x: Array) -> Array:
             zero = jnp.int32(0)
@@ -135,7 +140,7 @@ class Slot(NamedTuple):
 
         rows = contiguous if self.pages is None else paged
         k, v = (read(jax.tree.map(rows, pool), dtype) for pool in (self.k, self.v))
-        return k, v
+        return k, jnp.where(exists[:, :, None], v, jnp.zeros((), v.dtype))
 
 
 def _over_heads(
@@ -191,7 +196,7 @@ def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
         def past(j, state):
             begin, index = block_at(j, pool_block, slot.size)
             keep = (index >= j * pool_block) & (index < held[:, None])
-            keys, values = slot.load(begin, pool_block, q.dtype)
+            keys, values = slot.load(begin, keep, q.dtype)
             return accumulate(state, rows, keys, values, keep[:, None, :])
 
         def own(j, state):
@@ -261,7 +266,7 @@ def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"
     def add_block(j, state):
         begin, index = block_at(j, block, size)
         keep = (index >= j * block) & (index < lengths[:, None])
-        keys, values = slot.load(begin, block, q.dtype)
+        keys, values = slot.load(begin, keep, q.dtype)
         return accumulate(state, q, keys, values, keep[:, None, :])
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)

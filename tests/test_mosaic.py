@@ -31,6 +31,17 @@ def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity
     return q, *(normal(batch, tokens, len(kinds), head_dim) for _ in "kv"), Pools(*pools), heads
 
 
+def poisoned(pools, lengths, value=jnp.nan):
+    """NaN in the unused slot and where a row has no token: a ring fills from its first index too."""
+
+    def poison(pool):
+        is_token = jnp.arange(pool.shape[2])[None, :] < jnp.asarray(lengths)[:, None]
+        is_token = is_token[None, :, :, None] & (jnp.arange(pool.shape[0]) > 0)[:, None, None, None]
+        return jnp.where(is_token, pool, jnp.asarray(value, pool.dtype))
+
+    return Pools(*(poison(pool) if pool.shape[0] else pool for pool in pools.stored))
+
+
 @pytest.mark.full_matrix
 @pytest.mark.parametrize(
     "case",
@@ -39,12 +50,15 @@ def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity
         {"tokens": 128, "starts": (200,)},
         # A first chunk: nothing cached; padding to whole tiles; a row that ends early.
         {"tokens": 150, "starts": (0,), "is_retrieval": (False,), "lengths": (140,)},
+        # A ring that is partly filled.
+        {"tokens": 128, "starts": (37,)},
     ],
-    ids=["after_a_cache", "first_chunk"],
+    ids=["after_a_cache", "first_chunk", "after_few_tokens"],
 )
 def test_prefill_equals_the_reference(case):
     lengths = case.pop("lengths", (case["tokens"],) * len(case["starts"]))
-    arrays = problem(**case)
+    q, k, v, pools, heads = problem(**case)
+    arrays = q, k, v, poisoned(pools, case["starts"]), heads
     rows = {"start": jnp.asarray(case["starts"], jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
 
     def attend(backend):
@@ -64,6 +78,7 @@ def test_decode_equals_the_reference(is_retrieval):
     """Two programs, one of them idle for the second row; stages used again; a last tile partly filled."""
     q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=304, is_retrieval=is_retrieval)
     lengths = jnp.asarray([299, 33], jnp.int32)
+    pools = poisoned(pools, lengths)
 
     def attend(backend):
         run = jax.jit(functools.partial(find_backend(backend).decode, lengths=lengths, window=WINDOW))
@@ -88,7 +103,7 @@ def test_refusals_name_the_reason():
         decode_attention(many, pools, heads, lengths=count, window=WINDOW, backend="mosaic")
     with pytest.raises(NotImplementedError, match="the mosaic backend has no training attention: use backend='xla'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="multiples of 8, and at least 16, got 8, 80"):
+    with pytest.raises(NotImplementedError, match="multiples of 8, and at least 32, got 8, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)
     with pytest.raises(NotImplementedError, match=r"multiples of 8.* got 300"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=300), **rows)

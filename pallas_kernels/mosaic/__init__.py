@@ -3,6 +3,7 @@
 Prefill and decode. On a CPU the kernels are interpreted, for tests.
 """
 
+from pallas_kernels.mosaic.compat import CLEARED
 from pallas_kernels.mosaic.decode import decode
 from pallas_kernels.mosaic.flash import prefill
 from pallas_kernels.mosaic.pipeline import ROWS
@@ -26,10 +27,10 @@ def refuses(request: Request) -> str | None:
         )
     if request.operation == "decode" and request.group > ROWS:
         return f"takes up to {ROWS} query heads a KV head, got {request.group}"
-    if any(length < 16 or length % 8 for length in request.capacities):
+    if any(length < CLEARED or length % 8 for length in request.capacities):
         return (
             "needs a cache length and a window size (sinks and recent tokens) that are multiples of 8, and at least "
-            f"16, got {', '.join(map(str, request.capacities))}"
+            f"{CLEARED}, got {', '.join(map(str, request.capacities))}"
         )
     if request.device != "cpu" and request.capability != (9, 0):
         return f"is for Hopper GPUs, this is {request.device}"

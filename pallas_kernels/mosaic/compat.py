@@ -20,6 +20,8 @@ Ref = Any
 # Registers of a warpgroup for the result of a product, and for sums or maxima of its rows.
 TILE_LAYOUT = plgpu.Layout.WGMMA
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+# Rows that are cleared at a time; every tile of keys or values has a multiple.
+CLEARED = 32
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,23 @@ class Warpgroup:
             plgpu.wgmma(accumulator, a, b)
 
         return pl.run_state(multiply)(plgpu.ACC.init(c))
+
+    def clear(self, tile: Ref, first: Array) -> None:
+        """Write zeros to the rows of a tile in shared memory from `first` on, for the next product to read."""
+
+        def some_rows(i: Array, _: None) -> None:
+            rows = tile.at[pl.ds(pl.multiple_of(i * CLEARED, CLEARED), CLEARED)]
+            layout = plgpu.Layout.SMEM_GMEM_COPY(rows.shape, rows.dtype, 128)
+            if self.interpreted:
+                kept, index = rows[...], lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+            else:
+                kept = plgpu.load(rows, (), layout=layout)
+                index = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=layout)
+            rows[...] = jnp.where(index < first - i * CLEARED, kept, jnp.zeros((), tile.dtype))
+
+        # Few rows at a time: they need few registers.
+        lax.fori_loop(lax.div(first, jnp.int32(CLEARED)), jnp.int32(tile.shape[0] // CLEARED), some_rows, None)
+        plgpu.commit_smem()
 
     def limit(self, count: int, action: Literal["increase", "decrease"]) -> None:
         """Give a warpgroup more or fewer registers than an even share."""

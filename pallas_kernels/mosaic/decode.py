@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.merge import merge_splits
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
-from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty_state, stored_tiles, tile_memory, write
+from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, empty_state, stored_tiles, tile_memory, write
 from pallas_kernels.schedule import Splits, cdiv, div
 from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
@@ -122,13 +122,16 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
         plgpu.copy_gmem_to_smem(own_q, q_smem, q_full)
         plgpu.barrier_wait(q_full)
 
+        def tokens(step: Array) -> Array:
+            return num_keys - step * block_k
+
         def keep(step: Array) -> Array:
-            """Which keys of the last tile exist."""
-            return registers.iota((ROWS, block_k), 1) + step * block_k < num_keys
+            return registers.iota((ROWS, block_k), 1) < tokens(step)
 
         whole = div(num_keys, block_k)
         state = pipeline.use(registers, q_smem, jnp.int32(0), whole, empty_state(registers, head_dim))
-        write(pipeline.use(registers, q_smem, whole, cdiv(num_keys, block_k), state, keep), out_smem, log_smem)
+        state = pipeline.use(registers, q_smem, whole, cdiv(num_keys, block_k), state, Mask(keep, tokens))
+        write(state, out_smem, log_smem)
         rows = pl.ds(0, out_ref.shape[3])
         plgpu.copy_smem_to_gmem(out_smem.at[rows], out_ref.at[row, kv_head, split])
         plgpu.copy_smem_to_gmem(log_smem, log_ref.at[row, kv_head, split])

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
-from pallas_kernels.mosaic.pipeline import ROWS, Copy, Pipeline, empty_state, stored_tiles, tile_memory, write
+from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, empty_state, stored_tiles, tile_memory, write
 from pallas_kernels.schedule import Sizes, div, query_tile, steps_of
 from pallas_kernels.tiles import PipelineTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
@@ -151,9 +151,15 @@ def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False)
             seen = (k_pos >= 0) & (index < end) & (k_pos <= q_pos)
             return seen & (is_retrieval | (k_pos < window.sink) | (k_pos > q_pos - window.recent))
 
+        def tokens(step: Array) -> Array:
+            """Rows of a step's tile that are tokens: pools fill from their first index, a chunk's padding is finite."""
+            is_full, is_ring, number = steps.source(step)
+            return jnp.where(is_full | is_ring, start - number * block_k, jnp.int32(block_k))
+
         log: Ref = log_smem.at[warpgroup]
         state = pipeline.use(registers, qo, jnp.int32(0), unmasked, empty_state(registers, head_dim))
-        write(pipeline.use(registers, qo, unmasked, count, state, keep), qo, log)
+        mask = Mask(keep, tokens, warpgroup == 0)
+        write(pipeline.use(registers, qo, unmasked, count, state, mask), qo, log)
         plgpu.copy_smem_to_gmem(qo, out_ref.at[row, rows, head])
         plgpu.copy_smem_to_gmem(log, log_ref.at[row, head, rows])
         plgpu.wait_smem_to_gmem(0)

@@ -2,6 +2,9 @@
 
 A stage has a tile of keys and one of values. Its `full` barriers complete when a tile has arrived, its `empty` barriers
 when every consumer has used it. Steps are numbered; step `s` uses stage `s % stages`.
+
+Memory without a token may hold NaN. Scores of such keys are masked; a value is not hidden by a weight of zero, so the
+first consumer overwrites it, and `v_clean` completes when all consumers have waited for that.
 """
 
 from collections.abc import Callable
@@ -34,6 +37,7 @@ class Pipeline(NamedTuple):
     v_full: Ref
     k_empty: Ref
     v_empty: Ref
+    v_clean: Ref
 
     @staticmethod
     def scratch(stages: int, block_k: int, head_dim: int, dtype: Any, *, consumers: int) -> list[Any]:
@@ -41,7 +45,7 @@ class Pipeline(NamedTuple):
         tile = tile_memory((stages, block_k, head_dim), dtype)
         full = plgpu.Barrier(num_barriers=stages)
         empty = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
-        return [tile, tile, full, full, empty, empty]
+        return [tile, tile, full, full, empty, empty, plgpu.Barrier(num_arrivals=consumers)]
 
     def fetch(self, count: Array, load: Callable[[Array, Copy], None]) -> None:
         """Copy the tiles of steps 0 to `count - 1`, each once its stage is empty; `load(step, copy)` calls `copy`."""
@@ -79,22 +83,26 @@ class Pipeline(NamedTuple):
         begin: Array,
         end: Array,
         state: Softmax,
-        keep: Callable[[Array], Array] | None = None,
+        mask: "Mask | None" = None,
     ) -> Softmax:
-        """Add the tiles of steps `begin` to `end - 1`; `keep(step) [ROWS, block_k]` where not every key is seen."""
+        """Add the tiles of steps `begin` to `end - 1`; with a mask, where not every key is seen."""
 
         def add_step(step: Array, state: Softmax) -> Softmax:
             stage = rem(step, self.k.shape[0])
+            if mask is not None:  # Not between the products, where registers are scarce.
+                plgpu.barrier_wait(self.v_full.at[stage])
+                self._clear(warpgroup, self.v.at[stage], mask.tokens(step), mask.is_first)
             plgpu.barrier_wait(self.k_full.at[stage])
             scores = warpgroup.product_t(q, self.k.at[stage])
             plgpu.barrier_arrive(self.k_empty.at[stage])
             scores = scores * (q.shape[1] ** -0.5 * LOG2_E)
-            if keep is not None:
-                scores = jnp.where(keep(step), scores, MASKED)
+            if mask is not None:
+                scores = jnp.where(mask.keep(step), scores, MASKED)
 
             def add_product(values: Array, weights: Array) -> Array:
                 narrow = weights.astype(self.v.dtype)
-                plgpu.barrier_wait(self.v_full.at[stage])
+                if mask is None:
+                    plgpu.barrier_wait(self.v_full.at[stage])
                 values = warpgroup.add_product(values, narrow, self.v.at[stage])
                 plgpu.barrier_arrive(self.v_empty.at[stage])
                 return values
@@ -102,6 +110,23 @@ class Pipeline(NamedTuple):
             return add(state, scores, add_product, jnp.exp2)
 
         return lax.fori_loop(begin, end, add_step, state)
+
+    def _clear(self, warpgroup: Warpgroup, values: Ref, tokens: Array, is_first: Array | bool) -> None:
+        """Overwrite the values of a tile that are not of its first `tokens`; consumers agree on the number."""
+
+        @pl.when(tokens < values.shape[0])
+        def some() -> None:
+            pl.when(is_first)(lambda: warpgroup.clear(values, tokens))
+            plgpu.barrier_arrive(self.v_clean)
+            plgpu.barrier_wait(self.v_clean)
+
+
+class Mask(NamedTuple):
+    """What a consumer sees of the tiles of some steps."""
+
+    keep: Callable[[Array], Array]  # of a step, the keys that each query sees, [ROWS, block_k]
+    tokens: Callable[[Array], Array]  # of a step, the first rows of the tile that are tokens
+    is_first: Array | bool = True  # of the consumers
 
 
 def empty_state(warpgroup: Warpgroup, head_dim: int) -> Softmax:
