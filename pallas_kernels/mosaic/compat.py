@@ -80,6 +80,14 @@ class Warpgroup:
         lax.fori_loop(lax.div(first, jnp.int32(CLEARED)), jnp.int32(tile.shape[0] // CLEARED), some_rows, None)
         plgpu.commit_smem()
 
+    def store(self, ref: Ref, value: Array, *, is_tiled: bool) -> None:
+        """Write registers to shared memory; rows of an array that is not tiled share banks, and take longer."""
+        # From jax 0.12 on, an assignment insists on a store without bank conflicts; before, there was no other one.
+        if is_tiled or self.interpreted or not hasattr(plgpu, "store"):
+            ref[...] = value
+        else:
+            plgpu.store(ref, value, optimized=False)
+
     def limit(self, count: int, action: Literal["increase", "decrease"]) -> None:
         """Give a warpgroup more or fewer registers than an even share."""
         if not self.interpreted:

@@ -131,7 +131,8 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
         whole = div(num_keys, block_k)
         state = pipeline.use(registers, q_smem, jnp.int32(0), whole, empty_state(registers, head_dim))
         state = pipeline.use(registers, q_smem, whole, cdiv(num_keys, block_k), state, Mask(keep, tokens))
-        write(state, out_smem, log_smem)
+        # Not tiled: only the rows of the group are copied, and a tile has eight.
+        write(registers, state, out_smem, log_smem, is_tiled=False)
         rows = pl.ds(0, out_ref.shape[3])
         plgpu.copy_smem_to_gmem(out_smem.at[rows], out_ref.at[row, kv_head, split])
         plgpu.copy_smem_to_gmem(log_smem, log_ref.at[row, kv_head, split])

@@ -159,7 +159,7 @@ def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False)
         log: Ref = log_smem.at[warpgroup]
         state = pipeline.use(registers, qo, jnp.int32(0), unmasked, empty_state(registers, head_dim))
         mask = Mask(keep, tokens, warpgroup == 0)
-        write(pipeline.use(registers, qo, unmasked, count, state, mask), qo, log)
+        write(registers, pipeline.use(registers, qo, unmasked, count, state, mask), qo, log, is_tiled=True)
         plgpu.copy_smem_to_gmem(qo, out_ref.at[row, rows, head])
         plgpu.copy_smem_to_gmem(log, log_ref.at[row, head, rows])
         plgpu.wait_smem_to_gmem(0)

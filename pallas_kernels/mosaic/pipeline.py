@@ -138,10 +138,10 @@ def empty_state(warpgroup: Warpgroup, head_dim: int) -> Softmax:
     )
 
 
-def write(state: Softmax, out_smem: Ref, log_smem: Ref) -> None:
+def write(warpgroup: Warpgroup, state: Softmax, out_smem: Ref, log_smem: Ref, *, is_tiled: bool) -> None:
     """Put the weighted mean of the values and the natural logarithm of the sum of the weights into shared memory."""
     values, log_total = finish(state, jnp.log2)
-    out_smem[...] = values.astype(out_smem.dtype)
+    warpgroup.store(out_smem, values.astype(out_smem.dtype), is_tiled=is_tiled)
     log_smem[...] = log_total * LN_2
     plgpu.commit_smem()
 
