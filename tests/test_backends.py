@@ -1,12 +1,13 @@
 """Which backends are candidates where, by what a device is and what is asked; and what the default is."""
 
+import os
 import sys
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 
-from pallas_kernels import BACKENDS, Unsupported, ops
+from pallas_kernels import BACKENDS, Unsupported, mosaic, ops, ptxas
 from pallas_kernels.backends import candidates, find_backend
 from pallas_kernels.types import OPERATIONS, Request
 
@@ -35,9 +36,11 @@ FALLS = [
 
 
 @pytest.fixture(autouse=True)
-def jax_triton_is_installed(monkeypatch):
+def compilers(monkeypatch):
+    """jax_triton is installed, and Mosaic uses an assembler without known faults."""
     name = "pallas_kernels.jax_triton.decode_kernel"
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: (12, 9, 86))
 
 
 def names(**changes):
@@ -54,6 +57,38 @@ def test_candidates_follow_from_operation_and_capability(capability):
 def test_what_a_backend_cannot_do_falls_to_the_next_one(changes, prefill, decode):
     assert names(operation="prefill", capability=(9, 0), **changes) == prefill
     assert names(operation="decode", capability=(9, 0), **changes) == decode
+
+
+@pytest.mark.parametrize(
+    ("version", "is_bad"),
+    [((12, 6, 85), False), ((12, 8, 61), True), ((12, 9, 41), True), ((12, 9, 86), False), ((13, 0, 88), False)],
+)
+def test_mosaic_refuses_assemblers_that_miscompile(version, is_bad, monkeypatch):
+    monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: version)
+    found = names(operation="prefill", capability=(9, 0))
+    assert found == ("triton xla" if is_bad else "mosaic triton xla")
+    if is_bad:
+        with pytest.raises(Unsupported, match=rf"needs another ptxas than {'.'.join(map(str, version))}, .*use backen"):
+            ops.choose(replace(REQUEST, operation="prefill", capability=(9, 0)), "mosaic")
+
+
+def test_the_assembler_is_found_where_jax_finds_it(tmp_path, monkeypatch):
+    def install(folder, printed):
+        path = tmp_path / folder / "ptxas"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\necho '{printed}'\n")
+        path.chmod(0o755)
+
+    install("broken", "no version")
+    install("old", "release 11.4, V11.4.120")
+    install("path", "Cuda compilation tools, release 12.8, V12.8.93")
+    install("root/bin", "Cuda compilation tools, release 13.1, V13.1.80")
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("none", "broken", "old", "path")))
+    monkeypatch.setenv("CUDA_ROOT", str(tmp_path / "root"))
+    ptxas.ptxas_version.cache_clear()
+    # Only XLA's own kernels are assembled with the toolkit that jax was pointed to.
+    assert ptxas.ptxas_version("mosaic") == (12, 8, 93) and ptxas.ptxas_version("triton") == (13, 1, 80)
+    ptxas.ptxas_version.cache_clear()
 
 
 def test_every_refusal_gives_a_reason():

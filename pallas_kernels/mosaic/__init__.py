@@ -7,6 +7,7 @@ from pallas_kernels.mosaic.compat import CLEARED
 from pallas_kernels.mosaic.decode import decode
 from pallas_kernels.mosaic.flash import prefill
 from pallas_kernels.mosaic.pipeline import ROWS
+from pallas_kernels.ptxas import miscompiles, ptxas_version, version_text
 from pallas_kernels.types import Backend, Request
 
 __all__ = ["BACKEND"]
@@ -34,6 +35,11 @@ def refuses(request: Request) -> str | None:
         )
     if request.device != "cpu" and request.capability != (9, 0):
         return f"is for Hopper GPUs, this is {request.device}"
+    if request.device != "cpu" and miscompiles(version := ptxas_version("mosaic")):
+        return (
+            f"needs another ptxas than {version_text(version)}, which compiles masks wrongly: put 12.9.86 or newer "
+            "first on the PATH"
+        )
     return None
 
 
