@@ -4,6 +4,7 @@ The only file with a private import.
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import jax
@@ -72,7 +73,9 @@ class Warpgroup:
             if self.interpreted:
                 kept, index = rows[...], lax.broadcasted_iota(jnp.int32, rows.shape, 0)
             else:
-                kept = plgpu.load(rows, (), layout=layout)
+                # jax 0.10 has an argument for indices; 0.12 has none.
+                whole = ((),) if "idx" in signature(plgpu.load).parameters else ()
+                kept = plgpu.load(rows, *whole, layout=layout)
                 index = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=layout)
             rows[...] = jnp.where(index < first - i * CLEARED, kept, jnp.zeros((), tile.dtype))
 
