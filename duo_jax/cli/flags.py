@@ -96,19 +96,19 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A path; `Path("")`, such as of an unset variable of the shell, would be the working folder."""
     if info.type is not Path:
         return None
-
-    def parse_text(text: list[str]) -> Path:
-        if not text[0]:
-            raise ValueError("an empty text is no path; the working folder is .")
-        return Path(text[0])
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=parse_text,
+        instance_from_str=_parse_path,
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _parse_path(text: list[str]) -> Path:
+    if not text[0]:
+        raise ValueError("an empty text is no path; the working folder is .")
+    return Path(text[0])
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
@@ -120,18 +120,18 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(some, info.markers))
     if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
         return None
-
-    def parse_text(text: list[str]) -> Any:
-        if text == ["None"]:
-            return None
-        if spec.choices is not None and text[0] not in spec.choices:
-            raise ValueError(f"{text[0]!r} is none of {', '.join(spec.choices)}")
-        return spec.instance_from_str(text)
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=spec.metavar,
-        instance_from_str=parse_text,
+        instance_from_str=partial(_parse_optional, spec),
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
     )
+
+
+def _parse_optional(spec: PrimitiveConstructorSpec, text: list[str]) -> Any:
+    if text == ["None"]:
+        return None
+    if spec.choices is not None and text[0] not in spec.choices:
+        raise ValueError(f"{text[0]!r} is none of {', '.join(spec.choices)}")
+    return spec.instance_from_str(text)

@@ -6,6 +6,7 @@ Rules of tyro for dataclasses. They change help texts and the order of flags, no
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
@@ -129,9 +130,10 @@ def _shown(field: StructFieldSpec, is_help: bool) -> StructFieldSpec:
         markers.append(tyro.conf.arg(help_behavior_hint=hint, metavar=metavar))
     for marker in markers:
         kind = Annotated[kind, marker]  # type: ignore[assignment]
+    return dataclasses.replace(field, type=kind, helptext=partial(_words, text))
 
-    def help() -> str | None:
-        words = text() if callable(text) else text
-        return None if words is None else one_line(words)
 
-    return dataclasses.replace(field, type=kind, helptext=help)
+def _words(text: str | Callable[[], str | None] | None) -> str | None:
+    """A flag's help in one line; some is read from the source only when it is shown."""
+    words = text() if callable(text) else text
+    return None if words is None else one_line(words)
