@@ -1,10 +1,9 @@
 """Checkpoints of a training run, written by Orbax: all of one or, if anything fails, none of it."""
 
-import io
+import asyncio
 import logging
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +89,38 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracebacks that Orbax prints of errors that it raises too."""
-    log = logging.getLogger("absl")
+    """Without the tracebacks that Orbax and tensorstore print of errors that Orbax raises too."""
+    log, policy = logging.getLogger("absl"), asyncio.get_event_loop_policy()
     level = log.level
     try:
         log.setLevel(logging.CRITICAL)
-        with redirect_stderr(io.StringIO()):
-            try:
-                yield
-            except Exception:
-                # Threads of tensorstore print that their event loop is closed, when the other reads end.
-                time.sleep(0.3)
-                raise
+        asyncio.set_event_loop_policy(_WaitingLoops())
+        yield
     finally:
+        asyncio.set_event_loop_policy(policy)
         log.setLevel(level)
+
+
+class _WaitingLoop(asyncio.SelectorEventLoop):
+    """Waits for all its tasks before it closes.
+
+    Orbax closes its loop as soon as one of several reads fails, and tensorstore's threads then print for each of the
+    others that the loop is closed.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed():
+            self.run_until_complete(_end(asyncio.all_tasks(self)))
+        super().close()
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _WaitingLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _WaitingLoop()
 
 
 def _difference(like: Any, stored: Any) -> str:
