@@ -76,12 +76,7 @@ class Renderer:
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
         late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(SECONDS + (0 if self._has_answered else START_SECONDS), end)
+        timer = threading.Timer(SECONDS + (0 if self._has_answered else START_SECONDS), _end, (process, late))
         timer.daemon = True
         timer.start()
         try:
@@ -123,6 +118,11 @@ class Renderer:
         with suppress(OSError):  # A process that has ended already is reported by the request.
             self._process.stdin.flush()
         return self._process
+
+
+def _end(process: subprocess.Popen[str], late: threading.Event) -> None:
+    late.set()
+    process.kill()
 
 
 _RENDERER = Renderer()
