@@ -15,6 +15,7 @@ from duo_jax import PRESETS
 from duo_jax.mesh.mesh import MeshSize, mesh_of
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
+from pallas_kernels.tiles import tiles_for
 
 try:
     PLUGIN = version("jax-cuda12-plugin")
@@ -62,19 +63,19 @@ def test_eight_gpus_share_the_weights_in_training():
     assert large.temporaries < 2.5 * layer
 
 
-@pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
-def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu):
+@pytest.mark.parametrize(("gpu", "backend"), [("a100-80g", "triton"), ("h200", "triton"), ("h200", "mosaic")])
+def test_llama_3_8b_prefills_and_decodes_within_one_gpu_and_in_place(gpu, backend):
     """All 32 layers, half of the heads streaming, 256k tokens."""
     config, length = replace(PRESETS["llama-3-8b"], dtype="bfloat16"), 1 << 18
     heads = config.num_layers * config.num_kv_heads // 2
     pools = 2 * 2 * config.head_dim * heads * (length + 64 + 256)
     weights = 2 * config.num_parameters
     plan = Plan(config, any_pattern(config, 0.5), chunk_size=8192)
-    found = memory_of(compile_for(gpu, *decode(plan, length, "triton")))
+    found = memory_of(compile_for(gpu, *decode(plan, length, backend)))
     assert found.arguments == pytest.approx(weights + pools, rel=1e-3)
     # Pools are written in place: nothing of their size is allocated, and the temporaries are small.
     assert found.aliased >= pools and found.temporaries < 0.01 * pools
-    chunk = memory_of(compile_for(gpu, *prefill_chunk(plan, length, "triton")))
+    chunk = memory_of(compile_for(gpu, *prefill_chunk(plan, length, backend)))
     assert chunk.aliased >= pools and chunk.temporaries < 2e9
     assert max(found.total, chunk.total) < GPUS[gpu].memory_bytes
 
@@ -116,6 +117,8 @@ def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
+    assert all(kernel.warnings == () for kernel in kernels), kernels
+    assert all(kernel.loops is None or kernel.loops for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -126,6 +129,15 @@ def test_no_mosaic_kernel_spills(operation, head_dim):
     assert kernel.name.startswith({"prefill": "flash", "decode": "decode"}[operation])
     assert kernel.spill_bytes == 0 and 0 < kernel.registers <= 168
     assert 64 * head_dim * 2 < kernel.shared_memory <= GPUS["h200"].shared_memory_per_core - 1024
+    # C75xx: the products of a warpgroup wait for each other.
+    assert kernel.warnings == ()
+    if kernel.loops is not None:
+        tiles = tiles_for("mosaic_flash" if operation == "prefill" else "mosaic_decode", head_dim, 2)
+        for loop in kernel.loops:
+            # A product reads 16 channels of queries and keys, then 16 values; one wait for each of the two products.
+            assert (loop.mma, loop.depbar) == (head_dim // 16 + tiles.block_k // 16, 2)
+        whole, masked = kernel.loops
+        assert whole.sts == 0 and whole.instructions < masked.instructions < 1800
 
 
 @pytest.mark.parametrize(("operation", "cache"), [("prefill", "same"), ("decode", "same"), ("decode", "int4")])

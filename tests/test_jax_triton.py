@@ -150,8 +150,8 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, bits, gpu, capabili
     assert re.search(r"tt\.addptr[^\n]*xi64", compiled.asm["ttir"])
     assert 0 < compiled.metadata.shared <= GPUS[gpu].shared_memory_per_core - 1024
     (tmp_path / "decode.ptx").write_text(compiled.asm["ptx"])
-    ((_, registers, spilled),) = assemble(gpu, tmp_path / "decode.ptx")
-    assert 0 < registers <= 255 and spilled == 0
+    (kernel,) = assemble(gpu, tmp_path / "decode.ptx")
+    assert 0 < kernel.registers <= 255 and kernel.spill_bytes == 0
 
 
 @needs_triton

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation for a GPU that need not be present; reports memory and registers.
 
 Needs the CUDA plugin of jax (`pip install jax-cuda12-plugin jax-cuda12-pjrt`, the version of jax), for registers also
-`nvidia-cuda-nvcc-cu12`, but neither a driver nor a device. Executables are not run.
+`nvidia-cuda-nvcc-cu12`, for counts of instructions `triton`, but neither a driver nor a device. Executables are not
+run.
 """
 
 import contextlib
@@ -13,8 +14,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -22,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from duo_eval.aot.sass import Loop, loops_of
 from duo_jax.mesh.mesh import MeshSize
 from pallas_kernels.gpus import GPUS, find_gpu
 
@@ -54,6 +57,8 @@ class Kernel:
     spill_bytes: int  # registers that did not fit, stored and loaded again
     shared_memory: int  # bytes of each program
     address_bits: int | None  # width of the widest offset into an array; None: unknown, as in Mosaic's kernels
+    warnings: tuple[str, ...]  # of `ptxas`: C75xx, products that it does not let run asynchronously
+    loops: tuple[Loop, ...] | None  # innermost loops with matrix products; None: nvdisasm is not installed
 
 
 def memory_of(program: jax.stages.Compiled) -> Memory:
@@ -69,7 +74,7 @@ def memory_of(program: jax.stages.Compiled) -> Memory:
 
 
 def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Kernel]:
-    """Compile a jitted function for one GPU and read the resources of each of its Pallas kernels.
+    """Compile a jitted function for one GPU, and assemble each of its Pallas kernels to read what it needs.
 
     Raises:
         ValueError: an unknown GPU.
@@ -77,7 +82,7 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
     """
     with tempfile.TemporaryDirectory() as dump:
         folder = Path(dump)
-        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTXAS="1"):
+        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump):
             compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
         # By the kernel's entry: shared memory, and bits of the widest address.
         entries: dict[str, tuple[int, int | None]] = {}
@@ -90,27 +95,44 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
             shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(encoding="utf-8"))
             entry = re.sub(r"_\d+\.mlir-passes\.log$", "_mosaic_gpu_kernel", path.name)
             entries[entry] = int(shared.group(1)) if shared else 0, None
-        # Mosaic assembles its kernels itself and writes a report.
-        uses = [use for path in sorted(folder.glob("*.ptxas")) for use in _uses(path.read_text(encoding="utf-8"))]
+        kernels = []
         for path in sorted(folder.glob("*.ptx")):
             text = path.read_text(encoding="utf-8")
-            if path.with_suffix(".ptxas").exists() or not any(f".entry {name}(" in text for name in entries):
-                continue  # Already reported, or one of XLA's own kernels, whose constants are elsewhere.
-            uses += assemble(gpu, path)
-    kernels = [Kernel(name, registers, spills, *entries[name]) for name, registers, spills in uses if name in entries]
+            if not any(f".entry {name}(" in text for name in entries):
+                continue  # One of XLA's own kernels, whose constants are elsewhere.
+            kernels += [
+                Kernel(use.name, use.registers, use.spill_bytes, *entries[use.name], use.warnings, use.loops)
+                for use in assemble(gpu, path)
+                if use.name in entries
+            ]
     if not kernels:
         raise ValueError("the program has no Pallas kernel")
     return kernels
 
 
-def assemble(gpu: str, path: Path) -> list[tuple[str, int, int]]:
-    """Name, registers and spilled bytes of each kernel in a file of PTX.
+class Assembled(NamedTuple):
+    """What a kernel in a file of PTX needs."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    warnings: tuple[str, ...]
+    loops: tuple[Loop, ...] | None
+
+
+def assemble(gpu: str, path: Path) -> list[Assembled]:
+    """Assemble a file of PTX for one GPU, and read what each kernel needs.
 
     Raises:
         NotImplementedError: `ptxas` is not installed.
     """
-    command = [_ptxas(), "-v", f"-arch={GPUS[gpu].architecture}", str(path), "-o", os.devnull]
-    return _uses(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+    cubin = path.with_suffix(".cubin")
+    command = [_tool("ptxas"), "-v", f"-arch={GPUS[gpu].architecture}", str(path), "-o", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    loops = None
+    with contextlib.suppress(NotImplementedError):
+        loops = loops_of(_tool("nvdisasm"), cubin)
+    return [Assembled(*use, None if loops is None else loops.get(use[0], ())) for use in uses_in(report)]
 
 
 def gpus_like(gpu: str, count: int) -> list[Any]:
@@ -165,38 +187,63 @@ def compile_for(
         ValueError: an unknown GPU.
         NotImplementedError: the CUDA plugin is not installed.
     """
-    mesh = mesh or Mesh(np.array(gpus_like(gpu, 1)), ("device",))
-    place = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     # An executable for an absent device can be written to the cache, but not read.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        with jax.set_mesh(mesh):
-            return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+        return lower_for(gpu, function, *shapes, mesh=mesh).compile(options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
 
 
-def _uses(report: str) -> list[tuple[str, int, int]]:
-    """Name, registers and spilled bytes of each kernel in the report of `ptxas -v`."""
+def lower_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, mesh: Mesh | None = None) -> jax.stages.Lowered:
+    """As `compile_for`, without the compiler: its input."""
+    mesh = mesh or Mesh(np.array(gpus_like(gpu, 1)), ("device",))
+    place = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)
+    with jax.set_mesh(mesh):
+        return function.trace(*placed).lower(lowering_platforms=("cuda",))
+
+
+def assembler() -> str:
+    """Version of `ptxas`.
+
+    Raises:
+        NotImplementedError: it is not installed.
+    """
+    text = subprocess.run([_tool("ptxas"), "--version"], capture_output=True, text=True, check=True).stdout
+    return text.strip().splitlines()[-1]
+
+
+def uses_in(report: str) -> list[tuple[str, int, int, tuple[str, ...]]]:
+    """Name, registers, spilled bytes and warnings of each kernel in the report of `ptxas -v`."""
     uses = []
     for part in report.split("Compiling entry function '")[1:]:
+        name = part.split("'")[0]
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers = re.search(r"Used (\d+) registers", part)
         if spills is None or registers is None:
             raise ValueError(f"cannot parse the report of ptxas: {part}")
-        uses.append((part.split("'")[0], int(registers.group(1)), max(map(int, spills.groups()))))
+        # "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized ... in function 'slow'"
+        lines = re.findall(r"\(C75\d\d\).*", report)
+        warnings = tuple(line.strip() for line in lines if f"'{name}'" in line or "function '" not in line)
+        uses.append((name, int(registers.group(1)), max(map(int, spills.groups())), warnings))
     return uses
 
 
-def _ptxas() -> str:
-    """The assembler, from a CUDA toolkit or the package nvidia-cuda-nvcc-cu12."""
+def _tool(name: str) -> str:
+    """`ptxas` or `nvdisasm`: from the package nvidia-cuda-nvcc-cu12, a toolkit, or the package triton.
+
+    Raises:
+        NotImplementedError: it is in none of them.
+    """
     with contextlib.suppress(PackageNotFoundError):
         for file in files("nvidia-cuda-nvcc-cu12") or ():
-            if file.name == "ptxas":
+            if file.name == name:
                 return str(file.locate())
-    path = shutil.which("ptxas")
+    path = shutil.which(name)
+    if path is None and (triton := find_spec("triton")) and triton.origin:
+        path = shutil.which(name, path=Path(triton.origin).parent / "backends" / "nvidia" / "bin")
     if path is None:
-        raise NotImplementedError("ptxas was not found: pip install nvidia-cuda-nvcc-cu12")
+        raise NotImplementedError(f"{name} was not found: pip install nvidia-cuda-nvcc-cu12 triton")
     return path

@@ -1,4 +1,4 @@
-"""`duo eval kernels`: registers, spills and shared memory of the GPU kernels, from the compiler; no GPU is needed."""
+"""`duo eval kernels`: registers, spills and main loops of the GPU kernels, from the compiler; no GPU is needed."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -8,26 +8,35 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
-from duo_eval.aot.compile import Kernel, compiled_with, kernels_on
+from duo_eval.aot.compile import assembler, compiled_with, kernels_on, lower_for
 from duo_eval.gpu_suite import layer
-from duo_eval.runner.record import Record, read
+from duo_eval.runner.process import first_line
+from duo_eval.runner.record import Record, read, sha256
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from pallas_kernels import Unsupported
 from pallas_kernels.gpus import GPUS
 
 OPERATIONS = ("prefill", "decode", "training")
+# What is compiled in one case.
+CASE = ("backend", "gpu", "dtype", "head_dim", "operation", "cache")
+# Instructions of a loop, in the order of the table.
+COUNTS = ("instructions", "mma", "depbar", "mufu", "sts")
 # Slots of each pool, of half the KV heads of all layers.
 SLOTS = 128
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Compile every GPU kernel ahead of time and report the resources of a multiprocessor that it needs."""
+    """Compile every GPU kernel ahead of time and report the resources of a multiprocessor that it needs.
 
-    gpus: tuple[str, ...] = ("a100-80g", "h200")
-    """a100-80g, h100-80g or h200."""
+    A case that is in the file already is compiled again only if the program, jax or the assembler has changed.
+    """
+
+    gpus: tuple[str, ...] = tuple(GPUS)
+    """GPUs by name."""
     backends: tuple[Literal["triton", "mosaic"], ...] = ("triton", "mosaic")
     """Backends; a case that a backend or a GPU does not support is left out."""
     head_dims: tuple[int, ...] = (64, 128, 256)
@@ -47,34 +56,75 @@ class Kernels:
         ):
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
+        combinations = product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches)
+        cases = [dict(zip(CASE, values, strict=True)) for values in combinations]
         record = Record.open(self.out, {"task": "kernels", **asdict(self)}, again=True)
-        names = "backend", "gpu", "dtype", "head_dim", "operation", "cache"
+        if self.out and self.out.exists() and self.out.stat().st_size:
+            head, stored = read(self.out)
+            wanted = [list(case.values()) for case in cases]
+            record.results = [result for result in stored if _values(result) in wanted]
+            record.head["runs"] = head["runs"] if record.results else []
+        failed = []
         with record.writing() as append:
-            for case in product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches):
-                about: dict[str, Any] = dict(zip(names, case, strict=True))
-                if about["operation"] == "training" and about["cache"] != "same":
+            for case in cases:
+                if case["operation"] == "training" and case["cache"] != "same":
                     continue  # Training has no cache.
-                label = ", ".join(map(str, case))
-                begin = time.perf_counter()
+                label = ", ".join(map(str, case.values()))
+                same = [result for result in record.results if _values(result) == list(case.values())]
                 try:
-                    kernels = self._kernels(**about)
+                    result = _compiled(**case, known=same[0] if same else {})
                 except Unsupported as error:
                     print(f"{label}: {error}", flush=True)
-                    continue
-                seconds = time.perf_counter() - begin
-                append(None, about | {"compile_seconds": seconds, "kernels": [asdict(kernel) for kernel in kernels]})
-                for kernel in kernels:
-                    print(
-                        f"{label}: {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} bytes spilled, "
-                        f"{kernel.shared_memory / 1024:.0f} KiB shared memory",
-                        flush=True,
-                    )
+                    result = {}
+                if result not in same:
+                    record.results = [result for result in record.results if result not in same]
+                    if result:
+                        append(None, result)
+                failed += [f"{label}: {result['failed']}"] if "failed" in result else []
+                for kernel in result.get("kernels", ()):
+                    print(f"{label}: {_line(kernel)}", flush=True)
+                    failed += [f"{label}, {kernel['name']}: {text}" for text in kernel["warnings"]]
         if not record.results:
             raise ValueError("nothing could be compiled")
+        if failed:
+            raise ValueError(f"{len(failed)} kernels do not compile, or not as they should: {failed[0]}")
 
-    def _kernels(self, *, gpu: str, operation: str, backend: str, **settings: Any) -> list[Kernel]:
-        function, shapes = program(operation, backend, **settings)
-        return kernels_on(gpu, function, *shapes)
+
+def _values(result: dict[str, Any]) -> list[Any]:
+    """What was compiled; older results have no cache."""
+    return [result[name] if name != "cache" else result.get(name, "same") for name in CASE]
+
+
+def _compiled(known: dict[str, Any], **case: Any) -> dict[str, Any]:
+    """The result of one case; the known one if it is of the same program and compilers."""
+    begin = time.perf_counter()
+    function, shapes = program(**{name: value for name, value in case.items() if name != "gpu"})
+    text = lower_for(case["gpu"], function, *shapes).as_text()
+    versions = f"{jax.__version__}, {jaxlib.__version__}, {assembler()}"
+    code = sha256(f"{versions}\n{text}".encode())
+    if known.get("code") == code:
+        return known
+    try:
+        found: dict[str, Any] = {"kernels": [asdict(kernel) for kernel in kernels_on(case["gpu"], function, *shapes)]}
+    except jax.errors.JaxRuntimeError as error:  # Such as too much shared memory.
+        found = {"kernels": [], "failed": first_line(error)}
+    return case | {"code": code, "compile_seconds": time.perf_counter() - begin} | found
+
+
+def _line(kernel: dict[str, Any]) -> str:
+    """Resources of one kernel."""
+    loop = _main_loop(kernel)
+    counts = f", {loop['instructions']} instructions in the main loop" if loop else ""
+    return (
+        f"{kernel['name']}: {kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, "
+        f"{kernel['shared_memory'] / 1024:.0f} KiB shared memory{counts}"
+    )
+
+
+def _main_loop(kernel: dict[str, Any]) -> dict[str, int] | None:
+    """The shortest of a kernel's loops with matrix products: the one without a mask."""
+    loops = kernel.get("loops") or []
+    return min(loops, key=lambda loop: loop["instructions"], default=None)
 
 
 def program(
@@ -111,7 +161,7 @@ def program(
 
 
 def kernels_table(path: Path) -> str:
-    """Registers, spills and shared memory of every kernel."""
+    """Registers, spills and shared memory of every kernel, and instructions of its main loop."""
     head, results = read(path)
     gpus = head["about"]["gpus"]
     launches: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
@@ -122,24 +172,32 @@ def kernels_table(path: Path) -> str:
             cache = result.get("cache", "same").replace("same", "")
             key = result["backend"], result["operation"], name, result["dtype"], cache, result["head_dim"]
             launches.setdefault(key, {}).setdefault(result["gpu"], []).append(kernel)
-    rows = []
-    for key, by_gpu in launches.items():
-        row = [*key]
+    order = sorted(launches, key=lambda key: (key[0], key[3], key[5], OPERATIONS.index(key[1]), key[2], key[4]))
+    rows, loops = [], []
+    for key in order:
+        cells, counts = [], []
         for gpu in gpus:
-            uses = by_gpu.get(gpu)
-            if uses is None:
-                row += ["", "", ""]
-                continue
-            registers, spills, shared = (
-                max(use[name] for use in uses) for name in ("registers", "spill_bytes", "shared_memory")
-            )
-            row += [registers, spills, f"{shared / 1024:.0f}"]
-        rows.append(row)
-    headers = ["backend", "operation", "kernel", "type", "cache", "head dim"]
-    for gpu in gpus:
-        headers += [f"registers, {gpu}", "spilled bytes", "shared KiB"]
-    note = "The largest of an operation's launches; an empty cache column means the data type of the queries."
-    return f"{rows_to_table(rows, headers, 'lllllr')}\n\n{note} {compiled_with(head)}"
+            uses = launches[key].get(gpu, [])
+            most = [max(use[name] for use in uses) for name in ("registers", "spill_bytes")] if uses else []
+            shared = [f"{max(use['shared_memory'] for use in uses) / 1024:.0f}"] if uses else []
+            cells.append(", ".join(map(str, most + shared)))
+            found = next((loop for use in uses if (loop := _main_loop(use))), None)
+            counts.append(", ".join(str(found[name]) for name in COUNTS) if found else "")
+        rows.append([*key, *cells])
+        loops.append([*key, *counts])
+    headers, align = ["backend", "operation", "kernel", "type", "cache", "head dim", *gpus], "lllllr" + "r" * len(gpus)
+    note = (
+        "Registers of a thread, bytes that it spills, KiB of shared memory; the largest of an operation's launches. An "
+        "empty cache column means the data type of the queries."
+    )
+    table = f"{rows_to_table(rows, headers, align)}\n\n{note}"
+    if any(any(row[6:]) for row in loops):
+        note = (
+            "Instructions of a kernel's main loop, and among them matrix products, waits for copies and products, "
+            "special functions (exponentials), and stores to shared memory. A loop is a tile of keys of one warp."
+        )
+        table += f"\n\n{rows_to_table(loops, headers, align)}\n\n{note}"
+    return f"{table} {compiled_with(head)}"
 
 
 RESULT = ResultType("Kernels", with_fields("kernels", "backend"), {"Kernels": kernels_table}, group="Compiled, not run")
