@@ -1,17 +1,24 @@
-"""The Mosaic kernels in their interpreter, which models barriers and copies, against the reference."""
+"""The Mosaic kernels in their interpreter, which models barriers and copies, against the reference.
+
+From jax 0.11 on, the interpreter detects races too.
+"""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
+from pallas_kernels.mosaic import pipeline
 from pallas_kernels.ops import find_backend
 from pallas_kernels.tiles import DecodeTiles, trying
 
 WINDOW = Window(16, 64)
+INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call"
 
 
 def problem(*, tokens, starts, head_dim=64, is_retrieval=(True, False), capacity=248, dtype=jnp.bfloat16):
@@ -88,6 +95,32 @@ def test_decode_equals_the_reference(is_retrieval):
         found = attend("mosaic")
     for part, expected in zip(found, attend("reference"), strict=True):
         np.testing.assert_allclose(part, expected, rtol=0, atol=1e-2)
+
+
+class Without:
+    """Mosaic without a fence."""
+
+    def __getattr__(self, name):
+        return (lambda: None) if name == "commit_smem" else getattr(plgpu, name)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 detects no race")
+@pytest.mark.parametrize("operation", ["prefill", "decode"])
+def test_a_kernel_without_a_fence_before_its_output_is_copied_has_a_race(operation, monkeypatch):
+    monkeypatch.setattr(pipeline, "plgpu", Without())
+    q, k, v, pools, heads = problem(tokens=128, starts=(32,), is_retrieval=(True,), capacity=64)
+    lengths = jnp.asarray([32], jnp.int32)
+    function = find_backend("mosaic")
+    try:
+        with pytest.raises(Exception, match="RACE DETECTED"):
+            if operation == "prefill":
+                out = function.prefill(q, k, v, pools, heads, start=lengths, lengths=4 * lengths, window=WINDOW)
+            else:
+                out = function.decode(q[:, 0], pools, heads, lengths=lengths, window=WINDOW)
+            jax.block_until_ready(out)
+    finally:
+        importlib.import_module(INTERPRETER).reset_gpu_interpret_mode_state()
 
 
 def test_refusals_name_the_reason():

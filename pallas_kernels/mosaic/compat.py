@@ -45,7 +45,9 @@ class Warpgroup:
     def product_t(self, a: Ref, b: Ref) -> Array:
         """`a @ b.T` of two matrices in shared memory, float32."""
         if self.interpreted:  # The interpreter has no transposed matrices.
-            return lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            tiles = a[...], b[...]
+            plgpu.commit_smem()  # As if wgmma had read them: before the next copy into their memory.
+            return lax.dot_general(*tiles, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         transposed = b.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(b, (1, 0))
 
         def multiply(accumulator: Ref) -> Array:
@@ -57,7 +59,9 @@ class Warpgroup:
     def add_product(self, c: Array, a: Array, b: Ref) -> Array:
         """`c + a @ b`, float32; `b` is in shared memory."""
         if self.interpreted:  # The interpreter has no accumulator with an initial value.
-            return c + lax.dot_general(a, b[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            tile = b[...]
+            plgpu.commit_smem()
+            return c + lax.dot_general(a, tile, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
         def multiply(accumulator: Ref) -> None:
             plgpu.wgmma(accumulator, a, b)
@@ -98,7 +102,11 @@ class Warpgroup:
 
 
 def interpreter() -> Any:
-    """On a CPU, options that interpret `plgpu.kernel`; copies beyond an array's end give zeros, as with TMA."""
+    """On a CPU, options that interpret `plgpu.kernel`; copies beyond an array's end give zeros, as with TMA.
+
+    From jax 0.11 on, the interpreter detects races between warpgroups and copies. It does not notice a buffer that is
+    given back too early, and it does not run wgmma: only equal results of many runs on a GPU show those.
+    """
     # Not by `lax.platform_dependent`: the interpreter's side effects cannot be in a branch that is not taken.
     if device_kind() != "cpu":
         return None
@@ -106,4 +114,8 @@ def interpreter() -> Any:
         params = plgpu.InterpretGPUParams
     else:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params
-    return params(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+    return params(
+        out_of_bounds_reads="uninitialized",
+        uninitialized_memory="zero",
+        detect_races=jax.__version_info__ >= (0, 11),
+    )
