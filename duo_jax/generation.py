@@ -137,7 +137,7 @@ def generate(
         kv_dtype: data type of the cache that is made, as in `KVCache.init`; the weights' by default.
         history: `[B, n]` token ids that a repetition penalty counts besides the prompt: those in `cache`.
         chunk_size: prompt tokens computed at a time; by default chosen by the prompt's length.
-        backend: attention backend; None takes the best one verified on this device.
+        backend: attention backend; None takes the fastest one that is right on this device.
 
     Raises:
         ValueError: an invalid argument, before any compute.

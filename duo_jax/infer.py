@@ -50,7 +50,7 @@ def prefill(
         cache: the cache to append to; it is donated.
         chunk_size: tokens computed at a time; by default chosen by the prompt's length.
         lengths: `[B]` valid tokens of each row; all of them by default.
-        backend: attention backend; None takes the best one verified on this device.
+        backend: attention backend; None takes the fastest one that is right on this device.
         progress: called after each chunk with the number of positions computed so far.
 
     Returns:
@@ -98,7 +98,7 @@ def decode_step(
         token: `[B]` token ids.
         cache: the cache to append to; it is donated.
         active: `[B]` rows to append to; the cache of the others does not change, and their logits are meaningless.
-        backend: attention backend; None takes the best one verified on this device.
+        backend: attention backend; None takes the fastest one that is right on this device.
 
     Returns:
         Logits `[B, V]` (float32) of the next token, and the new cache.
@@ -138,7 +138,7 @@ def score(
         cache: the cache to append to; it is donated.
         chunk_size: tokens computed at a time; by default chosen by the text's length.
         lengths: `[B]` valid tokens of each row; all of them by default. Scores beyond them are meaningless.
-        backend: attention backend; None takes the best one verified on this device.
+        backend: attention backend; None takes the fastest one that is right on this device.
 
     Returns:
         The scores, and the new cache.

@@ -91,7 +91,7 @@ class Generator:
     Attributes:
         sampler: chooses a token from logits.
         eos_ids: tokens that end a row.
-        backend: attention backend; None takes the best one verified on this device.
+        backend: attention backend; None takes the fastest one that is right on this device.
         step: appends a token to the cache; `stream` also accepts a function that cannot be traced.
     """
 

@@ -21,14 +21,27 @@ PREFERENCES = {
 
 
 def find_backend(name: str) -> Backend:
-    """A backend by name.
+    """A backend by name; one with a dot is any module with a `BACKEND`, as in "my_kernels.attention".
 
     Raises:
         ValueError: an unknown one.
     """
+    if "." in name:
+        return _of_module(name)
     if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(BACKENDS)}")
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"unknown attention backend {name!r}; there are {known}, and modules, named with a dot")
     return importlib.import_module(f"pallas_kernels.{name}").BACKEND
+
+
+def _of_module(name: str) -> Backend:
+    try:
+        backend = getattr(importlib.import_module(name), "BACKEND", None)
+    except ImportError as error:
+        raise ValueError(f"attention backend {name!r} is no module that can be imported: {error}") from None
+    if not isinstance(backend, Backend):
+        raise ValueError(f"the module {name} has no BACKEND, a pallas_kernels.types.Backend: see docs/extend.md")
+    return backend
 
 
 def preferences(request: Request) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The operations: they check their arguments, choose a backend, and merge what devices computed in parts."""
 
-import warnings
-from functools import cache
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends import candidates, find_backend
+from pallas_kernels.certify.verdicts import best
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.merge import merge_shards
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
@@ -46,7 +46,8 @@ def prefill_attention(
         window: what streaming heads see.
         shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None if this device has
             all. Each attends to its own tokens, and the parts are merged: no pool is gathered.
-        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+        backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
+            its verdicts (`pallas_kernels.certify`).
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
@@ -60,7 +61,7 @@ def prefill_attention(
     k, v = (jnp.where(is_valid, x, jnp.zeros((), x.dtype)) for x in (k, v))
     k = _as_stored(k, pools.full_k, pools.ring_k, heads, q.dtype)
     v = _as_stored(v, pools.full_v, pools.ring_v, heads, q.dtype)
-    chosen = choose(_request("prefill", q, (k, v), pools, heads.slot.shape[0], shards), backend)
+    chosen = choose(_request("prefill", q, (k, v), pools, heads.slot.shape[0], window, shards), backend)
     assert chosen.prefill is not None
     with jax.named_scope("prefill_attention"):
         turned = _in_basis_of_pools(q, pools, heads)
@@ -87,14 +88,15 @@ def decode_attention(
         lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
         window: what streaming heads see.
         shards: as in `prefill_attention`.
-        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+        backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
+            its verdicts (`pallas_kernels.certify`).
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     _check(q.shape[0], q.shape[1:], pools, heads, window)
-    chosen = choose(_request("decode", q, (), pools, heads.slot.shape[0], shards), backend)
+    chosen = choose(_request("decode", q, (), pools, heads.slot.shape[0], window, shards), backend)
     assert chosen.decode is not None
     with jax.named_scope("decode_attention"):
         turned = _in_basis_of_pools(q, pools, heads)
@@ -123,7 +125,8 @@ def gated_attention(
         gates: one per KV head, in [0, 1].
         window: what streaming heads see.
         full: output of full attention to mix in ("teacher" mixing); None computes it from q, k and v ("self" mixing).
-        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+        backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
+            its verdicts (`pallas_kernels.certify`).
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
@@ -154,7 +157,8 @@ def full_attention(
         q: queries after RoPE.
         k: keys after RoPE.
         v: values.
-        backend: a name in `BACKENDS`; None takes the best one verified on this kind of device.
+        backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
+            its verdicts (`pallas_kernels.certify`).
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
@@ -165,26 +169,21 @@ def full_attention(
 
 
 def choose(request: Request, name: str | None = None) -> Backend:
-    """The named backend; without a name, `xla`, and on a GPU a warning that no kernel is verified there.
+    """The named backend; without a name that in `DUO_BACKEND`, else the fastest one with a verdict that it is right.
 
     Raises:
         ValueError: an unknown name.
         Unsupported: the backend cannot run the request.
     """
-    if name is None:
-        if len(candidates(request)) > 1:
-            _warn_of(request.device)
-        return find_backend("xla")
-    backend = find_backend(name)
+    wanted = name or os.environ.get("DUO_BACKEND")
+    if not wanted:
+        return find_backend(best(request, candidates(request)))
+    backend = find_backend(wanted)
     reason = backend.supports(request)
     if reason is not None:
-        raise Unsupported(f"the {name} backend {reason}: use backend={candidates(request)[0]!r}")
+        way = f"use backend={candidates(request)[0]!r}" if name else "unset DUO_BACKEND, or name another one"
+        raise Unsupported(f"the {wanted} backend {reason}: {way}")
     return backend
-
-
-@cache
-def _warn_of(device: str) -> None:
-    warnings.warn(f"no attention backend is verified on {device!r} yet: using 'xla'", stacklevel=4)
 
 
 def _merged(part: Partial, shards: TokenShards | None) -> Array:
@@ -195,7 +194,7 @@ def _training(q: Array, k: Array, v: Array, window: Window | None, backend: str 
     """Causal attention of retrieval heads, or of streaming heads with a window."""
     if q.shape[2] % k.shape[2] or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] with K dividing N, got {q.shape=}, {k.shape=}, {v.shape=}")
-    chosen = choose(_request("training", q, (k, v), None, k.shape[2], None), backend)
+    chosen = choose(_request("training", q, (k, v), None, k.shape[2], window, None), backend)
     assert chosen.training is not None
     return chosen.training(q, k, v, window)
 
@@ -206,6 +205,7 @@ def _request(
     own: tuple[Array, ...],
     pools: Pools | None,
     num_kv_heads: int,
+    window: Window | None,
     shards: TokenShards | None,
 ) -> Request:
     used = [pool for pool in pools.stored if pool.shape[0]] if pools else []
@@ -222,7 +222,18 @@ def _request(
         is_paged=pools is not None and pools.pages is not None,
         is_sharded=shards is not None,
         capability=chip().capability,
+        window=window,
+        q=q.dtype.name,
+        full=_stored_as(pools.full_k) if pools else None,
+        ring=_stored_as(pools.ring_k) if pools else None,
     )
+
+
+def _stored_as(pool: Stored) -> str | None:
+    """How a pool is stored; None if it has no slot."""
+    if not pool.shape[0]:
+        return None
+    return f"int{pool.bits}" if isinstance(pool, Quantized) else pool.dtype.name
 
 
 def _in_basis_of_pools(x: Float[Array, "*rows N H"], pools: Pools, heads: Heads) -> Float[Array, "*rows N H"]:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import BITS, Quantized
+from pallas_kernels.window import Window
 
 
 class Pools(NamedTuple):
@@ -125,6 +126,10 @@ class Request:
         is_paged: whether a page table leads to the tokens of retrieval heads.
         is_sharded: whether devices share the tokens of retrieval heads.
         capability: compute capability of the device, as in (9, 0); None if it is not a GPU of NVIDIA.
+        window: what streaming heads see; None for training retrieval heads.
+        q: data type of queries.
+        full: how the pool of retrieval heads is stored, a data type or a name in `BITS`; None if it has no slot.
+        ring: how the pool of streaming heads is stored; None if it has no slot.
     """
 
     operation: str
@@ -137,6 +142,20 @@ class Request:
     is_paged: bool = False
     is_sharded: bool = False
     capability: tuple[int, int] | None = None
+    window: Window | None = None
+    q: str = ""
+    full: str | None = None
+    ring: str | None = None
+
+    @classmethod
+    def of(
+        cls, operation: str, *, q: str, full: str | None = None, ring: str | None = None, **fields: Any
+    ) -> "Request":
+        """A request that is described by how queries and pools are stored; on no device in particular."""
+        stored = {name for name in (q, full, ring) if name is not None}
+        bits = frozenset(BITS[name] for name in stored if name in BITS)
+        dtypes = frozenset(stored - BITS.keys())
+        return cls(operation, "", dtypes, bits=bits, q=q, full=full, ring=ring, **fields)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import BACKENDS, Unsupported, mosaic, ops, ptxas
 from pallas_kernels.backends import candidates, find_backend
+from pallas_kernels.certify import verdicts
 from pallas_kernels.types import OPERATIONS, Request
 
 REQUEST = Request("decode", "NVIDIA Abacus", frozenset(["bfloat16"]), head_dim=128, group=4, capacities=(1024, 320))
@@ -101,10 +102,12 @@ def test_every_refusal_gives_a_reason():
                 assert reason is None or reason.startswith(("takes", "has no", "needs", "is for", "runs only"))
 
 
-def test_a_gpu_without_a_verified_kernel_falls_back_and_says_so_once():
+def test_a_gpu_without_verdicts_falls_back_and_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path))
     requests = [replace(REQUEST, operation=name, capability=(9, 0)) for name in OPERATIONS]
-    ops._warn_of.cache_clear()
-    with pytest.warns(UserWarning, match="no attention backend is verified on 'NVIDIA Abacus'"):
-        assert ops.choose(requests[0]).name == "xla"
+    verdicts.forget()
+    for request in requests:
+        with pytest.warns(UserWarning, match="on 'xla', .* on NVIDIA Abacus .*duo doctor --certify MODEL"):
+            assert ops.choose(request).name == "xla"
     assert [ops.choose(request).name for request in requests] == ["xla"] * 3  # A second warning would be an error.
-    ops._warn_of.cache_clear()
+    verdicts.forget()

@@ -32,7 +32,7 @@ class GatedModel:
     rematerialize: bool = True
     """Recompute each layer in the backward pass: the memory of one layer instead of all, a third more time."""
     backend: str | None = None
-    """Attention backend; by default the best one verified on this device."""
+    """Attention backend; by default the fastest one that is right on this device."""
 
     def __post_init__(self) -> None:
         """Check the sizes."""

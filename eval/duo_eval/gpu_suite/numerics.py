@@ -11,11 +11,8 @@ import numpy as np
 
 from duo_eval.gpu_suite import layer
 from duo_eval.gpu_suite.section import Case
+from pallas_kernels.certify.cases import TOLERANCE, worst
 
-# Relative error in the Euclidean norm that counts as right.
-TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
-# Tokens over which an error is a relative one.
-TOKENS = 64
 # The outputs of an operation; in training, gradients are named after their inputs.
 NAMES = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v", "gates")}
 
@@ -89,18 +86,6 @@ def run(made: layer.Layer, operation: str, backend: str, seed: int) -> Any:
 
     gradients, out = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(made.q, made.k, made.v, gates)
     return out, gradients
-
-
-def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
-    """The largest relative error over rows, heads and blocks of `TOKENS` tokens; vectors count as a whole."""
-    if outputs.ndim == 4:  # [B, T, N, H]
-        squares = [np.square(x).sum(-1) for x in (outputs - expected, expected)]
-        edges = np.arange(0, outputs.shape[1], TOKENS)
-        error, size = (np.add.reduceat(x, edges, axis=1) for x in squares)
-    else:  # [K]
-        error, size = (np.square(x).sum(-1) for x in (outputs - expected, expected))
-    ratios = np.sqrt(error / np.where(size > 0, size, 1.0))
-    return float(ratios.max()) if np.isfinite(ratios).all() else float("inf")
 
 
 def poison() -> None:

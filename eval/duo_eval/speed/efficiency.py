@@ -90,7 +90,7 @@ class Efficiency:
     dtype: FloatDtype | None = None
     """Data type of weights, activations and cache; float32 on a CPU, bfloat16 elsewhere."""
     backend: str | None = None
-    """Attention backend; the best one verified on this device by default."""
+    """Attention backend; the fastest one that is right on this device by default."""
     peer: bool = True
     """Measure transformers on torch (the `bench` extra) and, on a GPU, cuDNN's attention too, if available."""
     out: Path = Path("efficiency.json")

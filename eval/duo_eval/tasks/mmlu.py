@@ -73,7 +73,7 @@ class Mmlu:
     batch_size: int = 8
     """Most questions computed together, by full attention and patterns with a sparsity."""
     backend: str | None = None
-    """Attention backend of these; by default the best one verified on this device."""
+    """Attention backend of these; by default the fastest one that is right on this device."""
 
     def run(self) -> None:
         """Run the missing questions and print the comparison."""

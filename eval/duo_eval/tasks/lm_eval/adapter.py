@@ -46,7 +46,7 @@ class DuoLM(TemplateLM):
         max_length: most tokens that the model reads for a request; by default the length that it was trained for. As in
             lm-eval, the last token of a scored text is not read.
         truncate: cut longer texts at the left, as lm-eval does for transformers, in place of refusing them.
-        backend: attention backend; None takes the best one verified on this device.
+        backend: attention backend; None takes the fastest one that is right on this device.
         progress: show progress bars.
     """
 

@@ -68,7 +68,7 @@ class Harness:
     samples: bool = False
     """Keep every question with its prompt, answer and score in the file."""
     backend: str | None = None
-    """Attention backend; by default the best one verified on this device. Not with --method."""
+    """Attention backend; by default the fastest one that is right on this device. Not with --method."""
     seed: int = 1234
     """Seed of the worked examples."""
 

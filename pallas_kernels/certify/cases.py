@@ -1,0 +1,317 @@
+"""Inputs on which a backend must be right: one set of shapes for each request, several hostile contents.
+
+Every number that an operation must not read is NaN: slots of other layers, tokens beyond a row's length, entries of a
+ring that were never written. The inputs of a request run in a loop of one program, so that a kernel is compiled once.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels import ops
+from pallas_kernels.backends import find_backend
+from pallas_kernels.quantized import Quantized, empty, store
+from pallas_kernels.types import Heads, Pools, Request, TokenShards
+from pallas_kernels.window import Window
+
+# Relative error in the Euclidean norm that counts as right.
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+# Tokens over which an error is a relative one.
+TOKENS = 64
+# The outputs of an operation; in training, gradients are named after their inputs.
+OUTPUTS = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v")}
+# Devices that share the tokens of retrieval heads.
+SHARDS = 2
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the inputs are: on a GPU several programs a head, and long enough to be timed."""
+
+    prefill: int
+    """Most tokens of a chunk; no multiple of a tile."""
+    past: int
+    """Least tokens of a slot in prefill."""
+    decode: int
+    """Least tokens of a slot in decode."""
+    training: int
+    """Tokens of a sample."""
+    rounds: int
+    """Times that a program runs all inputs."""
+
+
+GPU = Sizes(prefill=397, past=4096, decode=16384, training=701, rounds=4)
+# Interpreted kernels are slow.
+SMALL = Sizes(prefill=45, past=64, decode=160, training=77, rounds=1)
+
+# KV heads of each input by type; the last two inputs have one type. A model decides which while it runs.
+MIXES = ((True, False, True), (False, True, False), (True, True, True), (False, False, False))
+# Values at the edges of tiles are this large: one of many thousand keys that is missing, or counted twice, then shows.
+LOUD, EDGE = 8.0, 64
+# Bytes of the reference's scores of one input, about.
+MOST_SCORES = 1 << 28
+
+
+class Inputs(NamedTuple):
+    """The inputs of all cases of a request, one along the first axis; `pools` are shared, each case has its slots."""
+
+    arrays: tuple[Any, ...]
+    heads: Heads | None
+    start: Any
+    lengths: Any
+    pools: Pools | None
+
+
+class Case(NamedTuple):
+    """A request's inputs, hostile ones and the same without what must not be read, and what is compared."""
+
+    request: Request
+    inputs: Inputs
+    clean: Inputs
+    rounds: int
+
+    @property
+    def count(self) -> int:
+        """Inputs."""
+        return int(self.inputs.arrays[0].shape[0])
+
+    def program(self, backend: str) -> Any:
+        """A function of `Inputs` that returns the outputs of every input; those that are unspecified are 0."""
+        return partial(_run, self.request, backend, self.rounds)
+
+    def exact(self) -> list[np.ndarray]:
+        """The reference's outputs in float32, from contiguous pools on one device."""
+        plain = replace(self.request, is_paged=False, is_sharded=False)
+        raised = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, self.clean)
+        with jax.default_matmul_precision("highest"):  # Without this, GPUs multiply float32 with fewer bits.
+            return _outputs(jax.jit(partial(_run, plain, "reference", 1))(raised))
+
+    def errors(self, outputs: Any, exact: list[np.ndarray]) -> dict[str, float]:
+        """The largest relative error of each output."""
+        pairs = zip(OUTPUTS[self.request.operation], _outputs(outputs), exact, strict=True)
+        return {name: max(map(worst, given, right)) for name, given, right in pairs}
+
+    @property
+    def tolerance(self) -> float:
+        """Error that counts as right; a quantized pool is read through queries and keys that are rounded once more."""
+        return TOLERANCE[self.request.q] * (2 if self.request.bits else 1)
+
+
+def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
+    """The inputs for a request.
+
+    Raises:
+        NotImplementedError: too few devices to share tokens.
+    """
+    rng = np.random.default_rng(seed)
+    if request.operation == "training":
+        shapes = [(3, 2, sizes.training, heads, request.head_dim) for heads in _heads_of(request, 2)]
+        arrays = tuple(_normal(rng, shape, request.q) for shape in (*shapes, shapes[0]))
+        return Case(request, *[Inputs(arrays, None, None, None, None)] * 2, sizes.rounds)
+    assert request.window is not None
+    if request.is_sharded and len(jax.devices()) < SHARDS:
+        raise NotImplementedError(f"needs {SHARDS} devices to share tokens among")
+    kinds = [name for name in ("full", "ring") if getattr(request, name) is not None]
+    mixes = [[(is_full if len(kinds) == 2 else kinds == ["full"]) for is_full in mix] for mix in MIXES]
+    is_retrieval = np.array(mixes if len(kinds) == 2 else mixes[:3])
+    if request.operation == "prefill":
+        tokens, room, start, lengths = _chunks(request, request.window, sizes)
+    else:
+        tokens, room, start, lengths = 1, *_rows(request.window, sizes)
+    count, rows = len(is_retrieval), start.shape[1]
+    q, k, v = (
+        _normal(rng, (count, rows, tokens, heads, request.head_dim), request.q)
+        for heads in _heads_of(request, is_retrieval.shape[1])
+    )
+    slots, owners = _slots(rng, is_retrieval)
+    before = (start if request.operation == "prefill" else lengths)[:count]
+    made = [
+        _pool(rng, request, is_full, len(owners[is_full]), rows, room, values)
+        for is_full in (True, False)
+        for values in (False, True)
+    ]
+    hidden = {is_full: _hidden(request.window, owners[is_full], before, room, is_full) for is_full in (True, False)}
+    hostile = [_poisoned(pool, hidden[is_full]) for pool, is_full in zip(made, (True, True, False, False), strict=True)]
+    arrays = (q, k, v) if request.operation == "prefill" else (q[:, :, 0],)
+    heads = Heads(jnp.asarray(is_retrieval), jnp.asarray(slots))
+    at = jnp.asarray(start[:count]), jnp.asarray(lengths[:count])
+    inputs, clean = (Inputs(arrays, heads, *at, pools) for pools in (_arranged(request, hostile), Pools(*made)))
+    return Case(request, inputs, clean, sizes.rounds)
+
+
+def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
+    """The largest relative error over rows, heads and blocks of `TOKENS` tokens; vectors count as a whole."""
+    squares = [np.square(x).sum(-1) for x in (outputs - expected, expected)]
+    if outputs.ndim == 4:  # [B, T, N, H]
+        edges = np.arange(0, outputs.shape[1], TOKENS)
+        squares = [np.add.reduceat(x, edges, axis=1) for x in squares]
+    error, size = squares
+    ratios = np.sqrt(error / np.where(size > 0, size, 1.0))
+    return float(ratios.max()) if np.isfinite(ratios).all() else float("inf")
+
+
+def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
+    count = inputs.arrays[0].shape[0]
+
+    def one(index: Any) -> Any:
+        case = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), inputs._replace(pools=None))
+        return _operation(request, backend, case._replace(pools=inputs.pools))
+
+    def step(i: Any, outputs: Any) -> Any:
+        index = lax.rem(i, jnp.int32(count))
+        return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, index, 0), outputs, one(index))
+
+    shapes = jax.eval_shape(one, jnp.int32(0))
+    empty_outputs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(rounds * count), step, empty_outputs)
+
+
+def _operation(request: Request, backend: str, case: Inputs) -> Any:
+    if request.operation == "training":
+        *inputs, gradient = case.arrays
+        chosen = find_backend(backend).training
+        assert chosen is not None
+        # Not the gates' gradient: no kernel computes it. XLA sums it over tokens with atomic additions, in any order.
+        out, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window), *inputs)
+        return out, *back(gradient)
+
+    def attend(arrays: Any, pools: Pools, heads: Heads, start: Any, lengths: Any) -> Any:
+        shards = TokenShards("tokens", SHARDS) if request.is_sharded else None
+        options: dict[str, Any] = {"window": request.window, "shards": shards, "backend": backend}
+        if request.operation == "decode":
+            return ops.decode_attention(*arrays, pools, heads, lengths=lengths, **options)
+        out = ops.prefill_attention(*arrays, pools, heads, start=start, lengths=lengths, **options)
+        # Beyond a row's tokens they are unspecified.
+        is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+        return jnp.where(is_token[:, :, None, None], out, jnp.zeros_like(out))
+
+    assert case.pools is not None
+    arguments = case.arrays, case.pools, case.heads, case.start, case.lengths
+    if not request.is_sharded:
+        return (attend(*arguments),)
+    mesh = Mesh(np.array(jax.devices()[:SHARDS]), ("tokens",))
+    everywhere, shared = PartitionSpec(), PartitionSpec(None, None, "tokens")
+    axes = jax.tree.map(lambda _: everywhere, arguments, is_leaf=lambda x: x is None)
+    pools = Pools(*(jax.tree.map(lambda _: shared, pool) for pool in case.pools.full), *axes[1][2:])
+    axes = (axes[0], pools, *axes[2:])
+    return (jax.shard_map(attend, mesh=mesh, in_specs=axes, out_specs=everywhere, check_vma=False)(*arguments),)
+
+
+def _heads_of(request: Request, num_kv_heads: int) -> tuple[int, int, int]:
+    """Query heads, KV heads, KV heads."""
+    return num_kv_heads * request.group, num_kv_heads, num_kv_heads
+
+
+def _chunks(request: Request, window: Window, sizes: Sizes) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Tokens of a chunk, tokens of a slot, and for each input and row, where the chunk starts and how long it is."""
+    room = _multiple(max(sizes.past, window.size + 2 * sizes.prefill))
+    affordable = MOST_SCORES // (4 * 9 * request.group * (room + sizes.prefill))
+    tokens = max(21, min(sizes.prefill, affordable))
+    last = room - tokens
+    start = [[0, 1, last], [window.size + 3, 7, window.size], [13, room // 2 + 1, 0], [window.sink, last - 5, 64]]
+    lengths = [[tokens] * 3, [1, tokens - 7, tokens], [tokens // 2 + 1, 17, 2], [tokens, 0, tokens - 1]]
+    return tokens, room, np.clip(np.array(start, np.int32), 0, last), np.array(lengths, np.int32)
+
+
+def _rows(window: Window, sizes: Sizes) -> tuple[int, np.ndarray, np.ndarray]:
+    """Tokens of a slot, and how many of them are filled, for each input and row."""
+    room, ring = _multiple(max(sizes.decode, 2 * window.size)), window.size
+    filled = [[1, room, 17, room // 2 + 1], [ring, ring + 1, ring - 1, room - 1], [255, 256, 257, 3]]
+    filled.append([window.sink, window.sink + 1, 2, room])
+    return room, np.zeros((4, 4), np.int32), np.clip(np.array(filled, np.int32), 1, room)
+
+
+def _multiple(tokens: int) -> int:
+    """Rounded up to whole pages, which devices can share, and to what Mosaic's copies need."""
+    unit = math.lcm(PAGE * SHARDS, 8 * SHARDS)
+    return -(-tokens // unit) * unit
+
+
+def _slots(rng: np.random.Generator, is_retrieval: np.ndarray) -> tuple[np.ndarray, dict[bool, list[int | None]]]:
+    """A slot for each head of each input, and the input that owns each slot of either pool; one slot has no owner."""
+    slots = np.zeros(is_retrieval.shape, np.int32)
+    owners: dict[bool, list[int | None]] = {}
+    for is_full in (True, False):
+        at = np.argwhere(is_retrieval == is_full)
+        order = rng.permutation(len(at) + 1)[: len(at)]
+        slots[tuple(at.T)] = order
+        owners[is_full] = [None] * (len(at) + 1 if len(at) else 0)
+        for (index, _), slot in zip(at, order, strict=True):
+            owners[is_full][slot] = int(index)
+    return slots, owners
+
+
+def _pool(
+    rng: np.random.Generator, request: Request, is_full: bool, slots: int, rows: int, room: int, values: bool
+) -> Any:
+    """Keys or values of one type of head, all of them finite."""
+    assert request.window is not None
+    dtype = (request.full if is_full else request.ring) or request.q
+    shape = (slots, rows, room if is_full else request.window.size, request.head_dim)
+    blank = empty((1, request.head_dim), dtype, values=values)
+    numbers = _normal(rng, shape, "float32")
+    if values and is_full:
+        is_edge = np.isin(np.arange(room) % EDGE, (0, EDGE - 1))
+        numbers = numbers * jnp.asarray(np.where(is_edge, LOUD, 1.0), jnp.float32)[None, None, :, None]
+    return jax.jit(lambda x: store(x, blank))(numbers) if slots else empty(shape, dtype, values=values)
+
+
+def _hidden(window: Window, owners: list[int | None], before: np.ndarray, room: int, is_full: bool) -> np.ndarray:
+    """Which entries `[P, B, S]` of a pool no head may read."""
+    index = np.arange(room if is_full else window.size)
+    everything = np.ones((before.shape[1], len(index)), bool)
+    # The entries of a ring fill in order, and then are written again.
+    filled = [everything if owner is None else index >= before[owner][:, None] for owner in owners]
+    return np.stack(filled) if filled else np.zeros((0, *everything.shape), bool)
+
+
+def _poisoned(pool: Any, hidden: np.ndarray) -> Any:
+    """NaN where nothing may be read: as numbers, or as scales of quantized ones."""
+    where = jnp.asarray(hidden)[..., None]
+    if isinstance(pool, Quantized):
+        nan = jnp.uint32(0x7FC00000)
+        return Quantized(pool.words, jnp.where(where, nan, pool.grid), pool.head_dim, pool.bits)
+    return jnp.where(where, jnp.asarray(jnp.nan, pool.dtype), pool)
+
+
+def _arranged(request: Request, pools: list[Any]) -> Pools:
+    """As the cache of the request stores them: in pages in any order, or with the tokens of a device side by side."""
+    if request.is_sharded:
+
+        def shared(x: Any) -> Any:
+            slots, rows, room, *rest = x.shape
+            return x.reshape(slots, rows, room // SHARDS, SHARDS, *rest).swapaxes(2, 3).reshape(x.shape)
+
+        pools = [*(jax.tree.map(shared, pool) for pool in pools[:2]), *pools[2:]]
+    if not request.is_paged:
+        return Pools(*pools)
+    _, rows, room = pools[0].shape[:3]
+    pages = np.random.default_rng(1).permutation(rows * room // PAGE).astype(np.int32)
+
+    def paged(x: Any) -> Any:
+        in_order = x.reshape(x.shape[0], rows * room // PAGE, PAGE, *x.shape[3:])
+        return in_order[:, np.argsort(pages)]
+
+    full = (jax.tree.map(paged, pool) for pool in pools[:2])
+    return Pools(*full, *pools[2:], jnp.asarray(pages.reshape(rows, -1)))
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(jax.random.key(int(rng.integers(1 << 31))), shape, jnp.float32).astype(dtype)
+
+
+def _is_float(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _outputs(outputs: Any) -> list[np.ndarray]:
+    """On the host, in float64."""
+    return [np.asarray(x.astype(jnp.float32), np.float64) for x in outputs]

@@ -1,0 +1,256 @@
+"""Certification: start the process that examines, show its progress, store its verdicts, survive its end."""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from pallas_kernels.certify import verdicts
+from pallas_kernels.certify.machine import may_have_gpu
+from pallas_kernels.certify.messages import to_json
+from pallas_kernels.certify.verdicts import Found, Verdict, key_of
+from pallas_kernels.types import Request
+
+# Seconds for everything, and for running (not compiling) one backend; both are longer in full.
+LIMIT, RUN_LIMIT = 120.0, 30.0
+FULL_LIMIT, FULL_RUN_LIMIT = 1800.0, 120.0
+
+Show = Callable[[str], None]
+Job = tuple[str, str]
+
+
+def show_on_stderr(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def certify(
+    requests: Iterable[Request],
+    *,
+    full: bool = False,
+    backends: Sequence[str] | None = None,
+    show: Show = show_on_stderr,
+) -> None:
+    """Find the verdicts on requests that are missing, in a process of its own; nothing happens without a GPU.
+
+    Call this before jax takes the GPU: otherwise too little memory may be left, and the verdicts remain unknown.
+    `DUO_CERTIFY=0` turns it off, `DUO_CERTIFY=full` is `full` for all.
+
+    Args:
+        requests: what will run; `device`, `capability`, `capacities` do not matter.
+        full: examine again what has a verdict, and take as long as needed.
+        backends: names to examine instead of the candidates.
+        show: called with each line of progress.
+
+    Raises:
+        ValueError: another value of DUO_CERTIFY.
+    """
+    setting = os.environ.get("DUO_CERTIFY") or "1"
+    if setting not in ("0", "1", "full"):
+        raise ValueError(f"DUO_CERTIFY must be 0, 1 or full, got {setting!r}")
+    if (setting == "0" and not full) or os.environ.get("DUO_BACKEND") or not may_have_gpu():
+        return
+    full = full or setting == "full"
+    wanted = {key_of(request): request for request in requests}
+    if not full and wanted.keys() <= verdicts.known().complete:
+        return
+    limit, run_limit = (FULL_LIMIT, FULL_RUN_LIMIT) if full else (LIMIT, RUN_LIMIT)
+    with _alone(limit, show):
+        verdicts.known().add(verdicts.stored())  # Another process may have found them meanwhile.
+        missing = {key: request for key, request in wanted.items() if full or key not in verdicts.known().complete}
+        if missing:
+            _Certification(missing, backends, limit, run_limit, full, show).run()
+
+
+class _Certification:
+    """One certification, over as many processes as backends crash."""
+
+    def __init__(
+        self,
+        requests: dict[str, Request],
+        backends: Sequence[str] | None,
+        limit: float,
+        run_limit: float,
+        full: bool,
+        show: Show,
+    ) -> None:
+        self._requests, self._backends, self._show = requests, backends, show
+        self._limit, self._run_limit, self._end = limit, run_limit, time.monotonic() + limit
+        known = {} if full else verdicts.known().verdicts
+        self._settled = {(key, name) for key in requests for name in known.get(key, {})}
+        self._unknown: set[Job] = set()
+        self._jobs: set[Job] = set()
+        self._job: Job | None = None
+        self._phase = ""
+
+    def run(self) -> None:
+        """Examine until nothing is left, or time is over."""
+        count = len(self._requests)
+        self._show(f"checking attention backends on this GPU, once for {count} operations: {self._limit:.0f} s at most")
+        is_over = False
+        while self._has_more() and not is_over:
+            with _Child(self._order()) as child:
+                is_over = not self._follow(child)
+
+    def _has_more(self) -> bool:
+        return not self._jobs or bool(self._jobs - self._settled - self._unknown)
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            "requests": [to_json(request) for request in self._requests.values()],
+            "backends": self._backends,
+            "skip": [list(job) for job in self._settled | self._unknown],
+        }
+
+    def _follow(self, child: "_Child") -> bool:
+        """Take in what a child reports until its end; False if no further child should be started."""
+        self._job, self._phase = None, ""
+        while True:
+            now = time.monotonic()
+            is_running = self._job is not None and self._phase == "run"
+            until = min(self._end, now + self._run_limit) if is_running else self._end
+            line = child.read(until - now)
+            if line is not None:
+                if not line:
+                    return self._ended(child)
+                message = json.loads(line)
+                self._take(message)
+                if "again" in message or "end" in message:
+                    return "again" in message
+            elif self._job is None:
+                self._show(f"  nothing is known after {self._limit:.0f} s: jax does not find the GPU, or it hangs")
+                return False
+            elif is_running and time.monotonic() < self._end:
+                self._settle(self._job, Verdict(False, f"hangs: no result after {self._run_limit:.0f} s"))
+                return True
+            else:
+                # Known next time by its name: the others are examined then.
+                self._settle(self._job, Verdict(None, f"not known after {self._limit:.0f} s, in full: {verdicts.HOW}"))
+                return False
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Take in one line."""
+        if "device" in line:
+            verdicts.add(Found(device=line["device"]))
+        elif "jobs" in line:
+            self._jobs = {(key, name) for key, name in line["jobs"]}
+            self._complete()
+        elif "begin" in line:
+            self._job, self._phase = tuple(line["begin"]), line["phase"]
+        elif "settled" in line:
+            self._settle(tuple(line["settled"]), Verdict(**line["verdict"]))
+        elif "unknown" in line:
+            job: Job = tuple(line["unknown"])
+            self._unknown.add(job)
+            self._show(f"  {job[0]}: {job[1]} is not known ({line['reason']}); when the GPU is free: {verdicts.HOW}")
+
+    def _ended(self, child: "_Child") -> bool:
+        """A child has ended without saying so."""
+        how = child.how_it_ended()
+        if self._job is None:
+            self._show(f"  nothing could be checked: the process {how}")
+            return False
+        self._settle(self._job, Verdict(False, f"the process {how}"))
+        return True
+
+    def _settle(self, job: Job, verdict: Verdict) -> None:
+        """Store a verdict at once: nothing is lost if this process ends."""
+        key, name = job
+        self._settled.add(job)
+        self._job = None
+        verdicts.add(Found({key: {name: verdict}}))
+        self._show(f"  {key}: {name} {'is ' if verdict.is_right else ''}{verdict}")
+        self._complete()
+
+    def _complete(self) -> None:
+        done = {key for key in self._requests if all(job in self._settled for job in self._jobs if job[0] == key)}
+        if done - verdicts.known().complete:
+            verdicts.add(Found(complete=done))
+
+
+class _Child:
+    """The process that examines."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        # The parent's modules, but none of the working directory.
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        options = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": path}
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        # In a session of its own, Ctrl-C reaches only this process, which stops the other.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pallas_kernels.certify"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | options,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._out, self._buffer = self._process.stdout, b""
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def __enter__(self) -> "_Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._out.close()
+        self._errors.close()
+
+    def read(self, seconds: float) -> bytes | None:
+        """The next line; empty at the end, None if there is none in time."""
+        end = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._out, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                left = end - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    return None
+                part = os.read(self._out.fileno(), 1 << 16)
+                if not part:
+                    return b""
+                self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def how_it_ended(self) -> str:
+        """In words, with the last line that it wrote."""
+        code = self._process.wait()
+        if code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        self._errors.seek(0)
+        last = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
+        return f"exited with code {code}" + (f": {last[-1][:200]}" if last else "")
+
+
+@contextmanager
+def _alone(limit: float, show: Show) -> Any:
+    """Be the only process on this machine that certifies: two would disturb each other's times."""
+    lock = FileLock(verdicts.path().with_name(".certify.lock"), timeout=0)
+    with suppress(OSError, NotImplementedError):  # A folder that cannot be written to, a file system without locks.
+        verdicts.path().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            show("another process checks attention backends: waiting for it")
+            with suppress(Timeout):
+                lock.acquire(timeout=2 * limit)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,250 @@
+"""Verdicts on backends, for exact requests on this machine: one file in the user's cache, and what `choose` asks.
+
+The file lists environments (`machine.environment`), each with the verdicts found in it: a changed driver, compiler or
+kernel is another environment. It can be lost without harm: what is missing is found again.
+"""
+
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pallas_kernels.certify.machine import cache_folder, device, environment
+from pallas_kernels.types import Request
+
+# Backends that need no verdict: programs of jax's own operations. `reference` is the last resort.
+SAFE = ("xla", "reference")
+# Environments kept in the file, the newest ones.
+KEPT = 16
+# Seconds to wait for another process to write.
+PATIENCE = 5.0
+
+HOW = "duo doctor --certify MODEL"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about a backend for a request.
+
+    Attributes:
+        is_right: None: not known, because time ran out.
+        reason: why it is not right.
+        error: largest relative error.
+        seconds: of one call.
+    """
+
+    is_right: bool | None
+    reason: str = ""
+    error: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what a damaged file may contain."""
+        numbers = [x for x in (self.error, self.seconds) if x is not None]
+        if self.is_right not in (True, False, None) or not all(isinstance(x, int | float) for x in numbers):
+            raise ValueError(f"no verdict: {vars(self)}")
+
+    def __str__(self) -> str:
+        """In a few words."""
+        if not self.is_right:
+            return self.reason
+        return f"right, error {self.error:.1e}, {1e3 * (self.seconds or 0):.3g} ms"
+
+
+@dataclass
+class Found:
+    """The verdicts of one environment.
+
+    Attributes:
+        verdicts: by `key_of` the request and name of the backend.
+        complete: keys of requests of which every candidate has a verdict.
+        device: `machine.device()` where they were found; None: not known yet.
+    """
+
+    verdicts: dict[str, dict[str, Verdict]] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
+    device: dict[str, Any] | None = None
+
+    def add(self, other: "Found") -> None:
+        """Take over all that another one has."""
+        for key, verdicts in other.verdicts.items():
+            self.verdicts.setdefault(key, {}).update(verdicts)
+        self.complete |= other.complete
+        self.device = other.device or self.device
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        verdicts = {
+            key: {
+                backend: {name: value for name, value in asdict(verdict).items() if value not in (None, "")}
+                for backend, verdict in row.items()
+            }
+            for key, row in self.verdicts.items()
+        }
+        return {"device": self.device, "complete": sorted(self.complete), "verdicts": verdicts}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Found":
+        """What `to_json` wrote."""
+        rows = values["verdicts"].items()
+        verdicts = {
+            key: {backend: Verdict(**({"is_right": None} | verdict)) for backend, verdict in row.items()}
+            for key, row in rows
+        }
+        return cls(verdicts, set(values["complete"]), values["device"])
+
+
+def key_of(request: Request) -> str:
+    """A request in words, without what a verdict does not depend on."""
+    window = "" if request.window is None else f"window {request.window.sink}+{request.window.recent}"
+    pools = [f"{name} {stored}" for name in ("full", "ring") if (stored := getattr(request, name))]
+    how = ["paged"] * request.is_paged + ["sharded"] * request.is_sharded
+    sizes = [f"head dim {request.head_dim}", f"group {request.group}", window]
+    return ", ".join(filter(None, [f"{request.operation} {request.q}", *sizes, *pools, *how]))
+
+
+def best(request: Request, names: Sequence[str]) -> str:
+    """The fastest of the backends that are right for a request, by the verdicts; without any, a safe one.
+
+    `names` are those that can run it, `xla` among them. On a CPU, and where no kernel could run it, the first one.
+    """
+    if request.device == "cpu" or set(names) <= set(SAFE):
+        return names[0]
+    verdicts = known().verdicts.get(key_of(request), {}) if _is_here(request.device) else {}
+    right = [name for name in names if name in verdicts and verdicts[name].is_right]
+    chosen = min(right, key=lambda name: verdicts[name].seconds or 0.0, default=None)
+    kernels = [name for name in names if name not in SAFE]
+    if chosen is None:
+        is_wrong = "xla" in verdicts and verdicts["xla"].is_right is False
+        chosen = "reference" if is_wrong else next(name for name in names if name in SAFE)
+    if chosen in SAFE and not all(name in verdicts and verdicts[name].is_right for name in kernels):
+        why = "; ".join(f"{name}: {verdicts[name]}" if name in verdicts else f"{name}: not checked" for name in kernels)
+        _warn(request.device, key_of(request), chosen, why)
+    return chosen
+
+
+@cache
+def _warn(device_kind: str, key: str, chosen: str, why: str) -> None:
+    warnings.warn(
+        f"attention runs on {chosen!r}, which is slow on a GPU: no kernel is known to be right for {key} on "
+        f"{device_kind} ({why}). To check them: {HOW}",
+        stacklevel=6,
+    )
+
+
+def _is_here(device_kind: str) -> bool:
+    """Whether the verdicts were found on the device that programs are traced for."""
+    found = known().device
+    return found is not None and found["kind"] == device_kind and found == device()
+
+
+_known: Found | None = None
+
+
+def known() -> Found:
+    """The verdicts of this environment; the file is read once, and whatever this process finds is added."""
+    global _known
+    if _known is None:
+        _known = stored()
+    return _known
+
+
+def forget() -> None:
+    """Read the file again when a verdict is needed."""
+    global _known
+    _known = None
+    _warn.cache_clear()
+
+
+def path() -> Path:
+    """The file."""
+    return cache_folder() / "verdicts.json"
+
+
+def stored() -> Found:
+    """The verdicts of this environment in the file."""
+    here = environment()
+    return next((Found.from_json(row) for row in _read() if row["environment"] == here), Found())
+
+
+def add(new: Found) -> None:
+    """Add verdicts to those known, and to the file.
+
+    A file that cannot be written is reported once; the verdicts then hold for this process.
+    """
+    known().add(new)
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with _lock():
+            here, rows = environment(), _read()
+            merged = next((Found.from_json(row) for row in rows if row["environment"] == here), Found())
+            merged.add(new)
+            rows = [row for row in rows if row["environment"] != here][-KEPT + 1 :]
+            _write([*rows, {"environment": here, **merged.to_json()}])
+    except OSError as error:
+        _cannot_store(str(path()), error.strerror or str(error))
+
+
+@cache
+def _cannot_store(file: str, why: str) -> None:
+    warnings.warn(
+        f"verdicts on attention backends cannot be stored in {file} ({why}): they are found again in every process; "
+        "set DUO_JAX_CACHE to a folder that can be written to",
+        stacklevel=4,
+    )
+
+
+def report(keys: Iterable[str] | None = None) -> dict[str, Any]:
+    """The verdicts of this environment with the machine, to send."""
+    found = known().to_json()
+    if keys is not None:
+        found["verdicts"] = {key: found["verdicts"].get(key, {}) for key in keys}
+    return {"environment": environment(), **found}
+
+
+def _lock() -> Any:
+    """One writer at a time; where a file system has no locks, or one is stuck, the last writer wins."""
+    lock = FileLock(path().with_name(".verdicts.json.lock"), timeout=PATIENCE)
+    with suppress(OSError, Timeout, NotImplementedError):
+        lock.acquire()
+    return _Held(lock)
+
+
+class _Held:
+    def __init__(self, lock: FileLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _read() -> list[dict[str, Any]]:
+    """The file's environments; none if it is missing or damaged: it is then made again."""
+    try:
+        rows = json.loads(path().read_text(encoding="utf-8"))
+        for row in rows:
+            Found.from_json(row)
+            dict(row["environment"])
+        return list(rows)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return []
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    part = path().with_name(f".verdicts.json.{secrets.token_hex(8)}.part")
+    try:
+        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path())
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,378 @@
+"""Certification: verdicts on backends that are right, wrong, slow or broken, and the file that keeps them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels import ops
+from pallas_kernels.certify import __main__ as child
+from pallas_kernels.certify import machine, parent, verdicts
+from pallas_kernels.certify.messages import from_json, to_json
+from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
+from pallas_kernels.types import Request
+from pallas_kernels.window import Window
+
+DECODE = Request.of("decode", q="float32", full="float32", head_dim=16, group=1, window=Window(0, 0))
+PREFILL = Request.of("prefill", q="bfloat16", full="int8", ring="bfloat16", head_dim=16, group=2, window=Window(4, 12))
+
+# Backends as a user would write one, in modules of their own. Each decodes with `xla` first.
+BACKENDS = {
+    "right": "out",
+    "wrong": "out._replace(out=out.out * 1.5)",
+    "unmasked": "xla.decode(q, pools, heads, lengths=lengths + 1, **options)",
+    "flaky": "out._replace(out=out.out * jax.pure_callback(sometimes, jax.ShapeDtypeStruct((), 'float32')))",
+    "slow": "out._replace(out=out.out * jax.pure_callback(later, jax.ShapeDtypeStruct((), 'float32')))",
+    "hanging": "out._replace(out=out.out * jax.pure_callback(never, jax.ShapeDtypeStruct((), 'float32')))",
+    "crashing": "out._replace(out=out.out * jax.pure_callback(crash, jax.ShapeDtypeStruct((), 'float32')))",
+    "exiting": "os._exit(7)",
+    "failing": "out._replace(out=out.out * jax.pure_callback(fail, jax.ShapeDtypeStruct((), 'float32')))",
+    "uncompilable": "compile(out)",
+    "exhausted": "exhaust()",
+}
+SOURCE = """
+import os, signal, time
+import jax, numpy as np
+from pallas_kernels import xla
+from pallas_kernels.types import Backend
+
+calls = 0
+
+def sometimes():
+    global calls
+    calls += 1
+    return np.float32(1 + 1e-6 * (calls == 12))
+
+def later():
+    time.sleep(0.02)
+    return np.float32(1)
+
+def never():
+    time.sleep(600)
+    return np.float32(1)
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def fail():
+    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+def compile(out):
+    raise NotImplementedError("no lowering for it")
+
+def exhaust():
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+def decode(q, pools, heads, *, lengths, **options):
+    out = xla.decode(q, pools, heads, lengths=lengths, **options)
+    return {}
+
+BACKEND = Backend("NAME", lambda request: None, decode=decode)
+"""
+GPU = {"kind": "NVIDIA Pretended", "capability": "9.0", "cores": 132, "shared_memory": 232448}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A cache of its own on a machine with a GPU, as far as this process can tell, and the pretended backends."""
+    for name, result in BACKENDS.items():
+        (tmp_path / "pretended").mkdir(exist_ok=True)
+        source = SOURCE.replace("{}", result).replace("NAME", f"pretended.{name}")
+        (tmp_path / "pretended" / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path / "cache"))
+    for name in ("DUO_CERTIFY", "DUO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(parent, "may_have_gpu", lambda: True)
+    machine.environment.cache_clear()
+    verdicts.forget()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("pretended")]:
+        del sys.modules[name]
+    machine.environment.cache_clear()
+    verdicts.forget()
+
+
+def names(*short):
+    return ["xla", *(f"pretended.{name}" for name in short)]
+
+
+def on_gpu(request):
+    return replace(request, device=GPU["kind"], capability=(9, 0))
+
+
+def know(**found):
+    """Verdicts on DECODE, found on the pretended GPU."""
+    verdicts.add(Found({key_of(DECODE): found}, {key_of(DECODE)}, GPU))
+
+
+def test_a_request_survives_the_way_to_the_other_process():
+    sharded = replace(DECODE, is_sharded=True)
+    training = Request.of("training", q="bfloat16", head_dim=64, group=3)
+    for request in (DECODE, PREFILL, sharded, training):
+        assert from_json(json.loads(json.dumps(to_json(request)))) == request
+    assert len({key_of(request) for request in (DECODE, PREFILL, sharded, training)}) == 4
+    assert key_of(PREFILL) == "prefill bfloat16, head dim 16, group 2, window 4+12, full int8, ring bfloat16"
+
+
+def test_each_backend_ends_as_it_should(home):
+    """In this process, as far as it survives."""
+    lines = []
+    order = {"requests": [to_json(DECODE)], "skip": []}
+    backends = names("right", "wrong", "unmasked", "flaky", "uncompilable", "exhausted")
+    child.serve(order | {"backends": backends}, lambda **line: lines.append(line))
+    found = {line["settled"][1].removeprefix("pretended."): line["verdict"] for line in lines if "settled" in line}
+    assert [name for name, verdict in found.items() if verdict["is_right"]] == ["xla", "right"]
+    assert found["wrong"]["reason"].startswith("wrong numbers: error 5.0e-01 of out")
+    # It reads one token too many, which is NaN.
+    assert found["unmasked"]["error"] == float("inf")
+    assert found["flaky"]["reason"].startswith("differs from run to run: run ")
+    assert found["uncompilable"]["reason"] == "does not compile: no lowering for it"
+    assert [line["unknown"][1] for line in lines if "unknown" in line] == ["pretended.exhausted"]
+    assert lines[-1] == {"end": True}
+
+
+def test_a_process_that_lost_the_device_asks_for_another(home):
+    lines = []
+    order = {"requests": [to_json(DECODE)], "backends": names("failing", "right"), "skip": [[key_of(DECODE), "xla"]]}
+    child.serve(order, lambda **line: lines.append(line))
+    assert lines[-1] == {"again": True} and lines[-2]["verdict"]["reason"].startswith("fails: ")
+
+
+class Reports:
+    """Stands for the process: it says these lines, then hangs (None) or ends (b"")."""
+
+    def __init__(self, *scripts):
+        self.scripts, self.orders = list(scripts), []
+
+    def __call__(self, order):
+        self.orders.append(order)
+        self.lines = [line if line in (None, b"") else json.dumps(line).encode() for line in self.scripts.pop(0)]
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self, seconds):
+        return self.lines.pop(0)
+
+    def how_it_ended(self):
+        return "was ended by SIGSEGV"
+
+
+KEY = key_of(DECODE)
+BEGIN = [{"device": GPU}, {"jobs": [[KEY, "xla"], [KEY, "triton"], [KEY, "mosaic"]]}]
+
+
+def at(name, phase="run"):
+    return {"begin": [KEY, name], "phase": phase}
+
+
+def right(name, seconds):
+    return {"settled": [KEY, name], "verdict": {"is_right": True, "error": 1e-3, "seconds": seconds}}
+
+
+def certify(monkeypatch, *scripts, **options):
+    reports, shown = Reports(*scripts), []
+    monkeypatch.setattr(parent, "_Child", reports)
+    parent.certify([DECODE], show=shown.append, **options)
+    return reports.orders, shown
+
+
+def test_a_crash_and_a_hang_cost_one_backend_each(home, monkeypatch):
+    crash = [*BEGIN, at("xla"), right("xla", 4e-3), at("triton"), b""]
+    hang = [*BEGIN, at("mosaic"), None]
+    orders, shown = certify(monkeypatch, crash, hang)
+    assert [sorted(name for _, name in order["skip"]) for order in orders] == [[], ["triton", "xla"]]
+    found = verdicts.stored().verdicts[KEY]
+    assert found["xla"].is_right and found["triton"].reason == "the process was ended by SIGSEGV"
+    assert found["mosaic"].reason.startswith("hangs: no result after 30 s")
+    assert verdicts.stored().complete == {KEY}
+    # Nothing is left: no process is started.
+    orders, shown = certify(monkeypatch)
+    assert not orders and not shown
+
+
+def test_a_killed_certification_loses_nothing(home, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def show(line):
+        if "triton" in line:
+            raise Killed
+
+    monkeypatch.setattr(parent, "_Child", Reports([*BEGIN, right("xla", 4e-3), right("triton", 1e-3)]))
+    with pytest.raises(Killed):
+        parent.certify([DECODE], show=show)
+    verdicts.forget()
+    orders, _ = certify(monkeypatch, [*BEGIN, right("mosaic", 2e-3), {"end": True}])
+    assert sorted(name for _, name in orders[0]["skip"]) == ["triton", "xla"]
+    assert len(verdicts.stored().verdicts[KEY]) == 3
+
+
+def test_too_little_memory_or_time_settles_nothing(home, monkeypatch):
+    unknown = [*BEGIN, right("xla", 1.0), {"unknown": [KEY, "triton"], "reason": "RESOURCE_EXHAUSTED"}]
+    _, shown = certify(monkeypatch, [*unknown, {"unknown": [KEY, "mosaic"], "reason": "too"}, {"end": True}])
+    assert "triton is not known (RESOURCE_EXHAUSTED); when the GPU is free: duo doctor --certify" in shown[-2]
+    assert not verdicts.stored().complete
+    # A compilation that takes all of the time is not tried at every start.
+    monkeypatch.setattr(parent, "LIMIT", 0.0)
+    certify(monkeypatch, [*BEGIN, at("triton", "compile"), None])
+    assert verdicts.stored().verdicts[KEY]["triton"].is_right is None
+    with pytest.warns(UserWarning, match="no GPU|triton: not known after 0 s, in full: duo doctor --certify"):
+        monkeypatch.setattr(verdicts, "device", lambda: GPU)
+        assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
+
+
+def test_no_process_is_started_without_a_gpu(home, monkeypatch):
+    monkeypatch.setattr(parent, "_Child", None)
+    monkeypatch.setattr(parent, "may_have_gpu", machine.may_have_gpu)
+    parent.certify([DECODE])  # The tests run with JAX_PLATFORMS=cpu, or there is none.
+    monkeypatch.setattr(parent, "may_have_gpu", lambda: True)
+    monkeypatch.setenv("DUO_CERTIFY", "0")
+    parent.certify([DECODE])
+    monkeypatch.setenv("DUO_CERTIFY", "yes")
+    with pytest.raises(ValueError, match="DUO_CERTIFY must be 0, 1 or full, got 'yes'"):
+        parent.certify([DECODE])
+    monkeypatch.setenv("DUO_CERTIFY", "1")
+    monkeypatch.setenv("DUO_BACKEND", "xla")
+    parent.certify([DECODE])
+
+
+def test_the_fastest_right_backend_is_chosen(home, monkeypatch, recwarn):
+    monkeypatch.setattr(verdicts, "device", lambda: GPU)
+    request, able = on_gpu(DECODE), ("triton", "jax_triton", "mosaic", "xla")
+    fast = {"triton": Verdict(True, "", 1e-3, 2e-3), "jax_triton": Verdict(True, "", 1e-3, 1e-3)}
+    know(**fast, xla=Verdict(True, "", 1e-3, 9e-3), mosaic=Verdict(False, "hangs"))
+    assert best(request, able) == "jax_triton"
+    assert best(request, ("mosaic", "triton", "xla")) == "triton"
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"'xla'.*mosaic: hangs.*To check them: duo doctor --certify MODEL"):
+        assert best(request, ("mosaic", "xla")) == "xla"
+    with pytest.warns(UserWarning, match=r"'xla'.*triton: not checked"):
+        assert best(on_gpu(replace(DECODE, head_dim=64)), able) == "xla"
+    # A kernel that is slower than xla is no reason to warn.
+    recwarn.clear()
+    know(triton=Verdict(True, "", 1e-3, 1.0))
+    assert best(request, ("triton", "xla")) == "xla" and not recwarn.list
+    know(xla=Verdict(False, "wrong numbers"), triton=Verdict(False, "wrong numbers"))
+    with pytest.warns(UserWarning, match="'reference'"):
+        assert best(request, ("triton", "xla")) == "reference"
+
+
+def test_a_cpu_reads_no_verdicts(home, monkeypatch):
+    monkeypatch.setattr(verdicts, "known", None)
+    assert best(replace(DECODE, device="cpu"), ("xla",)) == "xla"
+
+
+def test_verdicts_of_another_machine_do_not_count(home, monkeypatch):
+    know(triton=Verdict(True, "", 1e-3, 1e-3))
+    monkeypatch.setattr(verdicts, "device", lambda: GPU)
+    assert best(on_gpu(DECODE), ("triton", "xla")) == "triton"
+    for change in ({"source": "changed"}, {"driver": "newer"}, {"packages": {"jax": "9"}}, {"ptxas": "another"}):
+        here = {**machine.environment(), **change}
+        with monkeypatch.context() as patch:
+            patch.setattr(verdicts, "environment", lambda here=here: here)
+            verdicts.forget()
+            with pytest.warns(UserWarning, match="triton: not checked"):
+                assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
+    verdicts.forget()
+    monkeypatch.setattr(verdicts, "device", lambda: GPU | {"cores": 66})  # a part of the GPU
+    with pytest.warns(UserWarning, match="triton: not checked"):
+        assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '[{"environment": {}}]', "[" * 10_000, '{"a": 1}'])
+def test_a_damaged_file_is_made_again(home, damage):
+    verdicts.path().parent.mkdir(parents=True)
+    verdicts.path().write_text(damage)
+    assert not verdicts.stored().verdicts
+    know(triton=Verdict(True, "", 1e-3, 1e-3))
+    assert verdicts.stored().verdicts[KEY]["triton"].is_right
+
+
+def test_processes_add_to_each_others_verdicts(home):
+    know(triton=Verdict(True, "", 1e-3, 1e-3))
+    verdicts.forget()
+    other = Found({KEY: {"mosaic": Verdict(False, "hangs")}, "other": {"xla": Verdict(None, "late")}})
+    verdicts.add(other)
+    stored = verdicts.stored()
+    assert set(stored.verdicts[KEY]) == {"triton", "mosaic"} and stored.device == GPU
+    assert stored.verdicts["other"]["xla"] == Verdict(None, "late")
+
+
+def test_without_a_place_to_write_verdicts_hold_for_this_process(home, monkeypatch):
+    (home / "file").touch()
+    monkeypatch.setenv("DUO_JAX_CACHE", str(home / "file" / "cache"))
+    verdicts._cannot_store.cache_clear()
+    with pytest.warns(UserWarning, match=r"cannot be stored in .*verdicts.json .*set DUO_JAX_CACHE") as warned:
+        certify(monkeypatch, [*BEGIN, right("xla", 1.0), right("triton", 0.5), right("mosaic", 2.0), {"end": True}])
+    assert len(warned) == 1
+    monkeypatch.setattr(verdicts, "device", lambda: GPU)
+    assert best(on_gpu(DECODE), ("triton", "xla")) == "triton"
+
+
+def test_the_environment_names_a_backend(home, monkeypatch):
+    here = replace(DECODE, device="cpu")
+    monkeypatch.setenv("DUO_BACKEND", "pretended.right")
+    assert ops.choose(here).name == "pretended.right" and ops.choose(here, "xla").name == "xla"
+    with pytest.raises(NotImplementedError, match="has no prefill attention: unset DUO_BACKEND"):
+        ops.choose(replace(here, operation="prefill"))
+    monkeypatch.setenv("DUO_BACKEND", "no.module")
+    with pytest.raises(ValueError, match=r"'no.module' is no module that can be imported"):
+        ops.choose(here)
+    with pytest.raises(ValueError, match=r"module json.decoder has no BACKEND"):
+        ops.choose(here, "json.decoder")
+
+
+@pytest.mark.slow
+def test_processes_that_crash_hang_or_exit_are_replaced(home, monkeypatch):
+    """With real processes: every pretended backend ends as it should, and the fastest right one is chosen."""
+    monkeypatch.setattr(parent, "RUN_LIMIT", 10.0)
+    shown = []
+    backends = names("crashing", "right", "hanging", "wrong", "exiting", "slow", "failing", "flaky")
+    parent.certify([DECODE], backends=backends, show=shown.append)
+    found = {name.removeprefix("pretended."): verdict for name, verdict in verdicts.stored().verdicts[KEY].items()}
+    assert {name for name, verdict in found.items() if verdict.is_right} == {"xla", "right", "slow"}, shown
+    assert found["slow"].seconds > found["right"].seconds
+    assert "SIGSEGV" in found["crashing"].reason and "exited with code 7" in found["exiting"].reason
+    assert found["hanging"].reason.startswith("hangs") and found["failing"].reason.startswith("fails")
+    assert verdicts.stored().complete == {KEY} and len(shown) == 1 + len(backends)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_and_one_that_is_killed(home):
+    """The second one waits, and takes over where the first one was killed."""
+    program = """if True:
+        import sys
+        from pallas_kernels.certify import parent, verdicts
+        from tests.test_certify import DECODE, names
+        parent.may_have_gpu = lambda: True
+        parent.certify([DECODE], backends=names("right", "slow", "wrong"))
+        """
+    command = [sys.executable, "-c", program]
+    path = os.pathsep.join([str(home), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    options = {"env": os.environ | {"PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, **options)
+    try:
+        while "xla is right" not in (line := first.stderr.readline()):
+            assert line, "it ended"
+        second = subprocess.Popen(command, **options)
+        while "waiting" not in (line := second.stderr.readline()):
+            assert line, "it ended"
+        time.sleep(0.1)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    _, shown = second.communicate(timeout=300)
+    assert second.returncode == 0 and "xla is right" not in shown, shown
+    assert len(verdicts.stored().verdicts[KEY]) == 4
