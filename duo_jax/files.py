@@ -145,6 +145,7 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process writes to it.
+        OSError: nothing can be written there.
     """
     lock_path = path.with_name(f".{path.name}.lock")
     lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
+        with _naming(path, lock_path):
+            lock_path.touch()  # Where no file can be made, such as in /proc, filelock reports a lock too.
         raise ValueError(f"another process writes to {path}: wait for it, or choose another --out") from None
     except OSError:  # Some file systems of clusters have no locks.
         yield

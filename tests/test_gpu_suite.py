@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pkgutil import resolve_name
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from duo_eval.gpu_suite import __main__ as command
-from duo_eval.gpu_suite import layer, numerics
+from duo_eval.gpu_suite import check, decode, layer, numerics, sections
 from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
 from duo_eval.runner.process import ProcessError, Worker, first_line
 
@@ -27,6 +30,10 @@ def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_pat
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SECTIONS}
     results = [result for record in records.values() for result in record["results"]]
     assert not [result for result in results if "failed" in result]
+    for name in ("first", "prefill", "decode", "addresses"):
+        ran = [result for result in records[name]["results"] if "cannot" not in result]
+        assert ran and all(result["is_right"] and result["differing_runs"] == 0 for result in ran)
+    assert records["tune"]["results"][0]["tiles"]["cpu"]["decode"]
     judged = [result for result in records["numerics"]["results"] if "cannot" not in result]
     assert all(result["is_right"] for result in judged)
     assert {result["case"]["backend"] for result in judged} == {"triton"}
@@ -54,6 +61,37 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
             ),
         )
         assert not numerics.measure(case)["is_right"]
+
+
+@pytest.mark.parametrize("cache", [None, pytest.param("int4", marks=pytest.mark.full_matrix)])
+def test_a_measured_call_is_compared_and_repeated(cache):
+    size = {"heads": (4, 2, 16), "dtype": "bfloat16", "streaming": 0.5, "capacity": 40, "batch": 2, "cache": cache}
+    lengths = jnp.array([37, 6], jnp.int32)
+    made = check.hide(layer.make(tokens=1, **size), lengths)
+    calls = iter(range(100))
+
+    def judge(change):
+        def attend(made):
+            return change(made.decode(lengths=lengths, backend="xla"))
+
+        return check.check(attend, made, start=lengths)
+
+    def once(out):
+        noise = jax.pure_callback(lambda: np.float32(next(calls) == 9) / 64, jax.ShapeDtypeStruct((), jnp.float32))
+        return out + noise.astype(out.dtype)
+
+    assert judge(lambda out: out)["is_right"]
+    for wrong in (lambda out: out * 1.05, lambda out: out.at[1, 0, 3, 5].set(jnp.nan)):
+        assert not judge(wrong)["is_right"]
+    found = judge(once)
+    assert found["differing_runs"] == 1 and found["error"] < 1e-2 and not found["is_right"]
+    assert "1 of 20 runs differ" in check.verdict(found)
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(check, "available", lambda: 10_000_000)
+    case = next(decode.cases(smoke=False)) | {"backend": "xla"}
+    assert sections.measure("decode", case) == {"cannot": "Unsupported: needs 0.404 GB of memory, 0.01 GB are free"}
 
 
 class Here(Worker):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from duo_train.data.needles import Needles
-from duo_train.identify import PRESETS, RUN_FILE, Identify, ranks
-from duo_train.recipes import Distill
+from duo_train.identify import ADDED, ADDED_DATA, PRESETS, RUN_FILE, Identify, ranks
+from duo_train.recipes import RECIPES, Distill
 
 from duo_jax import HeadPattern
 from duo_jax.cli.options import ModelOptions
@@ -214,6 +214,28 @@ def test_more_steps_extend_a_finished_run_and_fewer_are_refused(identify, tmp_pa
     assert "finished run already" in identify("--resume", "--distill.steps", "5").out
     shutil.rmtree(folder / "checkpoints")
     assert_refused(identify("--resume", "--distill.steps", "6"), "no checkpoint of its last step, 5", "--start")
+
+
+def test_a_setting_that_is_new_says_what_earlier_runs_did():
+    # What run.json has had from the first version on. A name that is new goes into ADDED or ADDED_DATA instead.
+    first = {
+        "run": "attention data dtype embed_dtype model recent_size recipe settings sink_size start weight_dtype",
+        "data": "answer chat distinct_words haystack haystack_chars label_tokens max_depth max_length min_depth "
+        "min_length needle num_lengths num_passkeys num_samples passkey_words question seed vocabulary",
+        "attention": "backend mixing recent_size rematerialize sink_size",
+        "distill": "accumulate batch_size cooldown learning_rate pad_multiple reg reg_weight seed steps warmup",
+        "prulong": "accumulate batch_size cooldown initial_log_alpha initial_noise learning_rate multiplier_rate "
+        "pad_multiple ramp seed steps target_sparsity warmup weight_decay",
+        "topk": "accumulate batch_size cooldown learning_rate pad_multiple seed steps target_sparsity warmup",
+        "attention-profile": "length num_samples",
+        "kvzip": "length num_samples",
+    }
+    for recipe in RECIPES:
+        now = Identify(ModelOptions("model"), Path("out"), recipe=recipe).resolved()
+        assert set(now) == {*first["run"].split(), *ADDED}
+        assert set(now["data"]) == {*first["data"].split(), *ADDED_DATA}
+        assert set(now["attention"]) == set(first["attention"].split())
+        assert set(now["settings"]) == set(first[recipe].split())
 
 
 def _interrupt(self, record):

@@ -7,6 +7,7 @@ from duo_eval.methods.registry import reply
 from duo_eval.runner import run as runner
 from duo_eval.runner.record import read
 from duo_eval.runner.run import Comparison
+from duo_eval.show.result_type import ResultType
 from duo_eval.tasks.needle.command import Cell, NeedleTask
 
 from tests.text_models import assert_refused
@@ -24,7 +25,7 @@ def needle(duo, chat_model, tmp_path):
     )
 
 
-def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
+def test_needle_fills_its_cells_draws_and_resumes(needle, duo, monkeypatch):
     out, run = needle
     done = run()
     assert done.code == 0, done
@@ -41,6 +42,7 @@ def test_needle_fills_its_cells_draws_and_resumes(needle, duo):
     assert len({record["key"] for record in records}) == 3
     for kind in ("png", "svg"):
         assert out.with_suffix(f".{kind}").stat().st_size > 5000
+    monkeypatch.setattr(ResultType, "show_figures", lambda *_: None)
     # A kill in the middle of a line: the rest is done, nothing twice.
     whole = out.read_text()
     out.write_text(whole[:-300])
@@ -86,6 +88,7 @@ def test_an_interrupt_loses_the_needle_in_hand_alone(needle, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "reply", interrupted)
+        patch.setattr(ResultType, "show_figures", lambda *_: None)
         stopped = run()
     assert stopped.code == 130 and "interrupted" in stopped.err and "Traceback" not in stopped.err
     first = read(out)[1]

@@ -10,7 +10,8 @@ import pytest
 from duo_jax.cli.answers import Answers
 from tests.text_models import Result, assert_refused
 
-TEXTS = ("What is a needle?", "It is thin.", "A", "A haystack is a stack.", "Where?")
+# Of lengths that share their programs, each of which takes seconds to compile.
+TEXTS = ("What is a needle?", "Is it very thin?", "A pin is thinner.", "A haystack is a stack.", "And where is it?")
 NEW = ("--max-new-tokens", 8)
 Duo = Callable[..., Result]
 
@@ -33,6 +34,7 @@ def prompts(tmp_path: Path) -> Path:
     return written(tmp_path / "in.jsonl", [{"prompt": text, "id": f"q{i}", "of": i} for i, text in enumerate(TEXTS)])
 
 
+@pytest.mark.full_matrix  # tests/test_lm.py compares batches with single calls.
 def test_a_batch_answers_as_single_prompts_do(text_model: Path, prompts: Path, tmp_path: Path, duo: Duo) -> None:
     options = ("generate", "--model", text_model, *NEW, *half(text_model))
     out = tmp_path / "out.jsonl"

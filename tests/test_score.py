@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from duo_eval.show.registry import type_of
+from duo_eval.show.result_type import ResultType
 from duo_eval.stats.intervals import Estimate, of_differences, of_scores, ratio
 from duo_eval.stats.recall_cells import FULL_ATTENTION, STREAMING, Key, recall_cells
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_sample
@@ -87,7 +88,7 @@ def test_a_sample_s_answers_are_scored_given_all_before_them(text_model):
         assert hits == (logprobs[at - 1].argmax(-1) == sample.tokens[at]).sum()
 
 
-def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
+def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path, monkeypatch):
     out = tmp_path / "recall.jsonl"
     run = lambda *args: duo("eval", "recall", "--model", text_model, *QUICK, "--out", out, *args)  # noqa: E731
     pattern = f"mine={text_model / 'pattern'}"
@@ -97,6 +98,8 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path):
     jobs = [json.loads(line)["job"] for line in whole.splitlines()[1:]]
     assert len(jobs) == len({json.dumps(job) for job in jobs}) == 2 * 4 + 3
     assert {job["method"] for job in jobs} == {"full attention", "all streaming", "mine", "random 0", "random 1"}
+    assert list(tmp_path.glob("*.png"))
+    monkeypatch.setattr(ResultType, "show_figures", lambda *_: None)
     # Cut off in the middle of a line: what is there is not computed again, what is missing is.
     out.write_text(whole[:-40])
     assert run("--patterns", pattern).code == 0

@@ -248,3 +248,11 @@ def test_a_chat_is_saved_over_a_chat_only(tmp_path):
     from duo_jax.cli.chat import is_chat
 
     assert is_chat(saved) and not is_chat(b"mine") and not is_chat(b"[1]")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_folder_that_takes_no_files_is_named_as_such():
+    # There, filelock reports a lock of another process.
+    with pytest.raises(OSError, match=r"(No such file or directory|Permission denied): '/proc/x'"):  # noqa: SIM117
+        with files.locked(Path("/proc/x")):
+            pass

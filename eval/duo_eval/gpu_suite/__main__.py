@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from duo_eval.gpu_suite.section import Case
-from duo_eval.gpu_suite.sections import SECTIONS, describe
+from duo_eval.gpu_suite.sections import SECTIONS, WITHOUT_BACKEND, describe
 from duo_eval.runner.process import ProcessError, Worker
 from duo_eval.runner.record import Record
 
@@ -25,8 +25,8 @@ class Suite:
     """Folder of results, a file for each section; stored results are not measured again."""
     sections: tuple[str, ...] = tuple(SECTIONS)
     """Sections, in this order."""
-    backends: tuple[str, ...] = ("triton", "mosaic", "jax_triton")
-    """Attention backends; a case that a backend does not support is noted, and is no failure."""
+    backends: tuple[str, ...] = ("mosaic", "triton", "jax_triton")
+    """Attention backends, the one that compiles fastest first; a case that one does not support is no failure."""
     minutes: float = 6.0
     """No case starts after this time; call again to continue."""
     case_seconds: float = 150.0
@@ -79,7 +79,7 @@ class Suite:
     def _cases(self, name: str) -> list[Case]:
         """The cases of a section, for each backend if that matters."""
         cases = list(SECTIONS[name].cases(smoke=self.smoke))
-        if name == "ceilings":
+        if name in WITHOUT_BACKEND:
             return cases
         return [case | {"backend": backend} for case in cases for backend in self.backends]
 

@@ -1,4 +1,4 @@
-"""Prefill attention of one layer: operations a second on the visible pairs, compared with cuDNN's causal attention."""
+"""Prefill attention of one layer: operations a second on the visible pairs, checked, and next to cuDNN's."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,35 +6,57 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from duo_eval.gpu_suite import layer
+from duo_eval.gpu_suite import check, layer
 from duo_eval.gpu_suite.section import Case
 from duo_eval.runner.process import first_line
 from duo_eval.speed.roofline import visible_pairs
+from duo_jax.sizes import nbytes
 
 HEADS = (32, 8, 128)
 
 
 def cases(*, smoke: bool) -> Iterator[Case]:
-    """Lengths, and fractions of the heads that stream."""
-    for tokens in (128,) if smoke else (4096, 16384, 65536):
+    """Chunks after a cache, a question over a long one, and whole texts with different fractions that stream."""
+    if smoke:
+        for tokens, start in ((70, 90), (128, 0)):
+            yield {"tokens": tokens, "start": start, "streaming": 0.5, "heads": (4, 2, 16)}
+        return
+    after = [(16_384, 16_384), (65_536, 65_536), (1024, 131_072), (8192, 131_072), (32, 524_288)]
+    for tokens, start in after:
+        yield {"tokens": tokens, "start": start, "streaming": 0.5, "heads": HEADS}
+    for tokens in (4096, 16_384, 65_536):
         for streaming in (0.0, 1.0, 0.5):
-            yield {"tokens": tokens, "streaming": streaming, "heads": (4, 2, 16) if smoke else HEADS}
+            yield {"tokens": tokens, "start": 0, "streaming": streaming, "heads": HEADS}
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds and operations a second; for full attention also cuDNN's, if it runs."""
-    tokens, heads = case["tokens"], tuple(case["heads"])
-    made = layer.make(heads=heads, dtype="bfloat16", streaming=case["streaming"], tokens=tokens, capacity=tokens)
-    rows = {"start": jnp.zeros(1, jnp.int32), "lengths": jnp.full(1, tokens, jnp.int32)}
-    seconds = layer.seconds_of(lambda made: made.prefill(**rows, backend=case["backend"]), made)
+    """Seconds, operations a second, and the check; for full attention without a cache also cuDNN's."""
+    tokens, start, heads = case["tokens"], case["start"], tuple(case["heads"])
+    shape = {"streaming": case["streaming"], "capacity": start + tokens}
+    check.fits(8 * heads[2] * heads[1] * (start + tokens))
+    made = layer.make(heads=heads, dtype="bfloat16", tokens=tokens, **shape)
+    rows = {"start": jnp.full(1, start, jnp.int32), "lengths": jnp.full(1, tokens, jnp.int32)}
+    made = check.hide(made, rows["start"])
+
+    def attend(made: layer.Layer) -> jax.Array:
+        return made.prefill(**rows, backend=case["backend"])
+
+    checked = check.check(attend, made, **rows)
+    seconds = layer.seconds_of(attend, made)
     streaming = round(case["streaming"] * heads[1])
-    pairs = (heads[1] - streaming) * visible_pairs(tokens, tokens)
-    pairs += streaming * visible_pairs(tokens, layer.WINDOW.size)
+    pairs = (heads[1] - streaming) * _pairs(start, tokens, start + tokens)
+    pairs += streaming * _pairs(start, tokens, layer.WINDOW.size)
     flops = 4 * heads[2] * (heads[0] // heads[1]) * pairs
-    result = {"seconds": seconds, "flops_per_second": flops / seconds}
-    if case["streaming"] == 0.0:
+    cached = nbytes(made.pools) * start // (start + tokens)
+    result = {"seconds": seconds, "flops_per_second": flops / seconds, "bytes_per_second": cached / seconds} | checked
+    if case["streaming"] == 0.0 and not start:
         result |= _cudnn(made, flops)
     return result
+
+
+def _pairs(start: int, tokens: int, capacity: int) -> int:
+    """Query-key pairs of one head, of a chunk."""
+    return visible_pairs(start + tokens, capacity) - visible_pairs(start, capacity)
 
 
 def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
@@ -49,7 +71,11 @@ def _cudnn(made: layer.Layer, flops: int) -> dict[str, Any]:
 
 
 def line(case: Case, result: dict[str, Any]) -> str:
-    """Rate and time."""
+    """Rate, time and verdict."""
     rate = f"{result['flops_per_second'] / 1e12:.0f} TFLOP/s, {1e3 * result['seconds']:.2f} ms"
+    if case["start"] > 8 * case["tokens"]:
+        rate += f", {result['bytes_per_second'] / 1e12:.2f} TB/s"
     peer = f"; cuDNN {result['cudnn_flops_per_second'] / 1e12:.0f}" if "cudnn_flops_per_second" in result else ""
-    return f"{case['tokens']} tokens, {case['streaming']:.0%} streaming, {case['backend']}: {rate}{peer}"
+    after = f" after {case['start']}" if case["start"] else ""
+    about = f"{case['tokens']} tokens{after}, {case['streaming']:.0%} streaming, {case['backend']}"
+    return f"{about}: {check.verdict(result)}, {rate}{peer}"
