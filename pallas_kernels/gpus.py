@@ -23,7 +23,6 @@ class Gpu:
     """Total that the CUDA driver reports: less than is sold, for error correction and the driver's own use."""
     bandwidth: int
     """Bytes of memory per second."""
-    shared_memory_per_core: int
     l2_bytes: int
     clock_ghz: float
 
@@ -31,6 +30,11 @@ class Gpu:
     def usable_bytes(self) -> int:
         """Bytes that programs may take: `MEMORY_FRACTION` of the total."""
         return int(self.memory_bytes * MEMORY_FRACTION)
+
+    @property
+    def shared_memory_per_core(self) -> int:
+        """Bytes of shared memory of a multiprocessor, which keeps one KiB of each block's share for itself."""
+        return shared_memory_per_block(self.capability) + 1024
 
     @property
     def chip(self) -> "Chip":
@@ -47,6 +51,7 @@ class Gpu:
     def target_config(self) -> str:
         """Description for XLA's compiler, a `GpuTargetConfigProto` as text."""
         major, minor = self.capability
+        threads = 2048 if self.capability in ((8, 0), (9, 0), (10, 0)) else 1536
         features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
         return f"""
             gpu_device_info {{
@@ -54,7 +59,7 @@ class Gpu:
               cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
               core_count: {self.cores} fpus_per_core: 128 clock_rate_ghz: {self.clock_ghz}
               device_memory_size: {self.memory_bytes} memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2_bytes}
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
               shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory_per_core}
               shared_memory_per_block_optin: {self.shared_memory_per_core - 1024}
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -68,37 +73,51 @@ class Gpu:
         """
 
 
-def _gib(count: float) -> int:
-    return int(count * (1 << 30))
+# Cores, bandwidth, caches and clocks are those of NVIDIA's data sheets and architecture papers. Memory is the total
+# that CUDA reports, rounded down. PyTorch's out-of-memory messages quote it: published ones have 79.14 to 79.25 GiB
+# for GPUs of 80 GB, 139.72 to 139.81 for an H200, 178.35 to 178.36 for a B200, 23.61 to 23.68 for an RTX 4090. The
+# others are from memory of such messages, about a tenth below what they said, and not looked up again.
+_TABLE = """
+    key       capability  cores  GiB    GB/s  L2 MiB   GHz  name
+    a100-80g  8.0           108   79.1  2039   40     1.41  NVIDIA A100-SXM4-80GB
+    a100-40g  8.0           108   39.3  1555   40     1.41  NVIDIA A100-SXM4-40GB
+    h100-80g  9.0           132   79.1  3350   50     1.98  NVIDIA H100 80GB HBM3
+    h100-pcie 9.0           114   79.1  2000   50    1.755  NVIDIA H100 PCIe
+    h100-nvl  9.0           132   93.0  3900   50    1.785  NVIDIA H100 NVL
+    gh200     9.0           132   94.5  4000   50     1.98  NVIDIA GH200 480GB
+    h20       9.0            78   95.0  4000   60     1.98  NVIDIA H20
+    h200      9.0           132  139.7  4800   50     1.98  NVIDIA H200
+    b200      10.0          148  178.3  8000  126     1.97  NVIDIA B200
+    a10       8.6            72   21.9   600    6    1.695  NVIDIA A10
+    a10g      8.6            80   21.9   600    6     1.71  NVIDIA A10G
+    l40s      8.9           142   44.3   864   96     2.52  NVIDIA L40S
+    rtx-3090  8.6            82   23.5   936    6    1.695  NVIDIA GeForce RTX 3090
+    rtx-4090  8.9           128   23.5  1008   72     2.52  NVIDIA GeForce RTX 4090
+    rtx-5090  12.0          170   31.3  1792   96     2.41  NVIDIA GeForce RTX 5090
+"""
 
 
-# Cores, bandwidth, caches and clocks are those of NVIDIA's data sheets. Memory is the total that CUDA reports, rounded
-# down: PyTorch's out-of-memory messages quote it, and published ones have 79.14 to 79.25 GiB for GPUs of 80 GB, 139.72
-# to 139.81 for an H200, 178.35 to 178.36 for a B200, 23.61 to 23.68 for an RTX 4090.
-GPUS: dict[str, Gpu] = {
-    "a100-80g": Gpu(
-        "NVIDIA A100-SXM4-80GB", (8, 0), 108, _gib(79.1), 2_039_000_000_000, 167_936, 40 << 20, clock_ghz=1.41
-    ),
-    "h100-80g": Gpu(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, _gib(79.1), 3_350_000_000_000, 233_472, 50 << 20, clock_ghz=1.98
-    ),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, _gib(139.7), 4_800_000_000_000, 233_472, 50 << 20, clock_ghz=1.98),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148, _gib(178.3), 8_000_000_000_000, 233_472, 126 << 20, clock_ghz=1.97),
-    "rtx-4090": Gpu(
-        "NVIDIA GeForce RTX 4090", (8, 9), 128, _gib(23.5), 1_008_000_000_000, 102_400, 72 << 20, clock_ghz=2.52
-    ),
-}
+def _gpu(row: str) -> tuple[str, Gpu]:
+    key, capability, cores, memory, bandwidth, l2, clock, name = row.split(maxsplit=7)
+    major, minor = map(int, capability.split("."))
+    sizes = int(float(memory) * (1 << 30)), int(bandwidth) * 10**9, int(l2) << 20
+    return key, Gpu(name, (major, minor), int(cores), *sizes, clock_ghz=float(clock))
+
+
+GPUS: dict[str, Gpu] = dict(map(_gpu, _TABLE.strip().splitlines()[1:]))
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its key in `GPUS`.
+    """A GPU by its key in `GPUS`; "h100" is the first of its variants.
 
     Raises:
         ValueError: an unknown one.
     """
-    if name.lower() not in GPUS:
+    key = name.lower()
+    found = GPUS.get(key) or next((gpu for each, gpu in GPUS.items() if each.startswith(f"{key}-")), None)
+    if found is None:
         raise ValueError(f"unknown GPU {name!r}: choose one of {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+    return found
 
 
 def device_kind() -> str:

@@ -1,19 +1,44 @@
-"""Tile sizes of the kernels: what they are, which ones run where, and how a tuner tries others."""
+"""Tile sizes of the kernels: what they are, which ones run where, and how a tuner tries others.
+
+What ships depends on the chip's compute capability, multiprocessors and shared memory. Tiles that were tuned on the
+user's machine take precedence.
+"""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.gpus import device_kind
+import jax
+
+from pallas_kernels.gpus import Chip, chip, device_kind
+from pallas_kernels.ptxas import ptxas_version, version_text
+from pallas_kernels.types import Request
+
+
+class Tiles:
+    """Checks that all tiles share: positive integers, and powers of two where they are sizes of a tile."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers: a wrong one can give wrong results instead of an error.
+
+        Raises:
+            ValueError: a number that no kernel takes.
+        """
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+            if field.name in ("block_q", "block_k", "num_warps") and value.bit_count() > 1:
+                raise ValueError(f"{field.name} must be a power of two, got {value}")
 
 
 @dataclass(frozen=True)
-class FlashTiles:
+class FlashTiles(Tiles):
     """Tiles of Triton's prefill kernel, and of the backward kernels of training."""
 
     block_q: int
@@ -27,13 +52,13 @@ class FlashTiles:
 
 
 @dataclass(frozen=True)
-class DecodeTiles:
+class DecodeTiles(Tiles):
     """Tiles of the decode kernels."""
 
     block_k: int
     """Keys of a tile."""
     min_split: int
-    """Least keys that are worth a program of their own; a multiple of `block_k`."""
+    """Least keys that are worth a program of their own; a multiple of `block_k` and of 8."""
     max_programs: int
     """Programs to spread a layer's keys over: a few for every multiprocessor."""
     num_warps: int
@@ -42,12 +67,15 @@ class DecodeTiles:
     """Loads in flight while a tile is computed."""
 
     def __post_init__(self) -> None:
-        if self.min_split % self.block_k:
-            raise ValueError(f"min_split must be a multiple of block_k, got {self}")
+        """Check the numbers; see `Tiles`."""
+        super().__post_init__()
+        # TMA addresses keys by eights.
+        if self.min_split % self.block_k or self.min_split % 8:
+            raise ValueError(f"min_split must be a multiple of block_k={self.block_k} and of 8, got {self.min_split}")
 
 
 @dataclass(frozen=True)
-class PipelineTiles:
+class PipelineTiles(Tiles):
     """Tiles of the Mosaic prefill kernel, whose tiles of queries have one size."""
 
     block_k: int
@@ -64,24 +92,51 @@ KINDS: dict[str, type[Any]] = {
     "mosaic_decode": DecodeTiles,
 }
 
+# The kernels of a backend's operations.
+KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("triton", "prefill"): ("flash",),
+    ("triton", "decode"): ("decode",),
+    ("triton", "training"): ("flash", "backward"),
+    ("jax_triton", "decode"): ("decode",),
+    ("mosaic", "prefill"): ("mosaic_flash",),
+    ("mosaic", "decode"): ("mosaic_decode",),
+}
+
+# Shared memory of a block on A100, bytes; with less, some tiles are smaller.
+WIDE = 163 << 10
+
 _ON_TRIAL: dict[str, Any] = {}
 
 
 def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = False) -> Any:
-    """Tiles of a kernel on the device that programs are traced for: tuned ones, or ones that fit any GPU.
+    """Tiles of a kernel on the device that programs are traced for: tuned ones, or ones that fit the chip.
 
     Args:
         kernel: a name in `KINDS`.
         head_dim: of the model; kernels round it up to a power of two.
         itemsize: bytes of a number: float32 tiles are half as large.
         quantized: whether the cache is; its keys need more registers while they are unpacked.
+
+    Raises:
+        ValueError: a file of tuned tiles that was altered.
     """
     if kernel in _ON_TRIAL:
         return _ON_TRIAL[kernel]
-    width = max(16, 1 << (head_dim - 1).bit_length())
-    name = f"{width}x{itemsize}" + "q" * quantized
-    tuned = _tuned().get(device_kind(), {}).get(kernel, {}).get(name)
-    return KINDS[kernel](**tuned) if tuned else _default(kernel, width, itemsize, quantized)
+    tuned = _tuned()
+    if tuned:
+        entries = tuned.get(tuned_key(kernel), {}).get(kernel, {})
+        if found := entries.get(size_key(head_dim, itemsize, quantized=quantized)):
+            return found
+    return _default(kernel, _width(head_dim), itemsize, quantized, chip())
+
+
+def tiles_of(backend: str, request: Request) -> dict[str, Any]:
+    """Tiles of each kernel that a backend would run a request with, where it is traced for."""
+    itemsize = 4 if "float32" in request.dtypes else 2
+    return {
+        kernel: tiles_for(kernel, request.head_dim, itemsize, quantized=bool(request.bits))
+        for kernel in KERNELS.get((backend, request.operation), ())
+    }
 
 
 @contextmanager
@@ -95,36 +150,105 @@ def trying(kernel: str, tiles: Any) -> Iterator[None]:
 
 
 def tuned_file() -> Path:
-    """The file of tuned tiles in the user's cache: by kind of GPU, kernel and `<head dim>x<bytes of a number>[q]`."""
+    """The file of tuned tiles in the user's cache: by `tuned_key`, kernel and `size_key`."""
     # Without a home folder, expanduser leaves the ~, and there is no such file.
     folder = os.environ.get("DUO_JAX_CACHE") or os.path.expanduser("~/.cache/duo-jax")
     return Path(folder) / "tiles.json"
 
 
+def tuned_key(kernel: str) -> str:
+    """What tuned tiles of a kernel belong to: the kind of chip, and the compilers.
+
+    As in "sm_90, 132 SMs, 227 KiB, jax 0.11.2, ptxas 12.9.86".
+    """
+    here, assembler = chip(), ptxas_version("mosaic" if kernel.startswith("mosaic") else "triton")
+    if here.capability is None:
+        kind = device_kind()
+    else:
+        major, minor = here.capability
+        kind = f"sm_{major}{minor}, {here.cores} SMs, {here.shared_memory >> 10} KiB"
+    return f"{kind}, jax {jax.__version__}, ptxas {version_text(assembler)}"
+
+
+def size_key(head_dim: int, itemsize: int, *, quantized: bool = False) -> str:
+    """Name of the sizes that tiles depend on: `<head dim>x<bytes of a number>`, and a q for quantized caches."""
+    return f"{_width(head_dim)}x{itemsize}" + "q" * quantized
+
+
+def _width(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 @cache
-def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def _tuned() -> dict[str, dict[str, dict[str, Any]]]:
     path = tuned_file()
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as error:
+        return read_tuned(path) if path.is_file() else {}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or was altered ({error}): delete it, then tune again") from None
 
 
-def _default(kernel: str, width: int, itemsize: int, quantized: bool) -> Any:
-    """Small enough for the registers and the shared memory of an A100, without spills."""
+def forget_tuned() -> None:
+    """Read the file again when tiles are next asked for: after tuning."""
+    _tuned.cache_clear()
+
+
+def read_tuned(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Tiles in a file, by `tuned_key`, kernel and `size_key`.
+
+    Raises:
+        ValueError: not a file of tiles, or tiles that no kernel takes.
+    """
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: {
+            kernel: {size: _checked(f"{kernel} {size}", kernel, entry) for size, entry in sizes.items()}
+            for kernel, sizes in kernels.items()
+        }
+        for key, kernels in table.items()
+    }
+
+
+def _checked(name: str, kernel: str, entry: Mapping[str, int]) -> Any:
+    if kernel not in KINDS:
+        raise ValueError(f"there is no kernel {kernel!r}")
+    names = [field.name for field in fields(KINDS[kernel])]
+    if sorted(entry) != sorted(names):
+        raise ValueError(f"{name} needs {', '.join(names)}")
+    try:
+        return KINDS[kernel](**entry)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip) -> Any:
+    """What ships: within the shared memory of the chip, by compilation for A100, RTX 4090 and H200.
+
+    tokamax's public table for H100 has 128 x 128 with 3 stages and 8 warps as Triton's best. Here that spills registers
+    on sm_90 (116 bytes a thread, jax 0.10.2), so it is for the tuner to find out.
+    """
     small = width * itemsize <= 256
     if quantized:
-        tiles = _default(kernel, width, itemsize, False)
+        tiles = _default(kernel, width, itemsize, False, chip)
         smaller = {"block_k": 32 if small else 16} | ({"block_q": 32} if kernel == "flash" and not small else {})
         return replace(tiles, **smaller)
+    # Two waves of four programs on each multiprocessor.
+    programs = 8 * (chip.cores or 128)
+    # Float32 tiles of the larger head dims do not fit into 99 KiB.
+    is_narrow = 0 < chip.shared_memory < WIDE and itemsize == 4 and not small
     if kernel == "mosaic_flash":
         return PipelineTiles(block_k=128, num_stages=2)
     if kernel == "mosaic_decode":
-        return DecodeTiles(block_k=64, min_split=256, max_programs=1056, num_warps=4, num_stages=4)
+        return DecodeTiles(block_k=64, min_split=256, max_programs=programs, num_warps=4, num_stages=4)
     if kernel == "decode":
-        return DecodeTiles(block_k=64 if small else 32, min_split=256, max_programs=1024, num_warps=4, num_stages=2)
+        block_k = 64 if small else 16 if is_narrow and width > 128 else 32
+        return DecodeTiles(block_k, min_split=256, max_programs=programs, num_warps=4, num_stages=2)
     if kernel == "backward":
         if width * itemsize <= 128:
             return FlashTiles(64, 32, 4, 2)
+        if is_narrow:
+            return FlashTiles(32, 16, 4, 1)
         return FlashTiles(64, 64, 8, 2) if small else FlashTiles(32, 32, 8, 1)
+    if is_narrow:
+        return FlashTiles(32, 32, 4, 2)
     return FlashTiles(128, 64, 8, 2) if small else FlashTiles(64, 32, 8, 2)

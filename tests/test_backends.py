@@ -60,6 +60,15 @@ def test_what_a_backend_cannot_do_falls_to_the_next_one(changes, prefill, decode
     assert names(operation="decode", capability=(9, 0), **changes) == decode
 
 
+@pytest.mark.parametrize(("capability", "fits"), [((8, 0), True), ((8, 6), False), ((8, 9), False), ((12, 0), False)])
+def test_float32_of_large_head_dims_needs_the_shared_memory_of_an_a100(capability, fits):
+    large = {"dtypes": frozenset(["float32"]), "head_dim": 256, "capability": capability}
+    expected = "triton xla" if fits else "xla"
+    assert names(operation="prefill", **large) == names(operation="training", **large) == expected
+    assert names(operation="decode", **large) == "triton jax_triton xla"
+    assert names(operation="prefill", **large | {"head_dim": 128}) == "triton xla"
+
+
 @pytest.mark.parametrize(
     ("version", "is_bad"),
     [((12, 6, 85), False), ((12, 8, 61), True), ((12, 9, 41), True), ((12, 9, 86), False), ((13, 0, 88), False)],

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from duo_eval.gpu_suite import __main__ as command
-from duo_eval.gpu_suite import check, decode, layer, numerics, sections
+from duo_eval.gpu_suite import check, decode, numerics, sections
 from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
 from duo_eval.runner.process import ProcessError, Worker, first_line
 
 import pallas_kernels
+from pallas_kernels import layer
 
 
 @pytest.mark.process

@@ -1,36 +1,115 @@
-"""The tuner writes the tiles that kernels then use; impossible tile sizes are left out."""
+"""The tuner writes the tiles that kernels then use; impossible tile sizes are left out, and altered ones refused."""
 
 import json
+import re
 
+import jax
 import pytest
-from duo_eval.aot import tune
-from duo_eval.aot.tune import Tune
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from duo_jax import tune as tuner
+from duo_jax.tune import candidates, kernels_here, tune
 from pallas_kernels import tiles
-from pallas_kernels.tiles import DecodeTiles, PipelineTiles, tiles_for, trying
+from pallas_kernels.gpus import GPUS, find_gpu
+from pallas_kernels.tiles import KINDS, DecodeTiles, FlashTiles, PipelineTiles, tiles_for, trying, tuned_key
+
+KEPT = {"a GPU of long ago": {"flash": {"64x2": {"block_q": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}}}}
+
+
+def on(name):
+    """Within it, programs are traced for a GPU."""
+    gpu = find_gpu(name)
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(gpu.name, gpu.cores, "gpu")))
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """The user's file of tiles, read again by each test."""
+    monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path))
+    tiles._tuned.cache_clear()
+    yield tmp_path / "tiles.json"
+    tiles._tuned.cache_clear()
 
 
 @pytest.mark.full_matrix
-def test_the_fastest_tiles_are_written_and_used(tmp_path, monkeypatch):
-    table = tmp_path / "tiles.json"
-    table.write_text(json.dumps({"NVIDIA Abacus": {"flash": {"64x2": {}}}}))
-    wrong, right = DecodeTiles(24, 264, 64, 4, 2), DecodeTiles(32, 256, 64, 4, 2)  # Pallas needs powers of two
-    monkeypatch.setattr(tune, "candidates", lambda kernel: [wrong, right])
-    Tune(kernels=("decode",), head_dims=(16,), tokens=1, context=300, out=table).run()
+def test_the_fastest_tiles_are_written_and_used(table, monkeypatch):
+    table.write_text(json.dumps(KEPT))
+    choices = [DecodeTiles(16, 256, 64, 4, 2), DecodeTiles(32, 256, 64, 4, 2)]
+    monkeypatch.setattr(tuner, "candidates", lambda kernel, shipped: choices)
+    tune(("decode",), (16,), tokens=1, context=300)
     found = json.loads(table.read_text())
-    assert found["NVIDIA Abacus"] == {"flash": {"64x2": {}}}
-    assert found["cpu"]["decode"].keys() == {"16x2"}
-    monkeypatch.setattr(tiles, "_tuned", lambda: found)
-    assert tiles_for("decode", 16, 2) in (wrong, right)
-    assert tiles_for("decode", 16, 4) == tiles._default("decode", 16, 4, False)
+    key = f"cpu, jax {jax.__version__}, ptxas "
+    assert found.pop(next(iter(KEPT))) == KEPT[next(iter(KEPT))]
+    ((name, kernels),) = found.items()
+    assert name.startswith(key) and kernels["decode"].keys() == {"16x2"}
+    assert tiles_for("decode", 16, 2) in choices
+    assert tiles_for("decode", 16, 4) not in choices
 
 
-def test_a_truncated_table_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path))
-    (tmp_path / "tiles.json").write_text('{"cpu": {"flash"')
-    tiles._tuned.cache_clear()  # A failure is not kept.
-    with pytest.raises(ValueError, match=r"tiles.json is truncated or was altered .*: delete it, then tune again"):
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"cpu": {"flash"', ""),
+        ("[]", "no attribute"),
+        ('{"x": {"matmul": {"64x2": {}}}}', "no kernel 'matmul'"),
+        ('{"x": {"flash": {"64x2": {"block_q": 64}}}}', "flash 64x2 needs block_q, block_k, num_warps, num_stages"),
+    ],
+)
+def test_an_altered_table_is_refused_by_name(table, text, why):
+    table.write_text(text)
+    with pytest.raises(ValueError, match=rf"tiles.json is truncated or was altered .*{why}.*: delete it, then tune"):
         tiles_for("decode", 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"min_split": 300}, "min_split must be a multiple of block_k=64 and of 8, got 300"),
+        ({"block_k": 4, "min_split": 12}, "of 8, got 12"),
+        ({"block_k": 48, "min_split": 96}, "block_k must be a power of two, got 48"),
+        ({"num_warps": 3}, "num_warps must be a power of two"),
+        ({"max_programs": 0}, "max_programs must be a positive integer, got 0"),
+        ({"num_stages": 2.0}, "num_stages must be a positive integer, got 2.0"),
+        ({"num_stages": True}, "num_stages must be a positive integer, got True"),
+    ],
+)
+def test_tiles_that_no_kernel_takes_are_refused(table, changes, why):
+    entry = {"block_k": 64, "min_split": 256, "max_programs": 64, "num_warps": 4, "num_stages": 2} | changes
+    with pytest.raises(ValueError, match=re.escape(why)):
+        DecodeTiles(**entry)
+    table.write_text(json.dumps({"x": {"decode": {"16x2": entry}}}))
+    with pytest.raises(ValueError, match=f"altered .decode 16x2: .*{re.escape(why)}"):
+        tiles_for("decode", 16, 2)
+
+
+def test_tuned_tiles_hold_for_the_chip_and_the_compilers_they_were_tuned_with(table, monkeypatch):
+    monkeypatch.setattr(tiles, "ptxas_version", lambda backend: (12, 9, 86))
+    tuned = {"block_q": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}
+    key = f"sm_90, 132 SMs, 227 KiB, jax {jax.__version__}, ptxas 12.9.86"
+    table.write_text(json.dumps({key: {"flash": {"128x2": tuned}}}))
+    shipped = tiles_for("flash", 128, 2)
+    for name in ("h100-80g", "h100-nvl", "gh200", "h200"):  # One chip, whatever the product.
+        with on(name):
+            assert tuned_key("flash") == key and tiles_for("flash", 128, 2) == FlashTiles(**tuned)
+    for name in ("h100-pcie", "a100-80g"):
+        with on(name):
+            assert tiles_for("flash", 128, 2).block_q == shipped.block_q
+    monkeypatch.setattr(tiles, "ptxas_version", lambda backend: (13, 1, 80))
+    with on("h200"):
+        assert tiles_for("flash", 128, 2) != FlashTiles(**tuned)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_gpu_has_tiles_of_every_kernel_and_few_candidates(name, table):
+    with on(name):
+        kernels = kernels_here()
+        assert ("mosaic_flash" in kernels) == (GPUS[name].capability == (9, 0))
+        for kernel in kernels:
+            for head_dim, itemsize in ((64, 2), (128, 2), (256, 2), (128, 4), (256, 4)):
+                shipped = tiles_for(kernel, head_dim, itemsize)
+                tried = list(candidates(kernel, shipped))
+                assert isinstance(shipped, KINDS[kernel]) and tried[0] == shipped and 4 <= len(tried) <= 6
+        assert tiles_for("decode", 128, 2).max_programs == 8 * GPUS[name].cores
 
 
 def test_tiles_on_trial_are_used_only_within():
@@ -40,14 +119,15 @@ def test_tiles_on_trial_are_used_only_within():
     assert tiles_for("decode", 128, 2) == before
 
 
-def test_tiles_that_a_kernel_refuses_are_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "candidates", lambda kernel: [PipelineTiles(16, 2)])
+def test_tiles_that_a_kernel_refuses_are_left_out(table, monkeypatch):
+    monkeypatch.setattr(tuner, "candidates", lambda kernel, shipped: [PipelineTiles(16, 2)])
+    shown = []
     with pytest.raises(ValueError, match="no tiles of mosaic_flash run here"):
-        Tune(kernels=("mosaic_flash",), head_dims=(256,), tokens=16, context=300, out=tmp_path / "tiles.json").run()
-    assert "Unsupported: the mosaic backend takes" in capsys.readouterr().out
+        tune(("mosaic_flash",), (256,), tokens=16, context=300, show=shown.append)
+    assert "Unsupported: the mosaic backend takes" in shown[0] and not table.exists()
 
 
 @pytest.mark.parametrize("bad", [{"kernels": ("matmul",)}, {"context": 0}])
-def test_bad_settings_are_refused(tmp_path, bad):
+def test_bad_settings_are_refused(table, bad):
     with pytest.raises(ValueError, match=r"kernels are among flash|context must be at least 1"):
-        Tune(out=tmp_path / "tiles.json", **bad).run()
+        tune(**{"kernels": ("flash",), "head_dims": (64,)} | bad)

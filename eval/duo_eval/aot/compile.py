@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_eval.aot.sass import Loop, loops_of
 from duo_jax.mesh.mesh import MeshSize
-from pallas_kernels.gpus import GPUS, find_gpu
+from pallas_kernels.gpus import find_gpu
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def assemble(gpu: str, path: Path) -> list[Assembled]:
         NotImplementedError: `ptxas` is not installed.
     """
     cubin = path.with_suffix(".cubin")
-    command = [_tool("ptxas"), "-v", f"-arch={GPUS[gpu].architecture}", str(path), "-o", str(cubin)]
+    command = [_tool("ptxas"), "-v", f"-arch={find_gpu(gpu).architecture}", str(path), "-o", str(cubin)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     loops = None
     with contextlib.suppress(NotImplementedError):
@@ -159,9 +159,9 @@ def gpus_of(gpu: str, mesh: str | None) -> str:
     """The target of a compilation, for footers; `mesh` as on the command line."""
     size = MeshSize() if mesh is None else MeshSize.parse(mesh)
     if size.devices == 1:
-        return f"one row, compiled for {GPUS[gpu].name}"
+        return f"one row, compiled for {find_gpu(gpu).name}"
     rows = "one row" if size.data == 1 else f"{size.data} rows"
-    return f"{rows} in total, compiled for {size.devices} x {GPUS[gpu].name} ({mesh}), sizes of each"
+    return f"{rows} in total, compiled for {size.devices} x {find_gpu(gpu).name} ({mesh}), sizes of each"
 
 
 def compiled_with(head: Mapping[str, Any]) -> str:

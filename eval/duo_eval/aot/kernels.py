@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import jaxlib
 
 from duo_eval.aot.compile import assembler, compiled_with, kernels_on, lower_for
-from duo_eval.gpu_suite import layer
 from duo_eval.runner.process import first_line
 from duo_eval.runner.record import Record, read, sha256
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from pallas_kernels import Unsupported
+from pallas_kernels import Unsupported, layer
 from pallas_kernels.gpus import GPUS
 
 OPERATIONS = ("prefill", "decode", "training")

@@ -18,7 +18,7 @@ from duo_jax.cli.devices import DeviceOptions
 from duo_jax.mesh.mesh import mesh_of
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.precision import FloatDtype, KvDtype, WeightDtype
-from pallas_kernels.gpus import GPUS
+from pallas_kernels.gpus import find_gpu
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MemoryTask:
                     sizes = memory_of(compiled).sizes()
                     seconds = {"compile_seconds": time.perf_counter() - begin}
                     append(None, {"program": program, "tokens": length} | sizes | seconds)
-                    share = sizes["total"] / GPUS[self.gpu].memory_bytes
+                    share = sizes["total"] / find_gpu(self.gpu).memory_bytes
                     print(
                         f"{self.model}, {program}, {length} tokens, {gpus_of(self.gpu, self.mesh)}: arguments "
                         f"{sizes['arguments'] / 1e9:.1f} GB, temporaries {sizes['temporaries'] / 1e9:.1f} GB, total "

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from duo_eval.gpu_suite import check, layer
+from duo_eval.gpu_suite import check
 from duo_eval.gpu_suite.section import Case
 from duo_jax.sizes import nbytes
-from pallas_kernels import Heads, Pools
+from pallas_kernels import Heads, Pools, layer
 from pallas_kernels.quantized import Quantized, Stored, empty, store
 
 

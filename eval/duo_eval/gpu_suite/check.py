@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from duo_eval.gpu_suite import layer, numerics
+from duo_eval.gpu_suite import numerics
 from duo_eval.speed.device import available
-from pallas_kernels import Unsupported
+from pallas_kernels import Unsupported, layer
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
 from pallas_kernels.window import Window, consecutive
 

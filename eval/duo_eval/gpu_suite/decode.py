@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_eval.gpu_suite import check, layer
+from duo_eval.gpu_suite import check
 from duo_eval.gpu_suite.section import Case
 from duo_jax.sizes import nbytes
+from pallas_kernels import layer
 
 HEADS = (32, 8, 128)
 

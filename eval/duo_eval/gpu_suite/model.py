@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from duo_eval.aot.compile import memory_of
 from duo_eval.aot.programs import decode as decode_step
 from duo_eval.aot.programs import prefill_chunk
-from duo_eval.gpu_suite.layer import RECENT_SIZE, SINK_SIZE
 from duo_eval.gpu_suite.section import Case
-from duo_eval.speed.timing import fastest
 from duo_jax import PRESETS, KVCache, Model, ModelConfig
 from duo_jax.infer import extend, step
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.sizes import nbytes
+from pallas_kernels.layer import RECENT_SIZE, SINK_SIZE
 from pallas_kernels.quantized import Quantized, Stored
+from pallas_kernels.timing import fastest
 
 TOY = ModelConfig("llama", 61, 2, 32, 4, 2, 16, 48, max_positions=4096, dtype="float32", eos_ids=(2,))
 STEPS = 16

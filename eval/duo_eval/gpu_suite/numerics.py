@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_eval.gpu_suite import layer
 from duo_eval.gpu_suite.section import Case
+from pallas_kernels import layer
 from pallas_kernels.certify.cases import TOLERANCE, worst
 
 # The outputs of an operation; in training, gradients are named after their inputs.

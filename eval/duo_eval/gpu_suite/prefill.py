@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from duo_eval.gpu_suite import check, layer
+from duo_eval.gpu_suite import check
 from duo_eval.gpu_suite.section import Case
 from duo_eval.runner.process import first_line
 from duo_eval.speed.roofline import visible_pairs
 from duo_jax.sizes import nbytes
+from pallas_kernels import layer
 
 HEADS = (32, 8, 128)
 

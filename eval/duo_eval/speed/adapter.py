@@ -20,11 +20,11 @@ from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.engines.transformers import torch_model
-from duo_eval.speed.timing import seconds
 from duo_eval.tasks import mmlu
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.load import open_source
+from pallas_kernels.timing import seconds
 
 Pair = tuple[str, str]
 ENGINES = "duo", "transformers"

@@ -6,7 +6,7 @@ Measured next to each result, not looked up: machines are shared, and their rate
 import jax
 import jax.numpy as jnp
 
-from duo_eval.speed.timing import fastest
+from pallas_kernels.timing import fastest
 
 # Side of the square matrices whose product gives the rate of operations; a GPU needs larger ones to be busy.
 MATMUL, MATMUL_ON_GPU = 2048, 8192

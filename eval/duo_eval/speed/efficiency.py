@@ -22,11 +22,11 @@ from duo_eval.speed.ceilings import bytes_per_second, flops_per_second
 from duo_eval.speed.device import available
 from duo_eval.speed.engines import ENGINES, PEERS
 from duo_eval.speed.roofline import decode_bytes, prefill_flops
-from duo_eval.speed.timing import seconds
 from duo_jax import HeadPattern, KVCache
 from duo_jax.differences import changes
 from duo_jax.precision import FloatDtype
 from pallas_kernels import BACKENDS
+from pallas_kernels.timing import seconds
 
 # Decode steps that are timed; the median counts.
 DECODE_STEPS = 24

@@ -19,8 +19,8 @@ from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.ceilings import flops_per_second
 from duo_eval.speed.roofline import prefill_flops
-from duo_eval.speed.timing import fastest
 from duo_jax import HeadPattern, ModelConfig, load_model
+from pallas_kernels.timing import fastest
 
 
 @dataclass(frozen=True)

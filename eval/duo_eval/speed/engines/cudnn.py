@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.engines.base import Engine
-from duo_eval.speed.timing import compile_seconds
 from duo_jax import HeadPattern, Model
+from pallas_kernels.timing import compile_seconds
 from pallas_kernels.window import consecutive
 
 Cache = tuple[list[Float[Array, "B S K H"]], list[Float[Array, "B S K H"]]]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from duo_eval.speed.timing import fastest
 from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import Stored, empty, store
+from pallas_kernels.timing import fastest
 
 SINK_SIZE, RECENT_SIZE = 64, 256
 WINDOW = Window(SINK_SIZE, RECENT_SIZE)
