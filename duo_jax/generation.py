@@ -235,7 +235,7 @@ def prepare(
     tokens, lengths = check_prompt(model.config, tokens, lengths)
     longest = int(np.max(lengths))
     tokens = tokens[:, :longest]
-    width = chunk_width(longest, chunk_size)
+    width = chunk_width(longest, chunk_size, rows=len(tokens))
     if cache is None:
         total = longest + max_new_tokens
         if total > MOST_TOKENS:

@@ -64,7 +64,7 @@ def prefill(
     check_cache(model, cache, lengths)
     # Columns that are padding in every row cost nothing where the lengths are known.
     longest = tokens.shape[1] if is_traced(lengths) else int(np.max(lengths))
-    width = chunk_width(longest, chunk_size)
+    width = chunk_width(longest, chunk_size, rows=len(tokens))
     return run_prefill(model, tokens[:, :longest], cache, lengths, width, backend=backend, progress=progress)
 
 
@@ -178,7 +178,7 @@ def score_targets(
     if targets.shape != tokens.shape:
         raise ValueError(f"each token needs a target, got {targets.shape=} for {tokens.shape=}")
     check_cache(model, cache, lengths)
-    width = chunk_width(tokens.shape[1], chunk_size)
+    width = chunk_width(tokens.shape[1], chunk_size, rows=len(tokens))
     following = chunks(targets, lengths, width)
     parts = []
     for (_, chunk, counts), (_, chosen, _) in zip(chunks(tokens, lengths, width), following, strict=True):

@@ -54,7 +54,8 @@ class Plan:
         config: the model's, with the data types of weights and activations.
         pattern: which heads stream; None: full attention.
         batch_size: sequences.
-        chunk_size: tokens of each sequence's prompt that are computed at a time.
+        chunk_size: tokens of each sequence's prompt that are computed at a time, see `duo_jax.chunks.most_at_a_time`;
+            by default those of a CPU.
         kv_dtype: data type of the cache, as in `KVCache.init`.
         streaming_dtype: data type of streaming heads, as in `KVCache.init`.
         mesh: devices that share the model and its cache; sizes are per device.

@@ -8,16 +8,23 @@ import importlib
 
 from pallas_kernels.types import Backend, Request
 
-BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic")
+BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic", "cudnn")
 
 # Backends of each operation, the one that should be fastest first. `xla` runs everything and ends every list.
 ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "training": ("xla",)}
 # Two equals for decode: jax is removing the lowering of the first one, and the second one needs two more packages.
-ON_NVIDIA = {"prefill": ("triton", "xla"), "decode": ("triton", "jax_triton", "xla"), "training": ("triton", "xla")}
-# By compute capability, where the order is another one.
-PREFERENCES = {
-    (9, 0): ON_NVIDIA | {"prefill": ("mosaic", "triton", "xla"), "decode": ("triton", "jax_triton", "mosaic", "xla")},
+ON_NVIDIA = {
+    "prefill": ("triton", "cudnn", "xla"),
+    "decode": ("triton", "jax_triton", "xla"),
+    "training": ("triton", "xla"),
 }
+# By compute capability, where the order is another one.
+ON_HOPPER = {
+    "prefill": ("mosaic", "triton", "cudnn", "xla"),
+    "decode": ("triton", "jax_triton", "mosaic", "xla"),
+    "training": ("triton", "xla"),
+}
+PREFERENCES = {(9, 0): ON_HOPPER}
 
 
 def find_backend(name: str) -> Backend:

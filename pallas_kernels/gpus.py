@@ -1,6 +1,8 @@
 """Facts about GPUs: those known by name, described for planners and compilers, and the one that programs are for."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -118,6 +120,12 @@ def find_gpu(name: str) -> Gpu:
     if found is None:
         raise ValueError(f"unknown GPU {name!r}: choose one of {', '.join(GPUS)}")
     return found
+
+
+def tracing_for(gpu: Gpu) -> AbstractContextManager[Any]:
+    """Within it, programs are traced for a GPU that need not be here."""
+    device = jax.sharding.AbstractDevice(gpu.name, gpu.cores, "gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device))
 
 
 def device_kind() -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import accumulate, empty, partial_of
 from pallas_kernels.quantized import Stored, read
 from pallas_kernels.schedule import block_at, cdiv, div
@@ -23,6 +24,16 @@ from pallas_kernels.xla_train import training
 Q_BLOCK = 512
 K_BLOCK = 512
 STREAMING_Q_BLOCK = 128
+# Keys per block off the CPU. There each step of a loop costs tens of microseconds of the host's time, whatever it
+# computes; the scores of a block take memory, in prefill for every query of its block.
+K_BLOCK_PREFILL, K_BLOCK_DECODE = 4096, 16_384
+
+
+def k_block(operation: str) -> int:
+    """Keys per block, on the device that programs are traced for."""
+    if device_kind() == "cpu":
+        return K_BLOCK
+    return K_BLOCK_DECODE if operation == "decode" else K_BLOCK_PREFILL
 
 
 def prefill(
@@ -36,8 +47,13 @@ def prefill(
     lengths: Int32[Array, "B"],
     window: Window,
     shards: TokenShards | None = None,
+    attend: Callable[..., Partial] | None = None,
 ) -> Partial:
-    """See `pallas_kernels.prefill_attention`; of several shards, each counts every n-th block of the chunk's keys."""
+    """See `pallas_kernels.prefill_attention`; of several shards, each counts every n-th block of the chunk's keys.
+
+    `attend` computes a retrieval head in another way, called like `_prefill_retrieval`.
+    """
+    attend = attend or _prefill_retrieval
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     # Heads first: a head's queries, keys and values are then contiguous.
@@ -50,7 +66,7 @@ def prefill(
     def retrieval(head: Array) -> Partial:
         slot = Slot.of(pools.full, heads.slot[head], pools.pages)
         args = q_heads[head], k_heads[head], v_heads[head], slot, shards
-        return _prefill_retrieval(*args, _head(blank), start=start, longest=longest)
+        return attend(*args, _head(blank), start=start, longest=longest)
 
     def streaming(head: Array) -> Partial:
         is_written = window.positions(start) >= 0
@@ -109,13 +125,12 @@ class Slot(NamedTuple):
         page = self.k.shape[2]
         return page if self.pages is None else page * self.pages.shape[1]
 
-    @property
-    def block(self) -> int:
+    def block(self, operation: str) -> int:
         """Tokens of a block, whole pages."""
-        page = self.k.shape[2]
+        page, most = self.k.shape[2], k_block(operation)
         if self.pages is None:
-            return min(K_BLOCK, page)
-        return page * min(max(1, K_BLOCK // page), self.pages.shape[1])
+            return min(most, page)
+        return page * min(max(1, most // page), self.pages.shape[1])
 
     def load(
         self, begin: Array, exists: Bool[Array, "B size"], dtype: jnp.dtype
@@ -181,7 +196,7 @@ def _head(blank: Partial) -> Partial:
 def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
     """One retrieval head: query blocks over the filled key blocks of its slot, then over the chunk, causally."""
     batch, length, group, head_dim = q.shape
-    q_block, own_block, pool_block = min(Q_BLOCK, length), min(K_BLOCK, length), slot.block
+    q_block, own_block, pool_block = min(Q_BLOCK, length), min(k_block("prefill"), length), slot.block("prefill")
     held = start if shards is None else shards.held(start)
     past_blocks = cdiv(held.max(), pool_block)
     # A device counts every n-th block of the chunk.
@@ -261,7 +276,7 @@ def _write(out: Partial, block: Partial, first: Array, q_block: int) -> Partial:
 
 def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"]) -> Partial:
     """One head's query group over the filled blocks of its slot."""
-    block, size = slot.block, slot.size
+    block, size = slot.block("decode"), slot.size
 
     def add_block(j, state):
         begin, index = block_at(j, block, size)

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from duo_eval.aot.kernels import program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import Heads, Pools, Unsupported, ops, tiles, xla
+from pallas_kernels import Heads, Pools, Unsupported, cudnn, ops, tiles, xla
+from pallas_kernels.gpus import find_gpu, tracing_for
 from pallas_kernels.quantized import BITS, Quantized, Stored, empty, hadamard, read, store
 from pallas_kernels.tiles import DecodeTiles, FlashTiles
 from pallas_kernels.window import Window
@@ -466,3 +468,34 @@ def test_log_sums_equal_those_of_the_reference(backend):
 
     for found, expected in zip(parts(backend), parts("reference"), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cudnn_merges_slot_and_chunk(dtype):
+    """By jax's own implementation of the function that calls cuDNN, which a CPU does not have."""
+    problem = Problem(Case(MIXED, starts=(20, 0, 41), lengths=(9, 13, 7), dtype=dtype))
+    own = problem.starts[:, None] + np.arange(problem.case.tokens)
+    q, k, v = (jnp.asarray(np.stack([x[b, own[b]] for b in range(3)])) for x in (problem.q, problem.k, problem.v))
+    counts = {"start": jnp.asarray(problem.starts), "lengths": jnp.asarray(problem.lengths)}
+    (filled, heads), window = problem.fill(problem.starts), problem.window
+    run = functools.partial(cudnn.prefill, **counts, window=window, implementation="xla")
+    found = jax.jit(run)(q, k, v, filled, heads)
+    assert np.isfinite(found.out).all() and found.out.dtype == q.dtype
+    # The function rounds the log-sum-exp to the type of the queries.
+    tolerance = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+    expected = ops.find_backend("reference").prefill(q, k, v, filled, heads, **counts, window=window)
+    for row, length in enumerate(problem.lengths):
+        for x, right in zip(found, expected, strict=True):
+            x, right = (np.asarray(each[row, :length], np.float64) for each in (x, right))
+            np.testing.assert_allclose(x, right, rtol=0, atol=tolerance)
+
+
+def test_cudnn_is_called_for_retrieval_heads(monkeypatch):
+    """Lowered for a GPU that is not here, with what jax asks of one answered: cuDNN itself was not run."""
+    for name, answer in (("check_cudnn_version", 91200), ("check_compute_capability", True)):
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{name}", lambda *_, answer=answer: answer)
+    function, shapes = program("prefill", "cudnn", tokens=500, capacity=1000)
+    with tracing_for(find_gpu("h200")):
+        text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    # One call for the slot, one for the chunk, each with a log-sum-exp.
+    assert len(re.findall(r"custom_call @__cudnn\$fmhaSoftmax", text)) == 2

@@ -17,20 +17,20 @@ REQUEST = Request("decode", "NVIDIA Abacus", frozenset(["bfloat16"]), head_dim=1
 ORDER = {
     None: ("xla", "xla", "xla"),
     (7, 5): ("xla", "xla", "xla"),
-    (8, 0): ("triton xla", "triton jax_triton xla", "triton xla"),
-    (8, 9): ("triton xla", "triton jax_triton xla", "triton xla"),
-    (9, 0): ("mosaic triton xla", "triton jax_triton mosaic xla", "triton xla"),
-    (10, 0): ("triton xla", "triton jax_triton xla", "triton xla"),
-    (12, 0): ("triton xla", "triton jax_triton xla", "triton xla"),
+    (8, 0): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (8, 9): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (9, 0): ("mosaic triton cudnn xla", "triton jax_triton mosaic xla", "triton xla"),
+    (10, 0): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (12, 0): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
 }
 # What falls through to which candidates on Hopper, of prefill and decode.
 FALLS = [
-    ({"head_dim": 80}, "triton xla", "triton jax_triton xla"),
+    ({"head_dim": 80}, "triton cudnn xla", "triton jax_triton xla"),
     ({"head_dim": 512}, "xla", "xla"),
     ({"dtypes": frozenset(["float32"])}, "triton xla", "triton jax_triton xla"),
     ({"bits": frozenset([4])}, "triton xla", "triton jax_triton xla"),
     ({"bits": frozenset([4]), "head_dim": 96}, "xla", "xla"),
-    ({"capacities": (1023, 320)}, "triton xla", "triton jax_triton xla"),
+    ({"capacities": (1023, 320)}, "triton cudnn xla", "triton jax_triton xla"),
     ({"is_sharded": True}, "triton xla", "triton xla"),
     ({"is_paged": True}, "xla", "xla"),
 ]
@@ -76,7 +76,7 @@ def test_float32_of_large_head_dims_needs_the_shared_memory_of_an_a100(capabilit
 def test_mosaic_refuses_assemblers_that_miscompile(version, is_bad, monkeypatch):
     monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: version)
     found = names(operation="prefill", capability=(9, 0))
-    assert found == ("triton xla" if is_bad else "mosaic triton xla")
+    assert found == ("triton cudnn xla" if is_bad else "mosaic triton cudnn xla")
     if is_bad:
         with pytest.raises(Unsupported, match=rf"needs another ptxas than {'.'.join(map(str, version))}, .*use backen"):
             ops.choose(replace(REQUEST, operation="prefill", capability=(9, 0)), "mosaic")

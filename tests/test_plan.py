@@ -121,7 +121,7 @@ def test_the_command_refuses_what_does_not_fit_or_make_sense(duo):
     assert_refused(duo(*options, "--memory", "10GB"), "what would fit: weight_dtype=int8")
     assert_refused(duo(*options, "--memory", "1GB"), "of memory for a first token")
     assert_refused(duo(*options), "--memory 80GB or --gpu")
-    assert_refused(duo(*options, "--gpu", "a100"), "unknown GPU", "a100-80g")
+    assert_refused(duo(*options, "--gpu", "abacus"), "unknown GPU", "a100-80g")
     assert_refused(duo(*options, "--memory", "80GB", "--verify"), "give --gpu")
 
 

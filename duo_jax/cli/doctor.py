@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duo_jax.cli.pretend import lines_of, pretend
 from duo_jax.finite import json_text
+from duo_jax.tune import kernels_here, tune
 from pallas_kernels import (
     BACKENDS,
     Heads,
@@ -23,6 +25,7 @@ from pallas_kernels import (
     gated_attention,
     prefill_attention,
 )
+from pallas_kernels.gpus import chip, device_kind
 
 PACKAGES = (
     "duo-jax",
@@ -52,9 +55,24 @@ class Doctor:
 
     json: bool = False
     """Print one JSON object instead of text."""
+    pretend: str | None = None
+    """Print what would run on a GPU that is not here, such as h100 or rtx-4090, and why other backends would not."""
+    tune: bool = False
+    """Time four to six tile sizes of each kernel on this GPU, head dims 64 and 128, and keep the fastest for you."""
 
     def run(self) -> None:
         """Examine this machine and print the findings."""
+        if self.pretend is not None and self.tune:
+            raise ValueError("--tune needs the GPU that --pretend does without: give one of them")
+        if self.pretend is not None:
+            found = pretend(self.pretend)
+            print(json_text(found) if self.json else "\n".join(lines_of(found)))
+            return
+        if self.tune:
+            if chip().capability is None:
+                raise ValueError(f"--tune needs a GPU of NVIDIA, this is {device_kind()}")
+            tune(kernels_here(), (64, 128), show=_ignore if self.json else partial(print, flush=True))
+            return
         record = examine(_ignore if self.json else partial(print, flush=True))
         if self.json:
             print(json_text(record))

@@ -127,8 +127,9 @@ class Generate:
         encoded = encode_rows(rows, self.prompt, tokenizer)
         longest = max(len(row.tokens) for row in encoded)
         pattern = self.pattern.load(longest + self.max_new_tokens)
-        plan = self.model.plan(pattern, chunk_width(longest), self.devices.size)
-        plan = replace(plan, kv_dtype=self.kv.kv_dtype, batch_size=self._rows_at_a_time(len(rows)))
+        count = self._rows_at_a_time(len(rows))
+        plan = self.model.plan(pattern, chunk_width(longest, rows=count), self.devices.size)
+        plan = replace(plan, kv_dtype=self.kv.kv_dtype, batch_size=count)
         room = self.room.tokens(plan, longest + self.max_new_tokens)
         with locked(out):
             answers = Answers.open(out, self._head(plan, encoded), len(rows))

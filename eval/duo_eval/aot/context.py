@@ -44,7 +44,7 @@ class ContextTask:
     """Plan the longest context of the paper's models on a GPU, for each data type, full and duo, and compile them."""
 
     gpus: tuple[str, ...] = ("a100-80g",)
-    """a100-80g, h100-80g, h200, b200 or rtx-4090."""
+    """Names, such as a100-80g, h200 or rtx-4090; the message about a wrong one lists all."""
     models: tuple[str, ...] = tuple(MODELS)
     """llama-3-8b, llama-2-7b."""
     dtypes: tuple[str, ...] = tuple(DTYPES)

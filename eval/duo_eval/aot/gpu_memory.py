@@ -1,12 +1,16 @@
 """Tables of the GPU page: memory of models by context, and the longest context of each GPU. Computed, not measured."""
 
+from dataclasses import replace
+
 from duo_eval.show.markdown import rows_to_table
 from duo_jax import PRESETS
+from duo_jax.chunks import most_at_a_time
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
 
 # A preset and the fraction of its KV heads that stream.
 MODELS = {"llama-3.1-8b": 0.5, "qwen3-8b": 0.5, "qwen2.5-7b": 0.5, "mistral-7b": 0.5, "llama-2-7b": 0.75}
+SHOWN = ("a100-80g", "h100-80g", "h200", "b200", "rtx-4090")  # of GPUS
 CONTEXTS = (32_768, 131_072, 1_048_576)
 PRECISIONS: dict[str, tuple[str | None, str | None]] = {"bf16": (None, None), "int8, int4": ("int8", "int4")}
 
@@ -15,8 +19,8 @@ def _plans(model: str, precision: str) -> tuple[Plan, Plan]:
     """The plans of full attention and of the pattern."""
     weights, cache = PRECISIONS[precision]
     config = PRESETS[model].with_dtypes(weight_dtype=weights)
-    full, streaming = None, any_pattern(config, MODELS[model])
-    return Plan(config, full, kv_dtype=cache), Plan(config, streaming, kv_dtype=cache)
+    full = Plan(config, chunk_size=most_at_a_time(on_gpu=True), kv_dtype=cache)
+    return full, replace(full, pattern=any_pattern(config, MODELS[model]))
 
 
 def memory_by_context() -> str:
@@ -32,8 +36,8 @@ def memory_by_context() -> str:
 def longest_contexts() -> str:
     """Thousands of tokens of one sequence that fit on each GPU: full attention, then the pattern."""
     usable: dict[int, list[str]] = {}  # GPUs of the same memory share a column.
-    for name, gpu in GPUS.items():
-        usable.setdefault(gpu.usable_bytes, []).append(name)
+    for name in SHOWN:
+        usable.setdefault(GPUS[name].usable_bytes, []).append(name)
     rows = []
     for model in MODELS:
         for precision in PRECISIONS:

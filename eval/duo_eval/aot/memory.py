@@ -36,7 +36,7 @@ class MemoryTask:
     chunk: int = 8192
     """Tokens of a chunk of the prompt."""
     gpu: str = "a100-80g"
-    """a100-80g, h100-80g, h200, b200 or rtx-4090."""
+    """Names, such as a100-80g, h200 or rtx-4090; the message about a wrong one lists all."""
     layers: int | None = None
     """Number of layers; all of the model's by default."""
     dtype: FloatDtype = "bfloat16"

@@ -11,7 +11,7 @@ import tyro
 from duo_eval.aot.programs import TOLERANCE, is_close, verify
 from duo_jax.arguments import MOST_TOKENS, whole_number
 from duo_jax.checkpoint.load import loaded_config
-from duo_jax.chunks import CHUNK_SIZE
+from duo_jax.chunks import most_at_a_time
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
 from duo_jax.config import ModelConfig
@@ -31,7 +31,7 @@ class PlanCommand:
     memory: str | None = None
     """Memory that weights, KV cache and activations share: 80GB is 80e9 bytes, all usable; by default the GPU's."""
     gpu: str | None = None
-    """a100-80g, h100-80g, h200, b200 or rtx-4090: its memory after the driver, times the fraction that jax uses."""
+    """a100-80g, h200, rtx-4090 (a wrong name lists all): its memory after the driver, times jax's fraction of it."""
     context: int | None = None
     """Tokens that must fit; without --memory and --gpu, the memory that they need is printed."""
     pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
@@ -48,8 +48,8 @@ class PlanCommand:
     devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
     batch: int = 1
     """Sequences."""
-    chunk: int = CHUNK_SIZE
-    """Tokens of a prompt computed at a time."""
+    chunk: int | None = None
+    """Tokens of a prompt computed at a time; by default 8192 with --gpu, shared by a batch, else as on this device."""
     verify: bool = False
     """Compile prefill and decode for the GPU, which need not be present, and compare; needs jax's CUDA plugin."""
     backend: str = "triton"
@@ -95,13 +95,14 @@ class PlanCommand:
         return None if self.gpu is None else find_gpu(self.gpu).usable_bytes
 
     def _plan(self) -> Plan:
+        chunk = self.chunk or most_at_a_time(self.batch, on_gpu=True if self.gpu else None)
         config = loaded_config(self.model)
         config = config.with_dtypes(dtype=self.dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(
             config,
             self._pattern(config),
             batch_size=self.batch,
-            chunk_size=min(self.chunk, self.context or self.chunk),
+            chunk_size=min(chunk, self.context or chunk),
             kv_dtype=self.kv_dtype,
             streaming_dtype=self.streaming_kv_dtype,
             mesh=self.devices.size,

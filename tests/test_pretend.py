@@ -1,0 +1,67 @@
+"""What would run on GPUs that are not here: `duo doctor --pretend`, the chunks, and the planner's number of tokens."""
+
+import json
+
+import pytest
+
+from duo_jax.chunks import chunk_width, most_at_a_time
+from duo_jax.cli.pretend import lines_of, pretend
+from pallas_kernels import mosaic, xla
+from pallas_kernels.gpus import GPUS, chip, find_gpu, tracing_for
+from pallas_kernels.types import OPERATIONS
+from tests.text_models import assert_refused
+
+
+@pytest.fixture(autouse=True)
+def assembler(monkeypatch):
+    monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: (12, 9, 86))
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_gpu_has_candidates_and_a_reason_for_every_other_backend(name):
+    found = pretend(name)
+    for operations in found["heads"].values():
+        for operation in OPERATIONS:
+            chosen = operations[operation]
+            assert chosen["candidates"][-1] == "xla" and chosen["candidates"][0] != "xla"
+            assert not set(chosen["candidates"]) & set(chosen["refused"])
+            assert {"triton", "xla", "mosaic", "jax_triton"} <= {*chosen["candidates"], *chosen["refused"]}
+            assert "triton" in chosen["tiles"]
+    text = "\n".join(lines_of(found))
+    assert GPUS[name].name in text and "Certification on the GPU" in text and "8192" in text
+    plain = found["heads"]["bfloat16, head dim 128"]
+    assert (plain["prefill"]["candidates"][0] == "mosaic") == (GPUS[name].capability == (9, 0))
+
+
+def test_the_command_pretends_in_text_and_json_and_names_the_gpus(duo):
+    assert "not mosaic: it is for Hopper GPUs" in duo("doctor", "--pretend", "l40s").out
+    found = json.loads(duo("doctor", "--pretend", "H100", "--json").out)
+    assert found["gpu"] == "NVIDIA H100 80GB HBM3" and found["cores"] == 132
+    assert_refused(duo("doctor", "--pretend", "abacus"), "unknown GPU 'abacus'", "gh200", "rtx-5090")
+    assert_refused(duo("doctor", "--tune"), "--tune needs a GPU of NVIDIA, this is cpu")
+    assert_refused(duo("doctor", "--tune", "--pretend", "h100"), "--tune", "give one of them")
+
+
+def test_constants_that_were_tuned_on_a_cpu_leave_gpus_alone():
+    assert most_at_a_time() == most_at_a_time(32) == chunk_width(1 << 20) == 1024
+    assert chunk_width(1 << 20, rows=32) == xla.k_block("decode") * 2 == xla.k_block("prefill") * 2 == 1024
+    for name in ("a10", "h200"):
+        with tracing_for(find_gpu(name)):
+            assert most_at_a_time() == chunk_width(1 << 20) == 8192
+            # Rows of a batch share them: memory for activations does not grow with the batch.
+            assert [most_at_a_time(rows) for rows in (2, 3, 8, 100)] == [4096, 2048, 1024, 1024]
+            assert chunk_width(1 << 20, rows=2) == 4096
+            assert chunk_width(40) == 64
+            assert xla.k_block("decode") == 16_384 and xla.k_block("prefill") == 4096
+    assert most_at_a_time(on_gpu=True) == 8192
+
+
+def test_a_chip_is_known_by_capability_multiprocessors_and_shared_memory():
+    found = {}
+    for name, gpu in GPUS.items():
+        with tracing_for(gpu):
+            assert chip() == gpu.chip
+        found.setdefault(gpu.chip, []).append(name)
+    assert ["h100-80g", "h100-nvl", "gh200", "h200"] in found.values()
+    assert {gpu.chip.shared_memory >> 10 for gpu in GPUS.values()} == {99, 163, 227}
+    assert chip().capability is None
