@@ -406,7 +406,11 @@ def test_a_pattern_of_another_model_is_refused_before_weights_are_read(text_mode
 def test_doctor_tries_every_backend(duo):
     found = json.loads(duo("doctor", "--json").out)
     rest = dict(found["backends"])
-    for name, why_not in (("mosaic", "bfloat16 or float16"), ("jax_triton", "runs only on NVIDIA GPUs")):
+    for name, why_not in (
+        ("mosaic", "bfloat16 or float16"),
+        ("jax_triton", "runs only on GPUs of compute capability 8.0"),
+        ("cudnn", "has no decode attention"),
+    ):
         decode = rest.pop(name)["decode"]
         assert decode["is_right"] is None and why_not in decode["why_not"]
     assert rest.keys() == {"reference", "xla", "triton"}
