@@ -167,8 +167,8 @@ def gpus_of(gpu: str, mesh: str | None) -> str:
 def compiled_with(head: Mapping[str, Any]) -> str:
     """Provenance of a result of the compiler, for the footer of its table."""
     run = head["runs"][-1]
-    machine = run["machine"]
-    return f"Jax {machine['versions']['jax']}, commit {machine['commit']}; `{run['command']}`."
+    commits = ", ".join(dict.fromkeys(each["machine"]["commit"] for each in head["runs"]))
+    return f"Jax {run['machine']['versions']['jax']}, commit {commits}; `{run['command']}`."
 
 
 def compile_for(

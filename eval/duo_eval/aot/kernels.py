@@ -34,7 +34,7 @@ class Kernels:
     A case that is in the file already is compiled again only if the program, jax or the assembler has changed.
     """
 
-    gpus: tuple[str, ...] = tuple(GPUS)
+    gpus: tuple[str, ...] = ("a100-80g", "h100-80g", "h200", "b200", "rtx-4090")
     """GPUs by name."""
     backends: tuple[Literal["triton", "mosaic"], ...] = ("triton", "mosaic")
     """Backends; a case that a backend or a GPU does not support is left out."""

@@ -16,10 +16,12 @@ from pallas_kernels.quantized import Quantized, Stored, empty, store
 
 def cases(*, smoke: bool) -> Iterator[Case]:
     """Both operations; 2.4e9 numbers, or words of quantized ones."""
+    if smoke:
+        yield {"operation": "decode", "cache": "int4", "slots": 3, "capacity": 400, "head_dim": 16}
+        return
     for cache, slots in (("bfloat16", 9), ("int4", 33)):
         for operation in ("decode", "prefill"):
-            size = {"slots": 3, "capacity": 400, "head_dim": 16} if smoke else {"slots": slots, "capacity": 1 << 21}
-            yield {"operation": operation, "cache": cache, "head_dim": 128} | size
+            yield {"operation": operation, "cache": cache, "slots": slots, "capacity": 1 << 21, "head_dim": 128}
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -31,11 +33,11 @@ def measure(case: Case) -> dict[str, Any]:
     check.fits(nbytes(pools))
     # The layer's own pools have the tokens of the last slot.
     one = layer.make(heads=(4, 1, head_dim), dtype="bfloat16", streaming=0.0, tokens=tokens, capacity=capacity)
-    pair = [_last(slots, store(x, kind)) for x, kind in zip(one.pools.full, like, strict=True)]
+    full_k, full_v = (_last(slots, store(x, kind)) for x, kind in zip(one.pools.full, like, strict=True))
     ring = jnp.zeros((0, 1, layer.WINDOW.size, head_dim), jnp.bfloat16)
     heads = Heads(jnp.ones(1, bool), jnp.full(1, slots - 1, jnp.int32))
-    made = layer.Layer(one.q, one.k, one.v, Pools(*pair, ring, ring), heads)
-    del one, pair
+    made = layer.Layer(one.q, one.k, one.v, Pools(full_k, full_v, ring, ring), heads)
+    del one, full_k, full_v
     elements = max(x.size for x in jax.tree.leaves(made.pools))
     if case["operation"] == "decode":
         made, filled = made._replace(q=made.q[:, :1]), jnp.full(1, capacity, jnp.int32)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from duo_eval.gpu_suite import numerics
 from duo_eval.speed.device import available
-from pallas_kernels import Unsupported, layer
+from pallas_kernels import Pools, Unsupported, layer
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
 from pallas_kernels.window import Window, consecutive
 
@@ -126,7 +126,8 @@ def hide(made: layer.Layer, counts: Int32[Array, "B"]) -> layer.Layer:
             return Quantized(pool.words, jnp.where(_beyond(pool, counts), nan, pool.grid), pool.head_dim, pool.bits)
         return jnp.where(_beyond(pool, counts), jnp.asarray(jnp.nan, pool.dtype), pool)
 
-    return made._replace(pools=type(made.pools)(*map(poisoned, made.pools.stored)))
+    full_k, full_v, ring_k, ring_v = map(poisoned, made.pools.stored)
+    return made._replace(pools=Pools(full_k, full_v, ring_k, ring_v))
 
 
 def _beyond(pool: Stored, counts: Int32[Array, "B"]) -> Bool[Array, "1 B S 1"]:
