@@ -193,7 +193,7 @@ def kernels_table(path: Path) -> str:
         "empty cache column means the data type of the queries."
     )
     table = f"{rows_to_table(rows, headers, align)}\n\n{note}"
-    if any(any(row[6:]) for row in loops):
+    if loops := [row for row in loops if any(row[6:])]:
         note = (
             "Instructions of a kernel's main loop, and among them matrix products, waits for copies and products, "
             "special functions (exponentials), and stores to shared memory. A loop is a tile of keys of one warp."
