@@ -7,10 +7,19 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from duo_jax import KVCache, certified, infer
+from duo_jax.checkpoint.load import open_config
+from duo_jax.cli.certify import certify_for
+from duo_jax.cli.doctor import Doctor
+from duo_jax.cli.generate import Generate
+from duo_jax.cli.options import CacheOptions, ModelOptions
 from pallas_kernels import ops
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import machine, parent, verdicts
@@ -332,6 +341,57 @@ def test_the_environment_names_a_backend(home, monkeypatch):
         ops.choose(here)
     with pytest.raises(ValueError, match=r"module json.decoder has no BACKEND"):
         ops.choose(here, "json.decoder")
+
+
+def test_a_command_asks_for_the_attention_that_it_will_run(home, monkeypatch, text_model):
+    asked = []
+    for module in ("duo_jax.cli.certify", "duo_jax.certified", "pallas_kernels.certify.machine"):
+        monkeypatch.setattr(f"{module}.may_have_gpu", lambda: True)
+    monkeypatch.setattr(certified, "certify", lambda requests, **_: asked.append(list(map(key_of, requests))))
+    monkeypatch.setattr(certified, "_asked", set())
+    # Wrong flags are the command's to report.
+    certify_for(Generate(ModelOptions("nothing")))
+    assert not asked
+    certify_for(Generate(ModelOptions(str(text_model)), kv=CacheOptions("int8")))
+    assert [[key.partition(" ")[0] for key in keys] for keys in asked] == [["prefill", "decode"]]
+    assert all(key.endswith("window 0+0, full int8") for key in asked[0])
+    # Loaded by name, the pattern and the cache are not known.
+    monkeypatch.setattr(certified, "_asked", set())
+    certified.certify_model(open_config(text_model))
+    certified.certify_model(open_config(text_model), [DECODE])
+    assert [key.partition("window ")[2] for key in asked[1]] == [
+        *["0+0, full float32"] * 2,
+        *["64+256, full float32, ring float32"] * 2,
+    ]
+    assert asked[2] == [key_of(DECODE)]
+
+
+def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotations_off):
+    """A verdict that is stored under another name would never be used."""
+    traced = []
+    monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
+    cache = KVCache.init(tiny.config, half, 1, 24, dtype="int8")
+    one, last = jnp.ones(1, jnp.int32), jnp.zeros((1, tiny.config.embed_dim))
+    jax.eval_shape(partial(infer.extend, backend=None), tiny, one[None], cache, one, last)
+    jax.eval_shape(partial(infer.step, backend=None), tiny, one, cache, one > 0)
+    requests = certified.inference(tiny.config, half, kv_dtype="int8")
+    assert {*map(key_of, requests)} == {*traced}
+
+
+def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
+    asked, report = [], home / "report.json"
+    with pytest.raises(ValueError, match="--certify needs a GPU"):
+        Doctor(certify=str(text_model)).run()
+    with pytest.raises(ValueError, match="--report are of --certify MODEL"):
+        Doctor(report=report).run()
+    monkeypatch.setattr("duo_jax.cli.doctor.may_have_gpu", lambda: True)
+    monkeypatch.setattr("duo_jax.certified.may_have_gpu", lambda: True)
+    monkeypatch.setattr(certified, "certify", lambda requests, *, full: asked.append((len(requests), full)))
+    know(triton=Verdict(False, "hangs"))
+    Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()
+    assert asked == [(2, True)]
+    written = json.loads(report.read_text())
+    assert written["device"] == GPU and written["verdicts"][KEY]["triton"]["reason"] == "hangs"
 
 
 @pytest.mark.slow

@@ -6,14 +6,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duo_jax.certified import certify_model, inference
+from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.pretend import lines_of, pretend
+from duo_jax.files import check_output, write_text
 from duo_jax.finite import json_text
+from duo_jax.pattern import HeadPattern
+from duo_jax.precision import FloatDtype, KvDtype
 from duo_jax.tune import kernels_here, tune
 from pallas_kernels import (
     BACKENDS,
@@ -25,6 +31,8 @@ from pallas_kernels import (
     gated_attention,
     prefill_attention,
 )
+from pallas_kernels.certify import report
+from pallas_kernels.certify.machine import may_have_gpu
 from pallas_kernels.gpus import chip, device_kind
 
 PACKAGES = (
@@ -59,9 +67,25 @@ class Doctor:
     """Print what would run on a GPU that is not here, such as h100 or rtx-4090, and why other backends would not."""
     tune: bool = False
     """Time four to six tile sizes of each kernel on this GPU, head dims 64 and 128, and keep the fastest for you."""
+    certify: str | None = None
+    """A model, by name, folder or file: check each attention backend for it on this GPU, whatever was found before, for
+    up to half an hour. Its weights are not read."""
+    pattern: str | None = None
+    """With --certify: the head pattern that will be used; by default full attention."""
+    dtype: FloatDtype | None = None
+    """With --certify: data type of the model, the checkpoint's own by default."""
+    kv_dtype: KvDtype | None = None
+    """With --certify: data type of the cache."""
+    report: Path | None = None
+    """With --certify: write the verdicts and the machine that they are of to this file, to send."""
 
     def run(self) -> None:
         """Examine this machine and print the findings."""
+        if self.certify is not None:
+            self._certify(self.certify)
+            return
+        if any(value is not None for value in (self.pattern, self.dtype, self.kv_dtype, self.report)):
+            raise ValueError("--pattern, --dtype, --kv-dtype and --report are of --certify MODEL: add it")
         if self.pretend is not None and self.tune:
             raise ValueError("--tune needs the GPU that --pretend does without: give one of them")
         if self.pretend is not None:
@@ -79,6 +103,22 @@ class Doctor:
         tried = [found for backend in record["backends"].values() for found in backend.values()]
         if any(found["is_right"] is False for found in tried):
             raise ValueError("a backend fails or computes wrong numbers here: do not use it, and please report this")
+
+    def _certify(self, model: str) -> None:
+        config = open_config(model).with_dtypes(dtype=self.dtype)
+        pattern = None if self.pattern is None else HeadPattern.load(self.pattern)
+        if pattern is not None:
+            pattern.check(config)
+        if self.report is not None:
+            check_output(self.report)
+        if not may_have_gpu():
+            raise ValueError("--certify needs a GPU: jax finds none here, or JAX_PLATFORMS excludes it")
+        certify_model(config, inference(config, pattern, kv_dtype=self.kv_dtype), full=True)
+        found = report()
+        if self.report is not None:
+            write_text(self.report, json_text(found) + "\n")
+        if self.json:
+            print(json_text(found))
 
 
 def examine(show: Callable[[str], None] = _ignore) -> dict:

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import ArgumentError
 from duo_jax.cache.cache import KVCache
+from duo_jax.certified import certify_model, inference
 from duo_jax.checkpoint import load_model, load_tokenizer
 from duo_jax.checkpoint.load import open_config, open_source
 from duo_jax.checks import check_ids, check_key
 from duo_jax.generation import Request, prepare
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import ALLOWED, AnyDtype, check_name
@@ -72,11 +74,14 @@ def load(
         chosen = pattern
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
+    config = open_config(source)
     if chosen is not None:
-        chosen.check(open_config(source))
+        chosen.check(config)
     tokenizer = load_tokenizer(source)
     template.start(tokenizer)
     sampling = open_source(source, weights=False).sampling
+    attention = inference(config.with_dtypes(dtype=dtype), chosen, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
+    certify_model(config, attention)
     dtypes: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
     return LM(model, tokenizer, chosen, kv_dtype, sampling)

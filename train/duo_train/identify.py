@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import duo_jax
 from duo_jax.arguments import whole_number
+from duo_jax.certified import training
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
@@ -36,6 +37,7 @@ from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
 from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run, TopK
+from pallas_kernels.types import Request
 
 RUN_FILE = "run.json"
 # In that file: the steps of a finished run that this one extends.
@@ -113,6 +115,12 @@ class Identify:
     def steps(self) -> int | None:
         """Steps of the recipe; None for one that trains nothing."""
         return getattr(self.chosen, "steps", None)
+
+    def requests(self) -> list[Request]:
+        """The attention that training runs, for certification."""
+        if self.attention.backend is not None:
+            return []
+        return training(open_config(self.model.model).with_dtypes(dtype=self.model.dtype), self.attention.window)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that affects the gates, as JSON."""

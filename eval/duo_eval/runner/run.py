@@ -20,10 +20,13 @@ from duo_eval.methods.registry import Method, method, reply
 from duo_eval.runner.record import Record, Result, fingerprint, sha256
 from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
+from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_source
+from duo_jax.checkpoint.load import open_config, open_source
 from duo_jax.checks import check_vocabulary
 from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
+from pallas_kernels import Window
+from pallas_kernels.types import Request
 
 J = TypeVar("J")
 # From jobs to each job's result, as they are finished.
@@ -124,6 +127,11 @@ class Comparison:
     """Quantize the weights of linear maps; w8a8 multiplies integers, int4-32 has a scale for every 32 channels."""
     embed_dtype: EmbedDtype | None = None
     """Quantize embeddings and head too, which keep their data type by default."""
+
+    def requests(self) -> list[Request]:
+        """The attention that methods run, for certification."""
+        config = open_config(self.model).with_dtypes(dtype=self.dtype)
+        return [*inference(config), *inference(config, Window(self.sink_size, self.recent_size))]
 
     @cached_property
     def trained_positions(self) -> int:
