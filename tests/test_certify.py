@@ -416,17 +416,18 @@ def test_two_processes_at_once_and_one_that_is_killed(home):
         import sys
         from pallas_kernels.certify import parent, verdicts
         from tests.test_certify import DECODE, names
-        parent.may_have_gpu = lambda: True
-        parent.certify([DECODE], backends=names("right", "slow", "wrong"))
+        parent.may_have_gpu, parent.RUN_LIMIT = lambda: True, float(sys.argv[1])
+        parent.certify([DECODE], backends=names("right", "hanging", "wrong"))
         """
     command = [sys.executable, "-c", program]
     path = os.pathsep.join([str(home), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     options = {"env": os.environ | {"PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, **options)
+    # It is killed while a backend hangs.
+    first = subprocess.Popen([*command, "100"], **options)
     try:
         while "xla is right" not in (line := first.stderr.readline()):
             assert line, "it ended"
-        second = subprocess.Popen(command, **options)
+        second = subprocess.Popen([*command, "5"], **options)
         while "waiting" not in (line := second.stderr.readline()):
             assert line, "it ended"
         time.sleep(0.1)
@@ -435,4 +436,5 @@ def test_two_processes_at_once_and_one_that_is_killed(home):
         first.communicate()
     _, shown = second.communicate(timeout=300)
     assert second.returncode == 0 and "xla is right" not in shown, shown
-    assert len(verdicts.stored().verdicts[KEY]) == 4
+    found = verdicts.stored().verdicts[KEY]
+    assert len(found) == 4 and found["pretended.hanging"].reason.startswith("hangs")
