@@ -22,7 +22,8 @@ from duo_jax.cli.generate import Generate
 from duo_jax.cli.options import CacheOptions, ModelOptions
 from pallas_kernels import ops
 from pallas_kernels.certify import __main__ as child
-from pallas_kernels.certify import machine, parent, verdicts
+from pallas_kernels.certify import cases, machine, parent, verdicts
+from pallas_kernels.certify.examine import examine
 from pallas_kernels.certify.messages import from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.types import Request
@@ -392,6 +393,24 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     assert asked == [(2, True)]
     written = json.loads(report.read_text())
     assert written["device"] == GPU and written["verdicts"][KEY]["triton"]["reason"] == "hangs"
+
+
+TRAINING = Request.of("training", q="bfloat16", head_dim=16, group=2)
+EXACT = Request.of("prefill", q="float32", full="float32", ring="float32", head_dim=16, group=2, window=Window(4, 12))
+REQUESTS = [PREFILL, EXACT, TRAINING, replace(TRAINING, window=Window(4, 12))]
+REQUESTS += [replace(EXACT, operation=name, is_sharded=True) for name in ("prefill", "decode")]
+REQUESTS += [replace(EXACT, operation=name, is_paged=True) for name in ("prefill", "decode")]
+REQUESTS += [replace(EXACT, operation="decode", full=None), replace(PREFILL, operation="decode", full="int4")]
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("request_", REQUESTS, ids=key_of)
+def test_the_safe_backends_are_right_in_every_kind_of_case(request_):
+    """Also where memory without a token is NaN, and where devices share tokens."""
+    case = cases.make(request_, cases.SMALL)
+    exact = case.exact()
+    for name in verdicts.SAFE:
+        assert examine(case, name, exact, lambda phase: None).is_right, name
 
 
 @pytest.mark.slow

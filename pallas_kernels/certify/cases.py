@@ -70,7 +70,8 @@ class Inputs(NamedTuple):
     pools: Pools | None
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Case:
     """A request's inputs, hostile ones and the same without what must not be read, and what is compared."""
 
     request: Request
@@ -114,8 +115,9 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     rng = np.random.default_rng(seed)
     if request.operation == "training":
         shapes = [(3, 2, sizes.training, heads, request.head_dim) for heads in _heads_of(request, 2)]
-        arrays = tuple(_normal(rng, shape, request.q) for shape in (*shapes, shapes[0]))
-        return Case(request, *[Inputs(arrays, None, None, None, None)] * 2, sizes.rounds)
+        own = tuple(_normal(rng, shape, request.q) for shape in (*shapes, shapes[0]))
+        inputs = Inputs(own, None, None, None, None)
+        return Case(request, inputs, inputs, sizes.rounds)
     assert request.window is not None
     if request.is_sharded and len(jax.devices()) < SHARDS:
         raise NotImplementedError(f"needs {SHARDS} devices to share tokens among")
@@ -140,7 +142,7 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     ]
     hidden = {is_full: _hidden(request.window, owners[is_full], before, room, is_full) for is_full in (True, False)}
     hostile = [_poisoned(pool, hidden[is_full]) for pool, is_full in zip(made, (True, True, False, False), strict=True)]
-    arrays = (q, k, v) if request.operation == "prefill" else (q[:, :, 0],)
+    arrays: tuple[Any, ...] = (q, k, v) if request.operation == "prefill" else (q[:, :, 0],)
     heads = Heads(jnp.asarray(is_retrieval), jnp.asarray(slots))
     at = jnp.asarray(start[:count]), jnp.asarray(lengths[:count])
     inputs, clean = (Inputs(arrays, heads, *at, pools) for pools in (_arranged(request, hostile), Pools(*made)))
@@ -187,14 +189,15 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
         shards = TokenShards("tokens", SHARDS) if request.is_sharded else None
         options: dict[str, Any] = {"window": request.window, "shards": shards, "backend": backend}
         if request.operation == "decode":
-            return ops.decode_attention(*arrays, pools, heads, lengths=lengths, **options)
-        out = ops.prefill_attention(*arrays, pools, heads, start=start, lengths=lengths, **options)
+            return ops.decode_attention(arrays[0], pools, heads, lengths=lengths, **options)
+        q, k, v = arrays
+        out = ops.prefill_attention(q, k, v, pools, heads, start=start, lengths=lengths, **options)
         # Beyond a row's tokens they are unspecified.
         is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         return jnp.where(is_token[:, :, None, None], out, jnp.zeros_like(out))
 
     assert case.pools is not None
-    arguments = case.arrays, case.pools, case.heads, case.start, case.lengths
+    arguments: tuple[Any, ...] = case.arrays, case.pools, case.heads, case.start, case.lengths
     if not request.is_sharded:
         return (attend(*arguments),)
     mesh = Mesh(np.array(jax.devices()[:SHARDS]), ("tokens",))
@@ -301,7 +304,7 @@ def _arranged(request: Request, pools: list[Any]) -> Pools:
         return in_order[:, np.argsort(pages)]
 
     full = (jax.tree.map(paged, pool) for pool in pools[:2])
-    return Pools(*full, *pools[2:], jnp.asarray(pages.reshape(rows, -1)))
+    return Pools(*full, *pools[2:])._replace(pages=jnp.asarray(pages.reshape(rows, -1)))
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
