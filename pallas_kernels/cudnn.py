@@ -1,8 +1,8 @@
 """Prefill by cuDNN's attention, through jax's public function; streaming heads as in `xla`. Has never run on a GPU.
 
 A retrieval head attends to its slot and, causally, to the chunk, in two calls that are merged by their log-sum-exp. The
-merge is tested on a CPU with the same function's own XLA implementation. Never run or compiled: cuDNN itself, which
-needs a GPU to compile; whether it skips the tiles of a slot beyond the tokens it was told of; calls inside a loop.
+merge is tested on a CPU with the XLA implementation of the same function. cuDNN compiles only on a GPU, so three things
+are untested: its kernels, whether they skip the unused end of a slot, and calls to them inside a loop.
 
 jax rounds the log-sum-exp to the type of the queries. XLA is free to drop that rounding and, by default, does so on
 GPUs (`xla_allow_excess_precision`); if it did not, bfloat16 would add an error of about one percent where slot and

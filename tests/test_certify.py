@@ -342,6 +342,15 @@ def test_the_environment_names_a_backend(home, monkeypatch):
         ops.choose(here)
     with pytest.raises(ValueError, match=r"module json.decoder has no BACKEND"):
         ops.choose(here, "json.decoder")
+    for name in ("..", ".module", "module.", "a/b.py", "my kernels.attention"):
+        with pytest.raises(ValueError, match="is no module's name"):
+            ops.choose(here, name)
+    (home / "broken_kernels").mkdir()
+    monkeypatch.syspath_prepend(home)
+    for name, text in (("syntax", "def"), ("crash", "1 / 0"), ("needs", "import no_such_package")):
+        (home / "broken_kernels" / f"{name}.py").write_text(text)
+        with pytest.raises(ValueError, match=f"'broken_kernels.{name}' is no module that can be imported"):
+            ops.choose(here, f"broken_kernels.{name}")
 
 
 def test_a_command_asks_for_the_attention_that_it_will_run(home, monkeypatch, text_model):

@@ -20,6 +20,7 @@ from duo_jax.files import check_output, write_text
 from duo_jax.finite import json_text
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import FloatDtype, KvDtype
+from duo_jax.reading import read_json
 from duo_jax.tune import kernels_here, tune
 from pallas_kernels import (
     BACKENDS,
@@ -34,6 +35,7 @@ from pallas_kernels import (
 from pallas_kernels.certify import report
 from pallas_kernels.certify.machine import may_have_gpu
 from pallas_kernels.gpus import chip, device_kind
+from pallas_kernels.tiles import tuned_file
 
 PACKAGES = (
     "duo-jax",
@@ -96,6 +98,8 @@ class Doctor:
             if chip().capability is None:
                 raise ValueError(f"--tune needs a GPU of NVIDIA, this is {device_kind()}")
             tune(kernels_here(), (64, 128), show=_ignore if self.json else partial(print, flush=True))
+            if self.json:
+                print(json_text(read_json(tuned_file())))
             return
         record = examine(_ignore if self.json else partial(print, flush=True))
         if self.json:
@@ -131,7 +135,8 @@ def examine(show: Callable[[str], None] = _ignore) -> dict:
             for device in jax.devices()
         ],
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "default_backend": "xla",
+        # On a GPU it depends on the model.
+        "default_backend": "xla" if chip().capability is None else None,
     }
     for line in _machine(record):
         show(line)
@@ -146,7 +151,8 @@ def _machine(record: dict[str, Any]) -> Iterator[str]:
     for device in record["devices"]:
         limit = device["memory"].get("bytes_limit")
         yield f"device        {device['kind']} ({device['platform']})" + (f", {limit / 1e9:.1f} GB" if limit else "")
-    yield f"default       {record['default_backend']}"
+    by_model = "the fastest backend that certification finds right for a model; without it, xla"
+    yield f"default       {record['default_backend'] or by_model}"
     if record["devices"][0]["platform"] == "cpu":
         yield "              (triton is interpreted here: it is a kernel for GPUs)"
 
