@@ -80,15 +80,6 @@ def test_one_recipe_starts_from_another_s_result(identify, tmp_path):
     np.testing.assert_allclose(HeadPattern.load(tmp_path / "run").gates, gates, atol=1e-5)
 
 
-def test_scores_beyond_0_and_1_begin_in_their_order(identify, tmp_path):
-    """As `topk` leaves them for a high sparsity: clipped, they would be equal, and chosen by position."""
-    first = tmp_path / "first"
-    HeadPattern.from_gates(np.linspace(-0.7, 0.6, 8).reshape(2, 4), sink_size=1, recent_size=1).save(first)
-    topk = ("--recipe", "topk", "--topk.steps", "1", "--topk.learning-rate", "1e-6", "--topk.pad-multiple", "64")
-    assert identify("--start", first, *topk).code == 0
-    assert (np.diff(HeadPattern.load(tmp_path / "run").gates.ravel()) > 0).all()
-
-
 def test_scores_that_only_rank_begin_as_ranks(identify):
     assert ranks(np.array([[0.3, 0.1], [0.1, 0.9]])).tolist() == [[2 / 3, 1 / 6], [1 / 6, 1]]
     assert_refused(identify("--start-ranks"), "--start-ranks needs", "--start PATTERN")
@@ -130,7 +121,6 @@ def test_a_run_that_was_begun_and_never_saved_begins_again(identify, tmp_path):
         (("--data.seed", "-1"), ("--data.seed must be at least 0, got -1",)),
         (("--data.answer", "{ordinal.__class__}{ordinal}{words}"), ("--data.answer may have no other braces",)),
         (("--recipe", "attention-profile", "--attention-profile.length", "1000000000"), ("length must be at most",)),
-        (("--topk.learning-rate", "2"), ("--topk.learning-rate must be in", "a weight in a mean")),
         (("--prulong.target-sparsity", "1.5"), ("--prulong.target-sparsity", "[0, 1]")),
         (("--attention.recent-size", "0"), ("--attention.recent-size must be at least 1",)),
         (("--recent-size", "0"), ("--recent-size must be at least 1",)),
@@ -226,7 +216,6 @@ def test_a_setting_that_is_new_says_what_earlier_runs_did():
         "distill": "accumulate batch_size cooldown learning_rate pad_multiple reg reg_weight seed steps warmup",
         "prulong": "accumulate batch_size cooldown initial_log_alpha initial_noise learning_rate multiplier_rate "
         "pad_multiple ramp seed steps target_sparsity warmup weight_decay",
-        "topk": "accumulate batch_size cooldown learning_rate pad_multiple seed steps target_sparsity warmup",
         "attention-profile": "length num_samples",
         "kvzip": "length num_samples",
     }

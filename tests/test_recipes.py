@@ -11,12 +11,12 @@ import pytest
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
 from duo_train.identify import Identify
-from duo_train.recipes import RECIPES, AttentionProfile, KVzip, PruLong, Run, TopK
+from duo_train.recipes import RECIPES, AttentionProfile, KVzip, PruLong, Run
 from duo_train.recipes.kvzip import REQUEST
 from duo_train.recipes.prulong import _draw
 from transformers import AutoTokenizer
 
-from duo_jax import HeadPattern, load_model, make_mesh
+from duo_jax import load_model, make_mesh
 from duo_jax.cli.options import ModelOptions
 from pallas_kernels import full_attention
 from tests.shapes import GOLDEN, families
@@ -194,51 +194,6 @@ def test_prulong_begins_with_another_recipe_s_gates(run):
 def test_prulong_has_no_teacher(run):
     with pytest.raises(ValueError, match="no teacher"):
         PruLong(steps=1).find(replace(run(), attention=GatedModel(mixing="teacher")))
-
-
-@pytest.mark.parametrize("target", [0.0, 0.3, 0.75, 1.0])
-def test_topk_keeps_exactly_the_largest_scores(target):
-    recipe, scores = TopK(target_sparsity=target), jax.random.normal(jax.random.key(1), (3, 4))
-    applied, gates = recipe.applied(scores), np.asarray(recipe.gates(scores))
-    pattern = HeadPattern.from_gates(gates, sparsity=target, sink_size=1, recent_size=1)
-    np.testing.assert_array_equal(applied, pattern.is_retrieval)
-    np.testing.assert_array_equal(gates >= 0.5, pattern.is_retrieval)
-    np.testing.assert_array_equal(np.argsort(gates, axis=None), np.argsort(np.asarray(scores), axis=None))
-    # Heads that stream learn too.
-    weights = jnp.arange(12.0).reshape(3, 4)
-    np.testing.assert_array_equal(jax.grad(lambda scores: (weights * recipe.applied(scores)).sum())(scores), weights)
-
-
-def test_topk_finds_the_heads_that_matter_from_a_poor_start():
-    # Without a model: each head that streams costs a loss of its own.
-    recipe = TopK(steps=100, target_sparsity=0.7)
-    cost = np.exp(np.random.default_rng(0).normal(-4, 2, (30, 3)))
-    params = recipe.init(jax.random.uniform(jax.random.key(0), (30, 3)))
-    optimizer = recipe.optimizer()
-    moments = optimizer.init(params)
-
-    @jax.jit
-    def step(params, moments, key):
-        # Of the gradient there is only a noisy sample.
-        loss = jnp.asarray(cost, jnp.float32) * (1 + 0.5 * jax.random.normal(key, cost.shape))
-        gradient = jax.grad(lambda params: (loss * (1 - recipe.applied(params))).sum())(params)
-        updates, moments = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), moments
-
-    with jax.numpy_dtype_promotion("standard"):
-        for key in jax.random.split(jax.random.key(1), recipe.steps):
-            params, moments = step(params, moments, key)
-    kept = set(np.flatnonzero(np.ravel(recipe.applied(params))))
-    assert len(kept & set(np.argsort(-np.ravel(cost))[: len(kept)])) >= 0.85 * len(kept)
-
-
-def test_topk_needs_a_start_and_moves_its_border(run):
-    recipe = TopK(steps=2, learning_rate=0.9, warmup=0.0, pad_multiple=64)
-    with pytest.raises(ValueError, match="needs scores to begin with"):
-        recipe.find(run())
-    start = np.linspace(0.4, 0.6, 8).reshape(2, 4)
-    gates = recipe.find(run(start=start))
-    assert (gates >= 0.5).sum() == 4 and not np.array_equal(gates >= 0.5, start >= 0.5)
 
 
 @pytest.mark.parametrize("changed", [{"target_sparsity": 1.2}, {"target_sparsity": -0.1}, {"ramp": 2.0}])

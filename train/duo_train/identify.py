@@ -36,7 +36,7 @@ from duo_train.checkpoints import CHECKPOINTS
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
-from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run, TopK
+from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
 from pallas_kernels.types import Request
 
 RUN_FILE = "run.json"
@@ -356,7 +356,6 @@ class SmolLM2Cpu(Identify):
     settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings(
         Distill(steps=200, learning_rate=0.05, cooldown=0.4, reg_weight=0.2, pad_multiple=64),
         PruLong(steps=200, multiplier_rate=0.3, pad_multiple=64),
-        TopK(steps=100, cooldown=0.4, pad_multiple=64),
         AttentionProfile(num_samples=8, length=1024),
         KVzip(num_samples=4, length=1024),
     )
@@ -374,7 +373,6 @@ class Debug(Identify):
     settings: Annotated[dict[str, Recipe], tyro.conf.arg(name="")] = recipe_settings(
         Distill(steps=5),
         PruLong(steps=5),
-        TopK(steps=5),
         AttentionProfile(num_samples=1, length=128),
         KVzip(num_samples=1, length=128),
     )

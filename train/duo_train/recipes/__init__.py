@@ -6,16 +6,14 @@ from duo_train.recipes.distill import Distill
 from duo_train.recipes.kvzip import KVzip
 from duo_train.recipes.learned import Learned
 from duo_train.recipes.prulong import PruLong
-from duo_train.recipes.topk import TopK
 from duo_train.run import Run
 
 # By the name that `duo identify --recipe` takes; the settings of each are flags, --NAME.FIELD.
 RECIPES: dict[str, type[Recipe]] = {
     "distill": Distill,
     "prulong": PruLong,
-    "topk": TopK,
     "attention-profile": AttentionProfile,
     "kvzip": KVzip,
 }
 
-__all__ = ["RECIPES", "AttentionProfile", "Distill", "KVzip", "Learned", "PruLong", "Recipe", "Run", "TopK"]
+__all__ = ["RECIPES", "AttentionProfile", "Distill", "KVzip", "Learned", "PruLong", "Recipe", "Run"]

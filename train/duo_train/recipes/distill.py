@@ -1,8 +1,7 @@
 """`distill`: the paper's recipe (section 2.2). The gated model matches the full model's hidden states, under L1."""
 
-import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import optax
@@ -21,42 +20,10 @@ OVERSHOOT = 1e-3
 
 
 @dataclass(frozen=True)
-class Distilled(Learned):
-    """Recipes whose loss is the distance of hidden states from the full model's."""
+class Distill(Learned):
+    """Gates in [0, 1], for the least distance of hidden states from the full model's."""
 
     loss_name: ClassVar[str] = "distillation"
-
-    @abc.abstractmethod
-    def applied(self, params: Any) -> Float[Array, "L K"]:
-        """The gates with which the student computes."""
-
-    def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
-        """The teacher's hidden states that predict the labels. With teacher mixing, `losses` runs the teacher."""
-        if attention.mixing == "teacher":
-            return None
-        return before_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
-
-    def losses(
-        self,
-        attention: GatedModel,
-        model: Model,
-        params: Any,
-        batch: Batch,
-        targets: Float[Array, "B M D"] | None,
-        key: PRNGKeyArray,
-    ) -> Float[Array, "B M"]:
-        """Squared distance of the final-norm hidden states, mean over the hidden dimension."""
-        full = None
-        if targets is None:
-            hidden, full = stop(attention.teacher(model, batch.tokens))
-            targets = before_labels(hidden, batch.labels)
-        student = attention.student(model, batch.tokens, self.applied(params), full)
-        return jnp.square(before_labels(student, batch.labels) - targets).mean(-1)
-
-
-@dataclass(frozen=True)
-class Distill(Distilled):
-    """Gates in [0, 1] trained by distillation."""
 
     reg_weight: float = 0.05
     """Weight of the gates' L1 norm."""
@@ -77,10 +44,6 @@ class Distill(Distilled):
         below, above = jnp.minimum(beyond, 0.0), jnp.maximum(beyond, 0.0)
         return gates + jnp.where(gates <= 0, below, jnp.where(gates >= 1, above, 0.0))
 
-    def applied(self, params: DistillParams) -> Float[Array, "L K"]:
-        """The gates themselves."""
-        return params["gates"]
-
     def penalty(self, params: DistillParams, step: Int32[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         """The L1 norm; gates are never negative."""
         gates = params["gates"]
@@ -90,3 +53,26 @@ class Distill(Distilled):
         """Clip the gates to [0, 1], and add up what that takes away."""
         gates = optax.projections.projection_hypercube(params["gates"])
         return {"gates": gates, "overshoot": params["overshoot"] + params["gates"] - gates}
+
+    def targets(self, attention: GatedModel, model: Model, batch: Batch) -> Float[Array, "B M D"] | None:
+        """The teacher's hidden states that predict the labels. With teacher mixing, `losses` runs the teacher."""
+        if attention.mixing == "teacher":
+            return None
+        return before_labels(attention.teacher(model, batch.tokens)[0], batch.labels)
+
+    def losses(
+        self,
+        attention: GatedModel,
+        model: Model,
+        params: DistillParams,
+        batch: Batch,
+        targets: Float[Array, "B M D"] | None,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "B M"]:
+        """Squared distance of the final-norm hidden states, mean over the hidden dimension."""
+        full = None
+        if targets is None:
+            hidden, full = stop(attention.teacher(model, batch.tokens))
+            targets = before_labels(hidden, batch.labels)
+        student = attention.student(model, batch.tokens, params["gates"], full)
+        return jnp.square(before_labels(student, batch.labels) - targets).mean(-1)
