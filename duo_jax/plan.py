@@ -1,6 +1,6 @@
 """Plan: the memory that weights, KV cache and activations need on a device, and the longest context that fits.
 
-Arithmetic only: nothing is allocated, no device is used, no weights are read. `duo plan --verify` compares it with the
+Arithmetic only: nothing is allocated, no program runs, no weights are read. `duo plan --verify` compares it with the
 compiler's own figures.
 """
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from duo_jax.arguments import MOST_BYTES, instance, whole_number
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.chunks import CHUNK_SIZE
+from duo_jax.chunks import most_at_a_time
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize, abstract_mesh
 from duo_jax.mesh.place import parameter_shapes
@@ -54,8 +54,8 @@ class Plan:
         config: the model's, with the data types of weights and activations.
         pattern: which heads stream; None: full attention.
         batch_size: sequences.
-        chunk_size: tokens of each sequence's prompt that are computed at a time, see `duo_jax.chunks.most_at_a_time`;
-            by default those of a CPU.
+        chunk_size: tokens of each sequence's prompt that are computed at a time; None becomes what prefill takes by
+            default on the device here, `duo_jax.chunks.most_at_a_time`.
         kv_dtype: data type of the cache, as in `KVCache.init`.
         streaming_dtype: data type of streaming heads, as in `KVCache.init`.
         mesh: devices that share the model and its cache; sizes are per device.
@@ -64,7 +64,7 @@ class Plan:
     config: ModelConfig
     pattern: HeadPattern | None = None
     batch_size: int = 1
-    chunk_size: int = CHUNK_SIZE
+    chunk_size: int = None  # type: ignore[assignment]  # A number once the plan is made.
     kv_dtype: AnyDtype | None = None
     streaming_dtype: AnyDtype | None = None
     mesh: MeshSize = MeshSize()
@@ -72,8 +72,9 @@ class Plan:
     def __post_init__(self) -> None:
         """Check the sizes, and that the mesh can share the model and its cache."""
         instance("config", self.config, ModelConfig, "pass model.config")
-        object.__setattr__(self, "chunk_size", whole_number("chunk_size", self.chunk_size, 1))
-        precision = self.cache(1).precision  # The names of the data types.
+        precision = self.cache(1).precision  # Checks the batch, and has the names of the data types.
+        chunk = most_at_a_time(self.batch_size) if self.chunk_size is None else self.chunk_size
+        object.__setattr__(self, "chunk_size", whole_number("chunk_size", chunk, 1))
         for name in ("kv_dtype", "streaming_dtype"):
             object.__setattr__(self, name, getattr(precision, name))
 

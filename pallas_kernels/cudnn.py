@@ -27,13 +27,9 @@ DTYPES = ("bfloat16", "float16")
 
 def refuses(request: Request) -> str | None:
     """The reason why cuDNN cannot run a request, or None."""
-    if request.is_paged or request.is_sharded:
-        return f"takes no {'paged caches' if request.is_paged else 'caches whose tokens devices share'}"
-    types = {*request.dtypes, *(f"int{bits}" for bits in request.bits)}
-    if len(types) > 1 or types - set(DTYPES):
-        return f"takes {' or '.join(DTYPES)}, one of them for queries and cache, got {', '.join(sorted(types))}"
-    if request.capability is None or request.capability < (8, 0):
-        return f"runs only on GPUs of compute capability 8.0 or higher, this is {request.device}"
+    if reason := request.refused_layout() or request.refused_types(DTYPES) or request.refused_gpu():
+        return reason
+    assert request.capability is not None
     most = 256 if request.capability >= (9, 0) else 128
     if request.head_dim > most or request.head_dim % 8:
         return f"takes head dims up to {most} that are multiples of 8, got {request.head_dim}"

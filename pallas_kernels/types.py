@@ -4,7 +4,7 @@ Axis letters: `B` batch, `T` query length, `S` key length, `N` query heads, `K` 
 `P` pool slots (`Pr` retrieval, `Ps` streaming), `R = window.size` ring entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,6 +109,8 @@ class Unsupported(NotImplementedError):
 
 
 OPERATIONS = ("prefill", "decode", "training")
+# The oldest GPUs that any kernel is for: Ampere's.
+OLDEST_GPU = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,28 @@ class Request:
         bits = frozenset(BITS[name] for name in stored if name in BITS)
         dtypes = frozenset(stored - BITS.keys())
         return cls(operation, "", dtypes, bits=bits, q=q, full=full, ring=ring, **fields)
+
+    # Rules that several backends have: the reason why they cannot run a request, or None.
+
+    def refused_layout(self) -> str | None:
+        """By a backend whose kernels read contiguous slots with all tokens of a row."""
+        if self.is_paged or self.is_sharded:
+            return f"takes no {'paged caches' if self.is_paged else 'caches whose tokens devices share'}"
+        return None
+
+    def refused_types(self, allowed: Collection[str]) -> str | None:
+        """By a backend that multiplies queries and cache as they are stored, in one type."""
+        types = {*self.dtypes, *(f"int{bits}" for bits in self.bits)}
+        if len(types) > 1 or types - set(allowed):
+            names = " or ".join(allowed)
+            return f"takes {names}, one of them for queries and cache, got {', '.join(sorted(types))}"
+        return None
+
+    def refused_gpu(self) -> str | None:
+        """By a backend that is compiled for GPUs from `OLDEST_GPU` on, and not interpreted."""
+        if self.capability is None or self.capability < OLDEST_GPU:
+            return f"runs only on GPUs of compute capability 8.0 or higher, this is {self.device}"
+        return None
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from duo_jax.cli.certify import certify_for
 from duo_jax.cli.doctor import Doctor
 from duo_jax.cli.generate import Generate
 from duo_jax.cli.options import CacheOptions, ModelOptions
-from pallas_kernels import ops
+from pallas_kernels import cudnn, ops
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
 from pallas_kernels.certify.examine import examine
 from pallas_kernels.certify.messages import from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
-from pallas_kernels.types import Request
+from pallas_kernels.types import Backend, Request
 from pallas_kernels.window import Window
 
 DECODE = Request.of("decode", q="float32", full="float32", head_dim=16, group=1, window=Window(0, 0))
@@ -420,6 +420,17 @@ def test_the_safe_backends_are_right_in_every_kind_of_case(request_):
     exact = case.exact()
     for name in verdicts.SAFE:
         assert examine(case, name, exact, lambda phase: None).is_right, name
+
+
+@pytest.mark.full_matrix
+def test_cudnn_is_right_in_hostile_cases_as_far_as_a_cpu_can_tell(monkeypatch):
+    """The adapter with jax's own implementation of the function: NaN beyond lengths, starts of 0, parts of slots."""
+    by_xla = partial(cudnn.prefill, implementation="xla")
+    monkeypatch.setattr(cudnn, "BACKEND", Backend("cudnn", lambda request: None, by_xla))
+    case = cases.make(EXACT, cases.SMALL)
+    with jax.numpy_dtype_promotion("standard"):  # jax's implementation has products of two types.
+        verdict = examine(case, "cudnn", case.exact(), lambda phase: None)
+    assert verdict.is_right, verdict
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import pytest
 from duo_eval.aot.context import ContextTask, planned
 
 from duo_jax import PRESETS, KVCache, Model, Plan
+from duo_jax.chunks import most_at_a_time
 from duo_jax.cli.options import RoomOptions, parse_bytes
 from duo_jax.plan import any_pattern, weight_bytes
-from pallas_kernels.gpus import GPUS
+from pallas_kernels.gpus import GPUS, find_gpu, tracing_for
 from tests.shapes import TINY
 from tests.text_models import assert_refused
 
@@ -65,6 +66,12 @@ def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_would():
         plan.check(1_500_000, 4 * 10**9)
     with pytest.raises(ValueError, match="chunk_size=1024"):
         replace(plan, chunk_size=32_768).check(65_536, 23 * 10**9)
+
+
+def test_a_plan_is_for_the_chunks_that_prefill_takes_here():
+    assert Plan(LLAMA, HALF, 4).chunk_size == most_at_a_time(4) == 1024
+    with tracing_for(find_gpu("h200")):
+        assert [Plan(LLAMA, HALF, rows).chunk_size for rows in (1, 4)] == [8192, 2048]
 
 
 def test_a_cache_takes_what_memory_holds_and_no_more(tiny, half):

@@ -21,8 +21,8 @@ KERNEL = "pallas_kernels.jax_triton.decode_kernel"
 
 def refuses(request: Request) -> str | None:
     """The reason why the kernel cannot run a request, or None."""
-    if request.is_paged or request.is_sharded:
-        return f"takes no {'paged caches' if request.is_paged else 'caches whose tokens devices share'}"
+    if reason := request.refused_layout():
+        return reason
     if len(request.dtypes) > 1 or request.dtypes - set(DTYPES) or request.head_dim > MAX_HEAD_DIM:
         types = ", ".join(sorted(request.dtypes))
         return (
@@ -31,8 +31,8 @@ def refuses(request: Request) -> str | None:
         )
     if request.bits and (request.head_dim < 16 or request.head_dim.bit_count() > 1):
         return f"takes quantized caches of head dims that are powers of two, at least 16, got {request.head_dim}"
-    if request.capability is None or request.capability < (8, 0):
-        return f"runs only on GPUs of compute capability 8.0 or higher, this is {request.device}"
+    if reason := request.refused_gpu():
+        return reason
     try:
         importlib.import_module(KERNEL)
     except ImportError as error:

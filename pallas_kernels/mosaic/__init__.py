@@ -18,14 +18,10 @@ HEAD_DIMS = (64, 128)
 
 def refuses(request: Request) -> str | None:
     """The reason why the kernels cannot run a request, or None."""
-    if request.is_paged or request.is_sharded:
-        return f"takes no {'paged caches' if request.is_paged else 'caches whose tokens devices share'}"
-    types = {*request.dtypes, *(f"int{bits}" for bits in request.bits)}
-    if len(types) > 1 or types - set(DTYPES) or request.head_dim not in HEAD_DIMS:
-        return (
-            f"takes {' or '.join(DTYPES)}, one of them for queries and cache, and head dims of "
-            f"{' or '.join(map(str, HEAD_DIMS))}, got {', '.join(sorted(types))} with {request.head_dim}"
-        )
+    if reason := request.refused_layout() or request.refused_types(DTYPES):
+        return reason
+    if request.head_dim not in HEAD_DIMS:
+        return f"takes head dims of {' or '.join(map(str, HEAD_DIMS))}, got {request.head_dim}"
     if request.operation == "decode" and request.group > ROWS:
         return f"takes up to {ROWS} query heads a KV head, got {request.group}"
     if any(length < CLEARED or length % 8 for length in request.capacities):

@@ -25,8 +25,8 @@ def refuses(request: Request) -> str | None:
     if request.dtypes - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         types = ", ".join(sorted(request.dtypes))
         return f"takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got {types} with {head_dim}"
-    if request.capability is not None and request.capability < (8, 0):
-        return f"runs only on GPUs of compute capability 8.0 or higher, this is {request.device}"
+    if request.capability is not None and (reason := request.refused_gpu()):  # On a CPU, it is interpreted.
+        return reason
     # Even the smallest tiles: they would spill thousands of registers.
     is_large = "float32" in request.dtypes and head_dim > 128 and request.operation != "decode"
     if is_large and request.capability is not None and shared_memory_per_block(request.capability) < WIDE:

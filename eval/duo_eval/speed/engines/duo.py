@@ -32,7 +32,7 @@ class Duo(Engine):
 
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
         """See `Engine`; the first chunk is enough."""
-        width = chunk_width(tokens.shape[1], self._chunk_size)
+        width = chunk_width(tokens.shape[1], self._chunk_size, rows=len(tokens))
         self.compile_seconds = {
             "prefill": compile_seconds(lambda: self._prefill(tokens[:, :width], tokens.shape[1], width)),
             "decode": compile_seconds(lambda: self.decode(tokens[:, 0])),
