@@ -202,15 +202,3 @@ def _naming(path: Path, part: Path) -> Iterator[None]:
         if error.errno is None or not (error.filename is None or Path(str(error.filename)).is_relative_to(part)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def cache_folder() -> Path:
-    """The folder of downloaded files and compiled programs: `$DUO_JAX_CACHE`, by default `~/.cache/duo-jax`.
-
-    Raises:
-        FileNotFoundError: the user has no home folder.
-    """
-    try:
-        return Path(os.environ.get("DUO_JAX_CACHE") or Path.home() / ".cache" / "duo-jax")
-    except RuntimeError:
-        raise FileNotFoundError("there is no home folder: set HOME, or DUO_JAX_CACHE to a folder") from None

@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from duo_jax.files import cache_folder
+from pallas_kernels.user_cache import cache_folder
 
 
 def keep_programs() -> None:

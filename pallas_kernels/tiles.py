@@ -4,8 +4,6 @@ What ships depends on the chip's compute capability, multiprocessors and shared 
 user's machine take precedence.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,10 +16,21 @@ import jax
 from pallas_kernels.gpus import Chip, chip, device_kind
 from pallas_kernels.ptxas import ptxas_version, version_text
 from pallas_kernels.types import Request
+from pallas_kernels.user_cache import cache_folder, read_json
+
+# The most of each number; more fits into no GPU.
+MOST = {
+    "block_q": 1024,
+    "block_k": 1024,
+    "num_warps": 32,
+    "num_stages": 16,
+    "min_split": 1 << 20,
+    "max_programs": 1 << 20,
+}
 
 
 class Tiles:
-    """Checks that all tiles share: positive integers, and powers of two where they are sizes of a tile."""
+    """Checks that all tiles share: positive integers up to `MOST`, powers of two where they are sizes of a tile."""
 
     def __post_init__(self) -> None:
         """Check the numbers: a wrong one can give wrong results instead of an error.
@@ -31,8 +40,8 @@ class Tiles:
         """
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+            if type(value) is not int or not 1 <= value <= MOST[field.name]:
+                raise ValueError(f"{field.name} must be a positive integer up to {MOST[field.name]}, got {value!r}")
             if field.name in ("block_q", "block_k", "num_warps") and value.bit_count() > 1:
                 raise ValueError(f"{field.name} must be a power of two, got {value}")
 
@@ -150,10 +159,12 @@ def trying(kernel: str, tiles: Any) -> Iterator[None]:
 
 
 def tuned_file() -> Path:
-    """The file of tuned tiles in the user's cache: by `tuned_key`, kernel and `size_key`."""
-    # Without a home folder, expanduser leaves the ~, and there is no such file.
-    folder = os.environ.get("DUO_JAX_CACHE") or os.path.expanduser("~/.cache/duo-jax")
-    return Path(folder) / "tiles.json"
+    """The file of tuned tiles in the user's cache: by `tuned_key`, kernel and `size_key`.
+
+    Raises:
+        FileNotFoundError: the user has no home folder.
+    """
+    return cache_folder() / "tiles.json"
 
 
 def tuned_key(kernel: str) -> str:
@@ -181,11 +192,11 @@ def _width(head_dim: int) -> int:
 
 @cache
 def _tuned() -> dict[str, dict[str, dict[str, Any]]]:
-    path = tuned_file()
     try:
-        return read_tuned(path) if path.is_file() else {}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or was altered ({error}): delete it, then tune again") from None
+        path = tuned_file()
+        return read_tuned(path) if path.exists() else {}
+    except FileNotFoundError:  # No home folder.
+        return {}
 
 
 def forget_tuned() -> None:
@@ -199,14 +210,17 @@ def read_tuned(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     Raises:
         ValueError: not a file of tiles, or tiles that no kernel takes.
     """
-    table = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        key: {
-            kernel: {size: _checked(f"{kernel} {size}", kernel, entry) for size, entry in sizes.items()}
-            for kernel, sizes in kernels.items()
+    try:
+        return {
+            key: {
+                kernel: {size: _checked(f"{kernel} {size}", kernel, entry) for size, entry in sizes.items()}
+                for kernel, sizes in kernels.items()
+            }
+            for key, kernels in read_json(path).items()
         }
-        for key, kernels in table.items()
-    }
+    except (ValueError, TypeError, AttributeError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path} is truncated or was altered ({why}): delete it, then tune again") from None
 
 
 def _checked(name: str, kernel: str, entry: Mapping[str, int]) -> Any:

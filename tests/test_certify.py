@@ -26,6 +26,7 @@ from pallas_kernels.certify import cases, machine, parent, verdicts
 from pallas_kernels.certify.examine import examine
 from pallas_kernels.certify.messages import from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
+from pallas_kernels.tiles import forget_tuned, tiles_for
 from pallas_kernels.types import Backend, Request
 from pallas_kernels.window import Window
 
@@ -50,6 +51,7 @@ SOURCE = """
 import os, signal, time
 import jax, numpy as np
 from pallas_kernels import xla
+from pallas_kernels.tiles import forget_tuned, tiles_for
 from pallas_kernels.types import Backend
 
 calls = 0
@@ -301,10 +303,16 @@ def test_verdicts_of_another_machine_do_not_count(home, monkeypatch):
         assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '[{"environment": {}}]', "[" * 10_000, '{"a": 1}'])
+@pytest.mark.parametrize("damage", ["", "[1]", "[" * 10_000, "large", "pipe"])
 def test_a_damaged_file_is_made_again(home, damage):
+    """`tests/hostile/readers.py` has what else a file may contain."""
     verdicts.path().parent.mkdir(parents=True)
-    verdicts.path().write_text(damage)
+    if damage == "pipe":
+        os.mkfifo(verdicts.path())
+    else:
+        verdicts.path().write_text(damage)
+    if damage == "large":
+        os.truncate(verdicts.path(), 1 << 40)
     assert not verdicts.stored().verdicts
     know(triton=Verdict(True, "", 1e-3, 1e-3))
     assert verdicts.stored().verdicts[KEY]["triton"].is_right
@@ -324,11 +332,25 @@ def test_without_a_place_to_write_verdicts_hold_for_this_process(home, monkeypat
     (home / "file").touch()
     monkeypatch.setenv("DUO_JAX_CACHE", str(home / "file" / "cache"))
     verdicts._cannot_store.cache_clear()
-    with pytest.warns(UserWarning, match=r"cannot be stored in .*verdicts.json .*set DUO_JAX_CACHE") as warned:
+    with pytest.warns(UserWarning, match=r"cannot be stored \(.*cache: Not a directory\).*set DUO_JAX_CACHE") as warned:
         certify(monkeypatch, [*BEGIN, right("xla", 1.0), right("triton", 0.5), right("mosaic", 2.0), {"end": True}])
     assert len(warned) == 1
     monkeypatch.setattr(verdicts, "device", lambda: GPU)
     assert best(on_gpu(DECODE), ("triton", "xla")) == "triton"
+
+
+def test_without_a_home_folder_nothing_is_written(home, monkeypatch):
+    for name in ("DUO_JAX_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    monkeypatch.chdir(home)
+    before = sorted(home.iterdir())
+    verdicts._cannot_store.cache_clear()
+    with pytest.warns(UserWarning, match="no home folder"):
+        know(triton=Verdict(True, "", 1e-3, 1e-3))
+    assert sorted(home.iterdir()) == before
+    forget_tuned()
+    assert tiles_for("decode", 16, 2).min_split == 256 and machine._tiles() == ""
 
 
 def test_the_environment_names_a_backend(home, monkeypatch):

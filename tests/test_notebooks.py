@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from duo_jax import HeadPattern
-from duo_jax.files import cache_folder
+from pallas_kernels.user_cache import cache_folder
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 EXECUTE = """

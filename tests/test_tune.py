@@ -66,8 +66,9 @@ def test_an_altered_table_is_refused_by_name(table, text, why):
         ({"block_k": 4, "min_split": 12}, "of 8, got 12"),
         ({"block_k": 48, "min_split": 96}, "block_k must be a power of two, got 48"),
         ({"num_warps": 3}, "num_warps must be a power of two"),
-        ({"max_programs": 0}, "max_programs must be a positive integer, got 0"),
-        ({"num_stages": True}, "num_stages must be a positive integer, got True"),
+        ({"max_programs": 0}, "max_programs must be a positive integer up to 1048576, got 0"),
+        ({"num_warps": 64}, "num_warps must be a positive integer up to 32, got 64"),
+        ({"num_stages": True}, "num_stages must be a positive integer up to 16, got True"),
     ],
 )
 def test_tiles_that_no_kernel_takes_are_refused(table, changes, why):

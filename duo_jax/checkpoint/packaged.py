@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from duo_jax.files import cache_folder
+from pallas_kernels.user_cache import cache_folder
 
 
 @dataclass(frozen=True)

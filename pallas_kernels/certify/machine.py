@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.ptxas import ptxas_version, version_text
+from pallas_kernels.tiles import tuned_file
 
 # Packages whose code decides what a kernel computes.
 PACKAGES = (
@@ -48,7 +49,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: number for name in PACKAGES if (number := _package(name))},
         "ptxas": {name: version_text(ptxas_version(name)) for name in ("mosaic", "triton")},
         "source": _source(),
-        "tiles": hashlib.sha256(_text(cache_folder() / "tiles.json").encode()).hexdigest()[:16],
+        "tiles": hashlib.sha256(_tiles().encode()).hexdigest()[:16],
     }
 
 
@@ -63,16 +64,18 @@ def device() -> dict[str, Any]:
     }
 
 
-def cache_folder() -> Path:
-    """The user's cache. Without a home folder nothing can be stored there."""
-    return Path(os.environ.get("DUO_JAX_CACHE") or os.path.expanduser("~/.cache/duo-jax"))
-
-
 def _package(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _tiles() -> str:
+    try:
+        return _text(tuned_file())
+    except OSError:
+        return ""
 
 
 def _source() -> str:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
@@ -241,16 +241,16 @@ class _Child:
 @contextmanager
 def _alone(limit: float, show: Show) -> Any:
     """Be the only process on this machine that certifies: two would disturb each other's times."""
-    lock = FileLock(verdicts.path().with_name(".certify.lock"), timeout=0)
-    with suppress(OSError, NotImplementedError):  # A folder that cannot be written to, a file system without locks.
-        verdicts.path().parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            show("another process checks attention backends: waiting for it")
-            with suppress(Timeout):
-                lock.acquire(timeout=2 * limit)
-    try:
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):  # A folder that cannot be written to, a file system without locks.
+            path = verdicts.path()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_name(".certify.lock"), timeout=0)
+            held.callback(lock.release)
+            try:
+                lock.acquire()
+            except Timeout:
+                show("another process checks attention backends: waiting for it")
+                with suppress(Timeout):
+                    lock.acquire(timeout=2 * limit)
         yield
-    finally:
-        lock.release()

@@ -5,20 +5,22 @@ kernel is another environment. It can be lost without harm: what is missing is f
 """
 
 import json
+import math
 import os
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pallas_kernels.certify.machine import cache_folder, device, environment
+from pallas_kernels.certify.machine import device, environment
 from pallas_kernels.types import Request
+from pallas_kernels.user_cache import cache_folder, read_json
 
 # Backends that need no verdict: programs of jax's own operations. `reference` is the last resort.
 SAFE = ("xla", "reference")
@@ -47,16 +49,29 @@ class Verdict:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what a damaged file may contain."""
-        numbers = [x for x in (self.error, self.seconds) if x is not None]
-        if self.is_right not in (True, False, None) or not all(isinstance(x, int | float) for x in numbers):
-            raise ValueError(f"no verdict: {vars(self)}")
+        """Refuse what a damaged file may contain: a right backend has an error and a time."""
+        numbers = self.error, self.seconds
+        if not isinstance(self.is_right, bool | None) or not isinstance(self.reason, str):
+            raise ValueError("a verdict is right, wrong or unknown, with a reason")
+        if not all(x is None or (type(x) in (int, float) and x >= 0) for x in numbers):
+            raise ValueError("error and seconds of a verdict are numbers from 0 on")
+        if self.is_right and not all(x is not None and x < 1e9 for x in numbers):
+            raise ValueError("a backend that is right has an error and a time")
 
     def __str__(self) -> str:
         """In a few words."""
         if not self.is_right:
             return self.reason
         return f"right, error {self.error:.1e}, {1e3 * (self.seconds or 0):.3g} ms"
+
+    def to_json(self) -> dict[str, Any]:
+        """The values that differ from the defaults and that JSON has: an infinite error is in the reason."""
+        values = {"is_right": self.is_right, "reason": self.reason, "error": self.error, "seconds": self.seconds}
+        return {
+            name: value
+            for name, value in values.items()
+            if value not in (None, "") and not (isinstance(value, float) and math.isinf(value))
+        }
 
 
 @dataclass
@@ -83,23 +98,27 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         verdicts = {
-            key: {
-                backend: {name: value for name, value in asdict(verdict).items() if value not in (None, "")}
-                for backend, verdict in row.items()
-            }
-            for key, row in self.verdicts.items()
+            key: {backend: verdict.to_json() for backend, verdict in row.items()} for key, row in self.verdicts.items()
         }
         return {"device": self.device, "complete": sorted(self.complete), "verdicts": verdicts}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Found":
-        """What `to_json` wrote."""
-        rows = values["verdicts"].items()
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, LookupError, AttributeError: other values.
+        """
         verdicts = {
             key: {backend: Verdict(**({"is_right": None} | verdict)) for backend, verdict in row.items()}
-            for key, row in rows
+            for key, row in values["verdicts"].items()
         }
-        return cls(verdicts, set(values["complete"]), values["device"])
+        complete, device = values["complete"], values["device"]
+        if not isinstance(complete, list) or not all(isinstance(key, str) for key in complete):
+            raise ValueError("complete is a list of keys")
+        if device is not None and not isinstance(device["kind"], str):
+            raise ValueError("a device has a kind")
+        return cls(verdicts, set(complete), device)
 
 
 def key_of(request: Request) -> str:
@@ -171,7 +190,11 @@ def use(found: Found) -> None:
 
 
 def path() -> Path:
-    """The file."""
+    """The file.
+
+    Raises:
+        FileNotFoundError: the user has no home folder.
+    """
     return cache_folder() / "verdicts.json"
 
 
@@ -196,14 +219,14 @@ def add(new: Found) -> None:
             rows = [row for row in rows if row["environment"] != here][-KEPT + 1 :]
             _write([*rows, {"environment": here, **merged.to_json()}])
     except OSError as error:
-        _cannot_store(str(path()), error.strerror or str(error))
+        _cannot_store(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
 
 
 @cache
-def _cannot_store(file: str, why: str) -> None:
+def _cannot_store(why: str) -> None:
     warnings.warn(
-        f"verdicts on attention backends cannot be stored in {file} ({why}): they are found again in every process; "
-        "set DUO_JAX_CACHE to a folder that can be written to",
+        f"verdicts on attention backends cannot be stored ({why}), so they are found again in every process: set "
+        "DUO_JAX_CACHE to a folder that can be written to",
         stacklevel=4,
     )
 
@@ -238,19 +261,19 @@ class _Held:
 def _read() -> list[dict[str, Any]]:
     """The file's environments; none if it is missing or damaged: it is then made again."""
     try:
-        rows = json.loads(path().read_text(encoding="utf-8"))
+        rows = read_json(path())
         for row in rows:
             Found.from_json(row)
-            dict(row["environment"])
+            row["environment"].keys()
         return list(rows)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return []
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
     part = path().with_name(f".verdicts.json.{secrets.token_hex(8)}.part")
     try:
-        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path())
     finally:
         part.unlink(missing_ok=True)

@@ -6,13 +6,16 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +38,18 @@ from duo_jax.checkpoint.folder import INDEX, Folder
 from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.inspect import Inspect
+from duo_jax.finite import json_text
 from duo_jax.reading import read_json, read_json_lines, read_text, read_text_pieces
 from duo_jax.text.ends import eos_ids_of
 from duo_jax.text.reply import Row
 from duo_jax.text.template import DocumentFrame, encode_chat, end_of_turn, render
 from duo_jax.text.tokens import encode, special_tokens
+from pallas_kernels.certify import verdicts
+from pallas_kernels.certify.machine import environment
+from pallas_kernels.certify.verdicts import Found, Verdict, key_of
+from pallas_kernels.tiles import KINDS, DecodeTiles, read_tuned
+from pallas_kernels.types import Request
+from pallas_kernels.window import Window
 from tests.hostile.chat_tokenizers import CHATML, INST, tokenizer_of
 from tests.hostile.gguf_bytes import Array, File, Raw, Tensor, metadata, tensors
 from tests.hostile.strategies import changed, damaged, json_bytes, values
@@ -610,6 +620,46 @@ def _template_example(data: st.DataObject, folder: Path) -> None:
         tokenizer.chat_template = before
 
 
+# Verdicts on attention backends, which are made again if damaged, and tuned tiles.
+
+_REQUEST = Request.of("decode", q="bfloat16", full="bfloat16", head_dim=16, group=1, window=Window(0, 0))
+_DEVICE = {"kind": "NVIDIA Abacus", "capability": "9.0", "cores": 132, "shared_memory": 232448}
+_VERDICTS = {
+    "xla": {"is_right": True, "error": 1e-3, "seconds": 2e-3},
+    "triton": {"is_right": True, "error": 1e-3, "seconds": 1e-3},
+    "mosaic": {"is_right": False, "reason": "hangs"},
+    "cudnn": {"reason": "not known"},
+}
+_TILES = {"sm_90": {"decode": {"128x2": asdict(DecodeTiles(64, 256, 1056, 4, 2))}}}
+
+
+def _user_cache_example(data: st.DataObject, folder: Path) -> None:
+    path = folder / "verdicts.json"
+    key = key_of(_REQUEST)
+    here = {"device": _DEVICE, "complete": [key], "verdicts": {key: _VERDICTS}, "environment": environment()}
+    content = json_bytes(data, [here])
+    path.write_bytes(content if data.draw(st.booleans()) else damaged(data, content))
+    with mock.patch.dict(os.environ, DUO_JAX_CACHE=str(folder)), mock.patch.object(verdicts, "device", lambda: _DEVICE):
+        verdicts.forget()
+        with refusal():  # Nothing is refused.
+            assert verdicts.best(replace(_REQUEST, device=_DEVICE["kind"]), list(_VERDICTS)) in {
+                *_VERDICTS,
+                "reference",
+            }
+            assert json.loads(json_text(verdicts.report()))["environment"] == environment()
+            assert all(
+                str(verdict) or not verdict.reason for verdict in verdicts.known().verdicts.get(key, {}).values()
+            )
+            verdicts.add(Found({key: {"triton": Verdict(False, "wrong numbers")}}))
+        verdicts.forget()
+        assert verdicts.known().verdicts[key]["triton"].reason == "wrong numbers"
+        verdicts.forget()
+    (folder / "tiles.json").write_bytes(json_bytes(data, _TILES))
+    with refusal("tiles.json"):
+        for kernels in read_tuned(folder / "tiles.json").values():
+            assert all(isinstance(each, KINDS[name]) for name, sizes in kernels.items() for each in sizes.values())
+
+
 READERS = {
     "json": Reader(nothing, _json_example),
     "results": Reader(nothing, _results_example),
@@ -620,4 +670,5 @@ READERS = {
     "config": Reader(nothing, _config_example),
     "saved": Reader(_prepare_saved, _saved_example),
     "template": Reader(nothing, _template_example),
+    "user cache": Reader(nothing, _user_cache_example),
 }

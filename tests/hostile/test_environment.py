@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from duo_jax.cli import _status
-from duo_jax.files import cache_folder
 from duo_jax.sizes import group_available
+from pallas_kernels.user_cache import cache_folder
 from tests.text_models import assert_refused
 
 PRESET = ("inspect", "--model", "llama-3-8b")
