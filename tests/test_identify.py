@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from duo_train.data.needles import Needles
-from duo_train.identify import ADDED, ADDED_DATA, PRESETS, RUN_FILE, Identify, ranks
+from duo_train.identify import ADDED, PRESETS, RUN_FILE, Identify, ranks
 from duo_train.recipes import RECIPES, Distill
 
 from duo_jax import HeadPattern
@@ -207,7 +207,7 @@ def test_more_steps_extend_a_finished_run_and_fewer_are_refused(identify, tmp_pa
 
 
 def test_a_setting_that_is_new_says_what_earlier_runs_did():
-    # What run.json has had from the first version on. A name that is new goes into ADDED or ADDED_DATA instead.
+    # What run.json has had from the first version on. A name that is new goes into an ADDED instead.
     first = {
         "run": "attention data dtype embed_dtype model recent_size recipe settings sink_size start weight_dtype",
         "data": "answer chat distinct_words haystack haystack_chars label_tokens max_depth max_length min_depth "
@@ -222,9 +222,10 @@ def test_a_setting_that_is_new_says_what_earlier_runs_did():
     for recipe in RECIPES:
         now = Identify(ModelOptions("model"), Path("out"), recipe=recipe).resolved()
         assert set(now) == {*first["run"].split(), *ADDED}
-        assert set(now["data"]) == {*first["data"].split(), *ADDED_DATA}
+        assert set(now["data"]) == set(first["data"].split())
         assert set(now["attention"]) == set(first["attention"].split())
         assert set(now["settings"]) == set(first[recipe].split())
+    assert Needles(spacing="geometric").saved()["spacing"] == "geometric"
 
 
 def _interrupt(self, record):

@@ -47,7 +47,6 @@ FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "proc
 
 # Settings that runs of earlier versions lack, with what these runs did.
 ADDED: dict[str, Any] = {"start_ranks": False}
-ADDED_DATA = {"spacing": "even"}
 PresetName = Literal["paper", "smollm2-cpu", "debug"]
 if TYPE_CHECKING:
     RecipeName = str
@@ -125,7 +124,7 @@ class Identify:
     def resolved(self) -> dict[str, Any]:
         """Everything that affects the gates, as JSON."""
         config = {name: value for name, value in dataclasses.asdict(self).items() if name not in (*FREE, "settings")}
-        config |= config.pop("model") | {"settings": vars(self.chosen)}
+        config |= config.pop("model") | {"data": self.data.saved(), "settings": vars(self.chosen)}
         return json.loads(json.dumps(config))
 
     def run(self) -> None:
@@ -296,8 +295,6 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
         if not {"model", "recipe", "settings"} <= set(saved):
             raise ValueError(f"{path} is not the file of a run: choose another folder")
         before = ADDED | {name: saved[name] for name in saved if name in config or name not in ("contents", EXTENDS)}
-        if isinstance(before.get("data"), dict):
-            before["data"] = ADDED_DATA | before["data"]
         old, asked = before["settings"], config["settings"].get("steps")
         if isinstance(old, dict) and asked is not None and (finished := finished_steps(folder)) is not None:
             if asked < finished:

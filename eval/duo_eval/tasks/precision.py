@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Precision:
     def run(self) -> None:
         """Score the missing items, one precision after the other."""
         patterns = {sparsity: self._pattern(sparsity) for sparsity in self.sparsity}
-        about = {name: asdict(self)[name] for name in ("model", "sink_size", "recent_size", "data")}
+        about = {name: getattr(self, name) for name in ("model", "sink_size", "recent_size")}
+        about |= {"data": self.data.saved()}
         gates = {"pattern": fingerprint(HeadPattern.load(self.pattern)), "weights": weights_fingerprint(self.model)}
         record = Record.open(self.out, about | {"task": "precision"}, gates)
 

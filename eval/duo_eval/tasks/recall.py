@@ -200,6 +200,7 @@ class Recall:
 
     def _record(self, gates: Mapping[str, str]) -> Record:
         """The file, with its settings and the gates behind its names."""
-        how = asdict(self.scoring)
-        about = {"model": self.model} | {name: how[name] for name in ("sink_size", "recent_size", "data")}
+        how = self.scoring
+        sizes = {"sink_size": how.sink_size, "recent_size": how.recent_size}
+        about = {"model": self.model, **sizes, "data": how.data.saved()}
         return Record.open(self.out, about, {**gates, "weights": weights_fingerprint(self.model)})

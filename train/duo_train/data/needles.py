@@ -3,9 +3,10 @@
 Sample i depends only on (seed, i): not on the samples drawn before, nor on the process that draws it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from string import Formatter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -21,6 +22,10 @@ from duo_train.data.vocabulary import NATO, ORDINALS
 MOST_LENGTHS = 100_000
 # For templates that contain the date: a sample must not depend on the day.
 DATE = "26 Jul 2024"
+
+
+# Settings that earlier versions lack, with what these did.
+ADDED: Mapping[str, Any] = {"spacing": "even"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ class Needles:
     """Question for each passkey."""
     answer: str = "The {ordinal} passkey of the vault is: {words}."
     """Correct answer to a question."""
+
+    def saved(self) -> dict[str, Any]:
+        """The settings as files have them: one that earlier versions lack is left out where it does as they did."""
+        settings = asdict(self)
+        return {name: settings[name] for name in settings if name not in ADDED or settings[name] != ADDED[name]}
 
     @property
     def packages(self) -> tuple[str, ...]:
