@@ -1,0 +1,506 @@
+"""What each form of an instruction does: a table, a row a form. Knows no control flow.
+
+An elementwise row computes on whole vectors, one number a lane. The other rows get the block, the instruction and the
+lanes that execute it. A form that has no row cannot be executed: add the row, with its meaning from NVIDIA's manual
+"PTX ISA".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.memory import Fault
+
+S16, S32, S64 = np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.int64)
+U16, U32, U64 = np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)
+F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
+PRED = np.dtype(bool)
+BITS = {16: U16, 32: U32, 64: U64}
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A function of vectors: the type of its result, and of each operand."""
+
+    function: Callable[..., np.ndarray]
+    result: np.dtype
+    sources: tuple[np.dtype, ...]
+
+    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        target, *operands = instruction.operands
+        if len(operands) != len(self.sources):
+            raise Fault(f"takes {len(self.sources)} operands", int(np.argmax(lanes)))
+        values = (block.read(operand, dtype) for operand, dtype in zip(operands, self.sources, strict=True))
+        block.write(target, self.function(*values).astype(self.result, copy=False), lanes)
+
+
+def row(function: Callable[..., np.ndarray], result: np.dtype, *sources: np.dtype) -> Elementwise:
+    return Elementwise(function, result, sources)
+
+
+# Fragments of matrices (PTX ISA, "Matrix Fragments for mma.m16n8k16" and "for mma.m16n8k8"): row and column of number i
+# of a lane, `[lane, i]`.
+
+
+def _fragment(numbers: int, place: Callable[[Any, Any, Any], tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """`place` is a function of groupID, threadID_in_group and i."""
+    lane, i = np.arange(WARP)[:, None], np.arange(numbers)[None, :]
+    rows, columns = place(lane >> 2, lane % 4, i)
+    return rows + 0 * (lane + i), columns + 0 * (lane + i)
+
+
+# Two numbers of 16 bits in a register.
+A_16 = _fragment(8, lambda group, thread, i: (group + 8 * (i // 2 % 2), 2 * thread + i % 2 + 8 * (i // 4)))
+B_16 = _fragment(4, lambda group, thread, i: (2 * thread + i % 2 + 8 * (i // 2), group))
+# TF32: one number in a register.
+A_8 = _fragment(4, lambda group, thread, i: (group + 8 * (i % 2), thread + 4 * (i // 2)))
+B_8 = _fragment(2, lambda group, thread, i: (thread + 4 * i, group))
+# Sums of either.
+C = _fragment(4, lambda group, thread, i: (group + 8 * (i // 2), 2 * thread + i % 2))
+
+
+def _gather(fragment: tuple[np.ndarray, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """For each place of a matrix, the index of its number among all lanes' numbers."""
+    order = np.full(shape, -1)
+    order[fragment] = np.arange(fragment[0].size).reshape(fragment[0].shape)
+    assert (order >= 0).all()
+    return order
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Words of 16 bits as numbers."""
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def float16(x: np.ndarray) -> np.ndarray:
+    """Words of 16 bits as numbers."""
+    return x.view(np.float16).astype(np.float32)
+
+
+def tf32(x: np.ndarray) -> np.ndarray:
+    """Words of 32 bits as the hardware reads them: without the last 13."""
+    return (x & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+class Mma:
+    """`d = a @ b + c` in each warp; products are exact, sums are rounded in some order."""
+
+    def __init__(self, a: Any, b: Any, depth: int, word: np.dtype, number: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.a, self.b = _gather(a, (16, depth)), _gather(b, (depth, 8))
+        self.c, self.word, self.number = _gather(C, (16, 8)), word, number
+
+    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        block.need_whole_warps(lanes)
+        target, *sources = instruction.operands
+        a, b, c = (
+            np.stack([block.read(register, U32) for register in registers], -1).view(dtype).reshape(block.warps, -1)
+            for registers, dtype in zip(sources, (self.word, self.word, F32), strict=True)
+        )
+        a, b = self.number(a[:, self.a]), self.number(b[:, self.b])
+        d = c[:, self.c] + np.matmul(a, b)
+        spread = d[:, C[0], C[1]].reshape(-1, 4)
+        for i, register in enumerate(target):
+            block.write(register, np.ascontiguousarray(spread[:, i]), lanes)
+
+
+class LdMatrix:
+    """Matrices of 8 x 8 numbers of 16 bits: lanes `8 i .. 8 i + 7` have the addresses of matrix i's rows."""
+
+    def __init__(self, count: int, transposed: bool) -> None:
+        self.count, self.transposed = count, transposed
+
+    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        block.need_whole_warps(lanes)
+        target, address = instruction.operands
+        at = np.flatnonzero(lanes & (np.arange(len(lanes)) % WARP < 8 * self.count))
+        rows = np.zeros((len(lanes) // WARP, 8 * self.count, 8), np.uint16)
+        rows[at // WARP, at % WARP] = block.shared.load(block.address(address)[at], at, 16)
+        matrices = rows.reshape(-1, self.count, 8, 8)
+        if self.transposed:
+            matrices = matrices.swapaxes(2, 3)
+        # Lane l gets numbers 2 (l % 4) and the next of row l // 4.
+        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, self.count, WARP)
+        for i, register in enumerate(target):
+            block.write(register, np.ascontiguousarray(words[:, i]).reshape(-1), lanes)
+
+
+def shuffle(place: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., None]:
+    """Numbers of other lanes of a warp, which `place` computes from lane and operand; segments are whole warps."""
+
+    def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        block.need_whole_warps(lanes)
+        target, source, operand, clamp, members = instruction.operands
+        if (clamp, members) != (31, -1):
+            raise Fault("is known for whole warps only", int(np.argmax(lanes)))
+        lane = np.arange(len(lanes))
+        at = (lane & -WARP) | (place(lane % WARP, block.read(operand, S32)) & (WARP - 1))
+        block.write(target, block.read(source, U32)[at], lanes)
+
+    return execute
+
+
+def move(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """One register, or the parts of a register to or from several."""
+    target, source = instruction.operands
+    bits = int("".join(filter(str.isdigit, instruction.opcode))) if instruction.opcode != "mov.pred" else 1
+    if isinstance(target, tuple):
+        part = BITS[bits // len(target)]
+        parts = block.read(source, BITS[bits]).view(part).reshape(-1, len(target))
+        for i, register in enumerate(target):
+            if register != "_":
+                block.write(register, np.ascontiguousarray(parts[:, i]), lanes)
+    elif isinstance(source, tuple):
+        part = BITS[bits // len(source)]
+        parts = np.stack([block.read(register, part) for register in source], -1)
+        block.write(target, parts.view(BITS[bits]).reshape(-1), lanes)
+    else:
+        block.write(target, block.read(source, PRED if bits == 1 else BITS[bits]), lanes)
+
+
+def _of(operand: Any) -> tuple[Any, ...]:
+    return operand if isinstance(operand, tuple) else (operand,)
+
+
+def load(space: str, bits: int, count: int) -> Callable[..., None]:
+    """`count` numbers from consecutive places."""
+
+    def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        target, address = instruction.operands
+        at, size = np.flatnonzero(lanes), count * bits // 8
+        addresses = block.address(address)[at]
+        if space == "shared":
+            found = block.shared.load(addresses, at, size)
+        else:
+            found = block.memory.load(addresses, at, size, block.number)
+        values = np.zeros((len(lanes), count), BITS[bits])
+        values[at] = np.ascontiguousarray(found).view(BITS[bits])
+        for i, register in enumerate(_of(target)):
+            block.write(register, np.ascontiguousarray(values[:, i]), lanes)
+
+    return execute
+
+
+def store(space: str, bits: int, count: int) -> Callable[..., None]:
+    """`count` numbers to consecutive places."""
+
+    def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        address, source = instruction.operands
+        at = np.flatnonzero(lanes)
+        values = np.stack([block.read(register, BITS[bits])[at] for register in _of(source)], -1)
+        addresses = block.address(address)[at]
+        if space == "shared":
+            block.shared.store(addresses, at, values.view(np.uint16))
+        else:
+            block.memory.store(addresses, at, values.view(np.uint8), block.number)
+
+    return execute
+
+
+def load_parameter(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """The address of an array."""
+    target, address = instruction.operands
+    block.write(target, block.full(block.parameters[address.base], U64), lanes)
+
+
+def copy(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """An asynchronous copy from global to shared memory; zeros from `size` bytes on."""
+    target, source, width, *sizes = instruction.operands
+    at = np.flatnonzero(lanes)
+    wanted = block.read(sizes[0], U32)[at].astype(int) if sizes else np.full(len(at), width)
+    values = np.zeros((len(at), width), np.uint8)
+    for size in np.unique(wanted):
+        some = wanted == size
+        if size > width:
+            raise Fault(f"copies {size} of {width} bytes", int(at[np.argmax(some)]))
+        if size:
+            addresses = block.address(source)[at[some]]
+            values[some, :size] = block.memory.load(addresses, at[some], int(size), block.number)
+    block.shared.copy(block.address(target)[at], at, values.view(np.uint16))
+
+
+def commit(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """End of a group of copies."""
+    block.shared.commit(np.flatnonzero(lanes))
+
+
+def wait_group(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """Until all groups but the newest have landed."""
+    block.shared.wait(np.flatnonzero(lanes), instruction.operands[0])
+
+
+def warp_barrier(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """A barrier of each whole warp."""
+    block.need_whole_warps(lanes)
+    if block.read(instruction.operands[0], S32)[0] != -1:
+        raise Fault("is known for whole warps only", int(np.argmax(lanes)))
+    block.shared.warp_barrier(np.unique(np.flatnonzero(lanes) // WARP))
+
+
+# Integers.
+
+
+def _amount(shift: np.ndarray, bits: int) -> np.ndarray:
+    """A shift: all that is `bits` or more is the same, at most 63 as an operation of NumPy."""
+    return np.minimum(shift, np.uint32(bits)).astype(np.int64)
+
+
+def shift_left(bits: int) -> Callable[..., np.ndarray]:
+    def shift(x: np.ndarray, by: np.ndarray) -> np.ndarray:
+        by = _amount(by, bits)
+        moved = x.astype(np.uint64) << np.minimum(by, 63).astype(np.uint64)
+        return np.where(by >= bits, np.uint64(0), moved).astype(BITS[bits])
+
+    return shift
+
+
+def shift_right(bits: int, signed: bool) -> Callable[..., np.ndarray]:
+    wide = np.int64 if signed else np.uint64
+
+    def shift(x: np.ndarray, by: np.ndarray) -> np.ndarray:
+        by = _amount(by, bits)
+        moved = x.astype(wide) >> np.minimum(by, 63).astype(wide)
+        return moved if signed else np.where(by >= bits, wide(0), moved)
+
+    return shift
+
+
+def divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rounded towards zero."""
+    quotient = x.astype(np.int64) // np.where(y == 0, 1, y).astype(np.int64)
+    exact = quotient * y == x
+    return quotient + ((quotient < 0) & ~exact)
+
+
+def remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """With the sign of the dividend."""
+    return np.fmod(x.astype(np.int64), np.where(y == 0, 1, y).astype(np.int64))
+
+
+def bit_field(signed: bool) -> Callable[..., np.ndarray]:
+    """`length` bits from `start` on, with their sign."""
+
+    def extract(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        start, length = (np.minimum(n & 0xFF, 32).astype(np.int64) for n in (start, length))
+        bits = (x.astype(np.int64) >> start) & ((np.int64(1) << length) - 1)
+        if not signed:
+            return bits
+        top = np.clip(start + length - 1, 0, 31)
+        negative = (((x.astype(np.int64) & 0xFFFFFFFF) >> top) & 1).astype(bool) & (length > 0)
+        return np.where(negative, bits | -(np.int64(1) << length), bits)
+
+    return extract
+
+
+def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Four bytes of two words; a selector's fourth bit replicates the sign."""
+    pair = np.stack([a, b], -1).view(np.uint8)
+    result = np.zeros(a.shape, np.uint32)
+    for i in range(4):
+        nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
+        byte = np.take_along_axis(pair, (nibble & 7).astype(np.int64)[:, None], 1)[:, 0]
+        byte = np.where(nibble & 8, np.where(byte & 0x80, np.uint8(0xFF), np.uint8(0)), byte)
+        result |= byte.astype(np.uint32) << np.uint32(8 * i)
+    return result
+
+
+def lookup(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Any function of three bits, by its table."""
+    result = np.zeros_like(a)
+    for i in range(8):
+        term = (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+        result |= np.where((table >> np.uint32(i)) & np.uint32(1), term, np.uint32(0))
+    return result
+
+
+# Numbers.
+
+
+def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """The product is exact."""
+    return x.astype(np.float64) * y + z
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """To the nearest, ties to even."""
+    bits = x.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def _to_float16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).view(np.uint16)
+
+
+def pair_of(narrow: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    """Two numbers in a word, the first in its upper half."""
+    return lambda high, low: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low)
+
+
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """To the nearest, ties away from zero."""
+    bits = x.view(np.uint32)
+    return np.where(np.isfinite(x), (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000), bits)
+
+
+def _ordered(compare: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    return compare
+
+
+def flushed(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Subnormal numbers are zero."""
+
+    def flush(x: np.ndarray) -> np.ndarray:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+    return lambda *x: flush(function(*map(flush, x)))
+
+
+def _select(x: np.ndarray, y: np.ndarray, condition: np.ndarray) -> np.ndarray:
+    return np.where(condition, x, y)
+
+
+def _wide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    wide = np.int64 if x.dtype.kind == "i" else np.uint64
+    return x.astype(wide) * y.astype(wide)
+
+
+def _mad(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    return x * y + z
+
+
+def _high(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _wide(x, y) >> (np.int64(32) if x.dtype.kind == "i" else np.uint64(32))
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+# Neither is greater, or one is NaN.
+UNORDERED = {
+    "equ": lambda x, y: ~((x < y) | (x > y)),
+    "neu": np.not_equal,
+    "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y),
+    "gtu": lambda x, y: ~(x <= y),
+    "geu": lambda x, y: ~(x < y),
+    "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
+    "nan": lambda x, y: np.isnan(x) | np.isnan(y),
+}
+ORDERED = COMPARE | {"ne": lambda x, y: (x < y) | (x > y)}
+INTEGERS = {"s32": S32, "u32": U32, "s64": S64, "u64": U64, "s16": S16, "u16": U16}
+WORDS = {"b16": U16, "b32": U32, "b64": U64}
+
+TABLE: dict[str, Callable[..., None]] = {
+    # Integers.
+    **{f"add.{name}": row(np.add, t, t, t) for name, t in INTEGERS.items()},
+    **{f"sub.{name}": row(np.subtract, t, t, t) for name, t in INTEGERS.items()},
+    **{f"mul.lo.{name}": row(np.multiply, t, t, t) for name, t in INTEGERS.items()},
+    **{f"mad.lo.{name}": row(_mad, t, t, t, t) for name, t in INTEGERS.items()},
+    **{f"min.{name}": row(np.minimum, t, t, t) for name, t in INTEGERS.items()},
+    **{f"max.{name}": row(np.maximum, t, t, t) for name, t in INTEGERS.items()},
+    "mul.wide.s32": row(_wide, S64, S32, S32),
+    "mul.wide.u32": row(_wide, U64, U32, U32),
+    "mul.hi.s32": row(_high, S32, S32, S32),
+    "mul.hi.u32": row(_high, U32, U32, U32),
+    "div.s32": row(divide, S32, S32, S32),
+    "div.u32": row(divide, U32, U32, U32),
+    "rem.s32": row(remainder, S32, S32, S32),
+    "rem.u32": row(remainder, U32, U32, U32),
+    "neg.s32": row(np.negative, S32, S32),
+    "neg.s64": row(np.negative, S64, S64),
+    "abs.s32": row(np.abs, S32, S32),
+    # Bits.
+    **{f"and.{name}": row(np.bitwise_and, t, t, t) for name, t in WORDS.items()},
+    **{f"or.{name}": row(np.bitwise_or, t, t, t) for name, t in WORDS.items()},
+    **{f"xor.{name}": row(np.bitwise_xor, t, t, t) for name, t in WORDS.items()},
+    **{f"not.{name}": row(np.invert, t, t) for name, t in WORDS.items()},
+    **{f"shl.{name}": row(shift_left(8 * t.itemsize), t, t, U32) for name, t in WORDS.items()},
+    **{f"shr.{name}": row(shift_right(8 * t.itemsize, name[0] == "s"), t, t, U32) for name, t in INTEGERS.items()},
+    "bfe.s32": row(bit_field(True), S32, S32, U32, U32),
+    "bfe.u32": row(bit_field(False), U32, U32, U32, U32),
+    "prmt.b32": row(permute, U32, U32, U32, U32),
+    "lop3.b32": row(lookup, U32, U32, U32, U32, U32),
+    # Conditions.
+    "and.pred": row(np.logical_and, PRED, PRED, PRED),
+    "or.pred": row(np.logical_or, PRED, PRED, PRED),
+    "xor.pred": row(np.logical_xor, PRED, PRED, PRED),
+    "not.pred": row(np.logical_not, PRED, PRED),
+    **{f"setp.{c}.{n}": row(f, PRED, t, t) for c, f in COMPARE.items() for n, t in (INTEGERS | WORDS).items()},
+    **{f"setp.{c}.f32": row(f, PRED, F32, F32) for c, f in (ORDERED | UNORDERED).items()},
+    **{f"selp.{name}": row(_select, t, t, t, PRED) for name, t in (INTEGERS | WORDS | {"f32": F32}).items()},
+    # Numbers.
+    "add.rn.f32": row(np.add, F32, F32, F32),
+    "add.f32": row(np.add, F32, F32, F32),
+    "sub.rn.f32": row(np.subtract, F32, F32, F32),
+    "sub.f32": row(np.subtract, F32, F32, F32),
+    "mul.rn.f32": row(np.multiply, F32, F32, F32),
+    "mul.f32": row(np.multiply, F32, F32, F32),
+    "fma.rn.f32": row(fma, F32, F32, F32, F32),
+    "div.full.f32": row(np.divide, F32, F32, F32),
+    "div.rn.f32": row(np.divide, F32, F32, F32),
+    "max.f32": row(np.fmax, F32, F32, F32),
+    "min.f32": row(np.fmin, F32, F32, F32),
+    "max.NaN.f32": row(np.maximum, F32, F32, F32),
+    "min.NaN.f32": row(np.minimum, F32, F32, F32),
+    "neg.f32": row(np.negative, F32, F32),
+    "abs.f32": row(np.abs, F32, F32),
+    "ex2.approx.f32": row(np.exp2, F32, F32),
+    "ex2.approx.ftz.f32": row(flushed(np.exp2), F32, F32),
+    "lg2.approx.f32": row(np.log2, F32, F32),
+    "lg2.approx.ftz.f32": row(flushed(np.log2), F32, F32),
+    # Conversions.
+    "cvta.to.global.u64": row(_same, U64, U64),
+    "cvt.u64.u32": row(_same, U64, U32),
+    "cvt.s64.s32": row(_same, S64, S32),
+    "cvt.u32.u64": row(_same, U32, U64),
+    "cvt.s32.s16": row(_same, S32, S16),
+    "cvt.u32.u16": row(_same, U32, U16),
+    "cvt.u16.u32": row(_same, U16, U32),
+    "cvt.rn.f32.s32": row(_same, F32, S32),
+    "cvt.rn.f32.u32": row(_same, F32, U32),
+    "cvt.rn.f32.s16": row(_same, F32, S16),
+    "cvt.rn.f32.u16": row(_same, F32, U16),
+    "cvt.f32.bf16": row(bfloat16, F32, U16),
+    "cvt.f32.f16": row(float16, F32, U16),
+    "cvt.rn.bf16.f32": row(_to_bfloat16, U16, F32),
+    "cvt.rn.f16.f32": row(_to_float16, U16, F32),
+    "cvt.rn.bf16x2.f32": row(pair_of(_to_bfloat16), U32, F32, F32),
+    "cvt.rn.f16x2.f32": row(pair_of(_to_float16), U32, F32, F32),
+    "cvt.rna.tf32.f32": row(round_to_tf32, U32, F32),
+    # Moves.
+    **{f"mov.{name}": move for name in ("pred", "b16", "b32", "b64", "u16", "u32", "u64", "f32")},
+    "ld.param.b64": load_parameter,
+    "ld.param.u64": load_parameter,
+    **{
+        f"{verb}.{space}{f'.v{count}' if count > 1 else ''}.b{bits}": access(space, bits, count)
+        for verb, access in (("ld", load), ("st", store))
+        for space in ("global", "shared")
+        for count in (1, 2, 4)
+        for bits in BITS
+        if count * bits <= 128
+    },
+    # Within a warp.
+    "shfl.sync.bfly.b32": shuffle(np.bitwise_xor),
+    "shfl.sync.idx.b32": shuffle(lambda lane, source: source),
+    "bar.warp.sync": warp_barrier,
+    **{
+        f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' * trans}.shared.b16": LdMatrix(count, trans)
+        for count in (1, 2, 4)
+        for trans in (False, True)
+    },
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": Mma(A_16, B_16, 16, U16, bfloat16),
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": Mma(A_16, B_16, 16, U16, float16),
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": Mma(A_8, B_8, 8, U32, tf32),
+    # Copies.
+    "cp.async.cg.shared.global": copy,
+    "cp.async.ca.shared.global": copy,
+    "cp.async.commit_group": commit,
+    "cp.async.wait_group": wait_group,
+}
