@@ -7,9 +7,11 @@ runs on the CPU. Compilation is that of a user: XLA's options here are not those
 import functools
 import re
 import tempfile
+import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,8 +19,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from duo_eval.aot.compile import compile_for
+from duo_eval.aot.compile import compile_for, lower_for
 
+from pallas_kernels import gpus
 from pallas_kernels.triton import tile
 from tests.ptx import machine
 from tests.ptx.parse import parse
@@ -80,30 +83,95 @@ def compiled(function: Callable[..., Any], shapes: Any) -> Program:
 
 @contextmanager
 def executing() -> Iterator[list[Launch]]:
-    """Within it, kernels of `triton` and `jax_triton` run from their PTX; the list collects their launches."""
+    """Within it, kernels of `triton` and `jax_triton` run from their PTX; the list collects their launches.
+
+    Backends and tiles are those of the GPU.
+    """
     launches: list[Launch] = []
-    call = tile.call
 
-    @functools.cache
-    def program(kernel: Any, keywords: Any, out: Any, structure: Any, shapes: Any, launch: Any) -> Program:
-        def function(*leaves: Any) -> Any:
-            arrays = jax.tree.unflatten(structure, leaves)
-            return call(functools.partial(kernel, **dict(keywords)), jax.tree.unflatten(*out), arrays, **dict(launch))
+    def finish(program: Program, arrays: list[Any], outputs: list[Any]) -> list[jax.Array]:
+        shapes = [(x.shape, np.dtype(x.dtype)) for x in outputs]
+        inputs = [np.asarray(x) for x in arrays]
+        launches.append(Launch(program, inputs, shapes, execute(program, inputs, shapes)))
+        return [jnp.asarray(x) for x in launches[-1].run.outputs]
 
-        return compiled(function, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-
-    def run(kernel: Any, out: Any, arrays: Any, **launch: Any) -> Any:
+    def pallas(kernel: Any, out: Any, arrays: Any, **settings: Any) -> Any:
         leaves, structure = jax.tree.flatten(arrays)
-        results, results_structure = jax.tree.flatten(out)
-        shapes = tuple((x.shape, x.dtype) for x in leaves)
-        made = program(
-            kernel.func, tuple(kernel.keywords.items()), (results_structure, tuple(results)), structure, shapes,
-            tuple(launch.items()),
+        outputs, results = jax.tree.flatten(out)
+        made = _pallas(
+            _frozen(kernel.func, kernel.keywords), _frozen(None, settings), structure, _shapes(leaves), results,
+            _shapes(outputs),
         )  # fmt: skip
-        inputs, outputs = [np.asarray(x) for x in leaves], [(x.shape, x.dtype) for x in results]
-        done = execute(made, inputs, outputs)
-        launches.append(Launch(made, inputs, outputs, done))
-        return jax.tree.unflatten(results_structure, map(jnp.asarray, done.outputs))
+        return jax.tree.unflatten(results, finish(made, leaves, outputs))
 
-    with mock.patch.object(tile, "call", run):
+    def triton(*arrays: Any, kernel: Any, **settings: Any) -> Any:
+        (name,) = settings.keys() & {"out_type", "out_shape"}
+        outputs = settings.pop(name)
+        return finish(_triton(kernel, name, _shapes(outputs), _frozen(None, settings), _shapes(arrays)), arrays, outputs)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(gpus, "device_kind", lambda: gpus.GPUS[GPU].name))
+        patches.enter_context(mock.patch.object(tile, "call", pallas))
+        if find_spec("jax_triton"):
+            import jax_triton
+
+            patches.enter_context(mock.patch.object(jax_triton, "triton_call", triton))
         yield launches
+
+
+# What jax.jit's own cache cannot tell: programs by everything that they are compiled from.
+
+
+def _frozen(function: Any, keywords: dict[str, Any]) -> tuple[Any, ...]:
+    return function, tuple(sorted(keywords.items()))
+
+
+def _shapes(arrays: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    return tuple((tuple(x.shape), np.dtype(x.dtype)) for x in arrays)
+
+
+def _structs(shapes: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+_CALL = tile.call
+
+
+@functools.cache
+def _pallas(kernel: Any, settings: Any, structure: Any, shapes: Any, results: Any, outputs: Any) -> Program:
+    def function(*leaves: Any) -> Any:
+        arrays = jax.tree.unflatten(structure, leaves)
+        out = jax.tree.unflatten(results, _structs(outputs))
+        return _CALL(functools.partial(kernel[0], **dict(kernel[1])), out, arrays, **dict(settings[1]))
+
+    return compiled(function, _structs(shapes))
+
+
+@functools.cache
+def _triton(kernel: Any, name: str, outputs: Any, settings: Any, shapes: Any) -> Program:
+    """As jax_triton compiles it: its launch is what it gives to jaxlib."""
+    from jax_triton import triton_lib
+
+    made: list[Any] = []
+    real = triton_lib.triton_kernel_call_lib
+
+    def function(*arrays: Any) -> Any:
+        return triton_lib.triton_call(*arrays, kernel=kernel, **{name: _structs(outputs)}, **dict(settings[1]))
+
+    def of_kernel(entry: str, warps: int, clusters: int, shared: int, text: str, *rest: Any) -> Any:
+        made.append((text, shared))
+        return real.TritonKernel(entry, warps, clusters, shared, text, *rest)
+
+    def of_call(compiled_kernel: Any, x: int, y: int, z: int, *rest: Any) -> Any:
+        made.append((x, y, z))
+        return real.TritonKernelCall(compiled_kernel, x, y, z, *rest)
+
+    spy = types.SimpleNamespace(**{name: getattr(real, name) for name in dir(real) if name[0] != "_"})
+    spy.TritonKernel, spy.TritonKernelCall = of_kernel, of_call
+    with (
+        mock.patch.object(triton_lib, "triton_kernel_call_lib", spy),
+        mock.patch.dict(triton_lib._COMPILED_KERNEL_CACHE, clear=True),
+    ):
+        lower_for(GPU, jax.jit(function), *_structs(shapes))
+    (text, shared), grid = made
+    return Program(text, grid, shared)

@@ -70,7 +70,8 @@ class Block:
         self.lanes = kernel.threads
         self.warps = kernel.threads // WARP
         self.shared = Shared(shared, kernel.threads)
-        self.parameters = dict(zip(kernel.parameters, memory.addresses, strict=True))
+        # Triton adds pointers that it does not use: null.
+        self.parameters = dict.fromkeys(kernel.parameters, 0) | dict(zip(kernel.parameters, memory.addresses))
         axes = zip("xyz", (*at, 0, 0)[:3], (*grid, 1, 1)[:3], strict=True)
         special = {"%tid.x": np.arange(self.lanes, dtype=np.uint32), "%laneid": np.arange(self.lanes) % WARP}
         special |= {name: 0 for name in ("%tid.y", "%tid.z")} | {"%ntid.x": self.lanes}
@@ -95,6 +96,10 @@ class Block:
             self.constants[key] = np.full(self.lanes, bits, BITS[8 * dtype.itemsize]).view(dtype)
         return self.constants[key]
 
+    def dtype(self, register: str) -> np.dtype:
+        """The type of a register's bits, as it was declared."""
+        return BITS[self.kernel.widths[register.rstrip("0123456789")]]
+
     def read(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
         """The values of an operand."""
         if isinstance(operand, int):
@@ -103,7 +108,10 @@ class Block:
             return self.full(SHARED, dtype)
         if operand not in self.registers:
             raise Fault(f"reads {operand}, which has no value", 0)
-        return self.registers[operand].view(dtype)
+        bits = self.registers[operand]
+        if bits.dtype.itemsize != dtype.itemsize:
+            raise Fault(f"reads {operand}, which has {bits.dtype.itemsize} bytes, as {dtype}", 0)
+        return bits.view(dtype)
 
     def write(self, register: str, values: np.ndarray, lanes: np.ndarray) -> None:
         """Set a register of some lanes."""

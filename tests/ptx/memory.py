@@ -7,6 +7,8 @@ import numpy as np
 
 # Addresses of global memory: beyond 32 bits, so that a truncated one is not in any array.
 GLOBAL = 0x7F00_0000_0000
+# XLA aligns arrays to that many bytes at least, and the compilers know it.
+LEAST_ALIGNMENT = 16
 # Bytes that belong to no array, between two.
 GAP = 4096
 # Of shared memory: a block's first KiB is the system's, from sm_80 on.
@@ -47,7 +49,7 @@ class Global:
     def __init__(self, inputs: list[np.ndarray], outputs: list[tuple[tuple[int, ...], np.dtype]], aligned) -> None:
         self.addresses, self.sizes, end = [], [], GAP
         sizes = [x.nbytes for x in inputs] + [int(np.prod(shape)) * dtype.itemsize for shape, dtype in outputs]
-        for size, align in zip(sizes, aligned, strict=True):
+        for size, align in zip(sizes, (max(LEAST_ALIGNMENT, align) for align in aligned), strict=False):
             begin = -(-end // (2 * align)) * 2 * align + align
             self.addresses.append(GLOBAL + begin)
             self.sizes.append(size)

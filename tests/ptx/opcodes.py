@@ -41,6 +41,30 @@ def row(function: Callable[..., np.ndarray], result: np.dtype, *sources: np.dtyp
     return Elementwise(function, result, sources)
 
 
+def low_bits(block: Any, operand: Any, dtype: np.dtype) -> np.ndarray:
+    """An operand of `ld`, `st` and `cvt`, whose register may be wider than the instruction's type."""
+    if isinstance(operand, int):
+        return block.read(operand, dtype)
+    return block.read(operand, block.dtype(operand)).astype(BITS[8 * dtype.itemsize], copy=False).view(dtype)
+
+
+@dataclass(frozen=True)
+class Conversion(Elementwise):
+    """A conversion; in a register that is wider than the result, its sign or zeros follow."""
+
+    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
+        target, *operands = instruction.operands
+        values = (low_bits(block, operand, dtype) for operand, dtype in zip(operands, self.sources, strict=True))
+        result = self.function(*values).astype(self.result, copy=False)
+        if result.dtype.itemsize < block.dtype(target).itemsize:
+            result = result.astype(S64 if result.dtype.kind == "i" else U64).astype(block.dtype(target))
+        block.write(target, result, lanes)
+
+
+def cvt(function: Callable[..., np.ndarray], result: np.dtype, *sources: np.dtype) -> Conversion:
+    return Conversion(function, result, sources)
+
+
 # Fragments of matrices (PTX ISA, "Matrix Fragments for mma.m16n8k16" and "for mma.m16n8k8"): row and column of number i
 # of a lane, `[lane, i]`.
 
@@ -178,7 +202,8 @@ def load(space: str, bits: int, count: int) -> Callable[..., None]:
         values = np.zeros((len(lanes), count), BITS[bits])
         values[at] = np.ascontiguousarray(found).view(BITS[bits])
         for i, register in enumerate(_of(target)):
-            block.write(register, np.ascontiguousarray(values[:, i]), lanes)
+            # A register may be wider: zeros follow.
+            block.write(register, values[:, i].astype(block.dtype(register)), lanes)
 
     return execute
 
@@ -189,7 +214,7 @@ def store(space: str, bits: int, count: int) -> Callable[..., None]:
     def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
         address, source = instruction.operands
         at = np.flatnonzero(lanes)
-        values = np.stack([block.read(register, BITS[bits])[at] for register in _of(source)], -1)
+        values = np.stack([low_bits(block, register, BITS[bits])[at] for register in _of(source)], -1)
         addresses = block.address(address)[at]
         if space == "shared":
             block.shared.store(addresses, at, values.view(np.uint16))
@@ -345,10 +370,6 @@ def round_to_tf32(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x), (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000), bits)
 
 
-def _ordered(compare: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    return compare
-
-
 def flushed(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """Subnormal numbers are zero."""
 
@@ -369,6 +390,10 @@ def _wide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _mad(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     return x * y + z
+
+
+def _mad_wide(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    return _wide(x, y) + z
 
 
 def _high(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -407,6 +432,8 @@ TABLE: dict[str, Callable[..., None]] = {
     **{f"max.{name}": row(np.maximum, t, t, t) for name, t in INTEGERS.items()},
     "mul.wide.s32": row(_wide, S64, S32, S32),
     "mul.wide.u32": row(_wide, U64, U32, U32),
+    "mad.wide.s32": row(_mad_wide, S64, S32, S32, S64),
+    "mad.wide.u32": row(_mad_wide, U64, U32, U32, U64),
     "mul.hi.s32": row(_high, S32, S32, S32),
     "mul.hi.u32": row(_high, U32, U32, U32),
     "div.s32": row(divide, S32, S32, S32),
@@ -443,6 +470,7 @@ TABLE: dict[str, Callable[..., None]] = {
     "mul.rn.f32": row(np.multiply, F32, F32, F32),
     "mul.f32": row(np.multiply, F32, F32, F32),
     "fma.rn.f32": row(fma, F32, F32, F32, F32),
+    "fma.rn.ftz.f32": row(flushed(fma), F32, F32, F32, F32),
     "div.full.f32": row(np.divide, F32, F32, F32),
     "div.rn.f32": row(np.divide, F32, F32, F32),
     "max.f32": row(np.fmax, F32, F32, F32),
@@ -457,23 +485,23 @@ TABLE: dict[str, Callable[..., None]] = {
     "lg2.approx.ftz.f32": row(flushed(np.log2), F32, F32),
     # Conversions.
     "cvta.to.global.u64": row(_same, U64, U64),
-    "cvt.u64.u32": row(_same, U64, U32),
-    "cvt.s64.s32": row(_same, S64, S32),
-    "cvt.u32.u64": row(_same, U32, U64),
-    "cvt.s32.s16": row(_same, S32, S16),
-    "cvt.u32.u16": row(_same, U32, U16),
-    "cvt.u16.u32": row(_same, U16, U32),
-    "cvt.rn.f32.s32": row(_same, F32, S32),
-    "cvt.rn.f32.u32": row(_same, F32, U32),
-    "cvt.rn.f32.s16": row(_same, F32, S16),
-    "cvt.rn.f32.u16": row(_same, F32, U16),
-    "cvt.f32.bf16": row(bfloat16, F32, U16),
-    "cvt.f32.f16": row(float16, F32, U16),
-    "cvt.rn.bf16.f32": row(_to_bfloat16, U16, F32),
-    "cvt.rn.f16.f32": row(_to_float16, U16, F32),
-    "cvt.rn.bf16x2.f32": row(pair_of(_to_bfloat16), U32, F32, F32),
-    "cvt.rn.f16x2.f32": row(pair_of(_to_float16), U32, F32, F32),
-    "cvt.rna.tf32.f32": row(round_to_tf32, U32, F32),
+    "cvt.u64.u32": cvt(_same, U64, U32),
+    "cvt.s64.s32": cvt(_same, S64, S32),
+    "cvt.u32.u64": cvt(_same, U32, U64),
+    "cvt.s32.s16": cvt(_same, S32, S16),
+    "cvt.u32.u16": cvt(_same, U32, U16),
+    "cvt.u16.u32": cvt(_same, U16, U32),
+    "cvt.rn.f32.s32": cvt(_same, F32, S32),
+    "cvt.rn.f32.u32": cvt(_same, F32, U32),
+    "cvt.rn.f32.s16": cvt(_same, F32, S16),
+    "cvt.rn.f32.u16": cvt(_same, F32, U16),
+    "cvt.f32.bf16": cvt(bfloat16, F32, U16),
+    "cvt.f32.f16": cvt(float16, F32, U16),
+    "cvt.rn.bf16.f32": cvt(_to_bfloat16, U16, F32),
+    "cvt.rn.f16.f32": cvt(_to_float16, U16, F32),
+    "cvt.rn.bf16x2.f32": cvt(pair_of(_to_bfloat16), U32, F32, F32),
+    "cvt.rn.f16x2.f32": cvt(pair_of(_to_float16), U32, F32, F32),
+    "cvt.rna.tf32.f32": cvt(round_to_tf32, U32, F32),
     # Moves.
     **{f"mov.{name}": move for name in ("pred", "b16", "b32", "b64", "u16", "u32", "u64", "f32")},
     "ld.param.b64": load_parameter,

@@ -44,6 +44,7 @@ class Kernel:
     shared: tuple[str, ...]  # names of the block's shared memory
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # index of the instruction that follows
+    widths: dict[str, int]  # bits of registers, by the letters of their names; 1 for conditions
 
 
 class Unreadable(ValueError):
@@ -57,7 +58,7 @@ def parse(text: str) -> Kernel:
         Unreadable: a form that does not occur in the kernels that this was written for.
     """
     code = re.sub(r"//[^\n]*", "", text)
-    entry = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{(.*)\}", code, re.S)
+    entry = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{(.*?)\n\}", code, re.S)
     if entry is None or code.count(".entry") != 1:
         raise Unreadable(f"a module with one entry is needed, this has {code.count('.entry')}")
     name, parameters, directives, body = entry.groups()
@@ -68,6 +69,7 @@ def parse(text: str) -> Kernel:
     threads = re.search(r"\.(?:req|max)ntid (\d+)", directives)
     if threads is None:
         raise Unreadable(f"{name} does not say how many threads a block has")
+    declared = re.findall(r"\.reg \.(pred|[bsuf]\d+)\s+(%[a-z]+)<", body)
     instructions, labels = _instructions(body, code[: entry.start(4)].count("\n") + 1)
     return Kernel(
         name,
@@ -77,6 +79,7 @@ def parse(text: str) -> Kernel:
         tuple(shared),
         instructions,
         labels,
+        {name: 1 if kind == "pred" else int(kind[1:]) for kind, name in declared},
     )
 
 
@@ -88,8 +91,8 @@ def _instructions(body: str, first: int) -> tuple[tuple[Instruction, ...], dict[
         while label := re.match(r"(\$?[\w$]+):\s*", rest):
             labels[label.group(1)] = len(instructions)
             rest = rest[label.end() :]
-        if rest.startswith((".reg", ".pragma")):
-            continue
+        if rest.startswith("."):
+            continue  # Declarations of registers, lines of the source.
         *statements, unfinished = rest.split(";")
         if unfinished.strip():
             raise Unreadable(f"line {number}: an instruction without an end: {unfinished.strip()}")

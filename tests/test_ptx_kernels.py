@@ -1,0 +1,173 @@
+"""The kernels as the compiler made them, executed from their PTX, against softmax written out in float64.
+
+What this shows: that the PTX which XLA and Triton generate for an A100 computes the right numbers, from every address
+that it may read and no other, whatever the order in which warps and blocks run. What it does not: that `ptxas` makes
+the right machine code of it; that a launch is possible (registers, shared memory); Hopper's asynchronous instructions,
+which code for newer chips contains; anything about time. Sums are rounded in another order than on a GPU.
+"""
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gpus import GPUS
+from pallas_kernels.ops import find_backend
+from pallas_kernels.tiles import tiles_for, trying
+from pallas_kernels.window import Window
+from tests.ptx.launch import GPU, Launch, executing
+from tests.test_attention import CALLS, MIXED, TOLERANCE, Case, Problem
+from tests.test_gated import dense, masks
+
+try:
+    PLUGIN = version("jax-cuda12-plugin")
+except PackageNotFoundError:
+    PLUGIN = ""
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(not PLUGIN, reason="needs jax's CUDA plugin: make test-aot")]
+
+BF16 = {"dtype": "bfloat16", "head_dim": 64}
+# Prefill: tiles have 128 queries and 64 keys, those of quantized caches 32 keys. Rows are ragged, one is empty; pools
+# have whole tiles and a tail, and end in a tile; rings are empty, partly filled, and wrapped.
+LONG = {"tokens": 150, "capacity": 260, "starts": (0, 70, 110), "lengths": (150, 0, 77), "recent_size": 70}
+PREFILL = {
+    "bfloat16": Case(MIXED, **BF16, **LONG),
+    "window_of_one_no_sinks": Case(MIXED, **BF16, **LONG | {"recent_size": 1, "sink_size": 0}),
+    "sinks_longer_than_a_tile": Case((False, True), **BF16, **LONG | {"sink_size": 67}),
+    "streaming_only_after_many_wraps": Case((False, False), **BF16, starts=(48, 37, 26), recent_size=5),
+    "retrieval_only_gqa_7": Case((True, True), group=7, **BF16, starts=(64, 0, 41)),
+    "head_dim_128": Case(MIXED, dtype="bfloat16", head_dim=128, starts=(0, 5, 41)),
+    "head_dim_96_gqa_1": Case(MIXED, group=1, dtype="bfloat16", head_dim=96),
+    "head_dim_256": Case((False, True), dtype="bfloat16", head_dim=256),
+    "int8": Case(MIXED, **BF16, **LONG, pool_dtype="int8"),
+    "int4": Case(MIXED, dtype="bfloat16", head_dim=128, **LONG, pool_dtype="int4"),
+    "int4_int8_rings": Case(MIXED, group=1, **BF16, pool_dtype="int4", ring_dtype="int8"),
+    "float32": Case(MIXED, head_dim=64, **LONG),
+    "bfloat16_cache_of_float32": Case(MIXED, head_dim=32, pool_dtype="bfloat16"),
+}
+# Decode: tiles have 64 keys, those of quantized caches 32; each is a program of its own, but for the longest row.
+ROWS = {"tokens": 1, "capacity": 330, "starts": (329, 0, 0, 63, 64, 130), "lengths": (1, 0, 1, 1, 1, 1)}
+DECODE = {
+    "bfloat16": Case(MIXED, **BF16, **ROWS),
+    "ring_longer_than_a_tile": Case(MIXED, **BF16, **ROWS, recent_size=130),
+    "streaming_only": Case((False, False), **BF16, **ROWS),
+    "head_dim_128_gqa_8": Case(MIXED, group=8, dtype="bfloat16", head_dim=128, **ROWS),
+    "head_dim_80_gqa_1": Case(MIXED, group=1, dtype="bfloat16", head_dim=80, **ROWS),
+    "head_dim_256": Case((True, False), dtype="bfloat16", head_dim=256, **ROWS),
+    "int8": Case(MIXED, dtype="bfloat16", head_dim=128, **ROWS, pool_dtype="int8"),
+    "int4": Case(MIXED, **BF16, **ROWS, pool_dtype="int4"),
+    "int4_int8_rings": Case(MIXED, **BF16, **ROWS, pool_dtype="int4", ring_dtype="int8"),
+    "float32": Case(MIXED, head_dim=64, **ROWS),
+    "float32_int4": Case(MIXED, head_dim=64, **ROWS, pool_dtype="int4"),
+}
+# Training: tokens, query heads, KV heads, head dim, window. Tiles have 64 and 128 queries, 32 and 64 keys.
+TRAINING = {
+    "bfloat16": ((150, 4, 2, 64), Window(3, 70), "bfloat16"),
+    "head_dim_128_gqa_1": ((77, 2, 2, 128), Window(0, 1), "bfloat16"),
+    "sinks_longer_than_a_tile": ((130, 2, 1, 64), Window(67, 9), "bfloat16"),
+    "shorter_than_the_sinks": ((5, 4, 2, 64), Window(7, 3), "bfloat16"),
+    "float32_head_dim_40": ((70, 2, 1, 40), Window(3, 9), "float32"),
+}
+
+
+def said(launches: list[Launch]) -> None:
+    for launch in launches:
+        products = sum(count for name, count in launch.run.executed.items() if name.startswith("mma"))
+        grid = " x ".join(map(str, launch.program.grid))
+        print(f"{launch.run.instructions:,} instructions of a warp, {products:,} matrix products, {grid} blocks")
+        assert launch.run.executed
+
+
+def worst(problem: Problem, out: jax.Array, tokens: list[tuple[int, int, int]]) -> float:
+    """The largest error over (row, index in the output, position)."""
+    found = np.asarray(out).astype(np.float64)
+    assert np.isfinite(found).all()  # Padding too.
+    found = found.reshape(len(found), -1, *found.shape[-2:])
+    return max(np.abs(found[row, t] - problem.expected(row, position)).max() for row, t, position in tokens)
+
+
+def prefill(case: Case) -> tuple[float, list[Launch]]:
+    problem = Problem(case)
+    at = problem.starts[:, None] + np.arange(case.tokens)
+    q, k, v = (np.stack([x[row, at[row]] for row in range(len(at))]) for x in (problem.q, problem.k, problem.v))
+    for row, length in enumerate(problem.lengths):
+        k[row, length:] = v[row, length:] = problem.garbage
+    rows = {"start": jnp.asarray(problem.starts), "lengths": jnp.asarray(problem.lengths)}
+    pools, heads = problem.fill(problem.starts)
+    with executing() as launches:
+        own = map(jnp.asarray, (q, k, v))
+        out = CALLS["prefill"](*own, pools, heads, **rows, window=problem.window, backend="triton")
+    rows = enumerate(zip(problem.starts, problem.lengths, strict=True))
+    return worst(problem, out, [(row, t, start + t) for row, (start, n) in rows for t in range(0, n, 3)]), launches
+
+
+def decode(case: Case, backend: str) -> tuple[float, list[Launch]]:
+    problem = Problem(case)
+    counts = problem.starts + problem.lengths
+    pools, heads = problem.fill(counts)
+    q = jnp.asarray(problem.q[np.arange(len(counts)), np.maximum(counts - 1, 0)])
+    with executing() as launches:
+        quantized = case.pool_dtype in ("int8", "int4")
+        tiles = tiles_for("decode", case.head_dim, q.dtype.itemsize, quantized=quantized)
+        programs = 4 * len(counts) * len(case.is_retrieval)
+        with trying("decode", replace(tiles, min_split=tiles.block_k, max_programs=programs)):
+            lengths = jnp.asarray(counts.astype(np.int32))
+            out = CALLS["decode"](q, pools, heads, lengths=lengths, window=problem.window, backend=backend)
+    return worst(problem, out, [(row, 0, counts[row] - 1) for row in np.flatnonzero(counts)]), launches
+
+
+@pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL)
+def test_prefill(case):
+    error, launches = prefill(case)
+    said(launches)
+    assert error < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("backend", ["triton", "jax_triton"])
+@pytest.mark.parametrize("case", DECODE.values(), ids=DECODE)
+def test_decode(case, backend):
+    if backend == "jax_triton" and not (find_spec("jax_triton") and find_spec("triton")):
+        pytest.skip("needs triton and jax_triton: make test-aot")
+    error, launches = decode(case, backend)
+    said(launches)
+    assert error < TOLERANCE[case.dtype]
+
+
+def gradients(q, k, v, grad, keep):
+    """Of `dense` (tests/test_gated.py), for the gradient of its output."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v, grad = (np.asarray(x, np.float64) for x in (q, k, v, grad))
+    wide_k, wide_v = (np.repeat(x, group, axis=2) for x in (k, v))
+    scale = q.shape[-1] ** -0.5
+    scores = np.where(keep, np.einsum("btnh,bsnh->bnts", q, wide_k) * scale, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    d_weights = np.einsum("btnh,bsnh->bnts", grad, wide_v)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
+    d_q = np.einsum("bnts,bsnh->btnh", d_scores, wide_k)
+    d_k, d_v = np.einsum("bnts,btnh->bsnh", d_scores, q), np.einsum("bnts,btnh->bsnh", weights, grad)
+    return d_q, *(x.reshape(*k.shape[:3], group, -1).sum(3) for x in (d_k, d_v))
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "streaming"])
+@pytest.mark.parametrize(("shape", "window", "dtype"), TRAINING.values(), ids=TRAINING)
+def test_training(shape, window, dtype, kind):
+    tokens, heads, kv_heads, head_dim = shape
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (
+        jnp.asarray(rng.normal(size=(2, tokens, count, head_dim)), dtype) for count in (heads, kv_heads, kv_heads, heads)
+    )
+    keep = masks(tokens, window)[kind == "streaming"]
+    attend = find_backend("triton").training
+    with executing() as launches:
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, window if kind == "streaming" else None), q, k, v)
+        found = out, *back(grad)
+    said(launches)
+    assert len(launches) == 3
+    wanted = dense(q, k, v, keep), *gradients(q, k, v, grad, keep)
+    for name, x, y in zip(("out", "q", "k", "v"), found, wanted, strict=True):
+        x = np.asarray(x).astype(np.float64)
+        assert np.linalg.norm(x - y) < {"bfloat16": 1e-2, "float32": 1e-5}[dtype] * np.linalg.norm(y), name
