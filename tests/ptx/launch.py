@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from duo_eval.aot.compile import compile_for, lower_for
+from jax.experimental import pallas as pl
 
 from pallas_kernels import gpus
 from pallas_kernels.triton import tile
@@ -81,19 +82,24 @@ def compiled(function: Callable[..., Any], shapes: Any) -> Program:
     return Program(text, tuple(map(int, grid.split(","))), int(shared))
 
 
+class Launches(list[Launch]):
+    """Launches in their order."""
+
+    def finish(self, program: Program, arrays: list[Any], outputs: list[Any]) -> list[jax.Array]:
+        """Execute one more; its outputs have the shapes and types of `outputs`."""
+        shapes = [(x.shape, np.dtype(x.dtype)) for x in outputs]
+        inputs = [np.asarray(x) for x in arrays]
+        self.append(Launch(program, inputs, shapes, execute(program, inputs, shapes)))
+        return [jnp.asarray(x) for x in self[-1].run.outputs]
+
+
 @contextmanager
-def executing() -> Iterator[list[Launch]]:
+def executing() -> Iterator[Launches]:
     """Within it, kernels of `triton` and `jax_triton` run from their PTX; the list collects their launches.
 
     Backends and tiles are those of the GPU.
     """
-    launches: list[Launch] = []
-
-    def finish(program: Program, arrays: list[Any], outputs: list[Any]) -> list[jax.Array]:
-        shapes = [(x.shape, np.dtype(x.dtype)) for x in outputs]
-        inputs = [np.asarray(x) for x in arrays]
-        launches.append(Launch(program, inputs, shapes, execute(program, inputs, shapes)))
-        return [jnp.asarray(x) for x in launches[-1].run.outputs]
+    launches = Launches()
 
     def pallas(kernel: Any, out: Any, arrays: Any, **settings: Any) -> Any:
         leaves, structure = jax.tree.flatten(arrays)
@@ -102,12 +108,14 @@ def executing() -> Iterator[list[Launch]]:
             _frozen(kernel.func, kernel.keywords), _frozen(None, settings), structure, _shapes(leaves), results,
             _shapes(outputs),
         )  # fmt: skip
-        return jax.tree.unflatten(results, finish(made, leaves, outputs))
+        return jax.tree.unflatten(results, launches.finish(made, leaves, outputs))
 
     def triton(*arrays: Any, kernel: Any, **settings: Any) -> Any:
         (name,) = settings.keys() & {"out_type", "out_shape"}
         outputs = settings.pop(name)
-        return finish(_triton(kernel, name, _shapes(outputs), _frozen(None, settings), _shapes(arrays)), arrays, outputs)
+        return launches.finish(
+            _triton(kernel, name, _shapes(outputs), _frozen(None, settings), _shapes(arrays)), arrays, outputs
+        )
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(gpus, "device_kind", lambda: gpus.GPUS[GPU].name))
@@ -119,7 +127,36 @@ def executing() -> Iterator[list[Launch]]:
         yield launches
 
 
-# What jax.jit's own cache cannot tell: programs by everything that they are compiled from.
+@contextmanager
+def executing_pallas_calls() -> Iterator[Launches]:
+    """Within it and `jax.disable_jit`, calls of `pallas_call` run from their PTX, whoever's kernels they are."""
+    launches, real = Launches(), pl.pallas_call
+
+    def pallas_call(kernel: Any, **settings: Any) -> Any:
+        def call(*arrays: Any) -> Any:
+            leaves, structure = jax.tree.flatten(arrays)
+            outputs, results = jax.tree.flatten(settings["out_shape"])
+
+            def function(*leaves: Any) -> Any:
+                return real(kernel, **settings)(*jax.tree.unflatten(structure, leaves))
+
+            with jax.disable_jit(False):
+                made = compiled(function, _structs(_shapes(leaves)))
+            return jax.tree.unflatten(results, launches.finish(made, leaves, outputs))
+
+        return call
+
+    with mock.patch.object(pl, "pallas_call", pallas_call):
+        yield launches
+
+
+def forget() -> None:
+    """Compile kernels again: their source has changed."""
+    _pallas.cache_clear()
+    jax.clear_caches()
+
+
+# Programs by all that they are compiled from.
 
 
 def _frozen(function: Any, keywords: dict[str, Any]) -> tuple[Any, ...]:

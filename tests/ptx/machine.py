@@ -4,12 +4,13 @@ Lanes run in step. Where they diverge, those that are furthest behind run first,
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from tests.ptx.memory import SHARED, Fault, Global, Shared
-from tests.ptx.opcodes import BITS, TABLE, WARP
+from tests.ptx.opcodes import BITS, PRED, TABLE, WARP
 from tests.ptx.parse import Address, Instruction, Kernel, Operand
 
 # More instructions than any launch of a test: a loop that does not end.
@@ -19,21 +20,21 @@ MOST_STEPS = 10_000_000
 class Failure(Exception):
     """A launch that a GPU would run with undefined results: the instruction, the lane, and the reason."""
 
-    def __init__(self, kernel: Kernel, block: tuple[int, ...], instruction: Instruction, lane: int, reason: str) -> None:
-        self.reason, self.instruction, self.lane = reason, instruction, lane
-        super().__init__(f"{kernel.name}, block {block}, lane {lane}, {instruction}: {reason}")
+    def __init__(self, kernel: Kernel, block: tuple[int, ...], instruction: Instruction, fault: Fault) -> None:
+        self.reason, self.instruction, self.lane = fault.reason, instruction, fault.lane
+        super().__init__(f"{kernel.name}, block {block}, lane {fault.lane}, {instruction}: {fault.reason}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """What a launch computed, and how many instructions its warps executed, by opcode."""
+    """What a launch computed, and how often its warps executed each instruction."""
 
     outputs: list[np.ndarray]
-    executed: Counter = field(default_factory=Counter)
+    executed: Counter[Instruction]
 
-    @property
-    def instructions(self) -> int:
-        return sum(self.executed.values())
+    def count(self, opcode: str = "") -> int:
+        """Instructions that warps executed, those whose opcode begins so."""
+        return sum(count for each, count in self.executed.items() if each.opcode.startswith(opcode))
 
 
 def run(
@@ -53,25 +54,28 @@ def run(
     if lacking:
         raise NotImplementedError(f"no row of the table for {', '.join(lacking)}")
     memory = Global(inputs, outputs, kernel.alignments)
-    executed: Counter = Counter()
+    executed: Counter[int] = Counter()
     with np.errstate(all="ignore"):
         for number, at in enumerate(np.ndindex(*reversed(grid))):
             Block(kernel, grid, tuple(reversed(at)), number, shared, memory, executed).run()
-    return Run(memory.outputs(), executed)
+    return Run(memory.outputs(), Counter({kernel.instructions[index]: n for index, n in executed.items()}))
 
 
 class Block:
     """One block: registers `[lane]`, shared memory, and where its lanes are."""
 
-    JUMPS = {"bra": "_branch", "bra.uni": "_branch", "bar.sync": "_barrier", "ret": "_exit"}
+    JUMPS: ClassVar = {"bra": "_branch", "bra.uni": "_branch", "bar.sync": "_barrier", "ret": "_exit"}
 
-    def __init__(self, kernel: Kernel, grid, at, number: int, shared: int, memory: Global, executed: Counter) -> None:
+    def __init__(
+        self, kernel: Kernel, grid, at, number: int, shared: int, memory: Global, executed: Counter[int]
+    ) -> None:
         self.kernel, self.at, self.number, self.memory, self.executed = kernel, at, number, memory, executed
         self.lanes = kernel.threads
         self.warps = kernel.threads // WARP
         self.shared = Shared(shared, kernel.threads)
         # Triton adds pointers that it does not use: null.
-        self.parameters = dict.fromkeys(kernel.parameters, 0) | dict(zip(kernel.parameters, memory.addresses))
+        self.parameters = dict.fromkeys(kernel.parameters, 0)
+        self.parameters.update(zip(kernel.parameters, memory.addresses, strict=False))
         axes = zip("xyz", (*at, 0, 0)[:3], (*grid, 1, 1)[:3], strict=True)
         special = {"%tid.x": np.arange(self.lanes, dtype=np.uint32), "%laneid": np.arange(self.lanes) % WARP}
         special |= {name: 0 for name in ("%tid.y", "%tid.z")} | {"%ntid.x": self.lanes}
@@ -103,7 +107,7 @@ class Block:
     def read(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
         """The values of an operand."""
         if isinstance(operand, int):
-            return self.full(operand, dtype) if dtype != bool else np.full(self.lanes, bool(operand))
+            return np.full(self.lanes, bool(operand)) if dtype == PRED else self.full(operand, dtype)
         if operand in self.kernel.shared:
             return self.full(SHARED, dtype)
         if operand not in self.registers:
@@ -157,7 +161,7 @@ class Block:
                 instruction = instructions[index]
                 opcode = instruction.opcode
                 steps += 1
-                executed[opcode] += self.warps if lanes is self.all else int(lanes.reshape(-1, WARP).any(1).sum())
+                executed[index] += self.warps if lanes is self.all else int(lanes.reshape(-1, WARP).any(1).sum())
                 try:
                     active = self._active(instruction, lanes)
                     if opcode in self.JUMPS:
@@ -168,13 +172,13 @@ class Block:
                     if steps > MOST_STEPS:
                         raise Fault("a loop without an end", int(np.argmax(lanes)))
                 except Fault as fault:
-                    raise Failure(self.kernel, self.at, instruction, fault.lane, fault.reason) from None
+                    raise Failure(self.kernel, self.at, instruction, fault) from None
                 index += 1
 
     def _active(self, instruction: Instruction, lanes: np.ndarray) -> np.ndarray:
         if instruction.predicate is None:
             return lanes
-        condition = self.read(instruction.predicate, np.dtype(bool))
+        condition = self.read(instruction.predicate, PRED)
         active = lanes & (~condition if instruction.is_negated else condition)
         return self.all if active.all() else active
 

@@ -59,7 +59,7 @@ class Global:
         self.is_array = np.zeros(self.bytes.shape, bool)
         self.owner = np.full(self.bytes.shape, self.NOBODY, np.int32)
         self._outputs = outputs
-        for i, size in enumerate(sizes):
+        for i in range(len(sizes)):
             at = self._at(i)
             self.is_array[at] = True
             if i < len(inputs):
@@ -145,14 +145,18 @@ class Shared:
             in_warp = (other >> 5) == (lanes >> 5)[:, None]
             is_earlier = in_warp & (((writer >> 16) & 0xFFFF) < self.warp_epoch[lanes >> 5][:, None])
             is_race = is_now & (other != lanes[:, None]) & ~is_earlier
-            _refuse(is_race, lanes, f"{what} what lane {other[is_race][:1]} wrote, without a barrier between")
+            if is_race.any():
+                _refuse(is_race, lanes, f"{what} what lane {other[is_race][0]} wrote, without a barrier between")
         return writer
 
     def _check_readers(self, places: np.ndarray, lanes: np.ndarray) -> None:
         """No other warp read there since a barrier of both."""
         reader = self.reader[places]
         is_race = ((reader >> 32) == self.epoch) & ((reader & 0xFFFF) != (lanes >> 5)[:, None])
-        _refuse(is_race, lanes, f"writes what warp {reader[is_race][:1] & 0xFFFF} read, without a barrier between")
+        if is_race.any():
+            warp = int(reader[is_race][0] & 0xFFFF)
+            who = "several warps" if warp == MANY else f"warp {warp}"
+            _refuse(is_race, lanes, f"writes what {who} read, without a barrier between")
 
     def load(self, addresses: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
         """Words `[L, size / 2]`."""

@@ -348,6 +348,32 @@ def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     return x.astype(np.float64) * y + z
 
 
+def fma_down(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Rounded towards minus infinity."""
+    exact = fma(x, y, z)
+    nearest = exact.astype(np.float32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+def fma_of_pairs(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Of the two bfloat16 numbers in each word."""
+    halves = (fma(*(bfloat16(half(word)) for word in (x, y, z))).astype(np.float32) for half in (_upper, _lower))
+    return pair_of(_to_bfloat16)(*halves)
+
+
+def _upper(word: np.ndarray) -> np.ndarray:
+    return (word >> np.uint32(16)).astype(np.uint16)
+
+
+def _lower(word: np.ndarray) -> np.ndarray:
+    return word.astype(np.uint16)
+
+
+def saturate(x: np.ndarray) -> np.ndarray:
+    """Between 0 and 1, where NaN is 0."""
+    return np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1)))
+
+
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     """To the nearest, ties to even."""
     bits = x.view(np.uint32)
@@ -430,6 +456,8 @@ TABLE: dict[str, Callable[..., None]] = {
     **{f"mad.lo.{name}": row(_mad, t, t, t, t) for name, t in INTEGERS.items()},
     **{f"min.{name}": row(np.minimum, t, t, t) for name, t in INTEGERS.items()},
     **{f"max.{name}": row(np.maximum, t, t, t) for name, t in INTEGERS.items()},
+    "mul.wide.s16": row(_wide, S32, S16, S16),
+    "mul.wide.u16": row(_wide, U32, U16, U16),
     "mul.wide.s32": row(_wide, S64, S32, S32),
     "mul.wide.u32": row(_wide, U64, U32, U32),
     "mad.wide.s32": row(_mad_wide, S64, S32, S32, S64),
@@ -470,6 +498,8 @@ TABLE: dict[str, Callable[..., None]] = {
     "mul.rn.f32": row(np.multiply, F32, F32, F32),
     "mul.f32": row(np.multiply, F32, F32, F32),
     "fma.rn.f32": row(fma, F32, F32, F32, F32),
+    "fma.rm.f32": row(fma_down, F32, F32, F32, F32),
+    "fma.rn.bf16x2": row(fma_of_pairs, U32, U32, U32, U32),
     "fma.rn.ftz.f32": row(flushed(fma), F32, F32, F32, F32),
     "div.full.f32": row(np.divide, F32, F32, F32),
     "div.rn.f32": row(np.divide, F32, F32, F32),
@@ -495,6 +525,7 @@ TABLE: dict[str, Callable[..., None]] = {
     "cvt.rn.f32.u32": cvt(_same, F32, U32),
     "cvt.rn.f32.s16": cvt(_same, F32, S16),
     "cvt.rn.f32.u16": cvt(_same, F32, U16),
+    "cvt.sat.f32.f32": cvt(saturate, F32, F32),
     "cvt.f32.bf16": cvt(bfloat16, F32, U16),
     "cvt.f32.f16": cvt(float16, F32, U16),
     "cvt.rn.bf16.f32": cvt(_to_bfloat16, U16, F32),
