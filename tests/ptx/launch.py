@@ -1,7 +1,7 @@
 """Kernels of this project compiled for a GPU that is not here, and executed from their PTX. Needs jax's CUDA plugin.
 
 `executing()` puts itself in the place of the launches: attention is called as ever, and everything around its kernels
-runs on the CPU. Compilation is that of a user: XLA's options here are not those of the tests.
+runs on the CPU.
 """
 
 import functools
@@ -10,7 +10,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from tests.ptx import machine
 from tests.ptx.parse import parse
 
 GPU = "a100-80g"
-# Without it, the tests' own XLA_FLAGS choose the code that is generated.
-OPTIONS = {"xla_backend_optimization_level": 3}
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,6 @@ class Program:
     text: str
     grid: tuple[int, ...]
     shared: int  # bytes of each block
-
-    def edited(self, edit: Callable[[str], str]) -> "Program":
-        """The same with another text."""
-        text = edit(self.text)
-        assert text != self.text
-        return replace(self, text=text)
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ def execute(program: Program, inputs: list[np.ndarray], outputs: list[tuple[tupl
 def compiled(function: Callable[..., Any], shapes: Any) -> Program:
     """The only kernel of a program."""
     with tempfile.TemporaryDirectory() as folder:
-        compile_for(GPU, jax.jit(function), *shapes, xla_dump_to=folder, **OPTIONS)
+        compile_for(GPU, jax.jit(function), *shapes, xla_dump_to=folder)
         (sequence,) = Path(folder).glob("*.thunk_sequence.txt")
         launches = re.findall(
             r"kCustomKernel .*?\] (\w+) grid: \[([\d, ]+)\] threads: \[(\d+), 1, 1\]\s+shared_memory: (\d+) bytes",

@@ -1,6 +1,7 @@
 """Blocks of threads that execute a kernel: registers are vectors over the lanes of a block. Knows no opcode but jumps.
 
-Lanes run in step. Where they diverge, those that are furthest behind run first, until they meet again.
+Lanes run in step. Where they diverge, those that are furthest behind run first, until they meet again. A register that no
+lane has written is an error; if only other lanes have, it is zero.
 """
 
 from collections import Counter
@@ -67,7 +68,14 @@ class Block:
     JUMPS: ClassVar = {"bra": "_branch", "bra.uni": "_branch", "bar.sync": "_barrier", "ret": "_exit"}
 
     def __init__(
-        self, kernel: Kernel, grid, at, number: int, shared: int, memory: Global, executed: Counter[int]
+        self,
+        kernel: Kernel,
+        grid: tuple[int, ...],
+        at: tuple[int, ...],
+        number: int,
+        shared: int,
+        memory: Global,
+        executed: Counter[int],
     ) -> None:
         self.kernel, self.at, self.number, self.memory, self.executed = kernel, at, number, memory, executed
         self.lanes = kernel.threads

@@ -28,6 +28,10 @@ from duo_eval.aot.sass import Loop, loops_of
 from duo_jax.mesh.mesh import MeshSize
 from pallas_kernels.gpus import find_gpu
 
+# Code as XLA generates it by default, whatever XLA_FLAGS says: without optimizations, kernels have up to three times as
+# many instructions.
+OPTIONS = {"xla_backend_optimization_level": 3}
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -191,7 +195,7 @@ def compile_for(
     # An executable for an absent device can be written to the cache, but not read.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return lower_for(gpu, function, *shapes, mesh=mesh).compile(options)
+        return lower_for(gpu, function, *shapes, mesh=mesh).compile(OPTIONS | options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
 
