@@ -1,7 +1,7 @@
 """Blocks of threads that execute a kernel: registers are vectors over the lanes of a block. Knows no opcode but jumps.
 
-Lanes run in step. Where they diverge, those that are furthest behind run first, until they meet again. A register that no
-lane has written is an error; if only other lanes have, it is zero.
+Lanes run in step. Where they diverge, those that are furthest behind run first, until they meet again. A register that
+no lane has written is an error; if only other lanes have, it is zero.
 """
 
 from collections import Counter
