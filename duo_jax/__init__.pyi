@@ -1,5 +1,6 @@
 # The public API: each name is imported when it is first used.
 from .cache.cache import KVCache
+from .certified import certify
 from .checkpoint import load_model, load_tokenizer, save_model
 from .config import PRESETS, ModelConfig
 from .generation import generate, stream
@@ -40,6 +41,7 @@ __all__ = [
     "TextStream",
     "TopK",
     "TopP",
+    "certify",
     "decode_step",
     "generate",
     "load",

@@ -1,96 +1,129 @@
 """The attention that a model will run, for certification before jax takes the GPU; knows no kernels.
 
-`pallas_kernels.certify` checks it in a process of its own and keeps verdicts. Without a GPU nothing here does anything.
+`pallas_kernels.certify` checks it in a process of its own and keeps verdicts. Without a GPU nothing is checked.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
-from duo_jax.mesh.processes import gather
+from duo_jax.mesh.processes import is_shared, share_verdicts
 from duo_jax.pattern import HeadPattern
+from duo_jax.plan import any_pattern
 from duo_jax.precision import AnyDtype, Precision
 from pallas_kernels import Window
-from pallas_kernels.certify import certify, verdicts
+from pallas_kernels.certify import certify as certify_requests
+from pallas_kernels.certify import check_settings
 from pallas_kernels.certify.machine import may_have_gpu
 from pallas_kernels.types import Request
 
-# Of a pattern that is not known yet: that of the published ones.
-USUAL_WINDOW = Window(64, 256)
+# Streaming heads of a training run whose window is not known yet: the paper's.
+TRAINING_WINDOW = Window(128, 256)
 
-# Shapes of models that a caller who knew the pattern and the cache has asked for.
+# Shapes of models of which a caller has asked for what will run.
 _asked: set[tuple[int, int, str]] = set()
 
 
 def inference(
-    config: ModelConfig,
-    pattern: HeadPattern | Window | None = None,
-    *,
-    kv_dtype: AnyDtype | None = None,
-    mesh: MeshSize = MeshSize(),
+    config: ModelConfig, *patterns: HeadPattern | None, kv_dtype: AnyDtype | None = None, mesh: MeshSize = MeshSize()
 ) -> list[Request]:
-    """Prefill and decode of a model whose heads stream as a pattern says, or with a window."""
-    window, has_full, has_ring = Window(0, 0), True, False
-    if isinstance(pattern, Window):
-        window, has_ring = pattern, True
-    elif pattern is not None:
-        window, has_full = pattern.window, bool(pattern.is_retrieval.any())
-        has_ring = pattern.num_streaming > 0
+    """Prefill and decode of a model with each of some patterns; None is full attention."""
     precision = Precision(config.dtype, kv_dtype=kv_dtype)
-    full, ring = precision.kv if has_full else None, precision.streaming if has_ring else None
-    shared = mesh.sequence > 1
-    return [_request(config, name, window, full=full, ring=ring, is_sharded=shared) for name in ("prefill", "decode")]
+    requests = []
+    for pattern in patterns:
+        has_full = pattern is None or bool(pattern.is_retrieval.any())
+        has_ring = pattern is not None and pattern.num_streaming > 0
+        sizes: dict[str, Any] = {
+            "window": Window(0, 0) if pattern is None else pattern.window,
+            "full": precision.kv if has_full else None,
+            "ring": precision.streaming if has_ring else None,
+            "is_sharded": mesh.sequence > 1,
+        }
+        requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
+    return requests
 
 
-def training(config: ModelConfig, window: Window) -> list[Request]:
+def training(config: ModelConfig, window: Window = TRAINING_WINDOW, mesh: MeshSize = MeshSize()) -> list[Request]:
     """Full attention and that of streaming heads, forward and backward."""
-    return [_request(config, "training", None), _request(config, "training", window)]
+    requests = [_request(config, "training"), _request(config, "training", window=window)]
+    # More devices than KV heads share the queries of one.
+    sharers = max(1, mesh.sequence // config.num_kv_heads)
+    return [replace(request, group=request.group // sharers) for request in requests]
 
 
-def certify_model(config: ModelConfig, requests: Iterable[Request] | None = None, *, full: bool = False) -> None:
-    """Find the missing verdicts on a model's attention.
+def certify(
+    source: str | Path,
+    pattern: HeadPattern | None = None,
+    *,
+    dtype: AnyDtype | None = None,
+    kv_dtype: AnyDtype | None = None,
+    mesh: Mesh | None = None,
+    full: bool = False,
+) -> None:
+    """Check the attention backends that a model will use on this GPU, unless verdicts exist; on a CPU, nothing happens.
 
-    Without requests, for a model whose pattern and cache are not known yet: full attention, and the usual window; not
-    if a caller who knew them has asked before. Of several processes, all then use the verdicts of the first one.
+    `load` does this. Call it before `load_model`, which does not know the pattern and the cache: it checks full
+    attention and the windows that most patterns have.
+
+    Args:
+        source: the model, as for `load_model`; its weights are not read.
+        pattern: which heads will stream; None: full attention.
+        dtype: data type of the weights, by default the checkpoint's.
+        kv_dtype: data type of the cache, the model's by default.
+        mesh: devices that will share model and cache.
+        full: check again what has a verdict, for up to half an hour instead of two minutes.
 
     Raises:
-        ValueError: another value of DUO_CERTIFY than 0, 1 and full.
+        ValueError: another value of DUO_CERTIFY than 0, 1 and full; an unknown DUO_BACKEND, or a pattern of another
+            model.
     """
-    if not may_have_gpu():
-        return
-    shape = config.head_dim, config.num_heads // config.num_kv_heads, str(config.dtype)
-    if requests is not None:
-        certify(requests, full=full)
-        _asked.add(shape)
-    elif shape not in _asked:
-        certify([*inference(config), *inference(config, USUAL_WINDOW)], full=full)
-    if jax.distributed.is_initialized():
-        share()
+    from duo_jax.checkpoint.load import open_config  # That module certifies what it loads.
+
+    config = open_config(source).with_dtypes(dtype=dtype)
+    if pattern is not None:
+        pattern.check(config)
+    requests = inference(config, pattern, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
+    certify_model(config, requests, mesh=mesh, full=full)
 
 
-def share() -> None:
-    """Use the first process's verdicts in all of them, which must run the same program; all call this together."""
-    text = json.dumps(verdicts.known().to_json()).encode()
-    counts = gather([len(text)])
-    rows = gather(list(text.ljust(max(row[0] for row in counts))))
-    verdicts.use(verdicts.Found.from_json(json.loads(bytes(rows[0]))))
+def certify_model(
+    config: ModelConfig,
+    requests: Iterable[Request] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    trains: bool = False,
+    full: bool = False,
+) -> None:
+    """Find the missing verdicts on a model's attention; processes that share a mesh then agree on the first one's.
+
+    Without requests, for a model whose pattern and cache are not known yet: full attention, and the usual window; not
+    if a caller who knew them has asked before.
+
+    Raises:
+        ValueError: see `certify`.
+    """
+    asked = None if requests is None else list(requests)
+    check_settings(asked or ())
+    if may_have_gpu():
+        if asked is None and _shape(config) not in _asked:
+            usual = training(config) if trains else inference(config, None, any_pattern(config, 0.5))
+            certify_requests(usual, full=full)
+        elif asked:
+            certify_requests(asked, full=full)
+            _asked.add(_shape(config))
+    if mesh is not None and is_shared(mesh):
+        share_verdicts()
 
 
-def _request(config: ModelConfig, operation: str, window: Window | None, **fields: Any) -> Request:
-    sizes: dict[str, Any] = {
-        "head_dim": config.head_dim,
-        "group": config.num_heads // config.num_kv_heads,
-        "window": window,
-    }
-    return Request.of(operation, q=str(config.dtype), **sizes, **fields)
+def _shape(config: ModelConfig) -> tuple[int, int, str]:
+    return config.head_dim, config.num_heads // config.num_kv_heads, str(config.dtype)
 
 
-def certify_command(requests: Sequence[Request]) -> None:
-    """Find the missing verdicts on what a command will run; later, its models are loaded without further ones."""
-    certify(requests)
-    for request in requests:
-        _asked.add((request.head_dim, request.group, request.q))
+def _request(config: ModelConfig, operation: str, **fields: Any) -> Request:
+    head_dim, group, dtype = _shape(config)
+    return Request.of(operation, q=dtype, head_dim=head_dim, group=group, **fields)

@@ -37,18 +37,18 @@ def find_backend(name: str) -> Backend:
         return _of_module(name)
     if name not in BACKENDS:
         known = ", ".join(BACKENDS)
-        raise ValueError(f"unknown attention backend {name!r}; there are {known}, and modules, named with a dot")
+        raise ValueError(f"unknown attention backend {name!r:.60}; there are {known}, and modules, named with a dot")
     return importlib.import_module(f"pallas_kernels.{name}").BACKEND
 
 
 def _of_module(name: str) -> Backend:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"attention backend {name!r} is no module's name, as my_kernels.attention is")
+        raise ValueError(f"attention backend {name!r:.60} is no module's name, as my_kernels.attention is")
     try:
         backend = getattr(importlib.import_module(name), "BACKEND", None)
     except Exception as error:  # Whatever the user's module raises.
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"attention backend {name!r} is no module that can be imported: {why}") from None
+        raise ValueError(f"attention backend {name!r:.60} is no module that can be imported: {why}") from None
     if not isinstance(backend, Backend):
         raise ValueError(f"the module {name} has no BACKEND, a pallas_kernels.types.Backend: see docs/extend.md")
     return backend

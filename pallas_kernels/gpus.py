@@ -110,15 +110,16 @@ GPUS: dict[str, Gpu] = dict(map(_gpu, _TABLE.strip().splitlines()[1:]))
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its key in `GPUS`; "h100" is the first of its variants.
+    """A GPU by its key in `GPUS`, or as people write it: "H100 NVL", "4090"; "h100" is the first of its variants.
 
     Raises:
         ValueError: an unknown one.
     """
-    key = name.lower()
-    found = GPUS.get(key) or next((gpu for each, gpu in GPUS.items() if each.startswith(f"{key}-")), None)
+    key = name.lower().replace(" ", "-").replace("_", "-").removeprefix("nvidia-").removeprefix("geforce-")
+    found = GPUS.get(key) or GPUS.get(f"rtx-{key}")
+    found = found or next((gpu for each, gpu in GPUS.items() if each.startswith(f"{key}-")), None)
     if found is None:
-        raise ValueError(f"unknown GPU {name!r}: choose one of {', '.join(GPUS)}")
+        raise ValueError(f"unknown GPU {name!r:.60}: choose one of {', '.join(GPUS)}")
     return found
 
 

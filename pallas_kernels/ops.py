@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends import candidates, find_backend
 from pallas_kernels.certify.verdicts import best
+from pallas_kernels.choices import repeated
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.merge import merge_shards
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
@@ -169,13 +170,15 @@ def full_attention(
 
 
 def choose(request: Request, name: str | None = None) -> Backend:
-    """The named backend; without a name that in `DUO_BACKEND`, else the fastest one with a verdict that it is right.
+    """The named backend; without a name the one that a resumed run repeats, or that in `DUO_BACKEND`.
+
+    Otherwise the fastest one with a verdict that it is right.
 
     Raises:
         ValueError: an unknown name.
         Unsupported: the backend cannot run the request.
     """
-    wanted = name or os.environ.get("DUO_BACKEND")
+    wanted = name or repeated(request) or os.environ.get("DUO_BACKEND")
     if not wanted:
         return find_backend(best(request, candidates(request)))
     backend = find_backend(wanted)

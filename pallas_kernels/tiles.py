@@ -150,12 +150,15 @@ def tiles_of(backend: str, request: Request) -> dict[str, Any]:
 
 @contextmanager
 def trying(kernel: str, tiles: Any) -> Iterator[None]:
-    """Within it, programs are traced with these tiles of a kernel: for a tuner."""
+    """Within it, programs are traced with these tiles of a kernel: for a tuner, or a run that repeats its tiles."""
+    before = _ON_TRIAL.get(kernel)
     _ON_TRIAL[kernel] = tiles
     try:
         yield
     finally:
         del _ON_TRIAL[kernel]
+        if before is not None:
+            _ON_TRIAL[kernel] = before
 
 
 def tuned_file() -> Path:

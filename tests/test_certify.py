@@ -6,20 +6,32 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import pytest
+from duo_eval.runner.run import Comparison
+from duo_eval.speed.efficiency import Efficiency
+from duo_eval.speed.training import Training
+from duo_train.gated import GatedModel
+from filelock import FileLock
 
-from duo_jax import KVCache, certified, infer
+import duo_jax
+from duo_jax import KVCache, certified, infer, make_mesh
 from duo_jax.checkpoint.load import open_config
-from duo_jax.cli.certify import certify_for
+from duo_jax.cli.certify import certify_for, requests_of
 from duo_jax.cli.doctor import Doctor
 from duo_jax.cli.generate import Generate
-from duo_jax.cli.options import CacheOptions, ModelOptions
+from duo_jax.cli.listing import Patterns
+from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions
+from duo_jax.cli.quantize import Quantize
+from duo_jax.mesh import processes
+from duo_jax.plan import any_pattern
 from pallas_kernels import cudnn, ops
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
@@ -29,6 +41,8 @@ from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.tiles import forget_tuned, tiles_for
 from pallas_kernels.types import Backend, Request
 from pallas_kernels.window import Window
+from tests.shapes import TINY
+from tests.text_models import assert_refused
 
 DECODE = Request.of("decode", q="float32", full="float32", head_dim=16, group=1, window=Window(0, 0))
 PREFILL = Request.of("prefill", q="bfloat16", full="int8", ring="bfloat16", head_dim=16, group=2, window=Window(4, 12))
@@ -178,7 +192,9 @@ class Reports:
         return self.lines.pop(0)
 
     def how_it_ended(self):
-        return "was ended by SIGSEGV"
+        return f"was ended by {self.ended_by.name}", self.ended_by
+
+    ended_by = signal.SIGSEGV
 
 
 KEY = key_of(DECODE)
@@ -212,6 +228,28 @@ def test_a_crash_and_a_hang_cost_one_backend_each(home, monkeypatch):
     # Nothing is left: no process is started.
     orders, shown = certify(monkeypatch)
     assert not orders and not shown
+
+
+def test_a_process_that_is_killed_says_nothing_about_a_backend(home, monkeypatch):
+    """The system ends processes when memory runs out; users do when they are impatient."""
+    monkeypatch.setattr(Reports, "ended_by", signal.SIGKILL)
+    killed = [*BEGIN, right("xla", 1.0), at("triton"), b""]
+    _, shown = certify(monkeypatch, killed, [*BEGIN, right("mosaic", 2.0), {"end": True}])
+    assert "triton is not known (the process was ended by SIGKILL); when the GPU is free" in shown[-2]
+    assert verdicts.stored().verdicts[KEY].keys() == {"xla", "mosaic"} and not verdicts.stored().complete
+    # It is checked again. A crash before the kernel runs is none of its own.
+    monkeypatch.setattr(Reports, "ended_by", signal.SIGSEGV)
+    certify(monkeypatch, [*BEGIN, at("triton", "prepare"), b""])
+    found = verdicts.stored().verdicts[KEY]["triton"]
+    assert found == Verdict(None, "cannot be checked here: the process was ended by SIGSEGV")
+
+
+def test_whoever_waits_too_long_for_another_process_goes_on(home, monkeypatch):
+    verdicts.path().parent.mkdir(parents=True)
+    monkeypatch.setattr(parent, "LIMIT", 0.2)
+    with FileLock(verdicts.path().with_name(".certify.lock")):
+        orders, shown = certify(monkeypatch)
+    assert not orders and "waiting" in shown[0] and "continuing with the verdicts that exist" in shown[1]
 
 
 def test_a_killed_certification_loses_nothing(home, monkeypatch):
@@ -260,6 +298,42 @@ def test_no_process_is_started_without_a_gpu(home, monkeypatch):
     parent.certify([DECODE])
 
 
+def test_wrong_settings_are_refused_wherever_they_are_set(home, monkeypatch, duo, text_model):
+    """Also on a CPU, and before weights are read."""
+    monkeypatch.setattr("duo_jax.checkpoint.load.usual_dtype", None)
+    generate = ("generate", "--model", text_model, "--prompt", "x")
+    for name, value, why in (
+        ("DUO_CERTIFY", "maybe", "DUO_CERTIFY must be 0, 1 or full, got 'maybe'"),
+        ("DUO_BACKEND", "tritn", "unknown attention backend 'tritn'"),
+        ("DUO_BACKEND", "cudnn", "the cudnn backend has no decode attention: unset DUO_BACKEND, or name another one"),
+        ("DUO_BACKEND", "no.module", "'no.module' is no module that can be imported"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert_refused(duo(*generate), why)
+            with pytest.raises((ValueError, NotImplementedError), match=why):
+                certified.certify_model(TINY, [DECODE])
+    monkeypatch.setenv("DUO_CERTIFY", "maybe")
+    assert_refused(duo("patterns"), "DUO_CERTIFY must be")
+    with pytest.raises(ValueError, match="DUO_CERTIFY must be"):
+        duo_jax.load_model(text_model)
+
+
+def test_in_full_everything_is_examined_again(home, monkeypatch):
+    know(xla=Verdict(True, "", 1e-3, 1e-3), triton=Verdict(False, "hangs"), mosaic=Verdict(True, "", 1e-3, 1e-3))
+    assert certify(monkeypatch) == ([], [])
+    lines = [*BEGIN, right("xla", 1.0), right("triton", 0.5), right("mosaic", 2.0), {"end": True}]
+    monkeypatch.setenv("DUO_CERTIFY", "full")
+    orders, shown = certify(monkeypatch, lines)
+    assert orders[0]["skip"] == [] and "1800 s at most" in shown[0]
+    assert verdicts.stored().verdicts[KEY]["triton"].is_right
+    # The doctor's order stands, whatever the environment says.
+    for name, value in (("DUO_CERTIFY", "0"), ("DUO_BACKEND", "xla")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert certify(patch) == ([], []) and certify(patch, lines, full=True)[0]
+
+
 def test_the_fastest_right_backend_is_chosen(home, monkeypatch, recwarn):
     monkeypatch.setattr(verdicts, "device", lambda: GPU)
     request, able = on_gpu(DECODE), ("triton", "jax_triton", "mosaic", "xla")
@@ -301,6 +375,34 @@ def test_verdicts_of_another_machine_do_not_count(home, monkeypatch):
     monkeypatch.setattr(verdicts, "device", lambda: GPU | {"cores": 66})  # a part of the GPU
     with pytest.warns(UserWarning, match="triton: not checked"):
         assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
+
+
+def test_several_processes_choose_by_the_verdicts_of_the_first(home, monkeypatch):
+    """`tests/test_mesh_processes.py` has real processes; these are the rules."""
+    right, slow, mesh = Verdict(True, "", 1e-3, 1e-3), Verdict(True, "", 1e-3, 2e-3), make_mesh(sequence=2)
+    monkeypatch.setattr(verdicts, "device", lambda: GPU)
+    know(triton=right, xla=slow)
+    first = Found({KEY: {"triton": Verdict(False, "hangs"), "xla": slow}}, {KEY}, GPU).to_json()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # Each may know something else, so that nothing counts until they agree.
+    with pytest.warns(UserWarning, match="the processes have not agreed on verdicts"):
+        assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
+    verdicts._warn.cache_clear()
+    monkeypatch.setattr(
+        processes, "gather_json", lambda own: [own | {"verdicts": first} if "verdicts" in own else own, own]
+    )
+    processes.share_verdicts()
+    with pytest.warns(UserWarning, match="triton: hangs"):
+        assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
+    verdicts.forget()
+    know(triton=Verdict(False, "hangs"), xla=slow)
+    first = Found({KEY: {"triton": right, "xla": slow}}, {KEY}, GPU).to_json()
+    # A model on a mesh of several processes makes them agree again: loading it may have found more.
+    certified.certify_model(TINY, [], mesh=mesh)
+    assert verdicts._agreed is None
+    monkeypatch.setattr(certified, "is_shared", lambda mesh: True)
+    certified.certify_model(TINY, [], mesh=mesh)
+    assert best(on_gpu(DECODE), ("triton", "xla")) == "triton"
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", "[" * 10_000, "large", "pipe"])
@@ -379,35 +481,98 @@ def test_a_command_asks_for_the_attention_that_it_will_run(home, monkeypatch, te
     asked = []
     for module in ("duo_jax.cli.certify", "duo_jax.certified", "pallas_kernels.certify.machine"):
         monkeypatch.setattr(f"{module}.may_have_gpu", lambda: True)
-    monkeypatch.setattr(certified, "certify", lambda requests, **_: asked.append(list(map(key_of, requests))))
+    for name in ("duo_jax.cli.certify.certify", "duo_jax.certified.certify_requests"):
+        monkeypatch.setattr(name, lambda requests, **_: asked.append(list(map(key_of, requests))))
     monkeypatch.setattr(certified, "_asked", set())
     # Wrong flags are the command's to report.
     certify_for(Generate(ModelOptions("nothing")))
-    assert not asked
+    assert not asked and "DUO_CERTIFY" not in os.environ
     certify_for(Generate(ModelOptions(str(text_model)), kv=CacheOptions("int8")))
     assert [[key.partition(" ")[0] for key in keys] for keys in asked] == [["prefill", "decode"]]
     assert all(key.endswith("window 0+0, full int8") for key in asked[0])
-    # Loaded by name, the pattern and the cache are not known.
+    # Nothing more is checked when its model is loaded, here or in a process that it starts.
+    assert os.environ["DUO_CERTIFY"] == "0"
+
+
+# Commands with a --model that run no attention in their own process: they read files, plan, compile, or start commands.
+WITHOUT_ATTENTION = {"Inspect", "PlanCommand", "MemoryTask", "Startup"}
+
+
+def kinds_in(hint):
+    """Every dataclass that a type hint names, and those of its fields."""
+    if isinstance(hint, type):
+        fields = get_type_hints(hint).values() if is_dataclass(hint) else ()
+        return {hint, *(kind for each in fields for kind in kinds_in(each))} if is_dataclass(hint) else set()
+    return {kind for each in get_args(hint) for kind in kinds_in(each)}
+
+
+def test_every_command_with_a_model_says_what_it_will_run():
+    """One without `requests` or `ModelOptions` would run `xla` on a GPU, or what loading it guesses."""
+    commands = {entry.name: entry.load() for entry in entry_points(group="duo.commands")}
+    commands |= {kind.__name__: kind for kind in get_args(get_type_hints(commands.pop("eval"))["task"])}
+    checked = set()
+    for command in commands.values():
+        kinds = kinds_in(command)
+        if any("model" in get_type_hints(kind) for kind in kinds) and command.__name__ not in WITHOUT_ATTENTION:
+            checked.add(command.__name__)
+            assert ModelOptions in kinds or any(hasattr(kind, "requests") for kind in kinds), command
+    assert {"Bench", "Efficiency", "Generate", "Identify", "Recall", "Quantize"} <= checked
+
+
+def test_evaluations_ask_for_the_attention_of_all_that_they_compare(text_model):
+    name, pattern = str(text_model), str(text_model / "pattern")
+    for command, expected in (
+        (
+            Efficiency(model=(name,), pattern=pattern, sparsity=(0.5,)),
+            {"0+0, full bfloat16", "4+24, full bfloat16, r"},
+        ),
+        (Efficiency(model=("llama-3-8b",), layers=2, backend="xla"), set()),
+        (Comparison(name, sink_size=8), {"0+0, full", "8+256, full", "8+256, ring"}),
+        (Training(name), {"32+128"}),
+    ):
+        keys = {key_of(request).partition("window ")[2] for request in requests_of(command)} - {""}
+        assert all(any(key.startswith(each) for key in keys) for each in expected) and len(keys) == len(expected), keys
+    assert requests_of(Quantize(ModelOptions(name), Path("out"))) == [] and requests_of(Patterns()) is None
+
+
+def test_the_library_asks_for_what_it_is_told_or_for_what_is_usual(home, monkeypatch, text_model, half):
+    asked = []
+    monkeypatch.setattr("duo_jax.certified.may_have_gpu", lambda: True)
+    monkeypatch.setattr(certified, "certify_requests", lambda requests, **_: asked.append(list(map(key_of, requests))))
     monkeypatch.setattr(certified, "_asked", set())
-    certified.certify_model(open_config(text_model))
-    certified.certify_model(open_config(text_model), [DECODE])
-    assert [key.partition("window ")[2] for key in asked[1]] == [
+    config = open_config(text_model)
+    # Loaded by name, the pattern and the cache are not known.
+    duo_jax.load_model(text_model)
+    assert [key.partition("window ")[2] for key in asked.pop()] == [
         *["0+0, full float32"] * 2,
         *["64+256, full float32, ring float32"] * 2,
     ]
-    assert asked[2] == [key_of(DECODE)]
+    certified.certify_model(config, trains=True)
+    assert [key.partition("group ")[2] for key in asked.pop()] == ["2", "2, window 128+256"]
+    duo_jax.certify(text_model, any_pattern(config, 0.5, sink_size=3, recent_size=8), kv_dtype="int4")
+    assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full int4, ring float32"] * 2
+    with pytest.raises(ValueError, match="made for another model"):
+        duo_jax.certify(text_model, half)
+    duo_jax.load_model(text_model)
+    assert not asked
 
 
 def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotations_off):
     """A verdict that is stored under another name would never be used."""
     traced = []
     monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
-    cache = KVCache.init(tiny.config, half, 1, 24, dtype="int8")
     one, last = jnp.ones(1, jnp.int32), jnp.zeros((1, tiny.config.embed_dim))
-    jax.eval_shape(partial(infer.extend, backend=None), tiny, one[None], cache, one, last)
-    jax.eval_shape(partial(infer.step, backend=None), tiny, one, cache, one > 0)
-    requests = certified.inference(tiny.config, half, kv_dtype="int8")
-    assert {*map(key_of, requests)} == {*traced}
+    patterns = [None, half, any_pattern(tiny.config, 1.0), any_pattern(tiny.config, 0.0)]
+    for pattern in patterns:
+        cache = KVCache.init(tiny.config, pattern, 1, 24, dtype="int8")
+        jax.eval_shape(partial(infer.extend, backend=None), tiny, one[None], cache, one, last)
+        jax.eval_shape(partial(infer.step, backend=None), tiny, one, cache, one > 0)
+    requests = certified.inference(tiny.config, *patterns, kv_dtype="int8")
+    assert {*map(key_of, requests)} == {*traced} and len(requests) == 8
+    traced.clear()
+    tokens, gates = jnp.ones((1, 8), jnp.int32), jnp.ones((2, 2), jnp.float32)
+    jax.eval_shape(partial(GatedModel().student, tiny), tokens, gates)
+    assert {*map(key_of, certified.training(tiny.config))} == {*traced}
 
 
 def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
@@ -418,10 +583,15 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
         Doctor(report=report).run()
     monkeypatch.setattr("duo_jax.cli.doctor.may_have_gpu", lambda: True)
     monkeypatch.setattr("duo_jax.certified.may_have_gpu", lambda: True)
-    monkeypatch.setattr(certified, "certify", lambda requests, *, full: asked.append((len(requests), full)))
+    monkeypatch.setattr(certified, "certify_requests", lambda requests, *, full: asked.append((requests, full)))
     know(triton=Verdict(False, "hangs"))
     Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()
-    assert asked == [(2, True)]
+    ((requests, is_full),) = asked
+    assert is_full and {request.operation for request in requests} == {"prefill", "decode"}
+    Doctor(certify=str(text_model), training=True, pattern=PatternOptions(sink_size=8)).run()
+    assert [request.window for request in asked[-1][0]] == [None, Window(8, 256)]
+    with pytest.raises(ValueError, match="--training has no pattern and no cache"):
+        Doctor(certify=str(text_model), training=True, pattern=PatternOptions("smollm2-135m-instruct")).run()
     written = json.loads(report.read_text())
     assert written["device"] == GPU and written["verdicts"][KEY]["triton"]["reason"] == "hangs"
 

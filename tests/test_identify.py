@@ -49,6 +49,8 @@ def test_writes_a_pattern_that_loads_with_all_its_settings(identify, tmp_path, t
     assert training["data"]["num_passkeys"] == 2 and training["attention"]["sink_size"] == 4
     begun = json.loads((folder / RUN_FILE).read_text())
     assert begun.pop("contents").keys() == {"weights", "text", "start"}
+    xla = {"backend": "xla", "tiles": {}}
+    assert begun.pop("backends") == [{"device": "cpu", "choices": {"training": xla, "training, window 4+16": xla}}]
     assert begun == {k: v for k, v in training.items() if k != "duo_jax"}
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     # Other commands can use the gates, and resuming a finished run changes nothing.

@@ -419,7 +419,7 @@ def test_doctor_tries_every_backend(duo):
 
 
 def test_doctor_shows_each_line_as_it_is_known(duo, monkeypatch):
-    monkeypatch.setattr(doctor, "OPERATIONS", {"decode": doctor.OPERATIONS["decode"]})
+    monkeypatch.setattr(doctor, "OPERATIONS", ("decode",))
     lines = []
     doctor.examine(lines.append)
     assert lines[lines.index("decode") + 1] == "  reference   right, error 0.0e+00"
@@ -429,10 +429,11 @@ def test_doctor_shows_each_line_as_it_is_known(duo, monkeypatch):
 
 
 def test_doctor_reports_a_reference_that_fails(monkeypatch, capsys):
-    def broken(dtype):
+    def broken(request, sizes):
         raise RuntimeError("no memory\nand more lines")
 
-    monkeypatch.setattr(doctor, "OPERATIONS", {"decode": broken})
+    monkeypatch.setattr(doctor.cases, "make", broken)
+    monkeypatch.setattr(doctor, "OPERATIONS", ("decode",))
     with pytest.raises(ValueError, match="a backend fails"):
         doctor.Doctor().run()
     assert capsys.readouterr().out.count("FAILED: the reference: no memory\n") == len(doctor.BACKENDS)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,42 @@ def test_two_processes_share_a_model_and_its_cache(text_model, duo):
     found = json.loads(out.splitlines()[-1])
     assert found["tokens"] == wanted["tokens"] and "tokens" not in other
     np.testing.assert_allclose(found["logprobs"], wanted["logprobs"], rtol=0, atol=1e-5)
+
+
+VERDICTS = """if True:
+    import os, sys
+    from duo_jax.mesh.processes import join, share_verdicts
+    from pallas_kernels.certify import verdicts
+    from pallas_kernels.certify.verdicts import Verdict, best
+    from tests.test_certify import DECODE, GPU, know, on_gpu
+
+    process, port = map(int, sys.argv[1:])
+    os.environ["DUO_JAX_CACHE"] += str(process)
+    verdicts.device = lambda: GPU
+    know(triton=Verdict(process == 0, "", 1e-3, 1e-3), xla=Verdict(True, "", 1e-3, 2e-3))
+    join(f"127.0.0.1:{port}", 2, process)
+    print(best(on_gpu(DECODE), ("triton", "xla")))
+    verdicts.device = lambda: GPU | {"cores": 132 - process}
+    share_verdicts()
+    print(best(on_gpu(DECODE), ("triton", "xla")))
+    if process:
+        os.environ["DUO_BACKEND"] = "xla"
+    share_verdicts()
+    """
+
+
+@pytest.mark.process
+def test_two_processes_choose_by_the_verdicts_of_the_first(tmp_path):
+    port, root = free_port(), str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    options = {"JAX_PLATFORMS": "cpu", "DUO_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": path}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | options}
+    command = [sys.executable, "-c", VERDICTS]
+    ended = end([subprocess.Popen([*command, str(process), str(port)], **pipe) for process in range(2)])
+    for (printed, said), code in ended:
+        assert printed.split()[-2:] == ["triton", "xla"] and code != 0, said  # After what Gloo prints.
+        assert "processes 0 and 1 differ: device.cores is 132 in the first, 131 in the other" in said
+        assert "different settings: DUO_BACKEND is None in the first, 'xla' in the other" in said
 
 
 def test_one_process_agrees_with_itself():

@@ -37,6 +37,8 @@ def test_the_command_pretends_in_text_and_json_and_names_the_gpus(duo):
     assert "not mosaic: it is for Hopper GPUs" in duo("doctor", "--pretend", "l40s").out
     found = json.loads(duo("doctor", "--pretend", "H100", "--json").out)
     assert found["gpu"] == "NVIDIA H100 80GB HBM3" and found["cores"] == 132
+    for name, key in (("H100 NVL", "h100-nvl"), ("4090", "rtx-4090"), ("NVIDIA GeForce RTX 5090", "rtx-5090")):
+        assert find_gpu(name) is GPUS[key]
     assert_refused(duo("doctor", "--pretend", "abacus"), "unknown GPU 'abacus'", "gh200", "rtx-5090")
     assert_refused(duo("doctor", "--tune"), "--tune needs a GPU of NVIDIA, this is cpu")
     assert_refused(duo("doctor", "--tune", "--pretend", "h100"), "--tune", "give one of them")

@@ -48,14 +48,15 @@ def _main(name: str, commands: dict[str, EntryPoint]) -> None:
 
 def _run(entry: EntryPoint) -> None:
     from duo_jax.programs import keep_programs
-    from pallas_kernels.certify.machine import may_have_gpu
+    from pallas_kernels.certify.machine import check_setting, may_have_gpu
 
+    check_setting()
     _take_memory()
     keep_programs()
     warnings.showwarning = functools.partial(_warn, entry.name)
     command = _parsed(entry, sys.argv[2:])
     require(f"duo {entry.name}", packages_of(command))
-    if may_have_gpu():
+    if may_have_gpu() or os.environ.get("DUO_BACKEND"):
         from duo_jax.cli.certify import certify_for
 
         certify_for(command)

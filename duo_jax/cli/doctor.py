@@ -10,32 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import tyro
 
-from duo_jax.certified import certify_model, inference
+from duo_jax.certified import TRAINING_WINDOW, certify_model, inference, training
 from duo_jax.checkpoint.load import open_config
+from duo_jax.cli.options import PatternOptions
 from duo_jax.cli.pretend import lines_of, pretend
+from duo_jax.config import ModelConfig
 from duo_jax.files import check_output, write_text
 from duo_jax.finite import json_text
-from duo_jax.pattern import HeadPattern
 from duo_jax.precision import FloatDtype, KvDtype
 from duo_jax.reading import read_json
 from duo_jax.tune import kernels_here, tune
-from pallas_kernels import (
-    BACKENDS,
-    Heads,
-    Pools,
-    Unsupported,
-    Window,
-    decode_attention,
-    gated_attention,
-    prefill_attention,
-)
-from pallas_kernels.certify import report
+from pallas_kernels import BACKENDS, Unsupported, Window
+from pallas_kernels.backends import find_backend
+from pallas_kernels.certify import cases, report
+from pallas_kernels.certify.examine import first_line
 from pallas_kernels.certify.machine import may_have_gpu
+from pallas_kernels.choices import here
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.tiles import tuned_file
+from pallas_kernels.types import OPERATIONS, Request
 
 PACKAGES = (
     "duo-jax",
@@ -49,10 +45,6 @@ PACKAGES = (
     "numpy",
     "jax-triton",
 )
-
-# Data type of the trials, and the largest error, relative to the dense reference, that counts as right. The fastest
-# kernels for GPUs take no float32.
-TRIED = {"cpu": ("float32", 1e-4), "gpu": ("bfloat16", 1e-2)}
 
 
 def _ignore(line: str) -> None:
@@ -71,9 +63,10 @@ class Doctor:
     """Time four to six tile sizes of each kernel on this GPU, head dims 64 and 128, and keep the fastest for you."""
     certify: str | None = None
     """A model, by name, folder or file: check each attention backend for it on this GPU, whatever was found before, for
-    up to half an hour. Its weights are not read."""
-    pattern: str | None = None
-    """With --certify: the head pattern that will be used; by default full attention."""
+    up to half an hour. Its weights are not read. Flags of a head pattern say what will stream; by default nothing."""
+    pattern: tyro.conf.OmitArgPrefixes[PatternOptions] = PatternOptions()
+    training: bool = False
+    """With --certify: check what duo identify runs instead, with --sink-size and --recent-size (128 and 256)."""
     dtype: FloatDtype | None = None
     """With --certify: data type of the model, the checkpoint's own by default."""
     kv_dtype: KvDtype | None = None
@@ -86,8 +79,10 @@ class Doctor:
         if self.certify is not None:
             self._certify(self.certify)
             return
-        if any(value is not None for value in (self.pattern, self.dtype, self.kv_dtype, self.report)):
-            raise ValueError("--pattern, --dtype, --kv-dtype and --report are of --certify MODEL: add it")
+        if self.training or any(value is not None for value in (self.dtype, self.kv_dtype, self.report)):
+            raise ValueError("--training, --dtype, --kv-dtype and --report are of --certify MODEL: add it")
+        if self.pattern != PatternOptions():
+            raise ValueError("flags of a head pattern are of --certify MODEL: add it")
         if self.pretend is not None and self.tune:
             raise ValueError("--tune needs the GPU that --pretend does without: give one of them")
         if self.pretend is not None:
@@ -110,19 +105,30 @@ class Doctor:
 
     def _certify(self, model: str) -> None:
         config = open_config(model).with_dtypes(dtype=self.dtype)
-        pattern = None if self.pattern is None else HeadPattern.load(self.pattern)
-        if pattern is not None:
-            pattern.check(config)
+        requests = self._training(config) if self.training else self._inference(config)
         if self.report is not None:
             check_output(self.report)
         if not may_have_gpu():
             raise ValueError("--certify needs a GPU: jax finds none here, or JAX_PLATFORMS excludes it")
-        certify_model(config, inference(config, pattern, kv_dtype=self.kv_dtype), full=True)
+        certify_model(config, requests, full=True)
         found = report()
         if self.report is not None:
             write_text(self.report, json_text(found) + "\n")
         if self.json:
             print(json_text(found))
+
+    def _inference(self, config: ModelConfig) -> list[Request]:
+        pattern = self.pattern.load(1)
+        if pattern is not None:
+            pattern.check(config)
+        return inference(config, pattern, kv_dtype=self.kv_dtype)
+
+    def _training(self, config: ModelConfig) -> list[Request]:
+        sizes = {name: value for name, value in vars(self.pattern).items() if value is not None}
+        if sizes.keys() - {"sink_size", "recent_size"} or self.kv_dtype is not None:
+            raise ValueError("--training has no pattern and no cache: give at most --sink-size and --recent-size")
+        window = Window(sizes.get("sink_size", TRAINING_WINDOW.sink), sizes.get("recent_size", TRAINING_WINDOW.recent))
+        return training(config, window)
 
 
 def examine(show: Callable[[str], None] = _ignore) -> dict:
@@ -159,30 +165,34 @@ def _machine(record: dict[str, Any]) -> Iterator[str]:
 
 def _examine_backends(show: Callable[[str], None]) -> dict[str, dict[str, dict]]:
     results: dict[str, dict[str, dict]] = {backend: {} for backend in BACKENDS}
-    for operation, make in OPERATIONS.items():
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    for operation in OPERATIONS:
         show(operation)
-        for backend, result in _trials(make):
+        for backend, result in _trials(_request(operation, dtype)):
             results[backend][operation] = result
             show(f"  {backend:<12}{_verdict(result)}")
     return results
 
 
-def _trials(make: Callable[[jnp.dtype], list[Any]]) -> Iterator[tuple[str, dict]]:
-    """One operation of each backend, compared with the reference on a small random case."""
-    name, tolerance = TRIED["cpu" if jax.default_backend() == "cpu" else "gpu"]
+def _request(operation: str, dtype: str) -> Request:
+    """What is tried of an operation. The fastest kernels for GPUs take no float32."""
+    pools = {} if operation == "training" else {"full": dtype, "ring": dtype}
+    return here(Request.of(operation, q=dtype, head_dim=64, group=2, window=Window(16, 32), **pools))
+
+
+def _trials(request: Request) -> Iterator[tuple[str, dict]]:
+    """One operation of each backend, compared with the reference on the inputs of certification."""
     try:
-        run, *arrays = make(jnp.dtype(name))
-        # Without this, GPUs multiply float32 with fewer bits.
-        with jax.default_matmul_precision("highest"):
-            right = np.asarray(jax.jit(partial(run, backend="reference"))(*arrays), np.float32)
+        case = cases.make(request, cases.SMALL)
+        exact = case.exact()
     except Exception as error:  # Without a reference no backend can be checked; other operations still are.
-        failure = {"is_right": False, "failed": f"the reference: {_first_line(error)}"}
+        failure = {"is_right": False, "failed": f"the reference: {first_line(error)}"}
         yield from ((backend, failure) for backend in BACKENDS)
         return
-    yield "reference", {"is_right": bool(np.isfinite(right).all()), "error": 0.0}
+    yield "reference", {"is_right": all(bool(np.isfinite(x).all()) for x in exact), "error": 0.0}
     for backend in BACKENDS:
         if backend != "reference":
-            yield backend, _try(partial(run, backend=backend), arrays, right, tolerance)
+            yield backend, _try(case, backend, exact)
 
 
 def _verdict(result: dict) -> str:
@@ -193,56 +203,17 @@ def _verdict(result: dict) -> str:
     return f"{'right' if result['is_right'] else 'WRONG'}, error {result['error']:.1e}"
 
 
-def _try(run: Callable[..., jax.Array], arrays: list[Any], right: np.ndarray, tolerance: float) -> dict:
+def _try(case: cases.Case, backend: str, exact: list[np.ndarray]) -> dict:
+    if (reason := find_backend(backend).supports(case.request)) is not None:
+        return {"is_right": None, "why_not": f"it {reason}"}
     try:
-        out = np.asarray(jax.jit(run)(*arrays), np.float32)
-    except Unsupported as error:
+        errors = case.errors(jax.jit(case.program(backend))(case.inputs), exact)
+    except Unsupported as error:  # For the length of a cache, which `request` does not have.
         return {"is_right": None, "why_not": str(error)}
     except Exception as error:  # Compilers and drivers raise anything: the other backends are still tried.
-        return {"is_right": False, "failed": _first_line(error)}
-    worst = float(np.linalg.norm(right - out) / np.linalg.norm(right))
-    return {"is_right": worst < tolerance, "error": worst}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-WINDOW = Window(16, 32)
-
-
-def _draw(seed: int, dtype: jnp.dtype, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
-
-
-def _cache(dtype: jnp.dtype) -> tuple[Pools, Heads]:
-    shapes = ((1, 1, 640, 64),) * 2 + ((1, 1, WINDOW.size, 64),) * 2
-    pools = Pools(*(_draw(seed, dtype, *shape) for seed, shape in enumerate(shapes)))
-    return pools, Heads(jnp.array([True, False]), jnp.zeros(2, jnp.int32))
-
-
-def _qkv(dtype: jnp.dtype, tokens: int) -> list[jax.Array]:
-    return [_draw(4 + i, dtype, 1, tokens, heads, 64) for i, heads in enumerate((4, 2, 2))]
-
-
-# For each operation, a function of (arrays, backend) and its arrays.
-
-
-def _prefill(dtype: jnp.dtype) -> list[Any]:
-    rows: dict[str, Any] = {"start": jnp.array([200], jnp.int32), "lengths": jnp.array([150], jnp.int32)}
-    return [partial(prefill_attention, **rows, window=WINDOW), *_qkv(dtype, 150), *_cache(dtype)]
-
-
-def _decode(dtype: jnp.dtype) -> list[Any]:
-    run = partial(decode_attention, lengths=jnp.array([600], jnp.int32), window=WINDOW)
-    return [run, _draw(4, dtype, 1, 4, 64), *_cache(dtype)]
-
-
-def _training(dtype: jnp.dtype) -> list[Any]:
-    return [partial(gated_attention, window=WINDOW), *_qkv(dtype, 128), jnp.array([0.25, 0.75], jnp.float32)]
-
-
-OPERATIONS = {"prefill": _prefill, "decode": _decode, "training": _training}
+        return {"is_right": False, "failed": first_line(error)}
+    worst = max(errors.values())
+    return {"is_right": worst < case.tolerance, "error": worst}
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ import tyro
 from duo_jax.checkpoint import save_model
 from duo_jax.cli.options import ModelOptions
 from duo_jax.files import free_path
+from pallas_kernels.types import Request
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class Quantize:
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
     out: Path
     """Folder to write, new or empty."""
+
+    def requests(self) -> list[Request]:
+        """No attention: there is nothing to certify."""
+        return []
 
     def run(self) -> None:
         """Load and quantize tensor by tensor, then save."""

@@ -81,7 +81,7 @@ def load(
     template.start(tokenizer)
     sampling = open_source(source, weights=False).sampling
     attention = inference(config.with_dtypes(dtype=dtype), chosen, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
-    certify_model(config, attention)
+    certify_model(config, attention)  # Not the mesh: `load_model` lets its processes agree.
     dtypes: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
     return LM(model, tokenizer, chosen, kv_dtype, sampling)

@@ -16,10 +16,13 @@ from duo_eval.tasks.needle.insert import insert_needle
 from duo_eval.tasks.needle.styles import digits
 from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
+from duo_jax.certified import inference
+from duo_jax.checkpoint.load import open_config
 from duo_jax.chunks import bucket
 from duo_jax.cli.timings import Timings
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.tokens import encode
+from pallas_kernels.types import Request
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Demo:
     """Decides the key and the stretch of text."""
     max_new_tokens: int = 12
     """Tokens of each answer."""
+
+    def requests(self) -> list[Request]:
+        """The attention of the three runs, for certification."""
+        some, none = (HeadPattern.load(self.pattern, sparsity=sparsity) for sparsity in (self.sparsity, 1.0))
+        return inference(open_config(self.model), None, some, none)
 
     def run(self) -> None:
         """Load, ask three times, print a table."""

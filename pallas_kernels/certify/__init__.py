@@ -11,7 +11,7 @@ them. Nothing here knows models: requests say what will run.
     parent      the process that starts it, waits, and stores what it reports
 """
 
-from pallas_kernels.certify.parent import certify
+from pallas_kernels.certify.parent import certify, check_settings
 from pallas_kernels.certify.verdicts import Verdict, key_of, report
 
-__all__ = ["Verdict", "certify", "key_of", "report"]
+__all__ = ["Verdict", "certify", "check_settings", "key_of", "report"]

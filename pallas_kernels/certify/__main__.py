@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from pallas_kernels.certify import cases, machine
 from pallas_kernels.certify.examine import FAILED, NoMemory, examine, first_line, is_no_memory
 from pallas_kernels.certify.messages import from_json
 from pallas_kernels.certify.verdicts import SAFE, Verdict, key_of
-from pallas_kernels.gpus import chip, device_kind
+from pallas_kernels.choices import here
 from pallas_kernels.types import Request
 
 
@@ -36,7 +36,7 @@ def serve(order: dict[str, Any], say: Any) -> None:
     """Examine what is asked for; `say` gets each line."""
     say(device=machine.device())
     sizes = cases.SMALL if jax.default_backend() == "cpu" else cases.GPU
-    requests = [_here(from_json(values)) for values in order["requests"]]
+    requests = [here(from_json(values)) for values in order["requests"]]
     skip = {tuple(job) for job in order["skip"]}
     jobs = list(_jobs(requests, order["backends"]))
     say(jobs=[[key_of(request), backend] for request, backend in jobs])
@@ -68,11 +68,6 @@ def serve(order: dict[str, Any], say: Any) -> None:
 
 def _begin(say: Any, job: list[str], phase: str) -> None:
     say(begin=job, phase=phase)
-
-
-def _here(request: Request) -> Request:
-    """A request on this device, with room that suits every backend."""
-    return replace(request, device=device_kind(), capability=chip().capability)
 
 
 def _jobs(requests: Sequence[Request], backends: Sequence[str] | None) -> Iterator[tuple[Request, str]]:

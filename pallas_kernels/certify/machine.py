@@ -38,6 +38,18 @@ def may_have_gpu() -> bool:
     return has_plugin and any(path.exists() for path in (DRIVER, *DEVICES))
 
 
+def check_setting() -> str:
+    """The value of `DUO_CERTIFY`.
+
+    Raises:
+        ValueError: another one than 0, 1 and full.
+    """
+    setting = os.environ.get("DUO_CERTIFY") or "1"
+    if setting not in ("0", "1", "full"):
+        raise ValueError(f"DUO_CERTIFY must be 0, 1 or full, got {setting!r:.60}")
+    return setting
+
+
 @cache
 def environment() -> dict[str, Any]:
     """Everything but the device itself, as plain values."""
@@ -55,7 +67,7 @@ def environment() -> dict[str, Any]:
 
 def device() -> dict[str, Any]:
     """The device that programs run on by default; this takes it."""
-    first = jax.devices()[0]
+    first = jax.local_devices()[0]
     return {
         "kind": first.device_kind,
         "capability": str(getattr(first, "compute_capability", "")),

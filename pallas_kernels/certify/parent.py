@@ -8,21 +8,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from pallas_kernels.backends import find_backend
 from pallas_kernels.certify import verdicts
-from pallas_kernels.certify.machine import may_have_gpu
+from pallas_kernels.certify.machine import check_setting, may_have_gpu
 from pallas_kernels.certify.messages import to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, key_of
-from pallas_kernels.types import Request
+from pallas_kernels.types import Request, Unsupported
 
 # Seconds for everything, and for running (not compiling) one backend; both are longer in full.
 LIMIT, RUN_LIMIT = 120.0, 30.0
 FULL_LIMIT, FULL_RUN_LIMIT = 1800.0, 120.0
+
+# Signals that come from outside: a user, or the system when its memory runs out.
+KILLERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Show = Callable[[str], None]
 Job = tuple[str, str]
@@ -43,7 +47,7 @@ def certify(
     """Find the verdicts on requests that are missing, in a process of its own; nothing happens without a GPU.
 
     Call this before jax takes the GPU: otherwise too little memory may be left, and the verdicts remain unknown.
-    `DUO_CERTIFY=0` turns it off, `DUO_CERTIFY=full` is `full` for all.
+    `DUO_CERTIFY=0` and `DUO_BACKEND` turn it off unless it is `full`; `DUO_CERTIFY=full` is `full` for all.
 
     Args:
         requests: what will run; `device`, `capability`, `capacities` do not matter.
@@ -54,21 +58,37 @@ def certify(
     Raises:
         ValueError: another value of DUO_CERTIFY.
     """
-    setting = os.environ.get("DUO_CERTIFY") or "1"
-    if setting not in ("0", "1", "full"):
-        raise ValueError(f"DUO_CERTIFY must be 0, 1 or full, got {setting!r}")
-    if (setting == "0" and not full) or os.environ.get("DUO_BACKEND") or not may_have_gpu():
+    setting = check_setting()
+    if not may_have_gpu() or (not full and (setting == "0" or os.environ.get("DUO_BACKEND"))):
         return
     full = full or setting == "full"
     wanted = {key_of(request): request for request in requests}
     if not full and wanted.keys() <= verdicts.known().complete:
         return
     limit, run_limit = (FULL_LIMIT, FULL_RUN_LIMIT) if full else (LIMIT, RUN_LIMIT)
-    with _alone(limit, show):
+    end = time.monotonic() + limit
+    with _alone(limit, show) as is_alone:
         verdicts.known().add(verdicts.stored())  # Another process may have found them meanwhile.
         missing = {key: request for key, request in wanted.items() if full or key not in verdicts.known().complete}
-        if missing:
-            _Certification(missing, backends, limit, run_limit, full, show).run()
+        if missing and is_alone:
+            left = max(0.0, end - time.monotonic())
+            _Certification(missing, backends, left, run_limit, full, show).run()
+
+
+def check_settings(requests: Iterable[Request] = ()) -> None:
+    """Refuse a wrong `DUO_CERTIFY`, and a `DUO_BACKEND` that cannot do all that is requested.
+
+    Raises:
+        ValueError: another value of DUO_CERTIFY than 0, 1 and full; an unknown backend.
+        Unsupported: the backend has no such operation, a NotImplementedError.
+    """
+    check_setting()
+    if name := os.environ.get("DUO_BACKEND"):
+        backend = find_backend(name)
+        for request in requests:
+            if getattr(backend, request.operation) is None:
+                why = backend.supports(request)
+                raise Unsupported(f"the {name} backend {why}: unset DUO_BACKEND, or name another one")
 
 
 class _Certification:
@@ -134,7 +154,10 @@ class _Certification:
                 return True
             else:
                 # Known next time by its name: the others are examined then.
-                self._settle(self._job, Verdict(None, f"not known after {self._limit:.0f} s, in full: {verdicts.HOW}"))
+                self._settle(
+                    self._job,
+                    Verdict(None, f"not known after {self._limit:.0f} s, in full: {verdicts.how(self._job[0])}"),
+                )
                 return False
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -149,18 +172,27 @@ class _Certification:
         elif "settled" in line:
             self._settle(tuple(line["settled"]), Verdict(**line["verdict"]))
         elif "unknown" in line:
-            job: Job = tuple(line["unknown"])
-            self._unknown.add(job)
-            self._show(f"  {job[0]}: {job[1]} is not known ({line['reason']}); when the GPU is free: {verdicts.HOW}")
+            self._leave(tuple(line["unknown"]), line["reason"])
 
     def _ended(self, child: "_Child") -> bool:
         """A child has ended without saying so."""
-        how = child.how_it_ended()
+        how, by = child.how_it_ended()
         if self._job is None:
             self._show(f"  nothing could be checked: the process {how}")
             return False
-        self._settle(self._job, Verdict(False, f"the process {how}"))
+        if by in KILLERS:  # No fault of the backend: not stored, so that it is checked again next time.
+            self._leave(self._job, f"the process {how}")
+        elif self._phase == "prepare":
+            self._settle(self._job, Verdict(None, f"cannot be checked here: the process {how}"))
+        else:
+            self._settle(self._job, Verdict(False, f"the process {how}"))
         return True
+
+    def _leave(self, job: Job, reason: str) -> None:
+        """Leave a backend for another time."""
+        self._unknown.add(job)
+        key, name = job
+        self._show(f"  {key}: {name} is not known ({reason}); when the GPU is free: {verdicts.how(key)}")
 
     def _settle(self, job: Job, verdict: Verdict) -> None:
         """Store a verdict at once: nothing is lost if this process ends."""
@@ -228,19 +260,24 @@ class _Child:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def how_it_ended(self) -> str:
-        """In words, with the last line that it wrote."""
+    def how_it_ended(self) -> tuple[str, signal.Signals | None]:
+        """In words, with the last line that it wrote; and the signal that ended it."""
         code = self._process.wait()
         if code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
+            by = signal.Signals(-code)
+            return f"was ended by {by.name}", by
         self._errors.seek(0)
         last = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
-        return f"exited with code {code}" + (f": {last[-1][:200]}" if last else "")
+        return f"exited with code {code}" + (f": {last[-1][:200]}" if last else ""), None
 
 
 @contextmanager
-def _alone(limit: float, show: Show) -> Any:
-    """Be the only process on this machine that certifies: two would disturb each other's times."""
+def _alone(limit: float, show: Show) -> Iterator[bool]:
+    """Be the only process on this machine that certifies: two would disturb each other's times.
+
+    False if another one does not end in time.
+    """
+    is_alone = True
     with ExitStack() as held:
         with suppress(OSError, NotImplementedError):  # A folder that cannot be written to, a file system without locks.
             path = verdicts.path()
@@ -251,6 +288,9 @@ def _alone(limit: float, show: Show) -> Any:
                 lock.acquire()
             except Timeout:
                 show("another process checks attention backends: waiting for it")
-                with suppress(Timeout):
-                    lock.acquire(timeout=2 * limit)
-        yield
+                try:
+                    lock.acquire(timeout=limit)
+                except Timeout:
+                    is_alone = False
+                    show(f"  it is not done after {limit:.0f} s: continuing with the verdicts that exist")
+        yield is_alone

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 from filelock import FileLock, Timeout
 
 from pallas_kernels.certify.machine import device, environment
@@ -29,7 +30,11 @@ KEPT = 16
 # Seconds to wait for another process to write.
 PATIENCE = 5.0
 
-HOW = "duo doctor --certify MODEL"
+
+def how(key: str) -> str:
+    """What to run for the verdicts on a request."""
+    flag = " --training" if key.startswith("training") else ""
+    return f"duo doctor --certify MODEL{flag}, with the window and data types in use"
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,11 @@ def key_of(request: Request) -> str:
     return ", ".join(filter(None, [f"{request.operation} {request.q}", *sizes, *pools, *how]))
 
 
+def verdicts_on(request: Request) -> dict[str, Verdict]:
+    """The verdicts on a request on the device that programs are traced for, by name of the backend."""
+    return _agreed_on().verdicts.get(key_of(request), {}) if _is_here(request.device) else {}
+
+
 def best(request: Request, names: Sequence[str]) -> str:
     """The fastest of the backends that are right for a request, by the verdicts; without any, a safe one.
 
@@ -137,7 +147,7 @@ def best(request: Request, names: Sequence[str]) -> str:
     """
     if request.device == "cpu" or set(names) <= set(SAFE):
         return names[0]
-    verdicts = known().verdicts.get(key_of(request), {}) if _is_here(request.device) else {}
+    verdicts = verdicts_on(request)
     right = [name for name in names if name in verdicts and verdicts[name].is_right]
     chosen = min(right, key=lambda name: verdicts[name].seconds or 0.0, default=None)
     kernels = [name for name in names if name not in SAFE]
@@ -146,6 +156,8 @@ def best(request: Request, names: Sequence[str]) -> str:
         chosen = "reference" if is_wrong else next(name for name in names if name in SAFE)
     if chosen in SAFE and not all(name in verdicts and verdicts[name].is_right for name in kernels):
         why = "; ".join(f"{name}: {verdicts[name]}" if name in verdicts else f"{name}: not checked" for name in kernels)
+        if _agreed is None and jax.process_count() > 1:
+            why = "the processes have not agreed on verdicts, as they do when all of them load the model on their mesh"
         _warn(request.device, key_of(request), chosen, why)
     return chosen
 
@@ -154,18 +166,20 @@ def best(request: Request, names: Sequence[str]) -> str:
 def _warn(device_kind: str, key: str, chosen: str, why: str) -> None:
     warnings.warn(
         f"attention runs on {chosen!r}, which is slow on a GPU: no kernel is known to be right for {key} on "
-        f"{device_kind} ({why}). To check them: {HOW}",
+        f"{device_kind} ({why}). To check them: {how(key)}",
         stacklevel=6,
     )
 
 
 def _is_here(device_kind: str) -> bool:
     """Whether the verdicts were found on the device that programs are traced for."""
-    found = known().device
+    found = _agreed_on().device
     return found is not None and found["kind"] == device_kind and found == device()
 
 
+# All that this process knows, and what several processes have agreed on.
 _known: Found | None = None
+_agreed: Found | None = None
 
 
 def known() -> Found:
@@ -178,15 +192,22 @@ def known() -> Found:
 
 def forget() -> None:
     """Read the file again when a verdict is needed."""
-    global _known
-    _known = None
+    global _known, _agreed
+    _known = _agreed = None
     _warn.cache_clear()
 
 
-def use(found: Found) -> None:
-    """Use these verdicts, whatever the file has: those of the process that decides for several."""
-    global _known
-    _known = found
+def agree_on(found: Found) -> None:
+    """Choose by these verdicts, whatever this process knows: those of the process that decides for several."""
+    global _agreed
+    _agreed = found
+
+
+def _agreed_on() -> Found:
+    """What to choose by. Several processes that have not agreed choose alike, as they must, by knowing nothing."""
+    if _agreed is not None:
+        return _agreed
+    return known() if jax.process_count() == 1 else Found()
 
 
 def path() -> Path:

@@ -23,25 +23,30 @@ from tqdm import tqdm
 import duo_jax
 from duo_jax.arguments import whole_number
 from duo_jax.certified import training
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.load import open_config, usual_dtype
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.differences import changes
 from duo_jax.files import is_left_over, locked, write_text
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import check_alike, is_first
 from duo_jax.pattern import GATES_FILE, HeadPattern
 from duo_jax.pattern import check_folder as check_pattern_folder
 from duo_jax.reading import read_json
+from duo_train.backends import BACKENDS, resumed
 from duo_train.checkpoints import CHECKPOINTS
 from duo_train.data.needles import NeedleData, Needles
 from duo_train.data.vocabulary import COMMON
 from duo_train.gated import GatedModel
 from duo_train.recipes import RECIPES, AttentionProfile, Distill, KVzip, PruLong, Recipe, Run
+from pallas_kernels.choices import repeating
 from pallas_kernels.types import Request
 
 RUN_FILE = "run.json"
 # In that file: the steps of a finished run that this one extends.
 EXTENDS = "extends"
+# In it, besides the settings.
+BESIDES = ("contents", EXTENDS, BACKENDS)
 # Fields that may differ on resume, because they do not affect the gates: output folder, checkpoints, devices.
 FREE = ("out", "resume", "preset", "checkpoint_every", "keep_checkpoints", "processes", "mesh", "fsdp")
 
@@ -119,7 +124,17 @@ class Identify:
         """The attention that training runs, for certification."""
         if self.attention.backend is not None:
             return []
-        return training(open_config(self.model.model).with_dtypes(dtype=self.model.dtype), self.attention.window)
+        config = open_config(self.model.model).with_dtypes(dtype=self.model.dtype)
+        return training(config, self.attention.window, DeviceOptions(self.mesh).size)
+
+    def _backends(self) -> list[dict[str, Any]]:
+        """The entries of the run's file about backends; the last one is of what runs now."""
+        path, config = self.out / RUN_FILE, open_config(self.model.model)
+        config = config.with_dtypes(dtype=usual_dtype(config, self.model.dtype))
+        devices = self.chosen.devices(config, DeviceOptions(self.mesh).make(), fsdp=self.fsdp)
+        requests = training(config, self.attention.window, MeshSize.of(devices))
+        earlier = read_json(path).get(BACKENDS, []) if path.exists() else []
+        return resumed(path, earlier, requests, self.attention.backend)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that affects the gates, as JSON."""
@@ -139,10 +154,11 @@ class Identify:
         if self.resume and (self.out / GATES_FILE).exists() and finished_steps(self.out) == self.steps:
             print(f"{self.out} has the finished run already")
             return
+        backends = self._backends()
         run = self.prepare()
         # Nothing is written until every check has passed.
         with locked(self.out) if is_first() else nullcontext():
-            self._find(run)
+            self._find(run, backends)
 
     def check(self) -> None:
         """Check that the folder is free or has this same run. `run` compares weights and text later.
@@ -152,15 +168,16 @@ class Identify:
         """
         check_folder(self.out, self.resolved(), resume=self.resume)
 
-    def _find(self, run: Run) -> None:
+    def _find(self, run: Run, backends: list[dict[str, Any]]) -> None:
         """Find the heads; the folder is locked."""
         config = self.resolved() | {"contents": contents(run)}
         check_folder(self.out, config, resume=self.resume)
         # All processes must have checked the folder before the first one writes.
-        check_alike(config)
+        check_alike(config | {BACKENDS: backends})
         extends = extended(self.out, self.steps)
-        if is_first() and (extends or not (self.out / RUN_FILE).exists()):
-            write_text(self.out / RUN_FILE, json.dumps(config | extends, indent=1) + "\n")
+        about = config | {BACKENDS: backends} | extends
+        if is_first() and (not (self.out / RUN_FILE).exists() or about != read_json(self.out / RUN_FILE)):
+            write_text(self.out / RUN_FILE, json.dumps(about, indent=1) + "\n")
         if is_first() and extends:
             print(
                 f"{self.out}: extending the run from step {extends[EXTENDS][-1]} to {self.steps}, with the learning "
@@ -169,7 +186,8 @@ class Identify:
             )
         with tqdm(desc=self.recipe, unit="step", dynamic_ncols=True, disable=not is_first()) as bar:
             try:
-                gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
+                with repeating(backends[-1]["choices"]):
+                    gates = self.chosen.find(dataclasses.replace(run, report=partial(_show, bar)))
             except (KeyboardInterrupt, SystemExit):
                 how = "run the same command again" if self.resume else "add --resume"
                 print(f"\n{self.out}: stopped; {how} to resume", file=sys.stderr)
@@ -294,7 +312,7 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
             raise ValueError(f"{error}; choose another folder") from None
         if not {"model", "recipe", "settings"} <= set(saved):
             raise ValueError(f"{path} is not the file of a run: choose another folder")
-        before = ADDED | {name: saved[name] for name in saved if name in config or name not in ("contents", EXTENDS)}
+        before = ADDED | {name: saved[name] for name in saved if name in config or name not in BESIDES}
         old, asked = before["settings"], config["settings"].get("steps")
         if isinstance(old, dict) and asked is not None and (finished := finished_steps(folder)) is not None:
             if asked < finished:

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.mesh.mesh import constrain
-from duo_jax.mesh.processes import check_alike, gather, is_first
+from duo_jax.mesh.processes import check_alike, gather, is_first, share_verdicts
 from duo_jax.model import Model
 from duo_train.checkpoints import Checkpoints
 from duo_train.data.batches import Batch
@@ -52,6 +52,7 @@ def train(objective: Objective, run: Run) -> Float[np.ndarray, "L K"]:
     sharding = Sharding(run.devices, run.model.config, objective.batch_size)
     if not run.resume and (run.folder / METRICS_FILE).exists():
         raise ValueError(f"{run.folder} has the metrics of a run: resume it, or choose another folder")
+    share_verdicts()
     check_alike({"start": None if run.start is None else run.start.tolist(), "steps": objective.steps})
     feed = Feed(objective, run, sharding)
     start = jnp.ones(run.shape, jnp.float32) if run.start is None else jnp.asarray(run.start, jnp.float32)

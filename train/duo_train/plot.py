@@ -13,6 +13,8 @@ import tyro
 from jaxtyping import Array, Float, Int32
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.certified import training
+from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.options import ModelOptions
 from duo_jax.config import ModelConfig
 from duo_jax.model import Model
@@ -21,6 +23,7 @@ from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.needles import NeedleData, Needles, Sample
 from duo_train.metrics import METRICS_FILE, read_metrics
 from pallas_kernels import full_attention
+from pallas_kernels.types import Request
 from pallas_kernels.window import consecutive
 
 # At this length the weights of one query head take 67 MB.
@@ -114,6 +117,11 @@ class AttentionPlot:
     """Name of the figure, .png, .svg or neither; attention in this folder by default."""
     force: bool = False
     """Replace files that this command did not write."""
+
+    def requests(self) -> list[Request]:
+        """Full attention over the text, for certification."""
+        config = open_config(self.model.model).with_dtypes(dtype=self.model.dtype)
+        return [each for each in training(config) if each.window is None]
 
     def run(self) -> None:
         """Check the flags, compute the layers up to the last one given, and draw."""

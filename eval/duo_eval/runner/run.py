@@ -24,8 +24,8 @@ from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config, open_source
 from duo_jax.checks import check_vocabulary
+from duo_jax.plan import any_pattern
 from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
-from pallas_kernels import Window
 from pallas_kernels.types import Request
 
 J = TypeVar("J")
@@ -131,7 +131,8 @@ class Comparison:
     def requests(self) -> list[Request]:
         """The attention that methods run, for certification."""
         config = open_config(self.model).with_dtypes(dtype=self.dtype)
-        return [*inference(config), *inference(config, Window(self.sink_size, self.recent_size))]
+        sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        return inference(config, None, *(any_pattern(config, sparsity, **sizes) for sparsity in (0.5, 1.0)))
 
     @cached_property
     def trained_positions(self) -> int:

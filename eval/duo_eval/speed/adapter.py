@@ -23,8 +23,10 @@ from duo_eval.speed.engines.transformers import torch_model
 from duo_eval.tasks import mmlu
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
+from duo_jax.certified import inference
 from duo_jax.checkpoint.load import open_source
 from pallas_kernels.timing import seconds
+from pallas_kernels.types import Request
 
 Pair = tuple[str, str]
 ENGINES = "duo", "transformers"
@@ -50,6 +52,10 @@ class HarnessBench:
     """Answer with transformers in float64 too, and give each engine's largest distance to that."""
     seed: int = 0
     """Seed of the requests."""
+
+    def requests(self) -> list[Request]:
+        """The attention of this project's adapter, for certification."""
+        return inference(open_source(self.model, weights=False).config.with_dtypes(dtype="float32"), None)
 
     def run(self) -> None:
         """Measure, compare, write."""

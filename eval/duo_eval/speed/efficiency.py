@@ -23,10 +23,12 @@ from duo_eval.speed.device import available
 from duo_eval.speed.engines import ENGINES, PEERS
 from duo_eval.speed.roofline import decode_bytes, prefill_flops
 from duo_jax import HeadPattern, KVCache
+from duo_jax.certified import inference
 from duo_jax.differences import changes
 from duo_jax.precision import FloatDtype
 from pallas_kernels import BACKENDS
 from pallas_kernels.timing import seconds
+from pallas_kernels.types import Request
 
 # Decode steps that are timed; the median counts.
 DECODE_STEPS = 24
@@ -98,6 +100,16 @@ class Efficiency:
 
     # In the file.
     task: ClassVar[str] = "efficiency"
+
+    def requests(self) -> list[Request]:
+        """The attention that this project's engine runs on a GPU, for certification."""
+        found = []
+        for source in self.model if self.backend is None else ():
+            model = BenchModel(source, self.layers, self.dtype or "bfloat16")
+            sizes = self.pattern, self.sink_size, self.recent_size
+            patterns = [model.pattern(sizes[0], sparsity, *sizes[1:]) for sparsity in self.sparsity]
+            found += inference(model.config, None, *patterns)
+        return found
 
     def run(self) -> None:
         """Measure the missing points one by one; each is saved as it ends."""

@@ -20,7 +20,11 @@ from duo_eval.show.result_type import ResultType, with_fields
 from duo_eval.speed.ceilings import flops_per_second
 from duo_eval.speed.roofline import prefill_flops
 from duo_jax import HeadPattern, ModelConfig, load_model
+from duo_jax.certified import training
+from duo_jax.checkpoint.load import open_config
+from pallas_kernels import Window
 from pallas_kernels.timing import fastest
+from pallas_kernels.types import Request
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Training:
     """Most recent tokens that a streaming head sees."""
     out: Path = Path("training.json")
     """File to write."""
+
+    def requests(self) -> list[Request]:
+        """The attention that training runs, for certification."""
+        return training(open_config(self.model), Window(self.sink_size, self.recent_size))
 
     def run(self) -> None:
         """Measure every length with and without rematerialization."""

@@ -14,6 +14,7 @@ from duo_train.identify import Identify
 from duo_eval.tasks.recall import Recall, Scoring
 from duo_jax import load_tokenizer
 from duo_jax.pattern import GATES_FILE
+from pallas_kernels.types import Request
 
 # Flags that this command sets.
 RESERVED = ("--model", "--out", "--resume", "--no-resume", "--distributed")
@@ -32,6 +33,11 @@ class Ablation:
     identify: str = ""
     """Flags of `duo identify` for all variants: --identify="--preset smollm2-cpu", with the equals sign."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring(random=0, prose=0)
+
+    def requests(self) -> list[Request]:
+        """The attention of training and of scoring, for certification."""
+        trainings = [each for training in self._trainings().values() for each in training.requests()]
+        return [*trainings, *Recall(model=self.model, scoring=self.scoring).requests()]
 
     def run(self) -> None:
         """Train missing gates, score them and plot."""

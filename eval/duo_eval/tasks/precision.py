@@ -18,9 +18,11 @@ from duo_eval.show.result_type import ResultType, of_task
 from duo_eval.stats.intervals import Estimate, ratio
 from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_jax import HeadPattern, load_model, load_tokenizer
+from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
 from duo_jax.precision import ALLOWED, check_name
+from pallas_kernels.types import Request
 
 FLOAT = "float32"
 
@@ -66,6 +68,13 @@ class Precision:
     recent_size: int = 256
     """Most recent tokens that streaming heads keep."""
     data: Needles = UNSEEN
+
+    def requests(self) -> list[Request]:
+        """The attention over each type of cache, for certification."""
+        config = open_config(self.model).with_dtypes(dtype=FLOAT)
+        patterns = [self._pattern(sparsity) for sparsity in self.sparsity]
+        caches = sorted({cache for _, cache in self._precisions()})
+        return [each for cache in caches for each in inference(config, *patterns, kv_dtype=cache)]
 
     def run(self) -> None:
         """Score the missing items, one precision after the other."""

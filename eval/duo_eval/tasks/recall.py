@@ -22,8 +22,11 @@ from duo_eval.tasks.passkeys import UNSEEN, fit, score_text
 from duo_eval.tasks.recall_results import RESULT
 from duo_jax import HeadPattern, ModelConfig, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
+from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
+from duo_jax.plan import any_pattern
+from pallas_kernels.types import Request
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,16 @@ class Recall:
     model: str = "smollm2-135m-instruct"
     """Hugging Face folder, .gguf file, packaged model or hub id."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
+
+    def requests(self) -> list[Request]:
+        """The attention under all patterns, for certification."""
+        config = open_config(self.model)
+        patterns = [
+            any_pattern(config, sparsity, sink_size=sink, recent_size=recent)
+            for sink, recent in self.scoring.sizes
+            for sparsity in (0.5, 1.0)
+        ]
+        return inference(config, None, *patterns)
 
     def run(self) -> None:
         """Score the missing items, sample by sample, and plot."""

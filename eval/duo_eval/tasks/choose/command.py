@@ -22,6 +22,7 @@ from duo_jax.arguments import MOST_SEED, ArgumentError, real_number, seed_number
 from duo_jax.checkpoint.load import open_config
 from duo_jax.pattern import DEFAULT_RULE, check_folder, find_folder, is_published, published_patterns
 from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
+from pallas_kernels.types import Request
 
 # Depths follow each other by the golden section: any number of needles is spread evenly, and more fill the gaps.
 GOLDEN = 0.6180339887
@@ -66,6 +67,10 @@ class Choose:
     """Store the chosen sparsity in the pattern's config.json: from then on it is the default of this pattern."""
     copy_to: Path | None = None
     """Store it in a copy of the pattern in this folder instead."""
+
+    def requests(self) -> list[Request]:
+        """The attention that is compared, for certification."""
+        return self._comparison.requests()
 
     def run(self) -> None:
         """Measure what is missing, print, draw, and store the choice.

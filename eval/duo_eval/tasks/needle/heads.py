@@ -29,8 +29,11 @@ from duo_eval.tasks.needle.command import Cell, NeedleTask
 from duo_eval.tasks.needle.heads_show import head_table, needle_table, restored_figure, token_figure
 from duo_jax import HeadPattern, Model, load_model
 from duo_jax.arguments import whole_number
+from duo_jax.certified import training
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
+from pallas_kernels import Window
+from pallas_kernels.types import Request
 
 # Samples are padded to a multiple of this: lengths in tokens compile few programs.
 PAD = 128
@@ -78,6 +81,10 @@ class HeadsTask:
     """Decides keys and stretches of text; with the same seed, `duo eval needle` asks for the same needles."""
     rematerialize: bool = False
     """Recompute each layer in the backward pass: less memory, a third more time."""
+
+    def requests(self) -> list[Request]:
+        """The attention whose gradients are taken, for certification."""
+        return training(open_config(self.model), Window(self.sink_size, self.recent_size))
 
     def run(self) -> None:
         """Measure the missing needles, from the shortest length on."""
