@@ -15,8 +15,7 @@ from duo_eval.gpu_suite import check, decode, numerics, sections
 from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
 from duo_eval.runner.process import ProcessError, Worker, first_line
 
-import pallas_kernels
-from pallas_kernels import layer
+from pallas_kernels import layer, ops
 
 
 @pytest.mark.process
@@ -53,10 +52,10 @@ def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_pat
 def test_a_wrong_kernel_is_noticed(monkeypatch):
     case = next(case for case in numerics.cases(smoke=True) if case["operation"] == "decode") | {"backend": "xla"}
     assert numerics.measure(case)["is_right"]
-    right = pallas_kernels.decode_attention
+    right = ops.decode_attention
     for wrong in (lambda out: out * 1.02, lambda out: out.at[0, 0, 0].set(float("nan"))):
         monkeypatch.setattr(
-            layer,
+            ops,
             "decode_attention",
             lambda *args, wrong=wrong, **kwargs: (
                 wrong(right(*args, **kwargs)) if kwargs["backend"] == "xla" else right(*args, **kwargs)

@@ -16,7 +16,6 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import ops
-from pallas_kernels.backends import find_backend
 from pallas_kernels.quantized import Quantized, empty, store
 from pallas_kernels.types import Heads, Pools, Request, TokenShards
 from pallas_kernels.window import Window
@@ -141,7 +140,7 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
         for values in (False, True)
     ]
     hidden = {is_full: _hidden(request.window, owners[is_full], before, room, is_full) for is_full in (True, False)}
-    hostile = [_poisoned(pool, hidden[is_full]) for pool, is_full in zip(made, (True, True, False, False), strict=True)]
+    hostile = [poisoned(pool, hidden[is_full]) for pool, is_full in zip(made, (True, True, False, False), strict=True)]
     arrays: tuple[Any, ...] = (q, k, v) if request.operation == "prefill" else (q[:, :, 0],)
     heads = Heads(jnp.asarray(is_retrieval), jnp.asarray(slots))
     at = jnp.asarray(start[:count]), jnp.asarray(lengths[:count])
@@ -179,7 +178,7 @@ def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
 def _operation(request: Request, backend: str, case: Inputs) -> Any:
     if request.operation == "training":
         *inputs, gradient = case.arrays
-        chosen = find_backend(backend).training
+        chosen = ops.choose(request, backend).training
         assert chosen is not None
         # Not the gates' gradient: no kernel computes it. XLA sums it over tokens with atomic additions, in any order.
         out, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window), *inputs)
@@ -268,17 +267,16 @@ def _pool(
 
 
 def _hidden(window: Window, owners: list[int | None], before: np.ndarray, room: int, is_full: bool) -> np.ndarray:
-    """Which entries `[P, B, S]` of a pool no head may read."""
+    """Which entries `[P, B, S, 1]` of a pool no head may read."""
     index = np.arange(room if is_full else window.size)
     everything = np.ones((before.shape[1], len(index)), bool)
     # The entries of a ring fill in order, and then are written again.
     filled = [everything if owner is None else index >= before[owner][:, None] for owner in owners]
-    return np.stack(filled) if filled else np.zeros((0, *everything.shape), bool)
+    return (np.stack(filled) if filled else np.zeros((0, *everything.shape), bool))[..., None]
 
 
-def _poisoned(pool: Any, hidden: np.ndarray) -> Any:
-    """NaN where nothing may be read: as numbers, or as scales of quantized ones."""
-    where = jnp.asarray(hidden)[..., None]
+def poisoned(pool: Any, where: Any) -> Any:
+    """NaN where nothing may be read: as numbers, or as scales of quantized ones; `where` is broadcast."""
     if isinstance(pool, Quantized):
         nan = jnp.uint32(0x7FC00000)
         return Quantized(pool.words, jnp.where(where, nan, pool.grid), pool.head_dim, pool.bits)

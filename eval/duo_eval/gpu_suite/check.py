@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int32
 from duo_eval.gpu_suite import numerics
 from duo_eval.speed.device import available
 from pallas_kernels import Pools, Unsupported, layer
+from pallas_kernels.certify.cases import TOLERANCE, poisoned, worst
+from pallas_kernels.certify.examine import RUNS
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
 from pallas_kernels.window import Window, consecutive
 
-# Runs whose bits must be equal. No kernel adds in an order that varies, so a difference is a race.
-RUNS = 20
 # Queries of a chunk that are compared, and the most scores of one KV head at a time.
 QUERIES, SCORES = 64, 1 << 26
 
@@ -45,9 +45,9 @@ def check(
     tokens = np.ones(len(start)) if lengths is None else np.asarray(lengths)
     keep = (rows[None, :] < tokens[:, None])[:, :, None, None]
     pair = (np.where(keep, np.asarray(x, np.float64), 0.0) for x in (out[:, rows].astype(jnp.float32), exact))
-    error = numerics.worst(*pair)
+    error = worst(*pair)
     differs = sum(bool(_differ(program(made), out)) for _ in range(RUNS))
-    is_right = error < numerics.TOLERANCE[made.q.dtype.name] and not differs
+    is_right = error < TOLERANCE[made.q.dtype.name] and not differs
     return {"error": error, "runs": RUNS, "differing_runs": differs, "is_right": is_right}
 
 
@@ -101,10 +101,6 @@ def _attend(
         return jnp.einsum("bmgs,bsh->bmgh", weights, v)
 
 
-def _seen(q_pos: Int32[Array, "B M #S"], k_pos: Int32[Array, "B #M S"], window: Window | None) -> Bool[Array, "B M S"]:
-    return (k_pos >= 0) & (k_pos <= q_pos if window is None else window.visible(q_pos, k_pos))
-
-
 def _plain(stored: Stored) -> Float[Array, "*rows H"]:
     found = read(stored, jnp.dtype(jnp.float32)).astype(jnp.float32)
     return hadamard(found) if isinstance(stored, Quantized) else found
@@ -119,14 +115,7 @@ def _differ(x: jax.Array, y: jax.Array) -> Bool[Array, ""]:
 @partial(jax.jit, donate_argnums=0)
 def hide(made: layer.Layer, counts: Int32[Array, "B"]) -> layer.Layer:
     """NaN in the pools from `counts` tokens of a row on."""
-
-    def poisoned(pool: Stored) -> Stored:
-        if isinstance(pool, Quantized):
-            nan = jnp.uint32(0x7FC00000)
-            return Quantized(pool.words, jnp.where(_beyond(pool, counts), nan, pool.grid), pool.head_dim, pool.bits)
-        return jnp.where(_beyond(pool, counts), jnp.asarray(jnp.nan, pool.dtype), pool)
-
-    full_k, full_v, ring_k, ring_v = map(poisoned, made.pools.stored)
+    full_k, full_v, ring_k, ring_v = (poisoned(pool, _beyond(pool, counts)) for pool in made.pools.stored)
     return made._replace(pools=Pools(full_k, full_v, ring_k, ring_v))
 
 
