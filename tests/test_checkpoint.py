@@ -37,6 +37,7 @@ from safetensors.numpy import load_file, save_file
 from duo_jax import PRESETS, KVCache, Model, ModelConfig, generate, load_model, load_tokenizer, prefill
 from duo_jax.checkpoint import hub, packaged
 from duo_jax.checkpoint.folder import INDEX, Folder
+from duo_jax.checkpoint.gguf_blocks import ON_DEVICE, Blocks
 from duo_jax.checkpoint.gguf_file import LAYER_MODULES, MODEL_TENSORS, GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.rope import DividedRope
@@ -628,6 +629,19 @@ def test_every_type_that_gguf_can_dequantize_is_read(kind: Quantization, tmp_pat
     assert values.shape == file.shapes["model.layers.0.mlp.down_proj.weight"] == (rows, blocks * elements)
     np.testing.assert_array_equal(values, quants.dequantize(data, kind))
     assert np.isfinite(values).all() and values.dtype == np.float32 and np.ptp(values) > 0
+
+
+@pytest.mark.parametrize("kind", ON_DEVICE, ids=lambda kind: kind.name)
+def test_the_device_dequantizes_to_the_bits_of_gguf(kind: Quantization) -> None:
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(0, 256, (8, 40 * size), dtype=np.uint8)
+    data[:, 1::size] &= 0xBF  # Scales of every size and sign, subnormal ones too, that are finite.
+    if kind == Quantization.Q4_1:
+        data[:, 3::size] &= 0xBF
+    expected = quants.dequantize(data, kind)
+    np.testing.assert_array_equal(jax.jit(Blocks.values)(Blocks(data, kind)), expected)
+    halves = expected.reshape(2, 2, 2, -1).swapaxes(1, 2).reshape(expected.shape)
+    np.testing.assert_array_equal(Blocks(data, kind, pairs=2).values(), halves)
 
 
 @pytest.mark.parametrize("name", ["Q8_K", "I32", "F64"])

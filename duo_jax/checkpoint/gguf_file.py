@@ -9,6 +9,7 @@ import numpy as np
 from gguf import dequantize
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.checkpoint.gguf_blocks import ON_DEVICE, Blocks, in_halves
 from duo_jax.checkpoint.gguf_config import config_from_gguf
 from duo_jax.checkpoint.gguf_reader import GgufHeader, read_header
 from duo_jax.checkpoint.gguf_tokenizer import tokenizer_from_gguf
@@ -89,13 +90,21 @@ class GgufFile(Source):
 
     def read(self, name: str) -> np.ndarray:
         """Dequantize one tensor, and put q and k rows in Hugging Face's order."""
-        tensor = self._tensors[name]
+        tensor, pairs = self._tensors[name], self._pairs(name)
         values = dequantize(tensor.data(), tensor.kind).reshape(tensor.shape)
-        if self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name):
-            # The decoder has the rows of a head as (half, pair), the file as (pair, half).
-            pairs = values.reshape(-1, self.config.head_dim // 2, 2, *values.shape[1:])
-            return pairs.swapaxes(1, 2).reshape(values.shape)
-        return values
+        return values if pairs is None else in_halves(values, pairs)
+
+    def stored(self, name: str) -> np.ndarray | Blocks:
+        """See `Source`."""
+        tensor = self._tensors[name]
+        if tensor.kind not in ON_DEVICE or len(tensor.shape) != 2:
+            return self.read(name)
+        return Blocks(tensor.data(), tensor.kind, self._pairs(name))
+
+    def _pairs(self, name: str) -> int | None:
+        """Pairs of a head's rows that the file has next to each other."""
+        is_paired = self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name)
+        return self.config.head_dim // 2 if is_paired else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """From the metadata."""

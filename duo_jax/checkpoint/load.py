@@ -20,6 +20,7 @@ from duo_jax.arguments import instance, path_of
 from duo_jax.certified import certify_model, inference
 from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
+from duo_jax.checkpoint.gguf_blocks import Blocks
 from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.save import SavedModel
@@ -234,14 +235,17 @@ def _read(
     checkpoint: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
 ) -> "Array | np.ndarray | qwix.QArray":
     """A parameter of the decoder, on the default device, or on the host, from where it is divided over a mesh."""
-    parts = [checkpoint.read(name) for name in weight.names]
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if on_host and weight_dtype is None:
+        whole = np.concatenate([checkpoint.read(name) for name in weight.names])
         return (whole.T if weight.is_kernel else whole).astype(dtype)
-    return _convert(whole, dtype, weight.is_kernel, weight_dtype)
+    parts = tuple(checkpoint.stored(name) for name in weight.names)
+    return _convert(parts, dtype, weight.is_kernel, weight_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _convert(x: Array, dtype: jnp.dtype, transpose: bool, weight_dtype: str | None) -> "Array | qwix.QArray":
+def _convert(
+    parts: tuple[Array | Blocks, ...], dtype: jnp.dtype, transpose: bool, weight_dtype: str | None
+) -> "Array | qwix.QArray":
+    x = jnp.concatenate([part.values() if isinstance(part, Blocks) else part for part in parts])
     placed = (x.T if transpose else x).astype(dtype)
     return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype, input_axis=int(not transpose))

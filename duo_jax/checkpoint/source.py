@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from duo_jax.checkpoint.gguf_blocks import Blocks
 from duo_jax.config import ModelConfig
 from duo_jax.sampling_settings import SamplingSettings
 
@@ -38,6 +39,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
         """One tensor's values, in the data type that they are stored in; quantized ones in float32."""
+
+    def stored(self, name: str) -> np.ndarray | Blocks:
+        """As `read`, but values that the device can dequantize are still quantized."""
+        return self.read(name)
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
