@@ -122,30 +122,34 @@ class ModelConfig:
         """
         from duo_jax.hf_config import standard
 
-        values = standard(config)
-        family = values["model_type"]
-        return cls(
-            family=family,
-            vocab_size=values["vocab_size"],
-            num_layers=values["num_hidden_layers"],
-            embed_dim=values["hidden_size"],
-            num_heads=values["num_attention_heads"],
-            num_kv_heads=values["num_key_value_heads"],
-            head_dim=values["head_dim"],
-            mlp_dim=values["intermediate_size"],
-            rope=values["rope"],
-            norm_eps=values["rms_norm_eps"],
-            max_positions=values["max_position_embeddings"],
-            tied_head=values["tie_word_embeddings"],
-            dtype=values["dtype"],
-            eos_ids=values["eos_token_id"],
-            **{flag: value(values) if callable(value) else value for flag, value in FAMILIES[family].items()},
-        )
+        return from_standard(standard(config))
 
     @property
     def trained_positions(self) -> int:
         """Tokens of context that the model was trained for."""
         return self.rope.trained_positions(self.max_positions)
+
+
+def from_standard(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration with the values of `hf_config.standard`."""
+    family = values["model_type"]
+    return ModelConfig(
+        family=family,
+        vocab_size=values["vocab_size"],
+        num_layers=values["num_hidden_layers"],
+        embed_dim=values["hidden_size"],
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        mlp_dim=values["intermediate_size"],
+        rope=values["rope"],
+        norm_eps=values["rms_norm_eps"],
+        max_positions=values["max_position_embeddings"],
+        tied_head=values["tie_word_embeddings"],
+        dtype=values["dtype"],
+        eos_ids=values["eos_token_id"],
+        **{flag: value(values) if callable(value) else value for flag, value in FAMILIES[family].items()},
+    )
 
 
 def _flag(name: str) -> Callable[[Mapping[str, Any]], bool]:

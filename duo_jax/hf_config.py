@@ -71,8 +71,13 @@ YARN_NULL = {
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def standard(config: Mapping[str, Any]) -> dict[str, Any]:
+def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[str, Any]:
     """The values that transformers' class for this family has after reading `config`, RoPE as `rope`; see `KEYS`.
+
+    Args:
+        config: a Hugging Face configuration.
+        is_complete: nothing is left to a default of the family, and all of RoPE is in `rope_parameters`: transformers,
+            which takes half a second to import its configurations, has nothing to add.
 
     Raises:
         NotImplementedError: an architecture or a feature that this decoder does not have, by name.
@@ -87,7 +92,7 @@ def standard(config: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: config[key] for key in KEYS if key in config}
     given |= {key: check(key, given[key]) for key, check in KEYS.items() if check and given.get(key) is not None}
     _check_rope(given)
-    values = _by_transformers(family, given)
+    values = {key: given.get(key) for key in KEYS} if is_complete else _by_transformers(family, given)
     _refuse_unsupported(family, values, config)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))

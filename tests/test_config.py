@@ -15,6 +15,9 @@ from transformers import AutoConfig
 
 from duo_jax import PRESETS, ModelConfig
 from duo_jax.checkpoint.folder import Folder
+from duo_jax.config import FAMILIES as KNOWN
+from duo_jax.config import from_standard
+from duo_jax.hf_config import standard
 from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope, rotation
 from tests.shapes import FAMILIES, GOLDEN
 
@@ -39,6 +42,24 @@ def from_folder(folder: Path, **values: Any) -> ModelConfig:
 
 def rope_of(**parameters: Any) -> Rope:
     return ModelConfig.from_hf(BASE | {"rope_parameters": {"rope_theta": 10000.0, **parameters}}).rope
+
+
+@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_a_complete_configuration_is_read_as_by_transformers(family: str, scaling: dict[str, Any]) -> None:
+    rope = {"rope_theta": 5e5, "partial_rotary_factor": 1.0} | scaling
+    flags = dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), True)
+    others = {"head_dim": 16, "hidden_act": "silu", "rope_parameters": rope, "eos_token_id": 3, "sliding_window": None}
+    values = BASE | flags | others | {"model_type": family}
+    assert from_standard(standard(values, is_complete=True)) == ModelConfig.from_hf(values)
 
 
 EXPECTED = {

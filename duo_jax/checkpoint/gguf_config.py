@@ -11,7 +11,8 @@ from typing import Any
 
 from duo_jax.arguments import MOST_TOKENS
 from duo_jax.checkpoint.gguf_tokenizer import special_id
-from duo_jax.config import FAMILIES, ModelConfig
+from duo_jax.config import FAMILIES, ModelConfig, from_standard
+from duo_jax.hf_config import standard
 from duo_jax.rope import DividedRope
 
 # Keys that change no logit here.
@@ -100,9 +101,10 @@ def config_from_gguf(
         "rope_parameters": _rope(keys, positions=positions, head_dim=head_dim),
         "eos_token_id": _ends(metadata, rows),
         "dtype": "bfloat16",
+        "hidden_act": "silu",
     }
     keys.refuse_others(OFF | {"attention.scale": head_dim**-0.5})
-    config = ModelConfig.from_hf(values)
+    config = from_standard(standard(values, is_complete=True))
     if divisors is None:
         return config
     if config.rope.type != "default":
