@@ -4,14 +4,16 @@ A subcommand is a frozen dataclass: its fields are the flags, its docstring is t
 """
 
 import ast
+import contextlib
 import contextvars
 import errno
 import functools
+import gc
 import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -47,20 +49,32 @@ def _main(name: str, commands: dict[str, EntryPoint]) -> None:
 
 
 def _run(entry: EntryPoint) -> None:
-    from duo_jax.programs import keep_programs
-    from pallas_kernels.certify.machine import check_setting, may_have_gpu
+    with _no_garbage():
+        from duo_jax.programs import keep_programs
+        from pallas_kernels.certify.machine import check_setting, may_have_gpu
 
-    check_setting()
-    _take_memory()
-    keep_programs()
-    warnings.showwarning = functools.partial(_warn, entry.name)
-    command = _parsed(entry, sys.argv[2:])
+        check_setting()
+        _take_memory()
+        keep_programs()
+        warnings.showwarning = functools.partial(_warn, entry.name)
+        command = _parsed(entry, sys.argv[2:])
     require(f"duo {entry.name}", packages_of(command))
     if may_have_gpu() or os.environ.get("DUO_BACKEND"):
         from duo_jax.cli.certify import certify_for
 
         certify_for(command)
     command.run()
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Imports make no garbage: do not look for it in what they make, neither now nor whenever Python does later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _parsed(entry: EntryPoint, args: list[str]) -> Any:
