@@ -1,7 +1,8 @@
 # The public API: each name is imported when it is first used.
 from .cache.cache import KVCache
 from .certified import certify
-from .checkpoint import load_model, load_tokenizer, save_model
+from .checkpoint.load import load_model, load_tokenizer
+from .checkpoint.save import save_model
 from .config import PRESETS, ModelConfig
 from .generation import generate, stream
 from .infer import Scores, decode_step, prefill, score

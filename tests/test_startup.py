@@ -24,6 +24,8 @@ SLOW = ("flax", "gguf", "jax", "orbax", "qwix", "transformers")
         ("import duo_jax; duo_jax.ModelConfig", {"jax"}),
         ("import duo_jax; duo_jax.HeadPattern", {"jax"}),
         ("import duo_jax; duo_jax.KVCache, duo_jax.generate", {"flax", "jax"}),
+        ("sys.argv = ['duo', 'models']; from duo_jax.cli import main; main()", {"jax"}),
+        ("sys.argv = ['duo', 'patterns']; from duo_jax.cli import main; main()", {"jax"}),
     ],
 )
 def test_slow_libraries_are_imported_when_they_are_used(code, allowed):

@@ -11,8 +11,14 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import MOST_BYTES, ArgumentError, whole_number
-from duo_jax.checkpoint import load_model, load_tokenizer
-from duo_jax.checkpoint.load import loaded_config, open_config, open_source, usual_dtype
+from duo_jax.checkpoint.load import (
+    load_model,
+    load_tokenizer,
+    loaded_config,
+    open_config,
+    open_source,
+    usual_dtype,
+)
 from duo_jax.chunks import bucket
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from duo_jax.checkpoint import save_model
+from duo_jax.checkpoint.save import save_model
 from duo_jax.cli.options import ModelOptions
 from duo_jax.files import free_path
 from pallas_kernels.types import Request

@@ -33,9 +33,9 @@ from hypothesis import strategies as st
 from duo_jax import HeadPattern, KVCache, load_model, load_tokenizer
 from duo_jax.arrays import Shards
 from duo_jax.cache import store
-from duo_jax.checkpoint import save_model
 from duo_jax.checkpoint.folder import INDEX, Folder
 from duo_jax.checkpoint.gguf_file import GgufFile
+from duo_jax.checkpoint.save import save_model
 from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.inspect import Inspect
 from duo_jax.finite import json_text
