@@ -23,6 +23,7 @@ from filelock import FileLock
 
 import duo_jax
 from duo_jax import KVCache, certified, infer, make_mesh
+from duo_jax.cache import store
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.certify import certify_for, requests_of
 from duo_jax.cli.doctor import Doctor
@@ -114,7 +115,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DUO_JAX_CACHE", str(tmp_path / "cache"))
     for name in ("DUO_CERTIFY", "DUO_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # So that what a command sets is taken back.
+        monkeypatch.delenv(name)
     monkeypatch.setattr(parent, "may_have_gpu", lambda: True)
     machine.environment.cache_clear()
     verdicts.forget()
@@ -519,7 +521,7 @@ def test_every_command_with_a_model_says_what_it_will_run():
     assert {"Bench", "Efficiency", "Generate", "Identify", "Recall", "Quantize"} <= checked
 
 
-def test_evaluations_ask_for_the_attention_of_all_that_they_compare(text_model):
+def test_commands_ask_for_the_attention_of_all_that_they_run(text_model, monkeypatch):
     name, pattern = str(text_model), str(text_model / "pattern")
     for command, expected in (
         (
@@ -532,6 +534,11 @@ def test_evaluations_ask_for_the_attention_of_all_that_they_compare(text_model):
     ):
         keys = {key_of(request).partition("window ")[2] for request in requests_of(command)} - {""}
         assert all(any(key.startswith(each) for key in keys) for each in expected) and len(keys) == len(expected), keys
+    # A saved cache has its own pattern and data types.
+    monkeypatch.setattr(store, "read_about", lambda path: {"tokens": [[1]], "dtypes": ["int4", "float32"]})
+    monkeypatch.setattr(store, "pattern_of", lambda about: any_pattern(open_config(text_model), 0.5))
+    requests = requests_of(Generate(ModelOptions(name), cache=Path("saved")))
+    assert {key_of(each).partition("window ")[2] for each in requests} == {"64+256, full int4, ring float32"}
     assert requests_of(Quantize(ModelOptions(name), Path("out"))) == [] and requests_of(Patterns()) is None
 
 

@@ -17,7 +17,8 @@ from pallas_kernels.types import Request
 def certify_for(command: Any) -> None:
     """Find the missing verdicts on the attention that a command's flags ask for. Nothing is checked without a GPU.
 
-    A group of flags whose attention is not that of `ModelOptions` and `PatternOptions` has a method `requests`.
+    A group of flags whose attention is not that of `ModelOptions` and `PatternOptions` has a method `requests`; it
+    returns None where it is.
 
     Raises:
         ValueError, Unsupported: a `DUO_CERTIFY` or `DUO_BACKEND` that does not exist or cannot do this.
@@ -41,14 +42,15 @@ def requests_of(command: Any) -> list[Request] | None:
     """What will run, by the groups of flags of a command; None: a command without a model."""
     groups = list(_groups(command))
     own = [group for group in groups if callable(getattr(group, "requests", None))]
-    if own:
-        return list(own[0].requests())
+    if own and (requests := own[0].requests()) is not None:
+        return list(requests)
     found = {type(group): group for group in groups}
     if (model := found.get(ModelOptions)) is None:
         return None
-    pattern = found.get(PatternOptions, PatternOptions()).load(1)
     mesh = found.get(DeviceOptions, DeviceOptions()).size
     config = open_config(model.model).with_dtypes(dtype=model.dtype)
+    # Only the choice by a KV budget depends on the length.
+    pattern = found.get(PatternOptions, PatternOptions()).load(config.trained_positions)
     return inference(config, pattern, kv_dtype=found.get(CacheOptions, CacheOptions()).kv_dtype, mesh=mesh)
 
 

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from duo_jax.arguments import whole_number
 from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
+from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.load import open_config
 from duo_jax.chunks import bucket, chunk_width
 from duo_jax.cli.answers import Answers
 from duo_jax.cli.batch import BatchOptions, PromptRow, answer, batches, encode_rows, filled, fingerprint, read_rows
@@ -30,6 +32,7 @@ from duo_jax.plan import Plan
 from duo_jax.sampling import Sampler
 from duo_jax.text import template
 from duo_jax.text.lm import LM, TextStream
+from pallas_kernels.types import Request
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class Generate:
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     json: bool = False
     """Print one JSON object instead of text."""
+
+    def requests(self) -> list[Request] | None:
+        """The attention over a saved cache, for certification: it has its own pattern and data types."""
+        if (before := self._saved()) is None:
+            return None
+        config = open_config(self.model.model).with_dtypes(dtype=self.model.dtype)
+        return inference(config, store.pattern_of(before), kv_dtype=before["dtypes"][0])
 
     def run(self) -> None:
         """Check the flags, load, generate and report; of several processes, only the first prints."""
