@@ -200,7 +200,7 @@ class _Certification:
         self._settled.add(job)
         self._job = None
         verdicts.add(Found({key: {name: verdict}}))
-        self._show(f"  {key}: {name} {'is ' if verdict.is_right else ''}{verdict}")
+        self._show(f"  {key}: {name}{' is' if verdict.is_right else ':'} {verdict}")
         self._complete()
 
     def _complete(self) -> None:
