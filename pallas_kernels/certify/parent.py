@@ -178,7 +178,8 @@ class _Certification:
         """A child has ended without saying so."""
         how, by = child.how_it_ended()
         if self._job is None:
-            self._show(f"  nothing could be checked: the process {how}")
+            way = verdicts.how(next(iter(self._requests)))
+            self._show(f"  nothing could be checked: the process {how}; when the GPU is free: {way}")
             return False
         if by in KILLERS:  # No fault of the backend: not stored, so that it is checked again next time.
             self._leave(self._job, f"the process {how}")
