@@ -80,7 +80,7 @@ test-meshes: $(STAMP) ## run every legal mesh of up to eight devices
 	@$(PYTEST) -m meshes $(PYTEST_ARGS)
 
 # The plugin must have jax's own version; neither a driver nor a GPU is needed to compile.
-test-aot: ## compile for GPUs that are not there, in an environment of its own, .venv-aot (fetches 430 MB)
+test-aot: ## compile for GPUs that are not there and execute the code, in an environment of its own, .venv-aot (fetches 430 MB)
 	@$(MAKE) --no-print-directory venv VENV=.venv-aot
 	@version=$$(.venv-aot/bin/python -c 'import jax; print(jax.__version__)'); \
 	  .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12 "jax-triton>=0.3.1,<0.5" "triton>=3.6,<3.8"

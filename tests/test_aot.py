@@ -4,6 +4,8 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
+# Before jax loads the CUDA plugin, which reads only then where Mosaic's runtime is.
+import jax.experimental.mosaic.gpu  # noqa: F401
 import jaxtyping
 import pytest
 from duo_eval.aot.compile import compile_for, gpus_like, kernels_on, memory_of

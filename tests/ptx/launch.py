@@ -121,7 +121,7 @@ def executing() -> Iterator[Launches]:
 
 @contextmanager
 def executing_pallas_calls() -> Iterator[Launches]:
-    """Within it and `jax.disable_jit`, calls of `pallas_call` run from their PTX, whoever's kernels they are."""
+    """Within it and `jax.disable_jit`, calls of `pallas_call` run from their PTX, whose kernels they may be."""
     launches, real = Launches(), pl.pallas_call
 
     def pallas_call(kernel: Any, **settings: Any) -> Any:

@@ -1,5 +1,6 @@
 """`duo eval kernels`: registers, spills and main loops of the GPU kernels, from the compiler; no GPU is needed."""
 
+import importlib
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -49,6 +50,9 @@ class Kernels:
 
     def run(self) -> None:
         """Compile every configuration, print a line for each kernel."""
+        # It says where Mosaic's runtime is. XLA reads that when jax loads the CUDA plugin, which is before a first
+        # kernel of another backend is compiled.
+        importlib.import_module("jax.experimental.mosaic.gpu")
         for name, values, known in (
             ("gpus", self.gpus, GPUS),
             ("dtypes", self.dtypes, ("bfloat16", "float16", "float32")),
