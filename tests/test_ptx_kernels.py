@@ -154,6 +154,20 @@ def test_decode(case, backend):
     assert error < BOUND[case.dtype]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_any_rows_of_one_program(seed):
+    """Starts and lengths anywhere; kernels are compiled for the first of them only."""
+    rng = np.random.default_rng(seed)
+    starts, lengths = (tuple(map(int, rng.integers(0, most, 3))) for most in (210, 71))
+    rows = {"starts": starts, "lengths": lengths, "tokens": 70, "capacity": 280, "recent_size": 67}
+    error, launches = prefill(Case(MIXED, **BF16, **rows))
+    said(launches)
+    assert error < BOUND["bfloat16"]
+    error, launches = decode(Case(MIXED, **BF16, **rows), "triton")
+    said(launches)
+    assert error < BOUND["bfloat16"]
+
+
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_two_devices_that_share_the_tokens(operation):
     """Each computes its part; the parts are merged here."""
