@@ -365,6 +365,7 @@ def test_a_method_looks_the_same_in_every_figure():
     same += (("random-heads", "random"), ("random-heads", "random-heads=1"), ("duo=a/mine", "duo=b/mine:sparsity=0.5"))
     assert all(style_of(one) == style_of(other) for one, other in same)
     assert style_of("a new method") == style_of("a new method:size=3")
+    assert style_of("0.5 32/128") == style_of("duo") and label("0.5 32/128") == "duo 50% stream, 32/128"
     assert label("duo=a/mine:sparsity=0.5") == "mine 50% stream" and label("duo+quest=a/mine") == "duo+quest=mine"
     first, second = styles_of(["duo", "duo:sparsity=0.5"])
     assert (first.colour, first.marker) == (second.colour, second.marker) and first.pattern != second.pattern

@@ -3,7 +3,6 @@
 Each task at each budget is scored over the questions that all of its methods answered.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,6 @@ from duo_eval.show.result_type import Drawn
 from duo_eval.show.style import label
 from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.scores import FULL, Record, by_method, mean, shared
-
-# How `duo eval mmlu` and `humaneval` of version 0.1 named a pattern: sparsity, sinks, window.
-_OLD = re.compile(r"([\d.]+) (\d+)/(\d+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +33,8 @@ class Column:
     @property
     def name(self) -> str:
         """Task, budget and number of questions."""
-        budget = "" if self.budget is None else f", {self.budget:.0%}\N{NO-BREAK SPACE}KV"
-        return f"{self.task}{budget}, n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{self.questions}"
+        budget = "" if self.budget is None else f", {self.budget:.0%} KV"
+        return f"{self.task}{budget}, n = {self.questions}"
 
 
 def columns_of(task: str, records: Iterable[Record]) -> Iterator[Column]:
@@ -93,6 +89,4 @@ def _scored(record: Record) -> Record | None:
     job, score = record.get("job", {}), record.get("score", record.get("correct"))
     if score is None or "method" not in job:
         return None
-    old = _OLD.fullmatch(job["method"])
-    name = "duo:sparsity={},sink_size={},recent_size={}".format(*old.groups()) if old else job["method"]
-    return {**record} | {"job": {"budget": 1.0} | job | {"method": name}, "score": float(score)}
+    return {**record} | {"job": {"budget": 1.0} | job, "score": float(score)}

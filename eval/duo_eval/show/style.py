@@ -47,6 +47,8 @@ SAME = {
 # For methods that are not in the table.
 OTHER_COLOURS = ("#117733", "#a0522d", "#4477aa", "#661100", "#888800")
 OTHER_MARKERS = ("d", "8", "H")
+# How `duo eval mmlu` and `humaneval` of version 0.1 named a pattern: sparsity, sinks, window.
+_OLD = re.compile(r"([\d.]+) (\d+)/(\d+)")
 # For settings of one method, from the smallest to the largest: colours of viridis, which no method has.
 SCALE = ("#440154", "#3b528b", "#21918c", "#5ec962", "#c8b400")
 SCALE_MARKERS = "o^sph"
@@ -57,7 +59,7 @@ def label(method: str) -> str:
 
     `duo:sparsity=0.5,sink_size=32,recent_size=128` is "duo 50% stream, 32/128"; a pattern in a folder has its name.
     """
-    name, _, settings = method.partition(":")
+    name, _, settings = _today(method).partition(":")
     kind, _, source = name.partition("=")
     if source:
         name = _last(source) if kind == "duo" else f"{kind}={_last(source)}"
@@ -72,7 +74,7 @@ def style_of(method: str) -> Style:
     A pattern in a folder, `duo=results/kvzip`, has the style of the folder's name. A name that is not in `STYLES` has a
     style that depends on nothing but the name.
     """
-    name, _, source = method.partition(":")[0].partition("=")
+    name, _, source = _today(method).partition(":")[0].partition("=")
     if name == "duo" and source:
         name = _last(source)
     name = SAME.get(method if method in SAME else name, name)
@@ -81,6 +83,12 @@ def style_of(method: str) -> Style:
     number = zlib.crc32(name.encode())
     colours = len(OTHER_COLOURS)
     return Style(OTHER_COLOURS[number % colours], OTHER_MARKERS[number // colours % len(OTHER_MARKERS)])
+
+
+def _today(method: str) -> str:
+    """The name of a method as files have it since version 0.1."""
+    old = _OLD.fullmatch(method)
+    return "duo:sparsity={},sink_size={},recent_size={}".format(*old.groups()) if old else method
 
 
 def _last(source: str) -> str:

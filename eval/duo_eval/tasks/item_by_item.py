@@ -19,6 +19,7 @@ from duo_eval.runner.record import read, sha256
 from duo_eval.runner.run import Comparison, MethodJob, refused
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
+from duo_eval.show.style import label
 from duo_eval.stats.intervals import of_differences, of_scores
 from duo_eval.stats.scores import FULL, NOTHING
 from duo_jax import LM, Model
@@ -126,15 +127,15 @@ def _answers(adapter: Any, jobs: Sequence[ItemJob], items: Mapping[str, Item]) -
 
 def compared(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """A row of `COLUMNS` for each method and budget, over the items that it and full attention answered."""
-    by_method: dict[str, dict[str, Mapping[str, Any]]] = {}
+    by_method: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
     for result in results:
         if "answer" in result:
             job = result["job"]
             budget = job.get("budget", 1.0)  # Files of version 0.1 have none.
-            by_method.setdefault(f"{job['method']}{f' at {budget:g}' if budget < 1 else ''}", {})[job["item"]] = result
-    full = by_method.get(FULL, {})
+            by_method.setdefault((job["method"], budget), {})[job["item"]] = result
+    full = by_method.get((FULL, 1.0), {})
     rows = []
-    for method, by_item in by_method.items():
+    for (method, budget), by_item in by_method.items():
         pairs = [(full[item], result) for item, result in by_item.items() if item in full]
         if not pairs:
             continue
@@ -143,7 +144,8 @@ def compared(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
         shares = [of_scores(correct), of_scores(same), of_scores((correct == reference).astype(float))]
         cells = [share.scaled(100).format(".1f") for share in shares]
         cells.append(of_differences(correct, reference).scaled(100).format("+.1f"))
-        rows.append([method, str(len(pairs)), *(cells if method != FULL else [cells[0], "", "", ""])])
+        name = label(method) if budget == 1 else f"{label(method)} at {budget:g}"
+        rows.append([name, str(len(pairs)), *(cells if method != FULL else [cells[0], "", "", ""])])
     return rows
 
 

@@ -294,6 +294,8 @@ def _table(caption: str, text: str) -> Table:
     wide = f'<div class="wide" role="region" aria-label="{escape(caption)}" tabindex="0"><table>'
     html = html.replace("<table>", wide).replace("</table>", "</table></div>")
     html = re.sub(r"<th(?=[ >])", '<th scope="col"', html)
-    # Where a table is wider than the page, a cell breaks before an interval, not inside it.
-    html = re.sub(r"\([^()<>]{1,30}\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), html)
+    # Where a table is wider than the page, a cell breaks before an interval or a number, not inside it.
+    html = re.sub(
+        r"\([^()<>]{1,30}\)|\bn = \d+|\d% KV\b", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), html
+    )
     return Table(caption, Markup(html), html.count("<tr>") - html.count("<thead>"))
