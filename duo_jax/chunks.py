@@ -15,6 +15,12 @@ from pallas_kernels.gpus import device_kind
 CHUNK_SIZE = 1024
 GPU_CHUNK_SIZE = 8192
 
+# Smaller calls are padded to so many tokens of prompt, of answer and of cache, so that they share their programs: a CPU
+# takes half a minute to compile one of SmolLM2, and a few milliseconds to compute the padding. The rows of a batch
+# share the tokens of prompt and cache.
+LEAST_PROMPT, LEAST_ANSWER, LEAST_ROOM = 64, 128, 256
+LEAST_WIDTH = 16
+
 # Fixed cost of a chunk, in tokens: reading the weights, loops over heads. Measured on two CPU cores with SmolLM2 at
 # 2048 tokens: chunks of 256, 512 and 1024 take 3.5, 2.7 and 2.3 s. On a GPU, computed: the weights are read in the time
 # of about 150 (A100) to 300 (H100) tokens' products.
@@ -40,6 +46,16 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def answer_capacity(count: int) -> int:
+    """Columns of the arrays of an answer of up to `count` tokens."""
+    return bucket(max(count, LEAST_ANSWER))
+
+
+def cache_room(count: int, rows: int = 1) -> int:
+    """Size of a cache for `count` tokens of each row."""
+    return bucket(max(count, LEAST_ROOM // rows))
+
+
 def chunk_width(length: int, chunk_size: int | None = None, *, rows: int = 1) -> int:
     """Tokens per chunk for a prompt: `chunk_size`, or by default the power of two that should take the least time.
 
@@ -51,7 +67,8 @@ def chunk_width(length: int, chunk_size: int | None = None, *, rows: int = 1) ->
     if chunk_size is not None:
         return min(whole_number("chunk_size", chunk_size, 1), 1 << max(4, (length - 1).bit_length()))
     overhead = CHUNK_OVERHEAD if device_kind() == "cpu" else GPU_CHUNK_OVERHEAD
-    widths = [1 << power for power in range(4, most_at_a_time(rows).bit_length())]
+    least = min(LEAST_PROMPT, max(LEAST_WIDTH, LEAST_ROOM // rows)).bit_length() - 1
+    widths = [1 << power for power in range(least, most_at_a_time(rows).bit_length())]
     return min(widths, key=lambda width: -(-length // width) * (width + overhead))
 
 

@@ -25,7 +25,7 @@ from duo_jax.checks import (
     is_traced,
     warn_of_quantization,
 )
-from duo_jax.chunks import bucket, chunk_width
+from duo_jax.chunks import answer_capacity, bucket, cache_room, chunk_width
 from duo_jax.infer import run_prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
@@ -65,7 +65,7 @@ class Request:
         tokens, most = self.prompt.tokens, self.max_new_tokens
         padded = bucket(-(-tokens.shape[1] // self.width)) * self.width
         prompt = self.prompt._replace(tokens=np.pad(tokens, ((0, 0), (0, padded - tokens.shape[1]))))
-        sizes = {"capacity": bucket(most), "width": self.width}
+        sizes = {"capacity": answer_capacity(most), "width": self.width}
         out, failed = self.generator.run(self.model, prompt, self.cache, np.int32(most), **sizes)
         return out._replace(tokens=out.tokens[:, :most], logprobs=out.logprobs[:, :most]), failed
 
@@ -240,11 +240,11 @@ def prepare(
         total = longest + max_new_tokens
         if total > MOST_TOKENS:
             raise ArgumentError("max_new_tokens", f"must be at most {MOST_TOKENS - longest}, got {max_new_tokens}")
-        room = min(bucket(total), MOST_TOKENS)
+        room = min(cache_room(total, len(tokens)), MOST_TOKENS)
         cache = KVCache.init(model.config, pattern, len(tokens), room, dtype=kv_dtype, mesh=model.mesh)
     check_cache(model, cache, lengths.astype(np.int64) + max_new_tokens)
     warn_of_quantization(model, cache)
-    answer = 8 * len(tokens) * bucket(max_new_tokens)
+    answer = 8 * len(tokens) * answer_capacity(max_new_tokens)
     check_free(answer, f"max_new_tokens={max_new_tokens} takes {answer / 1e9:.1f} GB for the answer: ask for fewer")
     seen = np.zeros((len(tokens), model.config.vocab_size), bool)
     for row, count in enumerate(lengths):

@@ -217,17 +217,18 @@ def test_progress_reports_positions_done(tiny, half):
 
 
 def test_prompts_in_one_bucket_share_a_program(tiny, half):
-    def run(length):
+    def run(length, max_new_tokens=4):
         tokens = np.ones((1, length), int)
         cache = KVCache.init(tiny.config, half, 1, 96)
         logits, _ = prefill(tiny, tokens, cache)
-        generate(tiny, tokens, pattern=half, max_new_tokens=4)
+        generate(tiny, tokens, pattern=half, max_new_tokens=max_new_tokens)
         return logits
 
     run(40)
     programs = infer._extend._cache_size(), Generator.run._cache_size()
     for length in (33, 37, 43):
         run(length)
+    run(3, max_new_tokens=40)  # Small calls are padded to one size.
     assert (infer._extend._cache_size(), Generator.run._cache_size()) == programs
     run(70)  # A longer prompt needs a longer cache: the count can change.
     assert Generator.run._cache_size() == programs[1] + 1

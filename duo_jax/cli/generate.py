@@ -17,7 +17,7 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.load import open_config
-from duo_jax.chunks import bucket, chunk_width
+from duo_jax.chunks import cache_room, chunk_width
 from duo_jax.cli.answers import Answers
 from duo_jax.cli.batch import BatchOptions, PromptRow, answer, batches, encode_rows, filled, fingerprint, read_rows
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
@@ -189,7 +189,7 @@ class Generate:
         with tqdm(desc="prompts", total=done + len(rows), initial=done, unit="prompt", dynamic_ncols=True) as bar:
             for batch in batches(rows, size):
                 whole = filled(batch, size)
-                longest = bucket(len(whole[0].tokens) + self.max_new_tokens)
+                longest = cache_room(len(whole[0].tokens) + self.max_new_tokens, size)
                 length = longest if self.room.max_context is None else room
                 replies = lm.complete(
                     [row.tokens.tolist() for row in whole],

@@ -19,7 +19,7 @@ from duo_jax.checkpoint.load import (
     open_source,
     usual_dtype,
 )
-from duo_jax.chunks import bucket
+from duo_jax.chunks import cache_room
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
 from duo_jax.model import Model
@@ -142,7 +142,7 @@ class RoomOptions:
             return plan.max_context(memory)
         if self.max_context is not None and self.max_context < needed:
             raise ValueError(f"prompt and answer may take {needed} tokens, more than --max-context {self.max_context}")
-        room = self.max_context or bucket(needed)
+        room = self.max_context or cache_room(needed, plan.batch_size)
         plan.check(room, memory)
         return room
 
