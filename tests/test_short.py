@@ -110,8 +110,8 @@ def test_mmlu_compares_item_by_item_and_goes_on_where_it_stopped(tmp_path, duo, 
     pattern = shutil.copytree(model / "pattern", tmp_path / "pattern")
     whole = run_mmlu(duo, model, mmlu_file, out, pattern=pattern)
     assert whole.code == 0, whole
-    assert short_table(out).count(":sparsity=0") == 2 and "duo eval mmlu" in short_table(out)
-    assert "snapkv:window=64 at 0.9" in short_table(out) and "snapkv:window=64 at 0.1" not in short_table(out)
+    assert short_table(out).count("% stream") == 2 and "duo eval mmlu" in short_table(out)
+    assert "snapkv window 64 at 0.9" in short_table(out) and "snapkv window 64 at 0.1" not in short_table(out)
     head, *records = [json.loads(line) for line in out.read_text().splitlines()]
     count = len(mmlu.questions(mmlu_file, shots=1, count=500, seed=0))
     assert len(records) == 5 * count and head["about"]["shots"] == 1
