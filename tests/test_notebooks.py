@@ -128,6 +128,7 @@ def test_the_committed_notebook_is_small_and_has_the_outputs_of_one_run(path: Pa
     assert notebook.metadata.kernelspec.name == "python3"
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == [*range(1, len(counts) + 1)]
+    assert not [output.text for output in outputs_of(notebook) if output.get("name") == "stderr"]
     # Where duo-jax is missing, as in a hosted notebook, the first cell installs it; nothing else of the clone is read.
     install, *others = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert 'find_spec("duo_jax") is None' in install and '%pip install --quiet "{SOURCE}"' in install
