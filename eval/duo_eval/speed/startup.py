@@ -42,6 +42,7 @@ class Startup:
             "import duo_jax": ["-c", "import duo_jax"],
             "duo --help": ["-c", DUO, "--help"],
             "duo generate --help": ["-c", DUO, "generate", "--help"],
+            "duo doctor": ["-c", DUO, "doctor"],
             "duo generate, 8 tokens": ["-c", DUO, *generate],
         }
         named = [python.partition("=") if "=" in python else (python, "", python) for python in self.pythons]
