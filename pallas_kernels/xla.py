@@ -5,7 +5,7 @@ that the head table stays data: two loops with trip counts read from it, and no 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from pallas_kernels.schedule import block_at, cdiv, div
 from pallas_kernels.types import Backend, Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window, consecutive
 from pallas_kernels.xla_train import training
+
+T = TypeVar("T")
 
 # Tokens per block. Large enough for a matrix product to be worth its call, small enough that scores stay in cache.
 Q_BLOCK = 512
@@ -224,10 +226,10 @@ def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
         state = empty((batch, q_block * group), head_dim)
         state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
         own_blocks = cdiv(cdiv(first + q_block, own_block) - first_own, step)
-        state = lax.fori_loop(jnp.int32(0), own_blocks, own, state)
+        state = _loop(own_blocks, own, state, is_single=own_block == length and shards is None)
         return _write(out, partial_of(state, out.out.dtype), first, q_block)
 
-    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, blank)
+    return _loop(cdiv(longest, q_block), one_q_block, blank, is_single=q_block == length)
 
 
 def _prefill_streaming(q, k, v, ring, blank, *, start, longest, window):
@@ -262,7 +264,12 @@ def _prefill_streaming(q, k, v, ring, blank, *, start, longest, window):
         state = accumulate(empty((batch, q_block * group), head_dim), rows, keys, values, keep)
         return _write(out, partial_of(state, out.out.dtype), first, q_block)
 
-    return lax.fori_loop(jnp.int32(0), cdiv(longest, q_block), one_q_block, blank)
+    return _loop(cdiv(longest, q_block), one_q_block, blank, is_single=q_block == length)
+
+
+def _loop(count: Array, body: Callable[[Array, T], T], state: T, *, is_single: bool) -> T:
+    """`count` steps. One that is never repeated needs no loop, of which a program would have one for each layer."""
+    return body(jnp.int32(0), state) if is_single else lax.fori_loop(jnp.int32(0), count, body, state)
 
 
 def _write(out: Partial, block: Partial, first: Array, q_block: int) -> Partial:
@@ -285,7 +292,7 @@ def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"
         return accumulate(state, q, keys, values, keep[:, None, :])
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
-    state = lax.fori_loop(jnp.int32(0), num_blocks, add_block, empty(q.shape[:2], q.shape[2]))
+    state = _loop(num_blocks, add_block, empty(q.shape[:2], q.shape[2]), is_single=block == size)
     return partial_of(state, jnp.float32)
 
 
