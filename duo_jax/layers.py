@@ -101,10 +101,10 @@ class Attention(nnx.Module):
             self.q_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
             self.k_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], rotation: tuple[Array, Array], attend: Attend[State], state: State, layer: int
-    ) -> tuple[Float[Array, "B T D"], State]:
-        """Project, rotate, attend, project back."""
+    def project(
+        self, x: Float[Array, "B T D"], rotation: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values; RoPE turns the first two."""
         config = self.config
         batch, length, _ = x.shape
         # Constrain in two steps: in one, XLA gathers weights over the devices that share a head's tokens, not outputs.
@@ -116,8 +116,7 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, state = attend(state, layer, rotate(q, *rotation), rotate(k, *rotation), v)
-        return self.out(out.reshape(batch, length, -1)), state
+        return rotate(q, *rotation), rotate(k, *rotation), v
 
     def key_channels(self) -> Int32[Array, "K H"]:
         """Order of the channels of queries and keys in a quantized cache, by how large those of keys may be.
@@ -170,6 +169,21 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], rotation: tuple[Array, Array], attend: Attend[State], state: State, layer: int
     ) -> tuple[Float[Array, "B T D"], State]:
         """Apply to every token; `attend` mixes them."""
-        attended, state = self.attention(self.attention_norm(x), rotation, attend, state, layer)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), state
+        out, state = attend(state, layer, *_before_attention(self, x, rotation))
+        return _after_attention(self, x, out), state
+
+
+# Jitted, so that they are traced and lowered once for all layers, which are alike.
+
+
+@jax.jit
+def _before_attention(
+    layer: Layer, x: Float[Array, "B T D"], rotation: tuple[Array, Array]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    return layer.attention.project(layer.attention_norm(x), rotation)
+
+
+@jax.jit
+def _after_attention(layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    x = x + layer.attention.out(out.reshape(*x.shape[:2], -1))
+    return x + layer.mlp(layer.mlp_norm(x))
