@@ -79,7 +79,7 @@ def run_prefill(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Like `prefill`, with arguments that have been checked, `width` tokens at a time."""
-    last = jnp.zeros((tokens.shape[0], model.config.embed_dim), model.dtype)
+    last = jax.device_put(np.zeros((tokens.shape[0], model.config.embed_dim), model.dtype))
     for begin, chunk, counts in chunks(tokens, lengths, width):
         last, cache = _extend(model, chunk, cache, counts, last, backend)
         if progress:

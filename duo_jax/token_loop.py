@@ -160,8 +160,8 @@ class Generator:
         """Generate step by step from the logits after a prompt; `seen` and `keys` are for samplers that use them."""
         seen = np.zeros(logits.shape, bool) if seen is None else seen
         keys = row_keys(0, np.arange(len(logits))) if keys is None else keys
-        state = State(cache, logits, seen, jnp.ones(len(logits), bool), keys, jnp.bool_(True))
-        return Stream(self, model, state, max_new_tokens, watch)
+        active, is_finite = jax.device_put((np.ones(len(logits), bool), np.bool_(True)))
+        return Stream(self, model, State(cache, logits, seen, active, keys, is_finite), max_new_tokens, watch)
 
 
 class Stream(Iterator[Step]):
@@ -226,7 +226,7 @@ def row_keys(key: Array | int | None, rows: Int[np.ndarray, "B"]) -> Key[Array, 
     """One random key for each row, which depends only on `key` and the row's index in `rows`."""
     if key is None or isinstance(key, int):
         key = jax.random.key(key or 0)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.device_put(rows.astype(np.uint32)))
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "eos_ids"))

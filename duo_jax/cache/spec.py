@@ -198,7 +198,7 @@ class CacheSpec:
         heads, pages = self.heads, None
         if self.page_size is not None:
             pages = jnp.arange(self.batch_size * self._pages_of_row, dtype=jnp.int32).reshape(self.batch_size, -1)
-        put = (lambda x, *_: jnp.asarray(x)) if mesh is None else functools.partial(place, mesh)
+        put = (lambda x, *_: jax.device_put(x)) if mesh is None else functools.partial(place, mesh)
         return KVCache(
             full=pools[0],
             rings=tuple(pools[1:]),

@@ -130,7 +130,7 @@ def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:
     vocab, merges = _vocab(metadata), _strings(metadata, "merges")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     for merge, (left, right) in zip(merges, pairs, strict=True):
-        if not {left, right, left + right} <= vocab.keys():
+        if not (left in vocab and right in vocab and left + right in vocab):
             raise ValueError(
                 f"'tokenizer.ggml.merges' has {merge[:80]!r}, which does not join two tokens into a third; "
                 "convert the model again"
