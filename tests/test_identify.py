@@ -65,11 +65,14 @@ def test_writes_a_pattern_that_loads_with_all_its_settings(identify, tmp_path, t
 )
 def test_every_recipe_ends_in_the_same_files(identify, tmp_path, recipe):
     quick = ("--prulong.steps", "2", "--attention-profile.length", "40", "--kvzip.length", "40")
+    quick += ("--prulong.target-sparsity", "0.75")
     done = identify("--recipe", recipe, *quick)
     assert done.code == 0, done
     pattern = HeadPattern.load(tmp_path / "run", sparsity=0.5)
     assert pattern.metadata["training"]["recipe"] == recipe
     assert np.isfinite(pattern.gates).all() and pattern.num_streaming == 4
+    by_default = HeadPattern.load(tmp_path / "run")
+    assert by_default.num_streaming == (6 if recipe == "prulong" else (by_default.gates < 0.5).sum())
 
 
 def test_one_recipe_starts_from_another_s_result(identify, tmp_path):

@@ -30,7 +30,7 @@ from duo_jax.differences import changes
 from duo_jax.files import is_left_over, locked, write_text
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import check_alike, is_first
-from duo_jax.pattern import GATES_FILE, HeadPattern
+from duo_jax.pattern import DEFAULT_RULE, GATES_FILE, HeadPattern
 from duo_jax.pattern import check_folder as check_pattern_folder
 from duo_jax.reading import read_json
 from duo_train.backends import BACKENDS, resumed
@@ -244,7 +244,11 @@ class Identify:
         """The gates as a pattern, with all settings as metadata."""
         training = self.resolved() | dict(extends or {}) | {"duo_jax": duo_jax.__version__}
         metadata = {"model_name": self.model.model, "training": training}
-        return HeadPattern.from_gates(gates, sink_size=self.sink_size, recent_size=self.recent_size, metadata=metadata)
+        sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        sparsity = self.chosen.sparsity
+        if sparsity is not None:
+            metadata |= {DEFAULT_RULE: sparsity}
+        return HeadPattern.from_gates(gates, **sizes, sparsity=sparsity, metadata=metadata)
 
 
 def ranks(gates: Float[np.ndarray, "L K"]) -> Float[np.ndarray, "L K"]:

@@ -14,6 +14,11 @@ from duo_train.run import Run
 class Recipe(abc.ABC):
     """A frozen dataclass whose fields are the recipe's settings. A new one is a file and a row of `RECIPES`."""
 
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that the gates are for, which becomes the pattern's default; None: they are for any."""
+        return None
+
     def check(self, run: Run) -> None:
         """Raise ValueError if this recipe cannot work with `run`; called before `find`."""
         return

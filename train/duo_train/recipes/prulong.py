@@ -57,6 +57,11 @@ class PruLong(Learned):
         for name in ("target_sparsity", "ramp"):
             real_number(name, getattr(self, name), 0, 1)
 
+    @property
+    def sparsity(self) -> float:
+        """The target: at a gate of 0.5, another number of heads may stream."""
+        return self.target_sparsity
+
     def check(self, run: Run) -> None:
         """Only self mixing: there is no teacher."""
         if run.attention.mixing != "self":
