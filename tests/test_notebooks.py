@@ -75,7 +75,7 @@ def check_identify_heads(notebook) -> None:
     assert all(float(loss) < 0.5 for _, loss, _ in steps)  # what it is while every gate is 1
     assert 0 < float(steps[-1][2]) < 1
     # The real run's curves.
-    assert "200 steps of 1088 tokens\nmean gate 1.00 to 0." in text
+    assert "30 steps of 3200 to 4480 tokens\nmean gate 0.50 to 0.33\nexpected sparsity 0.27 to 0.54\n" in text
     ranges = re.findall(r"^layer \d: gates from ([\d.]+) to ([\d.]+)$", text, re.MULTILINE)
     assert len(ranges) == 4
     assert all(0 <= float(least) <= float(most) <= 1 for least, most in ranges)

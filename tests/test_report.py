@@ -359,9 +359,14 @@ def test_a_method_looks_the_same_in_every_figure():
     from duo_eval.show.style import label, style_of, styles_of
     from duo_train.recipes import RECIPES
 
-    names = {*METHODS, *RECIPES, "transformers"} - {"distill"}  # The recipe of the shipped pattern is duo.
+    names = {*METHODS, *RECIPES, "transformers"}
     assert len({(style_of(name).colour, style_of(name).marker) for name in names}) == len(names)
-    same = (("full", "full attention"), ("duo", "distill"), ("kvzip", "duo=a/kvzip/"), ("snapkv", "snapkv:window=64"))
+    same = (
+        ("full", "full attention"),
+        ("duo", "prulong-long"),
+        ("kvzip", "duo=a/kvzip/"),
+        ("snapkv", "snapkv:window=64"),
+    )
     same += (("random-heads", "random"), ("random-heads", "random-heads=1"), ("duo=a/mine", "duo=b/mine:sparsity=0.5"))
     assert all(style_of(one) == style_of(other) for one, other in same)
     assert style_of("a new method") == style_of("a new method:size=3")

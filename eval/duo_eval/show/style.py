@@ -35,17 +35,18 @@ STYLES: Mapping[str, Style] = {
     "attention-profile": Style("#332288", "<"),
     "kvzip": Style("#aa4499", ">"),
     "prulong": Style("#8f8f2f", "h"),
+    "distill": Style("#117733", "p"),
     "transformers": Style("#882255", "*"),
 }
-# Other names of the same methods: a pattern by its recipe, the baselines of `duo eval recall`.
+# Other names of the same methods: the shipped pattern, the baselines of `duo eval recall`.
 SAME = {
-    "distill": "duo",
+    "prulong-long": "duo",
     "full attention": "full",
     "all streaming": "streamingllm",
     "random": "random-heads",
 }
 # For methods that are not in the table.
-OTHER_COLOURS = ("#117733", "#a0522d", "#4477aa", "#661100", "#888800")
+OTHER_COLOURS = ("#a0522d", "#4477aa", "#661100", "#888800")
 OTHER_MARKERS = ("d", "8", "H")
 # How `duo eval mmlu` and `humaneval` of version 0.1 named a pattern: sparsity, sinks, window.
 _OLD = re.compile(r"([\d.]+) (\d+)/(\d+)")
