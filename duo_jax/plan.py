@@ -22,6 +22,7 @@ from duo_jax.mesh.place import parameter_shapes
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
 from duo_jax.sizes import nbytes, size_text
+from pallas_kernels.certify.machine import may_have_gpu
 
 
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:
@@ -55,7 +56,7 @@ class Plan:
         pattern: which heads stream; None: full attention.
         batch_size: sequences.
         chunk_size: tokens of each sequence's prompt that are computed at a time; None becomes what prefill takes by
-            default on the device here, `duo_jax.chunks.most_at_a_time`.
+            default on this machine, `duo_jax.chunks.most_at_a_time`.
         kv_dtype: data type of the cache, as in `KVCache.init`.
         streaming_dtype: data type of streaming heads, as in `KVCache.init`.
         mesh: devices that share the model and its cache; sizes are per device.
@@ -73,7 +74,9 @@ class Plan:
         """Check the sizes, and that the mesh can share the model and its cache."""
         instance("config", self.config, ModelConfig, "pass model.config")
         precision = self.cache(1).precision  # Checks the batch, and has the names of the data types.
-        chunk = most_at_a_time(self.batch_size) if self.chunk_size is None else self.chunk_size
+        # Without starting the device: certification must come before that.
+        default = most_at_a_time(self.batch_size, on_gpu=may_have_gpu())
+        chunk = default if self.chunk_size is None else self.chunk_size
         object.__setattr__(self, "chunk_size", whole_number("chunk_size", chunk, 1))
         for name in ("kv_dtype", "streaming_dtype"):
             object.__setattr__(self, name, getattr(precision, name))

@@ -219,7 +219,7 @@ def test_progress_reports_positions_done(tiny, half):
 def test_prompts_in_one_bucket_share_a_program(tiny, half):
     def run(length, max_new_tokens=4):
         tokens = np.ones((1, length), int)
-        cache = KVCache.init(tiny.config, half, 1, 96)
+        cache = KVCache.init(tiny.config, half, 1, 400)
         logits, _ = prefill(tiny, tokens, cache)
         generate(tiny, tokens, pattern=half, max_new_tokens=max_new_tokens)
         return logits
@@ -230,8 +230,13 @@ def test_prompts_in_one_bucket_share_a_program(tiny, half):
         run(length)
     run(3, max_new_tokens=40)  # Small calls are padded to one size.
     assert (infer._extend._cache_size(), Generator.run._cache_size()) == programs
-    run(70)  # A longer prompt needs a longer cache: the count can change.
+    run(70)  # A wider chunk: another program.
     assert Generator.run._cache_size() == programs[1] + 1
+    run(300)
+    programs = infer._extend._cache_size(), Generator.run._cache_size()
+    for length in (290, 310):
+        run(length)
+    assert (infer._extend._cache_size(), Generator.run._cache_size()) == programs
 
 
 def test_patterns_with_equally_many_retrieval_heads_share_a_program(tiny):

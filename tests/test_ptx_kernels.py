@@ -282,7 +282,8 @@ def test_a_changed_instruction_is_caught(kernel, opcode, edit, least):
     """Each of some executed instructions, one at a time."""
     if kernel == "jax_triton":
         needs_jax_triton()
-    _, (launch,) = MUTATED[kernel]()
+    error, (launch,) = MUTATED[kernel]()
+    assert error < BOUND["bfloat16"]  # Unchanged, it is right.
     lines = launch.program.text.split("\n")
     caught, missed = [], []
     executed = [each.line for each in launch.run.executed if each.opcode.startswith(opcode)]

@@ -102,8 +102,9 @@ def test_elsewhere_a_backend_must_have_been_found_right(on, tmp_path, monkeypatc
 def test_an_altered_entry_is_refused(tmp_path, entry, annotations_off):
     with pytest.raises(ValueError, match=r"run.json.* altered: choose another folder"):
         resumed(tmp_path / RUN_FILE, [entry], REQUESTS, None)
-    with pytest.raises(ValueError, match="altered"):
-        resumed(tmp_path / RUN_FILE, "xla", REQUESTS, None)
+    for whole in ("xla", {"device": "cpu", "choices": {}}):
+        with pytest.raises(ValueError, match="altered"):
+            resumed(tmp_path / RUN_FILE, whole, REQUESTS, None)
 
 
 def test_the_command_refuses_before_it_loads(identify, tmp_path, monkeypatch):  # noqa: F811

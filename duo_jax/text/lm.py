@@ -73,13 +73,13 @@ def load(
         chosen = pattern
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
-    config = open_config(source)
+    config = open_config(source).with_dtypes(dtype=dtype)
     if chosen is not None:
         chosen.check(config)
     tokenizer = load_tokenizer(source)
     template.start(tokenizer)
     sampling = open_source(source, weights=False).sampling
-    attention = inference(config.with_dtypes(dtype=dtype), chosen, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
+    attention = inference(config, chosen, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
     certify_model(config, attention)  # Not the mesh: `load_model` lets its processes agree.
     dtypes: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)

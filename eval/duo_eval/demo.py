@@ -18,7 +18,7 @@ from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
 from duo_jax.certified import inference
 from duo_jax.checkpoint.load import open_config
-from duo_jax.chunks import bucket
+from duo_jax.chunks import cache_room
 from duo_jax.cli.timings import Timings
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.tokens import encode
@@ -93,7 +93,7 @@ class Demo:
     def _ask(
         self, lm: LM, tokens: Int32[np.ndarray, "T"], status: Callable[[str], None]
     ) -> tuple[str, dict[str, int | float]]:
-        cache = lm.make_cache(bucket(len(tokens) + self.max_new_tokens))
+        cache = lm.make_cache(cache_room(len(tokens) + self.max_new_tokens))
         timings = Timings(lm.model.config, cache, len(tokens), status)
         running = TextStream(
             lm,

@@ -47,7 +47,7 @@ def resumed(
         Unsupported: a backend that cannot run here, a NotImplementedError.
     """
     if not isinstance(earlier, list):
-        _names(earlier, path)
+        _names(None, path)
     if not earlier or os.environ.get("DUO_BACKEND"):
         now = chosen(requests, named)
         if earlier and _names(earlier[-1], path) != _names(now, path):
