@@ -75,7 +75,9 @@ class Plan:
         instance("config", self.config, ModelConfig, "pass model.config")
         precision = self.cache(1).precision  # Checks the batch, and has the names of the data types.
         # Without starting the device: certification must come before that.
-        default = most_at_a_time(self.batch_size, on_gpu=may_have_gpu())
+        traced = jax.sharding.get_abstract_mesh().abstract_device
+        on_gpu = may_have_gpu() if traced is None else traced.device_kind != "cpu"
+        default = most_at_a_time(self.batch_size, on_gpu=on_gpu)
         chunk = default if self.chunk_size is None else self.chunk_size
         object.__setattr__(self, "chunk_size", whole_number("chunk_size", chunk, 1))
         for name in ("kv_dtype", "streaming_dtype"):

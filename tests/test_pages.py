@@ -41,7 +41,7 @@ NOT_RUN = {
     "docs/guides/chat.md": 1,
     "docs/guides/choose.md": 3,
     "docs/guides/efficiency.md": 1,
-    "docs/guides/gpu.md": 3,
+    "docs/guides/gpu.md": 4,
     "docs/guides/harness.md": 6,
     "docs/guides/identify.md": 12,
     "docs/guides/kernels.md": 1,

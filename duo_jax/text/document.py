@@ -7,7 +7,7 @@ import numpy as np
 
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.chunks import cache_room
+from duo_jax.chunks import bucket
 from duo_jax.infer import prefill
 from duo_jax.text import template
 from duo_jax.text.lm import LM, TextStream
@@ -42,7 +42,7 @@ class Document:
                 f"but {max_length=}: shorten it, or raise max_length"
             )
         self._lm = lm
-        self._max_length = max_length or cache_room(needed)
+        self._max_length = max_length or bucket(needed)
         self._cache: KVCache | None = None
         self._running: TextStream | None = None
         self._failed = False
