@@ -66,6 +66,8 @@ def parse(text: str) -> Kernel:
     if len(pointers) != parameters.count(".param"):
         raise Unreadable(f"parameters of {name} that are no pointers: {parameters.strip()}")
     shared = re.findall(r"\.shared \.align \d+ \.b8 ([\w$]+)\[", code[: entry.start(4)])
+    if len(shared) > 1:  # They would have one address.
+        raise Unreadable(f"{name} has {len(shared)} arrays of shared memory")
     threads = re.search(r"\.(?:req|max)ntid (\d+)", directives)
     if threads is None:
         raise Unreadable(f"{name} does not say how many threads a block has")

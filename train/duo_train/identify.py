@@ -243,7 +243,7 @@ class Identify:
     def pattern(self, gates: Float[np.ndarray, "L K"], extends: Mapping[str, Any] | None = None) -> HeadPattern:
         """The gates as a pattern, with all settings as metadata."""
         training = self.resolved() | dict(extends or {}) | {"duo_jax": duo_jax.__version__}
-        metadata = {"model_name": self.model.model, "training": training}
+        metadata: dict[str, Any] = {"model_name": self.model.model, "training": training}
         sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
         sparsity = self.chosen.sparsity
         if sparsity is not None:
