@@ -183,7 +183,7 @@ def duo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             main()
         except SystemExit as done:
             code = done.code if isinstance(done.code, int) else 1
-        gc.unfreeze()  # A command is the last that its process does; this process goes on.
+        gc.unfreeze()  # A command freezes what it imported, since its process ends with it; this one does not.
         return Result(code, *capsys.readouterr())
 
     return run

@@ -108,7 +108,7 @@ def test_an_altered_entry_is_refused(tmp_path, entry, annotations_off):
 
 
 def test_the_command_refuses_before_it_loads(identify, tmp_path, monkeypatch):  # noqa: F811
-    """And resumes with another backend if it is told to."""
+    """A resume is refused before the model is loaded, unless DUO_BACKEND names another backend."""
     assert identify("--distill.steps", "1").code == 0
     path = tmp_path / "run" / RUN_FILE
     settings = json.loads(path.read_text())

@@ -53,8 +53,8 @@ def load_model(
     """Load pretrained weights, tensor by tensor, onto the default device or the devices of a mesh.
 
     From then on, jax stores compiled programs on disk, see `duo_jax.programs`. On a GPU, attention backends that were
-    not checked there yet are checked first, for up to two minutes: for full attention and for the window of most
-    patterns, unless `duo_jax.certify` was called before.
+    not checked there yet are checked first, for up to two minutes: for `pattern`, otherwise for full attention and the
+    window of most patterns, unless `duo_jax.certify` was called before.
 
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.

@@ -1,4 +1,4 @@
-"""Every kernel compared with the dense reference in float32, on the inputs of certification, drawn anew in each run."""
+"""Every kernel compared with the dense reference in float32, on certification's inputs, which each run draws afresh."""
 
 import time
 from collections.abc import Iterator
