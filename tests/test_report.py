@@ -363,7 +363,6 @@ def test_a_method_looks_the_same_in_every_figure():
     assert len({(style_of(name).colour, style_of(name).marker) for name in names}) == len(names)
     same = (
         ("full", "full attention"),
-        ("duo", "prulong-long"),
         ("kvzip", "duo=a/kvzip/"),
         ("snapkv", "snapkv:window=64"),
     )

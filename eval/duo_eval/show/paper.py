@@ -30,7 +30,7 @@ NEEDLE, RULER, RECALL = "cpu/needle.jsonl", "cpu/ruler.jsonl", "cpu/recall.jsonl
 MMLU, HUMANEVAL, BENCH = "cpu/mmlu.jsonl", "cpu/humaneval.jsonl", "cpu/bench.json"
 CONTEXTS, POINTS = "aot/plan.json", "aot/paper.json"
 # The pattern of each task, as its results name it.
-SHIPPED, OF_RECALL, SHORT = "duo", "prulong-long", "0.5 32/128"
+SHIPPED, SHORT = "duo", "0.5 32/128"
 
 
 def paper_latency(results: Path) -> str:
@@ -212,7 +212,7 @@ def _recall(path: Path, paper: str) -> list[tuple[str, ...]]:
     _, cells = recall_cells(path)
     rows = []
     for length in sorted({key.length for key in cells}):
-        own = {key.sparsity: cell for key, cell in cells.items() if key.length == length and key.method == OF_RECALL}
+        own = {key.sparsity: cell for key, cell in cells.items() if key.length == length and key.method == SHIPPED}
         full = cells[full_cell(length)]
         values = [_percent(own[1 - budget].accuracy) if 1 - budget in own else "not measured" for budget in BUDGETS]
         count = f"{full.passkeys} passkeys"

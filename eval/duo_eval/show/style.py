@@ -40,7 +40,6 @@ STYLES: Mapping[str, Style] = {
 }
 # Other names of the same methods: the shipped pattern, the baselines of `duo eval recall`.
 SAME = {
-    "prulong-long": "duo",
     "full attention": "full",
     "all streaming": "streamingllm",
     "random": "random-heads",
