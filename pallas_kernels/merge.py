@@ -1,6 +1,6 @@
 """A softmax over keys that are met in parts: the running state, and the merge of parts by their log-sum-exp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -81,6 +81,12 @@ def merge_splits(parts: Partial, is_used: Bool[Array, "..."], axis: int) -> Part
     out, log_sum = jnp.where(is_used[..., None], parts.out, 0.0), jnp.where(is_used, parts.log_sum, MASKED)
     most = log_sum.max(axis)
     return _merged(Partial(out, log_sum), jnp.expand_dims(most, axis), most, lambda *x: [y.sum(axis) for y in x])
+
+
+def merge_parts(parts: Sequence[Partial]) -> Partial:
+    """One softmax out of those over parts of the keys, such as those of several devices."""
+    stacked = Partial(*(jnp.stack(x) for x in zip(*parts, strict=True)))
+    return merge_splits(stacked, jnp.ones(stacked.log_sum.shape, bool), axis=0)
 
 
 def merge_shards(part: Partial, axis: str) -> Partial:

@@ -1,6 +1,7 @@
 """The operations: they check their arguments, choose a backend, and merge what devices computed in parts."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends import candidates, find_backend
-from pallas_kernels.certify.verdicts import best
+from pallas_kernels.certify.verdicts import SAFE, best
 from pallas_kernels.choices import repeated
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.merge import merge_shards
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
+from pallas_kernels.trial import Operands, compiles
 from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
 from pallas_kernels.window import Window
 
@@ -54,6 +56,25 @@ def prefill_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
+    options: dict[str, Any] = {"window": window, "shards": shards, "backend": backend}
+    part = prefill_part(q, k, v, pools, heads, start=start, lengths=lengths, **options)
+    return _merged(part, shards).astype(q.dtype)
+
+
+def prefill_part(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    window: Window,
+    shards: TokenShards | None = None,
+    backend: str | None = None,
+) -> Partial:
+    """`prefill_attention` over the tokens of one of the devices that share them."""
     _check(q.shape[0], q.shape[2:], pools, heads, window)
     if k.shape != (*q.shape[:2], heads.slot.shape[0], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] like {q.shape=}, got {k.shape=}, {v.shape=}")
@@ -62,12 +83,13 @@ def prefill_attention(
     k, v = (jnp.where(is_valid, x, jnp.zeros((), x.dtype)) for x in (k, v))
     k = _as_stored(k, pools.full_k, pools.ring_k, heads, q.dtype)
     v = _as_stored(v, pools.full_v, pools.ring_v, heads, q.dtype)
-    chosen = choose(_request("prefill", q, (k, v), pools, heads.slot.shape[0], window, shards), backend)
-    assert chosen.prefill is not None
+    request = _request("prefill", q, (k, v), pools, heads.slot.shape[0], window, shards)
     with jax.named_scope("prefill_attention"):
-        turned = _in_basis_of_pools(q, pools, heads)
-        part = chosen.prefill(turned, k, v, pools, heads, start=start, lengths=lengths, window=window, shards=shards)
-        return _in_basis_of_pools(_merged(part, shards), pools, heads).astype(q.dtype)
+        turned, rows = _in_basis_of_pools(q, pools, heads), {"start": start, "lengths": lengths}
+        chosen = choose(request, backend, Operands((turned, k, v, pools, heads), rows, shards))
+        assert chosen.prefill is not None
+        part = chosen.prefill(turned, k, v, pools, heads, **rows, window=window, shards=shards)
+        return part._replace(out=_in_basis_of_pools(part.out, pools, heads))
 
 
 def decode_attention(
@@ -96,13 +118,29 @@ def decode_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
+    part = decode_part(q, pools, heads, lengths=lengths, window=window, shards=shards, backend=backend)
+    return _merged(part, shards).astype(q.dtype)
+
+
+def decode_part(
+    q: Float[Array, "B N H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    lengths: Int32[Array, "B"],
+    window: Window,
+    shards: TokenShards | None = None,
+    backend: str | None = None,
+) -> Partial:
+    """`decode_attention` over the tokens of one of the devices that share them."""
     _check(q.shape[0], q.shape[1:], pools, heads, window)
-    chosen = choose(_request("decode", q, (), pools, heads.slot.shape[0], window, shards), backend)
-    assert chosen.decode is not None
+    request = _request("decode", q, (), pools, heads.slot.shape[0], window, shards)
     with jax.named_scope("decode_attention"):
         turned = _in_basis_of_pools(q, pools, heads)
+        chosen = choose(request, backend, Operands((turned, pools, heads), {"lengths": lengths}, shards))
+        assert chosen.decode is not None
         part = chosen.decode(turned, pools, heads, lengths=lengths, window=window, shards=shards)
-        return _in_basis_of_pools(_merged(part, shards), pools, heads).astype(q.dtype)
+        return part._replace(out=_in_basis_of_pools(part.out, pools, heads))
 
 
 def gated_attention(
@@ -169,24 +207,36 @@ def full_attention(
         return _training(q, k, v, None, backend)
 
 
-def choose(request: Request, name: str | None = None) -> Backend:
+def choose(request: Request, name: str | None = None, operands: Operands | None = None) -> Backend:
     """The named backend; without a name the one that a resumed run repeats, or that in `DUO_BACKEND`.
 
-    Otherwise the fastest one with a verdict that it is right.
+    Otherwise the fastest one with a verdict that it is right. One that was not named, and does not compile for the
+    operands, is passed over.
 
     Raises:
         ValueError: an unknown name.
         Unsupported: the backend cannot run the request.
     """
-    wanted = name or repeated(request) or os.environ.get("DUO_BACKEND")
-    if not wanted:
-        return find_backend(best(request, candidates(request)))
-    backend = find_backend(wanted)
-    reason = backend.supports(request)
-    if reason is not None:
-        way = f"use backend={candidates(request)[0]!r}" if name else "unset DUO_BACKEND, or name another one"
-        raise Unsupported(f"the {wanted} backend {reason}: {way}")
-    return backend
+    again, named = repeated(request), os.environ.get("DUO_BACKEND")
+    if wanted := name or again or named:
+        backend = find_backend(wanted)
+        reason = backend.supports(request)
+        if reason is not None:
+            way = f"use backend={candidates(request)[0]!r}" if name else "unset DUO_BACKEND, or name another one"
+            raise Unsupported(f"the {wanted} backend {reason}: {way}")
+        if wanted in SAFE or name or named or _compiles(backend, request, operands):
+            return backend
+    names = tuple(each for each in candidates(request) if each != again)
+    while (chosen := best(request, names)) not in SAFE:
+        backend = find_backend(chosen)
+        if _compiles(backend, request, operands):
+            return backend
+        names = tuple(each for each in names if each != chosen)
+    return find_backend(chosen)
+
+
+def _compiles(backend: Backend, request: Request, operands: Operands | None) -> bool:
+    return operands is None or compiles(backend, request, operands)
 
 
 def _merged(part: Partial, shards: TokenShards | None) -> Array:
@@ -197,7 +247,8 @@ def _training(q: Array, k: Array, v: Array, window: Window | None, backend: str 
     """Causal attention of retrieval heads, or of streaming heads with a window."""
     if q.shape[2] % k.shape[2] or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] with K dividing N, got {q.shape=}, {k.shape=}, {v.shape=}")
-    chosen = choose(_request("training", q, (k, v), None, k.shape[2], window, None), backend)
+    request = _request("training", q, (k, v), None, k.shape[2], window, None)
+    chosen = choose(request, backend, Operands((q, k, v)))
     assert chosen.training is not None
     return chosen.training(q, k, v, window)
 

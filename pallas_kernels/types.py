@@ -82,15 +82,17 @@ class TokenShards:
     Attributes:
         axis: the mesh axis of the devices (static).
         count: their number (static).
+        at: index of the one whose part is computed, in a program without the mesh; None: the one that computes it.
     """
 
     axis: str
     count: int
+    at: int | None = None
 
     @property
     def index(self) -> Int32[Array, ""]:
         """Index of this device among them."""
-        return lax.axis_index(self.axis)
+        return lax.axis_index(self.axis) if self.at is None else jnp.int32(self.at)
 
     def held(self, length: Int32[Array, "B"]) -> Int32[Array, "B"]:
         """Number of the first `length` tokens that this device stores."""

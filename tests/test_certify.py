@@ -36,9 +36,10 @@ from duo_jax.plan import any_pattern
 from pallas_kernels import cudnn, ops
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
-from pallas_kernels.certify.examine import examine, is_no_memory
+from pallas_kernels.certify.examine import examine
 from pallas_kernels.certify.messages import from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
+from pallas_kernels.errors import is_no_memory
 from pallas_kernels.tiles import forget_tuned, tiles_for
 from pallas_kernels.types import Backend, Request
 from pallas_kernels.window import Window
@@ -295,6 +296,7 @@ def test_memory_that_is_taken_is_told_from_a_kernel_that_needs_too_much():
         assert is_no_memory(error)
     for text in (
         "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 163840, available: 101376",
+        "RESOURCE_EXHAUSTED: ptxas fatal: (C7600) Register allocation failed with register count of '255'",
         "CUDA_ERROR_ILLEGAL_ADDRESS",
         "",
     ):

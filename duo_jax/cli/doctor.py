@@ -26,9 +26,9 @@ from duo_jax.tune import kernels_here, tune
 from pallas_kernels import BACKENDS, Unsupported, Window
 from pallas_kernels.backends import find_backend
 from pallas_kernels.certify import cases, report
-from pallas_kernels.certify.examine import first_line
 from pallas_kernels.certify.machine import may_have_gpu
 from pallas_kernels.choices import here
+from pallas_kernels.errors import first_line
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.tiles import tuned_file
 from pallas_kernels.types import OPERATIONS, Request

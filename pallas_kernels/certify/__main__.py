@@ -25,10 +25,11 @@ import numpy as np
 
 from pallas_kernels.backends import candidates
 from pallas_kernels.certify import cases, machine
-from pallas_kernels.certify.examine import FAILED, NoMemory, examine, first_line, is_no_memory
+from pallas_kernels.certify.examine import FAILED, NoMemory, examine
 from pallas_kernels.certify.messages import from_json
 from pallas_kernels.certify.verdicts import SAFE, Verdict, key_of
 from pallas_kernels.choices import here
+from pallas_kernels.errors import first_line, is_no_memory
 from pallas_kernels.types import Request
 
 

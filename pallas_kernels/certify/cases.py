@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import ops
+from pallas_kernels.merge import merge_parts
 from pallas_kernels.quantized import Quantized, empty, store
 from pallas_kernels.types import Heads, Pools, Request, TokenShards
 from pallas_kernels.window import Window
@@ -26,7 +26,7 @@ TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 TOKENS = 64
 # The outputs of an operation; in training, gradients are named after their inputs.
 OUTPUTS = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v")}
-# Devices that share the tokens of retrieval heads.
+# Devices that share the tokens of retrieval heads. One computes all of their parts here: it may be the only one.
 SHARDS = 2
 PAGE = 16
 
@@ -60,13 +60,16 @@ MOST_SCORES = 1 << 28
 
 
 class Inputs(NamedTuple):
-    """The inputs of all cases of a request, one along the first axis; `pools` are shared, each case has its slots."""
+    """The inputs of all cases of a request, one along the first axis; `pools` are shared, each case has its slots.
+
+    There is one of `pools` for each device that shares tokens.
+    """
 
     arrays: tuple[Any, ...]
     heads: Heads | None
     start: Any
     lengths: Any
-    pools: Pools | None
+    pools: tuple[Pools, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,20 +109,14 @@ class Case:
 
 
 def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
-    """The inputs for a request.
-
-    Raises:
-        NotImplementedError: too few devices to share tokens.
-    """
+    """The inputs for a request."""
     rng = np.random.default_rng(seed)
     if request.operation == "training":
         shapes = [(3, 2, sizes.training, heads, request.head_dim) for heads in _heads_of(request, 2)]
         own = tuple(_normal(rng, shape, request.q) for shape in (*shapes, shapes[0]))
-        inputs = Inputs(own, None, None, None, None)
+        inputs = Inputs(own, None, None, None, ())
         return Case(request, inputs, inputs, sizes.rounds)
     assert request.window is not None
-    if request.is_sharded and len(jax.devices()) < SHARDS:
-        raise NotImplementedError(f"needs {SHARDS} devices to share tokens among")
     kinds = [name for name in ("full", "ring") if getattr(request, name) is not None]
     mixes = [[(is_full if len(kinds) == 2 else kinds == ["full"]) for is_full in mix] for mix in MIXES]
     is_retrieval = np.array(mixes if len(kinds) == 2 else mixes[:3])
@@ -144,7 +141,7 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     arrays: tuple[Any, ...] = (q, k, v) if request.operation == "prefill" else (q[:, :, 0],)
     heads = Heads(jnp.asarray(is_retrieval), jnp.asarray(slots))
     at = jnp.asarray(start[:count]), jnp.asarray(lengths[:count])
-    inputs, clean = (Inputs(arrays, heads, *at, pools) for pools in (_arranged(request, hostile), Pools(*made)))
+    inputs, clean = (Inputs(arrays, heads, *at, pools) for pools in (_arranged(request, hostile), (Pools(*made),)))
     return Case(request, inputs, clean, sizes.rounds)
 
 
@@ -163,7 +160,7 @@ def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
     count = inputs.arrays[0].shape[0]
 
     def one(index: Any) -> Any:
-        case = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), inputs._replace(pools=None))
+        case = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), inputs._replace(pools=()))
         return _operation(request, backend, case._replace(pools=inputs.pools))
 
     def step(i: Any, outputs: Any) -> Any:
@@ -184,27 +181,21 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
         out, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window), *inputs)
         return out, *back(gradient)
 
-    def attend(arrays: Any, pools: Pools, heads: Heads, start: Any, lengths: Any) -> Any:
-        shards = TokenShards("tokens", SHARDS) if request.is_sharded else None
+    parts = []
+    for number, pools in enumerate(case.pools):
+        shards = TokenShards("tokens", SHARDS, number) if request.is_sharded else None
         options: dict[str, Any] = {"window": request.window, "shards": shards, "backend": backend}
         if request.operation == "decode":
-            return ops.decode_attention(arrays[0], pools, heads, lengths=lengths, **options)
-        q, k, v = arrays
-        out = ops.prefill_attention(q, k, v, pools, heads, start=start, lengths=lengths, **options)
-        # Beyond a row's tokens they are unspecified.
-        is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-        return jnp.where(is_token[:, :, None, None], out, jnp.zeros_like(out))
-
-    assert case.pools is not None
-    arguments: tuple[Any, ...] = case.arrays, case.pools, case.heads, case.start, case.lengths
-    if not request.is_sharded:
-        return (attend(*arguments),)
-    mesh = Mesh(np.array(jax.devices()[:SHARDS]), ("tokens",))
-    everywhere, shared = PartitionSpec(), PartitionSpec(None, None, "tokens")
-    axes = jax.tree.map(lambda _: everywhere, arguments, is_leaf=lambda x: x is None)
-    pools = Pools(*(jax.tree.map(lambda _: shared, pool) for pool in case.pools.full), *axes[1][2:])
-    axes = (axes[0], pools, *axes[2:])
-    return (jax.shard_map(attend, mesh=mesh, in_specs=axes, out_specs=everywhere, check_vma=False)(*arguments),)
+            part = ops.decode_part(*case.arrays, pools, case.heads, lengths=case.lengths, **options)
+        else:
+            rows = {"start": case.start, "lengths": case.lengths}
+            part = ops.prefill_part(*case.arrays, pools, case.heads, **rows, **options)
+        parts.append(part)
+    out = parts[0].out if len(parts) == 1 else merge_parts(parts).out
+    if request.operation == "prefill":  # Beyond a row's tokens they are unspecified.
+        is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < case.lengths[:, None]
+        out = jnp.where(is_token[:, :, None, None], out, jnp.zeros_like(out))
+    return (out.astype(request.q),)
 
 
 def _heads_of(request: Request, num_kv_heads: int) -> tuple[int, int, int]:
@@ -283,17 +274,15 @@ def poisoned(pool: Any, where: Any) -> Any:
     return jnp.where(where, jnp.asarray(jnp.nan, pool.dtype), pool)
 
 
-def _arranged(request: Request, pools: list[Any]) -> Pools:
-    """As the cache of the request stores them: in pages in any order, or with the tokens of a device side by side."""
+def _arranged(request: Request, pools: list[Any]) -> tuple[Pools, ...]:
+    """As the cache of the request stores them: in pages in any order, or the tokens of each device by themselves."""
     if request.is_sharded:
-
-        def shared(x: Any) -> Any:
-            slots, rows, room, *rest = x.shape
-            return x.reshape(slots, rows, room // SHARDS, SHARDS, *rest).swapaxes(2, 3).reshape(x.shape)
-
-        pools = [*(jax.tree.map(shared, pool) for pool in pools[:2]), *pools[2:]]
+        return tuple(
+            Pools(*(jax.tree.map(lambda x, i=i: x[:, :, i::SHARDS], pool) for pool in pools[:2]), *pools[2:])
+            for i in range(SHARDS)
+        )
     if not request.is_paged:
-        return Pools(*pools)
+        return (Pools(*pools),)
     _, rows, room = pools[0].shape[:3]
     pages = np.random.default_rng(1).permutation(rows * room // PAGE).astype(np.int32)
 
@@ -302,7 +291,7 @@ def _arranged(request: Request, pools: list[Any]) -> Pools:
         return in_order[:, np.argsort(pages)]
 
     full = (jax.tree.map(paged, pool) for pool in pools[:2])
-    return Pools(*full, *pools[2:])._replace(pages=jnp.asarray(pages.reshape(rows, -1)))
+    return (Pools(*full, *pools[2:])._replace(pages=jnp.asarray(pages.reshape(rows, -1))),)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:

@@ -11,14 +11,13 @@ from jax import lax
 
 from pallas_kernels.certify.cases import Case
 from pallas_kernels.certify.verdicts import Verdict
+from pallas_kernels.errors import first_line, is_no_memory
 
 # Runs that must be equal bit for bit. The kernels add nothing atomically, so a difference is a race.
 RUNS = 20
 # Memory around an output that nothing may write to.
 CANARIES = 8
 CANARY = np.float32(-1.375e19)
-# Of XLA, of the driver, and of NVIDIA's libraries.
-NO_MEMORY = "resource_exhausted", "out of memory", "out_of_memory", "alloc_failed"
 # How the reason of a verdict begins if the program could not be run to its end.
 FAILED = "fails"
 
@@ -47,11 +46,6 @@ def examine(case: Case, backend: str, exact: list[np.ndarray], phase: Callable[[
         return Verdict(False, f"{FAILED}: {first_line(error)}")
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line of at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _run(case: Case, program: Any, exact: list[np.ndarray]) -> Verdict:
     before = _sums(case.inputs)
     canaries = _canaries(case.inputs)
@@ -71,14 +65,6 @@ def _run(case: Case, program: Any, exact: list[np.ndarray]) -> Verdict:
     if not all(bool((x == CANARY).all()) for x in canaries) or _sums(case.inputs) != before:
         return Verdict(False, "writes outside of its output", error)
     return Verdict(True, "", error, seconds / (case.count * case.rounds))
-
-
-def is_no_memory(error: Exception) -> bool:
-    """Whether memory was exhausted. A kernel that needs more shared memory than there is, is refused."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        any(words in text for words in NO_MEMORY) and "shared memory" not in text and "smem" not in text
-    )
 
 
 def _check_memory(error: Exception) -> None:
