@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,12 @@ _asked: set[tuple[int, int, str]] = set()
 def inference(
     config: ModelConfig, *patterns: HeadPattern | None, kv_dtype: AnyDtype | None = None, mesh: MeshSize = MeshSize()
 ) -> list[Request]:
-    """Prefill and decode of a model with each of some patterns; None is full attention."""
+    """Prefill and decode of a model with each of some patterns; None is full attention.
+
+    Raises:
+        ValueError: a mesh whose devices cannot share the model.
+    """
+    mesh.check(config)
     precision = Precision(config.dtype, kv_dtype=kv_dtype)
     requests = []
     for pattern in patterns:
@@ -43,6 +47,8 @@ def inference(
             "full": precision.kv if has_full else None,
             "ring": precision.streaming if has_ring else None,
             "is_sharded": mesh.sequence > 1,
+            # More devices than KV heads share the queries of one.
+            "group": config.num_heads // mesh.kv_heads(config),
         }
         requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
     return requests
@@ -50,10 +56,9 @@ def inference(
 
 def training(config: ModelConfig, window: Window = TRAINING_WINDOW, mesh: MeshSize = MeshSize()) -> list[Request]:
     """Full attention and that of streaming heads, forward and backward."""
-    requests = [_request(config, "training"), _request(config, "training", window=window)]
     # More devices than KV heads share the queries of one.
-    sharers = max(1, mesh.sequence // config.num_kv_heads)
-    return [replace(request, group=request.group // sharers) for request in requests]
+    group = max(1, config.num_heads // max(config.num_kv_heads, mesh.sequence))
+    return [_request(config, "training", group=group, window=each) for each in (None, window)]
 
 
 def certify(
@@ -95,14 +100,15 @@ def certify_model(
     config: ModelConfig,
     requests: Iterable[Request] | None = None,
     *,
+    pattern: HeadPattern | None = None,
     mesh: Mesh | None = None,
     trains: bool = False,
     full: bool = False,
 ) -> None:
     """Find the missing verdicts on a model's attention; processes that share a mesh then agree on the first one's.
 
-    Without requests, for a model whose pattern and cache are not known yet: full attention, and the usual window; not
-    if a caller who knew them has asked before.
+    Without requests, for a model whose cache is not known yet: a cache of the model's data type, with the pattern, or
+    with full attention and with the usual window; nothing if a caller who knew has asked before.
 
     Raises:
         ValueError: see `certify`.
@@ -111,7 +117,9 @@ def certify_model(
     check_settings(asked or ())
     if may_have_gpu():
         if asked is None and _shape(config) not in _asked:
-            usual = training(config) if trains else inference(config, None, any_pattern(config, 0.5))
+            patterns = (None, any_pattern(config, 0.5)) if pattern is None else (pattern,)
+            size = MeshSize.of(mesh)
+            usual = training(config, mesh=size) if trains else inference(config, *patterns, mesh=size)
             certify_requests(usual, full=full)
         elif asked:
             certify_requests(asked, full=full)
@@ -124,6 +132,5 @@ def _shape(config: ModelConfig) -> tuple[int, int, str]:
     return config.head_dim, config.num_heads // config.num_kv_heads, str(config.dtype)
 
 
-def _request(config: ModelConfig, operation: str, **fields: Any) -> Request:
-    head_dim, group, dtype = _shape(config)
-    return Request.of(operation, q=dtype, head_dim=head_dim, group=group, **fields)
+def _request(config: ModelConfig, operation: str, *, group: int, **fields: Any) -> Request:
+    return Request.of(operation, q=str(config.dtype), head_dim=config.head_dim, group=group, **fields)

@@ -18,6 +18,7 @@ import pytest
 from duo_eval.runner.run import Comparison
 from duo_eval.speed.efficiency import Efficiency
 from duo_eval.speed.training import Training
+from duo_train.devices import ShardedModel
 from duo_train.gated import GatedModel
 from filelock import FileLock
 
@@ -26,12 +27,15 @@ from duo_jax import KVCache, certified, infer, make_mesh
 from duo_jax.cache import store
 from duo_jax.checkpoint.load import open_config
 from duo_jax.cli.certify import certify_for, requests_of
+from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.doctor import Doctor
 from duo_jax.cli.generate import Generate
 from duo_jax.cli.listing import Patterns
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions
 from duo_jax.cli.quantize import Quantize
 from duo_jax.mesh import processes
+from duo_jax.mesh.mesh import MeshSize
+from duo_jax.mesh.place import place_model
 from duo_jax.plan import any_pattern
 from pallas_kernels import cudnn, ops
 from pallas_kernels.certify import __main__ as child
@@ -600,6 +604,46 @@ def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotation
     assert {*map(key_of, certified.training(tiny.config))} == {*traced}
 
 
+@pytest.mark.parametrize("sizes", [{"tensor": 4}, {"sequence": 2, "tensor": 2}], ids=str)
+def test_what_is_asked_for_is_what_is_traced_on_a_mesh(tiny, half, monkeypatch, annotations_off, sizes):
+    """More devices than KV heads share the queries of one, so that its group is smaller."""
+    traced, mesh = [], make_mesh(**sizes)
+    monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
+    model, one = place_model(tiny, mesh, half), jnp.ones(1, jnp.int32)
+    cache, last = KVCache.init(tiny.config, half, 1, 40, mesh=mesh), jnp.zeros((1, tiny.config.embed_dim))
+    jax.eval_shape(partial(infer.extend, backend=None), model, one[None], cache, one, last)
+    jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
+    requests = certified.inference(tiny.config, half, mesh=MeshSize(**sizes))
+    assert {*map(key_of, requests)} == {*traced} and len(requests) == 2
+    assert all(request.group == 4 // max(2, sizes["tensor"]) for request in requests)
+    with pytest.raises(ValueError, match="cannot be divided among tensor=3 devices"):
+        certified.inference(tiny.config, half, mesh=MeshSize(tensor=3))
+
+
+def test_what_training_asks_for_is_what_is_traced_on_a_mesh(tiny, monkeypatch, annotations_off):
+    traced, mesh = [], make_mesh(sequence=4)
+    monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
+    attention, tokens, gates = ShardedModel(mesh=mesh), jnp.ones((1, 8), jnp.int32), jnp.ones((2, 2), jnp.float32)
+    jax.eval_shape(partial(attention.student, tiny), tokens, gates)
+    requests = certified.training(tiny.config, mesh=MeshSize.of(mesh))
+    assert {*map(key_of, requests)} == {*traced} and {request.group for request in requests} == {1}
+
+
+def test_a_model_is_certified_once_when_it_is_loaded_on_a_mesh(home, monkeypatch, text_model):
+    """`load` knows the cache; `load_model`, which it calls, does not."""
+    asked = []
+    monkeypatch.setattr("duo_jax.certified.may_have_gpu", lambda: True)
+    monkeypatch.setattr(certified, "certify_requests", lambda requests, **_: asked.append(list(map(key_of, requests))))
+    monkeypatch.setattr(certified, "_asked", set())
+    config = open_config(text_model)
+    pattern, mesh = any_pattern(config, 0.5, sink_size=3, recent_size=8), make_mesh(sequence=2)
+    duo_jax.load_model(text_model, mesh=mesh, pattern=pattern)
+    assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full float32, ring float32, sharded"] * 2
+    duo_jax.load(text_model, mesh=mesh, pattern=pattern, kv_dtype="int4")
+    ((*keys,),) = asked
+    assert [key.partition("window ")[2] for key in keys] == ["3+8, full int4, ring float32, sharded"] * 2
+
+
 def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     asked, report = [], home / "report.json"
     with pytest.raises(ValueError, match="--certify needs a GPU"):
@@ -613,6 +657,10 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()
     ((requests, is_full),) = asked
     assert is_full and {request.operation for request in requests} == {"prefill", "decode"}
+    Doctor(certify=str(text_model), devices=DeviceOptions("sequence=2")).run()
+    assert all(request.is_sharded for request in asked[-1][0])
+    with pytest.raises(ValueError, match="--mesh and flags of a head pattern are of --certify MODEL"):
+        Doctor(devices=DeviceOptions("sequence=2")).run()
     Doctor(certify=str(text_model), training=True, pattern=PatternOptions(sink_size=8)).run()
     assert [request.window for request in asked[-1][0]] == [None, Window(8, 256)]
     with pytest.raises(ValueError, match="--training has no pattern and no cache"):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import instance, path_of
-from duo_jax.certified import certify_model, inference
+from duo_jax.certified import certify_model
 from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_blocks import Blocks
@@ -53,8 +53,8 @@ def load_model(
     """Load pretrained weights, tensor by tensor, onto the default device or the devices of a mesh.
 
     From then on, jax stores compiled programs on disk, see `duo_jax.programs`. On a GPU, attention backends that were
-    not checked there yet are checked first, for up to two minutes: for `pattern`, otherwise for full attention and the
-    window of most patterns, unless `duo_jax.certify` was called before.
+    not checked there yet are checked first, for up to two minutes, unless `duo_jax.certify` was called before: for
+    `pattern`, otherwise for full attention and the window of most patterns, with a cache of the weights' data type.
 
     Args:
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
@@ -93,8 +93,7 @@ def load_model(
             checkpoint.config
         )
     config = checkpoint.config.with_dtypes(dtype=dtype)
-    known = None if pattern is None else inference(config, pattern, mesh=MeshSize.of(mesh))
-    certify_model(config, known, mesh=mesh, trains=fsdp)
+    certify_model(config, pattern=pattern, mesh=mesh, trains=fsdp)
     dtypes = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
     if isinstance(checkpoint, SavedModel):
         asked = {name: name_of(value) for name, value in dtypes.items() if value is not None}

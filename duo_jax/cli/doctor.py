@@ -15,6 +15,7 @@ import tyro
 
 from duo_jax.certified import TRAINING_WINDOW, certify_model, inference, training
 from duo_jax.checkpoint.load import open_config
+from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions
 from duo_jax.cli.pretend import lines_of, pretend
 from duo_jax.config import ModelConfig
@@ -71,6 +72,7 @@ class Doctor:
     """With --certify: data type of the model, the checkpoint's own by default."""
     kv_dtype: KvDtype | None = None
     """With --certify: data type of the cache."""
+    devices: tyro.conf.OmitArgPrefixes[DeviceOptions] = DeviceOptions()
     report: Path | None = None
     """With --certify: write the verdicts and the machine that they are of to this file, to send."""
 
@@ -81,8 +83,8 @@ class Doctor:
             return
         if self.training or any(value is not None for value in (self.dtype, self.kv_dtype, self.report)):
             raise ValueError("--training, --dtype, --kv-dtype and --report are of --certify MODEL: add it")
-        if self.pattern != PatternOptions():
-            raise ValueError("flags of a head pattern are of --certify MODEL: add it")
+        if self.pattern != PatternOptions() or self.devices != DeviceOptions():
+            raise ValueError("--mesh and flags of a head pattern are of --certify MODEL: add it")
         if self.pretend is not None and self.tune:
             raise ValueError("--tune needs the GPU that --pretend does without: give one of them")
         if self.pretend is not None:
@@ -121,14 +123,14 @@ class Doctor:
         pattern = self.pattern.load(1)
         if pattern is not None:
             pattern.check(config)
-        return inference(config, pattern, kv_dtype=self.kv_dtype)
+        return inference(config, pattern, kv_dtype=self.kv_dtype, mesh=self.devices.size)
 
     def _training(self, config: ModelConfig) -> list[Request]:
         sizes = {name: value for name, value in vars(self.pattern).items() if value is not None}
         if sizes.keys() - {"sink_size", "recent_size"} or self.kv_dtype is not None:
             raise ValueError("--training has no pattern and no cache: give at most --sink-size and --recent-size")
         window = Window(sizes.get("sink_size", TRAINING_WINDOW.sink), sizes.get("recent_size", TRAINING_WINDOW.recent))
-        return training(config, window)
+        return training(config, window, self.devices.size)
 
 
 def examine(show: Callable[[str], None] = _ignore) -> dict:

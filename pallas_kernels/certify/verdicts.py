@@ -34,7 +34,7 @@ PATIENCE = 5.0
 def how(key: str) -> str:
     """What to run for the verdicts on a request."""
     flag = " --training" if key.startswith("training") else ""
-    return f"duo doctor --certify MODEL{flag}, with the window and data types in use"
+    return f"duo doctor --certify MODEL{flag}, with the pattern, data types and mesh in use"
 
 
 @dataclass(frozen=True)

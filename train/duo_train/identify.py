@@ -125,14 +125,18 @@ class Identify:
         if self.attention.backend is not None:
             return []
         config = open_config(self.model.model).with_dtypes(dtype=self.model.dtype)
-        return training(config, self.attention.window, DeviceOptions(self.mesh).size)
+        return training(config, self.attention.window, self._sharers(DeviceOptions(self.mesh).size))
+
+    def _sharers(self, size: MeshSize) -> MeshSize:
+        """Of the devices in use, those that share attention: only training divides it."""
+        return MeshSize() if self.steps is None else size
 
     def _backends(self) -> list[dict[str, Any]]:
         """The entries of the run's file about backends; the last one is of what runs now."""
         path, config = self.out / RUN_FILE, open_config(self.model.model)
         config = config.with_dtypes(dtype=usual_dtype(config, self.model.dtype))
         devices = self.chosen.devices(config, DeviceOptions(self.mesh).make(), fsdp=self.fsdp)
-        requests = training(config, self.attention.window, MeshSize.of(devices))
+        requests = training(config, self.attention.window, self._sharers(MeshSize.of(devices)))
         earlier = read_json(path).get(BACKENDS, []) if path.exists() else []
         return resumed(path, earlier, requests, self.attention.backend)
 
