@@ -184,7 +184,7 @@ def test_undefined_behaviour_is_an_error(edit, reason, monkeypatch):
 
 
 def test_programs_that_write_to_one_place_are_an_error():
-    with pytest.raises(Failure, match=r"block \(1,\), lane 0, .*writes what another block writes"):
+    with pytest.raises(Failure, match=r"block \(0,\), lane 0, .*writes what another block writes"):
         product(PRODUCT, grid=2)
 
 

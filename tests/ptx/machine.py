@@ -1,7 +1,8 @@
-"""Blocks of threads that execute a kernel: registers are vectors over the lanes of a block. Knows no opcode but jumps.
+"""Blocks of threads that execute a kernel: registers are vectors over lanes. Knows no opcode but control flow.
 
-Lanes run in step. Where they diverge, those that are furthest behind run first, until they meet again. A register that
-no lane has written is an error; if only other lanes have, it is zero.
+Many blocks run in one batch, so that an instruction is one operation of NumPy for all of them. The lanes of a batch
+advance together. Where they diverge, the lanes that are furthest behind in the program run first, until they meet the
+others. A register that no lane of a block has written is an error; if only other lanes of the block have, it is zero.
 """
 
 from collections import Counter
@@ -10,16 +11,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from tests.ptx.memory import SHARED, Fault, Global, Shared
+from tests.ptx.memory import MOST_BARRIERS, SHARED, Fault, Global, Shared
 from tests.ptx.opcodes import BITS, PRED, TABLE, WARP
 from tests.ptx.parse import Address, Instruction, Kernel, Operand
 
-# More instructions than any launch of a test: a loop that does not end.
+# More instructions than any launch of a test executes: beyond that, it is in an endless loop.
 MOST_STEPS = 10_000_000
+assert MOST_STEPS <= MOST_BARRIERS
+# Lanes of a batch: more would not fit into the CPU's caches.
+MOST_LANES = 4096
 
 
 class Failure(Exception):
-    """A launch that a GPU would run with undefined results: the instruction, the lane, and the reason."""
+    """A launch with undefined behavior: the instruction, the lane, and the reason."""
 
     def __init__(self, kernel: Kernel, block: tuple[int, ...], instruction: Instruction, fault: Fault) -> None:
         self.reason, self.instruction, self.lane = fault.reason, instruction, fault.lane
@@ -28,13 +32,13 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a launch computed, and how often its warps executed each instruction."""
+    """The outputs of a launch, and how often its warps executed each instruction."""
 
     outputs: list[np.ndarray]
     executed: Counter[Instruction]
 
     def count(self, opcode: str = "") -> int:
-        """Instructions that warps executed, those whose opcode begins so."""
+        """Number of instructions that warps executed, of those whose opcode starts with `opcode`."""
         return sum(count for each, count in self.executed.items() if each.opcode.startswith(opcode))
 
 
@@ -45,63 +49,83 @@ def run(
     inputs: list[np.ndarray],
     outputs: list[tuple[tuple[int, ...], np.dtype]],
 ) -> Run:
-    """Execute all blocks of a launch; the arguments are the inputs, then the outputs, by shape and type.
+    """Execute all blocks of a launch.
+
+    Args:
+        kernel: the program.
+        grid: number of blocks along each axis, x first.
+        shared: bytes of shared memory of each block.
+        inputs: the first arguments.
+        outputs: shape and type of the other arguments, which the kernel writes.
 
     Raises:
-        Failure: undefined behaviour.
+        Failure: undefined behavior.
         NotImplementedError: an instruction that has no row in the table.
     """
-    lacking = sorted({each.opcode for each in kernel.instructions} - TABLE.keys() - Block.JUMPS.keys())
-    if lacking:
-        raise NotImplementedError(f"no row of the table for {', '.join(lacking)}")
+    missing = sorted({each.opcode for each in kernel.instructions} - TABLE.keys() - Batch.CONTROL_FLOW.keys())
+    if missing:
+        raise NotImplementedError(f"no row of the table for {', '.join(missing)}")
     memory = Global(inputs, outputs, kernel.alignments)
     executed: Counter[int] = Counter()
+    blocks = [tuple(reversed(at)) for at in np.ndindex(*reversed(grid))]
+    size = max(1, MOST_LANES // kernel.threads)
     with np.errstate(all="ignore"):
-        for number, at in enumerate(np.ndindex(*reversed(grid))):
-            Block(kernel, grid, tuple(reversed(at)), number, shared, memory, executed).run()
+        for first in range(0, len(blocks), size):
+            Batch(kernel, grid, blocks[first : first + size], first, shared, memory, executed).run()
     return Run(memory.outputs(), Counter({kernel.instructions[index]: n for index, n in executed.items()}))
 
 
-class Block:
-    """One block: registers `[lane]`, shared memory, and where its lanes are."""
+class Batch:
+    """Some blocks of a launch: registers `[lane]`, shared memory, and the next instruction of each lane.
 
-    JUMPS: ClassVar = {"bra": "_branch", "bra.uni": "_branch", "bar.sync": "_barrier", "ret": "_exit"}
+    Lanes are numbered through: lane `i` of block `b` is `b * threads + i`. A set of lanes is a mask `[lane]`; where it
+    has all lanes, it is the object `all`.
+    """
+
+    CONTROL_FLOW: ClassVar = {"bra": "_branch", "bra.uni": "_branch", "bar.sync": "_barrier", "ret": "_exit"}
 
     def __init__(
         self,
         kernel: Kernel,
         grid: tuple[int, ...],
-        at: tuple[int, ...],
-        number: int,
+        blocks: list[tuple[int, ...]],
+        first: int,
         shared: int,
         memory: Global,
         executed: Counter[int],
     ) -> None:
-        self.kernel, self.at, self.number, self.memory, self.executed = kernel, at, number, memory, executed
-        self.lanes = kernel.threads
-        self.warps = kernel.threads // WARP
-        self.shared = Shared(shared, kernel.threads)
-        # Triton adds pointers that it does not use: null.
+        self.kernel, self.blocks, self.memory, self.executed = kernel, blocks, memory, executed
+        self.lanes = len(blocks) * kernel.threads
+        self.warps = self.lanes // WARP
+        self.lane = np.arange(self.lanes)
+        self.block = first + self.lane // kernel.threads  # [lane]
+        self.shared = Shared(shared, kernel.threads, len(blocks))
+        # Triton adds pointers that its kernels do not use: null.
         self.parameters = dict.fromkeys(kernel.parameters, 0)
         self.parameters.update(zip(kernel.parameters, memory.addresses, strict=False))
-        axes = zip("xyz", (*at, 0, 0)[:3], (*grid, 1, 1)[:3], strict=True)
-        special = {"%tid.x": np.arange(self.lanes, dtype=np.uint32), "%laneid": np.arange(self.lanes) % WARP}
-        special |= {name: 0 for name in ("%tid.y", "%tid.z")} | {"%ntid.x": self.lanes}
-        for axis, index, size in axes:
-            special |= {f"%ctaid.{axis}": index, f"%nctaid.{axis}": size}
+        special = {"%tid.x": self.lane % kernel.threads, "%laneid": self.lane % WARP, "%ntid.x": kernel.threads}
+        special |= {name: 0 for name in ("%tid.y", "%tid.z")}
+        for axis, name in enumerate("xyz"):
+            of_blocks = [at[axis] if axis < len(at) else 0 for at in blocks]
+            special[f"%ctaid.{name}"] = np.repeat(of_blocks, kernel.threads)
+            special[f"%nctaid.{name}"] = grid[axis] if axis < len(grid) else 1
         self.registers = {
             name: np.broadcast_to(np.asarray(value, np.uint32), self.lanes).copy() for name, value in special.items()
         }
+        # Blocks that have written a register, where not all have: sets of blocks are the bits of a number.
+        self.partial: dict[str, int] = {}
         self.constants: dict[tuple[int, str], np.ndarray] = {}
-        self.all = np.ones(self.lanes, bool)
+        # The lanes that execute the current instruction, and their blocks.
+        self.all = self.active = np.ones(self.lanes, bool)
+        self.active_blocks = self._blocks_of(self.all)
+        # Masks by the index of the instruction that follows.
         self.waiting: dict[int, np.ndarray] = {}
-        # By the next instruction.
         self.groups: dict[int, np.ndarray] = {}
 
-    # What the table's rows use.
+    # Used by the rows of the table.
 
     def full(self, value: int, dtype: np.dtype) -> np.ndarray:
-        """A number as a vector of bits."""
+        """A vector of one number, given by its bits."""
         key = value, dtype.str
         if key not in self.constants:
             bits = value & ((1 << 8 * dtype.itemsize) - 1)
@@ -109,7 +133,7 @@ class Block:
         return self.constants[key]
 
     def dtype(self, register: str) -> np.dtype:
-        """The type of a register's bits, as it was declared."""
+        """The type of a register's bits, as declared."""
         return BITS[self.kernel.widths[register.rstrip("0123456789")]]
 
     def read(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
@@ -118,101 +142,140 @@ class Block:
             return np.full(self.lanes, bool(operand)) if dtype == PRED else self.full(operand, dtype)
         if operand in self.kernel.shared:
             return self.full(SHARED, dtype)
-        if operand not in self.registers:
-            raise Fault(f"reads {operand}, which has no value", 0)
-        bits = self.registers[operand]
+        bits = self._bits(operand)
         if bits.dtype.itemsize != dtype.itemsize:
-            raise Fault(f"reads {operand}, which has {bits.dtype.itemsize} bytes, as {dtype}", 0)
+            raise Fault(f"reads {operand}, which has {bits.dtype.itemsize} bytes, as {dtype}", self.first_active())
         return bits.view(dtype)
+
+    def _bits(self, register: str) -> np.ndarray:
+        if register not in self.registers:
+            raise Fault(f"reads {register}, which has no value", self.first_active())
+        if register in self.partial and (missing := self.active_blocks & ~self.partial[register]):
+            block = (missing & -missing).bit_length() - 1
+            lane = int(np.argmax(self.active & (self.lane // self.kernel.threads == block)))
+            raise Fault(f"reads {register}, which has no value", lane)
+        return self.registers[register]
 
     def write(self, register: str, values: np.ndarray, lanes: np.ndarray) -> None:
         """Set a register of some lanes."""
         bits = values if values.dtype == bool else values.view(BITS[8 * values.dtype.itemsize])
         if lanes is not self.all:
-            bits = np.where(lanes, bits, self.registers.get(register, np.zeros_like(bits)))
+            old = self.registers.get(register)
+            if old is None:
+                self.partial[register] = self.active_blocks
+            elif register in self.partial:
+                self.partial[register] |= self.active_blocks
+            bits = np.where(lanes, bits, bits.dtype.type(0) if old is None else old)
+        elif register in self.partial:
+            del self.partial[register]
         self.registers[register] = bits
 
     def address(self, operand: Address) -> np.ndarray:
         """Addresses `[lane]` of 64 bits; shared memory has addresses of 32 bits too."""
         if operand.base in self.kernel.shared:
-            base = self.full(SHARED, BITS[64])
-        elif operand.base in self.registers:
-            base = self.registers[operand.base].astype(np.uint64)
-        else:
-            raise Fault(f"uses {operand.base}, which has no value", 0)
-        return base + self.full(operand.offset, BITS[64])
+            return self.full(SHARED + operand.offset, BITS[64])
+        base = self._bits(operand.base).astype(np.uint64, copy=False)
+        return base + self.full(operand.offset, BITS[64]) if operand.offset else base
 
     def need_whole_warps(self, lanes: np.ndarray) -> None:
         """Refuse an instruction of a warp that some of its lanes do not execute."""
         if lanes is not self.all:
-            active = lanes.reshape(-1, WARP).sum(1)
-            broken = (active > 0) & (active < WARP)
+            of_warps = lanes.reshape(-1, WARP)
+            broken = of_warps.any(1) & ~of_warps.all(1)
             if broken.any():
                 raise Fault("needs all lanes of a warp", int(np.argmax(broken)) * WARP)
+
+    def first_active(self) -> int:
+        """A lane that executes the current instruction."""
+        return int(np.argmax(self.active))
 
     # Control flow.
 
     def run(self) -> None:
         """Execute until all lanes have returned."""
-        instructions, executed = self.kernel.instructions, self.executed
+        instructions, executed, steps = self.kernel.instructions, self.executed, 0
         self.groups = {0: self.all}
-        steps = 0
         while self.groups:
             index = min(self.groups)
-            lanes = self.groups.pop(index)
-            lanes = self.all if lanes.all() else lanes
-            running = True
-            while running:
+            lanes, warps, blocks = None, 0, 0
+            is_running = True
+            while is_running:
                 if index in self.groups:
-                    lanes = lanes | self.groups.pop(index)
+                    joining = self.groups.pop(index)
+                    lanes = joining if lanes is None else lanes | joining
                     lanes = self.all if lanes.all() else lanes
+                    warps, blocks = int(lanes.reshape(-1, WARP).any(1).sum()), self._blocks_of(lanes)
+                assert lanes is not None
                 instruction = instructions[index]
                 opcode = instruction.opcode
                 steps += 1
-                executed[index] += self.warps if lanes is self.all else int(lanes.reshape(-1, WARP).any(1).sum())
+                executed[index] += warps
                 try:
+                    self.active, self.active_blocks = lanes, blocks
                     active = self._active(instruction, lanes)
-                    if opcode in self.JUMPS:
-                        getattr(self, self.JUMPS[opcode])(instruction, index, active, lanes)
-                        running = False
+                    if opcode in self.CONTROL_FLOW:
+                        getattr(self, self.CONTROL_FLOW[opcode])(instruction, index, active, lanes)
+                        is_running = False
                     elif active is self.all or active.any():
                         TABLE[opcode](self, instruction, active)
                     if steps > MOST_STEPS:
                         raise Fault("a loop without an end", int(np.argmax(lanes)))
                 except Fault as fault:
-                    raise Failure(self.kernel, self.at, instruction, fault) from None
+                    raise self._failure(instruction, fault) from None
                 index += 1
+            if not self.groups and self.waiting:
+                self._pass_barrier()
+
+    def _failure(self, instruction: Instruction, fault: Fault) -> Failure:
+        block, fault.lane = divmod(fault.lane, self.kernel.threads)
+        return Failure(self.kernel, self.blocks[block], instruction, fault)
 
     def _active(self, instruction: Instruction, lanes: np.ndarray) -> np.ndarray:
         if instruction.predicate is None:
             return lanes
         condition = self.read(instruction.predicate, PRED)
         active = lanes & (~condition if instruction.is_negated else condition)
-        return self.all if active.all() else active
+        if active.all():
+            active = self.all
+        self.active, self.active_blocks = active, self._blocks_of(active)
+        return active
 
-    def _go(self, index: int, lanes: np.ndarray) -> None:
+    def _blocks_of(self, lanes: np.ndarray) -> int:
+        """The set of blocks that have one of these lanes."""
+        has_lanes = lanes.reshape(-1, self.kernel.threads).any(1)
+        return int.from_bytes(np.packbits(has_lanes, bitorder="little").tobytes(), "little")
+
+    def _continue_at(self, index: int, lanes: np.ndarray) -> None:
         if lanes.any():
             self.groups[index] = self.groups[index] | lanes if index in self.groups else lanes
 
     def _branch(self, instruction: Instruction, index: int, active: np.ndarray, lanes: np.ndarray) -> None:
         (target,) = instruction.operands
-        self._go(self.kernel.labels[target], active)
-        self._go(index + 1, lanes & ~active)
+        self._continue_at(self.kernel.labels[target], active)
+        self._continue_at(index + 1, lanes & ~active)
 
     def _barrier(self, instruction: Instruction, index: int, active: np.ndarray, lanes: np.ndarray) -> None:
         self.need_whole_warps(active)
-        self._go(index + 1, lanes & ~active)
         if instruction.operands != (0,):
-            raise Fault("is known for the barrier 0 of all lanes only", int(np.argmax(active)))
+            raise Fault("only barrier 0 of all lanes is supported", self.first_active())
+        self._continue_at(index + 1, lanes & ~active)
         self.waiting[index + 1] = self.waiting.get(index + 1, ~self.all) | active
-        self._pass_barrier()
 
     def _exit(self, instruction: Instruction, index: int, active: np.ndarray, lanes: np.ndarray) -> None:
-        self._go(index + 1, lanes & ~active)
-        self._pass_barrier()
+        self.shared.need_no_copies(active)
+        self._continue_at(index + 1, lanes & ~active)
 
     def _pass_barrier(self) -> None:
-        """All lanes that have not returned wait: they go on."""
-        if not self.groups and self.waiting:
-            self.shared.barrier()
-            self.groups, self.waiting = self.waiting, {}
+        """No lane can run: release the blocks that wait at the earliest barrier, wherever their other lanes wait.
+
+        Blocks at a later barrier stay there until those behind have reached it too, and so run in step with them.
+        """
+        first = self.waiting[min(self.waiting)].reshape(-1, self.kernel.threads).any(1)
+        released = np.repeat(first, self.kernel.threads)
+        self.shared.barrier(released)
+        for index, lanes in list(self.waiting.items()):
+            self._continue_at(index, lanes & released)
+            if (lanes & ~released).any():
+                self.waiting[index] = lanes & ~released
+            else:
+                del self.waiting[index]

@@ -1,26 +1,32 @@
-"""Global and shared memory as bytes, with shadows that say who wrote and read them. Knows no instruction.
+"""Global and shared memory, with shadows that record who wrote and read each place. Knows no instruction.
 
-Every access is by lanes of one block, at addresses `[L]`, of `width` numbers of `itemsize` bytes each.
+An access is of lanes `[L]` at addresses `[L]`, all of one size in bytes, a power of two. Addresses are multiples of it,
+so an array viewed as rows of that size has one row for each access. The smallest access has two bytes, a word: numbers
+are passed as words `[L, size / 2]`, and shadows have an entry for each word.
 """
 
 import numpy as np
 
-# Addresses of global memory: beyond 32 bits, so that a truncated one is not in any array.
+# Addresses of global memory: beyond 32 bits, so that a truncated one is in no array.
 GLOBAL = 0x7F00_0000_0000
-# XLA aligns arrays to that many bytes at least, and the compilers know it.
+# XLA aligns arrays to at least that many bytes, and its compilers rely on it.
 LEAST_ALIGNMENT = 16
-# Bytes that belong to no array, between two.
+# Bytes between two arrays, which belong to neither.
 GAP = 4096
-# Of shared memory: a block's first KiB is the system's, from sm_80 on.
+# The address of shared memory: from sm_80 on, the system uses the first KiB of a block.
 SHARED = 1024
-# Shared memory that was never written; in a shadow of readers: no reader, more than one warp.
-NEVER, NOBODY, MANY = 0, 0, 0xFFFF
-# What a copy that has not landed yet leaves in the shadow of writers.
-IN_FLIGHT = np.int64(1) << 62
+
+# A stamp in a shadow of shared memory: barriers that the block has passed, barriers that the warp has passed by itself,
+# and a lane or a warp of the block. The numbers of barriers have 25 bits each, lanes 12.
+MOST_BARRIERS = (1 << 25) - 2
+_WARP_EPOCH, _EPOCH = 12, 37
+_LANES, _EPOCHS = (1 << 12) - 1, (1 << 25) - 1
+# Was not written, or not read; was read by several warps; a copy was started and nobody has waited for it.
+NEVER, MANY, IN_FLIGHT = 0, _LANES, np.int64(1) << 62
 
 
 class Fault(Exception):
-    """What a GPU leaves undefined: the reason, and the lane that ran into it."""
+    """Behavior that PTX leaves undefined: the reason, and a lane that causes it."""
 
     def __init__(self, reason: str, lane: int) -> None:
         super().__init__(reason, lane)
@@ -28,20 +34,25 @@ class Fault(Exception):
 
 
 def _refuse(is_wrong: np.ndarray, lanes: np.ndarray, reason: str) -> None:
-    """A fault of the first lane for which something is wrong; `is_wrong` is `[L]` or `[L, n]`."""
+    """A fault of the first lane for which `is_wrong`, `[L]` or `[L, n]`, is true."""
     if is_wrong.any():
         raise Fault(reason, int(lanes[np.argmax(is_wrong.reshape(len(lanes), -1).any(1))]))
 
 
 def _check_alignment(addresses: np.ndarray, lanes: np.ndarray, size: int) -> None:
-    _refuse((addresses & (size - 1)) != 0, lanes, f"an access of {size} bytes that is not aligned")
+    _refuse((addresses & np.uint64(size - 1)) != 0, lanes, f"an access of {size} bytes that is not aligned")
+
+
+def _rows(array: np.ndarray, size: int) -> np.ndarray:
+    """An array with an entry for each word as rows of `size` bytes of memory, a view."""
+    return array.reshape(-1, size // 2)
 
 
 class Global:
-    """The arrays of a launch, each as little aligned as its parameter says.
+    """The arrays of a launch, each no better aligned than its parameter declares.
 
-    A byte is the host's, nobody's yet, or of the block that wrote it: blocks run in any order, so none may touch what
-    another wrote.
+    A word belongs to the host, to the block that wrote it, or to nobody yet. Blocks run in any order, so none may touch
+    what another writes.
     """
 
     HOST, NOBODY = -1, -2
@@ -56,15 +67,16 @@ class Global:
             end = begin + size + GAP
         # Numbers that were never written are NaN.
         self.bytes = np.full(-(-end // 16) * 16, 0xFF, np.uint8)
+        self.words = self.bytes.view(np.uint16)
         self.is_array = np.zeros(self.bytes.shape, bool)
-        self.owner = np.full(self.bytes.shape, self.NOBODY, np.int32)
+        self.owner = np.full(self.words.shape, self.NOBODY, np.int32)
         self._outputs = outputs
         for i in range(len(sizes)):
             at = self._at(i)
             self.is_array[at] = True
             if i < len(inputs):
                 self.bytes[at] = np.ascontiguousarray(inputs[i]).reshape(-1).view(np.uint8)
-                self.owner[at] = self.HOST
+                self.owner[at.start // 2 : -(-at.stop // 2)] = self.HOST
 
     def _at(self, i: int) -> slice:
         begin = self.addresses[i] - GLOBAL
@@ -79,121 +91,131 @@ class Global:
         ]
 
     def _places(self, addresses: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
+        """Indices of rows of `size` bytes."""
         _check_alignment(addresses, lanes, size)
         at = addresses.astype(np.int64) - GLOBAL
         is_outside = (at < 0) | (at > len(self.bytes) - size)
         _refuse(is_outside | ~self.is_array[np.where(is_outside, 0, at)], lanes, "outside of every array")
-        places = at[:, None] + np.arange(size)
-        _refuse(~self.is_array[places], lanes, "over the end of an array")
-        return places
+        # A gap is longer than any access, so no access begins in one array and ends in another.
+        _refuse(~self.is_array[at + (size - 1)], lanes, "over the end of an array")
+        return at // size
 
-    def load(self, addresses: np.ndarray, lanes: np.ndarray, size: int, block: int) -> np.ndarray:
-        """Bytes `[L, size]`."""
+    def load(self, addresses: np.ndarray, lanes: np.ndarray, size: int, blocks: np.ndarray) -> np.ndarray:
+        """Words `[L, size / 2]`, for lanes of `blocks [L]`."""
         places = self._places(addresses, lanes, size)
-        owner = self.owner[places]
-        _refuse(owner == self.NOBODY, lanes, "reads what was never written")
-        _refuse((owner != self.HOST) & (owner != block), lanes, "reads what another block writes")
-        return self.bytes[places]
+        owner = _rows(self.owner, size)[places]
+        if not (owner == self.HOST).all():
+            _refuse(owner == self.NOBODY, lanes, "reads what was never written")
+            _refuse((owner != self.HOST) & (owner != blocks[:, None]), lanes, "reads what another block writes")
+        return _rows(self.words, size)[places]
 
-    def store(self, addresses: np.ndarray, lanes: np.ndarray, values: np.ndarray, block: int) -> None:
-        """Write bytes `[L, size]`, each once: two lanes may write the same number to one place."""
-        places = self._places(addresses, lanes, values.shape[1])
-        owner = self.owner[places]
+    def store(self, addresses: np.ndarray, lanes: np.ndarray, values: np.ndarray, blocks: np.ndarray) -> None:
+        """Write words `[L, size / 2]`, each once: two lanes of a block may write the same number to one place."""
+        size, block = 2 * values.shape[1], blocks[:, None]
+        places = self._places(addresses, lanes, size)
+        words, owners = _rows(self.words, size), _rows(self.owner, size)
+        owner = owners[places]
         _refuse(owner == self.HOST, lanes, "writes to an input")
         _refuse((owner >= 0) & (owner != block), lanes, "writes what another block writes")
-        _refuse((owner == block) & (self.bytes[places] != values), lanes, "writes another number to the same place")
-        self.bytes[places] = values
-        self.owner[places] = block
-        _refuse(self.bytes[places] != values, lanes, "writes another number to the same place as another lane")
+        _refuse((owner == block) & (words[places] != values), lanes, "writes another number to the same place")
+        words[places] = values
+        owners[places] = block
+        _refuse(owners[places] != block, lanes, "writes what another block writes")
+        _refuse(words[places] != values, lanes, "writes another number to the same place as another lane")
 
 
 class Shared:
-    """A block's shared memory. Its shadows have a word for each two bytes, the smallest access.
+    """Shared memory of the blocks of a batch, one after the other.
 
-    A stamp is the barrier that a block has passed, the barriers that a warp has passed by itself, and a lane. What a
-    lane wrote, others may read after a barrier of both; what a warp read, others may overwrite after one of both.
+    What a lane wrote, other lanes may read after a barrier of both. What a warp read, other warps may overwrite after
+    a barrier of both. The shadows have the stamp of the last lane that wrote a word, and of the last warp that read it.
     """
 
-    GRAIN = 2
-
-    def __init__(self, size: int, threads: int) -> None:
-        self.words = np.full(-(-size // 16) * 8, 0xFFFF, np.uint16)
-        self.size = size
+    def __init__(self, size: int, threads: int, blocks: int = 1) -> None:
+        self.size, stride = size, -(-size // 16) * 16
+        self.words = np.full(blocks * stride // 2, 0xFFFF, np.uint16)
         self.writer = np.full(self.words.shape, NEVER, np.int64)
-        self.reader = np.full(self.words.shape, NOBODY, np.int64)
-        self.epoch = 1
-        self.warp_epoch = np.zeros(-(-threads // 32), np.int64)
-        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-        self.committed = np.zeros(threads, np.int64)
+        self.reader = np.full(self.words.shape, NEVER, np.int64)
+        # Barriers that blocks, and warps by themselves, have passed: [lane].
+        self.epoch = np.ones(blocks * threads, np.int64)
+        self.warp_epoch = np.zeros(blocks * threads, np.int64)
+        self.lane = np.arange(blocks * threads) % threads
+        self.begin = np.repeat(np.arange(blocks) * stride, threads)
+        # Groups of copies that lanes have committed; started copies: their group, size, places, lanes and numbers.
+        self.committed = np.zeros(blocks * threads, np.int64)
+        self.copies: list[tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def _places(self, addresses: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
+        """Indices of rows of `size` bytes."""
         _check_alignment(addresses, lanes, size)
         at = addresses.astype(np.int64) - SHARED
         _refuse((at < 0) | (at > self.size - size), lanes, f"outside of the block's {self.size} bytes of shared memory")
-        return (at >> 1)[:, None] + np.arange(size // self.GRAIN)
+        return (self.begin[lanes] + at) // size
 
-    def _stamps(self, lanes: np.ndarray) -> np.ndarray:
-        return ((self.epoch << 32) | (self.warp_epoch[lanes >> 5] << 16) | lanes)[:, None]
-
-    def _check_writers(self, places: np.ndarray, lanes: np.ndarray, what: str) -> np.ndarray:
-        """No other lane wrote there since a barrier of both."""
-        writer = self.writer[places]
-        _refuse(writer == IN_FLIGHT, lanes, f"{what} what a copy is still writing")
-        is_now = (writer >> 32) == self.epoch
-        if is_now.any():
-            other = writer & 0xFFFF
-            in_warp = (other >> 5) == (lanes >> 5)[:, None]
-            is_earlier = in_warp & (((writer >> 16) & 0xFFFF) < self.warp_epoch[lanes >> 5][:, None])
-            is_race = is_now & (other != lanes[:, None]) & ~is_earlier
-            if is_race.any():
-                _refuse(is_race, lanes, f"{what} what lane {other[is_race][0]} wrote, without a barrier between")
-        return writer
-
-    def _check_readers(self, places: np.ndarray, lanes: np.ndarray) -> None:
-        """No other warp read there since a barrier of both."""
-        reader = self.reader[places]
-        is_race = ((reader >> 32) == self.epoch) & ((reader & 0xFFFF) != (lanes >> 5)[:, None])
+    def _check_writers(self, writer: np.ndarray, lanes: np.ndarray, verb: str) -> None:
+        """No other lane wrote there since a barrier of both; `writer [L, n]` are stamps."""
+        is_now = (writer >> _EPOCH) == self.epoch[lanes][:, None]
+        if not is_now.any() and not (writer == IN_FLIGHT).any():
+            return
+        _refuse(writer == IN_FLIGHT, lanes, f"{verb} what a copy is still writing")
+        lane, other = self.lane[lanes][:, None], writer & _LANES
+        is_earlier = (writer >> _WARP_EPOCH & _EPOCHS) < self.warp_epoch[lanes][:, None]
+        is_race = is_now & (other != lane) & ~((other >> 5 == lane >> 5) & is_earlier)
         if is_race.any():
-            warp = int(reader[is_race][0] & 0xFFFF)
-            who = "several warps" if warp == MANY else f"warp {warp}"
-            _refuse(is_race, lanes, f"writes what {who} read, without a barrier between")
+            _refuse(is_race, lanes, f"{verb} what lane {other[is_race][0]} wrote, without a barrier between")
+
+    def _check_readers(self, reader: np.ndarray, lanes: np.ndarray) -> None:
+        """No other warp read there since a barrier of both; `reader [L, n]` are stamps."""
+        is_race = ((reader >> _EPOCH) == self.epoch[lanes][:, None]) & (
+            (reader & _LANES) != self.lane[lanes][:, None] >> 5
+        )
+        if is_race.any():
+            warp = int(reader[is_race][0] & _LANES)
+            readers = "several warps" if warp == MANY else f"warp {warp}"
+            _refuse(is_race, lanes, f"overwrites what {readers} read, without a barrier between")
 
     def load(self, addresses: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
         """Words `[L, size / 2]`."""
         places = self._places(addresses, lanes, size)
-        writer = self._check_writers(places, lanes, "reads")
+        writer = _rows(self.writer, size)[places]
+        self._check_writers(writer, lanes, "reads")
         _refuse(writer == NEVER, lanes, "reads shared memory that was never written")
-        warp = np.broadcast_to((lanes >> 5)[:, None], places.shape)
-        self._read_by(places, warp)
-        return self.words[places]
-
-    def _read_by(self, places: np.ndarray, warp: np.ndarray) -> None:
-        old, new = self.reader[places], (self.epoch << 32) | warp
-        self.reader[places] = np.where((old >> 32 == self.epoch) & (old != new), self.epoch << 32 | MANY, new)
-        # Several warps in this access.
-        differs = (self.reader[places] & 0xFFFF) != warp
-        self.reader[places[differs]] = self.epoch << 32 | MANY
+        readers, epoch = _rows(self.reader, size), (self.epoch[lanes] << _EPOCH)[:, None]
+        new, many, old = epoch | (self.lane[lanes] >> 5)[:, None], epoch | MANY, readers[places]
+        readers[places] = np.where((old >> _EPOCH == new >> _EPOCH) & (old != new), many, new)
+        # Where several warps read one place in this access, only one of them is recorded so far.
+        is_other = readers[places] & _LANES != new & _LANES
+        if is_other.any():
+            row, column = np.nonzero(is_other)
+            readers[places[row], column] = many[row, 0]
+        return _rows(self.words, size)[places]
 
     def store(self, addresses: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
         """Write words `[L, size / 2]`; two lanes may write the same number to one place."""
-        places = self._places(addresses, lanes, 2 * values.shape[1])
-        changes = ((self.words[places] != values) | (self.writer[places] == IN_FLIGHT)).any(1)
-        self._check_writers(places[changes], lanes[changes], "overwrites")
-        self._check_readers(places, lanes)
-        self._write(places, lanes, values)
-        _refuse(self.words[places] != values, lanes, "writes another number to the same place as another lane")
+        size = 2 * values.shape[1]
+        places = self._places(addresses, lanes, size)
+        words, writer = _rows(self.words, size)[places], _rows(self.writer, size)[places]
+        changes = ((words != values) | (writer == IN_FLIGHT)).any(1)
+        self._check_writers(writer[changes], lanes[changes], "overwrites")
+        self._check_readers(_rows(self.reader, size)[places], lanes)
+        self._write(size, places, lanes, values)
+        _refuse(
+            _rows(self.words, size)[places] != values, lanes, "writes another number to the same place as another lane"
+        )
 
-    def _write(self, places: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
-        self.words[places] = values
-        self.writer[places] = self._stamps(lanes)
+    def _write(self, size: int, places: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
+        _rows(self.words, size)[places] = values
+        stamps = self.epoch[lanes] << _EPOCH | self.warp_epoch[lanes] << _WARP_EPOCH | self.lane[lanes]
+        _rows(self.writer, size)[places] = stamps[:, None]
 
     def copy(self, addresses: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
-        """Begin an asynchronous copy of words `[L, size / 2]`; until it has landed, nothing may touch the place."""
-        places = self._places(addresses, lanes, 2 * values.shape[1])
-        self._check_writers(places, lanes, "overwrites")
-        self._check_readers(places, lanes)
-        self.writer[places] = IN_FLIGHT
-        self.copies.append((self.committed[lanes], places, lanes, values))
+        """Start an asynchronous copy of words `[L, size / 2]`; until it has landed, nothing may touch the place."""
+        size = 2 * values.shape[1]
+        places = self._places(addresses, lanes, size)
+        self._check_writers(_rows(self.writer, size)[places], lanes, "overwrites")
+        self._check_readers(_rows(self.reader, size)[places], lanes)
+        _rows(self.writer, size)[places] = IN_FLIGHT
+        self.copies.append((self.committed[lanes], size, places, lanes, values))
 
     def commit(self, lanes: np.ndarray) -> None:
         """Later copies of these lanes belong to a new group."""
@@ -204,17 +226,29 @@ class Shared:
         waits = np.zeros(self.committed.shape, bool)
         waits[lanes] = True
         copies = []
-        for group, places, by, values in self.copies:
+        for group, size, places, by, values in self.copies:
             lands = waits[by] & (group < self.committed[by] - pending)
-            self._write(places[lands], by[lands], values[lands])
-            if not lands.all():
-                copies.append((group[~lands], places[~lands], by[~lands], values[~lands]))
+            if lands.all():
+                self._write(size, places, by, values)
+                continue
+            if lands.any():
+                self._write(size, places[lands], by[lands], values[lands])
+                group, places, by, values = (x[~lands] for x in (group, places, by, values))
+            copies.append((group, size, places, by, values))
         self.copies = copies
 
-    def barrier(self) -> None:
-        """All lanes of the block have come here."""
-        self.epoch += 1
+    def need_no_copies(self, lanes: np.ndarray) -> None:
+        """Refuse that lanes of the mask return while a copy of theirs has not landed.
 
-    def warp_barrier(self, warps: np.ndarray) -> None:
-        """All lanes of these warps have come here."""
-        self.warp_epoch[warps] += 1
+        The manual gives a copy no other end than a wait: shared memory may have a new owner when it arrives.
+        """
+        for *_, by, _ in self.copies:
+            _refuse(lanes[by], by, "returns before a copy has landed: nothing has waited for it")
+
+    def barrier(self, lanes: np.ndarray) -> None:
+        """These lanes, whole blocks, have arrived."""
+        self.epoch[lanes] += 1
+
+    def warp_barrier(self, lanes: np.ndarray) -> None:
+        """These lanes, whole warps, have arrived."""
+        self.warp_epoch[lanes] += 1

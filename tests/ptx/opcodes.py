@@ -1,6 +1,6 @@
 """What each form of an instruction does: a table, a row a form. Knows no control flow.
 
-An elementwise row computes on whole vectors, one number a lane. The other rows get the block, the instruction and the
+An elementwise row computes on whole vectors, one number a lane. The other rows get the batch, the instruction and the
 lanes that execute it. A form that has no row cannot be executed: add the row, with its meaning from NVIDIA's manual
 "PTX ISA".
 """
@@ -29,36 +29,36 @@ class Elementwise:
     result: np.dtype
     sources: tuple[np.dtype, ...]
 
-    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    def __call__(self, batch: Any, instruction: Any, lanes: np.ndarray) -> None:
         target, *operands = instruction.operands
         if len(operands) != len(self.sources):
             raise Fault(f"takes {len(self.sources)} operands", int(np.argmax(lanes)))
-        values = (block.read(operand, dtype) for operand, dtype in zip(operands, self.sources, strict=True))
-        block.write(target, self.function(*values).astype(self.result, copy=False), lanes)
+        values = (batch.read(operand, dtype) for operand, dtype in zip(operands, self.sources, strict=True))
+        batch.write(target, self.function(*values).astype(self.result, copy=False), lanes)
 
 
 def row(function: Callable[..., np.ndarray], result: np.dtype, *sources: np.dtype) -> Elementwise:
     return Elementwise(function, result, sources)
 
 
-def low_bits(block: Any, operand: Any, dtype: np.dtype) -> np.ndarray:
+def low_bits(batch: Any, operand: Any, dtype: np.dtype) -> np.ndarray:
     """An operand of `ld`, `st` and `cvt`, whose register may be wider than the instruction's type."""
     if isinstance(operand, int):
-        return block.read(operand, dtype)
-    return block.read(operand, block.dtype(operand)).astype(BITS[8 * dtype.itemsize], copy=False).view(dtype)
+        return batch.read(operand, dtype)
+    return batch.read(operand, batch.dtype(operand)).astype(BITS[8 * dtype.itemsize], copy=False).view(dtype)
 
 
 @dataclass(frozen=True)
 class Conversion(Elementwise):
     """A conversion; in a register that is wider than the result, its sign or zeros follow."""
 
-    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    def __call__(self, batch: Any, instruction: Any, lanes: np.ndarray) -> None:
         target, *operands = instruction.operands
-        values = (low_bits(block, operand, dtype) for operand, dtype in zip(operands, self.sources, strict=True))
+        values = (low_bits(batch, operand, dtype) for operand, dtype in zip(operands, self.sources, strict=True))
         result = self.function(*values).astype(self.result, copy=False)
-        if result.dtype.itemsize < block.dtype(target).itemsize:
-            result = result.astype(S64 if result.dtype.kind == "i" else U64).astype(block.dtype(target))
-        block.write(target, result, lanes)
+        if result.dtype.itemsize < batch.dtype(target).itemsize:
+            result = result.astype(S64 if result.dtype.kind == "i" else U64).astype(batch.dtype(target))
+        batch.write(target, result, lanes)
 
 
 def cvt(function: Callable[..., np.ndarray], result: np.dtype, *sources: np.dtype) -> Conversion:
@@ -116,18 +116,18 @@ class Mma:
         self.a, self.b = _gather(a, (16, depth)), _gather(b, (depth, 8))
         self.c, self.word, self.number = _gather(C, (16, 8)), word, number
 
-    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
-        block.need_whole_warps(lanes)
+    def __call__(self, batch: Any, instruction: Any, lanes: np.ndarray) -> None:
+        batch.need_whole_warps(lanes)
         target, *sources = instruction.operands
         a, b, c = (
-            np.stack([block.read(register, U32) for register in registers], -1).view(dtype).reshape(block.warps, -1)
+            np.stack([batch.read(register, U32) for register in registers], -1).view(dtype).reshape(batch.warps, -1)
             for registers, dtype in zip(sources, (self.word, self.word, F32), strict=True)
         )
         a, b = self.number(a[:, self.a]), self.number(b[:, self.b])
         d = c[:, self.c] + np.matmul(a, b)
         spread = d[:, C[0], C[1]].reshape(-1, 4)
         for i, register in enumerate(target):
-            block.write(register, np.ascontiguousarray(spread[:, i]), lanes)
+            batch.write(register, np.ascontiguousarray(spread[:, i]), lanes)
 
 
 class LdMatrix:
@@ -136,52 +136,52 @@ class LdMatrix:
     def __init__(self, count: int, transposed: bool) -> None:
         self.count, self.transposed = count, transposed
 
-    def __call__(self, block: Any, instruction: Any, lanes: np.ndarray) -> None:
-        block.need_whole_warps(lanes)
+    def __call__(self, batch: Any, instruction: Any, lanes: np.ndarray) -> None:
+        batch.need_whole_warps(lanes)
         target, address = instruction.operands
         at = np.flatnonzero(lanes & (np.arange(len(lanes)) % WARP < 8 * self.count))
         rows = np.zeros((len(lanes) // WARP, 8 * self.count, 8), np.uint16)
-        rows[at // WARP, at % WARP] = block.shared.load(block.address(address)[at], at, 16)
+        rows[at // WARP, at % WARP] = batch.shared.load(batch.address(address)[at], at, 16)
         matrices = rows.reshape(-1, self.count, 8, 8)
         if self.transposed:
             matrices = matrices.swapaxes(2, 3)
         # Lane l gets numbers 2 (l % 4) and the next of row l // 4.
         words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, self.count, WARP)
         for i, register in enumerate(target):
-            block.write(register, np.ascontiguousarray(words[:, i]).reshape(-1), lanes)
+            batch.write(register, np.ascontiguousarray(words[:, i]).reshape(-1), lanes)
 
 
 def shuffle(place: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., None]:
     """Numbers of other lanes of a warp, which `place` computes from lane and operand; segments are whole warps."""
 
-    def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
-        block.need_whole_warps(lanes)
+    def execute(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
+        batch.need_whole_warps(lanes)
         target, source, operand, clamp, members = instruction.operands
         if (clamp, members) != (31, -1):
             raise Fault("is known for whole warps only", int(np.argmax(lanes)))
         lane = np.arange(len(lanes))
-        at = (lane & -WARP) | (place(lane % WARP, block.read(operand, S32)) & (WARP - 1))
-        block.write(target, block.read(source, U32)[at], lanes)
+        at = (lane & -WARP) | (place(lane % WARP, batch.read(operand, S32)) & (WARP - 1))
+        batch.write(target, batch.read(source, U32)[at], lanes)
 
     return execute
 
 
-def move(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+def move(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
     """One register, or the parts of a register to or from several."""
     target, source = instruction.operands
     bits = int("".join(filter(str.isdigit, instruction.opcode))) if instruction.opcode != "mov.pred" else 1
     if isinstance(target, tuple):
         part = BITS[bits // len(target)]
-        parts = block.read(source, BITS[bits]).view(part).reshape(-1, len(target))
+        parts = batch.read(source, BITS[bits]).view(part).reshape(-1, len(target))
         for i, register in enumerate(target):
             if register != "_":
-                block.write(register, np.ascontiguousarray(parts[:, i]), lanes)
+                batch.write(register, np.ascontiguousarray(parts[:, i]), lanes)
     elif isinstance(source, tuple):
         part = BITS[bits // len(source)]
-        parts = np.stack([block.read(register, part) for register in source], -1)
-        block.write(target, parts.view(BITS[bits]).reshape(-1), lanes)
+        parts = np.stack([batch.read(register, part) for register in source], -1)
+        batch.write(target, parts.view(BITS[bits]).reshape(-1), lanes)
     else:
-        block.write(target, block.read(source, PRED if bits == 1 else BITS[bits]), lanes)
+        batch.write(target, batch.read(source, PRED if bits == 1 else BITS[bits]), lanes)
 
 
 def _of(operand: Any) -> tuple[Any, ...]:
@@ -191,19 +191,19 @@ def _of(operand: Any) -> tuple[Any, ...]:
 def load(space: str, bits: int, count: int) -> Callable[..., None]:
     """`count` numbers from consecutive places."""
 
-    def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    def execute(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
         target, address = instruction.operands
         at, size = np.flatnonzero(lanes), count * bits // 8
-        addresses = block.address(address)[at]
+        addresses = batch.address(address)[at]
         if space == "shared":
-            found = block.shared.load(addresses, at, size)
+            found = batch.shared.load(addresses, at, size)
         else:
-            found = block.memory.load(addresses, at, size, block.number)
+            found = batch.memory.load(addresses, at, size, batch.block[at])
         values = np.zeros((len(lanes), count), BITS[bits])
         values[at] = np.ascontiguousarray(found).view(BITS[bits])
         for i, register in enumerate(_of(target)):
             # A register may be wider: zeros follow.
-            block.write(register, values[:, i].astype(block.dtype(register)), lanes)
+            batch.write(register, values[:, i].astype(batch.dtype(register)), lanes)
 
     return execute
 
@@ -211,57 +211,53 @@ def load(space: str, bits: int, count: int) -> Callable[..., None]:
 def store(space: str, bits: int, count: int) -> Callable[..., None]:
     """`count` numbers to consecutive places."""
 
-    def execute(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+    def execute(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
         address, source = instruction.operands
         at = np.flatnonzero(lanes)
-        values = np.stack([low_bits(block, register, BITS[bits])[at] for register in _of(source)], -1)
-        addresses = block.address(address)[at]
+        values = np.stack([low_bits(batch, register, BITS[bits])[at] for register in _of(source)], -1)
+        addresses = batch.address(address)[at]
         if space == "shared":
-            block.shared.store(addresses, at, values.view(np.uint16))
+            batch.shared.store(addresses, at, values.view(np.uint16))
         else:
-            block.memory.store(addresses, at, values.view(np.uint8), block.number)
+            batch.memory.store(addresses, at, values.view(np.uint16), batch.block[at])
 
     return execute
 
 
-def load_parameter(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+def load_parameter(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
     """The address of an array."""
     target, address = instruction.operands
-    block.write(target, block.full(block.parameters[address.base], U64), lanes)
+    batch.write(target, batch.full(batch.parameters[address.base], U64), lanes)
 
 
-def copy(block: Any, instruction: Any, lanes: np.ndarray) -> None:
-    """An asynchronous copy from global to shared memory; zeros from `size` bytes on."""
+def copy(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """An asynchronous copy from global to shared memory, of zeros where the size is zero."""
     target, source, width, *sizes = instruction.operands
     at = np.flatnonzero(lanes)
-    wanted = block.read(sizes[0], U32)[at].astype(int) if sizes else np.full(len(at), width)
-    values = np.zeros((len(at), width), np.uint8)
-    for size in np.unique(wanted):
-        some = wanted == size
-        if size > width:
-            raise Fault(f"copies {size} of {width} bytes", int(at[np.argmax(some)]))
-        if size:
-            addresses = block.address(source)[at[some]]
-            values[some, :size] = block.memory.load(addresses, at[some], int(size), block.number)
-    block.shared.copy(block.address(target)[at], at, values.view(np.uint16))
+    wanted = batch.read(sizes[0], U32)[at] if sizes else np.full(len(at), width)
+    if not np.isin(wanted, (0, width)).all():
+        raise Fault(f"copies a part of {width} bytes: only all or none is supported", batch.first_active())
+    values, some = np.zeros((len(at), width // 2), np.uint16), at[wanted > 0]
+    values[wanted > 0] = batch.memory.load(batch.address(source)[some], some, width, batch.block[some])
+    batch.shared.copy(batch.address(target)[at], at, values)
 
 
-def commit(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+def commit(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
     """End of a group of copies."""
-    block.shared.commit(np.flatnonzero(lanes))
+    batch.shared.commit(np.flatnonzero(lanes))
 
 
-def wait_group(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+def wait_group(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
     """Until all groups but the newest have landed."""
-    block.shared.wait(np.flatnonzero(lanes), instruction.operands[0])
+    batch.shared.wait(np.flatnonzero(lanes), instruction.operands[0])
 
 
-def warp_barrier(block: Any, instruction: Any, lanes: np.ndarray) -> None:
+def warp_barrier(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
     """A barrier of each whole warp."""
-    block.need_whole_warps(lanes)
-    if block.read(instruction.operands[0], S32)[0] != -1:
+    batch.need_whole_warps(lanes)
+    if batch.read(instruction.operands[0], S32)[0] != -1:
         raise Fault("is known for whole warps only", int(np.argmax(lanes)))
-    block.shared.warp_barrier(np.unique(np.flatnonzero(lanes) // WARP))
+    batch.shared.warp_barrier(np.flatnonzero(lanes))
 
 
 # Integers.

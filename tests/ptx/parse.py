@@ -3,6 +3,7 @@
 Operands are registers ("%r1"), numbers, addresses, vectors of operands in braces, or names of labels and memory.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Unreadable(ValueError):
     """PTX that is beyond this parser."""
 
 
+@functools.lru_cache(maxsize=64)
 def parse(text: str) -> Kernel:
     """The kernel of a module with one entry.
 
@@ -103,12 +105,20 @@ def _instructions(body: str, first: int) -> tuple[tuple[Instruction, ...], dict[
 
 
 def _instruction(statement: str, number: int) -> Instruction:
-    found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement, re.S)
-    if found is None:
-        raise Unreadable(f"line {number}: {statement}")
-    negated, predicate, opcode, operands = found.groups()
-    parsed = tuple(_operand(text, number) for text in _split(operands))
-    return Instruction(opcode, parsed, predicate, negated == "!", number, " ".join(statement.split()))
+    try:
+        return Instruction(*_parts(statement), number, " ".join(statement.split()))
+    except Unreadable as error:
+        raise Unreadable(f"line {number}: {error}") from None
+
+
+@functools.lru_cache(maxsize=100_000)
+def _parts(statement: str) -> tuple[str, tuple[Operand, ...], str | None, bool]:
+    """Opcode, operands, predicate and whether it is negated; cached, for texts that differ in few statements."""
+    match = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement, re.S)
+    if match is None:
+        raise Unreadable(statement)
+    negated, predicate, opcode, operands = match.groups()
+    return opcode, tuple(_operand(text) for text in _split(operands)), predicate, negated == "!"
 
 
 def _split(operands: str) -> list[str]:
@@ -116,9 +126,9 @@ def _split(operands: str) -> list[str]:
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", operands) if part.strip()]
 
 
-def _operand(text: str, number: int) -> Operand:
+def _operand(text: str) -> Operand:
     if text.startswith("{"):
-        return tuple(_operand(part, number) for part in _split(text[1:-1]))
+        return tuple(_operand(part) for part in _split(text[1:-1]))
     if text.startswith("["):
         address = re.fullmatch(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\d+)\s*)?\]", text)
         if address:
@@ -129,4 +139,4 @@ def _operand(text: str, number: int) -> Operand:
         return int(text.removesuffix("U"), 0)
     elif re.fullmatch(r"%?[\w$.]+", text):
         return text
-    raise Unreadable(f"line {number}: operand {text}")
+    raise Unreadable(f"operand {text}")
