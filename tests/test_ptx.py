@@ -1,6 +1,6 @@
-"""The executor of PTX by itself: its parser, the layouts of fragments, what instructions mean, and what it refuses.
+"""The executor of PTX: its parser, control flow, and the undefined behavior that it refuses.
 
-The kernels that it is for are in tests/test_ptx_kernels.py.
+tests/test_ptx_golden.py has its instructions, tests/test_ptx_kernels.py the kernels that it is for.
 """
 
 from pathlib import Path
@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.ptx import opcodes
 from tests.ptx.machine import Failure, Run, run
+from tests.ptx.memory import SHARED, Fault, Shared
 from tests.ptx.parse import Address, Unreadable, parse
 
 PRODUCT = (Path(__file__).parent / "ptx" / "product.ptx").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def changed(text: str, *edits: tuple[str, str]) -> str:
     return text
 
 
-def test_instructions_are_parsed_with_their_lines():
+def test_parsed_instructions_have_their_lines():
     parsed = parse(PRODUCT)
     assert (parsed.name, parsed.threads, parsed.alignments, parsed.shared) == (
         "product",
@@ -84,58 +84,12 @@ def test_instructions_are_parsed_with_their_lines():
 
 
 @pytest.mark.parametrize("body", ["mov.u32 %r2, 1", "mov.u32 %r2, <1>;", "ld.global.b32 %r2, [%rd1, %r1];"])
-def test_what_is_no_instruction_is_refused(body):
+def test_invalid_statements_are_refused(body):
     with pytest.raises(Unreadable, match="line"):
         parse(kernel(f"{body}\nret;"))
 
 
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "for mma.m16n8k8": in some rows of each
-# figure, lane.number of each place.
-FIGURES = {
-    "A_16": {
-        0: "0.0 0.1 1.0 1.1 2.0 2.1 3.0 3.1 0.4 0.5 1.4 1.5 2.4 2.5 3.4 3.5",
-        1: "4.0 4.1 5.0 5.1 6.0 6.1 7.0 7.1 4.4 4.5 5.4 5.5 6.4 6.5 7.4 7.5",
-        8: "0.2 0.3 1.2 1.3 2.2 2.3 3.2 3.3 0.6 0.7 1.6 1.7 2.6 2.7 3.6 3.7",
-        15: "28.2 28.3 29.2 29.3 30.2 30.3 31.2 31.3 28.6 28.7 29.6 29.7 30.6 30.7 31.6 31.7",
-    },
-    "B_16": {
-        0: "0.0 4.0 8.0 12.0 16.0 20.0 24.0 28.0",
-        1: "0.1 4.1 8.1 12.1 16.1 20.1 24.1 28.1",
-        2: "1.0 5.0 9.0 13.0 17.0 21.0 25.0 29.0",
-        8: "0.2 4.2 8.2 12.2 16.2 20.2 24.2 28.2",
-        15: "3.3 7.3 11.3 15.3 19.3 23.3 27.3 31.3",
-    },
-    "A_8": {
-        0: "0.0 1.0 2.0 3.0 0.2 1.2 2.2 3.2",
-        7: "28.0 29.0 30.0 31.0 28.2 29.2 30.2 31.2",
-        8: "0.1 1.1 2.1 3.1 0.3 1.3 2.3 3.3",
-        15: "28.1 29.1 30.1 31.1 28.3 29.3 30.3 31.3",
-    },
-    "B_8": {
-        0: "0.0 4.0 8.0 12.0 16.0 20.0 24.0 28.0",
-        3: "3.0 7.0 11.0 15.0 19.0 23.0 27.0 31.0",
-        4: "0.1 4.1 8.1 12.1 16.1 20.1 24.1 28.1",
-        7: "3.1 7.1 11.1 15.1 19.1 23.1 27.1 31.1",
-    },
-    "C": {
-        0: "0.0 0.1 1.0 1.1 2.0 2.1 3.0 3.1",
-        7: "28.0 28.1 29.0 29.1 30.0 30.1 31.0 31.1",
-        8: "0.2 0.3 1.2 1.3 2.2 2.3 3.2 3.3",
-        15: "28.2 28.3 29.2 29.3 30.2 30.3 31.2 31.3",
-    },
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_fragments_are_those_of_the_manual(name):
-    rows, columns = getattr(opcodes, name)
-    for row, places in FIGURES[name].items():
-        for column, place in enumerate(places.split()):
-            lane, number = map(int, place.split("."))
-            assert (rows[lane, number], columns[lane, number]) == (row, column)
-
-
-def test_ldmatrix_and_a_product():
+def test_a_kernel_of_two_warps():
     done, wanted = product(PRODUCT)
     np.testing.assert_array_equal(done.outputs[0], wanted)
     assert (done.count("mma"), done.count()) == (2, 2 * len(parse(PRODUCT).instructions))
@@ -154,6 +108,10 @@ MUTANTS = {
     "no_wait": (("cp.async.wait_group 0;", ""), "reads what a copy is still writing"),
     "wait_for_an_earlier_group": (("wait_group 0;", "wait_group 1;"), "reads what a copy is still writing"),
     "no_commit": (("cp.async.commit_group;", ""), "reads what a copy is still writing"),
+    "return_before_a_copy_lands": (
+        ("ret;", "bar.sync 0; cp.async.cg.shared.global [ %r6 + 0 ], [ %rd6 + 0 ], 0x10; ret;"),
+        "returns before a copy has landed",
+    ),
     "no_barrier": (("bar.sync \t0;", ""), "wrote, without a barrier between"),
     "barrier_of_some_lanes": (("bar.sync", "@%p2 bar.sync"), "needs all lanes of a warp"),
     "one_warp_copies": (("cp.async.cg", "@%p1 cp.async.cg"), "reads shared memory that was never written"),
@@ -183,7 +141,7 @@ def test_undefined_behaviour_is_an_error(edit, reason, monkeypatch):
     assert failure.match(reason)
 
 
-def test_programs_that_write_to_one_place_are_an_error():
+def test_two_blocks_may_not_write_one_place():
     with pytest.raises(Failure, match=r"block \(0,\), lane 0, .*writes what another block writes"):
         product(PRODUCT, grid=2)
 
@@ -193,7 +151,7 @@ def test_programs_that_write_to_one_place_are_an_error():
     [("{ %r12, %r13,", "{ %r13, %r12,"), ("{ %r24, %r25 }", "{ %r25, %r24 }"), ("m8n8.x2.", "m8n8.x2.trans.")],
     ids=["a", "b", "transposed"],
 )
-def test_swapped_fragments_give_other_numbers(edit):
+def test_swapped_fragments_give_wrong_numbers(edit):
     done, wanted = product(changed(PRODUCT, edit))
     assert (done.outputs[0] != wanted).any()
 
@@ -203,7 +161,7 @@ def test_an_instruction_without_a_row_is_an_error():
         product(PRODUCT.replace("mma.sync.aligned.m16n8k16.row", "mma.sync.aligned.m16n8k32.row"))
 
 
-def test_lanes_diverge_and_meet_again():
+def test_diverged_lanes_reconverge():
     """Each lane adds numbers up to its own, in a loop; then a shuffle, which needs whole warps."""
     body = """
 	mov.b32 %r2, 0; mov.b32 %r3, 0;
@@ -226,74 +184,7 @@ $L__2:
         execute(body.replace("bra.uni", "bar.sync 0; bra.uni"), threads=64)
 
 
-# Instructions whose meaning is easy to get wrong: operands, result.
-BITS = {
-    "shl.b32 %r9, 1, 32;": 0,
-    "shr.s32 %r9, -8, 99;": -1,
-    "shr.u32 %r9, -8, 32;": 0,
-    "shr.u32 %r9, -8, 28;": 15,
-    "div.s32 %r9, -7, 2;": -3,
-    "rem.s32 %r9, -7, 2;": -1,
-    "div.u32 %r9, -7, 2;": 0x7FFFFFFC,
-    "mul.lo.s32 %r9, 0x10001, 0x10001;": 0x20001,
-    "mul.hi.u32 %r9, -1, -1;": 0xFFFFFFFE,
-    "bfe.s32 %r9, 0x80, 4, 4;": -8,
-    "bfe.u32 %r9, 0x80, 4, 4;": 8,
-    "bfe.s32 %r9, -16, 0, 32;": -16,
-    "prmt.b32 %r9, 0x03020100, 0x07060584, 0xC174;": 0xFF010784,
-    "lop3.b32 %r9, 12, 10, 6, 0xCA;": (12 & 10) | (~12 & 6),
-    "mov.b32 {%rs1, %rs2}, 0x20001; mov.b32 %r9, {%rs2, %rs1};": 0x10002,
-    "mov.b32 {%rs1, _}, 0x8001; cvt.s32.s16 %r9, %rs1;": -0x7FFF,
-    "mov.b32 {%rs1, _}, 0x8001; cvt.u32.u16 %r9, %rs1;": 0x8001,
-    "cvt.rn.f32.s32 %r9, -3;": 0xC0400000,
-    "cvt.rn.f32.s32 %r9, 16777217;": 0x4B800000,  # ties to even
-    "cvt.rn.bf16x2.f32 %r9, 0f3F808000, 0f3F818000;": 0x3F803F82,  # ties to even
-    "cvt.rna.tf32.f32 %r9, 0f3F801000;": 0x3F802000,  # ties away from zero
-    "max.f32 %r9, 0f7FC00000, 0f3F800000;": 0x3F800000,
-    "max.NaN.f32 %r9, 0f3F800000, 0f7FC00000;": 0x7FC00000,
-    "fma.rn.f32 %r9, 0f3F800001, 0f3F800001, 0fBF800002;": 0x28800000,  # 2 ** -46: the product is exact
-    "ex2.approx.ftz.f32 %r9, 0fC3010000;": 0,  # 2 ** -129
-    "ex2.approx.f32 %r9, 0fC3010000;": 0x00100000,
-    "setp.gt.f32 %p1, 0f7FC00000, 0f00000000; selp.b32 %r9, 1, 0, %p1;": 0,
-    "setp.gtu.f32 %p1, 0f7FC00000, 0f00000000; selp.b32 %r9, 1, 0, %p1;": 1,
-    "setp.neu.f32 %p1, 0f7FC00000, 0f7FC00000; selp.b32 %r9, 1, 0, %p1;": 1,
-    "setp.lt.u32 %p1, -1, 1; not.pred %p2, %p1; selp.b32 %r9, 1, 0, %p2;": 1,
-}
-
-
-def test_instructions_mean_what_the_manual_says():
-    """All in one kernel, each its own register."""
-    body = "".join(
-        f"{text.replace('%r9', f'%r{i}')} st.global.b32 [%rd1+{4 * i - 40}], %r{i};\n"
-        for i, text in enumerate(BITS, 10)
-    )
-    outputs = [((len(BITS),), np.dtype(np.uint32))]
-    found = run(parse(kernel(body + "ret;", parameters=1)), (1,), 0, [], outputs).outputs[0]
-    for text, given, wanted in zip(BITS, found, BITS.values(), strict=True):
-        assert given == wanted & 0xFFFFFFFF, f"{text} gives {given:#x}"
-
-
-def test_a_copy_of_no_bytes_is_zeros_and_reads_nothing():
-    body = """
-	setp.lt.u32 %p1, %r1, 8;
-	selp.b32 %r2, 4, 0, %p1;
-	selp.b64 %rd3, %rd1, 0, %p1;
-	mov.b64 %rd4, global_smem;
-	add.s64 %rd5, %rd4, %rd9;
-	cvt.u32.u64 %r3, %rd5;
-	cp.async.ca.shared.global [ %r3 + 0 ], [ %rd3 + 0 ], 0x4, %r2;
-	cp.async.commit_group;
-	cp.async.wait_group 0;
-	ld.shared.b32 %r4, [%rd5];
-	st.global.b32 [%rd90], %r4;
-	ret;
-"""
-    found = execute(body, np.full(1, 7, np.uint32))
-    np.testing.assert_array_equal(found, np.where(np.arange(32) < 8, 7, 0))
-
-
-def test_a_warp_s_own_barrier_orders_its_lanes():
-    body = """
+WARP_BARRIER = """
 	mov.b64 %rd4, global_smem;
 	add.s64 %rd5, %rd4, %rd9;
 	st.shared.b32 [%rd5], %r1;
@@ -305,7 +196,23 @@ def test_a_warp_s_own_barrier_orders_its_lanes():
 	st.global.b32 [%rd90], %r3;
 	ret;
 """
-    np.testing.assert_array_equal(execute(body.replace("BIT", "1"), threads=64), np.arange(64) ^ 1)
-    for wrong in (body.replace("BIT", "32"), body.replace("BIT", "1").replace("bar.warp.sync -1;", "")):
+
+
+def test_warp_barrier_orders_the_lanes_of_one_warp():
+    right = WARP_BARRIER.replace("BIT", "1")
+    np.testing.assert_array_equal(execute(right, threads=64), np.arange(64) ^ 1)
+    for wrong in (WARP_BARRIER.replace("BIT", "32"), right.replace("bar.warp.sync -1;", "")):
         with pytest.raises(Failure, match="without a barrier between"):
             execute(wrong, threads=64)
+
+
+def test_many_barriers_are_counted():
+    lanes = np.arange(32)
+    shared, addresses = Shared(64, 32), (SHARED + 2 * lanes).astype(np.uint64)
+    shared.store(addresses, lanes, np.zeros((32, 1), np.uint16))
+    for _ in range(1 << 16):
+        shared.warp_barrier(lanes)
+    shared.load(addresses[::-1], lanes, 2)
+    shared.store(addresses, lanes, np.ones((32, 1), np.uint16))
+    with pytest.raises(Fault, match="without a barrier between"):
+        shared.load(addresses[::-1], lanes, 2)

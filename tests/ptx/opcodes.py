@@ -339,22 +339,47 @@ def lookup(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np
 # Numbers.
 
 
+def _to_odd(nearest: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Numbers that are `error` below the exact ones, rounded to odd instead: inexact ones have the last bit set.
+
+    Rounding those once more, to at least two bits less, is as rounding the exact numbers once (Boldo and Melquiond,
+    "Emulation of FMA and correctly rounded sums").
+    """
+    bits = nearest.view(np.int64 if nearest.dtype == F64 else np.int32)
+    is_even = np.isfinite(error) & (error != 0) & (bits & 1 == 0)
+    away = (error > 0) == (nearest > 0)
+    step = np.where(away, 1, -1).astype(bits.dtype)
+    return np.where(is_even, bits + step, bits).view(nearest.dtype)
+
+
+def _fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """`x y + z` of float32 numbers in float64, rounded to odd. The product is exact, the sum may not be."""
+    product, z = x.astype(F64) * y, z.astype(F64)
+    total = product + z
+    part = total - product
+    return _to_odd(total, (product - (total - part)) + (z - part))
+
+
 def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """The product is exact."""
-    return x.astype(np.float64) * y + z
+    """Rounded once, to the nearest."""
+    return _fma(x, y, z).astype(F32)
 
 
 def fma_down(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Rounded towards minus infinity."""
-    exact = fma(x, y, z)
-    nearest = exact.astype(np.float32)
+    """Rounded once, towards minus infinity."""
+    exact = _fma(x, y, z)
+    nearest = exact.astype(F32)
     return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
 def fma_of_pairs(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Of the two bfloat16 numbers in each word."""
-    halves = (fma(*(bfloat16(half(word)) for word in (x, y, z))).astype(np.float32) for half in (_upper, _lower))
-    return pair_of(_to_bfloat16)(*halves)
+    """Of the two bfloat16 numbers in each word, rounded once."""
+    results = []
+    for half in (_upper, _lower):
+        exact = _fma(*(bfloat16(half(word)) for word in (x, y, z)))
+        nearest = exact.astype(F32)
+        results.append(_to_odd(nearest, exact - nearest))
+    return pair_of(_to_bfloat16)(*results)
 
 
 def _upper(word: np.ndarray) -> np.ndarray:
@@ -483,7 +508,8 @@ TABLE: dict[str, Callable[..., None]] = {
     "or.pred": row(np.logical_or, PRED, PRED, PRED),
     "xor.pred": row(np.logical_xor, PRED, PRED, PRED),
     "not.pred": row(np.logical_not, PRED, PRED),
-    **{f"setp.{c}.{n}": row(f, PRED, t, t) for c, f in COMPARE.items() for n, t in (INTEGERS | WORDS).items()},
+    **{f"setp.{c}.{n}": row(f, PRED, t, t) for c, f in COMPARE.items() for n, t in INTEGERS.items()},
+    **{f"setp.{c}.{n}": row(COMPARE[c], PRED, t, t) for c in ("eq", "ne") for n, t in WORDS.items()},
     **{f"setp.{c}.f32": row(f, PRED, F32, F32) for c, f in (ORDERED | UNORDERED).items()},
     **{f"selp.{name}": row(_select, t, t, t, PRED) for name, t in (INTEGERS | WORDS | {"f32": F32}).items()},
     # Numbers.
@@ -532,7 +558,6 @@ TABLE: dict[str, Callable[..., None]] = {
     # Moves.
     **{f"mov.{name}": move for name in ("pred", "b16", "b32", "b64", "u16", "u32", "u64", "f32")},
     "ld.param.b64": load_parameter,
-    "ld.param.u64": load_parameter,
     **{
         f"{verb}.{space}{f'.v{count}' if count > 1 else ''}.b{bits}": access(space, bits, count)
         for verb, access in (("ld", load), ("st", store))
