@@ -76,26 +76,28 @@ class Gpu:
 
 
 # Cores, bandwidth, caches and clocks are those of NVIDIA's data sheets and architecture papers. Memory is the total
-# that CUDA reports, rounded down. PyTorch's out-of-memory messages quote it: published ones have 79.14 to 79.25 GiB
-# for GPUs of 80 GB, 139.72 to 139.81 for an H200, 178.35 to 178.36 for a B200, 23.61 to 23.68 for an RTX 4090. The
-# others are from memory of such messages, about a tenth below what they said, and not looked up again.
+# that CUDA reports, rounded down: data sheets have what is sold. PyTorch's out-of-memory messages quote it. Published
+# ones, in GiB: A100 79.14 to 79.25 and 39.39 to 39.50, H100 79.10 to 79.25, H100 NVL 93.00 to 93.10, GH200 94.50 and
+# (144G) 142.50, H20 95.1 to 95.22, H200 139.72 to 139.81, B200 178.35 to 178.36, A10 and A10G 21.96 to 22.15, L40S
+# 44.34 to 44.47, RTX 3090 23.50 to 23.70, RTX 4090 23.61 to 23.68, RTX 5090 31.34 to 31.51.
 _TABLE = """
-    key       capability  cores  GiB    GB/s  L2 MiB   GHz  name
-    a100-80g  8.0           108   79.1  2039   40     1.41  NVIDIA A100-SXM4-80GB
-    a100-40g  8.0           108   39.3  1555   40     1.41  NVIDIA A100-SXM4-40GB
-    h100-80g  9.0           132   79.1  3350   50     1.98  NVIDIA H100 80GB HBM3
-    h100-pcie 9.0           114   79.1  2000   50    1.755  NVIDIA H100 PCIe
-    h100-nvl  9.0           132   93.0  3900   50    1.785  NVIDIA H100 NVL
-    gh200     9.0           132   94.5  4000   50     1.98  NVIDIA GH200 480GB
-    h20       9.0            78   95.0  4000   60     1.98  NVIDIA H20
-    h200      9.0           132  139.7  4800   50     1.98  NVIDIA H200
-    b200      10.0          148  178.3  8000  126     1.97  NVIDIA B200
-    a10       8.6            72   21.9   600    6    1.695  NVIDIA A10
-    a10g      8.6            80   21.9   600    6     1.71  NVIDIA A10G
-    l40s      8.9           142   44.3   864   96     2.52  NVIDIA L40S
-    rtx-3090  8.6            82   23.5   936    6    1.695  NVIDIA GeForce RTX 3090
-    rtx-4090  8.9           128   23.5  1008   72     2.52  NVIDIA GeForce RTX 4090
-    rtx-5090  12.0          170   31.3  1792   96     2.41  NVIDIA GeForce RTX 5090
+    key        capability  cores    GiB  GB/s  L2 MiB    GHz  name
+    a100-80g   8.0           108   79.1  2039      40   1.41  NVIDIA A100-SXM4-80GB
+    a100-40g   8.0           108   39.3  1555      40   1.41  NVIDIA A100-SXM4-40GB
+    h100-80g   9.0           132   79.1  3350      50   1.98  NVIDIA H100 80GB HBM3
+    h100-pcie  9.0           114   79.1  2000      50  1.755  NVIDIA H100 PCIe
+    h100-nvl   9.0           132   93.0  3900      50  1.785  NVIDIA H100 NVL
+    gh200      9.0           132   94.5  4000      50   1.98  NVIDIA GH200 480GB
+    gh200-144g 9.0           132  142.5  4900      50   1.98  NVIDIA GH200 144G HBM3e
+    h20        9.0            78   95.0  4000      60   1.98  NVIDIA H20
+    h200       9.0           132  139.7  4800      50   1.98  NVIDIA H200
+    b200       10.0          148  178.3  8000     126   1.97  NVIDIA B200
+    a10        8.6            72   21.9   600       6  1.695  NVIDIA A10
+    a10g       8.6            80   21.9   600       6   1.71  NVIDIA A10G
+    l40s       8.9           142   44.3   864      96   2.52  NVIDIA L40S
+    rtx-3090   8.6            82   23.5   936       6  1.695  NVIDIA GeForce RTX 3090
+    rtx-4090   8.9           128   23.5  1008      72   2.52  NVIDIA GeForce RTX 4090
+    rtx-5090   12.0          170   31.3  1792      96   2.41  NVIDIA GeForce RTX 5090
 """
 
 

@@ -64,6 +64,6 @@ def test_a_chip_is_known_by_capability_multiprocessors_and_shared_memory():
         with tracing_for(gpu):
             assert chip() == gpu.chip
         found.setdefault(gpu.chip, []).append(name)
-    assert ["h100-80g", "h100-nvl", "gh200", "h200"] in found.values()
+    assert ["h100-80g", "h100-nvl", "gh200", "gh200-144g", "h200"] in found.values()
     assert {gpu.chip.shared_memory >> 10 for gpu in GPUS.values()} == {99, 163, 227}
     assert chip().capability is None

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -105,30 +105,30 @@ def load_model(
     check_size(config, len(checkpoint.shapes), str(source))
     config = _with_stored_head(checkpoint, config, str(source))
     placement = None if mesh is None else placement_on(config, mesh, pattern, fsdp=fsdp)
-    table = weight_table(config)
-    check_tensors(checkpoint.shapes, table, config, label=str(source))
     graphdef, abstract = abstract_decoder(config)
     flat = dict(nnx.to_flat_state(abstract))
-    total = sum(int(np.prod(shape)) for weight in table.values() for shape in weight.shapes)
-    bar = tqdm(
-        total=total,
-        unit=" weights",
-        unit_scale=True,
-        desc="loading",
-        disable=None if progress is None else not progress,
-    )
-    with bar:
-        for path, weight in _in_file_order(table, checkpoint):
-            quantized = config.weight_dtype if weight.is_kernel else None
-            quantized = config.embed_dtype if path[0] in ("embed", "head") else quantized
-            value = _read(checkpoint, weight, jnp.dtype(config.dtype), quantized, on_host=mesh is not None)
-            if placement is not None and mesh is not None:
-                value = placement.put(path, value, mesh)
-            flat[path] = flat[path].replace(value)
-            bar.update(sum(int(np.prod(shape)) for shape in weight.shapes))
+    for path, value in _weights(checkpoint, config, str(source), on_host=mesh is not None, progress=progress):
+        placed = value if placement is None or mesh is None else placement.put(path, value, mesh)
+        flat[path] = flat[path].replace(placed)
     if placement is not None and mesh is not None:
         return placement.model(flat, mesh)
     return Model(config, graphdef, nnx.from_flat_state(flat.items()))
+
+
+def _weights(
+    checkpoint: Source, config: ModelConfig, label: str, *, on_host: bool, progress: bool | None
+) -> Iterator[tuple[tuple[str | int, ...], "Array | np.ndarray | qwix.QArray"]]:
+    """Each parameter as it is stored in the model, once all names and shapes were checked; with a progress bar."""
+    table = weight_table(config)
+    check_tensors(checkpoint.shapes, table, config, label=label)
+    counts = {path: sum(int(np.prod(shape)) for shape in weight.shapes) for path, weight in table.items()}
+    options: dict[str, Any] = {"unit": " weights", "unit_scale": True, "desc": "loading"}
+    with tqdm(total=sum(counts.values()), **options, disable=None if progress is None else not progress) as bar:
+        for path, weight in _in_file_order(table, checkpoint):
+            quantized = config.weight_dtype if weight.is_kernel else None
+            quantized = config.embed_dtype if path[0] in ("embed", "head") else quantized
+            yield path, _read(checkpoint, weight, jnp.dtype(config.dtype), quantized, on_host=on_host)
+            bar.update(counts[path])
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
