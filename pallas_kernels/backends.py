@@ -46,7 +46,7 @@ def _of_module(name: str) -> Backend:
         raise ValueError(f"attention backend {name!r:.60} is no module's name, as my_kernels.attention is")
     try:
         backend = getattr(importlib.import_module(name), "BACKEND", None)
-    except Exception as error:  # Whatever the user's module raises.
+    except (Exception, SystemExit) as error:  # Whatever the user's module raises.
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"attention backend {name!r:.60} is no module that can be imported: {why}") from None
     if not isinstance(backend, Backend):

@@ -197,9 +197,10 @@ def _width(head_dim: int) -> int:
 def _tuned() -> dict[str, dict[str, dict[str, Any]]]:
     try:
         path = tuned_file()
-        return read_tuned(path) if path.exists() else {}
-    except FileNotFoundError:  # No home folder.
+        is_there = path.exists()
+    except OSError:  # No home folder, or one of another user.
         return {}
+    return read_tuned(path) if is_there else {}
 
 
 def forget_tuned() -> None:

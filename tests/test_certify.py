@@ -41,7 +41,7 @@ from pallas_kernels import cudnn, ops
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
 from pallas_kernels.certify.examine import examine
-from pallas_kernels.certify.messages import from_json, to_json
+from pallas_kernels.certify.messages import OURS, from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.errors import is_no_memory
 from pallas_kernels.tiles import forget_tuned, tiles_for
@@ -66,6 +66,9 @@ BACKENDS = {
     "failing": "out._replace(out=out.out * jax.pure_callback(fail, jax.ShapeDtypeStruct((), 'float32')))",
     "uncompilable": "compile(out)",
     "exhausted": "exhaust()",
+    "forking": "fork()",
+    "closing": "close()",
+    "loud": "speak(out)",
 }
 SOURCE = """
 import os, signal, time
@@ -100,6 +103,21 @@ def compile(out):
 
 def exhaust():
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+def fork():
+    if not os.fork():
+        time.sleep(600)
+    os._exit(9)
+
+def close():
+    os.closerange(1, 4096)
+    time.sleep(600)
+
+def speak(out):
+    for _ in range(100):
+        os.write(2, b"loud " * 200_000)
+    os.write(1, b'{"certify": true, "end": true}' + bytes(range(256)))
+    return out
 
 def decode(q, pools, heads, *, lengths, **options):
     out = xla.decode(q, pools, heads, lengths=lengths, **options)
@@ -186,7 +204,8 @@ class Reports:
 
     def __call__(self, order):
         self.orders.append(order)
-        self.lines = [line if line in (None, b"") else json.dumps(line).encode() for line in self.scripts.pop(0)]
+        said = self.scripts.pop(0)
+        self.lines = [line if line in (None, b"") else json.dumps({OURS: True} | line).encode() for line in said]
         return self
 
     def __enter__(self):
@@ -495,7 +514,7 @@ def test_the_environment_names_a_backend(home, monkeypatch):
             ops.choose(here, name)
     (home / "broken_kernels").mkdir()
     monkeypatch.syspath_prepend(home)
-    for name, text in (("syntax", "def"), ("crash", "1 / 0"), ("needs", "import no_such_package")):
+    for name, text in (("syntax", "def"), ("crash", "1 / 0"), ("needs", "import nothing_there"), ("ends", "exit()")):
         (home / "broken_kernels" / f"{name}.py").write_text(text)
         with pytest.raises(ValueError, match=f"'broken_kernels.{name}' is no module that can be imported"):
             ops.choose(here, f"broken_kernels.{name}")
@@ -703,13 +722,18 @@ def test_processes_that_crash_hang_or_exit_are_replaced(home, monkeypatch):
     """With real processes: every pretended backend ends as it should, and the fastest right one is chosen."""
     monkeypatch.setattr(parent, "RUN_LIMIT", 10.0)
     shown = []
+    # What is printed before the process could prevent it.
+    (home / "sitecustomize.py").write_text('print("{}\\n[]\\n{\\"end\\": true}\\n\\0" + "x" * (1 << 21))')
     backends = names("crashing", "right", "hanging", "wrong", "exiting", "slow", "failing", "flaky")
+    backends += names("forking", "loud", "closing")[1:]
     parent.certify([DECODE], backends=backends, show=shown.append)
     found = {name.removeprefix("pretended."): verdict for name, verdict in verdicts.stored().verdicts[KEY].items()}
-    assert {name for name, verdict in found.items() if verdict.is_right} == {"xla", "right", "slow"}, shown
+    assert {name for name, verdict in found.items() if verdict.is_right} == {"xla", "right", "slow", "loud"}, shown
     assert found["slow"].seconds > found["right"].seconds
     assert "SIGSEGV" in found["crashing"].reason and "exited with code 7" in found["exiting"].reason
     assert found["hanging"].reason.startswith("hangs") and found["failing"].reason.startswith("fails")
+    assert found["forking"].reason.startswith("the process exited with code 9")
+    assert found["closing"].reason == "the process closed its output and did not end"
     assert verdicts.stored().complete == {KEY} and len(shown) == 1 + len(backends)
 
 

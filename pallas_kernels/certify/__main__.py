@@ -1,5 +1,7 @@
 """The process that examines backends: an order on standard input, one line of JSON for everything that is known.
 
+Each line has `"certify": true` besides:
+
     {"device": ...}                         where this runs
     {"jobs": [[key, backend], ...]}         what will be examined
     {"begin": [key, backend], "phase": "compile" or "run"}
@@ -26,7 +28,7 @@ import numpy as np
 from pallas_kernels.backends import candidates
 from pallas_kernels.certify import cases, machine
 from pallas_kernels.certify.examine import FAILED, NoMemory, examine
-from pallas_kernels.certify.messages import from_json
+from pallas_kernels.certify.messages import OURS, from_json
 from pallas_kernels.certify.verdicts import SAFE, Verdict, key_of
 from pallas_kernels.choices import here
 from pallas_kernels.errors import first_line, is_no_memory
@@ -96,7 +98,7 @@ def main() -> None:
     os.dup2(2, 1)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    serve(order, lambda **line: print(json.dumps(line), file=out, flush=True))
+    serve(order, lambda **line: print(json.dumps({OURS: True} | line), file=out, flush=True))
     os._exit(0)  # Without waiting for threads of the device.
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from pallas_kernels.types import Request
 from pallas_kernels.window import Window
 
+# What every line has that the other process writes: libraries may write lines of their own before.
+OURS = "certify"
+
 # Fields that a verdict does not depend on, or that only the process with the device knows.
 _LEFT_OUT = ("device", "capability", "capacities", "dtypes", "bits")
 

@@ -6,24 +6,26 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from pallas_kernels.backends import find_backend
 from pallas_kernels.certify import verdicts
 from pallas_kernels.certify.machine import check_setting, may_have_gpu
-from pallas_kernels.certify.messages import to_json
+from pallas_kernels.certify.messages import OURS, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, key_of
 from pallas_kernels.types import Request, Unsupported
 
 # Seconds for everything, and for running (not compiling) one backend; both are longer in full.
 LIMIT, RUN_LIMIT = 120.0, 30.0
 FULL_LIMIT, FULL_RUN_LIMIT = 1800.0, 120.0
+
+# Seconds between two looks at whether the process lives; bytes of a line of its output, and of the end of its errors.
+GLANCE, MOST_LINES, MOST_ERRORS = 1.0, 1 << 20, 2000
 
 # Signals that come from outside: a user, or the system when its memory runs out.
 KILLERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -110,16 +112,20 @@ class _Certification:
         self._unknown: set[Job] = set()
         self._jobs: set[Job] = set()
         self._job: Job | None = None
-        self._phase = ""
+        self._phase, self._since = "", 0.0
 
     def run(self) -> None:
         """Examine until nothing is left, or time is over."""
         count = len(self._requests)
         self._show(f"checking attention backends on this GPU, once for {count} operations: {self._limit:.0f} s at most")
         is_over = False
-        while self._has_more() and not is_over:
-            with _Child(self._order()) as child:
-                is_over = not self._follow(child)
+        try:
+            while self._has_more() and not is_over:
+                with _Child(self._order()) as child:
+                    is_over = not self._follow(child)
+        except OSError as error:
+            way = verdicts.how(next(iter(self._requests)))
+            self._show(f"  nothing more can be checked: {error.strerror or error}; later: {way}")
 
     def _has_more(self) -> bool:
         return not self._jobs or bool(self._jobs - self._settled - self._unknown)
@@ -137,12 +143,12 @@ class _Certification:
         while True:
             now = time.monotonic()
             is_running = self._job is not None and self._phase == "run"
-            until = min(self._end, now + self._run_limit) if is_running else self._end
+            until = min(self._end, self._since + self._run_limit) if is_running else self._end
             line = child.read(until - now)
             if line is not None:
                 if not line:
                     return self._ended(child)
-                message = json.loads(line)
+                message = _message(line)
                 self._take(message)
                 if "again" in message or "end" in message:
                     return "again" in message
@@ -168,7 +174,7 @@ class _Certification:
             self._jobs = {(key, name) for key, name in line["jobs"]}
             self._complete()
         elif "begin" in line:
-            self._job, self._phase = tuple(line["begin"]), line["phase"]
+            self._job, self._phase, self._since = tuple(line["begin"]), line["phase"], time.monotonic()
         elif "settled" in line:
             self._settle(tuple(line["settled"]), Verdict(**line["verdict"]))
         elif "unknown" in line:
@@ -210,25 +216,37 @@ class _Certification:
             verdicts.add(Found(complete=done))
 
 
+def _message(line: bytes) -> dict[str, Any]:
+    """What a line says; nothing, if a library has written it before the process could prevent that."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) and message.get(OURS) else {}
+
+
 class _Child:
-    """The process that examines."""
+    """The process that examines. It may write anything, fork, and hang: users' backends run in it."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         # The parent's modules, but none of the working directory.
         path = os.pathsep.join(entry for entry in sys.path if entry)
         options = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": path}
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        # In a session of its own, Ctrl-C reaches only this process, which stops the other.
+        # In a session of its own, Ctrl-C reaches only this process, which stops the other and what that has started.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pallas_kernels.certify"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=subprocess.PIPE,
             env=os.environ | options,
             start_new_session=True,
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._out, self._buffer = self._process.stdout, b""
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._lines, self._end_of_errors = b"", b""
+        self._selector = selectors.DefaultSelector()
+        for pipe in (self._process.stdout, self._process.stderr):
+            os.set_blocking(pipe.fileno(), False)
+            self._selector.register(pipe, selectors.EVENT_READ)
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
@@ -237,38 +255,58 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self._kill()
         self._process.wait()
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._out.close()
-        self._errors.close()
+        self._selector.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # It has ended, with all that it started.
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def read(self, seconds: float) -> bytes | None:
         """The next line; empty at the end, None if there is none in time."""
         end = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._out, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                left = end - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    return None
-                part = os.read(self._out.fileno(), 1 << 16)
-                if not part:
-                    return b""
-                self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
+        while (left := end - time.monotonic()) > 0:
+            if b"\n" in self._lines:
+                line, _, self._lines = self._lines.partition(b"\n")
+                return line
+            if not self._take(min(left, GLANCE)):
+                return b""
+        return None
 
-    def how_it_ended(self) -> tuple[str, signal.Signals | None]:
+    def _take(self, seconds: float) -> bool:
+        """Wait for something to read, and read it; False if nothing will come any more."""
+        ready = self._selector.select(seconds)
+        for key, _ in ready:
+            part = os.read(key.fd, 1 << 16)
+            if not part:
+                self._selector.unregister(key.fileobj)
+            elif key.fileobj is self._process.stderr:
+                self._end_of_errors = (self._end_of_errors + part)[-MOST_ERRORS:]
+            else:
+                self._lines += part
+                if len(self._lines) > MOST_LINES and b"\n" not in part:
+                    self._lines = b""  # No line of ours.
+        # Whatever it has started may keep the pipes open.
+        has_ended = not ready and self._process.poll() is not None
+        return not has_ended and self._process.stdout in self._selector.get_map()
+
+    def how_it_ended(self) -> tuple[str, int | None]:
         """In words, with the last line that it wrote; and the signal that ended it."""
-        code = self._process.wait()
+        try:
+            code = self._process.wait(GLANCE)
+        except subprocess.TimeoutExpired:
+            return "closed its output and did not end", None
         if code < 0:
-            by = signal.Signals(-code)
-            return f"was ended by {by.name}", by
-        self._errors.seek(0)
-        last = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
+            known = {each.value: each.name for each in signal.Signals}
+            return f"was ended by {known.get(-code, f'signal {-code}')}", -code
+        end = time.monotonic() + GLANCE
+        while self._process.stderr in self._selector.get_map() and time.monotonic() < end:
+            self._take(GLANCE / 10)
+        last = self._end_of_errors.decode(errors="replace").strip().splitlines()
         return f"exited with code {code}" + (f": {last[-1][:200]}" if last else ""), None
 
 
