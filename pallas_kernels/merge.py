@@ -14,8 +14,9 @@ from pallas_kernels.types import Partial
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-# Finite: a block without a visible key leaves no NaN, and its weights vanish at the first visible one.
-MASKED = -1e30
+# Finite: a block without a visible key leaves no NaN, and its weights vanish at the first visible one. A power of two:
+# times any scale it is exact, and such a block has scores equal to its maximum, also if they were never rounded.
+MASKED = -(2.0**100)
 
 
 class Softmax(NamedTuple):
@@ -32,22 +33,54 @@ def empty(rows: tuple[int, ...], head_dim: int) -> Softmax:
     return Softmax(jnp.zeros((*rows, head_dim), jnp.float32), zeros + MASKED, zeros)
 
 
-def add(state: Softmax, scores: Array, add_product: Callable[[Array, Array], Array], exp: Callable) -> Softmax:
+def multiply_add(a: Array, b: Any, c: Array) -> Array:
+    """`a * b + c`."""
+    return a * b + c
+
+
+def weigh(
+    maximum: Array,
+    total: Array,
+    scores: Array,
+    exp: Callable,
+    scale: float = 1.0,
+    add_up: Callable | None = None,
+    fma: Callable = multiply_add,
+) -> tuple[Array, Array, Array, Array]:
+    """Weights of a block of keys with `scores [*rows, S]`, the factor of earlier values, the new maximum and total.
+
+    The scores are multiplied by `scale` after their maximum is known: this and the subtraction are one instruction,
+    `fma(a, b, c)`, where a compiler does not make one by itself. `add_up(weights)` is their sum, or several for each
+    row, in the shape of `total`.
+    """
+    new = jnp.maximum(maximum, scores.max(axis=-1) * scale)
+    decay = exp(maximum - new)
+    weights = exp(fma(scores, scale, across(-new, scores)))
+    total = fma(total, across(decay, total), weights.sum(axis=-1) if add_up is None else add_up(weights))
+    return weights, decay, new, total
+
+
+def add(
+    state: Softmax,
+    scores: Array,
+    add_product: Callable[[Array, Array], Array],
+    exp: Callable,
+    scale: float = 1.0,
+    fma: Callable = multiply_add,
+) -> Softmax:
     """Add a block of keys with `scores [*rows, S]`; `add_product(values, weights)` is `values + weights @ v`."""
-    maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
-    decay = exp(state.maximum - maximum)
-    weights = exp(scores - _across(maximum, scores))
-    total = state.total * decay + weights.sum(axis=-1)
-    return Softmax(add_product(state.values * _across(decay, state.values), weights), maximum, total)
+    weights, decay, maximum, total = weigh(state.maximum, state.total, scores, exp, scale, fma=fma)
+    return Softmax(add_product(state.values * across(decay, state.values), weights), maximum, total)
 
 
 def finish(state: Softmax, log: Callable) -> tuple[Array, Array]:
     """The weighted mean of the values, zero without a key, and the logarithm of the sum of the weights."""
     total = jnp.maximum(state.total, 1e-30)
-    return state.values / _across(total, state.values), state.maximum + log(total)
+    return state.values / across(total, state.values), state.maximum + log(total)
 
 
-def _across(x: Array, like: Array) -> Array:
+def across(x: Array, like: Array) -> Array:
+    """Numbers of rows in every column of an array."""
     # Not `x[..., None]`: Mosaic has no such shape.
     return lax.broadcast_in_dim(x, like.shape, tuple(range(x.ndim)))
 

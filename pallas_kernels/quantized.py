@@ -112,12 +112,12 @@ def read(stored: Stored, dtype: jnp.dtype) -> Float[Array, "*rows H"]:
     return dequantize(stored, dtype) if isinstance(stored, Quantized) else stored
 
 
-def read_dtype(stored: Stored, dtype: jnp.dtype) -> jnp.dtype:
+def read_dtype(stored: Any, dtype: jnp.dtype) -> jnp.dtype:
     """Data type of the result of `read`."""
     return dtype if isinstance(stored, Quantized) else stored.dtype
 
 
-def compute_dtype(q: Array, k: Stored) -> np.dtype:
+def compute_dtype(q: Any, k: Any) -> np.dtype:
     """Data type of products of queries and keys: theirs if they agree, else their common type, at least float32."""
     of_keys = read_dtype(k, q.dtype)
     return q.dtype if q.dtype == of_keys else np.promote_types(np.promote_types(np.float32, q.dtype), of_keys)
@@ -198,10 +198,17 @@ def on_grid(
 
 def scale_and_offset(grid: UInt32[Array, "*rows C"]) -> tuple[Float[Array, "*rows C"], Float[Array, "*rows C"]]:
     """A group's scale, and its offset in units of the scale."""
+    scale, shifted, by = scale_and_shifted(grid)
+    return scale, (shifted - jnp.float32(by)) * jnp.float32(1 / FINE)
+
+
+def scale_and_shifted(grid: UInt32[Array, "*rows"]) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"], float]:
+    """A group's scale, and its offset in steps, greater by a constant, which is the third result."""
     # A bfloat16 is the upper half of a float32.
     scale = lax.bitcast_convert_type(grid & jnp.uint32(0xFFFF0000), jnp.float32)
-    offset = lax.bitcast_convert_type(grid << jnp.uint32(16), jnp.int32) >> jnp.int32(16)
-    return scale, offset.astype(jnp.float32) * jnp.float32(1 / FINE)
+    # The signed integer plus 2^15, in the last bits of 2^23: no GPU converts integers as fast.
+    bits = (grid & jnp.uint32(0xFFFF)) ^ jnp.uint32(0x4B008000)
+    return scale, lax.bitcast_convert_type(bits, jnp.float32), 2.0**23 + 2.0**15
 
 
 def _rounded_up(x: Float[Array, "*n"]) -> Float[Array, "*n"]:

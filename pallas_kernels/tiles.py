@@ -18,10 +18,10 @@ from pallas_kernels.ptxas import ptxas_version, version_text
 from pallas_kernels.types import Request
 from pallas_kernels.user_cache import cache_folder, read_json
 
-# The most of each number; more fits into no GPU.
+# The most of each number; more fits into no GPU. A tile of keys must not cross a page of 128 tokens.
 MOST = {
     "block_q": 1024,
-    "block_k": 1024,
+    "block_k": 128,
     "num_warps": 32,
     "num_stages": 16,
     "min_split": 1 << 20,
@@ -248,6 +248,8 @@ def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip
     small = width * itemsize <= 256
     if quantized:
         tiles = _default(kernel, width, itemsize, False, chip)
+        if kernel == "decode":  # It makes no numbers of what is packed.
+            return replace(tiles, block_k=64 if small else 32)
         smaller = {"block_k": 32 if small else 16} | ({"block_q": 32} if kernel == "flash" and not small else {})
         return replace(tiles, **smaller)
     # Two waves of four programs on each multiprocessor.

@@ -57,7 +57,7 @@ PREFILL = {
     "float32": Case(MIXED, head_dim=64, **LONG),
     "bfloat16_cache_of_float32": Case(MIXED, head_dim=32, pool_dtype="bfloat16"),
 }
-# Decode: tiles have 64 keys, those of quantized caches 32; each is a program of its own, but for the longest row.
+# Decode: tiles have 64 keys; each is a program of its own, but for the longest row.
 ROWS = {"tokens": 1, "capacity": 330, "starts": (329, 0, 0, 63, 64, 130), "lengths": (1, 0, 1, 1, 1, 1)}
 DECODE = {
     "bfloat16": Case(MIXED, **BF16, **ROWS),
@@ -72,6 +72,7 @@ DECODE = {
     "float16": Case(MIXED, dtype="float16", head_dim=64, **ROWS),
     "float32": Case(MIXED, head_dim=64, **ROWS),
     "float32_int4": Case(MIXED, head_dim=64, **ROWS, pool_dtype="int4"),
+    "float16_int8": Case(MIXED, dtype="float16", head_dim=64, **ROWS, pool_dtype="int8"),
 }
 # Training: tokens, query heads, KV heads, head dim, window. Tiles have 64 and 128 queries, 32 and 64 keys.
 TRAINING = {

@@ -65,6 +65,7 @@ def test_an_altered_table_is_refused_by_name(table, text, why):
         ({"min_split": 300}, "min_split must be a multiple of block_k=64 and of 8, got 300"),
         ({"block_k": 4, "min_split": 12}, "of 8, got 12"),
         ({"block_k": 48, "min_split": 96}, "block_k must be a power of two, got 48"),
+        ({"block_k": 256}, "block_k must be a positive integer up to 128, got 256"),
         ({"num_warps": 3}, "num_warps must be a power of two"),
         ({"max_programs": 0}, "max_programs must be a positive integer up to 1048576, got 0"),
         ({"num_warps": 64}, "num_warps must be a positive integer up to 32, got 64"),

@@ -4,8 +4,9 @@ Retrieval and streaming heads share the launch. The number of programs that a ro
 length, which is read on the device: programs beyond it exit at once.
 """
 
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.merge import Softmax, empty, merge_splits
-from pallas_kernels.quantized import any_quantized, compute_dtype
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, merge_splits, weigh
+from pallas_kernels.quantized import Quantized, any_quantized, compute_dtype
 from pallas_kernels.schedule import Splits, cdiv, div
 from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.packed import Packed
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 
@@ -63,7 +65,7 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
     """One part of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
     block_k = splits.block_k
     _, num_heads, head_dim = arrays.q.shape
-    group, width = num_heads // arrays.slot.shape[0], tile.width(head_dim)
+    group = num_heads // arrays.slot.shape[0]
     rows = max(tile.MIN_ROWS, pl.next_power_of_2(group))
     split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
@@ -75,37 +77,73 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
     begin = split * per_split
     end = jnp.minimum(begin + per_split, filled)
 
-    @pl.when(begin < end)
-    def compute() -> None:
-        columns, index = tile.leading(width), tile.indices(0, rows)
-        in_group = index < group
-        q = tile.load(arrays.q.at[row, pl.ds(kv_head * group, rows), columns], in_group, head_dim)
+    def attend(pool_k: Any, pool_v: Any) -> None:
+        in_group = tile.indices(0, rows) < group
+        kind = Packed if isinstance(pool_k, Quantized) else Plain
+        source = kind(arrays.q, (row, pl.ds(kv_head * group, rows)), in_group, pool_k, pool_v)
 
-        def over(pool_k, pool_v, runs: Array, state: Softmax) -> Softmax:
-            def visit(begin: Array, exists: Array | None, state: Softmax) -> Softmax:
-                at = slot, row, begin, block_k, exists, q.dtype
-                keys, values = (tile.load_keys(pool, *at) for pool in (pool_k, pool_v))
-                keep = None if exists is None else exists[None, :]
-                return tile.accumulate(state, q, keys, values, keep, head_dim**-0.5)
+        def visit(begin: Array, exists: Array | None, state: Softmax) -> Softmax:
+            at = slot, row, pl.ds(begin, block_k)
+            scores = source.scores(at, exists)
+            if exists is not None:
+                scores = jnp.where(exists[None, :], scores, MASKED)
+            scale = head_dim**-0.5 * LOG2_E
+            # A sum for each key of a tile: adding up the columns takes exchanges between warps, which one is enough.
+            weights, decay, maximum, total = weigh(
+                state.maximum, state.total, scores, tile.exp2, scale, lambda weights: weights, tile.fma
+            )
+            return Softmax(source.add(state.values, weights, decay, at, exists), maximum, total)
 
-            def inside(j: Array, state: Softmax) -> Softmax:
-                return visit(begin + j * block_k, None, state)
+        def inside(j: Array, state: Softmax) -> Softmax:
+            return visit(begin + j * block_k, None, state)
 
-            def last(j: Array, state: Softmax) -> Softmax:
-                first = begin + j * block_k
-                return visit(first, tile.indices(first, block_k) < end, state)
+        def last(j: Array, state: Softmax) -> Softmax:
+            first = begin + j * block_k
+            return visit(first, tile.indices(first, block_k) < end, state)
 
-            zero = jnp.int32(0)
-            whole = jnp.where(runs, div(end - begin, block_k), zero)
-            state = lax.fori_loop(zero, whole, inside, state)
-            return lax.fori_loop(whole, jnp.where(runs, cdiv(end - begin, block_k), zero), last, state)
+        whole = div(end - begin, block_k)
+        zeros = jnp.zeros((rows,), jnp.float32)
+        state = Softmax(source.empty(rows, block_k), zeros + MASKED, jnp.zeros((rows, block_k), jnp.float32))
+        state = lax.fori_loop(jnp.int32(0), whole, inside, state)
+        state = lax.fori_loop(whole, cdiv(end - begin, block_k), last, state)
+        total = state.total.sum(1)
+        to = row, kv_head, split, tile.leading(rows)
+        for first, count, values in source.columns(state.values):
+            columns = pl.ds(jnp.int32(first), values.shape[1])
+            tile.store(out_ref.at[*to, columns], values / total[:, None], in_group, count)
+        log_sum = (state.maximum + jnp.log2(total)) * jnp.float32(LN_2)
+        tile.store_row(log_ref.at[*to], log_sum, in_group)
 
-        state = empty((rows,), width)
-        if arrays.pools.full_k is not None:
-            state = over(arrays.pools.full_k, arrays.pools.full_v, is_retrieval, state)
-        if arrays.pools.ring_k is not None:
-            # A ring fills from its first index and then stays full: every index below its size has a visible token.
-            state = over(arrays.pools.ring_k, arrays.pools.ring_v, ~is_retrieval, state)
-        values, log_sum = tile.finish(state)
-        tile.store(out_ref.at[row, kv_head, split, tile.leading(rows), columns], values, in_group, head_dim)
-        tile.store_row(log_ref.at[row, kv_head, split, tile.leading(rows)], log_sum, in_group)
+    if arrays.pools.full_k is not None:
+        pl.when((begin < end) & is_retrieval)(lambda: attend(arrays.pools.full_k, arrays.pools.full_v))
+    if arrays.pools.ring_k is not None:
+        # A ring fills from its first index and then stays full: every index below its size has a visible token.
+        pl.when((begin < end) & ~is_retrieval)(lambda: attend(arrays.pools.ring_k, arrays.pools.ring_v))
+
+
+class Plain:
+    """Attention of some queries of a KV head to tiles of keys and values that are numbers."""
+
+    def __init__(self, q: tile.Ref, heads: tuple[Any, ...], in_group: Array, k: tile.Ref, v: tile.Ref) -> None:
+        """Read the queries, `[M]` of which are `in_group`."""
+        self.k, self.v, self.head_dim = k, v, q.shape[-1]
+        self.dtype, self.all = compute_dtype(q, k), tile.leading(tile.width(self.head_dim))
+        self.q = tile.load(q.at[*heads, self.all], in_group, self.head_dim).astype(self.dtype)
+
+    def scores(self, at: tuple[Any, ...], exists: Array | None) -> Array:
+        """Scores `[M, S]` of some rows of keys."""
+        return tile.dot_t(self.q, tile.load(self.k.at[*at, self.all], exists, self.head_dim).astype(self.dtype))
+
+    def empty(self, rows: int, keys: int) -> Array:
+        """Sums of no value yet."""
+        del keys
+        return jnp.zeros((rows, tile.width(self.head_dim)), jnp.float32)
+
+    def add(self, sums: Array, weights: Array, decay: Array, at: tuple[Any, ...], exists: Array | None) -> Array:
+        """Add some rows of values times `weights [M, S]`; earlier sums are multiplied by `decay [M]`."""
+        values = tile.load(self.v.at[*at, self.all], exists, self.head_dim).astype(self.dtype)
+        return sums * decay[:, None] + tile.dot(weights.astype(self.dtype), values)
+
+    def columns(self, sums: Array) -> Iterator[tuple[int, int, Array]]:
+        """The sum of all values: first channel, number of channels, and at least as many columns."""
+        yield 0, self.head_dim, sums

@@ -1,6 +1,7 @@
 """Shared by the Triton kernels: a step of the softmax, products, loads that end with the array, and the launch."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -41,10 +42,51 @@ def accumulate(
     """Add a tile of keys, to base two; `keep [M, S]` are the keys that each query sees, None if it sees all."""
     compute = compute_dtype(q, k)
     q, k, v = q.astype(compute), k.astype(compute), v.astype(compute)
-    scores = dot_t(q, k) * jnp.float32(scale * LOG2_E)
+    scores = dot_t(q, k)
     if keep is not None:
         scores = jnp.where(keep, scores, MASKED)
-    return add(state, scores, lambda values, weights: values + dot(weights.astype(v.dtype), v), jnp.exp2)
+    return add(
+        state, scores, lambda values, weights: values + dot(weights.astype(v.dtype), v), exp2, scale * LOG2_E, fma
+    )
+
+
+def exp2(x: jax.Array) -> jax.Array:
+    """Powers of two of float32 numbers; those below 2^-126 are zero, which saves three instructions each."""
+    return assembly("ex2.approx.ftz.f32 $0, $1;", jnp.exp2, x)
+
+
+def fma(a: jax.Array, b: jax.Array | float, c: jax.Array | float) -> jax.Array:
+    """`a * b + c` of float32 numbers in one instruction, in the shape of `a`: XLA keeps Triton from fusing them."""
+    b, c = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), a.shape) for x in (b, c))
+    return assembly("fma.rn.f32 $0, $1, $2, $3;", lambda a, b, c: a * b + c, a, b, c)
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """Float32 numbers rounded to `dtype`, two in one instruction even where the results have several uses."""
+    if dtype == jnp.float32:
+        return x
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+    text = f"cvt.rn.{kind}.f32 $0, $2, $1;"
+    return assembly(text, lambda x: x.astype(dtype), x, dtype=dtype, pack=2, constraints="=r,r,r")
+
+
+_INTERPRETED = ContextVar("interpreted", default=False)
+
+
+def assembly(
+    text: str,
+    plain: Callable[..., jax.Array],
+    *args: jax.Array,
+    dtype: Any = jnp.float32,
+    pack: int = 1,
+    constraints: str | None = None,
+) -> jax.Array:
+    """PTX for each number of some arrays of one shape, or each `pack` of them; interpreted, `plain(*args)` instead."""
+    if _INTERPRETED.get():
+        return plain(*args)
+    constraints = constraints or ",".join(["=f", *"f" * len(args)])
+    out = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
+    return plgpu.elementwise_inline_asm(text, args=args, constraints=constraints, pack=pack, result_shape_dtypes=out)[0]
 
 
 def finish(state: Softmax) -> tuple[jax.Array, jax.Array]:
@@ -107,9 +149,9 @@ def width(head_dim: int) -> int:
     return max(MIN_ROWS, pl.next_power_of_2(head_dim))
 
 
-def load(ref: Ref, rows: jax.Array | None, head_dim: int) -> jax.Array:
+def load(ref: Ref, rows: jax.Array | None, head_dim: int, zero: float | int = 0.0) -> jax.Array:
     """A tile `[M, width(H)]` of `ref`, zero beyond the head dim and where `rows [M]` is false; None: all rows exist."""
-    return plgpu.load(ref, mask=(mask := _mask(ref.shape, rows, head_dim)), other=None if mask is None else 0.0)
+    return plgpu.load(ref, mask=(mask := _mask(ref.shape, rows, head_dim)), other=None if mask is None else zero)
 
 
 def load_keys(
@@ -162,9 +204,16 @@ def call(kernel: Callable[..., None], out: Any, arrays: Any, *, grid: tuple[int,
     def run(*leaves: jax.Array, interpret: bool) -> Any:
         tree = jax.tree.unflatten(structure, leaves)
         params = plgpu.CompilerParams(num_warps=warps, num_stages=stages)
-        return pl.pallas_call(kernel, out, grid=grid, interpret=interpret, compiler_params=params, name=_name(kernel))(
-            tree
-        )
+
+        def traced(*refs: Ref) -> None:
+            token = _INTERPRETED.set(interpret)
+            try:
+                kernel(*refs)
+            finally:
+                _INTERPRETED.reset(token)
+
+        launch: dict[str, Any] = {"grid": grid, "interpret": interpret, "compiler_params": params}
+        return pl.pallas_call(traced, out, **launch, name=_name(kernel))(tree)
 
     leaves, structure = jax.tree.flatten(arrays)
     return lax.platform_dependent(

@@ -144,8 +144,8 @@ class _Queries:
     def gradients(self, k: Array, v: Array, keep: Array) -> tuple[Array, Array]:
         """Weights and the gradient of the scores, `[Q, S]`."""
         scale = self.head_dim**-0.5
-        scores = tile.dot_t(self.q, k) * jnp.float32(scale * LOG2_E)
-        weights = jnp.where(keep, jnp.exp2(scores - self.log_sum[:, None] * jnp.float32(LOG2_E)), 0.0)
+        scores, log_sum = tile.dot_t(self.q, k), self.log_sum * jnp.float32(-LOG2_E)
+        weights = jnp.where(keep, tile.exp2(tile.fma(scores, scale * LOG2_E, log_sum[:, None])), 0.0)
         d_weights = tile.dot_t(self.grad, v)
         return weights, weights * (d_weights - self.delta[:, None]) * jnp.float32(scale)
 
