@@ -203,6 +203,15 @@ def _tuned() -> dict[str, dict[str, dict[str, Any]]]:
     return read_tuned(path) if is_there else {}
 
 
+def check_tuned() -> None:
+    """Read the file of tuned tiles.
+
+    Raises:
+        ValueError: one that was altered.
+    """
+    _tuned()
+
+
 def forget_tuned() -> None:
     """Read the file again when tiles are next asked for: after tuning."""
     _tuned.cache_clear()

@@ -21,6 +21,19 @@ def cache_folder() -> Path:
         raise FileNotFoundError("there is no home folder: set HOME, or DUO_JAX_CACHE to a folder") from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file of the user's cache, which a program that reads it at every start must not wait for, nor fill memory with.
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: no regular file, or one that is too large.
+    """
+    size = path.stat().st_size
+    if not path.is_file() or size > MOST_BYTES:
+        raise ValueError(f"no regular file of at most {MOST_BYTES} bytes")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in a file.
 
@@ -28,11 +41,8 @@ def read_json(path: Path) -> Any:
         OSError: no such file, or one that cannot be read.
         ValueError: no regular file, one that is too large, or not JSON.
     """
-    size = path.stat().st_size
-    if not path.is_file() or size > MOST_BYTES:
-        raise ValueError(f"no regular file of at most {MOST_BYTES} bytes")
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse)
+        return json.loads(read_bytes(path), parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -44,7 +44,7 @@ from pallas_kernels.certify.examine import examine
 from pallas_kernels.certify.messages import OURS, from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.errors import is_no_memory
-from pallas_kernels.tiles import forget_tuned, tiles_for
+from pallas_kernels.tiles import forget_tuned, tiles_for, tuned_file
 from pallas_kernels.types import Backend, Request
 from pallas_kernels.window import Window
 from tests.shapes import TINY
@@ -74,7 +74,7 @@ SOURCE = """
 import os, signal, time
 import jax, numpy as np
 from pallas_kernels import xla
-from pallas_kernels.tiles import forget_tuned, tiles_for
+from pallas_kernels.tiles import forget_tuned, tiles_for, tuned_file
 from pallas_kernels.types import Backend
 
 calls = 0
@@ -452,12 +452,13 @@ def test_several_processes_choose_by_the_verdicts_of_the_first(home, monkeypatch
 def test_a_damaged_file_is_made_again(home, damage):
     """`tests/hostile/readers.py` has what else a file may contain."""
     verdicts.path().parent.mkdir(parents=True)
-    if damage == "pipe":
-        os.mkfifo(verdicts.path())
-    else:
-        verdicts.path().write_text(damage)
-    if damage == "large":
-        os.truncate(verdicts.path(), 1 << 40)
+    for path in (verdicts.path(), tuned_file()):  # The tiles are part of the environment.
+        if damage == "pipe":
+            os.mkfifo(path)
+        else:
+            path.write_text(damage)
+        if damage == "large":
+            os.truncate(path, 1 << 40)
     assert not verdicts.stored().verdicts
     know(triton=Verdict(True, "", 1e-3, 1e-3))
     assert verdicts.stored().verdicts[KEY]["triton"].is_right
@@ -473,11 +474,24 @@ def test_processes_add_to_each_others_verdicts(home):
     assert stored.verdicts["other"]["xla"] == Verdict(None, "late")
 
 
+def test_altered_tiles_are_refused_before_anything_is_checked(home, monkeypatch):
+    """They would be the reason that every kernel fails."""
+    tuned_file().parent.mkdir(parents=True)
+    tuned_file().write_text("{")
+    forget_tuned()
+    monkeypatch.setattr(parent, "_Child", None)
+    with pytest.raises(ValueError, match=r"tiles.json is truncated or was altered .*: delete it, then tune again"):
+        parent.certify([DECODE])
+    forget_tuned()
+
+
 def test_without_a_place_to_write_verdicts_hold_for_this_process(home, monkeypatch):
     (home / "file").touch()
     monkeypatch.setenv("DUO_JAX_CACHE", str(home / "file" / "cache"))
     verdicts._cannot_store.cache_clear()
-    with pytest.warns(UserWarning, match=r"cannot be stored \(.*cache: Not a directory\).*set DUO_JAX_CACHE") as warned:
+    with pytest.warns(
+        UserWarning, match=r"cannot be stored \(.*verdicts.json: Not a directory\).*set DUO_JAX_CACHE"
+    ) as warned:
         certify(monkeypatch, [*BEGIN, right("xla", 1.0), right("triton", 0.5), right("mosaic", 2.0), {"end": True}])
     assert len(warned) == 1
     monkeypatch.setattr(verdicts, "device", lambda: GPU)
@@ -495,7 +509,7 @@ def test_without_a_home_folder_nothing_is_written(home, monkeypatch):
         know(triton=Verdict(True, "", 1e-3, 1e-3))
     assert sorted(home.iterdir()) == before
     forget_tuned()
-    assert tiles_for("decode", 16, 2).min_split == 256 and machine._tiles() == ""
+    assert tiles_for("decode", 16, 2).min_split == 256 and machine._tiles() == b""
 
 
 def test_the_environment_names_a_backend(home, monkeypatch):
@@ -672,7 +686,8 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     monkeypatch.setattr("duo_jax.cli.doctor.may_have_gpu", lambda: True)
     monkeypatch.setattr("duo_jax.certified.may_have_gpu", lambda: True)
     monkeypatch.setattr(certified, "certify_requests", lambda requests, *, full: asked.append((requests, full)))
-    know(triton=Verdict(False, "hangs"))
+    compiler = "ptxas exited with code 255, output '/tmp/tmp.host-4-a7/x.ptx', line 5; 3/4 of 16 KiB; ~/x/y failed"
+    know(triton=Verdict(False, "hangs"), mosaic=Verdict(False, compiler))
     Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()
     ((requests, is_full),) = asked
     assert is_full and {request.operation for request in requests} == {"prefill", "decode"}
@@ -686,6 +701,8 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
         Doctor(certify=str(text_model), training=True, pattern=PatternOptions("smollm2-135m-instruct")).run()
     written = json.loads(report.read_text())
     assert written["device"] == GPU and written["verdicts"][KEY]["triton"]["reason"] == "hangs"
+    without_paths = "ptxas exited with code 255, output 'PATH', line 5; 3/4 of 16 KiB; PATH failed"
+    assert written["verdicts"][KEY]["mosaic"]["reason"] == without_paths
 
 
 TRAINING = Request.of("training", q="bfloat16", head_dim=16, group=2)

@@ -13,6 +13,7 @@ import jax
 
 from pallas_kernels.ptxas import ptxas_version, version_text
 from pallas_kernels.tiles import tuned_file
+from pallas_kernels.user_cache import read_bytes
 
 # Packages whose code decides what a kernel computes.
 PACKAGES = (
@@ -61,7 +62,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: number for name in PACKAGES if (number := _package(name))},
         "ptxas": {name: version_text(ptxas_version(name)) for name in ("mosaic", "triton")},
         "source": _source(),
-        "tiles": hashlib.sha256(_tiles().encode()).hexdigest()[:16],
+        "tiles": hashlib.sha256(_tiles()).hexdigest()[:16],
     }
 
 
@@ -83,11 +84,11 @@ def _package(name: str) -> str | None:
         return None
 
 
-def _tiles() -> str:
+def _tiles() -> bytes:
     try:
-        return _text(tuned_file())
-    except OSError:
-        return ""
+        return read_bytes(tuned_file())
+    except (OSError, ValueError):
+        return b""
 
 
 def _source() -> str:

@@ -18,6 +18,7 @@ from pallas_kernels.certify import verdicts
 from pallas_kernels.certify.machine import check_setting, may_have_gpu
 from pallas_kernels.certify.messages import OURS, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, key_of
+from pallas_kernels.tiles import check_tuned
 from pallas_kernels.types import Request, Unsupported
 
 # Seconds for everything, and for running (not compiling) one backend; both are longer in full.
@@ -58,11 +59,12 @@ def certify(
         show: called with each line of progress.
 
     Raises:
-        ValueError: another value of DUO_CERTIFY.
+        ValueError: another value of DUO_CERTIFY, or a file of tuned tiles that was altered.
     """
     setting = check_setting()
     if not may_have_gpu() or (not full and (setting == "0" or os.environ.get("DUO_BACKEND"))):
         return
+    check_tuned()
     full = full or setting == "full"
     wanted = {key_of(request): request for request in requests}
     if not full and wanted.keys() <= verdicts.known().complete:
@@ -116,8 +118,8 @@ class _Certification:
 
     def run(self) -> None:
         """Examine until nothing is left, or time is over."""
-        count = len(self._requests)
-        self._show(f"checking attention backends on this GPU, once for {count} operations: {self._limit:.0f} s at most")
+        what = f"{len(self._requests)} operations" if len(self._requests) > 1 else "one operation"
+        self._show(f"checking attention backends on this GPU, once for {what}: {self._limit:.0f} s at most")
         is_over = False
         try:
             while self._has_more() and not is_over:

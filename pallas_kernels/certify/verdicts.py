@@ -7,6 +7,7 @@ kernel is another environment. It can be lost without harm: what is missing is f
 import json
 import math
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ from pallas_kernels.certify.machine import device, environment
 from pallas_kernels.types import Request
 from pallas_kernels.user_cache import cache_folder, read_json
 
+# A path from the root on.
+PATH = re.compile(r"(?<![\w.~])~?/(?:[^\s/:;,'\"()]+/)+[^\s/:;,'\"()]*")
 # Backends that need no verdict: programs of jax's own operations. `reference` is the last resort.
 SAFE = ("xla", "reference")
 # Environments kept in the file, the newest ones.
@@ -240,7 +243,8 @@ def add(new: Found) -> None:
             rows = [row for row in rows if row["environment"] != here][-KEPT + 1 :]
             _write([*rows, {"environment": here, **merged.to_json()}])
     except OSError as error:
-        _cannot_store(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+        # Without a home folder there is no path.
+        _cannot_store(str(error) if error.errno is None else f"{path()}: {error.strerror}")
 
 
 @cache
@@ -253,10 +257,14 @@ def _cannot_store(why: str) -> None:
 
 
 def report(keys: Iterable[str] | None = None) -> dict[str, Any]:
-    """The verdicts of this environment with the machine, to send."""
+    """The verdicts of this environment with the machine, to send: without paths, which compilers put into errors."""
     found = known().to_json()
     if keys is not None:
         found["verdicts"] = {key: found["verdicts"].get(key, {}) for key in keys}
+    for row in found["verdicts"].values():
+        for verdict in row.values():
+            if "reason" in verdict:
+                verdict["reason"] = PATH.sub("PATH", verdict["reason"])
     return {"environment": environment(), **found}
 
 
