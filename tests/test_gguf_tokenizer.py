@@ -14,7 +14,9 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
-from duo_jax.checkpoint.gguf_tokenizer import BYTE_LEVEL_SPLITS, tokenizer_from_gguf
+from duo_jax.checkpoint.gguf_tokenizer import BYTE_LEVEL_SPLITS, GgufTokenizer, tokenizer_from_gguf
+from duo_jax.text.tokens import special_tokens
+from duo_jax.tokenizer import TextTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "smollm2"
 KEY = "tokenizer.ggml."
@@ -338,3 +340,41 @@ def test_unknown_names_are_refused(golden_metadata, change, message):
 def test_bos_wanted_but_not_named(golden_metadata):
     with pytest.raises(ValueError, match="bos_token_id"):
         tokenizer_from_gguf(golden_metadata | {KEY + "add_bos_token": True, KEY + "bos_token_id": None})
+
+
+# Without transformers.
+
+
+@pytest.mark.parametrize("with_ends", [False, True], ids=["plain", "with BOS and EOS"])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_a_tokenizer_without_transformers_is_the_same(golden_metadata, model, with_ends):
+    flags = {KEY + "add_bos_token": with_ends, KEY + "add_eos_token": with_ends, "tokenizer.chat_template": "{{ x }}"}
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁ab", "<user>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    metadata = flags | (
+        golden_metadata
+        if model == "gpt2"
+        else {
+            KEY + "model": "llama",
+            KEY + "tokens": tokens,
+            KEY + "token_type": [2, 3, 1, 1, 1, 1, 1, 1, 4, *[6] * 256],
+            KEY + "scores": [0.0] * len(tokens),
+            KEY + "bos_token_id": 1,
+            KEY + "eos_token_id": 2,
+            KEY + "unknown_token_id": 0,
+        }
+    )
+    light = GgufTokenizer.read(metadata)
+    full = light.to_transformers()
+    assert isinstance(light, TextTokenizer) and isinstance(full, TextTokenizer)
+    assert light.backend_tokenizer.to_str() == full.backend_tokenizer.to_str()
+    values = [name for name, value in vars(TextTokenizer).items() if isinstance(value, property)]
+    for name in [*values, "clean_up_tokenization_spaces"]:
+        assert str(getattr(light, name)) == str(getattr(full, name)), name
+    assert len(light) == len(full) and light.get_chat_template() == full.get_chat_template()
+    assert special_tokens(light) == special_tokens(full)
+    for text in ["ab a  b", "<s>é</s> <user> <|im_start|>"]:
+        for special in (False, True):
+            ids = light.encode(text, add_special_tokens=special)
+            assert ids == full.encode(text, add_special_tokens=special)
+            assert light.decode(ids, skip_special_tokens=special) == full.decode(ids, skip_special_tokens=special)
+        assert [light.convert_ids_to_tokens(x) for x in ids] == full.convert_ids_to_tokens(ids)

@@ -6,10 +6,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from types import NoneType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arrays import Shards, first_names
 from duo_jax.checkpoint.source import Source
@@ -18,6 +17,9 @@ from duo_jax.hf_config import eos_ids
 from duo_jax.reading import read_json, read_text, without_marks
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text.tokens import special_tokens
+
+if TYPE_CHECKING:
+    import transformers
 
 T = TypeVar("T")
 
@@ -109,7 +111,7 @@ class Folder(Source):
         """Copy one tensor out of its shard."""
         return self.shards.read(name)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """By transformers."""
         files = [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
         for file in files:

@@ -4,19 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf import dequantize
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.checkpoint.gguf_blocks import ON_DEVICE, Blocks, in_halves
 from duo_jax.checkpoint.gguf_config import config_from_gguf
 from duo_jax.checkpoint.gguf_reader import GgufHeader, read_header
-from duo_jax.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from duo_jax.checkpoint.gguf_tokenizer import GgufTokenizer
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.weight_table import check_tensors, weight_table
 from duo_jax.config import ModelConfig
 from duo_jax.sampling_settings import SamplingSettings
+
+if TYPE_CHECKING:
+    import transformers
 
 # GGUF's name -> Hugging Face's, for whole-model tensors and for the modules of a layer.
 MODEL_TENSORS = {
@@ -106,10 +109,14 @@ class GgufFile(Source):
         is_paired = self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name)
         return self.config.head_dim // 2 if is_paired else None
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """From the metadata."""
+        return self.text_tokenizer().to_transformers()
+
+    def text_tokenizer(self) -> GgufTokenizer:
         """From the metadata."""
         with self._named():
-            return tokenizer_from_gguf(self.metadata)
+            return GgufTokenizer.read(self.metadata)
 
     @property
     def sampling(self) -> SamplingSettings:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+if TYPE_CHECKING:
+    import transformers  # imported when its tokenizer is asked for, which takes 0.6 s
 
 # Token types of llama.cpp: 0 undefined, 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
 _NORMAL, _CONTROL, _USER_DEFINED, _LAST_TYPE = 1, 3, 4, 6
@@ -59,7 +62,156 @@ BYTE_LEVEL_SPLITS: Mapping[str, ByteLevelSplit] = {
 }
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True, eq=False)
+class GgufTokenizer:
+    """The tokenizer of a GGUF file, without transformers: a `TextTokenizer`.
+
+    Attributes:
+        backend_tokenizer: splits text into tokens.
+        special_tokens_map: special tokens by transformers' names.
+        add_bos_token: BOS is prepended to a text.
+        add_eos_token: EOS is appended to a text.
+        chat_template: the chat template, if the file has one.
+    """
+
+    backend_tokenizer: Tokenizer
+    special_tokens_map: Mapping[str, str]
+    add_bos_token: bool
+    add_eos_token: bool
+    chat_template: str | None
+    clean_up_tokenization_spaces: bool = False
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, object]) -> "GgufTokenizer":
+        """See `tokenizer_from_gguf`."""
+        model = _text(metadata, "model")
+        if model not in _BUILDERS:
+            raise NotImplementedError(
+                f"GGUF tokenizer model {model[:40]!r} is not supported, only {sorted(_BUILDERS)}; "
+                "load the tokenizer from the model's Hugging Face repository instead"
+            )
+        tokens, token_types = _tokens(metadata), _for_each_token(metadata, "token_type", int)
+        if unknown := [kind for kind in token_types if not 0 <= kind <= _LAST_TYPE]:
+            raise ValueError(f"'tokenizer.ggml.token_type' must be in [0, {_LAST_TYPE}], got {unknown[0]}")
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise _wrong("tokenizer.chat_template", template, "a string")
+        backend, add_bos = _BUILDERS[model](metadata)
+        added = {
+            token: AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, token_types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        }
+        add_bos, add_eos = _flag(metadata, "add_bos_token", add_bos), _flag(metadata, "add_eos_token", False)
+        bos, eos, unk = (_special(metadata, name, tokens) for name in ("bos", "eos", "unknown"))
+        # Converters write an id outside the vocabulary for no padding token.
+        padding = _get(metadata, "padding_token_id")
+        pad = tokens[padding] if type(padding) is int and 0 <= padding < len(tokens) else None
+        # transformers would turn the flag off silently, and every prompt would lack its first token.
+        for name, token, is_added in (("bos", bos, add_bos), ("eos", eos, add_eos)):
+            if is_added and token is None:
+                raise ValueError(
+                    f"every text needs a {name.upper()} token, but the file has no 'tokenizer.ggml.{name}_token_id'; "
+                    f"set it, or set 'tokenizer.ggml.add_{name}_token' to False"
+                )
+        named = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": pad}
+        special = {name: token for name, token in named.items() if token is not None}
+        # As transformers: named tokens are special, whatever their type.
+        unmarked = [AddedToken(token, special=True) for token in special.values() if token not in added]
+        backend.add_tokens([*added.values(), *unmarked])
+        before, after = [bos] if add_bos else [], [eos] if add_eos else []
+        backend.post_processor = _around(backend, before, after)
+        return cls(backend, special, add_bos, add_eos, template)
+
+    def to_transformers(self) -> "transformers.PreTrainedTokenizerFast":
+        """The same tokenizer as transformers has them."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.backend_tokenizer,
+            **self.special_tokens_map,
+            add_bos_token=self.add_bos_token,
+            add_eos_token=self.add_eos_token,
+            chat_template=self.chat_template,
+            clean_up_tokenization_spaces=self.clean_up_tokenization_spaces,
+        )
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """See `TextTokenizer`."""
+        return list(dict.fromkeys(self.special_tokens_map.values()))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """See `TextTokenizer`."""
+        return [self._id(token) for token in self.all_special_tokens]
+
+    @cached_property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        """See `TextTokenizer`."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """See `TextTokenizer`."""
+        return self._named_id("eos_token")
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """See `TextTokenizer`."""
+        return self._named_id("unk_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """See `TextTokenizer`."""
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        """See `TextTokenizer`."""
+        return self.backend_tokenizer.get_vocab_size()
+
+    def get_chat_template(self) -> str:
+        """See `TextTokenizer`."""
+        if self.chat_template is None:
+            raise ValueError("this model's tokenizer has no chat template")
+        return self.chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
+        """See `TextTokenizer`; `verbose` is transformers' and has no effect."""
+        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        """See `TextTokenizer`."""
+        return self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """See `TextTokenizer`."""
+        return self.backend_tokenizer.id_to_token(ids)
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens_map.get(name)
+        return None if token is None else self._id(token)
+
+    def _id(self, token: str) -> int:
+        index = self.backend_tokenizer.token_to_id(token)
+        assert index is not None  # All named tokens are in the vocabulary.
+        return index
+
+
+def _around(backend: Tokenizer, before: list[str], after: list[str]) -> processors.TemplateProcessing:
+    """Puts special tokens around each text."""
+    single, second = (
+        " ".join([*(f"{token}:{place}" for token in before), text, *(f"{token}:{place}" for token in after)])
+        for place, text in enumerate(("$A:0", "$B:1"))
+    )
+    special = [(token, backend.token_to_id(token)) for token in dict.fromkeys((*before, *after))]
+    try:
+        return processors.TemplateProcessing(single=single, pair=f"{single} {second}", special_tokens=special)
+    except Exception as error:  # Of tokenizers, for a name that its templates cannot have.
+        raise ValueError(f"the special tokens {[*before, *after]} cannot be put around a text: {error}") from None
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, object]) -> "transformers.PreTrainedTokenizerFast":
     """The tokenizer that a GGUF file describes, with its special tokens and chat template.
 
     By default BOS is prepended for SentencePiece, Llama 3 and Tekken, and EOS is never appended.
@@ -73,49 +225,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> PreTrainedTokenizerFa
         ValueError: a key that the tokenizer needs is missing.
         NotImplementedError: a tokenizer model or a pre-tokenizer that is not in the tables of this file.
     """
-    model = _text(metadata, "model")
-    if model not in _BUILDERS:
-        raise NotImplementedError(
-            f"GGUF tokenizer model {model[:40]!r} is not supported, only {sorted(_BUILDERS)}; "
-            "load the tokenizer from the model's Hugging Face repository instead"
-        )
-    tokens, token_types = _tokens(metadata), _for_each_token(metadata, "token_type", int)
-    if unknown := [kind for kind in token_types if not 0 <= kind <= _LAST_TYPE]:
-        raise ValueError(f"'tokenizer.ggml.token_type' must be in [0, {_LAST_TYPE}], got {unknown[0]}")
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise _wrong("tokenizer.chat_template", template, "a string")
-    tokenizer, add_bos = _BUILDERS[model](metadata)
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, token_types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    add_bos, add_eos = _flag(metadata, "add_bos_token", add_bos), _flag(metadata, "add_eos_token", False)
-    bos, eos, unk = (_special(metadata, name, tokens) for name in ("bos", "eos", "unknown"))
-    # Converters write an id outside the vocabulary for no padding token.
-    padding = _get(metadata, "padding_token_id")
-    pad = tokens[padding] if type(padding) is int and 0 <= padding < len(tokens) else None
-    # transformers would turn the flag off silently, and every prompt would lack its first token.
-    for name, token, is_added in (("bos", bos, add_bos), ("eos", eos, add_eos)):
-        if is_added and token is None:
-            raise ValueError(
-                f"every text needs a {name.upper()} token, but the file has no 'tokenizer.ggml.{name}_token_id'; "
-                f"set it, or set 'tokenizer.ggml.add_{name}_token' to False"
-            )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        pad_token=pad,
-        add_bos_token=add_bos,
-        add_eos_token=add_eos,
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-    )
+    return GgufTokenizer.read(metadata).to_transformers()
 
 
 def _byte_level(metadata: Mapping[str, object]) -> tuple[Tokenizer, bool]:

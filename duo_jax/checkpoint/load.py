@@ -14,11 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import instance, path_of
 from duo_jax.certified import certify_model
-from duo_jax.checkpoint import hub
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_blocks import Blocks
 from duo_jax.checkpoint.gguf_file import GgufFile
@@ -33,10 +31,12 @@ from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, name_of
 from duo_jax.programs import keep_programs
+from duo_jax.tokenizer import TextTokenizer
 from duo_jax.weights import quantize_kernel
 
 if TYPE_CHECKING:
     import qwix  # imported when weights are quantized
+    import transformers
 
 
 def load_model(
@@ -131,7 +131,7 @@ def _weights(
             bar.update(counts[path])
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase":
     """Load the tokenizer that belongs to a model; `source` as for `load_model`.
 
     Raises:
@@ -141,6 +141,20 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     checkpoint = open_source(source, weights=False)
     vocabulary = checkpoint.config.vocab_size  # First: what is wrong with a configuration is no fault of the tokenizer.
     tokenizer = checkpoint.tokenizer()
+    _check_tokenizer(source, tokenizer, vocabulary)
+    return tokenizer
+
+
+def load_text_tokenizer(source: str | Path) -> TextTokenizer:
+    """As `load_tokenizer`, for text in and out only; that of a GGUF file is read without importing transformers."""
+    checkpoint = open_source(source, weights=False)
+    vocabulary = checkpoint.config.vocab_size
+    tokenizer = checkpoint.text_tokenizer()
+    _check_tokenizer(source, tokenizer, vocabulary)
+    return tokenizer
+
+
+def _check_tokenizer(source: str | Path, tokenizer: TextTokenizer, vocabulary: int) -> None:
     if 2 * len(tokenizer) < vocabulary:
         raise FileNotFoundError(
             f"{source} has no tokenizer of its model: its files make one of {len(tokenizer)} tokens, and the model has "
@@ -154,9 +168,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         warnings.warn(
             f"the tokenizer of {source} has {len(tokenizer)} tokens, its model {vocabulary}: text with one of the "
             "added tokens beyond is refused",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return tokenizer
 
 
 def usual_dtype(config: ModelConfig, dtype: AnyDtype | None = None) -> AnyDtype:
@@ -197,6 +210,8 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
     if str(source).lower() in PACKAGED:
         return GgufFile(packaged_model(str(source).lower()))
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        from duo_jax.checkpoint import hub  # It imports huggingface_hub, which takes 0.2 s.
+
         return Folder(hub.download(source, weights=weights))
     raise FileNotFoundError(
         f"no model {str(source)!r:.200}: give a Hugging Face folder, a .gguf file, a hub id (organisation/name), "

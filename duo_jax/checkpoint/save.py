@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
@@ -30,6 +29,9 @@ from duo_jax.reading import read_json
 from duo_jax.rope import ROPES, DividedRope, Rope
 from duo_jax.sampling_settings import SamplingSettings
 
+if TYPE_CHECKING:
+    import transformers
+
 CONFIG = "duo_model.json"
 STEM = "model"
 SAVED_ROPES = ROPES | {DividedRope.type: DividedRope}
@@ -40,7 +42,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 def save_model(
     model: Model,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
     *,
     sampling: SamplingSettings | None = None,
 ) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import whole_number
 from duo_jax.cli.answers import ANSWER, INDEX
@@ -17,6 +16,7 @@ from duo_jax.cli.prompt import PromptOptions
 from duo_jax.reading import read_json_lines
 from duo_jax.text import template
 from duo_jax.text.reply import Reply
+from duo_jax.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def encode_rows(
-    rows: Sequence[tuple[str, dict[str, Any]]], options: PromptOptions, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[tuple[str, dict[str, Any]]], options: PromptOptions, tokenizer: TextTokenizer
 ) -> list[PromptRow]:
     """The prompts with their tokens.
 

@@ -85,7 +85,7 @@ class ChatCommand:
         whole_number("max_length", self.max_length, 1)
         sampling, pattern = self.sampling.settings(self.model.sampling()), self.pattern.load(self.max_length)
         sampling.sampler()
-        tokenizer = self.model.tokenizer()
+        tokenizer = self.model.text_tokenizer()
         template.start(tokenizer)
         model = self.model.load(mesh=self.devices.make(), pattern=pattern)
         lm = LM(model, tokenizer, pattern, self.cache.kv_dtype, sampling)

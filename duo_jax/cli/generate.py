@@ -79,7 +79,7 @@ class Generate:
         prompt, sampler, before = self.prompt.text(), self.sampling.sampler(), self._saved()
         if self.pattern.kv_budget is None:
             self.pattern.load(1)  # Reject a bad pattern before loading the model.
-        tokenizer = self.model.tokenizer()
+        tokenizer = self.model.text_tokenizer()
         template.start(tokenizer)
         history = None if before is None else np.asarray(before["tokens"][0], np.int32)
         if before is None or history is None:
@@ -132,7 +132,7 @@ class Generate:
         check_output(out)
         if self.pattern.kv_budget is None:
             self.pattern.load(1)
-        tokenizer = self.model.tokenizer()
+        tokenizer = self.model.text_tokenizer()
         template.start(tokenizer)
         encoded = encode_rows(rows, self.prompt, tokenizer)
         longest = max(len(row.tokens) for row in encoded)

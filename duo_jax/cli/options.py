@@ -3,16 +3,16 @@
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import tyro
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import MOST_BYTES, ArgumentError, whole_number
 from duo_jax.checkpoint.load import (
     load_model,
+    load_text_tokenizer,
     load_tokenizer,
     loaded_config,
     open_config,
@@ -29,6 +29,10 @@ from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
 from duo_jax.sampling import Sampler
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.sizes import free_memory
+from duo_jax.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    import transformers
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,13 @@ class ModelOptions:
         config = config.with_dtypes(dtype=dtype, weight_dtype=self.weight_dtype, embed_dtype=self.embed_dtype)
         return Plan(config, pattern, chunk_size=chunk_size, mesh=mesh)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """Load the tokenizer."""
         return load_tokenizer(self.model)
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Load the tokenizer for text in and out, if possible without importing transformers."""
+        return load_text_tokenizer(self.model)
 
     def sampling(self) -> SamplingSettings:
         """The model's own generation settings."""

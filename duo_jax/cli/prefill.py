@@ -39,7 +39,7 @@ class Prefill:
         if self.chunk is not None:
             whole_number("chunk", self.chunk, 1)
         text = self.prompt.text()
-        tokens = self.prompt.encode_document(self.model.tokenizer(), text)
+        tokens = self.prompt.encode_document(self.model.text_tokenizer(), text)
         length, width = len(tokens), chunk_width(len(tokens), self.chunk)
         pattern = self.pattern.load(length)
         plan = replace(self.model.plan(pattern, width), kv_dtype=self.kv.kv_dtype)

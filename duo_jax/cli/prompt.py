@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from jaxtyping import Int32
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.reading import COPY, MOST_BYTES, read_text
 from duo_jax.text import template
 from duo_jax.text.template import DocumentFrame
 from duo_jax.text.tokens import encode
+from duo_jax.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PromptOptions:
             raise ValueError("the prompt is empty; give at least one character")
         return text
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarray, "T"]:
+    def encode(self, tokenizer: TextTokenizer, text: str) -> Int32[np.ndarray, "T"]:
         """Tokens of a whole prompt."""
         if not self.chat:
             return _array(encode(tokenizer, text, special=True))
@@ -72,13 +72,13 @@ class PromptOptions:
         messages = [{"role": "user", "content": text}]
         return _array(template.encode_chat(tokenizer, messages, parse_special=self.parse_special))
 
-    def encode_document(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Int32[np.ndarray, "T"]:
+    def encode_document(self, tokenizer: TextTokenizer, text: str) -> Int32[np.ndarray, "T"]:
         """Tokens of a text to ask about later; with `chat`, the beginning of a user's message."""
         return _array(self._frame(tokenizer).document(text))
 
     def encode_question(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TextTokenizer,
         question: str,
         document: Int32[np.ndarray, "D"],
         text: str | None = None,
@@ -108,7 +108,7 @@ class PromptOptions:
             )
         return _array(tokens)
 
-    def _frame(self, tokenizer: PreTrainedTokenizerBase) -> DocumentFrame:
+    def _frame(self, tokenizer: TextTokenizer) -> DocumentFrame:
         if not self.chat:
             return DocumentFrame(tokenizer, parse_special=self.parse_special)
         template.check_template(tokenizer, _NO_CHAT)

@@ -6,11 +6,10 @@ The one place that decides this, for `LM`, the commands and the evaluations.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from duo_jax.config import ModelConfig
 from duo_jax.text.template import end_of_turn
 from duo_jax.text.tokens import check_text, special_tokens
+from duo_jax.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Ends:
         return tuple(dict.fromkeys((*self.eos_ids, *self.stop_ids)))
 
 
-def eos_ids_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_ids_of(config: ModelConfig, tokenizer: TextTokenizer) -> tuple[int, ...]:
     """Tokens that end a text or a turn.
 
     They are those of the model (in a GGUF file eos, eot and eom; otherwise generation_config.json, or config.json), the
@@ -45,7 +44,7 @@ def eos_ids_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     return tuple(dict.fromkeys((*config.eos_ids, *known)))
 
 
-def stop_ends(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Sequence[int], stop: object) -> Ends:
+def stop_ends(tokenizer: TextTokenizer, vocab_size: int, eos_ids: Sequence[int], stop: object) -> Ends:
     """The ends of one reply: tokens, and the stop strings of a caller.
 
     A stop string that is a special token ends the reply as a token: decoded text does not have special tokens.

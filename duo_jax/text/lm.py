@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import ArgumentError
 from duo_jax.cache.cache import KVCache
@@ -30,6 +29,7 @@ from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import Message
 from duo_jax.text.tokens import check_text, encode
 from duo_jax.token_loop import Generation, Watch
+from duo_jax.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import duo_jax.text.document
@@ -105,7 +105,7 @@ class LM:
     """
 
     model: Model
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: TextTokenizer
     pattern: HeadPattern | None = None
     kv_dtype: AnyDtype | None = None
     sampling: SamplingSettings = SamplingSettings()

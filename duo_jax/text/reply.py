@@ -2,10 +2,9 @@
 
 import re
 
-from transformers import PreTrainedTokenizerBase
-
 from duo_jax.text.ends import Ends
 from duo_jax.text.tokens import decode, special_tokens
+from duo_jax.tokenizer import TextTokenizer
 
 # Tokens whose text a later one may change: more are settled, so that the work for each is bounded.
 MOST_OPEN = 64
@@ -42,7 +41,7 @@ class Row:
     change what was decoded before them, as they would if all tokens were decoded at once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Ends = Ends()) -> None:
+    def __init__(self, tokenizer: TextTokenizer, ends: Ends = Ends()) -> None:
         """Start with no tokens; `ends` are not part of the text."""
         self._tokenizer, self._ends = tokenizer, ends
         self._special = frozenset(special_tokens(tokenizer).values())

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from duo_jax.text import renderer
 from duo_jax.text.tokens import check_text, encode, encode_marked, mark, special_tokens, unmark
+from duo_jax.tokenizer import TextTokenizer
 
 # A conversation's message: {"role": "user", "content": "Hello"}. The content may be a list of text parts.
 Message = dict[str, Any]
@@ -27,24 +26,24 @@ _JOINT = 16  # tokens at the end of a text that its continuation may change
 _PROBES = ("a", " a", "A", "1", ".", "\n", "\n\n", "  ", "(", "\u4e00")
 
 
-def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_template(tokenizer: TextTokenizer) -> bool:
     """Whether the tokenizer has a chat template."""
     return bool(tokenizer.chat_template)
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, way_out: str = "call it with plain text instead") -> None:
+def check_template(tokenizer: TextTokenizer, way_out: str = "call it with plain text instead") -> None:
     """Raise ValueError for a tokenizer without a chat template; `way_out` ends the message."""
     if not has_template(tokenizer):
         raise ValueError(f"this model's tokenizer has no chat template: {way_out}")
 
 
-def start(tokenizer: PreTrainedTokenizerBase) -> None:
+def start(tokenizer: TextTokenizer) -> None:
     """Prepare to render the tokenizer's template, if it has one, while something else is done."""
     if has_template(tokenizer):
         renderer.start()
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+def render(tokenizer: TextTokenizer, messages: Sequence[Message], **options: Any) -> str:
     """A conversation as text; `options` as for transformers' `apply_chat_template`.
 
     The answer's opening is added unless `add_generation_prompt=False`.
@@ -57,7 +56,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, parse_special: bool = False, **options: Any
+    tokenizer: TextTokenizer, messages: Sequence[Message], *, parse_special: bool = False, **options: Any
 ) -> list[int]:
     """Token ids of a conversation; `options` as for `render`.
 
@@ -77,7 +76,7 @@ def encode_chat(
     return encode_marked(tokenizer, text)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: TextTokenizer) -> int | None:
     """The special token that the template writes after an assistant's message; None if it writes none."""
     if not has_template(tokenizer):
         return None
@@ -97,7 +96,7 @@ def _after_turn(template: str, named_tokens: tuple[tuple[str, str], ...]) -> str
 
 
 def split(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     messages: Sequence[Message] = ({"role": "user", "content": ""},),
     *,
     way_out: str = "use plain text instead",
@@ -154,14 +153,14 @@ class DocumentFrame:
         parse_special: special tokens in both are control tokens, otherwise text like any other.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: TextTokenizer
     is_chat: bool = False
     between: str = ""
     after: str = ""
     parse_special: bool = False
 
     @classmethod
-    def chat(cls, tokenizer: PreTrainedTokenizerBase, *, parse_special: bool = False) -> "DocumentFrame":
+    def chat(cls, tokenizer: TextTokenizer, *, parse_special: bool = False) -> "DocumentFrame":
         """Both in one user message of the chat template."""
         return cls(tokenizer, True, "\n\n", parse_special=parse_special)
 
@@ -219,7 +218,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((place for place, (left, right) in pairs if left != right), min(len(first), len(second)))
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+def _shown(tokenizer: TextTokenizer, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
     """The rendered text, which must contain the user's and the system's messages."""
     text = _rendered(tokenizer, messages, options)
     for place, message in enumerate(messages):
@@ -236,13 +235,13 @@ def _shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opti
     return text
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+def _rendered(tokenizer: TextTokenizer, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
     check_template(tokenizer)
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     return renderer.render(tokenizer.get_chat_template(), given, {**_named_tokens(tokenizer), **options})
 
 
-def _named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _named_tokens(tokenizer: TextTokenizer) -> dict[str, str]:
     """The special tokens that a template knows by name, such as `bos_token`."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 

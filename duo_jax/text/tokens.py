@@ -13,7 +13,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase
+
+from duo_jax.tokenizer import TextTokenizer
 
 # Spellings that stand for a special token while text is put together: written by a user, or by a template. They begin
 # with code points that are no characters, and nobody can guess the number.
@@ -42,16 +43,16 @@ class _Specials:
     pattern: re.Pattern[str]
 
 
-_SPECIALS: WeakKeyDictionary[PreTrainedTokenizerBase, _Specials] = WeakKeyDictionary()
-_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[_Specials, Tokenizer]] = WeakKeyDictionary()
+_SPECIALS: WeakKeyDictionary[TextTokenizer, _Specials] = WeakKeyDictionary()
+_BACKENDS: WeakKeyDictionary[TextTokenizer, tuple[_Specials, Tokenizer]] = WeakKeyDictionary()
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+def special_tokens(tokenizer: TextTokenizer) -> Mapping[str, int]:
     """The ids of the tokens that decoding leaves out, by spelling; longer ones first."""
     return _specials(tokenizer).ids
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
+def _specials(tokenizer: TextTokenizer) -> _Specials:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     size = backend.get_vocab_size() if isinstance(backend, Tokenizer) else len(tokenizer)
     version = (size, *tokenizer.all_special_tokens)
@@ -88,9 +89,7 @@ def check_text(text: object, what: str = "the text") -> str:
     return text
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False, parse_special: bool = True
-) -> list[int]:
+def encode(tokenizer: TextTokenizer, text: str, *, special: bool = False, parse_special: bool = True) -> list[int]:
     """Token ids of a text, or of a part of one.
 
     Args:
@@ -114,7 +113,7 @@ def encode(
         raise _refusal(error) from None
 
 
-def encode_inside(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_inside(tokenizer: TextTokenizer, text: str) -> list[int]:
     """Token ids of a text that continues another one: without the space that SentencePiece puts before a text.
 
     Special tokens in it are control tokens. Raises as `encode`.
@@ -124,7 +123,7 @@ def encode_inside(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return whole[len(before) :] if whole[: len(before)] == before else encode(tokenizer, text)
 
 
-def mark(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
+def mark(tokenizer: TextTokenizer, value: Any) -> Any:
     """A text, or all texts in a message, with marks in place of special tokens, for `encode_marked`."""
     if isinstance(value, str):
         specials = _specials(tokenizer)
@@ -136,13 +135,13 @@ def mark(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
     return value
 
 
-def unmark(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def unmark(tokenizer: TextTokenizer, text: str) -> str:
     """A text with the special tokens that `mark` replaced."""
     names = _specials(tokenizer).names
     return re.sub(f"{_WRITTEN}{_NUMBER}([0-9]+){_END}", lambda match: names[int(match[1])], text)
 
 
-def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+def encode_marked(tokenizer: TextTokenizer, text: str, *, special: bool = False) -> list[int]:
     """Token ids of a text in which special tokens are control tokens, and marks are text.
 
     It is encoded in one go, so that the marks do not change how the text around them is split.
@@ -177,7 +176,7 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: boo
     return [controls.get(index, index) for index in encoded.ids]
 
 
-def _literal_backend(tokenizer: PreTrainedTokenizerBase, specials: _Specials) -> Tokenizer:
+def _literal_backend(tokenizer: TextTokenizer, specials: _Specials) -> Tokenizer:
     """A copy of the tokenizer that takes special tokens for text, and other spellings for control tokens."""
     known, backend = _BACKENDS.get(tokenizer, (None, None))
     if backend is not None and known is specials:
@@ -200,7 +199,7 @@ def _literal_backend(tokenizer: PreTrainedTokenizerBase, specials: _Specials) ->
     return backend
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def decode(tokenizer: TextTokenizer, tokens: list[int]) -> str:
     """The text of tokens, without special ones.
 
     Raises:

@@ -1,0 +1,63 @@
+"""What this package needs of a tokenizer. transformers' tokenizers have it, and so has that of a GGUF file."""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from tokenizers import AddedToken
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """A part of transformers' `PreTrainedTokenizerBase`, whose import takes longer than reading a small model.
+
+    `backend_tokenizer`, a `tokenizers.Tokenizer`, is optional: without it, special tokens cannot be kept as text.
+    """
+
+    clean_up_tokenization_spaces: bool
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens that have a name."""
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The id of each."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]:
+        """The special tokens by name, such as `bos_token`."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        """The tokens that text is searched for before it is split, by id."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The token of what the vocabulary lacks."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens without added ones."""
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The chat template; several by name in old files."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    def get_chat_template(self) -> str:
+        """The chat template for a conversation without tools."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """The spelling of a token."""
