@@ -5,8 +5,7 @@ new tokens.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ from duo_jax.checks import (
     warn_of_quantization,
 )
 from duo_jax.chunks import answer_capacity, bucket, cache_room, chunk_width
-from duo_jax.infer import run_prefill
+from duo_jax.infer import compile_prefill, run_prefill
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
@@ -75,15 +74,15 @@ class Request:
         With `watch`, programs that this process has not run yet are compiled first, so that the times of the later
         phases do not include compilation.
         """
-        cache, (tokens, lengths, seen, keys) = self.cache, self.prompt
+        tokens, lengths, seen, keys = self.prompt
         if watch:
             if (programs := self._programs) not in _COMPILED:
                 watch("compile")
-                cache = self._compile()
+                self._compile()
                 _COMPILED.add(programs)
             watch("prefill")
         logits, cache = run_prefill(
-            self.model, tokens, cache, lengths, self.width, backend=self.generator.backend, progress=progress
+            self.model, tokens, self.cache, lengths, self.width, backend=self.generator.backend, progress=progress
         )
         if watch:
             watch(None)
@@ -96,14 +95,11 @@ class Request:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         return self.generator, self.model.config, self.width, structure, shapes
 
-    def _compile(self) -> KVCache:
-        """Run the programs of `stream` once, on the first chunk of the prompt, and rewind the cache."""
-        mark = self.cache.mark()
-        tokens, lengths = self.prompt.tokens[:, : self.width], np.minimum(self.prompt.lengths, self.width)
-        running = replace(self, prompt=self.prompt._replace(tokens=tokens, lengths=lengths)).stream()
-        with suppress(FloatingPointError):  # Of the end of the first chunk; that of the prompt is what counts.
-            next(running)
-        return running.cache.rewind(mark)
+    def _compile(self) -> None:
+        """Compile the programs of `stream`, which jax then finds when they are called; nothing is computed."""
+        tokens, lengths, seen, keys = self.prompt
+        logits = compile_prefill(self.model, tokens, self.cache, lengths, self.width, backend=self.generator.backend)
+        self.generator.compile(self.model, logits, self.cache, seen=seen, keys=keys)
 
 
 def generate(

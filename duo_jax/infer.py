@@ -6,11 +6,12 @@ are the pure functions that are compiled: `extend`, `step` and `head`.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int32
 from numpy.typing import ArrayLike
 
@@ -79,13 +80,49 @@ def run_prefill(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Like `prefill`, with arguments that have been checked, `width` tokens at a time."""
-    last = jax.device_put(np.zeros((tokens.shape[0], model.config.embed_dim), model.dtype))
+    last = _no_hidden(model, tokens.shape[0])
     for begin, chunk, counts in chunks(tokens, lengths, width):
         last, cache = _extend(model, chunk, cache, counts, last, backend)
         if progress:
             last.block_until_ready()
             progress(min(begin + width, tokens.shape[1]))
     return _head(model, last), cache
+
+
+def compile_prefill(
+    model: Model,
+    tokens: Int32[Array | np.ndarray, "B T"],
+    cache: KVCache,
+    lengths: Int32[Array | np.ndarray, "B"],
+    width: int,
+    *,
+    backend: str | None = None,
+) -> jax.ShapeDtypeStruct:
+    """Compile the programs of `run_prefill` without running them; return the shape of its logits."""
+    _, chunk, counts = next(chunks(tokens, lengths, width))
+    last, _ = compiled(_extend, model, chunk, cache, counts, _no_hidden(model, tokens.shape[0]), backend)
+    return compiled(_head, model, last)
+
+
+def compiled(function: Any, *args: Any) -> Any:
+    """Compile a jitted function for these arguments; return what it will return as shapes.
+
+    A call with such arguments then runs that program.
+    """
+    lowered = function.lower(*args)
+    shardings = lowered.compile().output_shardings
+
+    def shape(out: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+        # An array on one device may be used with any other; a program for it names no device.
+        several = None if isinstance(sharding, SingleDeviceSharding) else sharding
+        return jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=several)
+
+    return jax.tree.map(shape, lowered.out_info, shardings)
+
+
+def _no_hidden(model: Model, rows: int) -> Float[Array, "B D"]:
+    """The hidden states before the first chunk."""
+    return jax.device_put(np.zeros((rows, model.config.embed_dim), model.dtype))
 
 
 def decode_step(

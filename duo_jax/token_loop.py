@@ -108,6 +108,20 @@ class Generator:
         logits, cache = self.step(model, token, state.cache, state.active, self.backend)
         return State(cache, logits, seen, active, keys, is_finite), token, logprob
 
+    def compile(
+        self,
+        model: Model,
+        logits: jax.ShapeDtypeStruct,
+        cache: KVCache,
+        *,
+        seen: Bool[Array | np.ndarray, "B V"],
+        keys: Key[Array, "B"],
+    ) -> None:
+        """Compile the programs of `stream`, for logits of this shape, without running them."""
+        active = np.ones(logits.shape[0], bool)
+        token, _, _, active, _, _ = infer.compiled(_choose, logits, seen, active, keys, self.sampler, self.eos_ids)
+        infer.compiled(self.step, model, token, cache, active, self.backend)
+
     @functools.partial(jax.jit, static_argnames=("self", "capacity", "width"), donate_argnames="cache")
     def run(
         self, model: Model, prompt: Prompt, cache: KVCache, limit: Int32[Array, ""], *, capacity: int, width: int

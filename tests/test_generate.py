@@ -1,6 +1,7 @@
 """`generate` and `stream` against a decode loop written by hand, and every bad argument refused before any compute."""
 
 import inspect
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from duo_jax import (
     prefill,
     stream,
 )
+from duo_jax.generation import prepare
 from duo_jax.token_loop import Generator
 from tests.shapes import TINY
 
@@ -53,6 +55,24 @@ def collect(steps):
 @pytest.fixture(scope="module")
 def greedy(tiny, half):
     return generate(tiny, PROMPT, pattern=half, lengths=LENGTHS, max_new_tokens=NEW)
+
+
+def test_a_watched_stream_compiles_everything_in_its_first_phase(tiny, half, caplog):
+    compiled = {}
+
+    def watch(phase):
+        phases = {None: len(caplog.records), phase: len(caplog.records)}
+        compiled.update({name: count for name, count in phases.items() if name not in compiled})
+
+    cache = KVCache.init(tiny.config, half, 2, 77)  # Of a length that no other test has, so that its programs are new.
+    request = prepare(tiny, PROMPT, cache=cache, lengths=LENGTHS, max_new_tokens=2, eos_ids=(60,))
+    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+        caplog.clear()
+        for _ in request.stream(watch=watch):
+            pass
+    names = [record.getMessage() for record in caplog.records if "compilation of" in record.getMessage()]
+    assert {"jit(extend)", "jit(_choose)", "jit(step)"} <= {name.split()[4] for name in names}
+    assert compiled["compile"] == 0 and compiled["prefill"] == len(caplog.records), names
 
 
 @pytest.mark.parametrize("pattern", [True, pytest.param(False, marks=pytest.mark.full_matrix)], ids=["half", "full"])
