@@ -30,7 +30,7 @@ def ablation(duo, text_model, tmp_path):
 
 
 @pytest.mark.full_matrix
-def test_one_command_trains_scores_and_draws_and_goes_on(ablation, tmp_path, monkeypatch):
+def test_one_command_trains_scores_and_draws_and_resumes(ablation, tmp_path, monkeypatch):
     folder = tmp_path / "several"
     # The second training is interrupted. What the first found stays.
     with monkeypatch.context() as patch:

@@ -190,7 +190,7 @@ def test_a_fork_lives_on_its_own(tiny, half):
     np.testing.assert_array_equal(after, decode_step(tiny, [5, 6], direct)[0])
 
 
-def test_a_fork_into_rows_goes_on_as_one_row_does(tiny, half):
+def test_a_fork_into_rows_continues_as_one_row_does(tiny, half):
     text = np.arange(1, 21)[None]
     _, cache = prefill(tiny, text, KVCache.init(TINY, half, 1, 32))
     rows = cache.fork(3)

@@ -43,7 +43,7 @@ def folder(tiny, half, tmp_path_factory):
     return path
 
 
-def test_generation_goes_on_bit_for_bit(filled, tiny, half, tmp_path):
+def test_generation_continues_bit_for_bit(filled, tiny, half, tmp_path):
     filled.save(tmp_path / "cache", tiny)
     loaded = KVCache.load(tmp_path / "cache", tiny, pattern=half)
     assert (loaded.nbytes, loaded.max_length, loaded.dtype) == (filled.nbytes, 48, filled.dtype)

@@ -309,7 +309,7 @@ def test_too_little_memory_or_time_settles_nothing(home, monkeypatch):
         assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
 
 
-def test_memory_that_is_taken_is_told_from_a_kernel_that_needs_too_much():
+def test_memory_that_is_taken_differs_from_a_kernel_that_needs_too_much():
     for error in (
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"),
         RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),

@@ -203,7 +203,7 @@ def test_a_layer_too_many_is_named(folder: Path) -> None:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_cut_file_is_told_wherever_it_was_cut(folder: Path, data: st.DataObject) -> None:
+def test_a_cut_file_is_reported_wherever_it_was_cut(folder: Path, data: st.DataObject) -> None:
     whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     cut = data.draw(
@@ -222,13 +222,13 @@ def test_a_cut_shard_is_named_with_its_tensors(folder: Path) -> None:
         load_model(folder)
 
 
-def test_bytes_that_are_no_safetensors_are_told(folder: Path) -> None:
+def test_bytes_that_are_no_safetensors_are_reported(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match=r"truncated or not a safetensors file"):
         load_model(folder)
 
 
-def test_bytes_after_the_end_are_told(folder: Path) -> None:
+def test_bytes_after_the_end_are_reported(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(ValueError, match=r"not a valid safetensors file"):
@@ -243,34 +243,34 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
-def test_a_broken_index_is_told(folder: Path, text: str) -> None:
+def test_a_broken_index_is_reported(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=INDEX):
         load_model(folder)
 
 
-def test_a_folder_without_weights_is_told(folder: Path) -> None:
+def test_a_folder_without_weights_is_reported(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors file; convert"):
         load_model(folder)
 
 
-def test_a_folder_without_config_is_told(folder: Path) -> None:
+def test_a_folder_without_config_is_reported(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\xff", "[]", "{}", '"llama"'])
-def test_a_broken_config_is_told(folder: Path, text: str) -> None:
+def test_a_broken_config_is_reported(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("values", [{"hidden_size": "abc"}, {"num_attention_heads": 5, "head_dim": None}])
-def test_a_config_that_contradicts_itself_is_told(folder: Path, values: dict) -> None:
+def test_a_config_that_contradicts_itself_is_reported(folder: Path, values: dict) -> None:
     change_json(folder / "config.json", **values)
     with pytest.raises(ValueError, match=r"config\.json: (hidden_size must be|the configuration contradicts itself)"):
         load_model(folder)
@@ -282,13 +282,13 @@ def test_an_unknown_architecture_is_refused_by_name(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_folder_without_tokenizer_is_told(folder: Path) -> None:
+def test_a_folder_without_tokenizer_is_reported(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{folder} has no tokenizer"):
         load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"added_tokens": [], "model": {}}'])
-def test_a_broken_tokenizer_is_told(folder: Path, text: str) -> None:
+def test_a_broken_tokenizer_is_reported(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(FileNotFoundError, match=f"{folder} has no tokenizer"):
         load_tokenizer(folder)
@@ -320,7 +320,7 @@ def test_an_unknown_name_lists_the_packaged_models(source: str) -> None:
         load_model(source)
 
 
-def test_a_file_inside_a_folder_is_told_to_give_the_folder(folder: Path) -> None:
+def test_a_file_inside_a_folder_is_refused_with_the_folder_to_give(folder: Path) -> None:
     with pytest.raises(ValueError, match="give the folder around it"):
         load_model(folder / "model.safetensors")
 
@@ -358,7 +358,7 @@ def test_hub_errors_say_what_to_do(
         assert "org/name" in str(error.value)
 
 
-def test_a_name_that_cannot_be_a_hub_id_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_cannot_be_a_hub_id_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **_: validate_repo_id(repo_id))
     with pytest.raises(FileNotFoundError, match="no folder or file 'org/na me', and it cannot be a hub id"):
         load_model("org/na me")
@@ -659,7 +659,7 @@ def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf", SMALL, random_tensors(SMALL))
 
 
-def test_a_type_newer_than_gguf_is_told(small_gguf: Path, tmp_path: Path) -> None:
+def test_a_type_newer_than_gguf_is_reported(small_gguf: Path, tmp_path: Path) -> None:
     data = bytearray(small_gguf.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 2 * 8
     data[at] = 250
@@ -670,7 +670,7 @@ def test_a_type_newer_than_gguf_is_told(small_gguf: Path, tmp_path: Path) -> Non
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_cut_gguf_is_told_wherever_it_was_cut(small_gguf: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_cut_gguf_is_reported_wherever_it_was_cut(small_gguf: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = small_gguf.read_bytes()
     start = whole.index(b"token_embd")
     near_header = st.integers(0, start + 2000)
@@ -682,14 +682,14 @@ def test_a_cut_gguf_is_told_wherever_it_was_cut(small_gguf: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04" + b"\0" * 100, b"text" * 100])
-def test_what_is_no_gguf_is_told(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_gguf_is_reported(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "no.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a GGUF file"):
         load_model(path)
 
 
-def test_a_gguf_without_a_language_model_is_told(tmp_path: Path) -> None:
+def test_a_gguf_without_a_language_model_is_reported(tmp_path: Path) -> None:
     path = write_tensor(tmp_path / "one.gguf", np.zeros((2, 64), np.uint8), Quantization.F32)
     with pytest.raises(ValueError, match=r"no qwen2\.block_count.*does not contain a language model"):
         load_model(path)
@@ -731,7 +731,7 @@ def test_a_missing_gguf_tensor_is_named_as_in_hugging_face(tmp_path: Path) -> No
         load_model(path)
 
 
-def test_a_gguf_without_tokenizer_is_told(small_gguf: Path) -> None:
+def test_a_gguf_without_tokenizer_is_reported(small_gguf: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model"):
         load_tokenizer(small_gguf)
 

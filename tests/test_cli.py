@@ -114,7 +114,7 @@ def test_a_pattern_of_retrieval_heads_only_changes_nothing(model: Path, duo: Cal
     assert duo(*options, "--pattern", model / "pattern", "--sparsity", 0).out == duo(*options).out
 
 
-def test_sampling_depends_on_the_seed_alone(model: Path, duo: Callable[..., Result]) -> None:
+def test_sampling_depends_only_on_the_seed(model: Path, duo: Callable[..., Result]) -> None:
     options = ("generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW, "--temperature", 2)
     first, again, other = (duo(*options, "--seed", seed).out for seed in (3, 3, 4))
     assert first == again != other

@@ -173,7 +173,7 @@ def test_what_is_not_supported_is_refused_by_name(values: dict, name: str, tmp_p
         from_folder(tmp_path, **values)
 
 
-def test_an_unknown_architecture_is_told_what_is_supported() -> None:
+def test_an_unknown_architecture_is_reported_with_what_is_supported() -> None:
     with pytest.raises(NotImplementedError, match="llama, mistral, qwen2, qwen3"):
         ModelConfig.from_hf(BASE | {"model_type": "gemma3"})
 

@@ -110,7 +110,7 @@ def test_smollm2_is_what_transformers_reads(smollm2, texts):
     assert_same_ids_and_text(smollm2, golden_tokenizer(), [without_space_before_numerals(text) for text in texts])
 
 
-def test_smollm2_digits_stand_alone(smollm2, texts):
+def test_smollm2_splits_digits(smollm2, texts):
     expected = golden_tokenizer()
     expected.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

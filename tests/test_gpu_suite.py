@@ -19,7 +19,7 @@ from pallas_kernels import layer, ops
 
 
 @pytest.mark.process
-def test_the_command_measures_every_section_and_goes_on_where_it_stopped(tmp_path):
+def test_the_command_measures_every_section_and_resumes(tmp_path):
     suite = [sys.executable, "-m", "duo_eval.gpu_suite", "--smoke", "--out", str(tmp_path)]
     # Much is compiled here, and run once.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -83,7 +83,7 @@ def test_two_processes_find_the_gates_of_one(text_model, alone, tmp_path, mesh, 
 
 
 @pytest.mark.process
-def test_a_process_that_dies_ends_the_others_and_one_goes_on(text_model, alone, tmp_path):
+def test_a_process_that_dies_ends_the_others_and_one_continues(text_model, alone, tmp_path):
     """Two processes share each sample's tokens; the one that resumes has them all."""
     out = tmp_path / "out"
     started = begin(text_model, out, 2, "--distill.steps", 20, "--mesh", "sequence=2")

@@ -76,7 +76,7 @@ def test_a_needle_depends_on_no_other_cell(chat_model):
     assert alone.facts == among.facts and (alone.tokens == among.tokens).all() and len(alone.tokens) == 388
 
 
-def test_an_interrupt_loses_the_needle_in_hand_alone(needle, monkeypatch):
+def test_an_interrupt_loses_only_the_current_needle(needle, monkeypatch):
     out, run = needle
     calls = []
 

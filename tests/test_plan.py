@@ -139,7 +139,7 @@ def test_the_command_refuses_what_does_not_fit_or_make_sense(duo):
     assert_refused(duo(*options, "--memory", "80GB", "--verify"), "give --gpu")
 
 
-def test_a_plan_that_is_off_is_said_and_fails(duo, monkeypatch):
+def test_a_plan_that_is_off_is_reported_and_fails(duo, monkeypatch):
     def off(plan, length, gpu, backend):
         return {"gpu": gpu, "backend": backend, "context": length, "programs": {}, "total": 100, "planned": 104} | {
             "deviation": 0.04

@@ -218,6 +218,6 @@ def test_unknown_types_are_refused(half, dtype):
         KVCache.init(MODEL, half, 1, 16, dtype=dtype)
 
 
-def test_a_type_beside_a_cache_is_refused(tiny, half):
+def test_a_type_next_to_a_cache_is_refused(tiny, half):
     with pytest.raises(ValueError, match="give kv_dtype or cache"):
         generate(tiny, TEXT, cache=new(half, ("int8", None)), kv_dtype="int8")

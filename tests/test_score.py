@@ -123,7 +123,7 @@ def test_recall_resumes_refuses_and_makes_tables(duo, text_model, tmp_path, monk
 
 
 @pytest.mark.full_matrix
-def test_precision_is_measured_beside_float32(duo, text_model, tmp_path):
+def test_precision_is_measured_against_float32(duo, text_model, tmp_path):
     gates = tmp_path / "gates"
     HeadPattern.from_gates(np.array([[1.0, 0.0] * 2, [0.0, 1.0] * 2]), sink_size=4, recent_size=16).save(gates)
     out, needles = tmp_path / "precision.jsonl", QUICK[QUICK.index("--sink-size") :]

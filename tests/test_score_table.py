@@ -87,7 +87,7 @@ def test_what_was_not_asked_is_left_open(scores):
     assert score_table(scores()) == score_summary(scores()) == NOTHING
 
 
-def test_budgets_of_a_method_stand_together_and_one_may_be_shown_alone(scores):
+def test_budgets_of_a_method_are_shown_together_or_one_at_a_time(scores):
     records = [record("full", 1000, 0, 1.0), record("duo", 1000, 0, 1.0)]
     for budget in (0.75, 0.25):
         records.append(record("duo", 1000, 0, 1.0))

@@ -105,7 +105,7 @@ def run_mmlu(duo, folder: Path, data: Path, out: Path, *more, pattern: Path | No
     )
 
 
-def test_mmlu_compares_item_by_item_and_goes_on_where_it_stopped(tmp_path, duo, model, mmlu_file):
+def test_mmlu_compares_item_by_item_and_resumes(tmp_path, duo, model, mmlu_file):
     out = tmp_path / "out.jsonl"
     pattern = shutil.copytree(model / "pattern", tmp_path / "pattern")
     whole = run_mmlu(duo, model, mmlu_file, out, pattern=pattern)

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_said_before_weights_are_made():
     assert set(found) == {"cannot"} and "does not fit into memory: weights and cache take" in found["cannot"]
 
 
-def test_efficiency_goes_on_after_an_interrupt_and_after_what_does_not_fit(monkeypatch, tmp_path, capsys):
+def test_efficiency_resumes_after_an_interrupt_and_after_what_does_not_fit(monkeypatch, tmp_path, capsys):
     asked = []
 
     def measured(point):

@@ -145,7 +145,7 @@ def test_so_does_training_in_both_directions(picky):
     assert set(picky) == {48, 80}
 
 
-def test_a_run_that_repeats_it_goes_on_with_the_next(picky):
+def test_a_run_that_repeats_it_continues_with_the_next(picky):
     request = replace(training(CONFIG)[0], device=GPU["kind"], capability=(9, 0))
     arrays = tuple(jax.ShapeDtypeStruct((1, size, 2, 24), jnp.float32) for size in (80, 80, 80))
     with repeating({"training": {"backend": "pretended.picky", "tiles": {}}}):

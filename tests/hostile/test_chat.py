@@ -42,7 +42,7 @@ PUT = {
         *(pytest.param("/file", *row, id=f"file {name}") for name, row in PUT.items()),
     ],
 )
-def test_a_file_is_refused_and_the_conversation_goes_on(
+def test_a_file_is_refused_and_the_conversation_continues(
     command, content, words, chat_model, tmp_path, duo, monkeypatch, request
 ):
     path, saved = tmp_path / "given", tmp_path / "said.json"

@@ -247,7 +247,7 @@ def test_the_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     assert_refused(lambda: load_tokenizer(folder), "another model", "97", "90")
 
 
-def test_added_tokens_beyond_the_vocabulary_are_told(folder: Path) -> None:
+def test_added_tokens_beyond_the_vocabulary_are_reported(folder: Path) -> None:
     save_tokenizer(folder, chat=False)
     change_json(folder / "tokenizer_config.json", pad_token="<pad>")
     with pytest.warns(UserWarning, match="98 tokens, its model 97"):

@@ -139,7 +139,7 @@ def test_metrics_go_on_after_a_kill(tmp_path):
     np.testing.assert_array_equal(read_metrics(path)["step"], [1, 2, 3])
 
 
-def test_other_weights_of_the_same_name_are_told_apart(tmp_path):
+def test_other_weights_of_the_same_name_are_distinguished(tmp_path):
     path = make_model(tmp_path / "m")
     first = weights_fingerprint(path)
     config = json.loads((path / "config.json").read_text())
