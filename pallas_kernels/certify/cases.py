@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import ops
+from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import merge_parts
 from pallas_kernels.quantized import Quantized, empty, store
 from pallas_kernels.types import Heads, Pools, Request, TokenShards
@@ -95,7 +96,7 @@ class Case:
         plain = replace(self.request, is_paged=False, is_sharded=False)
         raised = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, self.clean)
         with jax.default_matmul_precision("highest"):  # Without this, GPUs multiply float32 with fewer bits.
-            return _outputs(jax.jit(partial(_run, plain, "reference", 1))(raised))
+            return _outputs(jax.jit(partial(_run, plain, "reference", 1), compiler_options=run_once())(raised))
 
     def errors(self, outputs: Any, exact: list[np.ndarray]) -> dict[str, float]:
         """The largest relative error of each output."""
@@ -106,6 +107,13 @@ class Case:
     def tolerance(self) -> float:
         """Error that counts as right; a quantized pool is read through queries and keys that are rounded once more."""
         return TOLERANCE[self.request.q] * (2 if self.request.bits else 1)
+
+
+def run_once() -> dict[str, Any] | None:
+    """Compiler options of a program that runs only once: on a CPU, LLVM's optimizations would take longer than that."""
+    if device_kind() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
@@ -159,15 +167,18 @@ def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
 def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
     count = inputs.arrays[0].shape[0]
 
-    def one(index: Any) -> Any:
+    @jax.jit  # Traced once, for its shapes and for the loop.
+    def one(index: Any, inputs: Inputs) -> Any:
         case = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), inputs._replace(pools=()))
         return _operation(request, backend, case._replace(pools=inputs.pools))
 
     def step(i: Any, outputs: Any) -> Any:
         index = lax.rem(i, jnp.int32(count))
-        return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, index, 0), outputs, one(index))
+        return jax.tree.map(
+            lambda x, new: lax.dynamic_update_index_in_dim(x, new, index, 0), outputs, one(index, inputs)
+        )
 
-    shapes = jax.eval_shape(one, jnp.int32(0))
+    shapes = jax.eval_shape(one, jnp.int32(0), inputs)
     empty_outputs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     return lax.fori_loop(jnp.int32(0), jnp.int32(rounds * count), step, empty_outputs)
 
