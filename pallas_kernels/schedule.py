@@ -3,6 +3,7 @@
 Every kernel reads the same schedule, so that it is written once. All numbers are int32 scalars of the device.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -148,40 +149,60 @@ def query_tile(
 class Splits(NamedTuple):
     """How decode spreads the keys of a head over programs.
 
-    Static. The device decides at run time how many of the programs have keys.
+    Static. Each row of a head is cut into parts of equal length, as many as its length, which is read on the device, is
+    worth; a row's parts, and so its result, do not depend on the other rows. The programs of a head take the parts of
+    all rows in turn: part i of them is for program `i % programs`. A long row has a part for each program, and the
+    parts of short rows are short, so that programs do equal work whatever the lengths.
     """
 
-    programs: int  # of each head of each row
+    programs: int  # of each head
+    parts: int  # of each row of a head, at most
     capacities: tuple[int, int]  # tokens of a slot of the full pool and of a ring; 0 for a pool without slots
     block_k: int
     min_split: int
 
     @classmethod
-    def of(cls, pools: Pools, rows: int, tiles: DecodeTiles) -> "Splits":
-        """Splits for `rows` heads of all rows of a batch."""
+    def of(cls, pools: Pools, batch: int, num_kv_heads: int, tiles: DecodeTiles) -> "Splits":
+        """Splits for the rows of a batch."""
         full, ring = (x.shape[2] if x.shape[0] else 0 for x in (pools.full_k, pools.ring_k))
-        programs = min(-(-max(full, ring) // tiles.min_split), max(1, tiles.max_programs // rows))
-        return cls(programs, (full, ring), tiles.block_k, tiles.min_split)
+        programs = max(1, tiles.max_programs // num_kv_heads)
+        parts = min(-(-max(full, ring) // tiles.min_split), programs)
+        return cls(min(programs, batch * parts), parts, (full, ring), tiles.block_k, tiles.min_split)
 
-    def filled(self, is_retrieval: Array, length: Array) -> Array:
+    def filled(self, is_retrieval: Array | bool, length: Array) -> Array:
         """Tokens in a head's slot, at most its capacity: the next slot begins there."""
         full, ring = self.capacities
         return jnp.minimum(length, jnp.where(is_retrieval, jnp.int32(full), jnp.int32(ring)))
 
     def size(self, filled: Array) -> Array:
-        """Keys of each program: an even share in whole tiles, and at least `min_split`."""
-        share = cdiv(cdiv(filled, self.programs), self.block_k) * self.block_k
+        """Keys of a part: an even share in whole tiles, and at least `min_split`."""
+        share = cdiv(cdiv(filled, self.parts), self.block_k) * self.block_k
         return jnp.maximum(share, jnp.int32(self.min_split))
 
-    def used(
-        self, heads: Heads, lengths: Int32[Array, "B"], held: Int32[Array, "B"] | None = None
-    ) -> Bool[Array, "B K P"]:
-        """Which programs had keys; `held` are the tokens in a retrieval slot, where they are not `lengths`."""
-        is_retrieval, length = heads.is_retrieval[None, :], lengths[:, None]
-        length = length if held is None else jnp.where(is_retrieval, held[:, None], length)
-        filled = self.filled(is_retrieval, length)
-        begin = jnp.arange(self.programs, dtype=jnp.int32)[None, None, :] * self.size(filled)[:, :, None]
-        return begin < filled[:, :, None]
+    def ends(self, lengths: Int32[Array, "B"], held: Int32[Array, "B"] | None = None) -> Int32[Array, "2 B"]:
+        """Number of all parts of the rows up to each, of a streaming and of a retrieval head.
+
+        The same for all layers. `held` are the tokens in a retrieval slot, where they are not `lengths`.
+        """
+        filled = self.filled(False, lengths), self.filled(True, lengths if held is None else held)
+        counts = [lax.div(x + self.size(x) - 1, self.size(x)) for x in filled]
+        return jnp.cumsum(jnp.stack(counts), axis=1, dtype=jnp.int32)
+
+    def used(self, ends: Int32[Array, "2 B"], heads: Heads) -> Bool[Array, "B K P"]:
+        """Which parts have keys."""
+        counts = jnp.diff(ends, axis=1, prepend=jnp.int32(0))[heads.is_retrieval.astype(jnp.int32)]
+        return jnp.arange(self.parts, dtype=jnp.int32)[None, None, :] < counts.T[:, :, None]
+
+
+def row_of(part: Array, ends: Callable[[Array], Array], batch: int) -> tuple[Array, Array]:
+    """Row of one of the parts of all rows, and its number in the row; `ends(b)` is read from `Splits.ends`."""
+    row = jnp.int32(0)
+    for step in reversed([1 << i for i in range((batch - 1).bit_length())]):
+        after = row + step
+        is_later = (after < batch) & (ends(jnp.minimum(after, batch) - 1) <= part)
+        row = jnp.where(is_later, after, row)
+    before = jnp.where(row > 0, ends(jnp.maximum(row - 1, 0)), 0) if batch > 1 else jnp.int32(0)
+    return row, part - before
 
 
 def block_at(j: Array, block: int, size: int) -> tuple[Array, Int32[Array, "1 block"]]:

@@ -37,6 +37,11 @@ def ours(gpu, function, shapes):
     return [kernel for kernel in kernels_on(gpu, function, *shapes) if not kernel.name.startswith("gemm_fusion")]
 
 
+def is_merge(kernel):
+    """Whether a kernel is the one that merges the parts of decode: it has no pools, and no loop."""
+    return kernel.name.startswith("combine_kernel")
+
+
 def test_a_training_step_s_memory_is_linear_in_the_tokens():
     """Two layers of Llama-3-8B; all 32 at 32k tokens were compiled once, see eval/results/aot."""
     config = replace(PRESETS["llama-3-8b"], num_layers=2, dtype="bfloat16")
@@ -116,18 +121,18 @@ def test_eight_gpus_take_what_is_planned_and_send_nothing_of_the_cache(mesh):
 def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     function, shapes = program(operation, "triton", head_dim=head_dim, cache=cache)
     kernels = ours(gpu, function, shapes)
-    assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
+    assert len(kernels) == {"prefill": 1, "decode": 2, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
     assert all(kernel.warnings == () for kernel in kernels), kernels
-    assert all(kernel.loops is None or kernel.loops for kernel in kernels), kernels
+    assert all(kernel.loops is None or kernel.loops or is_merge(kernel) for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_no_mosaic_kernel_spills(operation, head_dim):
     function, shapes = program(operation, "mosaic", head_dim=head_dim)
-    (kernel,) = kernels_on("h200", function, *shapes)
+    (kernel,) = (kernel for kernel in kernels_on("h200", function, *shapes) if not is_merge(kernel))
     assert kernel.name.startswith({"prefill": "flash", "decode": "decode"}[operation])
     assert kernel.spill_bytes == 0 and 0 < kernel.registers <= 168
     assert 64 * head_dim * 2 < kernel.shared_memory <= GPUS["h200"].shared_memory_per_core - 1024
@@ -147,4 +152,5 @@ def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation, ca
     """128 slots of 4.2M tokens: an offset of 32 bits would reach the fourth slot. Compiled, not run."""
     for capacity, bits in ((1024, 32), (1 << 22, 64)):
         function, shapes = program(operation, "triton", capacity=capacity, cache=cache)
-        assert [kernel.address_bits for kernel in ours("h200", function, shapes)] == [bits]
+        found = ours("h200", function, shapes)
+        assert [kernel.address_bits for kernel in found if not is_merge(kernel)] == [bits]

@@ -251,6 +251,13 @@ def test_infinity_where_no_token_is_stored_changes_nothing(name, backend):
     check_decode(problem, backend, problem.starts + problem.lengths)
 
 
+def test_a_row_of_a_batch_has_the_bits_that_it_has_among_any_others():
+    """Decode: the parts of a row's keys do not depend on the other rows."""
+    problem = Problem(Case(MIXED))
+    found = [problem.decode("triton", np.array(counts))[1] for counts in ((54, 44, 3), (0, 44, 54), (17, 44, 44))]
+    assert len({out.tobytes() for out in found}) == 1 and np.isfinite(found).all()
+
+
 @pytest.mark.parametrize("operation", CALLS)
 def test_blocks_beyond_the_filled_ones_are_never_read(operation, monkeypatch):
     loads = []

@@ -136,11 +136,11 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, bits, gpu, capabili
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # jax_triton unsets it.
     tiles = tiles_for("decode", head_dim, 4 if dtype == "fp32" else 2, quantized=bits > 0)
-    splits = Splits(128, (1 << 22, 320), tiles.block_k, tiles.min_split)
+    splits = Splits(128, 128, (1 << 22, 320), tiles.block_k, tiles.min_split)
     like = [empty((1, 1, 1, head_dim), f"int{bits}" if bits else "bfloat16", values=values) for values in (False, True)]
     settings = sizes(4, head_dim, 1, 8, _formats(Pools(*like, *2 * [jnp.zeros((1, 1, 1, head_dim))])), splits)
     full = ["*u16", "*u32"] if bits else [f"*{dtype}"] * 2
-    types = [f"*{dtype}", *full, *full, *[f"*{dtype}"] * 4, *["*i32"] * 3, *["*fp32"] * 2]
+    types = [f"*{dtype}", *full, *full, *[f"*{dtype}"] * 4, *["*i32"] * 4, *["*fp32"] * 2]
     signature = dict(zip(decode_kernel.arg_names, types, strict=False)) | dict.fromkeys(settings, "constexpr")
     # jax_triton guarantees this alignment for every array.
     attributes = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}

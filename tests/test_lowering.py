@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 H200 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
 KERNELS = {
     "prefill": ["flash_kernel"],
-    "decode": ["decode_kernel"],
+    "decode": ["combine_kernel", "decode_kernel"],
     # Full and streaming attention, forward; then the gradients of both.
     "training": ["flash_kernel"] * 2 + ["query_gradient_kernel", "key_gradient_kernel"] * 2,
 }

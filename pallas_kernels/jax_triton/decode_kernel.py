@@ -39,27 +39,29 @@ def decode(
     group = num_heads // num_kv_heads
     quantized = any_quantized(pools.stored)
     tiles: DecodeTiles = tiles_for("decode", head_dim, q.dtype.itemsize, quantized=quantized)
-    splits = Splits.of(pools, batch * num_kv_heads, tiles)
+    splits = Splits.of(pools, batch, num_kv_heads, tiles)
+    is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths)
     # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries take their place,
     # since an argument cannot be empty.
     present = (x for pool in pools.stored for x in _leaves(pool, q))
-    parts = batch, num_kv_heads, splits.programs, group
+    parts = batch, num_kv_heads, splits.parts, group
     values, log_sums = jax_triton.triton_call(
         q,
         *present,
-        heads.is_retrieval.astype(jnp.int32),
+        is_retrieval,
         heads.slot,
         lengths,
+        ends,
         kernel=decode_kernel,
         **{OUT_TYPE: [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*parts, head_dim), parts)]},
-        grid=(splits.programs, num_kv_heads, batch),
+        grid=(splits.programs, num_kv_heads, 1),
         name="decode_kernel",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
         **sizes(group, head_dim, batch, num_kv_heads, _formats(pools), splits),
     )
-    merged = merge_splits(Partial(values, log_sums), splits.used(heads, lengths)[..., None], axis=2)
+    merged = merge_splits(Partial(values, log_sums), splits.used(ends, heads)[..., None], axis=2)
     return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 
 
@@ -94,7 +96,8 @@ def sizes(
         "ring_capacity": splits.capacities[1],
         **formats,
         "fine": 1 / FINE,
-        "count": splits.programs,
+        "programs": splits.programs,
+        "parts": splits.parts,
         "block_k": splits.block_k,
         "min_split": splits.min_split,
         "scale": head_dim**-0.5 * LOG2_E,
@@ -200,6 +203,7 @@ def decode_kernel(
     is_retrieval_ptr,  # [K]
     slot_ptr,  # [K]
     length_ptr,  # [B]
+    ends_ptr,  # [2, B], see `Splits.ends`
     out_ptr,  # [B, K, P, G, H]
     log_ptr,  # [B, K, P, G]
     batch: tl.constexpr,
@@ -217,28 +221,37 @@ def decode_kernel(
     ring_k_groups: tl.constexpr,
     ring_v_groups: tl.constexpr,
     fine: tl.constexpr,
-    count: tl.constexpr,
+    programs: tl.constexpr,
+    parts: tl.constexpr,
     block_k: tl.constexpr,
     min_split: tl.constexpr,
     scale: tl.constexpr,
     masked: tl.constexpr,
     ln_2: tl.constexpr,
 ):
-    """One part of the keys of one KV head, for its query heads."""
-    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    is_retrieval = tl.load(is_retrieval_ptr + kv_head) == 1
+    """Some parts of the keys of one KV head, for its query heads."""
+    program, kv_head = tl.program_id(0), tl.program_id(1)
+    kind = tl.load(is_retrieval_ptr + kv_head)
+    is_retrieval = kind == 1
     # Pools may have more than 2 ** 31 elements.
     slot = tl.load(slot_ptr + kv_head).to(tl.int64)
     capacity = tl.where(is_retrieval, full_capacity, ring_capacity)
-    size = tl.minimum(tl.load(length_ptr + row), capacity)
-    per_split = tl.maximum(tl.cdiv(tl.cdiv(size, count), block_k) * block_k, min_split)
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, size)
-    if begin < end:
-        in_group = tl.arange(0, rows)
-        column = tl.arange(0, width)
+    in_group = tl.arange(0, rows)
+    column = tl.arange(0, width)
+    is_real = (in_group < group)[:, None] & (column < head_dim)[None, :]
+    for number in range(program, tl.load(ends_ptr + kind * batch + batch - 1), programs):
+        row = 0
+        before = 0
+        for earlier in range(batch - 1):
+            end = tl.load(ends_ptr + kind * batch + earlier)
+            row = tl.where(end <= number, earlier + 1, row)
+            before = tl.where(end <= number, end, before)
+        part = number - before
+        size = tl.minimum(tl.load(length_ptr + row), capacity)
+        per_part = tl.maximum(tl.cdiv(tl.cdiv(size, parts), block_k) * block_k, min_split)
+        begin = part * per_part
+        end = tl.minimum(begin + per_part, size)
         query = (row * num_kv_heads + kv_head) * group + in_group
-        is_real = (in_group < group)[:, None] & (column < head_dim)[None, :]
         q = tl.load(q_ptr + query[:, None] * head_dim + column[None, :], mask=is_real, other=0.0)
         first = (slot * batch + row) * capacity
         if is_retrieval:
@@ -251,7 +264,7 @@ def decode_kernel(
                 q, ring_k_ptr, ring_k_grid_ptr, ring_v_ptr, ring_v_grid_ptr, first, begin, end,
                 head_dim, rows, width, ring_bits, ring_k_groups, ring_v_groups, fine, block_k, scale, masked,
             )  # fmt: skip
-        part = ((row * num_kv_heads + kv_head) * count + split) * group + in_group
+        to = ((row * num_kv_heads + kv_head) * parts + part) * group + in_group
         values = values / total[:, None]
-        tl.store(out_ptr + part[:, None] * head_dim + column[None, :], values, mask=is_real)
-        tl.store(log_ptr + part, (maximum + tl.log2(total)) * ln_2, mask=in_group < group)
+        tl.store(out_ptr + to[:, None] * head_dim + column[None, :], values, mask=is_real)
+        tl.store(log_ptr + to, (maximum + tl.log2(total)) * ln_2, mask=in_group < group)

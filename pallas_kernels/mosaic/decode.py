@@ -1,10 +1,11 @@
 """Attention of one new token per row on Hopper: the keys of a head are split over programs, whose results are merged.
 
 Retrieval and streaming heads share the launch. In a program, a producer warpgroup fetches tiles of keys and values by
-TMA, and a consumer multiplies them with the query heads of a group, in one tile. Programs beyond a row's length exit at
-once.
+TMA, and a consumer multiplies them with the query heads of a group, in one tile. Which parts of which rows a program
+attends to follows from the rows' lengths, which are read on the device (`Splits`). A second launch merges the parts.
 """
 
+from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import NamedTuple
 
@@ -15,11 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.merge import merge_splits
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, empty_state, stored_tiles, tile_memory, write
-from pallas_kernels.schedule import Splits, cdiv, div
+from pallas_kernels.schedule import Splits, cdiv, div, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
+from pallas_kernels.triton.combine import combine
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 
@@ -37,6 +38,7 @@ class Arrays(NamedTuple):
     is_retrieval: Int32[Array, "K"]
     slot: Int32[Array, "K"]
     lengths: Int32[Array, "B"]
+    ends: Int32[Array, "2B"]  # `Splits.ends`, of streaming heads, then of retrieval heads
 
 
 def decode(
@@ -55,11 +57,12 @@ def decode(
     group = num_heads // num_kv_heads
     tiles: DecodeTiles = tiles_for("mosaic_decode", head_dim, q.dtype.itemsize)
     stored, block_k = stored_tiles(pools, tiles.block_k)
-    splits = Splits.of(pools, batch * num_kv_heads, tiles)._replace(block_k=block_k)
+    splits = Splits.of(pools, batch, num_kv_heads, tiles)._replace(block_k=block_k)
+    is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths)
     grouped = q.reshape(batch, num_kv_heads, group, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
-    arrays = Arrays(grouped, *stored, heads.is_retrieval.astype(jnp.int32), heads.slot, lengths)
-    parts = batch, num_kv_heads, splits.programs
+    arrays = Arrays(grouped, *stored, is_retrieval, heads.slot, lengths, ends.reshape(-1))
+    parts = batch, num_kv_heads, splits.parts
     interpret = interpreter()
     values, log_sums = plgpu.kernel(
         update_wrapper(partial(decode_kernel, splits=splits, interpreted=bool(interpret)), decode_kernel),
@@ -74,34 +77,44 @@ def decode(
             plgpu.Barrier(),
             *Pipeline.scratch(tiles.num_stages, block_k, head_dim, q.dtype, consumers=1),
         ],
-        grid=(splits.programs, num_kv_heads, batch),
-        grid_names=("split", "kv_head", "row"),
+        grid=(splits.programs, num_kv_heads),
+        grid_names=("program", "kv_head"),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
-    merged = merge_splits(Partial(values, log_sums[..., :group]), splits.used(heads, lengths)[..., None], axis=2)
-    return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
+    return combine(Partial(values, log_sums), is_retrieval, ends, q.dtype)
 
 
 def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
-    """One part of the keys of a KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, ROWS]`."""
+    """Some parts of the keys of a KV head, for its queries: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, ROWS]`."""
     inputs = len(Arrays._fields)
     arrays, (out_ref, log_ref, *own) = Arrays(*refs[:inputs]), refs[inputs:]
     q_smem, out_smem, log_smem, q_full, *stages = own
     pipeline, registers = Pipeline(*stages), Warpgroup(interpreted)
     block_k, head_dim = splits.block_k, arrays.q.shape[3]
-    split, kv_head, row = (lax.axis_index(name) for name in ("split", "kv_head", "row"))
+    program, kv_head = (lax.axis_index(name) for name in ("program", "kv_head"))
     warpgroup = lax.axis_index("warpgroup")
-    slot, is_retrieval = arrays.slot[kv_head], arrays.is_retrieval[kv_head] == 1
-    filled = splits.filled(is_retrieval, arrays.lengths[row])
-    per_split = splits.size(filled)
-    begin = split * per_split
-    num_keys = jnp.minimum(begin + per_split, filled) - begin
+    slot, kind, batch = arrays.slot[kv_head], arrays.is_retrieval[kv_head], arrays.q.shape[0]
+    is_retrieval = kind == 1
 
-    @pl.when((num_keys > 0) & (warpgroup == PRODUCER))
-    def fetch() -> None:
+    def ends(row: Array | int) -> Array:
+        return arrays.ends[kind * batch + row]
+
+    def each_part(run: Callable[[Array, Array, Array, Array], None]) -> None:
+        """Of the program's parts in turn: row, number, first key and number of keys."""
+
+        def one_part(turn: Array, _: None) -> None:
+            row, part = row_of(program + turn * splits.programs, ends, batch)
+            filled = splits.filled(is_retrieval, arrays.lengths[row])
+            begin = part * splits.size(filled)
+            run(row, part, begin, jnp.minimum(splits.size(filled), filled - begin))
+
+        count = cdiv(jnp.maximum(ends(batch - 1) - program, 0), splits.programs)
+        lax.fori_loop(jnp.int32(0), count, one_part, None)
+
+    def fetch(row: Array, _: Array, begin: Array, num_keys: Array) -> None:
         def load(step: Array, copy: Copy) -> None:
             keys = pl.ds(begin + step * block_k, block_k)
 
@@ -116,8 +129,7 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
 
         pipeline.fetch(cdiv(num_keys, block_k), load)
 
-    @pl.when((num_keys > 0) & (warpgroup == CONSUMER))
-    def compute() -> None:
+    def compute(row: Array, part: Array, _: Array, num_keys: Array) -> None:
         own_q: Ref = arrays.q.at[row, kv_head]
         plgpu.copy_gmem_to_smem(own_q, q_smem, q_full)
         plgpu.barrier_wait(q_full)
@@ -134,6 +146,9 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
         # Not tiled: only the rows of the group are copied, and a tile has eight.
         write(registers, state, out_smem, log_smem, is_tiled=False)
         rows = pl.ds(0, out_ref.shape[3])
-        plgpu.copy_smem_to_gmem(out_smem.at[rows], out_ref.at[row, kv_head, split])
-        plgpu.copy_smem_to_gmem(log_smem, log_ref.at[row, kv_head, split])
+        plgpu.copy_smem_to_gmem(out_smem.at[rows], out_ref.at[row, kv_head, part])
+        plgpu.copy_smem_to_gmem(log_smem, log_ref.at[row, kv_head, part])
         plgpu.wait_smem_to_gmem(0)
+
+    pl.when(warpgroup == PRODUCER)(lambda: each_part(fetch))
+    pl.when(warpgroup == CONSUMER)(lambda: each_part(compute))

@@ -1,7 +1,7 @@
 """Attention of one new token per row: the keys of a head are split over many programs, whose results are merged.
 
-Retrieval and streaming heads share the launch. The number of programs that a row's keys keep busy follows from its
-length, which is read on the device: programs beyond it exit at once.
+Retrieval and streaming heads share the launch. Which parts of which rows a program attends to follows from the rows'
+lengths, which are read on the device (`Splits`). A second launch merges the parts.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, merge_splits, weigh
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, weigh
 from pallas_kernels.quantized import Quantized, any_quantized, compute_dtype
-from pallas_kernels.schedule import Splits, cdiv, div
+from pallas_kernels.schedule import Splits, cdiv, div, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.combine import combine
 from pallas_kernels.triton.packed import Packed
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
@@ -33,6 +34,7 @@ class Arrays(NamedTuple):
     slot: Int32[Array, "K"]
     lengths: Int32[Array, "B"]
     held: Int32[Array, "B"] | None  # of several shards: tokens of a retrieval slot that are stored here
+    ends: Int32[Array, "2 B"]  # see `Splits.ends`
 
 
 def decode(
@@ -50,32 +52,45 @@ def decode(
     num_kv_heads = heads.slot.shape[0]
     itemsize = compute_dtype(q, pools.full_k).itemsize
     tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=any_quantized(pools.stored))
-    splits = Splits.of(pools, batch * num_kv_heads, tiles)
+    splits = Splits.of(pools, batch, num_kv_heads, tiles)
     held = None if shards is None else shards.held(lengths)
-    arrays = Arrays(q, tile.present(pools), heads.is_retrieval.astype(jnp.int32), heads.slot, lengths, held)
-    parts = batch, num_kv_heads, splits.programs, num_heads // num_kv_heads
+    is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths, held)
+    arrays = Arrays(q, tile.present(pools), is_retrieval, heads.slot, lengths, held, ends)
+    parts = batch, num_kv_heads, splits.parts, num_heads // num_kv_heads
     out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
-    kernel, grid = partial(decode_kernel, splits=splits), (splits.programs, num_kv_heads, batch)
+    kernel, grid = partial(decode_kernel, splits=splits), (splits.programs, num_kv_heads)
     found = Partial(*tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages))
-    merged = merge_splits(found, splits.used(heads, lengths, held)[..., None], axis=2)
-    return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
+    # Of several shards, the merge of their outputs is in float32.
+    return combine(found, is_retrieval, ends, jnp.dtype(jnp.float32) if shards else q.dtype)
 
 
 def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: Splits) -> None:
-    """One part of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
+    """Some parts of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
+    program, kv_head = pl.program_id(0), pl.program_id(1)
+    batch, kind = arrays.q.shape[0], arrays.is_retrieval[kv_head]
+
+    def one_part(turn: Array, _: None) -> None:
+        row, part = row_of(program + turn * splits.programs, lambda b: arrays.ends[kind, b], batch)
+        _attend(arrays, out_ref, log_ref, splits, (row, kv_head, part))
+
+    count = cdiv(jnp.maximum(arrays.ends[kind, jnp.int32(batch - 1)] - program, 0), splits.programs)
+    lax.fori_loop(jnp.int32(0), count, one_part, None)
+
+
+def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits, place: tuple[Array, ...]) -> None:
+    """One part of the keys: of a row, of a KV head, and its number."""
+    row, kv_head, part = place
     block_k = splits.block_k
     _, num_heads, head_dim = arrays.q.shape
     group = num_heads // arrays.slot.shape[0]
     rows = max(tile.MIN_ROWS, pl.next_power_of_2(group))
-    split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
     is_retrieval = arrays.is_retrieval[kv_head] == 1
     if arrays.held is not None:
         length = jnp.where(is_retrieval, arrays.held[row], length)
     filled = splits.filled(is_retrieval, length)
-    per_split = splits.size(filled)
-    begin = split * per_split
-    end = jnp.minimum(begin + per_split, filled)
+    begin = part * splits.size(filled)
+    end = jnp.minimum(begin + splits.size(filled), filled)
 
     def attend(pool_k: Any, pool_v: Any) -> None:
         in_group = tile.indices(0, rows) < group
@@ -107,7 +122,7 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
         state = lax.fori_loop(jnp.int32(0), whole, inside, state)
         state = lax.fori_loop(whole, cdiv(end - begin, block_k), last, state)
         total = state.total.sum(1)
-        to = row, kv_head, split, tile.leading(rows)
+        to = *place, tile.leading(rows)
         for first, count, values in source.columns(state.values):
             columns = pl.ds(jnp.int32(first), values.shape[1])
             tile.store(out_ref.at[*to, columns], values / total[:, None], in_group, count)
@@ -115,10 +130,10 @@ def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, split
         tile.store_row(log_ref.at[*to], log_sum, in_group)
 
     if arrays.pools.full_k is not None:
-        pl.when((begin < end) & is_retrieval)(lambda: attend(arrays.pools.full_k, arrays.pools.full_v))
+        pl.when(is_retrieval)(lambda: attend(arrays.pools.full_k, arrays.pools.full_v))
     if arrays.pools.ring_k is not None:
         # A ring fills from its first index and then stays full: every index below its size has a visible token.
-        pl.when((begin < end) & ~is_retrieval)(lambda: attend(arrays.pools.ring_k, arrays.pools.ring_v))
+        pl.when(~is_retrieval)(lambda: attend(arrays.pools.ring_k, arrays.pools.ring_v))
 
 
 class Plain:

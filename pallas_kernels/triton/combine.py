@@ -1,0 +1,63 @@
+"""The merge of a row's parts after decode, in one launch: it reads only parts that have keys."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int32
+
+from pallas_kernels.merge import MASKED
+from pallas_kernels.triton import tile
+from pallas_kernels.types import Partial
+
+# Parts that are read at a time.
+BLOCK = 16
+
+
+class Arrays(NamedTuple):
+    """The kernel's inputs."""
+
+    parts: Partial  # `[B, K, P, G, H]` and `[B, K, P, G]`; only those that have keys were written
+    is_retrieval: Int32[Array, "K"]
+    ends: Int32[Array, "2 B"]  # see `schedule.Splits.ends`
+
+
+def combine(parts: Partial, is_retrieval: Int32[Array, "K"], ends: Int32[Array, "2 B"], dtype: Any) -> Partial:
+    """One softmax out of those over the parts of each row: `[B, N, H]` of `dtype` and `[B, N]`; zero without a key."""
+    batch, num_kv_heads, _, group, head_dim = parts.out.shape
+    heads = batch, num_kv_heads * group
+    out = [jax.ShapeDtypeStruct((*heads, head_dim), dtype), jax.ShapeDtypeStruct(heads, jnp.float32)]
+    arrays = Arrays(parts, is_retrieval, ends)
+    return Partial(*tile.call(partial(combine_kernel, block=BLOCK), out, arrays, grid=heads[::-1], warps=4, stages=1))
+
+
+def combine_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, block: int) -> None:
+    """One row of one query head (Dao 2023, section 3.1)."""
+    _, _, most, group, head_dim = arrays.parts.out.shape
+    head, row = pl.program_id(0), pl.program_id(1)
+    kv_head = head // group
+    kind = arrays.is_retrieval[kv_head]
+    before = jnp.where(row > 0, arrays.ends[kind, jnp.maximum(row - 1, 0)], 0)
+    count = arrays.ends[kind, row] - before
+    at, columns = (row, kv_head), tile.leading(tile.width(head_dim))
+
+    def logs(first: int, number: int) -> tuple[Array, Array]:
+        exists = tile.indices(first, number) < count
+        found = tile.load_row(arrays.parts.log_sum.at[*at, pl.ds(jnp.int32(first), number), head % group], exists)
+        return jnp.where(exists, found, jnp.float32(MASKED)), exists
+
+    log_sums, _ = logs(0, pl.next_power_of_2(most))
+    maximum = log_sums.max()
+    # A row without a key has the weight of no part.
+    total = jnp.maximum(jnp.where(log_sums > MASKED, jnp.exp(log_sums - maximum), 0.0).sum(), 1e-30)
+    values = jnp.zeros((tile.width(head_dim),), jnp.float32)
+    for first in range(0, most, block):
+        found, exists = logs(first, block)
+        weights = jnp.where(exists, jnp.exp(found - maximum), 0.0)
+        ref = arrays.parts.out.at[*at, pl.ds(jnp.int32(first), block), head % group, columns]
+        values += (tile.load(ref, exists, head_dim) * weights[:, None]).sum(0)
+    exists = tile.indices(0, len(values)) < head_dim
+    tile.store_row(out_ref.at[row, head, columns], values / total, exists)
+    log_ref[row, head] = maximum + jnp.log(total)
