@@ -98,8 +98,9 @@ class Request:
     def _compile(self) -> None:
         """Compile the programs of `stream`, which jax then finds when they are called; nothing is computed."""
         tokens, lengths, seen, keys = self.prompt
-        logits = compile_prefill(self.model, tokens, self.cache, lengths, self.width, backend=self.generator.backend)
-        self.generator.compile(self.model, logits, self.cache, seen=seen, keys=keys)
+        backend = self.generator.backend
+        logits, cache = compile_prefill(self.model, tokens, self.cache, lengths, self.width, backend=backend)
+        self.generator.compile(self.model, logits, cache, seen=seen, keys=keys)
 
 
 def generate(

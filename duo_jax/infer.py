@@ -97,11 +97,11 @@ def compile_prefill(
     width: int,
     *,
     backend: str | None = None,
-) -> jax.ShapeDtypeStruct:
-    """Compile the programs of `run_prefill` without running them; return the shape of its logits."""
+) -> tuple[jax.ShapeDtypeStruct, KVCache]:
+    """Compile the programs of `run_prefill` without running them; return what it returns, as shapes."""
     _, chunk, counts = next(chunks(tokens, lengths, width))
-    last, _ = compiled(_extend, model, chunk, cache, counts, _no_hidden(model, tokens.shape[0]), backend)
-    return compiled(_head, model, last)
+    last, cache = compiled(_extend, model, chunk, cache, counts, _no_hidden(model, tokens.shape[0]), backend)
+    return compiled(_head, model, last), cache
 
 
 def compiled(function: Any, *args: Any) -> Any:

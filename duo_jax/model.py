@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
+from duo_jax import pytree
 from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
 from duo_jax.mesh.mesh import AnyMesh, constrain
@@ -153,11 +154,7 @@ def check_size(config: ModelConfig, arrays: int | None = None, source: str = "th
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["params", "order"],
-    meta_fields=["config", "graphdef", "mesh"],
-)
+@pytree.register(arrays=("params", "order"), static=("config", "graphdef", "mesh"))
 @dataclass(frozen=True)
 class Model:
     """A decoder's weights as a pytree: `params` are its leaves, everything else is static under jit.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 from duo_jax import infer
@@ -117,9 +118,9 @@ class Generator:
         seen: Bool[Array | np.ndarray, "B V"],
         keys: Key[Array, "B"],
     ) -> None:
-        """Compile the programs of `stream`, for logits of this shape, without running them."""
-        active = np.ones(logits.shape[0], bool)
-        token, _, _, active, _, _ = infer.compiled(_choose, logits, seen, active, keys, self.sampler, self.eos_ids)
+        """Compile the programs of `stream`, for logits and a cache of these shapes, without running them."""
+        seen, active, keys, _ = _beginning(logits, seen, keys)
+        token, *_ = infer.compiled(_choose, logits, seen, active, keys, self.sampler, self.eos_ids)
         infer.compiled(self.step, model, token, cache, active, self.backend)
 
     @functools.partial(jax.jit, static_argnames=("self", "capacity", "width"), donate_argnames="cache")
@@ -174,7 +175,7 @@ class Generator:
         """Generate step by step from the logits after a prompt; `seen` and `keys` are for samplers that use them."""
         seen = np.zeros(logits.shape, bool) if seen is None else seen
         keys = row_keys(0, np.arange(len(logits))) if keys is None else keys
-        active, is_finite = jax.device_put((np.ones(len(logits), bool), np.bool_(True)))
+        seen, active, keys, is_finite = _beginning(logits, seen, keys)
         return Stream(self, model, State(cache, logits, seen, active, keys, is_finite), max_new_tokens, watch)
 
 
@@ -241,6 +242,16 @@ def row_keys(key: Array | int | None, rows: Int[np.ndarray, "B"]) -> Key[Array, 
     if key is None or isinstance(key, int):
         key = jax.random.key(key or 0)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.device_put(rows.astype(np.uint32)))
+
+
+def _beginning(logits: Any, seen: Any, keys: Any) -> tuple[Any, Any, Any, Any]:
+    """`seen`, active rows, keys and "all logits were finite" before the first token, on the devices of the logits."""
+    state = seen, np.ones(logits.shape[0], bool), keys, np.bool_(True)
+    sharding = getattr(logits, "sharding", None)
+    # A program is compiled for the places of its arguments: these are put where they are after the first token.
+    if isinstance(sharding, NamedSharding) and sharding.is_fully_addressable:
+        return jax.device_put(state, NamedSharding(sharding.mesh, PartitionSpec()))
+    return (seen, *jax.device_put(state[1:]))
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "eos_ids"))

@@ -57,22 +57,29 @@ def greedy(tiny, half):
     return generate(tiny, PROMPT, pattern=half, lengths=LENGTHS, max_new_tokens=NEW)
 
 
-def test_a_watched_stream_compiles_everything_in_its_first_phase(tiny, half, caplog):
-    compiled = {}
+def programs_by_phase(request, caplog):
+    """The programs that each phase of a watched stream compiled."""
+    phase, programs = "compile", {}
 
-    def watch(phase):
-        phases = {None: len(caplog.records), phase: len(caplog.records)}
-        compiled.update({name: count for name, count in phases.items() if name not in compiled})
-
-    cache = KVCache.init(tiny.config, half, 2, 77)  # Of a length that no other test has, so that its programs are new.
-    request = prepare(tiny, PROMPT, cache=cache, lengths=LENGTHS, max_new_tokens=2, eos_ids=(60,))
-    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+    def watch(name):
+        nonlocal phase
+        messages = [record.getMessage() for record in caplog.records]
+        programs.setdefault(phase, []).extend(x.split()[4] for x in messages if "XLA compilation of" in x)
+        phase = name or phase
         caplog.clear()
+
+    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
         for _ in request.stream(watch=watch):
             pass
-    names = [record.getMessage() for record in caplog.records if "compilation of" in record.getMessage()]
-    assert {"jit(extend)", "jit(_choose)", "jit(step)"} <= {name.split()[4] for name in names}
-    assert compiled["compile"] == 0 and compiled["prefill"] == len(caplog.records), names
+    return programs
+
+
+def test_a_watched_stream_compiles_everything_in_its_first_phase(tiny, half, caplog):
+    cache = KVCache.init(tiny.config, half, 2, 77)  # Of a length that no other test has, so that its programs are new.
+    request = prepare(tiny, PROMPT, cache=cache, lengths=LENGTHS, max_new_tokens=3, eos_ids=(60,))
+    programs = programs_by_phase(request, caplog)
+    assert {"jit(extend)", "jit(_choose)", "jit(step)"} <= set(programs["compile"])
+    assert programs["prefill"] == programs["decode"] == []
 
 
 @pytest.mark.parametrize("pattern", [True, pytest.param(False, marks=pytest.mark.full_matrix)], ids=["half", "full"])

@@ -33,11 +33,13 @@ from duo_jax import (
     save_model,
     score,
 )
+from duo_jax.generation import prepare
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Heads, Pools, TokenShards, Window, decode_attention, prefill_attention
 from pallas_kernels.quantized import empty, read, store
 from tests.shapes import FAMILIES, GOLDEN, TINY
+from tests.test_generate import programs_by_phase
 from tests.test_train import ATTENTION, DATA, RECIPE
 from tests.text_models import make_model
 
@@ -456,3 +458,14 @@ def test_every_mesh_and_cache(family, size):
     ):
         check(GOLDEN / family, size, with_pattern=with_pattern, dtype=dtype)
     jax.clear_caches()  # A process has memory maps for the programs of some thirty of these tests.
+
+
+@pytest.mark.mesh
+def test_a_watched_stream_on_a_mesh_compiles_everything_in_its_first_phase(caplog):
+    folder, mesh = GOLDEN / FAMILIES[0], make_mesh(tensor=2, sequence=2)
+    pattern = HeadPattern.load(folder / "pattern")
+    model = load_model(folder, mesh=mesh, pattern=pattern)
+    request = prepare(model, prompt(folder)[:1, :10], pattern=pattern, max_new_tokens=3)
+    programs = programs_by_phase(request, caplog)
+    assert {"jit(extend)", "jit(_choose)", "jit(step)"} <= set(programs["compile"])
+    assert programs["prefill"] == programs["decode"] == []

@@ -6,7 +6,7 @@ share one compiled program. `spec` computes the shapes, `store` reads and writes
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 from numpy.typing import ArrayLike
 
+from duo_jax import pytree
 from duo_jax.arguments import MOST_BYTES, instance, whole_number
 from duo_jax.cache.pools import fingerprint, write_chunk, write_token
 from duo_jax.config import ModelConfig
@@ -46,6 +46,10 @@ class KeyValues(NamedTuple):
     v: Any
 
 
+@pytree.register(
+    arrays=("full", "rings", "pages", "is_retrieval", "slot", "length", "order"),
+    static=("windows", "ring_of_layer", "mesh"),
+)
 @dataclass(frozen=True)
 class KVCache:
     """The cache of a batch of sequences. Step functions donate it: use the cache that they return from then on.
@@ -361,26 +365,6 @@ class KVCache:
                 "this cache was given to a step function before, which donates it: use the cache that was returned, "
                 "or fork() it first"
             )
-
-
-_ARRAYS = ("full", "rings", "pages", "is_retrieval", "slot", "length", "order")
-_STATIC = ("windows", "ring_of_layer", "mesh")
-
-
-def _flatten(cache: KVCache) -> tuple[tuple[tuple[GetAttrKey, Any], ...], tuple[Any, ...]]:
-    arrays = tuple((GetAttrKey(name), getattr(cache, name)) for name in _ARRAYS)
-    return arrays, tuple(getattr(cache, name) for name in _STATIC)
-
-
-def _unflatten(static: tuple[Any, ...], arrays: Iterable[Any]) -> KVCache:
-    """Without `__init__`, whose types tests check: jax also puts what describes arrays into their places."""
-    cache = object.__new__(KVCache)
-    for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *static), strict=True):
-        object.__setattr__(cache, name, value)
-    return cache
-
-
-jax.tree_util.register_pytree_with_keys(KVCache, _flatten, _unflatten)
 
 
 @functools.partial(
