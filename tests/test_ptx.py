@@ -20,7 +20,7 @@ F32 = np.dtype(np.float32)
 def kernel(body: str, *, threads: int = 32, parameters: int = 2) -> str:
     """A module whose kernel has pointers %rd1, %rd2, ... and the thread's number %r1."""
     names = [f"k_param_{i}" for i in range(parameters)]
-    loads = [f"ld.param.b64 %rd{i}, [{name}];" for i, name in enumerate(names, 1)]
+    loads = [f"ld.param::entry.b64 %rd{i}, [{name}];" for i, name in enumerate(names, 1)]
     return f"""
 .extern .shared .align 16 .b8 global_smem[];
 .visible .entry k({", ".join(f".param .u64 .ptr .align 16 {name}" for name in names)})

@@ -216,7 +216,12 @@ def golden_of_types() -> dict[str, int]:
         for x, y in PAIRS:
             pair = as_type(x, kind), as_type(y, kind)
             cases |= {f"{name}.{kind} {target}, {x}, {y};": f(*pair) for name, f in OF_INTEGERS.items()}
-            cases |= {f"setp.{c}.{kind} %p1, {x}, {y}; {as_number}": f(*pair) for c, f in COMPARISONS.items()}
+            for c, compare in COMPARISONS.items():
+                cases[f"setp.{c}.{kind} %p1, {x}, {y}; {as_number}"] = compare(*pair)
+                for other in (0, 1):
+                    text = f"{kind} %p1, {x}, {y}, %p2; {as_number}"
+                    cases[f"mov.pred %p2, {other}; setp.{c}.and.{text}"] = compare(*pair) and other
+                    cases[f"mov.pred %p2, {other}; setp.{c}.or.{text}"] = compare(*pair) or other
             cases[f"mad.lo.{kind} {target}, {x}, {y}, 11;"] = x * y + 11
     for kind in WORDS:
         target = REGISTER[kind[1:]]
@@ -390,9 +395,12 @@ ZERO_COPY = """
 """
 
 
-def test_copy_of_size_zero_writes_zeros_and_reads_nothing():
+def test_copy_without_a_source_writes_zeros_and_reads_nothing():
     numbers = execute(ZERO_COPY, np.full(1, 7, np.uint32))
     np.testing.assert_array_equal(numbers, np.where(np.arange(32) < 8, 7, 0))
+    # The same with a condition of ignoring the source.
+    ignored = ZERO_COPY.replace("0x4, %r2;", "0x4, %p2;").replace("selp.b32 %r2, 4, 0, %p1;", "not.pred %p2, %p1;")
+    np.testing.assert_array_equal(execute(ignored, np.full(1, 7, np.uint32)), numbers)
     with pytest.raises(Failure, match="only all or none is supported"):
         execute(ZERO_COPY.replace("selp.b32 %r2, 4,", "selp.b32 %r2, 2,"), np.full(1, 7, np.uint32))
 

@@ -1,7 +1,6 @@
-"""Kernels of this project compiled for a GPU that is not here, and executed from their PTX. Needs jax's CUDA plugin.
+"""Compiles this project's kernels for a GPU that is not present and executes their PTX. Needs jax's CUDA plugin.
 
-`executing()` puts itself in the place of the launches: attention is called as ever, and everything around its kernels
-runs on the CPU.
+`executing()` replaces the launches of kernels. Attention is called as usual, and all other operations run on the CPU.
 """
 
 import functools
@@ -32,36 +31,29 @@ GPU = "a100-80g"
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel's text, and how the compiled module launches it."""
+    """A kernel's PTX, and how the compiled module launches it."""
 
     text: str
     grid: tuple[int, ...]
     shared: int  # bytes of each block
 
 
+# What a test executes instead of a program.
+Change = Callable[[Program], Program]
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A program, its arguments, and what its execution gave."""
+    """A program that was executed, and the result."""
 
     program: Program
-    inputs: list[np.ndarray]
-    outputs: list[tuple[tuple[int, ...], np.dtype]]
     run: machine.Run
-
-    def again(self, program: Program) -> list[np.ndarray]:
-        """The outputs of another program on the same arguments."""
-        return execute(program, self.inputs, self.outputs).outputs
-
-
-def execute(program: Program, inputs: list[np.ndarray], outputs: list[tuple[tuple[int, ...], np.dtype]]) -> machine.Run:
-    """Run all blocks."""
-    return machine.run(parse(program.text), program.grid, program.shared, inputs, outputs)
 
 
 def compiled(function: Callable[..., Any], shapes: Any) -> Program:
-    """The only kernel of a program."""
+    """Compile a function that has one kernel for `GPU`."""
     with tempfile.TemporaryDirectory() as folder:
-        compile_for(GPU, jax.jit(function), *shapes, xla_dump_to=folder)
+        compile_for(GPU, jax.jit(function), *shapes, xla_dump_to=folder, xla_dump_emitter_re=".*")
         (sequence,) = Path(folder).glob("*.thunk_sequence.txt")
         launches = re.findall(
             r"kCustomKernel .*?\] (\w+) grid: \[([\d, ]+)\] threads: \[(\d+), 1, 1\]\s+shared_memory: (\d+) bytes",
@@ -77,35 +69,47 @@ def compiled(function: Callable[..., Any], shapes: Any) -> Program:
 class Launches(list[Launch]):
     """Launches in their order."""
 
-    def finish(self, program: Program, arrays: list[Any], outputs: list[Any]) -> list[jax.Array]:
+    def __init__(self, change: Change | None = None) -> None:
+        self.change = change
+
+    def execute(self, program: Program, arrays: list[Any], outputs: list[Any]) -> list[jax.Array]:
         """Execute one more; its outputs have the shapes and types of `outputs`."""
+        if self.change is not None:
+            program = self.change(program)
         shapes = [(x.shape, np.dtype(x.dtype)) for x in outputs]
         inputs = [np.asarray(x) for x in arrays]
-        self.append(Launch(program, inputs, shapes, execute(program, inputs, shapes)))
-        return [jnp.asarray(x) for x in self[-1].run.outputs]
+        run = machine.run(parse(program.text), program.grid, program.shared, inputs, shapes)
+        self.append(Launch(program, run))
+        return [jnp.asarray(x) for x in run.outputs]
 
 
 @contextmanager
-def executing() -> Iterator[Launches]:
-    """Within it, kernels of `triton` and `jax_triton` run from their PTX; the list collects their launches.
+def executing(change: Change | None = None) -> Iterator[Launches]:
+    """Within it, the kernels of `triton` and `jax_triton` are executed from their PTX.
 
-    Backends and tiles are those of the GPU.
+    Backends and tiles are those of `GPU`.
+
+    Args:
+        change: replaces each program before it is executed.
+
+    Yields:
+        The launches so far.
     """
-    launches = Launches()
+    launches = Launches(change)
 
     def pallas(kernel: Any, out: Any, arrays: Any, **settings: Any) -> Any:
         leaves, structure = jax.tree.flatten(arrays)
         outputs, results = jax.tree.flatten(out)
-        made = _pallas(
+        program = _pallas(
             _frozen(kernel.func, kernel.keywords), _frozen(None, settings), structure, _shapes(leaves), results,
             _shapes(outputs),
         )  # fmt: skip
-        return jax.tree.unflatten(results, launches.finish(made, leaves, outputs))
+        return jax.tree.unflatten(results, launches.execute(program, leaves, outputs))
 
     def triton(*arrays: Any, kernel: Any, **settings: Any) -> Any:
         (name,) = settings.keys() & {"out_type", "out_shape"}
         outputs = settings.pop(name)
-        return launches.finish(
+        return launches.execute(
             _triton(kernel, name, _shapes(outputs), _frozen(None, settings), _shapes(arrays)), arrays, outputs
         )
 
@@ -115,13 +119,15 @@ def executing() -> Iterator[Launches]:
         if find_spec("jax_triton"):
             import jax_triton
 
-            patches.enter_context(mock.patch.object(jax_triton, "triton_call", triton))
+            # Callers inspect its parameters.
+            call = functools.wraps(jax_triton.triton_call)(triton)
+            patches.enter_context(mock.patch.object(jax_triton, "triton_call", call))
         yield launches
 
 
 @contextmanager
 def executing_pallas_calls() -> Iterator[Launches]:
-    """Within it and `jax.disable_jit`, calls of `pallas_call` run from their PTX, whose kernels they may be."""
+    """Within it and `jax.disable_jit`, the kernels of every `pallas_call` are executed from their PTX."""
     launches, real = Launches(), pl.pallas_call
 
     def pallas_call(kernel: Any, **settings: Any) -> Any:
@@ -133,8 +139,8 @@ def executing_pallas_calls() -> Iterator[Launches]:
                 return real(kernel, **settings)(*jax.tree.unflatten(structure, leaves))
 
             with jax.disable_jit(False):
-                made = compiled(function, _structs(_shapes(leaves)))
-            return jax.tree.unflatten(results, launches.finish(made, leaves, outputs))
+                program = compiled(function, _structs(_shapes(leaves)))
+            return jax.tree.unflatten(results, launches.execute(program, leaves, outputs))
 
         return call
 
@@ -143,12 +149,12 @@ def executing_pallas_calls() -> Iterator[Launches]:
 
 
 def forget() -> None:
-    """Compile kernels again: their source has changed."""
+    """Compile kernels again when they are called, after a change of their source."""
     _pallas.cache_clear()
     jax.clear_caches()
 
 
-# Programs by all that they are compiled from.
+# Compiled programs are cached by everything that they depend on.
 
 
 def _frozen(function: Any, keywords: dict[str, Any]) -> tuple[Any, ...]:
@@ -178,29 +184,32 @@ def _pallas(kernel: Any, settings: Any, structure: Any, shapes: Any, results: An
 
 @functools.cache
 def _triton(kernel: Any, name: str, outputs: Any, settings: Any, shapes: Any) -> Program:
-    """As jax_triton compiles it: its launch is what it gives to jaxlib."""
+    """Compile as jax_triton does. The program and its grid are the arguments with which it constructs jaxlib's call."""
     from jax_triton import triton_lib
 
-    made: list[Any] = []
+    parts: list[Any] = []
     real = triton_lib.triton_kernel_call_lib
 
     def function(*arrays: Any) -> Any:
         return triton_lib.triton_call(*arrays, kernel=kernel, **{name: _structs(outputs)}, **dict(settings[1]))
 
     def of_kernel(entry: str, warps: int, clusters: int, shared: int, text: str, *rest: Any) -> Any:
-        made.append((text, shared))
+        parts.append((text, shared))
         return real.TritonKernel(entry, warps, clusters, shared, text, *rest)
 
     def of_call(compiled_kernel: Any, x: int, y: int, z: int, *rest: Any) -> Any:
-        made.append((x, y, z))
+        parts.append((x, y, z))
         return real.TritonKernelCall(compiled_kernel, x, y, z, *rest)
 
     spy = types.SimpleNamespace(**{name: getattr(real, name) for name in dir(real) if name[0] != "_"})
     spy.TritonKernel, spy.TritonKernelCall = of_kernel, of_call
+    # jax_triton 0.4 has a cache for each kernel.
+    cache = getattr(triton_lib, "_COMPILED_KERNEL_CACHE", None)
+    cache = kernel.__dict__.setdefault("_jT_kernel_cache", {}) if cache is None else cache
     with (
         mock.patch.object(triton_lib, "triton_kernel_call_lib", spy),
-        mock.patch.dict(triton_lib._COMPILED_KERNEL_CACHE, clear=True),
+        mock.patch.dict(cache, clear=True),
     ):
         lower_for(GPU, jax.jit(function), *_structs(shapes))
-    (text, shared), grid = made
+    (text, shared), grid = parts
     return Program(text, grid, shared)

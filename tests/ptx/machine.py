@@ -134,7 +134,14 @@ class Batch:
 
     def dtype(self, register: str) -> np.dtype:
         """The type of a register's bits, as declared."""
-        return BITS[self.kernel.widths[register.rstrip("0123456789")]]
+        return BITS[self._width(register)]
+
+    def is_condition(self, operand: Operand) -> bool:
+        """Whether an operand is a predicate register."""
+        return isinstance(operand, str) and self._width(operand) == 1
+
+    def _width(self, register: str) -> int:
+        return self.kernel.widths[register.rstrip("0123456789")]
 
     def read(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
         """The values of an operand."""

@@ -1,8 +1,8 @@
-"""What each form of an instruction does: a table, a row a form. Knows no control flow.
+"""The meaning of each form of an instruction: a table with a row for each. Knows no control flow.
 
-An elementwise row computes on whole vectors, one number a lane. The other rows get the batch, the instruction and the
-lanes that execute it. A form that has no row cannot be executed: add the row, with its meaning from NVIDIA's manual
-"PTX ISA".
+An elementwise row computes on whole vectors, one number for each lane. The other rows get the batch, the instruction
+and the lanes that execute it. To support another form, add its row, with the meaning from NVIDIA's manual "PTX ISA",
+and its golden case in tests/test_ptx_golden.py.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def row(function: Callable[..., np.ndarray], result: np.dtype, *sources: np.dtyp
 
 
 def low_bits(batch: Any, operand: Any, dtype: np.dtype) -> np.ndarray:
-    """An operand of `ld`, `st` and `cvt`, whose register may be wider than the instruction's type."""
+    """An operand of `st` or `cvt`: its register may be wider than the instruction's type."""
     if isinstance(operand, int):
         return batch.read(operand, dtype)
     return batch.read(operand, batch.dtype(operand)).astype(BITS[8 * dtype.itemsize], copy=False).view(dtype)
@@ -50,7 +50,7 @@ def low_bits(batch: Any, operand: Any, dtype: np.dtype) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Conversion(Elementwise):
-    """A conversion; in a register that is wider than the result, its sign or zeros follow."""
+    """A conversion; a result that is narrower than its register is extended, by its sign or by zeros."""
 
     def __call__(self, batch: Any, instruction: Any, lanes: np.ndarray) -> None:
         target, *operands = instruction.operands
@@ -87,7 +87,7 @@ C = _fragment(4, lambda group, thread, i: (group + 8 * (i // 2), 2 * thread + i 
 
 
 def _gather(fragment: tuple[np.ndarray, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """For each place of a matrix, the index of its number among all lanes' numbers."""
+    """For each place of a matrix, the index of its number among the numbers of all lanes."""
     order = np.full(shape, -1)
     order[fragment] = np.arange(fragment[0].size).reshape(fragment[0].shape)
     assert (order >= 0).all()
@@ -105,7 +105,7 @@ def float16(x: np.ndarray) -> np.ndarray:
 
 
 def tf32(x: np.ndarray) -> np.ndarray:
-    """Words of 32 bits as the hardware reads them: without the last 13."""
+    """Words of 32 bits as numbers: the hardware ignores the last 13 bits."""
     return (x & np.uint32(0xFFFFE000)).view(np.float32)
 
 
@@ -152,13 +152,13 @@ class LdMatrix:
 
 
 def shuffle(place: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., None]:
-    """Numbers of other lanes of a warp, which `place` computes from lane and operand; segments are whole warps."""
+    """Read another lane of the same warp, which `place` computes from the lane and the operand."""
 
     def execute(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
         batch.need_whole_warps(lanes)
         target, source, operand, clamp, members = instruction.operands
         if (clamp, members) != (31, -1):
-            raise Fault("is known for whole warps only", int(np.argmax(lanes)))
+            raise Fault("is supported for whole warps only", int(np.argmax(lanes)))
         lane = np.arange(len(lanes))
         at = (lane & -WARP) | (place(lane % WARP, batch.read(operand, S32)) & (WARP - 1))
         batch.write(target, batch.read(source, U32)[at], lanes)
@@ -167,7 +167,7 @@ def shuffle(place: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[.
 
 
 def move(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
-    """One register, or the parts of a register to or from several."""
+    """Copy a register, split one into several, or join several into one."""
     target, source = instruction.operands
     bits = int("".join(filter(str.isdigit, instruction.opcode))) if instruction.opcode != "mov.pred" else 1
     if isinstance(target, tuple):
@@ -196,13 +196,13 @@ def load(space: str, bits: int, count: int) -> Callable[..., None]:
         at, size = np.flatnonzero(lanes), count * bits // 8
         addresses = batch.address(address)[at]
         if space == "shared":
-            found = batch.shared.load(addresses, at, size)
+            words = batch.shared.load(addresses, at, size)
         else:
-            found = batch.memory.load(addresses, at, size, batch.block[at])
+            words = batch.memory.load(addresses, at, size, batch.block[at])
         values = np.zeros((len(lanes), count), BITS[bits])
-        values[at] = np.ascontiguousarray(found).view(BITS[bits])
+        values[at] = np.ascontiguousarray(words).view(BITS[bits])
         for i, register in enumerate(_of(target)):
-            # A register may be wider: zeros follow.
+            # A wider register is filled up with zeros.
             batch.write(register, values[:, i].astype(batch.dtype(register)), lanes)
 
     return execute
@@ -231,14 +231,19 @@ def load_parameter(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
 
 
 def copy(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
-    """An asynchronous copy from global to shared memory, of zeros where the size is zero."""
-    target, source, width, *sizes = instruction.operands
+    """An asynchronous copy from global to shared memory, of zeros where the size is zero or the source ignored."""
+    target, source, width, *optional = instruction.operands
     at = np.flatnonzero(lanes)
-    wanted = batch.read(sizes[0], U32)[at] if sizes else np.full(len(at), width)
-    if not np.isin(wanted, (0, width)).all():
-        raise Fault(f"copies a part of {width} bytes: only all or none is supported", batch.first_active())
-    values, some = np.zeros((len(at), width // 2), np.uint16), at[wanted > 0]
-    values[wanted > 0] = batch.memory.load(batch.address(source)[some], some, width, batch.block[some])
+    copies = np.ones(len(at), bool)
+    if optional and batch.is_condition(optional[0]):
+        copies = ~batch.read(optional[0], PRED)[at]
+    elif optional:
+        sizes = batch.read(optional[0], U32)[at]
+        copies = sizes == width
+        if not (copies | (sizes == 0)).all():
+            raise Fault(f"copies a part of {width} bytes: only all or none is supported", batch.first_active())
+    values, some = np.zeros((len(at), width // 2), np.uint16), at[copies]
+    values[copies] = batch.memory.load(batch.address(source)[some], some, width, batch.block[some])
     batch.shared.copy(batch.address(target)[at], at, values)
 
 
@@ -253,10 +258,10 @@ def wait_group(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
 
 
 def warp_barrier(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
-    """A barrier of each whole warp."""
+    """A barrier among the lanes of each warp."""
     batch.need_whole_warps(lanes)
     if batch.read(instruction.operands[0], S32)[0] != -1:
-        raise Fault("is known for whole warps only", int(np.argmax(lanes)))
+        raise Fault("is supported for whole warps only", int(np.argmax(lanes)))
     batch.shared.warp_barrier(np.flatnonzero(lanes))
 
 
@@ -264,7 +269,7 @@ def warp_barrier(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
 
 
 def _amount(shift: np.ndarray, bits: int) -> np.ndarray:
-    """A shift: all that is `bits` or more is the same, at most 63 as an operation of NumPy."""
+    """A shift, at most `bits`: larger ones have the same result."""
     return np.minimum(shift, np.uint32(bits)).astype(np.int64)
 
 
@@ -301,7 +306,7 @@ def remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def bit_field(signed: bool) -> Callable[..., np.ndarray]:
-    """`length` bits from `start` on, with their sign."""
+    """`length` bits from bit `start` on, extended by their sign or by zeros."""
 
     def extract(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         start, length = (np.minimum(n & 0xFF, 32).astype(np.int64) for n in (start, length))
@@ -316,7 +321,7 @@ def bit_field(signed: bool) -> Callable[..., np.ndarray]:
 
 
 def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Four bytes of two words; a selector's fourth bit replicates the sign."""
+    """Any four of the eight bytes of two words; the fourth bit of a selector replicates the byte's sign."""
     pair = np.stack([a, b], -1).view(np.uint8)
     result = np.zeros(a.shape, np.uint32)
     for i in range(4):
@@ -430,6 +435,11 @@ def _select(x: np.ndarray, y: np.ndarray, condition: np.ndarray) -> np.ndarray:
     return np.where(condition, x, y)
 
 
+def _and_then(compare: Callable[..., np.ndarray], combine: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A comparison, combined with a third operand."""
+    return lambda x, y, condition: combine(compare(x, y), condition)
+
+
 def _wide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     wide = np.int64 if x.dtype.kind == "i" else np.uint64
     return x.astype(wide) * y.astype(wide)
@@ -454,7 +464,7 @@ def _same(x: np.ndarray) -> np.ndarray:
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
-# Neither is greater, or one is NaN.
+# True if a number is NaN.
 UNORDERED = {
     "equ": lambda x, y: ~((x < y) | (x > y)),
     "neu": np.not_equal,
@@ -509,6 +519,12 @@ TABLE: dict[str, Callable[..., None]] = {
     "xor.pred": row(np.logical_xor, PRED, PRED, PRED),
     "not.pred": row(np.logical_not, PRED, PRED),
     **{f"setp.{c}.{n}": row(f, PRED, t, t) for c, f in COMPARE.items() for n, t in INTEGERS.items()},
+    **{
+        f"setp.{c}.{name}.{n}": row(_and_then(f, combine), PRED, t, t, PRED)
+        for name, combine in (("and", np.logical_and), ("or", np.logical_or))
+        for c, f in COMPARE.items()
+        for n, t in INTEGERS.items()
+    },
     **{f"setp.{c}.{n}": row(COMPARE[c], PRED, t, t) for c in ("eq", "ne") for n, t in WORDS.items()},
     **{f"setp.{c}.f32": row(f, PRED, F32, F32) for c, f in (ORDERED | UNORDERED).items()},
     **{f"selp.{name}": row(_select, t, t, t, PRED) for name, t in (INTEGERS | WORDS | {"f32": F32}).items()},
@@ -558,6 +574,7 @@ TABLE: dict[str, Callable[..., None]] = {
     # Moves.
     **{f"mov.{name}": move for name in ("pred", "b16", "b32", "b64", "u16", "u32", "u64", "f32")},
     "ld.param.b64": load_parameter,
+    "ld.param::entry.b64": load_parameter,
     **{
         f"{verb}.{space}{f'.v{count}' if count > 1 else ''}.b{bits}": access(space, bits, count)
         for verb, access in (("ld", load), ("st", store))

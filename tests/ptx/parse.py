@@ -90,17 +90,21 @@ def parse(text: str) -> Kernel:
 def _instructions(body: str, first: int) -> tuple[tuple[Instruction, ...], dict[str, int]]:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
+    unfinished, begin = "", first  # An instruction may take several lines.
     for number, line in enumerate(body.split("\n"), first):
         rest = line.strip()
-        while label := re.match(r"(\$?[\w$]+):\s*", rest):
-            labels[label.group(1)] = len(instructions)
-            rest = rest[label.end() :]
-        if rest.startswith("."):
-            continue  # Declarations of registers, lines of the source.
-        *statements, unfinished = rest.split(";")
-        if unfinished.strip():
-            raise Unreadable(f"line {number}: an instruction without an end: {unfinished.strip()}")
-        instructions += [_instruction(statement.strip(), number) for statement in statements if statement.strip()]
+        if not unfinished:
+            begin = number
+            while label := re.match(r"(\$?[\w$]+):\s*", rest):
+                labels[label.group(1)] = len(instructions)
+                rest = rest[label.end() :]
+            if rest.startswith("."):
+                continue  # Declarations of registers, lines of the source.
+        *statements, unfinished = f"{unfinished} {rest}".strip().split(";")
+        instructions += [_instruction(statement.strip(), begin) for statement in statements if statement.strip()]
+        begin = number if statements else begin
+    if unfinished.strip():
+        raise Unreadable(f"line {begin}: an instruction without an end: {unfinished.strip()}")
     return tuple(instructions), labels
 
 
