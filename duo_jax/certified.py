@@ -40,25 +40,29 @@ def inference(
     precision = Precision(config.dtype, kv_dtype=kv_dtype)
     requests = []
     for pattern in patterns:
-        has_full = pattern is None or bool(pattern.is_retrieval.any())
-        has_ring = pattern is not None and pattern.num_streaming > 0
-        sizes: dict[str, Any] = {
-            "window": Window(0, 0) if pattern is None else pattern.window,
-            "full": precision.kv if has_full else None,
-            "ring": precision.streaming if has_ring else None,
-            "is_sharded": mesh.sequence > 1,
-            # More devices than KV heads share the queries of one.
-            "group": config.num_heads // mesh.kv_heads(config),
-        }
-        requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
+        chosen = HeadPattern.full(config) if pattern is None else pattern.of(config)
+        # The window of the layers with full attention, and those of the others, in which all heads stream.
+        windows = {chosen.window: chosen.num_streaming > 0} if config.full_layers else {}
+        windows |= dict.fromkeys(config.own_windows, True)
+        for window, has_ring in windows.items():
+            sizes: dict[str, Any] = {
+                "window": window,
+                "full": precision.kv if chosen.num_retrieval else None,
+                "ring": precision.streaming if has_ring else None,
+                "is_sharded": mesh.sequence > 1,
+                # More devices than KV heads share the queries of one.
+                "group": config.num_heads // mesh.kv_heads(config),
+            }
+            requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
     return requests
 
 
 def training(config: ModelConfig, window: Window = TRAINING_WINDOW, mesh: MeshSize = MeshSize()) -> list[Request]:
-    """Full attention and that of streaming heads, forward and backward."""
+    """Full attention, that of streaming heads and that of layers with a window, forward and backward."""
     # More devices than KV heads share the queries of one.
     group = max(1, config.num_heads // max(config.num_kv_heads, mesh.sequence))
-    return [_request(config, "training", group=group, window=each) for each in (None, window)]
+    windows = dict.fromkeys((None, window, *config.own_windows))
+    return [_request(config, "training", group=group, window=each) for each in windows]
 
 
 def certify(

@@ -4,13 +4,14 @@ A family of models is a row of `FAMILIES` here and a weight table in `checkpoint
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from duo_jax.arguments import MOST_TOKENS, instance, real_number, true_or_false, whole_number
 from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
 from duo_jax.rope import Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
+from pallas_kernels.window import Window
 
 # The largest sizes that a model may have, well above any published one: a wrong number must not take all memory or time
 # before anything can be compared with it.
@@ -26,12 +27,20 @@ MOST = {
 }
 
 
+# Fields that earlier versions did not write: what they wrote means the defaults.
+ADDED = ("layer_windows",)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP.
 
     `dtype` is the data type of activations and of all weights that are not quantized. `weight_dtype`, a name in
     `weights.WEIGHT_FORMATS`, quantizes the linear maps of the layers, `embed_dtype` embeddings and head.
+
+    `layer_windows` has an entry for each layer: the number of most recent tokens that all of its heads see, the query's
+    own included, or None for full attention. It is empty if every layer has full attention. Only in layers with full
+    attention does a pattern choose heads.
     """
 
     family: str
@@ -54,6 +63,7 @@ class ModelConfig:
     weight_dtype: str | None = None
     embed_dtype: str | None = None
     eos_ids: tuple[int, ...] = ()
+    layer_windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -62,6 +72,7 @@ class ModelConfig:
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values["dtype"] = check_name("dtype", self.dtype, ALLOWED["dtype"])
+        values["layer_windows"] = self._checked_windows()
         values["eos_ids"] = tuple(whole_number("an EOS id", token, 0, self.vocab_size - 1) for token in self.eos_ids)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -78,6 +89,46 @@ class ModelConfig:
             check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
         if self.embed_dtype is not None:
             check_format("embed_dtype", self.embed_dtype, EMBED_FORMATS, self.embed_dim)
+
+    def _checked_windows(self) -> tuple[int | None, ...]:
+        windows = tuple(self.layer_windows)
+        if windows and len(windows) != self.num_layers:
+            raise ValueError(f"layer_windows has one entry for each of {self.num_layers} layers, got {len(windows)}")
+        most = MOST["max_positions"]
+        checked = tuple(w if w is None else whole_number("a window of layer_windows", w, 1, most) for w in windows)
+        return checked if any(checked) else ()
+
+    def window(self, layer: int) -> Window | None:
+        """What all heads of a layer see; None: it has full attention, and a pattern chooses among its heads."""
+        size = self.layer_windows[layer] if self.layer_windows else None
+        return None if size is None else Window(0, size)
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers with full attention: those in which a pattern chooses heads."""
+        return tuple(layer for layer in range(self.num_layers) if self.window(layer) is None)
+
+    @property
+    def window_layers(self) -> tuple[int, ...]:
+        """Layers with a window of their own."""
+        return tuple(layer for layer in range(self.num_layers) if self.window(layer) is not None)
+
+    @property
+    def own_windows(self) -> tuple[Window, ...]:
+        """The distinct windows of layers, in the order of their first layer."""
+        return tuple(dict.fromkeys(Window(0, size) for size in self.layer_windows if size is not None))
+
+    def room(self, tokens: int) -> int:
+        """The `max_length` of a cache for so many tokens: no less than the widest window of a layer."""
+        return max([tokens, *(window.size for window in self.own_windows)])
+
+    def first_layers(self, count: int) -> "ModelConfig":
+        """The configuration of this model's first layers."""
+        return replace(self, num_layers=count, layer_windows=self.layer_windows[:count])
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as earlier versions wrote them where none is set that they did not have."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ADDED}
 
     def with_dtypes(
         self,
@@ -152,16 +203,21 @@ def from_standard(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _flag(name: str) -> Callable[[Mapping[str, Any]], bool]:
+def _flag(name: str) -> Callable[[Mapping[str, Any]], Any]:
     return lambda config: config[name]
 
 
 # Which optional parts a family has; a callable reads its configuration.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"qkv_bias": _flag("attention_bias"), "out_bias": _flag("attention_bias"), "mlp_bias": _flag("mlp_bias")},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qkv_bias": _flag("attention_bias"), "out_bias": _flag("attention_bias"), "qk_norm": True},
+    "mistral": {"layer_windows": _flag("layer_windows")},
+    "qwen2": {"qkv_bias": True, "layer_windows": _flag("layer_windows")},
+    "qwen3": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "qk_norm": True,
+        "layer_windows": _flag("layer_windows"),
+    },
 }
 
 _LLAMA3 = ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192, Rope(500000.0), eos_ids=(128001, 128009))

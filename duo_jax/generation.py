@@ -237,7 +237,7 @@ def prepare(
         total = longest + max_new_tokens
         if total > MOST_TOKENS:
             raise ArgumentError("max_new_tokens", f"must be at most {MOST_TOKENS - longest}, got {max_new_tokens}")
-        room = min(cache_room(total, len(tokens)), MOST_TOKENS)
+        room = model.config.room(min(cache_room(total, len(tokens)), MOST_TOKENS))
         cache = KVCache.init(model.config, pattern, len(tokens), room, dtype=kv_dtype, mesh=model.mesh)
     check_cache(model, cache, lengths.astype(np.int64) + max_new_tokens)
     warn_of_quantization(model, cache)

@@ -68,6 +68,9 @@ YARN_NULL = {
     "attention_factor": 0.0,
     "truncate": False,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Families with a window in every layer or in none: transformers does not read their `layer_types`.
+UNIFORM = {"mistral"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -94,6 +97,7 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
     _check_rope(given)
     values = {key: given.get(key) for key in KEYS} if is_complete else _by_transformers(family, given)
     _refuse_unsupported(family, values, config)
+    values["layer_windows"] = _layer_windows(family, values, given)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))
     return values | {"model_type": family, "dtype": str(dtype).removeprefix("torch."), "rope": _rope(values)}
@@ -129,13 +133,6 @@ def _by_transformers(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unsupported(family: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raise for a feature that this decoder does not have: without it, results would be silently wrong."""
     refused = None
-    window, positions = values["sliding_window"], values["max_position_embeddings"]
-    kinds = set(values["layer_types"] or ["sliding_attention" if window else "full_attention"])
-    if window and window >= positions:
-        kinds.discard("sliding_attention")  # A window as large as the trained context has no effect.
-    kinds.discard("full_attention")
-    if kinds:
-        refused = f"layers of type {sorted(kinds)} ({window=} of {positions} positions)"
     if values["hidden_act"] not in ("silu", "swish"):
         refused = f"the activation {values['hidden_act']!r:.60}"
     if any(config.get(key) for key in EXPERTS):
@@ -148,6 +145,39 @@ def _refuse_unsupported(family: str, values: Mapping[str, Any], config: Mapping[
         refused = f"weights quantized by {method!r:.60}; GGUF files are dequantized, other formats are not read"
     if refused:
         raise NotImplementedError(f"{family}: this model uses {refused}, which is not supported")
+
+
+def _layer_windows(family: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The window of each layer, as in `ModelConfig`; empty if no layer has one.
+
+    Raises:
+        NotImplementedError: layers of another type, or windows in a family that has none.
+        ValueError: types of layers that contradict the other settings.
+    """
+    layers, window, kinds = values["num_hidden_layers"], values["sliding_window"] or None, values["layer_types"]
+    kinds = [SLIDING if window else FULL] * layers if kinds is None else kinds
+    if not isinstance(kinds, list | tuple) or len(kinds) != layers or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"layer_types must be a list with the type of each of {layers} layers, got {kinds!r:.80}")
+    if others := sorted(set(kinds) - {SLIDING, FULL}):
+        raise NotImplementedError(f"{family}: this model uses layers of type {others!s:.80}, which is not supported")
+    sliding = [layer for layer, kind in enumerate(kinds) if kind == SLIDING]
+    if sliding and not window:
+        raise ValueError(
+            f"layer_types has {SLIDING} in layers {sliding!s:.60}, but there is no window: sliding_window is "
+            f"{given.get('sliding_window')}, use_sliding_window {given.get('use_sliding_window')}"
+        )
+    first = 0 if family in UNIFORM else given.get("max_window_layers")
+    if window and first is not None and sliding != [*range(first, layers)]:
+        raise ValueError(
+            f"layer_types has {SLIDING} in layers {sliding!s:.60}, but a {family} model with {window=} has it in all "
+            f"layers from {first} on"
+        )
+    # A window as large as the trained context has no effect.
+    if not sliding or window is None or window >= values["max_position_embeddings"]:
+        return ()
+    if "layer_windows" not in FAMILIES[family]:
+        raise NotImplementedError(f"{family}: this model uses {SLIDING} ({window=}), which is not supported")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def _check_rope(given: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """HeadPattern: which KV heads keep a full cache. Host data only: gates, a boolean table, and their files.
 
-The unit is the KV head, per layer: a pattern is a `[layers, kv_heads]` table (paper section 2). Files are those of the
-published patterns: `full_attention_heads.tsv` with the raw gates and `config.json` with the sizes used in training.
+The unit is the KV head, per layer: a pattern is a `[layers, kv_heads]` table (paper section 2). Layers with a window of
+their own have no head that could retrieve; neither sparsity nor budgets count them. Files are those of the published
+patterns: `full_attention_heads.tsv` with the raw gates and `config.json` with the sizes used in training.
 """
 
 import io
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
 # In `config.json`: the sparsity to load with, if no rule is given. `duo choose --apply` measures and writes it.
 DEFAULT_RULE = "default_sparsity"
+# In `config.json`: the layers with a window of their own, if there are any.
+WINDOW_LAYERS = "window_layers"
 # A thousand times the largest published pattern.
 MOST_BYTES = 1 << 24
 
@@ -39,6 +43,7 @@ class HeadPattern:
         recent_size: most recent tokens that a streaming head keeps, the query's own included.
         gates: the trained gates as loaded, unclipped.
         metadata: the contents of `config.json`, such as where the gates come from.
+        window_layers: layers with a window of their own, which have no retrieval head.
     """
 
     is_retrieval: Bool[np.ndarray, "L K"]
@@ -46,8 +51,11 @@ class HeadPattern:
     recent_size: int
     gates: Float[np.ndarray, "L K"]
     metadata: dict = field(default_factory=dict)
+    window_layers: tuple[int, ...] = ()
     # The text that was loaded: an unchanged pattern is saved with the same bytes.
     _config_text: str | None = None
+    # The rule by which `from_gates` chose.
+    _rule: tuple[tuple[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the table and the sizes."""
@@ -56,6 +64,9 @@ class HeadPattern:
         if self.is_retrieval.ndim != 2 or self.gates.shape != self.is_retrieval.shape:
             shapes = f"{self.is_retrieval.shape=}, {self.gates.shape=}"
             raise ValueError(f"a pattern is a table [layers, kv_heads] with a gate for each head, got {shapes}")
+        object.__setattr__(self, "window_layers", _check_layers(self.window_layers, self.num_layers))
+        if self.is_retrieval[list(self.window_layers)].any():
+            raise ValueError(f"layers {self.window_layers} have a window of their own, and so no retrieval head")
         if self.num_streaming or (self.sink_size, self.recent_size) != (0, 0):
             _check_sizes(self.sink_size, self.recent_size)
 
@@ -65,11 +76,13 @@ class HeadPattern:
             isinstance(other, HeadPattern)
             and np.array_equal(self.is_retrieval, other.is_retrieval)
             and (self.sink_size, self.recent_size) == (other.sink_size, other.recent_size)
+            and self.window_layers == other.window_layers
         )
 
     def __hash__(self) -> int:
         """Equal patterns have equal hashes."""
-        return hash((self.is_retrieval.tobytes(), self.is_retrieval.shape, self.sink_size, self.recent_size))
+        sizes = self.sink_size, self.recent_size, self.window_layers
+        return hash((self.is_retrieval.tobytes(), self.is_retrieval.shape, *sizes))
 
     @property
     def num_layers(self) -> int:
@@ -87,9 +100,14 @@ class HeadPattern:
         return int(self.is_retrieval.sum())
 
     @property
+    def num_choosable(self) -> int:
+        """KV heads that can be of either type: those of layers without a window of their own."""
+        return (self.num_layers - len(self.window_layers)) * self.num_kv_heads
+
+    @property
     def num_streaming(self) -> int:
-        """KV heads that keep sinks and the recent window only, over all layers."""
-        return self.is_retrieval.size - self.num_retrieval
+        """KV heads that keep sinks and the recent window only, over all layers without a window of their own."""
+        return self.num_choosable - self.num_retrieval
 
     @property
     def window(self) -> Window:
@@ -98,11 +116,18 @@ class HeadPattern:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of KV heads that are streaming heads."""
-        return self.num_streaming / self.is_retrieval.size
+        """Fraction of the KV heads that can choose that are streaming heads."""
+        return self.num_streaming / max(1, self.num_choosable)
+
+    @property
+    def shown_gates(self) -> Float[np.ndarray, "L K"]:
+        """The gates in [0, 1], and NaN in layers with a window of their own."""
+        gates = self.gates.clip(0, 1)
+        gates[list(self.window_layers)] = np.nan
+        return gates
 
     def kv_fraction(self, context_length: int) -> float:
-        """KV tokens kept at `context_length`, as a fraction of what full attention keeps.
+        """KV tokens kept at `context_length`, as a fraction of what full attention keeps, in heads that can choose.
 
         Raises:
             ValueError: a length below 1.
@@ -110,13 +135,14 @@ class HeadPattern:
         context_length = whole_number("context_length", context_length, 1)
         streaming = min(context_length, self.window.size)
         kept = self.num_retrieval * context_length + self.num_streaming * streaming
-        return kept / (self.is_retrieval.size * context_length)
+        return kept / (self.num_choosable * context_length) if self.num_choosable else 1.0
 
     @classmethod
     def full(cls, config: ModelConfig) -> "HeadPattern":
-        """Full attention: every KV head of this model is a retrieval head, and a streaming head would keep nothing."""
+        """No chosen streaming head: every KV head is a retrieval head, but for layers with a window of their own."""
         gates = np.ones((config.num_layers, config.num_kv_heads))
-        return cls(gates > 0, sink_size=0, recent_size=0, gates=gates)
+        gates[list(config.window_layers)] = 0
+        return cls(gates > 0, sink_size=0, recent_size=0, gates=gates, window_layers=config.window_layers)
 
     @classmethod
     def from_gates(
@@ -130,6 +156,7 @@ class HeadPattern:
         kv_budget: float | None = None,
         context_length: int | None = None,
         metadata: dict | None = None,
+        window_layers: Sequence[int] = (),
     ) -> "HeadPattern":
         """Choose the retrieval heads: those with the largest gates (paper section 2.3).
 
@@ -141,11 +168,13 @@ class HeadPattern:
             gates: one per KV head, `[layers, kv_heads]`; kept as given.
             sink_size: first tokens that a streaming head keeps.
             recent_size: most recent tokens that a streaming head keeps.
-            sparsity: fraction of KV heads that become streaming heads, over all layers, rounded down to whole heads.
+            sparsity: fraction of KV heads that become streaming heads, over all layers without a window of their own,
+                rounded down to whole heads.
             threshold: heads with a gate of at least this are retrieval heads.
             kv_budget: fraction of full attention's KV tokens that may be kept at `context_length`.
             context_length: tokens; for `kv_budget` only.
             metadata: anything worth keeping in `config.json`.
+            window_layers: layers with a window of their own, whose rows of `gates` are ignored.
 
         Raises:
             ValueError: gates that are not a finite table, more than one rule, or a rule that cannot be met.
@@ -167,15 +196,22 @@ class HeadPattern:
             real_number(name, value, 0, 1)
         if (kv_budget is None) != (context_length is None):
             raise ValueError(f"kv_budget and context_length go together, got {kv_budget=}, {context_length=}")
+        window_layers = _check_layers(window_layers, len(gates))
+        chooses = np.ones(len(gates), bool)
+        chooses[list(window_layers)] = False
+        own = gates[chooses]
         if sparsity is not None:
             # The tolerance keeps 0.7 * 10 at 7.
-            is_retrieval = _largest(gates, gates.size - int(sparsity * gates.size + 1e-9))
+            retrieves = _largest(own, own.size - int(sparsity * own.size + 1e-9))
         elif kv_budget is not None and context_length is not None:
             capacity = sink_size + recent_size
-            is_retrieval = _largest(gates, _affordable(gates.size, kv_budget, context_length, capacity))
+            retrieves = _largest(own, _affordable(own.size, kv_budget, context_length, capacity))
         else:
-            is_retrieval = gates.clip(0.0, 1.0) >= (0.5 if threshold is None else threshold)
-        return cls(is_retrieval, sink_size, recent_size, gates, metadata or {})
+            retrieves = own.clip(0.0, 1.0) >= (0.5 if threshold is None else threshold)
+        is_retrieval = np.zeros(gates.shape, bool)
+        is_retrieval[chooses] = retrieves
+        rule = tuple({**given, "context_length": context_length}.items())
+        return cls(is_retrieval, sink_size, recent_size, gates, metadata or {}, window_layers, _rule=rule)
 
     @classmethod
     def load(
@@ -219,7 +255,14 @@ class HeadPattern:
                 raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         gates = _read_gates(folder / GATES_FILE)
         _check_finite(gates, f"{folder / GATES_FILE}: gates")
-        pattern = cls.from_gates(gates, **sizes, **rules, context_length=context_length, metadata=metadata)
+        layers: Any = metadata.get(WINDOW_LAYERS, ())
+        try:
+            layers = _check_layers(layers, len(gates))
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+        pattern = cls.from_gates(
+            gates, **sizes, **rules, context_length=context_length, metadata=metadata, window_layers=layers
+        )
         object.__setattr__(pattern, "_config_text", config_text)
         return pattern
 
@@ -234,6 +277,7 @@ class HeadPattern:
         check_folder(folder)
         sizes = {"sink_size": int(self.sink_size), "recent_size": int(self.recent_size)}
         text, metadata = self._config_text, self.metadata | sizes
+        metadata |= {WINDOW_LAYERS: list(self.window_layers)} if self.window_layers else {}
         if text is None or json.loads(text) != metadata:
             text = json.dumps(metadata, indent=1) + "\n"
         rows = io.StringIO()
@@ -243,11 +287,44 @@ class HeadPattern:
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError if this pattern is of another model."""
+        self.of(config)
+
+    def of(self, config: ModelConfig) -> "HeadPattern":
+        """This pattern with the window layers of its model, which files of other programs do not name.
+
+        Raises:
+            ValueError: a pattern of another model.
+        """
         if self.is_retrieval.shape != (config.num_layers, config.num_kv_heads):
             raise ValueError(
                 f"the pattern has {self.num_layers} layers x {self.num_kv_heads} KV heads, the model "
                 f"{config.num_layers} x {config.num_kv_heads}: it was made for another model"
             )
+        own = config.window_layers
+        if self.window_layers == own:
+            return self
+        # Without a rule the table was given, with one the gates.
+        decided = self.is_retrieval if self._rule is None else self.gates > 0
+        if self.window_layers or decided[list(own)].any():
+            layers = [layer for layer in range(self.num_layers) if layer not in self.window_layers]
+            raise ValueError(
+                f"the pattern chooses heads in {len(layers)} layers, {layers!s:.60}, but the model has full attention "
+                f"in {len(config.full_layers)}, {[*config.full_layers]!s:.60}: it was made for another model"
+            )
+        if self._rule is None:
+            return replace(self, window_layers=own)
+        sizes: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
+        chosen = HeadPattern.from_gates(
+            self.gates, **sizes, **dict(self._rule), metadata=self.metadata, window_layers=own
+        )
+        return replace(chosen, _config_text=self._config_text)
+
+
+def _check_layers(layers: Any, count: int) -> tuple[int, ...]:
+    """Indices of layers in order, as Python integers."""
+    if not isinstance(layers, list | tuple):
+        raise ValueError(f"{WINDOW_LAYERS} must be a list of layers, got {layers!r:.60}")
+    return tuple(sorted({whole_number(f"a layer of {WINDOW_LAYERS}", layer, 0, count - 1) for layer in layers}))
 
 
 def check_folder(folder: Path) -> None:

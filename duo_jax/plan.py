@@ -28,7 +28,8 @@ from pallas_kernels.certify.machine import may_have_gpu
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:
     """A pattern with this fraction of streaming heads; which heads they are does not change any size."""
     gates = np.zeros((config.num_layers, config.num_kv_heads))
-    return HeadPattern.from_gates(gates, sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
+    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    return HeadPattern.from_gates(gates, sparsity=sparsity, **sizes, window_layers=config.window_layers)
 
 
 @functools.cache
@@ -39,7 +40,7 @@ def weight_bytes(config: ModelConfig, mesh: MeshSize = MeshSize()) -> int:
     """
 
     def bytes_of(layers: int) -> int:
-        fewer = replace(config, num_layers=layers)
+        fewer = replace(config, num_layers=layers, layer_windows=())
         leaves = jax.tree.leaves(parameter_shapes(fewer, abstract_mesh(mesh))[1])
         return nbytes([jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves])
 
@@ -86,12 +87,13 @@ class Plan:
     @property
     def head_pattern(self) -> HeadPattern:
         """The pattern, or the full one."""
-        return HeadPattern.full(self.config) if self.pattern is None else self.pattern
+        return HeadPattern.full(self.config) if self.pattern is None else self.pattern.of(self.config)
 
     def cache(self, length: int, mesh: Mesh | None = None) -> CacheSpec:
         """The cache for contexts of `length` tokens; `mesh` has the devices to make it on."""
         precision = self.config.precision(kv_dtype=self.kv_dtype, streaming_dtype=self.streaming_dtype)
-        return CacheSpec(self.config, self.head_pattern, self.batch_size, length, precision, mesh or self.mesh)
+        room = self.config.room(length)
+        return CacheSpec(self.config, self.head_pattern, self.batch_size, room, precision, mesh or self.mesh)
 
     @property
     def weights(self) -> int:
@@ -106,7 +108,8 @@ class Plan:
     def kv_per_token(self) -> int:
         """Bytes of cache that one more token of every sequence takes; on a mesh, the average of the devices."""
         each = self.mesh.sequence
-        return (self.kv(2 * each) - self.kv(each)) // each
+        first = self.config.room(each)
+        return (self.kv(first + each) - self.kv(first)) // each
 
     @property
     def activations(self) -> int:

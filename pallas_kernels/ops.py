@@ -188,6 +188,7 @@ def full_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
+    window: Window | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention over a sequence's own keys, without a cache: the teacher's. Differentiable, memory linear in T.
@@ -196,6 +197,7 @@ def full_attention(
         q: queries after RoPE.
         k: keys after RoPE.
         v: values.
+        window: what all heads see, in a layer with a window of its own; None: every earlier token.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
             its verdicts (`pallas_kernels.certify`).
 
@@ -204,7 +206,7 @@ def full_attention(
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     with jax.named_scope("full_attention"):
-        return _training(q, k, v, None, backend)
+        return _training(q, k, v, window, backend)
 
 
 def choose(request: Request, name: str | None = None, operands: Operands | None = None) -> Backend:

@@ -13,19 +13,22 @@ from duo_jax.cache.cache import KeyValues
 from duo_jax.cache.pools import fingerprint
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.mesh.mesh import MeshSize
-from pallas_kernels import Window
 from tests.shapes import TINY
 from tests.test_infer import TOLERANCE, decode_rest, dense_logits
 
-THREE = replace(TINY, num_layers=3)
-PATTERN = HeadPattern.from_gates(np.array([[1, 0], [1, 1], [0, 1]]), sink_size=3, recent_size=8)
+PLAIN = replace(TINY, num_layers=3)
+GATES = np.array([[1, 0], [1, 1], [0, 1]])
+PATTERN = HeadPattern.from_gates(GATES, sink_size=3, recent_size=8)
 # Layers in which both kinds of heads meet, all stream with a window of their own, and the pattern decides again.
-LAYERS = (None, Window(0, 5), None)
+THREE = replace(PLAIN, layer_windows=(None, 5, None))
+HYBRID = HeadPattern.from_gates(GATES, sink_size=3, recent_size=8, window_layers=(1,))
 RNG = np.random.default_rng(0)
 
 
-def spec(**changes):
-    return replace(CacheSpec(THREE, PATTERN, 2, 45, THREE.precision(), layer_windows=LAYERS), **changes)
+def spec(layers=(None, 5, None), **changes):
+    config = replace(PLAIN, layer_windows=layers)
+    pattern = HeadPattern.from_gates(GATES, sink_size=3, recent_size=8, window_layers=config.window_layers)
+    return replace(CacheSpec(config, pattern, 2, 45, config.precision()), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def model():
 @pytest.fixture(scope="module")
 def expected(model):
     tokens = RNG.integers(0, 61, (2, 45))
-    return tokens, dense_logits(model, tokens, PATTERN, LAYERS)
+    return tokens, dense_logits(model, tokens, HYBRID)
 
 
 def held_bytes(cache):
@@ -47,13 +50,15 @@ def held_bytes(cache):
     ("changes", "slots", "tokens", "rings"),
     [
         ({}, 2, 45, 2 * 11 + 2 * 5),
-        ({"layer_windows": None}, 4, 45, 2 * 11),
-        ({"layer_windows": (PATTERN.window, None, None)}, 3, 45, 3 * 11),  # One window is one pool.
-        ({"layer_windows": (Window(1, 2),) * 3}, 0, 45, 6 * 3),
+        ({"layers": ()}, 4, 45, 2 * 11),
+        ({"layers": (2, 5, None)}, 1, 45, 2 * 2 + 2 * 5 + 11),
+        ({"layers": (3, 3, 3)}, 0, 45, 6 * 3),
         ({"page_size": 8}, 2, 48, 2 * 11 + 2 * 5),
-        ({"pattern": HeadPattern.full(THREE), "layer_windows": None}, 6, 45, 0),
+        ({"layers": (), "pattern": HeadPattern.full(PLAIN)}, 6, 45, 0),
+        ({"pattern": HeadPattern.full(THREE)}, 4, 45, 2 * 5),
+        ({"pattern": HeadPattern.from_gates(GATES, sink_size=0, recent_size=5, window_layers=[1])}, 2, 45, 4 * 5),
     ],
-    ids=["two windows", "one window", "the pattern's window", "only windows", "pages", "full"],
+    ids=["two windows", "none", "three windows", "only windows", "pages", "full", "no pattern", "one window twice"],
 )
 def test_bytes_equal_the_formula_and_the_allocation(monkeypatch, changes, slots, tokens, rings):
     made = spec(**changes)
@@ -85,7 +90,7 @@ def test_a_cache_with_two_windows_equals_a_dense_pass_at_every_position(model, e
 
 def test_a_mark_of_other_windows_raises():
     mark = spec().empty().mark()
-    for other in (spec(layer_windows=None), spec(layer_windows=(None, None, Window(0, 5)))):
+    for other in (spec(()), spec((None, None, 5))):
         with pytest.raises(ValueError, match="this mark is of another cache"):
             other.empty().rewind(mark)
 
@@ -133,12 +138,16 @@ def test_what_no_cache_can_be_is_refused():
     for changes, words in (
         ({"page_size": 0}, "page_size must be at least 1, got 0"),
         ({"page_size": 8, "mesh": MeshSize(tensor=2)}, "a paged cache is on one device"),
-        ({"layer_windows": (Window(1, 2),)}, "one entry for each of 3 layers, got 1"),
-        ({"layer_windows": (None, Window(4, 0), None)}, "recent >= 1"),
+        ({"layers": (2,)}, "one entry for each of 3 layers, got 1"),
+        ({"layers": (None, 0, None)}, "a window of layer_windows must be at least 1, got 0"),
+        ({"pattern": PATTERN}, r"heads in 3 layers, \[0, 1, 2\], but the model has full attention in 2, \[0, 2\]"),
         ({"pattern": HeadPattern.full(TINY)}, "2 layers x 2 KV heads, the model 3 x 2"),
     ):
         with pytest.raises(ValueError, match=words):
             spec(**changes)
+    with pytest.raises(ValueError, match="max_length=4 tokens is shorter than the window of 5 tokens that layers"):
+        spec(max_length=4).empty()
+    assert spec().fit(spec(max_length=4).nbytes) == 0 and spec().fit(spec(max_length=5).nbytes) == 5
     with pytest.raises(ValueError, match="a cache is made on devices"):
         spec(mesh=MeshSize(tensor=2)).empty()
 

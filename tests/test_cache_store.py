@@ -80,15 +80,17 @@ def test_a_pool_may_have_no_slot(tiny, sparsity, tmp_path):
 
 def test_windows_and_pages_are_saved(tiny, half, tmp_path):
     """A layer with its own window, and a full pool in pages."""
-    layers = (None, Window(2, 4))
-    cache = CacheSpec(tiny.config, half, 2, 45, tiny.config.precision(), page_size=8, layer_windows=layers).empty()
+    config = replace(tiny.config, layer_windows=(None, 4))
+    half = HeadPattern.from_gates(half.gates, sink_size=3, recent_size=8, window_layers=[1])
+    cache = CacheSpec(config, half, 2, 45, config.precision(), page_size=8).empty()
     pools = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), (cache.full, cache.rings))
     cache = replace(cache, full=pools[0], rings=pools[1], length=jnp.asarray([48, 17], jnp.int32))
     cache.save(tmp_path / "cache")
     loaded = KVCache.load(tmp_path / "cache", pattern=half)
     for original, copy in zip(jax.tree.leaves(cache), jax.tree.leaves(loaded), strict=True):
         np.testing.assert_array_equal(original, copy)
-    assert (loaded.windows, loaded.ring_of_layer) == ((half.window, Window(2, 4)), (0, 1))
+    assert (loaded.windows, loaded.ring_of_layer) == ((half.window, Window(0, 4)), (0, 1))
+    assert loaded.window_layers == (1,)
     with pytest.raises(ValueError, match="or different ones"):
         KVCache.load(tmp_path / "cache", pattern=HeadPattern.full(tiny.config))
 
@@ -96,7 +98,7 @@ def test_windows_and_pages_are_saved(tiny, half, tmp_path):
 def test_layers_with_windows_of_their_own_and_no_retrieval_heads_are_matched(tiny, tmp_path):
     """The pattern's window is not that of the first layer."""
     pattern = HeadPattern.from_gates(np.zeros((2, 2)), sink_size=3, recent_size=8)
-    spec = CacheSpec(tiny.config, pattern, 1, 16, tiny.config.precision(), layer_windows=(Window(0, 8), None))
+    spec = CacheSpec(replace(tiny.config, layer_windows=(8, None)), pattern, 1, 16, tiny.config.precision())
     replace(spec.empty(), length=jnp.full(1, 9, jnp.int32)).save(tmp_path / "cache")
     loaded = KVCache.load(tmp_path / "cache", pattern=pattern)
     assert [loaded.window(layer) for layer in range(2)] == [Window(0, 8), pattern.window]

@@ -140,16 +140,8 @@ def test_eos_may_be_absent_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
 
 
 REFUSED = {
-    "window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding"),
-    "qwen2 window": (
-        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0},
-        "sliding",
-    ),
-    "qwen2 window in some layers": (
-        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
-        "sliding",
-    ),
-    "layer_types": ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+    "window of a family without": ({"sliding_window": 4096}, "sliding"),
+    "layer_types": ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "linear"),
     "dynamic NTK": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     "longrope": (
         {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
@@ -206,6 +198,70 @@ def test_what_changes_nothing_is_accepted(values: dict, tmp_path: Path) -> None:
     assert ModelConfig.from_hf(BASE | values).max_positions == 32768
     if "swish" not in values.values():
         assert from_folder(tmp_path, **values).max_positions == 32768
+
+
+WINDOWS: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
+    "mistral": ({"model_type": "mistral", "sliding_window": 4096}, (4096, 4096)),
+    "qwen2": (
+        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0},
+        (4096, 4096),
+    ),
+    "qwen2 in some layers": (
+        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
+        (None, 4096),
+    ),
+    "qwen3 by layer": (
+        {
+            "model_type": "qwen3",
+            "sliding_window": 512,
+            "use_sliding_window": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        (512, None),
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "windows"), WINDOWS.values(), ids=WINDOWS)
+def test_the_window_of_each_layer_is_read(values: dict, windows: tuple[int | None, ...], tmp_path: Path) -> None:
+    config = ModelConfig.from_hf(BASE | values)
+    assert config.layer_windows == windows == from_folder(tmp_path, **values).layer_windows
+    assert config.full_layers == tuple(layer for layer, size in enumerate(windows) if size is None)
+
+
+SLIDING = ["sliding_attention", "full_attention"]
+CONTRADICTORY: dict[str, tuple[dict[str, Any], str]] = {
+    "no window": ({"model_type": "qwen3", "layer_types": SLIDING}, "layers [0], but there is no window"),
+    "switched off": (
+        {"model_type": "qwen2", "layer_types": SLIDING, "sliding_window": 512, "use_sliding_window": False},
+        "sliding_window is 512, use_sliding_window False",
+    ),
+    "other layers": (
+        {
+            "model_type": "qwen2",
+            "layer_types": SLIDING,
+            "sliding_window": 512,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+        },
+        "layers [0], but a qwen2 model with window=512 has it in all layers from 1 on",
+    ),
+    "a family with one window": (
+        {"model_type": "mistral", "layer_types": SLIDING, "sliding_window": 512},
+        "has it in all layers from 0 on",
+    ),
+    "another number of layers": (
+        {"model_type": "qwen3", "layer_types": SLIDING * 2, "sliding_window": 512, "use_sliding_window": True},
+        "layer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "words"), CONTRADICTORY.values(), ids=CONTRADICTORY)
+def test_types_of_layers_that_contradict_their_windows_are_refused(values: dict, words: str, tmp_path: Path) -> None:
+    for read in (lambda: ModelConfig.from_hf(BASE | values), lambda: from_folder(tmp_path, **values)):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -120,14 +120,13 @@ def test_a_named_backend_gives_the_golden_logits(backend):
     np.testing.assert_allclose(logits, arrays["duo_logits"][:, 39], **TOLERANCE)
 
 
-def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern, layer_windows=None) -> np.ndarray:
+def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern) -> np.ndarray:
     """Logits `[B, T, V]` of one forward pass with the masks written out: no cache, no kernel."""
 
     def attend(state, layer, q, k, v):
         group, position = q.shape[2] // k.shape[2], np.arange(q.shape[1])
         past = position[None, :] <= position[:, None]
-        own = layer_windows and layer_windows[layer]
-        is_full = pattern.is_retrieval[layer] & (own is None)
+        own, is_full = model.config.window(layer), pattern.is_retrieval[layer]
         sink, recent = (own.sink, own.recent) if own else (pattern.sink_size, pattern.recent_size)
         window = (position[None, :] < sink) | (position[None, :] > position[:, None] - recent)
         mask = np.repeat(np.where(is_full[:, None, None], past, past & window), group, axis=0)

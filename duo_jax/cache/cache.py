@@ -48,7 +48,7 @@ class KeyValues(NamedTuple):
 
 @pytree.register(
     arrays=("full", "rings", "pages", "is_retrieval", "slot", "length", "order"),
-    static=("windows", "ring_of_layer", "mesh"),
+    static=("windows", "ring_of_layer", "mesh", "window_layers"),
 )
 @dataclass(frozen=True)
 class KVCache:
@@ -69,6 +69,7 @@ class KVCache:
         ring_of_layer: for each layer, which of `windows` its streaming heads use (static).
         mesh: the devices that share the cache (static); None: one device.
         order: on a mesh, the KV head of each column `C` of all devices' head tables, as in `Balance`.
+        window_layers: layers whose window is the model's, not a pattern's (static).
     """
 
     full: KeyValues
@@ -81,6 +82,7 @@ class KVCache:
     ring_of_layer: tuple[int, ...]
     mesh: Mesh | None = None
     order: Int32[Array, "L C"] | None = None
+    window_layers: tuple[int, ...] = ()
 
     @classmethod
     def init(
@@ -97,13 +99,14 @@ class KVCache:
     ) -> "KVCache":
         """An empty cache for `batch_size` sequences of up to `max_length` tokens.
 
-        `duo_jax.cache.spec.CacheSpec` has further options: paged storage, and a window of its own for a layer.
+        `duo_jax.cache.spec.CacheSpec` has a further option: paged storage.
 
         Args:
             config: the model's.
             pattern: which heads stream; None: full attention.
             batch_size: sequences.
-            max_length: the most tokens of a sequence; by default as many as fit into `memory`.
+            max_length: the most tokens of a sequence, at least the widest window of the model's layers; by default as
+                many as fit into `memory`.
             dtype: of retrieval heads: float32, bfloat16, float16, int8 or int4; by default the configuration's. int8
                 and int4 have a scale and an offset for every group of channels: see `pallas_kernels.quantized`.
             streaming_dtype: of streaming heads, whose rings are small; by default `dtype`, or the configuration's
@@ -125,7 +128,7 @@ class KVCache:
         spec = _spec(config, pattern, batch_size, length, mesh, kv_dtype=dtype, streaming_dtype=streaming_dtype)
         if memory is not None:
             memory = whole_number("memory", memory, 1, MOST_BYTES)
-            spec = spec if max_length is not None else replace(spec, max_length=max(1, spec.fit(memory)))
+            spec = spec if max_length is not None else replace(spec, max_length=spec.fit(memory) or config.room(1))
             spec.check(memory)
         return spec.empty()
 

@@ -27,15 +27,14 @@ class CacheSpec:
     """A cache before its arrays exist. Nothing is allocated until `empty`.
 
     Attributes:
-        config: the model's.
-        pattern: which heads stream, and what they see.
+        config: the model's; in layers with a window of their own, all heads stream with that.
+        pattern: which heads of the other layers stream, and what they see.
         batch_size: sequences.
-        max_length: the most tokens of a sequence; rounded up to what the devices share, or to whole pages.
+        max_length: the most tokens of a sequence; rounded up to what the devices share, or to whole pages. At least as
+            many as the widest window of a layer.
         precision: data types; those of the cache are `precision.kv` and `precision.streaming`.
         mesh: devices that share the cache. Their numbers are enough for bytes and shapes.
         page_size: tokens of a page of the full pool; None: a row's tokens are contiguous. Not on a mesh.
-        layer_windows: for each layer, the window with which all of its heads stream, or None: the pattern decides.
-            None for all layers: the pattern decides everywhere.
 
     Raises:
         ValueError: a pattern of another model, sizes below 1, or a model or batch that cannot be divided over the mesh.
@@ -48,7 +47,6 @@ class CacheSpec:
     precision: Precision
     mesh: Mesh | MeshSize | None = None
     page_size: int | None = None
-    layer_windows: tuple[Window | None, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that such a cache can exist."""
@@ -58,7 +56,7 @@ class CacheSpec:
             value = getattr(self, name)
             if value is not None or name != "page_size":
                 object.__setattr__(self, name, whole_number(name, value, 1))
-        self.pattern.check(self.config)
+        object.__setattr__(self, "pattern", self.pattern.of(self.config))
         self.size.check(self.config)
         if self.batch_size % self.size.data:
             raise ValueError(
@@ -67,11 +65,6 @@ class CacheSpec:
             )
         if self.page_size is not None and self.size.devices > 1:
             raise ValueError(f"a paged cache is on one device, got {self.size}: leave out page_size or mesh")
-        layers, windows = self.config.num_layers, self.layer_windows
-        if windows is not None and len(windows) != layers:
-            raise ValueError(f"layer_windows has one entry for each of {layers} layers, got {len(windows)}")
-        if any(window and window.recent < 1 for window in windows or ()):
-            raise ValueError(f"the window of a layer has recent >= 1, got {windows}")
 
     @property
     def size(self) -> MeshSize:
@@ -91,12 +84,13 @@ class CacheSpec:
 
     @property
     def _window_of_layer(self) -> tuple[Window, ...]:
-        return tuple(window or self.pattern.window for window in self.layer_windows or (None,) * self.config.num_layers)
+        layers = range(self.config.num_layers)
+        return tuple(self.config.window(layer) or self.pattern.window for layer in layers)
 
     @property
     def heads(self) -> Balance:
         """The head table of every device."""
-        return _heads(self.pattern, self.layer_windows, self.ring_of_layer, self.size.tensor)
+        return _heads(self.pattern, self.ring_of_layer, self.size.tensor)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -145,7 +139,8 @@ class CacheSpec:
         # Without retrieval heads any length fits: positions end at the largest int32.
         if two_units == one_unit:
             return MOST_TOKENS
-        return min(MOST_TOKENS, unit * (1 + (memory - one_unit) // (two_units - one_unit)))
+        most = min(MOST_TOKENS, unit * (1 + (memory - one_unit) // (two_units - one_unit)))
+        return most if most >= self.config.room(1) else 0
 
     def check(self, memory: int) -> None:
         """Raise ValueError if keys and values do not fit into `memory` bytes of each device."""
@@ -163,6 +158,11 @@ class CacheSpec:
         Raises:
             ValueError: it does not fit into the device's memory, or the mesh has no devices.
         """
+        if self.max_length < (widest := self.config.room(1)):
+            raise ValueError(
+                f"a cache of max_length={self.max_length} tokens is shorter than the window of {widest} tokens that "
+                f"layers of this model have: make it at least {widest} long"
+            )
         if isinstance(self.mesh, MeshSize) and self.mesh.devices > 1:
             raise ValueError(f"a cache is made on devices, got {self.mesh}: use duo_jax.make_mesh")
         too_large = (
@@ -208,19 +208,15 @@ class CacheSpec:
             length=put(np.zeros(self.batch_size, np.int32)),
             windows=self.windows,
             ring_of_layer=self.ring_of_layer,
+            window_layers=self.config.window_layers,
             mesh=mesh,
             order=None if mesh is None else put(heads.order),
         )
 
 
 @functools.lru_cache(maxsize=64)
-def _heads(
-    pattern: HeadPattern, layer_windows: tuple[Window | None, ...] | None, rings: tuple[int, ...], tensor: int
-) -> Balance:
-    table = pattern.is_retrieval.copy()
-    if layer_windows is not None:
-        table[[window is not None for window in layer_windows]] = False
-    return balance(table, tensor, rings)
+def _heads(pattern: HeadPattern, rings: tuple[int, ...], tensor: int) -> Balance:
+    return balance(pattern.is_retrieval, tensor, rings)
 
 
 @functools.cache

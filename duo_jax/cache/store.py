@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,24 +189,29 @@ def pattern_of(about: Mapping[str, Any]) -> HeadPattern:
     """The pattern of a saved cache; its gates are 0 and 1."""
     table = np.asarray(about["is_retrieval"], bool)
     sink_size, recent_size = about["window"]
-    return HeadPattern(table, sink_size, recent_size, gates=table.astype(float))
+    own = tuple(layer for layer, window in enumerate(about["layer_windows"] or ()) if window is not None)
+    return HeadPattern(table, sink_size, recent_size, gates=table.astype(float), window_layers=own)
 
 
 def _windows(cache: KVCache) -> tuple[Window, tuple[Window | None, ...] | None]:
-    """The window of the pattern, which layers with retrieval heads have, and those of layers with another one."""
-    by_layer = [cache.window(layer) for layer in range(len(cache.ring_of_layer))]
-    mixed = np.asarray(cache.is_retrieval).any(1)
-    window = by_layer[int(mixed.argmax())]
-    layers = tuple(None if own == window else own for own in by_layer)
-    return window, layers if any(layers) else None
+    """The window of the pattern, and for each layer its own; None if no layer has one."""
+    layers = range(len(cache.ring_of_layer))
+    own = tuple(cache.window(layer) if layer in cache.window_layers else None for layer in layers)
+    chosen = (cache.window(layer) for layer in layers if layer not in cache.window_layers)
+    return next(chosen, Window(0, 0)), own if any(own) else None
 
 
 def _spec(about: Mapping[str, Any], max_length: int) -> CacheSpec:
     """What `load` makes. A cache knows no model: only the fields of the configuration that it needs are right."""
     pattern, layers = pattern_of(about), about["layer_windows"]
     kv_heads, (kv_dtype, streaming_dtype) = pattern.num_kv_heads, about["dtypes"]
+    if any(window and (window[0] or not window[1]) for window in layers or ()):
+        raise ValueError(f"the window of a layer is of recent tokens only, got {layers!s:.60}")
     config = ModelConfig(
-        "", 1, pattern.num_layers, 1, kv_heads, kv_heads, about["head_dim"], mlp_dim=1, max_positions=1
+        *("", 1, pattern.num_layers, 1, kv_heads, kv_heads, about["head_dim"]),
+        mlp_dim=1,
+        max_positions=1,
+        layer_windows=tuple(window and window[1] for window in layers or ()),
     )
     return CacheSpec(
         config,
@@ -215,7 +220,6 @@ def _spec(about: Mapping[str, Any], max_length: int) -> CacheSpec:
         max_length,
         Precision("float32", kv_dtype=kv_dtype, streaming_dtype=streaming_dtype),
         page_size=about["page_size"],
-        layer_windows=None if layers is None else tuple(window and Window(*window) for window in layers),
     )
 
 
@@ -302,7 +306,7 @@ def _text_checksum(record: Mapping[str, Any]) -> str:
 
 def _identity(model: Model) -> dict[str, Any]:
     """What identifies a model: its weights, and every field of its configuration that its arithmetic depends on."""
-    config = {name: value for name, value in asdict(model.config).items() if name != "eos_ids"}
+    config = {name: value for name, value in model.config.to_json().items() if name != "eos_ids"}
     return json.loads(json.dumps(config | {"weights": model.fingerprint}))
 
 
@@ -314,13 +318,10 @@ def _check_identity(path: str | Path, saved: dict[str, Any] | None, given: dict[
 
 
 def _check_pattern(path: str | Path, pattern: HeadPattern, about: Mapping[str, Any]) -> None:
-    saved, table = pattern_of(about), pattern.is_retrieval
-    windows = [Window(*(window or about["window"])) for window in about["layer_windows"] or [None] * saved.num_layers]
-    # The pattern decides in layers with its window; in the others every head streams.
-    is_decided = np.asarray([window == pattern.window for window in windows])
-    if len(table) == saved.num_layers:
-        table = table & is_decided[:, None]
-    if not is_decided.any() or not np.array_equal(saved.is_retrieval, table):
+    saved = pattern_of(about)
+    is_same = np.array_equal(saved.is_retrieval, pattern.is_retrieval) and saved.window == pattern.window
+    # A pattern from elsewhere does not have the window layers.
+    if not is_same or pattern.window_layers not in ((), saved.window_layers):
         raise ValueError(
             f"{path} was made with {_text(saved)}, the pattern has {_text(pattern)}, or different ones: "
             "leave the pattern out, or prefill again"
@@ -329,4 +330,4 @@ def _check_pattern(path: str | Path, pattern: HeadPattern, about: Mapping[str, A
 
 def _text(pattern: HeadPattern) -> str:
     sizes = f" ({pattern.sink_size} sinks, a window of {pattern.recent_size})" if pattern.window.size else ""
-    return f"{pattern.num_retrieval} retrieval heads of {pattern.is_retrieval.size}{sizes}"
+    return f"{pattern.num_retrieval} retrieval heads of {pattern.num_choosable}{sizes}"

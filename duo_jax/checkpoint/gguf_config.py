@@ -93,7 +93,6 @@ def config_from_gguf(
         "head_dim": head_dim,
         "max_position_embeddings": positions,
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "sliding_window": keys.integer("attention.sliding_window", 0, at_least=0) or None,
         "num_experts": keys.integer("expert_count", 0, at_least=0),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
@@ -103,6 +102,9 @@ def config_from_gguf(
         "dtype": "bfloat16",
         "hidden_act": "silu",
     }
+    window = keys.integer("attention.sliding_window", 0, at_least=0)
+    if 0 < window < positions:  # llama.cpp has no such layers in these architectures, whatever the model had.
+        raise NotImplementedError(f"{keys.name('attention.sliding_window')} = {window} is not supported in GGUF files")
     keys.refuse_others(OFF | {"attention.scale": head_dim**-0.5})
     config = from_standard(standard(values, is_complete=True))
     if divisors is None:

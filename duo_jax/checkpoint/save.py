@@ -20,7 +20,7 @@ from tqdm import tqdm
 from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import GENERATION, Folder
-from duo_jax.config import FAMILIES, ModelConfig
+from duo_jax.config import ADDED, FAMILIES, ModelConfig
 from duo_jax.files import whole_folder, write_text
 from duo_jax.mesh.place import placement_on
 from duo_jax.model import Model, abstract_decoder, check_size
@@ -57,7 +57,7 @@ def save_model(
     """
     if model.mesh is not None:
         raise ValueError("a model on a mesh has its weights in parts, or in another order: save it from one device")
-    config = asdict(model.config) | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
+    config = model.config.to_json() | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
     with whole_folder(path_of("folder", folder)) as part:
         if tokenizer is not None:
             try:
@@ -95,7 +95,8 @@ class SavedModel(Folder):
                 raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r:.60}")
             # JSON has lists for tuples.
             rope = {name: tuple(value) if isinstance(value, list) else value for name, value in rope.items()}
-            return ModelConfig(**values | {"rope": kind(**rope), "eos_ids": tuple(values["eos_ids"])})
+            lists = {name: tuple(values[name]) for name in ("eos_ids", "layer_windows") if name in values}
+            return ModelConfig(**values | {"rope": kind(**rope)} | lists)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r:.200}") from None
         except ValueError as error:
@@ -153,7 +154,7 @@ def _packed_kind(x: Any) -> tuple[tuple[int, ...], str] | None:
 
 def _check_fields(values: dict[str, Any], kind: type[ModelConfig | Rope]) -> None:
     """Raise KeyError for a field that is missing: its default would be another model's."""
-    missing = [field.name for field in fields(kind) if field.name not in values]
+    missing = [field.name for field in fields(kind) if field.name not in (*values, *ADDED)]
     if missing:
         raise KeyError(*missing)
 

@@ -120,10 +120,7 @@ class Doctor:
             print(json_text(found))
 
     def _inference(self, config: ModelConfig) -> list[Request]:
-        pattern = self.pattern.load(1)
-        if pattern is not None:
-            pattern.check(config)
-        return inference(config, pattern, kv_dtype=self.kv_dtype, mesh=self.devices.size)
+        return inference(config, self.pattern.load(1), kv_dtype=self.kv_dtype, mesh=self.devices.size)
 
     def _training(self, config: ModelConfig) -> list[Request]:
         sizes = {name: value for name, value in vars(self.pattern).items() if value is not None}

@@ -213,7 +213,7 @@ class Generate:
         return about
 
     def _cache(self, model: Model, pattern: HeadPattern | None, room: int) -> KVCache:
-        dtype = self.kv.kv_dtype
+        dtype, room = self.kv.kv_dtype, model.config.room(room)
         if self.cache is None:
             return KVCache.init(model.config, pattern, 1, room, dtype=dtype, mesh=model.mesh)
         return KVCache.load(self.cache, model, pattern=pattern, dtype=dtype, max_length=room)

@@ -59,6 +59,7 @@ class Inspect:
         config = loaded_config(self.model)
         config = replace(config, dtype=self.dtype or config.dtype)
         pattern = self.pattern.load(max(self.lengths))
+        pattern = pattern and pattern.of(config)
         record = describe(config, pattern, self.batch_size, self.lengths)
         if self.png is not None:
             if pattern is None:
@@ -70,7 +71,7 @@ class Inspect:
 def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, lengths: tuple[int, ...]) -> dict:
     """Everything to print, as plain values; bytes are exact."""
     if pattern is not None:
-        pattern.check(config)
+        pattern = pattern.of(config)
     itemsize = jnp.dtype(config.dtype).itemsize
     heads = None
     if pattern is not None:
@@ -80,6 +81,7 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
             "sink_size": int(pattern.sink_size),
             "recent_size": int(pattern.recent_size),
             "is_retrieval": pattern.is_retrieval.astype(int).tolist(),
+            "window_layers": list(pattern.window_layers),
         }
     kv_bytes = [
         {
@@ -102,16 +104,14 @@ def draw(pattern: HeadPattern) -> Any:
     layers, heads = pattern.is_retrieval.shape
     figure = Figure(figsize=(max(4.0, 1.6 + 0.28 * layers), max(2.4, 1.4 + 0.28 * heads)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(pattern.gates.clip(0, 1).T, aspect="equal", vmin=0, vmax=1, cmap="viridis")
+    image = axes.imshow(pattern.shown_gates.T, aspect="equal", vmin=0, vmax=1, cmap="viridis")
     for layer, head in np.argwhere(pattern.is_retrieval):
         axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
     step = max(1, layers // 16)
     axes.set(
         xlabel="layer", ylabel="KV head", xticks=range(0, layers, step), yticks=range(0, heads, max(1, heads // 8))
     )
-    axes.set_title(
-        f"{pattern.num_retrieval} of {pattern.is_retrieval.size} KV heads keep every token (red)", fontsize=10
-    )
+    axes.set_title(f"{pattern.num_retrieval} of {pattern.num_choosable} KV heads keep every token (red)", fontsize=10)
     figure.colorbar(image, label="gate", shrink=0.8)
     return figure
 
@@ -123,13 +123,17 @@ def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str
         f"trained for {config.trained_positions} tokens",
         f"weights: {config.num_parameters / 1e6:.1f}M, {size_text(record['weights']['bytes'])} in {config.dtype}",
     ]
+    if config.window_layers:
+        sizes = " and ".join(str(window.size) for window in config.own_windows)
+        lines.append(f"windows: {len(config.window_layers)} layers see the last {sizes} tokens (░)")
     if pattern is not None:
         lines += [
             f"heads: {pattern.num_retrieval} retrieval (█), {pattern.num_streaming} streaming (·) with "
             f"{pattern.sink_size} sinks and a window of {pattern.recent_size}",
             "",
             *(
-                f"  layer {layer:>3}  " + "".join("█" if keeps else "·" for keeps in row)
+                f"  layer {layer:>3}  "
+                + "".join("░" if layer in pattern.window_layers else "█" if keeps else "·" for keeps in row)
                 for layer, row in enumerate(pattern.is_retrieval)
             ),
         ]

@@ -45,7 +45,7 @@ class Prefill:
         plan = replace(self.model.plan(pattern, width), kv_dtype=self.kv.kv_dtype)
         room = self.room.tokens(plan, length)
         model = self.model.load(pattern=pattern)
-        cache = KVCache.init(model.config, pattern, 1, room, dtype=self.kv.kv_dtype)
+        cache = KVCache.init(model.config, pattern, 1, model.config.room(room), dtype=self.kv.kv_dtype)
         begin = time.perf_counter()
         _, cache = prefill(
             model,

@@ -48,8 +48,7 @@ class Placement:
             ValueError: a model that cannot be divided over this mesh, or a pattern of another model.
         """
         size.check(config)
-        pattern.check(config)
-        return cls(config, size, balance(pattern.is_retrieval, size.tensor).order)
+        return cls(config, size, balance(pattern.of(config).is_retrieval, size.tensor).order)
 
     def axes(self, path: Path, shape: tuple[int, ...]) -> tuple[Any, ...]:
         """The mesh axes that divide each axis of an array of this shape; `path` is its parameter's."""

@@ -75,7 +75,7 @@ def load(
         chosen = HeadPattern.load(pattern, **pattern_options)
     config = open_config(source).with_dtypes(dtype=dtype)
     if chosen is not None:
-        chosen.check(config)
+        chosen = chosen.of(config)
     tokenizer = load_tokenizer(source)
     template.start(tokenizer)
     sampling = open_source(source, weights=False).sampling
@@ -211,7 +211,8 @@ class LM:
     def make_cache(self, max_length: int, rows: int = 1) -> KVCache:
         """An empty cache."""
         config, mesh = self.model.config, self.model.mesh
-        return KVCache.init(config, self.pattern, rows, max_length, dtype=self.kv_dtype, mesh=mesh)
+        room = config.room(max_length)
+        return KVCache.init(config, self.pattern, rows, room, dtype=self.kv_dtype, mesh=mesh)
 
     def request(
         self,

@@ -1,21 +1,38 @@
-"""Forward passes for training: the full model (teacher) and the gated model (student). No cache, no data, no loss."""
+"""Forward passes for training: the full model (teacher) and the gated model (student). No cache, no data, no loss.
+
+Gates are of the layers with full attention. The others attend with a window of their own, in both models.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import whole_number
+from duo_jax.config import ModelConfig
+from duo_jax.layers import Attend
 from duo_jax.model import Model
 from pallas_kernels import full_attention, gated_attention
 from pallas_kernels.window import Window, consecutive
 
-# Each layer's output of full attention, on its own input.
+State = TypeVar("State")
+# The output of each layer with full attention, on its own input.
 LayerOutputs = tuple[Float[Array, "B T N H"], ...]
+
+
+def in_full_layers(config: ModelConfig, attend: Attend[State], own: Callable[..., Array]) -> Attend[State]:
+    """`attend` for layers with full attention, numbered among them; `own(q, k, v, window=)` for those with a window."""
+    number = {layer: index for index, layer in enumerate(config.full_layers)}
+
+    def attend_by_layer(state: State, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, State]:
+        window = config.window(layer)
+        return attend(state, number[layer], q, k, v) if window is None else (own(q, k, v, window=window), state)
+
+    return attend_by_layer
 
 
 @dataclass(frozen=True)
@@ -50,13 +67,14 @@ class GatedModel:
         return None
 
     def teacher(self, model: Model, tokens: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], LayerOutputs]:
-        """Final-norm hidden states under full attention, and every layer's attention output."""
+        """Final-norm hidden states of the model as it is, and the output of each layer with full attention."""
 
         def attend(outputs: LayerOutputs, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, LayerOutputs]:
             out = self.attend(partial(full_attention, backend=self.backend), q, k, v)
             return out, (*outputs, out)
 
-        return model.decoder.hidden(tokens, _positions(tokens), attend, ())
+        attend_by_layer = in_full_layers(model.config, attend, self._own)
+        return model.decoder.hidden(tokens, _positions(tokens), attend_by_layer, ())
 
     def student(
         self,
@@ -65,14 +83,20 @@ class GatedModel:
         gates: Float[Array, "L K"],
         full: LayerOutputs | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final-norm hidden states of the gated model, differentiable in `gates`; `full` as `teacher` returns it."""
+        """Final-norm hidden states of the gated model, differentiable in `gates`; `full` as `teacher` returns it.
+
+        Gates are of the layers with full attention, in order.
+        """
 
         def attend(state: Array, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
             attention = partial(gated_attention, window=self.window, backend=self.backend)
             return self.attend(attention, q, k, v, state[layer], None if full is None else full[layer]), state
 
-        positions = _positions(tokens)
-        return model.decoder.hidden(tokens, positions, attend, gates, rematerialize=self.rematerialize)[0]
+        attend_by_layer, positions = in_full_layers(model.config, attend, self._own), _positions(tokens)
+        return model.decoder.hidden(tokens, positions, attend_by_layer, gates, rematerialize=self.rematerialize)[0]
+
+    def _own(self, q: Array, k: Array, v: Array, *, window: Window) -> Array:
+        return self.attend(partial(full_attention, window=window, backend=self.backend), q, k, v)
 
     def attend(
         self,

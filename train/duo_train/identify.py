@@ -201,7 +201,7 @@ class Identify:
         # An extended run leaves the earlier pattern until here. Without its gates, a run that is killed now is not
         # finished.
         (self.out / GATES_FILE).unlink(missing_ok=True)
-        self.pattern(gates, extended(self.out, self.steps)).save(self.out)
+        self.pattern(gates, extended(self.out, self.steps), run.model.config.window_layers).save(self.out)
         above = f"{int((gates > 0.5).sum())} of {gates.size} above 0.5"
         print(f"{self.out}: gates from {gates.min():.3g} to {gates.max():.3g}, {above}")
 
@@ -216,9 +216,8 @@ class Identify:
         if self.start is not None and self.steps is None:
             raise ValueError(f"--recipe {self.recipe} trains nothing, so it has no use for --start: leave that out")
         if self.start is not None:
-            pattern = HeadPattern.load(self.start)
-            pattern.check(config)
-            start = ranks(pattern.gates) if self.start_ranks else pattern.gates
+            gates = HeadPattern.load(self.start).of(config).gates[list(config.full_layers)]
+            start = ranks(gates) if self.start_ranks else gates
         elif self.start_ranks:
             raise ValueError("--start-ranks needs the gates to rank: --start PATTERN")
         fsdp = self.fsdp and sharers is not None
@@ -244,15 +243,22 @@ class Identify:
         self.chosen.check(run)
         return run
 
-    def pattern(self, gates: Float[np.ndarray, "L K"], extends: Mapping[str, Any] | None = None) -> HeadPattern:
-        """The gates as a pattern, with all settings as metadata."""
+    def pattern(
+        self,
+        gates: Float[np.ndarray, "F K"],
+        extends: Mapping[str, Any] | None = None,
+        window_layers: tuple[int, ...] = (),
+    ) -> HeadPattern:
+        """The gates as a pattern, with all settings as metadata; `F` layers have gates, window layers have none."""
         training = self.resolved() | dict(extends or {}) | {"duo_jax": duo_jax.__version__}
         metadata: dict[str, Any] = {"model_name": self.model.model, "training": training}
         sizes = {"sink_size": self.sink_size, "recent_size": self.recent_size}
         sparsity = self.chosen.sparsity
         if sparsity is not None:
             metadata |= {DEFAULT_RULE: sparsity}
-        return HeadPattern.from_gates(gates, **sizes, sparsity=sparsity, metadata=metadata)
+        if window_layers:
+            gates = np.insert(gates, [layer - n for n, layer in enumerate(window_layers)], 0, axis=0)
+        return HeadPattern.from_gates(gates, **sizes, sparsity=sparsity, metadata=metadata, window_layers=window_layers)
 
 
 def ranks(gates: Float[np.ndarray, "L K"]) -> Float[np.ndarray, "L K"]:

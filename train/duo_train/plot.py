@@ -53,7 +53,7 @@ class GatesPlot:
         patterns = [HeadPattern.load(name, sparsity=self.sparsity) for name in self.dirs]
         maps = [
             plots.GateMap(
-                pattern.gates,
+                pattern.shown_gates,
                 None if self.sparsity is None else pattern.is_retrieval,
                 self._title(name, pattern, patterns[0]),
             )
@@ -66,10 +66,10 @@ class GatesPlot:
         name = str(pattern.metadata.get("model_name") or "").rsplit("/", 1)[-1]
         own = Path(source).resolve().name
         name = own if not name or len(self.dirs) > 1 else name
-        total, gates = pattern.is_retrieval.size, pattern.gates.clip(0, 1)
+        total, gates = pattern.num_choosable, pattern.shown_gates
         title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
         if self.sparsity is None:
-            return f"{title}{(gates > 0.5).sum()} of {total} gates above 0.5, mean {gates.mean():.2f}"
+            return f"{title}{(gates > 0.5).sum()} of {total} gates above 0.5, mean {np.nanmean(gates):.2f}"
         title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"
         if pattern is first or pattern.gates.shape != first.gates.shape:
             return title
@@ -237,7 +237,7 @@ def attention_weights(
         for head in (head for of_layer, head in heads if of_layer == layer):
             queries = q[0, :, head * group : (head + 1) * group]
             maps = maps | {(layer, head): _weights(queries, k[0, :, head])}
-        return full_attention(q, k, v), maps
+        return full_attention(q, k, v, window=model.config.window(layer)), maps
 
     positions = consecutive(jnp.zeros(1, jnp.int32), tokens.shape[1])
     # Only the maps are used, so the compiler removes every layer after the last one they need.
@@ -251,6 +251,11 @@ def check_heads(config: ModelConfig, heads: tuple[tuple[int, int], ...]) -> None
     for layer, head in heads:
         if not 0 <= layer < config.num_layers:
             raise ValueError(f"--layer must be in [0, {config.num_layers - 1}], got {layer}")
+        if (window := config.window(layer)) is not None:
+            raise ValueError(
+                f"--layer {layer} has a window of {window.size} tokens and no head to choose: give one of the layers "
+                f"with full attention, {[*config.full_layers]!s:.60}"
+            )
         if not 0 <= head < config.num_kv_heads:
             raise ValueError(f"--head is a KV head and must be in [0, {config.num_kv_heads - 1}], got {head}")
 

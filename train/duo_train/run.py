@@ -53,6 +53,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Reject a model whose devices share heads, in an order that is not that of the gates, or another mesh's."""
+        if not self.model.config.full_layers:
+            raise ValueError("every layer of this model has a window of its own: there is no head to choose")
         on = self.model.mesh
         if on is not None and not self.model.is_fsdp:
             raise ValueError("training needs the order of heads of one device: load the model with fsdp=True")
@@ -67,5 +69,5 @@ class Run:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers and KV heads."""
-        return self.model.config.num_layers, self.model.config.num_kv_heads
+        """Layers with full attention, whose heads have gates, and KV heads of each."""
+        return len(self.model.config.full_layers), self.model.config.num_kv_heads

@@ -125,6 +125,7 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
             "chunk_size": plan.chunk_size,
             "retrieval_heads": plan.head_pattern.num_retrieval,
             "streaming_heads": plan.head_pattern.num_streaming,
+            "window_heads": len(plan.config.window_layers) * plan.config.num_kv_heads,
             "dtype": plan.config.dtype,
             "kv_dtype": plan.kv_dtype or plan.config.dtype,
             "weight_dtype": plan.config.weight_dtype or plan.config.dtype,
@@ -143,12 +144,15 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
 def _devices(plan: Plan) -> dict[str, Any]:
     """Heads and slots of each device along `tensor`."""
     config, balanced = plan.config, plan.cache(1).heads
-    heads, real = balanced.order.size // plan.mesh.tensor, balanced.num_retrieval
+    columns = balanced.order.shape[1] // plan.mesh.tensor
+    heads, own = len(config.full_layers) * columns, len(config.window_layers) * columns
+    real = balanced.num_retrieval
     return {
         "retrieval_heads": real.tolist(),
         "streaming_heads": (heads - real).tolist(),
+        "window_heads": own,
         "retrieval_slots": balanced.retrieval_slots,
-        "streaming_slots": balanced.streaming_slots,
+        "streaming_slots": balanced.streaming_slots - own,
         "copies_of_a_head": plan.mesh.kv_heads(config) // config.num_kv_heads,
         # Every device has as many slots as the fullest one needs: its excess over the mean is unused elsewhere.
         "imbalance": float(real.max() / real.mean() - 1) if real.any() else 0.0,
@@ -172,7 +176,7 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     settings, memory, mesh = record["settings"], record["memory"], plan.mesh
     columns = {"full attention": record["full_attention"]}
     if plan.head_pattern.num_streaming:
-        columns[f"{settings['streaming_heads'] / plan.head_pattern.is_retrieval.size:.0%} stream"] = record
+        columns[f"{plan.head_pattern.sparsity:.0%} stream"] = record
     lines = [
         f"weights {settings['weight_dtype']}, KV cache {settings['kv_dtype']}, batch {plan.batch_size}, chunks of "
         f"{plan.chunk_size} tokens" + (f", {memory / 1e9:.2f} GB" if memory else ""),
@@ -187,6 +191,12 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     for label, name, unit in rows:
         cells = "".join(_cell(sizes[name], unit) for sizes in columns.values())
         lines.append(f"{label:<22}{cells}")
+    if plan.config.window_layers:
+        sizes = " and ".join(str(window.size) for window in plan.config.own_windows)
+        lines.append(
+            f"{len(plan.config.window_layers)} of {plan.config.num_layers} layers have a window of {sizes} tokens, in "
+            "full attention too."
+        )
     if mesh.devices > 1:
         lines += _shared(plan, record["devices"])
     if record["context"] is None:

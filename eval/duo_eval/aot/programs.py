@@ -38,7 +38,7 @@ def training_step(
         sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-    gates, rows = shape((config.num_layers, config.num_kv_heads), jnp.float32), MeshSize.of(mesh).data
+    gates, rows = shape((len(config.full_layers), config.num_kv_heads), jnp.float32), MeshSize.of(mesh).data
     params = jax.tree.map(lambda x: shape(x.shape, x.dtype), jax.eval_shape(recipe.init, gates))
     state = State(shape((), jnp.int32), params, jax.eval_shape(recipe.optimizer().init, params))
     # Ten passkeys of 32 words.

@@ -30,8 +30,8 @@ class PooledState:
     def memory(self) -> Memory:
         """Bytes that the sequence takes now. At the peak, one layer's chunk of the prompt is added to the cache."""
         cache, length = self.cache, int(self.cache.length[0])
-        ring = cache.rings[0].k
-        tokens = cache.full.k.shape[0] * length + ring.shape[0] * min(length, ring.shape[2])
+        rings = [ring.k.shape for ring in cache.rings]
+        tokens = cache.full.k.shape[0] * length + sum(slots * min(length, size) for slots, _, size, _ in rings)
         entry = 2 * cache.head_dim * cache.dtype.itemsize
         beside = entry * cache.slot.shape[1] * self.chunk
         metadata = sum(x.nbytes for x in (cache.is_retrieval, cache.slot, cache.length))
@@ -39,7 +39,12 @@ class PooledState:
 
 
 class Pooled(Method):
-    """A method that is a head pattern: a subclass chooses the streaming heads."""
+    """A method that is a head pattern: a subclass chooses the streaming heads.
+
+    Layers with a window of their own are as in full attention: the budget is for the others.
+    """
+
+    knows_windows: ClassVar[bool] = True
 
     def pattern_for(self, model: Model, budget: float, length: int) -> HeadPattern:
         """The pattern with which `length` tokens take no more than the budget; the same for all if `is_fixed`.
@@ -70,7 +75,7 @@ class Pooled(Method):
         length = len(tokens)
         self.check(model, budget, length)
         pattern = self.pattern_at(model, budget, length)
-        cache = KVCache.init(model.config, pattern, 1, bucket(length + room))
+        cache = KVCache.init(model.config, pattern, 1, model.config.room(bucket(length + room)))
         # Padded to its bucket, in chunks of the bucket's size: prompts of one bucket run the same programs.
         padded = np.pad(tokens, (0, bucket(length) - length))[None]
         chunk = chunk_width(padded.shape[1])
@@ -148,9 +153,7 @@ class Duo(Pooled):
             )
         size: dict[str, Any] = {"sink_size": self.sink_size, "recent_size": self.recent_size}
         size |= {"sparsity": self.sparsity} if self.is_fixed else {"kv_budget": budget, "context_length": length}
-        pattern = HeadPattern.load(self.pattern, **size)
-        pattern.check(model.config)
-        return pattern
+        return HeadPattern.load(self.pattern, **size).of(model.config)
 
 
 @dataclass(frozen=True)
@@ -180,4 +183,5 @@ class RandomHeads(Pooled):
             recent_size=self.recent_size,
             kv_budget=budget,
             context_length=length,
+            window_layers=model.config.window_layers,
         )

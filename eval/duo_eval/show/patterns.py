@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from duo_train.metrics import METRICS_FILE
 from duo_train.plot import read_metrics
 
@@ -15,13 +16,13 @@ def pattern_figures(folder: Path) -> Iterator[Drawn]:
     from duo_train.plots import curves_figure, gates_figure
 
     pattern = HeadPattern.load(folder)
-    gates = pattern.gates.clip(0, 1)
+    gates = pattern.shown_gates
     title = (
         f"{pattern.num_layers} layers × {pattern.num_kv_heads} KV heads\n"
-        f"{(gates > 0.5).sum()} of {gates.size} gates above 0.5, mean {gates.mean():.2f}"
+        f"{(gates > 0.5).sum()} of {pattern.num_choosable} gates above 0.5, mean {np.nanmean(gates):.2f}"
     )
     alt = f"Gates of {folder.name}: {title}".replace("\n", ", ")
-    yield Drawn("gates", gates_figure(pattern.gates, None, title), f"{alt}.")
+    yield Drawn("gates", gates_figure(gates, None, title), f"{alt}.")
     if (folder / METRICS_FILE).exists():
         metrics = read_metrics(folder / METRICS_FILE)
         ends = "; ".join(f"{name} {values[0]:.3g} to {values[-1]:.3g}" for name, values in metrics.items())

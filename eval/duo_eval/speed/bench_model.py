@@ -48,7 +48,7 @@ class BenchModel:
             raise ValueError(f"--layers cuts presets with random weights, not {self.source}: leave it out")
         if not 1 <= self.layers <= config.num_layers:
             raise ValueError(f"--layers must be in [1, {config.num_layers}] for {self.source}, got {self.layers}")
-        return replace(config, dtype=self.dtype, num_layers=self.layers)
+        return replace(config.first_layers(self.layers), dtype=self.dtype)
 
     @property
     def _whole(self) -> ModelConfig:
@@ -78,7 +78,7 @@ class BenchModel:
             sink_size = SINK_SIZE if sink_size is None else sink_size
             recent_size = RECENT_SIZE if recent_size is None else recent_size
         else:
-            pattern = HeadPattern.load(source, sink_size=sink_size, recent_size=recent_size)
-            pattern.check(self._whole)
+            pattern = HeadPattern.load(source, sink_size=sink_size, recent_size=recent_size).of(self._whole)
             gates, sink_size, recent_size = pattern.gates[: config.num_layers], pattern.sink_size, pattern.recent_size
-        return HeadPattern.from_gates(gates, sparsity=sparsity, sink_size=sink_size, recent_size=recent_size)
+        sizes = {"sink_size": sink_size, "recent_size": recent_size}
+        return HeadPattern.from_gates(gates, sparsity=sparsity, **sizes, window_layers=config.window_layers)

@@ -7,8 +7,8 @@ from duo_jax import HeadPattern, ModelConfig
 
 
 def kv_bytes_read(config: ModelConfig, pattern: HeadPattern, *, batch_size: int, length: int, itemsize: int) -> int:
-    """Bytes of keys and values that one decode step reads: `2 * H * bytes * B * (Pr * length + Ps * ring)`."""
-    tokens = sum(keep * heads for keep, heads in _kept(pattern, length))
+    """Bytes of keys and values that one decode step reads: `2 * H * bytes * B * (Pr * length + Ps * ring + ...)`."""
+    tokens = sum(keep * heads for keep, heads in _kept(config, pattern, length))
     return 2 * config.head_dim * itemsize * batch_size * tokens
 
 
@@ -30,7 +30,7 @@ def prefill_flops(config: ModelConfig, pattern: HeadPattern, *, batch_size: int,
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
     weights = (config.num_parameters - embeddings) * length + config.vocab_size * config.embed_dim
     group = config.num_heads // config.num_kv_heads
-    pairs = sum(heads * visible_pairs(length, keep) for keep, heads in _kept(pattern, length))
+    pairs = sum(heads * visible_pairs(length, keep) for keep, heads in _kept(config, pattern, length))
     return batch_size * (2 * weights + 4 * config.head_dim * group * pairs)
 
 
@@ -45,6 +45,7 @@ def saving_realized(full_time: float, duo_time: float, full_cost: int, duo_cost:
     return (full_time - duo_time) / (full_time * (1 - duo_cost / full_cost))
 
 
-def _kept(pattern: HeadPattern, length: int) -> list[tuple[int, int]]:
-    """(tokens a head keeps, number of heads) by head type."""
-    return [(length, pattern.num_retrieval), (min(length, pattern.window.size), pattern.num_streaming)]
+def _kept(config: ModelConfig, pattern: HeadPattern, length: int) -> list[tuple[int, int]]:
+    """(tokens a head keeps, number of heads) by head type, and for each layer with a window of its own."""
+    own = [(min(length, size), config.num_kv_heads) for size in config.layer_windows if size is not None]
+    return [(length, pattern.num_retrieval), (min(length, pattern.window.size), pattern.num_streaming), *own]

@@ -78,7 +78,7 @@ class Training:
         labels = jnp.arange(LABEL_MULTIPLE, dtype=jnp.int32)[None, None] % length
         batch = Batch(tokens, labels, jnp.ones_like(labels, dtype=bool))
         targets = jnp.zeros((*labels.shape, model.config.embed_dim), jnp.float32)
-        gates = jnp.full((model.config.num_layers, model.config.num_kv_heads), 0.5, jnp.float32)
+        gates = jnp.full((len(model.config.full_layers), model.config.num_kv_heads), 0.5, jnp.float32)
         params = recipe.init(gates)
         state = State(jnp.int32(0), params, recipe.optimizer().init(params))
         begin = time.perf_counter()
@@ -102,8 +102,9 @@ def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
     """
     gates = np.zeros((config.num_layers, config.num_kv_heads))
     sizes: dict[str, Any] = {"sink_size": attention.sink_size, "recent_size": attention.recent_size}
-    streaming = HeadPattern.from_gates(gates, sparsity=1.0, **sizes)
-    nothing = HeadPattern.from_gates(gates, sparsity=1.0, sink_size=0, recent_size=1)
+    streaming = HeadPattern.from_gates(gates, sparsity=1.0, **sizes, window_layers=config.window_layers)
+    alone = {"sink_size": 0, "recent_size": 1, "window_layers": config.window_layers}
+    nothing = HeadPattern.from_gates(gates, sparsity=1.0, **alone)
     costs: dict[str, Any] = {"batch_size": 1, "length": length}
     own = 4 * config.head_dim * config.num_heads * config.num_layers * length  # each token sees itself
     body = prefill_flops(config, nothing, **costs) - own

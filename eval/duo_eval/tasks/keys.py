@@ -64,7 +64,8 @@ class Keys:
         tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, self.tokens))
 
         def logprobs(cache: str) -> np.ndarray:
-            found, _ = score(model, tokens, KVCache.init(model.config, None, 1, self.tokens, dtype=cache))
+            room = model.config.room(self.tokens)
+            found, _ = score(model, tokens, KVCache.init(model.config, None, 1, room, dtype=cache))
             return np.asarray(found.logprobs[0], np.float64)
 
         exact = logprobs(FLOAT)

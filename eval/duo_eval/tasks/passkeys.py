@@ -53,7 +53,7 @@ def score_sample(
 ) -> dict[str, Any]:
     """For each passkey: its tokens, how many of them greedy decoding would take, their negative log-likelihood."""
     tokens = jnp.asarray(sample.tokens)[None]
-    cache = KVCache.init(model.config, pattern, 1, max(length, tokens.shape[1]), dtype=kv_dtype)
+    cache = KVCache.init(model.config, pattern, 1, model.config.room(max(length, tokens.shape[1])), dtype=kv_dtype)
     # The last token before the questions is scored with them, so that every token of an answer has a predecessor.
     begin = sample.tail - 1
     _, cache = prefill(model, tokens[:, :begin], cache)
@@ -80,7 +80,7 @@ def score_prose(
     """Next-token loss on a stretch of the text without needles."""
     begin = int(np.random.default_rng((data.config.seed, number)).integers(0, len(data.text) - length + 1))
     tokens = jnp.asarray(data.text[begin : begin + length])[None]
-    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, length, dtype=kv_dtype))
+    scores, _ = score(model, tokens, KVCache.init(model.config, pattern, 1, model.config.room(length), dtype=kv_dtype))
     check_finite("the log-probabilities of a stretch of text are", scores.logprobs, model.dtype)
     return {
         "tokens": [length - 1],

@@ -206,10 +206,10 @@ class Recall:
         at = job if isinstance(job, SizedJob) else self.scoring
         sizes: dict[str, Any] = {"sink_size": at.sink_size, "recent_size": at.recent_size}
         if job.method in sources:
-            return HeadPattern.load(sources[job.method], sparsity=job.sparsity, **sizes)
+            return HeadPattern.load(sources[job.method], sparsity=job.sparsity, **sizes).of(config)
         seed = 0 if job.method == STREAMING else int(job.method.removeprefix(RANDOM))
         gates = np.random.default_rng(seed).random((config.num_layers, config.num_kv_heads))
-        return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes)
+        return HeadPattern.from_gates(gates, sparsity=job.sparsity, **sizes, window_layers=config.window_layers)
 
     def _record(self, gates: Mapping[str, str]) -> Record:
         """The file, with its settings and the gates behind its names."""

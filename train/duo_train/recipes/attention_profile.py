@@ -17,6 +17,7 @@ from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import constrain
 from duo_jax.model import Model
 from duo_jax.rope import rotate, rotation
+from duo_train.gated import in_full_layers
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run
 from pallas_kernels import full_attention
@@ -58,19 +59,21 @@ class AttentionProfile(Recipe):
 
 @partial(jax.jit, static_argnums=2)
 def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Means:
-    """Mean query and key of every layer and head, before RoPE."""
+    """Mean query and key of every head of layers with full attention, before RoPE."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     cos, sin = rotation(model.config.rope, model.config.head_dim, positions)
     unrotate = partial(rotate, cos=cos, sin=-sin)
+    attention = partial(full_attention, backend=backend)
     # YaRN's rotation also scales, once in the model and once here.
     scale = 1.0 / model.config.rope.attention_factor**2
 
     def attend(means: Means, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Means]:
         q_mean, k_mean = (unrotate(x.astype(jnp.float32))[0].mean(0) * scale for x in (q, k))
-        return full_attention(q, k, v, backend=backend), (*means, (q_mean, k_mean))
+        return attention(q, k, v), (*means, (q_mean, k_mean))
 
     means: Means = ()
-    return constrain(model.decoder.hidden(tokens, positions, attend, means)[1], model.mesh)
+    attend_by_layer = in_full_layers(model.config, attend, attention)
+    return constrain(model.decoder.hidden(tokens, positions, attend_by_layer, means)[1], model.mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -19,7 +19,7 @@ from duo_jax.model import Model
 from duo_jax.text.template import has_template, split
 from duo_jax.text.tokens import encode
 from duo_train.data.needles import DATE, beginning
-from duo_train.gated import GatedModel
+from duo_train.gated import GatedModel, in_full_layers
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run
 from pallas_kernels import full_attention
@@ -81,15 +81,17 @@ def _received(
 ) -> Float[Array, "L K"]:
     """The most attention that a context, `length` tokens from `first`, receives while it is repeated at the end."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    attends = partial(full_attention, backend=attention.backend)
 
     def attend(scores: Scores, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Scores]:
         groups = q[0].reshape(q.shape[1], k.shape[2], -1, q.shape[3]).transpose(1, 0, 2, 3)
         per_head = partial(_most, first=first, length=length, attention=attention)
         most = lax.map(lambda head: per_head(*head), (groups, k[0].transpose(1, 0, 2)))
-        return full_attention(q, k, v, backend=attention.backend), (*scores, most)
+        return attends(q, k, v), (*scores, most)
 
     scores: Scores = ()
-    return constrain(jnp.stack(model.decoder.hidden(tokens, positions, attend, scores)[1]), model.mesh)
+    attend_by_layer = in_full_layers(model.config, attend, attends)
+    return constrain(jnp.stack(model.decoder.hidden(tokens, positions, attend_by_layer, scores)[1]), model.mesh)
 
 
 def _most(

@@ -30,6 +30,8 @@ class Cudnn(Engine):
         """See `Engine`."""
         if pattern.num_streaming:
             raise NotImplementedError("cuDNN has no streaming heads: leave the pattern out")
+        if pattern.window_layers:
+            raise NotImplementedError("the cuDNN engine has no layers with a window: measure another model")
         if self.implementation == "cudnn" and jax.default_backend() != "gpu":
             raise NotImplementedError("cuDNN runs on GPUs")
         self.compile_seconds = {}

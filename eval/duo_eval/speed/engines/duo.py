@@ -52,7 +52,7 @@ class Duo(Engine):
     def _prefill(self, tokens: Int[np.ndarray, "B T"], length: int, chunk_size: int | None) -> Float[Array, "B V"]:
         self._cache = None  # Free the old cache first: two would count as this engine's memory.
         config = self._model.config
-        cache = KVCache.init(config, self._pattern, len(tokens), length + self._room, dtype=config.dtype)
+        cache = KVCache.init(config, self._pattern, len(tokens), config.room(length + self._room), dtype=config.dtype)
         self.kv_bytes = cache.nbytes
         logits, self._cache = prefill(self._model, tokens, cache, chunk_size=chunk_size, backend=self._backend)
         jax.block_until_ready((logits, self._cache))

@@ -24,6 +24,8 @@ class Transformers(Engine):
             raise NotImplementedError("the transformers engine needs torch: pip install 'duo-jax[bench]'") from None
         if pattern.num_streaming:
             raise NotImplementedError("transformers has no streaming heads: leave the pattern out")
+        if pattern.window_layers:
+            raise NotImplementedError("the transformers engine has no layers with a window: measure another model")
         self.compile_seconds = {}
         self.kv_bytes = 0
         self._torch, self._cache_class = torch, transformers.DynamicCache

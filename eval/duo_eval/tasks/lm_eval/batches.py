@@ -108,7 +108,8 @@ class Prefiller:
         return prefill(self.model, tokens, cache, chunk_size=size, lengths=lengths, backend=self.backend)
 
     def _cache(self, rows: int, length: int) -> KVCache:
-        return KVCache.init(self.model.config, self.pattern, rows, length, dtype=self.model.dtype)
+        config = self.model.config
+        return KVCache.init(config, self.pattern, rows, config.room(length), dtype=self.model.dtype)
 
 
 def _families(contexts: Sequence[Tokens]) -> list[tuple[list[int], int]]:

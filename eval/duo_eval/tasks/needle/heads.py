@@ -114,11 +114,11 @@ class HeadsTask:
 
         def prepare(missing: list[Job]) -> tuple[str, Answer[Job]]:
             # Refuses bad data before the weights are read.
-            pattern.check(open_config(self.model))
+            own = pattern.of(open_config(self.model))
             task.question(Cell(FULL, 1.0, **asdict(missing[0])))
             model = load_model(self.model)
             attention = GatedModel(**sizes, rematerialize=self.rematerialize)
-            return str(model.dtype), partial(self._measure, task, Heads(model, attention, pattern))
+            return str(model.dtype), partial(self._measure, task, Heads(model, attention, own))
 
         run(record, self._jobs(), prepare, unit="needle")
         with readable(self.out):
@@ -184,7 +184,7 @@ class Heads:
         full, kept = scores(np.ones(shape, bool)), _scores(nll, hits, count)
         turned = []
         if all(full["hits"]) and not all(kept["hits"]):
-            streaming = np.flatnonzero(~retrieval)
+            streaming = np.flatnonzero(~retrieval & ~np.isnan(self.pattern.shown_gates))
             best = streaming[np.argsort(-effect.flat[streaming])][:most]
             for chosen in [*best[:, None], best]:
                 changed = retrieval.copy()
@@ -205,6 +205,8 @@ def _loss(
     gates: Float[Array, "L K"], attention: GatedModel, model: Model, batch: Batch
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "1 M"], Bool[Array, "1 M"]]]:
     """Negative log-likelihood of the answer, of each of its tokens, and whether each is the first choice."""
+    if model.config.window_layers:
+        gates = gates[np.array(model.config.full_layers)]
     hidden = before_labels(attention.student(model, batch.tokens, gates), batch.labels)
     logits = model.decoder.logits(hidden.astype(model.dtype))
     wanted = jnp.take_along_axis(batch.tokens, batch.labels, axis=1)
