@@ -120,8 +120,8 @@ def check_cache(
             f"the cache was made for (layers, kv heads, head dim, batch) = {actual}, model and prompt have {expected}; "
             "make one with KVCache.init(model.config, pattern, batch_size, max_length)"
         )
-    windows = [cache.window(layer) if layer in cache.window_layers else None for layer in range(config.num_layers)]
-    if windows != [config.window(layer) for layer in range(config.num_layers)]:
+    own = {layer: cache.window(layer) for layer in cache.window_layers}
+    if own != {layer: config.window(layer) for layer in config.window_layers}:
         raise ValueError(
             "the cache was made for a model whose layers have other windows: make one with KVCache.init(model.config, "
             "pattern, batch_size, max_length)"

@@ -111,7 +111,7 @@ class ModelConfig:
     @property
     def window_layers(self) -> tuple[int, ...]:
         """Layers with a window of their own."""
-        return tuple(layer for layer in range(self.num_layers) if self.window(layer) is not None)
+        return tuple(layer for layer, size in enumerate(self.layer_windows) if size is not None)
 
     @property
     def own_windows(self) -> tuple[Window, ...]:
