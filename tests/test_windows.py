@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, load_model, make_mesh, prefill, save_model
 from duo_jax.certified import inference, training
-from duo_jax.cli.options import ModelOptions
+from duo_jax.cli.options import ModelOptions, RoomOptions
 from duo_jax.mesh.place import place_model
 from duo_jax.pattern import CONFIG_FILE
 from duo_jax.plan import Plan, any_pattern
@@ -172,6 +172,8 @@ def test_a_plan_counts_each_window_and_certification_asks_for_each():
     assert plan.max_context(memory) == 100 and plan.max_context(plan.total(7) - 1) == 0
     with pytest.raises(ValueError, match="shorter than the window of 7 tokens"):
         KVCache.init(CONFIG, PATTERN, 1, 6)
+    with pytest.raises(ValueError, match="max_context must be at least 7, the window of layers of this model"):
+        RoomOptions(6, "1GB").tokens(plan, 3)
     assert {request.window for request in inference(CONFIG, PATTERN)} == {Window(0, 5), Window(0, 7), PATTERN.window}
     assert {request.window for request in training(CONFIG)} == {None, Window(128, 256), Window(0, 5), Window(0, 7)}
     read = kv_bytes_read(CONFIG, PATTERN, batch_size=1, length=100, itemsize=4)

@@ -145,6 +145,8 @@ class RoomOptions:
         memory = device_memory() if self.memory is None else parse_bytes(self.memory)
         if isinstance(self.max_context, int):
             whole_number("max_context", self.max_context, 1)
+            if self.max_context < (widest := plan.config.room(1)):
+                raise ArgumentError("max_context", f"must be at least {widest}, the window of layers of this model")
         if self.max_context == "max":
             plan.check(needed, memory)
             return plan.max_context(memory)
