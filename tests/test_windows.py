@@ -12,7 +12,8 @@ from duo_eval.speed.roofline import kv_bytes_read
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
 from duo_train.identify import Identify
-from duo_train.plot import check_heads
+from duo_train.plot import GatesPlot, check_heads
+from duo_train.plots.gates import NO_GATE
 from duo_train.recipes.attention_profile import _means
 from duo_train.run import Run
 from transformers import AutoTokenizer
@@ -161,6 +162,15 @@ def test_training_has_gates_for_layers_with_full_attention(model, text_model, tm
         Run(replace(model, config=only), data, GatedModel(), tmp_path)
     with pytest.raises(ValueError, match=r"--layer 2 has a window of 7 tokens .* \[1\]"):
         check_heads(CONFIG, ((1, 0), (2, 0)))
+
+
+def test_a_figure_of_gates_shows_layers_without_a_choice_apart(tmp_path):
+    HeadPattern.from_gates([[0, 0], [0.2, 0.9], [0, 0]], **ROWS).save(tmp_path)
+    GatesPlot((str(tmp_path),), sparsity=0.5).run()
+    svg = (tmp_path / "gates.svg").read_text()
+    assert NO_GATE in svg and (tmp_path / "gates.png").exists()
+    title = GatesPlot((str(tmp_path),))._title(str(tmp_path), PATTERN, PATTERN)
+    assert "3 × 2, 2 with a window of their own\n1 of 2 gates above 0.5, mean 0.50" in title
 
 
 def test_a_plan_counts_each_window_and_certification_asks_for_each():

@@ -67,7 +67,8 @@ class GatesPlot:
         own = Path(source).resolve().name
         name = own if not name or len(self.dirs) > 1 else name
         total, gates = pattern.num_choosable, pattern.shown_gates
-        title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}\n"
+        apart = f", {count} with a window of their own" if (count := len(pattern.window_layers)) else ""
+        title = f"{name}, layers × KV heads: {pattern.num_layers} × {pattern.num_kv_heads}{apart}\n"
         if self.sparsity is None:
             return f"{title}{(gates > 0.5).sum()} of {total} gates above 0.5, mean {np.nanmean(gates):.2f}"
         title += f"{pattern.num_retrieval} of {total} are retrieval heads (dots), sparsity {pattern.sparsity:.2f}"

@@ -12,11 +12,13 @@ from matplotlib.ticker import MaxNLocator
 
 # Neutral: in figures of this project blue is retrieval, as the gates here, and orange is streaming.
 DOT = "#222222"
+# Where heads have no gate: in layers with a window of their own.
+NO_GATE = "#bbbbbb"
 
 
 @dataclass(frozen=True, eq=False)
 class GateMap:
-    """Gates of one pattern; if `retrieval` is given, a dot marks each retrieval head."""
+    """Gates of one pattern, NaN for heads without one; if `retrieval` is given, a dot marks each retrieval head."""
 
     gates: Float[np.ndarray, "L K"]
     retrieval: Bool[np.ndarray, "L K"] | None
@@ -65,6 +67,8 @@ def _draw(axes: Axes, each: GateMap, cell: float, high: float) -> AxesImage:
     layers, heads = each.gates.shape
     shown = each.gates.clip(0, 1).T
     image = axes.imshow(shown, aspect=high / cell, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    if np.isnan(shown).any():
+        axes.set_facecolor(NO_GATE)
     if each.retrieval is not None:
         x, y = np.nonzero(each.retrieval)
         # Areas are in square points: a dot takes 45 % of its cell's width.
