@@ -28,7 +28,7 @@ from pallas_kernels.certify.machine import may_have_gpu
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:
     """A pattern with this fraction of streaming heads; which heads they are does not change any size."""
     gates = np.zeros((config.num_layers, config.num_kv_heads))
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
     return HeadPattern.from_gates(gates, sparsity=sparsity, **sizes, window_layers=config.window_layers)
 
 

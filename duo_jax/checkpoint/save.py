@@ -95,7 +95,9 @@ class SavedModel(Folder):
                 raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r:.60}")
             # JSON has lists for tuples.
             rope = {name: tuple(value) if isinstance(value, list) else value for name, value in rope.items()}
-            lists = {name: tuple(values[name]) for name in ("eos_ids", "layer_windows") if name in values}
+            lists: dict[str, Any] = {
+                name: tuple(values[name]) for name in ("eos_ids", "layer_windows") if name in values
+            }
             return ModelConfig(**values | {"rope": kind(**rope)} | lists)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r:.200}") from None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,5 +81,5 @@ class BenchModel:
         else:
             pattern = HeadPattern.load(source, sink_size=sink_size, recent_size=recent_size).of(self._whole)
             gates, sink_size, recent_size = pattern.gates[: config.num_layers], pattern.sink_size, pattern.recent_size
-        sizes = {"sink_size": sink_size, "recent_size": recent_size}
+        sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
         return HeadPattern.from_gates(gates, sparsity=sparsity, **sizes, window_layers=config.window_layers)

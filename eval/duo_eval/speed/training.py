@@ -103,7 +103,7 @@ def step_flops(config: ModelConfig, attention: GatedModel, length: int) -> int:
     gates = np.zeros((config.num_layers, config.num_kv_heads))
     sizes: dict[str, Any] = {"sink_size": attention.sink_size, "recent_size": attention.recent_size}
     streaming = HeadPattern.from_gates(gates, sparsity=1.0, **sizes, window_layers=config.window_layers)
-    alone = {"sink_size": 0, "recent_size": 1, "window_layers": config.window_layers}
+    alone: dict[str, Any] = {"sink_size": 0, "recent_size": 1, "window_layers": config.window_layers}
     nothing = HeadPattern.from_gates(gates, sparsity=1.0, **alone)
     costs: dict[str, Any] = {"batch_size": 1, "length": length}
     own = 4 * config.head_dim * config.num_heads * config.num_layers * length  # each token sees itself
