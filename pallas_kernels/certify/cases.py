@@ -196,12 +196,11 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
     for number, pools in enumerate(case.pools):
         shards = TokenShards("tokens", SHARDS, number) if request.is_sharded else None
         options: dict[str, Any] = {"window": request.window, "shards": shards, "backend": backend}
+        arguments: tuple[Any, ...] = (*case.arrays, pools, case.heads)
         if request.operation == "decode":
-            part = ops.decode_part(*case.arrays, pools, case.heads, lengths=case.lengths, **options)
+            parts.append(ops.decode_part(*arguments, lengths=case.lengths, **options))
         else:
-            rows = {"start": case.start, "lengths": case.lengths}
-            part = ops.prefill_part(*case.arrays, pools, case.heads, **rows, **options)
-        parts.append(part)
+            parts.append(ops.prefill_part(*arguments, start=case.start, lengths=case.lengths, **options))
     out = parts[0].out if len(parts) == 1 else merge_parts(parts).out
     if request.operation == "prefill":  # Beyond a row's tokens they are unspecified.
         is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < case.lengths[:, None]
