@@ -271,7 +271,9 @@ def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip
         return DecodeTiles(block_k=64, min_split=256, max_programs=programs, num_warps=4, num_stages=4)
     if kernel == "decode":
         block_k = 64 if small else 16 if is_narrow and width > 128 else 32
-        return DecodeTiles(block_k, min_split=256, max_programs=programs, num_warps=4, num_stages=2)
+        # Four warps of the largest float32 tiles spill up to 452 bytes a thread, eight 16 (sm_86) or none (sm_80).
+        warps = 8 if itemsize == 4 and width > 128 else 4
+        return DecodeTiles(block_k, min_split=256, max_programs=programs, num_warps=warps, num_stages=2)
     if kernel == "backward":
         if width * itemsize <= 128:
             return FlashTiles(64, 32, 4, 2)
@@ -280,4 +282,7 @@ def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip
         return FlashTiles(64, 64, 8, 2) if small else FlashTiles(32, 32, 8, 1)
     if is_narrow:
         return FlashTiles(32, 32, 4, 2)
+    if itemsize == 4 and small:
+        # 128 x 64 with 8 warps spills 1,348 bytes a thread in sm_86; this none, in half of the shared memory.
+        return FlashTiles(64, 32, 4, 2)
     return FlashTiles(128, 64, 8, 2) if small else FlashTiles(64, 32, 8, 2)

@@ -44,6 +44,12 @@ def test_the_command_pretends_in_text_and_json_and_names_the_gpus(duo):
     assert_refused(duo("doctor", "--tune", "--pretend", "h100"), "--tune", "give one of them")
 
 
+def test_a_suspected_assembler_is_named_where_its_kernels_could_run(monkeypatch):
+    monkeypatch.setattr("duo_jax.cli.pretend.ptxas_version", lambda backend: (13, 0, 88))
+    for name, is_told in (("h100", True), ("rtx-3090", False)):
+        assert any("13.0.88 (suspected" in line for line in lines_of(pretend(name))) == is_told
+
+
 def test_constants_that_were_tuned_on_a_cpu_leave_gpus_alone():
     assert most_at_a_time() == most_at_a_time(32) == chunk_width(1 << 20) == 1024
     assert chunk_width(1 << 20, rows=32) == xla.k_block("decode") * 2 == xla.k_block("prefill") * 2 == 1024

@@ -60,7 +60,7 @@ def lines_of(record: dict[str, Any]) -> Iterator[str]:
         f"{record['shared_memory'] >> 10} KiB of shared memory a block"
     )
     yield f"chunks of {record['chunk_size']} tokens, shared by the rows of a batch"
-    yield f"ptxas here: {record['ptxas']}{_suspicion()}"
+    yield f"ptxas here: {record['ptxas']}{_suspicion(record['capability'])}"
     yield "Candidates, the best first as expected. Certification on the GPU takes the fastest one that is right there."
     for heads, operations in record["heads"].items():
         yield heads
@@ -71,8 +71,8 @@ def lines_of(record: dict[str, Any]) -> Iterator[str]:
             yield from (f"            not {backend}: it {reason}" for backend, reason in found["refused"].items())
 
 
-def _suspicion() -> str:
-    if ptxas_version("mosaic") not in SUSPECTED:
+def _suspicion(capability: str) -> str:
+    if capability != "9.0" or ptxas_version("mosaic") not in SUSPECTED:
         return ""
     return " (suspected, not known, to compile other Hopper kernels wrongly: mosaic needs its certification)"
 
