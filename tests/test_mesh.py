@@ -162,8 +162,8 @@ def test_the_plan_is_of_each_device(duo):
     assert two["devices"]["retrieval_heads"] == [64, 64] and two["devices"]["retrieval_slots"] == 64
     both = json.loads(duo(*options, "--mesh", "tensor=2,sequence=2").out)
     assert both["kv_per_token"] * 4 == one["kv_per_token"]
-    said = duo(*options[:-1], "--mesh", "tensor=16")
-    assert "Every KV head is on 2 of them" in said.out and "of 16 slots" in said.out
+    result = duo(*options[:-1], "--mesh", "tensor=16")
+    assert "Every KV head is on 2 of them" in result.out and "of 16 slots" in result.out
     refused = duo(*options, "--mesh", "tensor=3")
     assert refused.code == 2 and "tensor may be 1, 2, 4, 8" in refused.err
 

@@ -429,14 +429,14 @@ def test_recipes_without_training_share_the_weights(folder, tmp_path, recipe):
 
 def test_what_devices_cannot_share_in_training_is_refused(folder, tmp_path):
     model, data = load_model(folder), NeedleData(DATA, AutoTokenizer.from_pretrained(folder))
-    for mesh, recipe, said in (
+    for mesh, recipe, message in (
         (make_mesh(sequence=3), RECIPE, "4 KV heads and 8 query heads cannot be divided among sequence=3"),
         (make_mesh(tensor=2), RECIPE, "no tensor parallelism, got tensor=2"),
         (make_mesh(data=3), RECIPE, r"a multiple of the 3 devices .*batch_size=1"),
         (make_mesh(data=2), PruLong(), r"a multiple of the 2 devices .*batch_size=1"),
         (make_mesh(sequence=2), KVzip(length=64), "KVzip trains nothing: .* only share its weights"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             recipe.find(Run(model, data, ATTENTION, tmp_path, mesh=mesh))
 
 

@@ -176,7 +176,7 @@ def test_files_of_both_formats_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("style", "content", "said"),
+    ("style", "content", "message"),
     [
         ("squad", '{"data": [\n1,\n}', ":3 is not JSON"),
         ("squad", '{"data": [{"paragraphs": [{"qas": []}]}]}', r"data\[0\].paragraphs\[0\] has no 'context'"),
@@ -186,10 +186,10 @@ def test_files_of_both_formats_are_read(tmp_path):
         ("hotpot", '[{"context": [], "question": 1}]', r"\[0\] has no 'question'"),
     ],
 )
-def test_a_file_of_another_format_is_refused_with_the_place(tmp_path, style, content, said):
+def test_a_file_of_another_format_is_refused_with_the_place(tmp_path, style, content, message):
     path = tmp_path / "file.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         qa.load(path, style)
 
 

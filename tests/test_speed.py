@@ -135,9 +135,9 @@ def test_efficiency_resumes_after_an_interrupt_and_after_what_does_not_fit(monke
     assert [result["point"]["context"] for result in results] == [64, 64, 128, 128]
     assert not any("cannot" in result for result in results)
     assert {result["point"]["chunk_size"] for result in results} == {32}
-    said = capsys.readouterr().out
-    assert "smollm2-135m, 1 of 30 layers, duo 50% streaming: 64 tokens, batch 1, chunks of 32: does not fit" in said
-    assert "prefill 3.00 s (2.0 times its floor), decode 6.0 ms (3.0 times), 1.00 GB" in said
+    printed = capsys.readouterr().out
+    assert "smollm2-135m, 1 of 30 layers, duo 50% streaming: 64 tokens, batch 1, chunks of 32: does not fit" in printed
+    assert "prefill 3.00 s (2.0 times its floor), decode 6.0 ms (3.0 times), 1.00 GB" in printed
 
 
 FOUND = {
