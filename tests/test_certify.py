@@ -204,8 +204,8 @@ class Reports:
 
     def __call__(self, order):
         self.orders.append(order)
-        said = self.scripts.pop(0)
-        self.lines = [line if line in (None, b"") else json.dumps({OURS: True} | line).encode() for line in said]
+        script = self.scripts.pop(0)
+        self.lines = [line if line in (None, b"") else json.dumps({OURS: True} | line).encode() for line in script]
         return self
 
     def __enter__(self):

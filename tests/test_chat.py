@@ -289,17 +289,17 @@ def test_each_reply_is_followed_by_its_speed_and_the_cache(talk):
 
 
 def test_a_conversation_is_saved_loaded_answered_again_and_taken_back(talk, tmp_path):
-    path = tmp_path / "said.json"
+    path = tmp_path / "saved.json"
     result = talk("Hello.", f"/save {path}", "/undo", "/retry", f"/load {path}", "/retry", "Bye.", f"/save {path}")
     assert "(taken back)" in result.out and f"(loaded 2 messages from {path})" in result.out
     assert "there is no message yet" in result.err and "--temperature 0.7 samples others" in result.err
-    said = json.loads(path.read_text())
-    assert [message["content"] for message in said if message["role"] == "user"] == ["Hello.", "Bye."]
-    assert said[1]["content"] and len(said) == 4
+    saved = json.loads(path.read_text())
+    assert [message["content"] for message in saved if message["role"] == "user"] == ["Hello.", "Bye."]
+    assert saved[1]["content"] and len(saved) == 4
 
 
 def test_a_system_message_starts_over(talk, tmp_path):
-    path = tmp_path / "said.json"
+    path = tmp_path / "saved.json"
     result = talk("Hello.", "/system", "/system Be brief.", "Hi.", "/system", "/help", f"/save {path}", "/system none")
     assert result.out.count("(system message: Be brief.)") == 2 and result.out.count("(system message: none)") == 2
     assert all(command.usage in result.out for command in COMMANDS.values())
@@ -307,22 +307,22 @@ def test_a_system_message_starts_over(talk, tmp_path):
 
 
 def test_a_file_comes_before_the_next_message_only(talk, tmp_path):
-    notes, path = tmp_path / "notes.txt", tmp_path / "said.json"
+    notes, path = tmp_path / "notes.txt", tmp_path / "saved.json"
     notes.write_text("The key is\r\nunder the mat.")
     result = talk(f"/file {notes}", "Where?", "And?", f"/file {notes}", "/file", "Thanks.", f"/save {path}")
     assert f"({notes}, 25 tokens, comes before your next message)" in result.out and f"[+{notes}] > " in result.out
-    said = [message["content"] for message in json.loads(path.read_text()) if message["role"] == "user"]
-    assert said == ["The key is\nunder the mat.\n\nWhere?", "And?", "Thanks."]
+    saved = [message["content"] for message in json.loads(path.read_text()) if message["role"] == "user"]
+    assert saved == ["The key is\nunder the mat.\n\nWhere?", "And?", "Thanks."]
 
 
 def test_a_line_that_begins_with_a_space_is_a_message(talk, tmp_path):
-    path = tmp_path / "said.json"
+    path = tmp_path / "saved.json"
     talk(" /exit is how to leave", f"/save {path}", "/exit", "never")
     assert json.loads(path.read_text())[0]["content"] == "/exit is how to leave"
 
 
 def test_a_full_cache_drops_the_oldest_turns_if_it_may(talk, tmp_path):
-    path, lines = tmp_path / "said.json", [f"Message number {number}. {'x' * 40}" for number in range(5)]
+    path, lines = tmp_path / "saved.json", [f"Message number {number}. {'x' * 40}" for number in range(5)]
     refused = talk(*lines)
     assert refused.err.count("it is full") == 2 and "--when-full drop drops its oldest turns" in refused.err
     dropped = talk(*lines, f"/save {path}", flags=("--when-full", "drop"))

@@ -38,7 +38,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
 
 
 @pytest.fixture(scope="module")
-def said(lm: LM) -> list[str]:
+def greedy_texts(lm: LM) -> list[str]:
     """What greedy decoding says to each prompt."""
     return [str(reply) for reply in lm(PROMPTS, max_new_tokens=12)]
 
@@ -97,7 +97,7 @@ def test_likelihoods_equal_a_dense_forward_pass(lm):
 
 
 @pytest.mark.parametrize(("name", "budget"), [("full", 1.0), ("streamingllm:sink_size=2", 1.0), ("h2o:block=16", 0.5)])
-def test_any_method_answers_at_its_budget(lm, said, name, budget):
+def test_any_method_answers_at_its_budget(lm, greedy_texts, name, budget):
     plain = LM(lm.model, lm.tokenizer, None)
     other = adapter(plain, method=method(name), budget=budget)
     pairs = [(TEXT + "Is it so?", choice) for choice in CHOICES]
@@ -118,9 +118,11 @@ def test_any_method_answers_at_its_budget(lm, said, name, budget):
         adapter(lm, method=method(name))
 
 
-def test_what_greedy_decoding_says_is_greedy(lm, said):
-    other = said[0][:2] + ("~" if said[0][2] != "~" else "!")
-    found = likelihoods(adapter(lm), [(PROMPTS[0], said[0][:3]), (PROMPTS[0], other), (PROMPTS[0], said[0][0])])
+def test_what_greedy_decoding_says_is_greedy(lm, greedy_texts):
+    other = greedy_texts[0][:2] + ("~" if greedy_texts[0][2] != "~" else "!")
+    found = likelihoods(
+        adapter(lm), [(PROMPTS[0], greedy_texts[0][:3]), (PROMPTS[0], other), (PROMPTS[0], greedy_texts[0][0])]
+    )
     assert [one[1] for one in found] == [True, False, True]
 
 
@@ -196,12 +198,12 @@ def generate(model: DuoLM, pairs: list[tuple[str, dict]]) -> list[str]:
     return model.generate_until(requests("generate_until", pairs), disable_tqdm=True)
 
 
-def test_generation_stops_at_strings_and_at_its_limit(lm, said):
-    stop = said[0][4:6]
+def test_generation_stops_at_strings_and_at_its_limit(lm, greedy_texts):
+    stop = greedy_texts[0][4:6]
     settings = {"until": [stop], "max_gen_toks": 12, "do_sample": False}
     found = generate(adapter(lm), [(prompt, settings) for prompt in PROMPTS] + [(PROMPTS[1], {"max_gen_toks": 5})])
-    assert found[:4] == [text.split(stop)[0] for text in said]
-    assert found[0] != said[0] and found[4] == said[1][:5]
+    assert found[:4] == [text.split(stop)[0] for text in greedy_texts]
+    assert found[0] != greedy_texts[0] and found[4] == greedy_texts[1][:5]
 
 
 def test_a_special_token_as_a_stop_string_ends_a_row(lm):

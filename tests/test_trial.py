@@ -152,7 +152,7 @@ def test_a_run_that_repeats_it_continues_with_the_next(picky):
         assert ops.choose(request).name == "pretended.picky"
         with pytest.warns(UserWarning, match="does not compile"):
             assert ops.choose(request, operands=trial.Operands(arrays)).name == "xla"
-        # It is said once for each operation.
+        # It is reported once for each operation.
         larger = tuple(jax.ShapeDtypeStruct((1, 96, 2, 24), jnp.float32) for _ in range(3))
         assert ops.choose(request, operands=trial.Operands(larger)).name == "xla"
 
