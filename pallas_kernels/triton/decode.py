@@ -60,8 +60,9 @@ def decode(
     out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
     kernel, grid = partial(decode_kernel, splits=splits), (splits.programs, num_kv_heads)
     found = Partial(*tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages))
-    # Of several shards, the merge of their outputs is in float32.
-    return combine(found, is_retrieval, ends, jnp.dtype(jnp.float32) if shards else q.dtype)
+    # What is merged or transformed further stays in float32.
+    is_last = shards is None and not any_quantized(pools.stored)
+    return combine(found, is_retrieval, ends, q.dtype if is_last else jnp.dtype(jnp.float32))
 
 
 def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: Splits) -> None:

@@ -176,7 +176,7 @@ class Packed:
                 product = tile.dot_t(self.parts[plane.part, piece], packing.integers(words, plane))
                 product = product * jnp.float32(plane.weight) if plane.weight > 1 else product
                 _add_to(products, packing.group(plane.part, piece), product)
-        scores: Array | float = 0.0
+        scores = jnp.zeros_like(next(iter(products.values())))
         for group, product in products.items():
             scale, offset = load_grid(self.k, at, group, exists, packing.excess)
             zero = jnp.broadcast_to((scale * offset)[None, :], product.shape)
