@@ -4,12 +4,15 @@ A family of models is a row of `FAMILIES` here and a weight table in `checkpoint
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
+
+import jax
 
 from duo_jax.arguments import MOST_TOKENS, instance, real_number, true_or_false, whole_number
 from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
-from duo_jax.rope import Llama3Rope, Rope
+from duo_jax.rope import LinearRope, Llama3Rope, Rope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 from pallas_kernels.window import Window
 
@@ -28,19 +31,27 @@ MOST = {
 
 
 # Fields that earlier versions did not write: what they wrote means the defaults.
-ADDED = ("layer_windows",)
+ADDED = ("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms")
+# The activations that an MLP may have, by transformers' names.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated SiLU MLP.
+    """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated MLP.
 
     `dtype` is the data type of activations and of all weights that are not quantized. `weight_dtype`, a name in
     `weights.WEIGHT_FORMATS`, quantizes the linear maps of the layers, `embed_dtype` embeddings and head.
 
     `layer_windows` has an entry for each layer: the number of most recent tokens that all of its heads see, the query's
     own included, or None for full attention. It is empty if every layer has full attention. Only in layers with full
-    attention does a pattern choose heads.
+    attention does a pattern choose heads. Layers with a window have `window_rope`, or `rope` like the others.
+
+    `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`. With `norm_offset`,
+    norms multiply by 1 more than their weights; with `post_norms`, the outputs of attention and MLP have norms too.
     """
 
     family: str
@@ -64,13 +75,21 @@ class ModelConfig:
     embed_dtype: str | None = None
     eos_ids: tuple[int, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
+    window_rope: Rope | None = None
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    query_scale: float = 1.0
+    norm_offset: bool = False
+    post_norms: bool = False
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
         values: dict[str, Any] = {name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST.items()}
-        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"
+        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms"
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
+        values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in ("embed_scale", "query_scale")}
+        values["activation"] = check_name("activation", self.activation, tuple(ACTIVATIONS))
         values["dtype"] = check_name("dtype", self.dtype, ALLOWED["dtype"])
         values["layer_windows"] = self._checked_windows()
         values["eos_ids"] = tuple(whole_number("an EOS id", token, 0, self.vocab_size - 1) for token in self.eos_ids)
@@ -84,6 +103,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
         self.rope.check(self.head_dim)
+        if self.window_rope is not None:
+            instance("window_rope", self.window_rope, Rope).check(self.head_dim)
         if self.weight_dtype is not None:
             widths = self.embed_dim, self.num_heads * self.head_dim, self.mlp_dim
             check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
@@ -128,7 +149,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as earlier versions wrote them where none is set that they did not have."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ADDED}
+        ropes = {name: rope for name in ("rope", "window_rope") if (rope := getattr(self, name)) is not None}
+        values = asdict(self) | {name: {"type": rope.type, **asdict(rope)} for name, rope in ropes.items()}
+        defaults = {field.name: field.default for field in fields(self) if field.name in ADDED}
+        return {name: value for name, value in values.items() if name not in ADDED or value != defaults[name]}
 
     def with_dtypes(
         self,
@@ -156,7 +180,7 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of weights, a tied head counted once."""
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
-        norms = 2 * self.embed_dim + 2 * self.head_dim * self.qk_norm
+        norms = (4 if self.post_norms else 2) * self.embed_dim + 2 * self.head_dim * self.qk_norm
         biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         biases += self.out_bias * self.embed_dim + self.mlp_bias * (2 * self.mlp_dim + self.embed_dim)
         layer = attention + 3 * self.embed_dim * self.mlp_dim + norms + biases
@@ -194,6 +218,7 @@ def from_standard(values: Mapping[str, Any]) -> ModelConfig:
         head_dim=values["head_dim"],
         mlp_dim=values["intermediate_size"],
         rope=values["rope"],
+        activation=values["activation"],
         norm_eps=values["rms_norm_eps"],
         max_positions=values["max_position_embeddings"],
         tied_head=values["tie_word_embeddings"],
@@ -218,8 +243,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "layer_windows": _flag("layer_windows"),
     },
+    "gemma3_text": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "qk_norm": True,
+        "norm_offset": True,
+        "post_norms": True,
+        "embed_scale": lambda config: config["hidden_size"] ** 0.5,
+        "query_scale": lambda config: (config["head_dim"] / config["query_pre_attn_scalar"]) ** 0.5,
+        "layer_windows": _flag("layer_windows"),
+        "window_rope": _flag("window_rope"),
+    },
 }
 
+_GEMMA3 = ModelConfig(
+    *("gemma3_text", 262208, 62, 5376, 32, 16, 128, 21504, 131072),
+    rope=LinearRope(1e6, factor=8.0),
+    norm_eps=1e-6,
+    tied_head=True,
+    qk_norm=True,
+    eos_ids=(1, 106),
+    layer_windows=((1024,) * 5 + (None,)) * 10 + (1024, 1024),
+    window_rope=Rope(1e4),
+    activation="gelu_pytorch_tanh",
+    embed_scale=5376**0.5,
+    query_scale=(128 / 168) ** 0.5,
+    norm_offset=True,
+    post_norms=True,
+)
 _LLAMA3 = ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192, Rope(500000.0), eos_ids=(128001, 128009))
 _LLAMA31_ROPE = Llama3Rope(500000.0, factor=8.0)
 
@@ -239,6 +290,22 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-8b": ModelConfig(
         "qwen3", 151936, 36, 4096, 32, 8, 128, 12288, 40960, Rope(1e6), 1e-6, qk_norm=True, eos_ids=(151645,)
     ),
+    "gemma-3-270m": replace(
+        _GEMMA3,
+        vocab_size=262144,
+        num_layers=18,
+        embed_dim=640,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        mlp_dim=2048,
+        max_positions=32768,
+        rope=Rope(1e6),
+        layer_windows=((512,) * 5 + (None,)) * 3,
+        embed_scale=640**0.5,
+        query_scale=1.0,
+    ),
+    "gemma-3-27b": _GEMMA3,
     "smollm2-135m": ModelConfig(
         "llama", 49152, 30, 576, 9, 3, 64, 1536, 8192, Rope(100000.0), tied_head=True, eos_ids=(2,)
     ),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from duo_jax.arguments import real_number, true_or_false, whole_number
-from duo_jax.config import FAMILIES, MOST
+from duo_jax.config import ACTIVATIONS, FAMILIES, MOST
 from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
 
 # Keys of which a configuration must have a value: their defaults would be those of another model.
@@ -43,8 +43,15 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "use_sliding_window": true_or_false,
     "sliding_window": partial(whole_number, least=0, most=MOST["max_positions"]),
     "max_window_layers": partial(whole_number, least=0),
+    "sliding_window_pattern": _size("num_layers"),
     "layer_types": None,
     "hidden_act": None,
+    "hidden_activation": None,
+    "query_pre_attn_scalar": partial(whole_number, least=1, most=10**6),
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": None,
+    "rope_local_base_freq": partial(real_number, least=1, most=MOST_THETA),
     "rope_theta": None,
     "rope_scaling": None,
     "rope_parameters": None,
@@ -68,6 +75,11 @@ YARN_NULL = {
     "attention_factor": 0.0,
     "truncate": False,
 }
+# Features that a value other than null, false or 0 turns on.
+OFF = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+# Models of text and images -> the family of their text model, and what their configuration has outside of it.
+TEXT_OF = {"gemma3": "gemma3_text"}
+OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families with a window in every layer or in none: transformers does not read their `layer_types`.
 UNIFORM = {"mistral"}
@@ -86,21 +98,35 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
         NotImplementedError: an architecture or a feature that this decoder does not have, by name.
         ValueError: a value of a wrong type or range, or a configuration that contradicts itself.
     """
-    family = config.get("model_type")
+    family, required = config.get("model_type"), set(REQUIRED)
+    if isinstance(family, str) and family in TEXT_OF and isinstance(text := config.get("text_config"), Mapping):
+        outside = {key: config[key] for key in OF_WHOLE if config.get(key) is not None}
+        family, required = TEXT_OF[family], set()  # Published ones leave sizes to the defaults of this class.
+        config = {**text, **outside, "model_type": family}
     if not isinstance(family, str) or family not in FAMILIES:
         raise NotImplementedError(f"model_type {str(family)[:60]!r} is not supported; supported are {_SUPPORTED}")
-    missing = [key for key in REQUIRED if config.get(key) is None]
+    missing = [key for key in REQUIRED if key in required and config.get(key) is None]
     if missing:
         raise ValueError(f"the configuration of this {family} model lacks {', '.join(missing)}")
     given = {key: config[key] for key in KEYS if key in config}
     given |= {key: check(key, given[key]) for key, check in KEYS.items() if check and given.get(key) is not None}
-    _check_rope(given)
+    parameters = given.get("rope_parameters")
+    if "window_rope" in FAMILIES[family] and isinstance(parameters, Mapping) and set(parameters) <= {FULL, SLIDING}:
+        for settings in parameters.values():
+            _check_rope(given | {"rope_parameters": settings})
+    else:
+        _check_rope(given)
     values = {key: given.get(key) for key in KEYS} if is_complete else _by_transformers(family, given)
     _refuse_unsupported(family, values, config)
     values["layer_windows"] = _layer_windows(family, values, given)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))
-    return values | {"model_type": family, "dtype": str(dtype).removeprefix("torch."), "rope": _rope(values)}
+    by_type: Any = values["rope_parameters"]
+    if FULL in by_type and SLIDING in by_type:
+        ropes = {"rope": _rope(by_type[FULL], values), "window_rope": _rope(by_type[SLIDING], values)}
+    else:
+        ropes = {"rope": _rope(by_type, values)}
+    return values | ropes | {"model_type": family, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def eos_ids(value: Any) -> tuple[int, ...]:
@@ -130,11 +156,15 @@ def _by_transformers(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return values | {key: bool(values[key]) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
 
 
-def _refuse_unsupported(family: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(family: str, values: dict[str, Any], config: Mapping[str, Any]) -> None:
     """Raise for a feature that this decoder does not have: without it, results would be silently wrong."""
     refused = None
-    if values["hidden_act"] not in ("silu", "swish"):
-        refused = f"the activation {values['hidden_act']!r:.60}"
+    activation = values["hidden_activation"] or values["hidden_act"]
+    values["activation"] = "silu" if activation == "swish" else activation
+    if not isinstance(activation, str) or values["activation"] not in ACTIVATIONS:
+        refused = f"the activation {activation!r:.60}"
+    if on := [name for name in OFF if values[name]]:
+        refused = f"{on[0]} ({values[on[0]]!r:.60})"
     if any(config.get(key) for key in EXPERTS):
         refused = "a mixture of experts"
     if config.get("per_layer_config"):
@@ -172,8 +202,9 @@ def _layer_windows(family: str, values: Mapping[str, Any], given: Mapping[str, A
             f"layer_types has {SLIDING} in layers {sliding!s:.60}, but a {family} model with {window=} has it in all "
             f"layers from {first} on"
         )
-    # A window as large as the trained context has no effect.
-    if not sliding or window is None or window >= values["max_position_embeddings"]:
+    # A window as large as the trained context has no effect, unless RoPE goes by it.
+    has_no_effect = window and window >= values["max_position_embeddings"] and "window_rope" not in FAMILIES[family]
+    if not sliding or has_no_effect:
         return ()
     if "layer_windows" not in FAMILIES[family]:
         raise NotImplementedError(f"{family}: this model uses {SLIDING} ({window=}), which is not supported")
@@ -216,9 +247,9 @@ def _check_rope(given: Mapping[str, Any]) -> None:
             )
 
 
-def _rope(values: Mapping[str, Any]) -> Rope:
-    """The RoPE settings after transformers has put them into one place."""
-    settings, positions = dict(values["rope_parameters"]), values["max_position_embeddings"]
+def _rope(settings: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
+    """RoPE by its settings, after transformers has put them into one place."""
+    positions = values["max_position_embeddings"]
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise NotImplementedError(f"partial RoPE is not supported, got {settings['partial_rotary_factor']=}")
     kind = ROPES[settings["rope_type"]]

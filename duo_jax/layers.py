@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from duo_jax.config import ModelConfig
+from duo_jax.config import ACTIVATIONS, ModelConfig
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
@@ -76,8 +76,25 @@ class RMSNorm(nnx.RMSNorm):
             return super().__call__(x, mask)
 
 
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm that multiplies by 1 more than its weights, in float32."""
+
+    def __call__(self, x: Float[Array, "*B D"], mask: Array | None = None) -> Float[Array, "*B D"]:
+        """Apply to every token."""
+        assert self.scale is not None
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(self.epsilon))
+        scale = jnp.float32(1) + self.scale.get_value().astype(jnp.float32)
+        return (normal * jnp.broadcast_to(scale, normal.shape)).astype(x.dtype)
+
+
 def rms_norm(width: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm:
     """An RMSNorm of this model, stored in one data type."""
+    if config.norm_offset:
+        zeros = nnx.initializers.zeros_init()
+        return OffsetRMSNorm(
+            width, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, scale_init=zeros, rngs=rngs
+        )
     return RMSNorm(width, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
@@ -116,7 +133,9 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *rotation), rotate(k, *rotation), v
+        scale = jnp.float32(config.query_scale)
+        turn = rotation if config.query_scale == 1 else (rotation[0] * scale, rotation[1] * scale)
+        return rotate(q, *turn), rotate(k, *rotation), v
 
     def key_channels(self) -> Int32[Array, "K H"]:
         """Order of the channels of queries and keys in a quantized cache, by how large those of keys may be.
@@ -126,6 +145,7 @@ class Attention(nnx.Module):
         config = self.config
         if config.qk_norm and self.k_norm.scale is not None:
             size = self.k_norm.scale.get_value()
+            size = jnp.abs(1 + size.astype(jnp.float32)) if config.norm_offset else size
         elif self.qkv.bias is not None:
             queries, keys = config.num_heads // self.devices, self.num_kv_heads // self.devices
             bias = self.qkv.bias.get_value().reshape(self.devices, -1, config.head_dim)
@@ -139,11 +159,11 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Gated SiLU MLP with gate and up projections fused: `down(silu(gate(x)) * up(x))`; on a mesh, device by device."""
+    """Gated MLP with gate and up projections fused: `down(act(gate(x)) * up(x))`; on a mesh, device by device."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        self.devices = MeshSize.of(mesh).sharers
+        self.devices, self.activation = MeshSize.of(mesh).sharers, config.activation
         build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
         self.gate_up = build(config.embed_dim, 2 * config.mlp_dim)
         self.down = build(config.mlp_dim, config.embed_dim)
@@ -152,11 +172,14 @@ class Mlp(nnx.Module):
         """Apply to every token."""
         gate_up = self.gate_up(x)
         gate, up = jnp.split(gate_up.reshape(*gate_up.shape[:-1], self.devices, -1), 2, axis=-1)
-        return self.down((jax.nn.silu(gate) * up).reshape(*gate_up.shape[:-1], -1))
+        return self.down((ACTIVATIONS[self.activation](gate) * up).reshape(*gate_up.shape[:-1], -1))
 
 
 class Layer(nnx.Module):
-    """One decoder layer: attention and MLP, each after an RMSNorm and with a residual connection."""
+    """One decoder layer: attention and MLP, each after an RMSNorm and with a residual connection.
+
+    The outputs of both may have an RMSNorm too, before they are added.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
@@ -164,6 +187,10 @@ class Layer(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs, mesh=mesh)
         self.mlp_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs, mesh=mesh)
+        self.has_post_norms = config.post_norms
+        if config.post_norms:
+            self.attention_post_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
+            self.mlp_post_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], rotation: tuple[Array, Array], attend: Attend[State], state: State, layer: int
@@ -185,5 +212,9 @@ def _before_attention(
 
 @jax.jit
 def _after_attention(layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-    x = x + layer.attention.out(out.reshape(*x.shape[:2], -1))
-    return x + layer.mlp(layer.mlp_norm(x))
+    mixed = layer.attention.out(out.reshape(*x.shape[:2], -1))
+    if not layer.has_post_norms:
+        x = x + mixed
+        return x + layer.mlp(layer.mlp_norm(x))
+    x = x + layer.attention_post_norm(mixed)
+    return x + layer.mlp_post_norm(layer.mlp(layer.mlp_norm(x)))

@@ -75,9 +75,16 @@ class Decoder(nnx.Module):
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
         third more time.
         """
-        x = constrain(self.whole(self.embed, tokens)(tokens), self.mesh, "data")
-        angles = rotation(self.config.rope, self.config.head_dim, positions)
+        config = self.config
+        embedded = self.whole(self.embed, tokens)(tokens)
+        if config.embed_scale != 1:  # Rounded to the data type of the embeddings, as by transformers.
+            embedded = embedded * jnp.asarray(config.embed_scale, embedded.dtype)
+        x = constrain(embedded, self.mesh, "data")
+        full = own = rotation(config.rope, config.head_dim, positions)
+        if config.window_rope is not None:
+            own = rotation(config.window_rope, config.head_dim, positions)
         for index, layer in enumerate(self.layers):
+            angles = full if config.window(index) is None else own
             plain = functools.partial(self._layer, layer, index, attend)
             with jax.named_scope(f"layer_{index}"):
                 x, state = self._kept(plain, rematerialize)(x, angles, state)

@@ -137,7 +137,7 @@ def half() -> HeadPattern:
 
 
 # The others are llama with another RoPE or another GQA ratio: `make test` loads them and compares one prefill.
-@pytest.fixture(scope="session", params=families("llama", "qwen2", "qwen3"))
+@pytest.fixture(scope="session", params=families("llama", "qwen2", "qwen3", "gemma3_text"))
 def golden(request: pytest.FixtureRequest) -> Path:
     """Folder of each golden checkpoint in turn."""
     return GOLDEN / request.param

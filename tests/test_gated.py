@@ -135,6 +135,8 @@ def test_memory_is_linear_in_the_tokens_forward_and_backward(fresh_programs):
 def test_the_gated_model_equals_hugging_face_with_both_mixings(golden):
     with np.load(golden / "golden.npz") as stored:
         arrays = dict(stored)
+    if "gates" not in arrays:
+        pytest.skip(f"{golden.name} has no hidden states of a gated model")
     model, tokens = load_model(golden), jnp.asarray(arrays["ids"], jnp.int32)
     sizes = {"sink_size": int(arrays["sink_size"]), "recent_size": int(arrays["recent_size"])}
     gated = GatedModel(**sizes)

@@ -75,7 +75,7 @@ def answer(model: Model, folder: Path, pattern: HeadPattern | None, dtype: str |
 def held(cache: KVCache) -> dict[tuple[int, int], np.ndarray]:
     """Keys and values `[2, B, tokens, H]` of each layer's KV heads, from all devices."""
     size = MeshSize.of(cache.mesh)
-    pools = [np.asarray(read(pool, np.dtype(np.float32))) for pool in (*cache.full, *cache.rings[0])]
+    pools = [np.asarray(read(pool, np.dtype(np.float32))) for pair in (cache.full, *cache.rings) for pool in pair]
     # Tokens of retrieval heads in their order: one from each of those that share them.
     pools[:2] = [
         x.reshape(*x.shape[:2], size.sequence, -1, x.shape[3]).swapaxes(2, 3).reshape(x.shape) for x in pools[:2]
@@ -87,7 +87,8 @@ def held(cache: KVCache) -> dict[tuple[int, int], np.ndarray]:
     )
     found = {}
     for (layer, column), head in np.ndenumerate(order):
-        of_type = pools[:2] if cache.is_retrieval[layer, column] else pools[2:]
+        ring = 2 + 2 * cache.ring_of_layer[layer]
+        of_type = pools[:2] if cache.is_retrieval[layer, column] else pools[ring : ring + 2]
         device = column // (order.shape[1] // size.tensor)
         slot = device * (of_type[0].shape[0] // size.tensor) + int(cache.slot[layer, column])
         keys = np.stack([pool[slot] for pool in of_type])[:, :, :47]

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +307,7 @@ def _text_checksum(record: Mapping[str, Any]) -> str:
 def _identity(model: Model) -> dict[str, Any]:
     """What identifies a model: its weights, and every field of its configuration that its arithmetic depends on."""
     config = {name: value for name, value in model.config.to_json().items() if name != "eos_ids"}
+    config["rope"] = asdict(model.config.rope)  # Without its type, as ever: caches of earlier versions are compared.
     return json.loads(json.dumps(config | {"weights": model.fingerprint}))
 
 

@@ -1,5 +1,6 @@
 """A Hugging Face folder: `config.json`, one or more safetensors shards, tokenizer files."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+# Tensors of the text model in a model of text and images, in the two layouts that transformers wrote.
+TEXT = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|language_model\.|)(embed_tokens|layers|norm|lm_head)(\..*)"
 )
 MOST_NAME_BYTES = 255  # Of file systems.
 MOST_TOKENIZER_BYTES = 1 << 28  # Published ones have up to 35 MB.
@@ -95,12 +100,21 @@ class Folder(Source):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """From the shards' headers. Tensors that are not floating-point numbers are refused here."""
         for name, dtype in self.shards.dtypes.items():
-            if dtype not in FLOATS:
+            if dtype not in FLOATS and name in self._names.values():
                 raise NotImplementedError(
                     f"{self.shards.paths[name]}: {name} is stored as {dtype}, and weights in a folder must "
                     f"be one of {', '.join(FLOATS)}; quantized ones are read from GGUF files"
                 )
-        return self.shards.shapes
+        return {name: self.shards.shapes[stored] for name, stored in self._names.items()}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Names of the model's tensors -> those in the shards; of a model of text and images, those of its text."""
+        stored = self.shards.shapes
+        if "text_config" not in read_json(self.path / CONFIG):
+            return {name: name for name in stored}
+        parts = {name: match.groups() for name in stored if (match := TEXT.fullmatch(name))}
+        return {f"{'' if part == 'lm_head' else 'model.'}{part}{rest}": name for name, (part, rest) in parts.items()}
 
     @property
     def files(self) -> Sequence[Path]:
@@ -109,7 +123,7 @@ class Folder(Source):
 
     def read(self, name: str) -> np.ndarray:
         """Copy one tensor out of its shard."""
-        return self.shards.read(name)
+        return self.shards.read(self._names[name])
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """By transformers."""

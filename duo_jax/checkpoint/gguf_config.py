@@ -15,6 +15,8 @@ from duo_jax.config import FAMILIES, ModelConfig, from_standard
 from duo_jax.hf_config import standard
 from duo_jax.rope import DividedRope
 
+# Gemma 3 has another name in GGUF files, and keys of its own.
+READ = tuple(family for family in FAMILIES if family != "gemma3_text")
 # Keys that change no logit here.
 HARMLESS = {
     "pooling_type",  # for embedding models
@@ -62,8 +64,8 @@ def config_from_gguf(
         NotImplementedError: an architecture or a feature that is not supported, by name.
     """
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in FAMILIES:
-        raise NotImplementedError(f"architecture {_short(arch)} is not supported; supported are {', '.join(FAMILIES)}")
+    if not isinstance(arch, str) or arch not in READ:
+        raise NotImplementedError(f"architecture {_short(arch)} is not supported; supported are {', '.join(READ)}")
     keys = _Keys(metadata, arch)
     keys.require(*REQUIRED)
     if "model.embed_tokens.weight" not in shapes:

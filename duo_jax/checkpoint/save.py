@@ -4,7 +4,7 @@ A folder has safetensors shards, `duo_model.json` with the configuration, and th
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def save_model(
     """
     if model.mesh is not None:
         raise ValueError("a model on a mesh has its weights in parts, or in another order: save it from one device")
-    config = model.config.to_json() | {"rope": {"type": model.config.rope.type, **asdict(model.config.rope)}}
+    config = model.config.to_json()
     with whole_folder(path_of("folder", folder)) as part:
         if tokenizer is not None:
             try:
@@ -87,22 +87,21 @@ class SavedModel(Folder):
         """From `duo_model.json`."""
         try:
             values = read_json(self.path / CONFIG)
-            rope = values.pop("rope")
-            kind = SAVED_ROPES[rope.pop("type")]
-            _check_fields(rope, kind)
-            _check_fields(values | {"rope": rope}, ModelConfig)
+            _check_fields(values, ModelConfig)
             if values["family"] not in FAMILIES:
                 raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r:.60}")
-            # JSON has lists for tuples.
-            rope = {name: tuple(value) if isinstance(value, list) else value for name, value in rope.items()}
-            lists: dict[str, Any] = {
-                name: tuple(values[name]) for name in ("eos_ids", "layer_windows") if name in values
-            }
-            return ModelConfig(**values | {"rope": kind(**rope)} | lists)
+            ropes = {name: _saved_rope(values[name]) for name in ("rope", "window_rope") if name in values}
+            lists = {name: tuple(values[name]) for name in ("eos_ids", "layer_windows") if name in values}
+            changed: dict[str, Any] = values | ropes | lists
+            return ModelConfig(**changed)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r:.200}") from None
         except ValueError as error:
             raise ValueError(error if CONFIG in str(error) else f"{self.path / CONFIG}: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        """Copy one array out of its shard."""
+        return self.shards.read(name)
 
     def load(self, *, mesh: Mesh | None, pattern: HeadPattern | None, fsdp: bool, progress: bool | None) -> Model:
         """Every parameter as it was saved; on a mesh, placed for a pattern or for full attention, or in slices.
@@ -152,6 +151,14 @@ def _packed_kind(x: Any) -> tuple[tuple[int, ...], str] | None:
     if x is None:
         return None
     return ((*x.shape[:-1], x.shape[-1] // 2), "U8") if x.dtype == jnp.int4 else (x.shape, STORED[x.dtype.name])
+
+
+def _saved_rope(values: dict[str, Any]) -> Rope:
+    """The settings of RoPE, with the tuples that JSON has as lists."""
+    kind = SAVED_ROPES[values.pop("type")]
+    _check_fields(values, kind)
+    settings: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    return kind(**settings)
 
 
 def _check_fields(values: dict[str, Any], kind: type[ModelConfig | Rope]) -> None:

@@ -1,6 +1,7 @@
 """The weight table: which checkpoint tensors make each parameter of the decoder. Names are Hugging Face's.
 
-Every supported family uses the same names. Parts that a configuration lacks (biases, q/k-norm, a head) have no row.
+Every supported family uses the same names, but for norms. Parts that a configuration lacks (biases, q/k-norm, a head)
+have no row.
 """
 
 from collections.abc import Mapping
@@ -45,6 +46,12 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
         (("attention_norm",), "input_layernorm", dim),
         (("mlp_norm",), "post_attention_layernorm", dim),
     ]
+    if config.post_norms:
+        norms[1:] = [
+            (("attention_post_norm",), "post_attention_layernorm", dim),
+            (("mlp_norm",), "pre_feedforward_layernorm", dim),
+            (("mlp_post_norm",), "post_feedforward_layernorm", dim),
+        ]
     if config.qk_norm:
         norms += [(("attention", f"{x}_norm"), f"self_attn.{x}_norm", head) for x in "qk"]
     for index in range(config.num_layers):

@@ -38,6 +38,7 @@ from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.save import save_model
 from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.inspect import Inspect
+from duo_jax.config import FAMILIES
 from duo_jax.finite import json_text
 from duo_jax.reading import read_json, read_json_lines, read_text, read_text_pieces
 from duo_jax.text.ends import eos_ids_of
@@ -450,6 +451,8 @@ CONFIG_NAMES = (
     *("rope_theta", "rope_scaling", "rope_parameters", "rope_type", "type", "factor", "low_freq_factor", "beta_fast"),
     *("high_freq_factor", "original_max_position_embeddings", "attention_factor", "truncate", "mscale", "layer_types"),
     *("partial_rotary_factor", "sliding_window", "max_window_layers", "use_sliding_window", "attention_bias"),
+    *("text_config", "hidden_act", "hidden_activation", "query_pre_attn_scalar", "sliding_window_pattern"),
+    *("rope_local_base_freq", "attn_logit_softcapping"),
     *("mlp_bias", "head_dim", "quantization_config", "num_experts", "per_layer_config", "torch_dtype", "dtype"),
 )
 ROPE_NUMBERS = st.sampled_from([None, 0, 1, 2, 0.5, 4.0, 64, 512, 1e4, 5e5, True, "4", -1, 1e300])
@@ -479,7 +482,8 @@ rope_settings = st.fixed_dictionaries(
 
 def _config_example(data: st.DataObject, folder: Path) -> None:
     config = json.loads((GOLDEN / "llama" / "config.json").read_text(encoding="utf-8"))
-    config |= {"model_type": data.draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])), "sliding_window": None}
+    config |= {"model_type": data.draw(st.sampled_from([*FAMILIES, "gemma3"]))}
+    config["sliding_window"] = data.draw(st.sampled_from([None, 64]))
     if data.draw(st.booleans()):
         config.pop("rope_parameters", None)
         config |= data.draw(rope_settings)
