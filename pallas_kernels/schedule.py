@@ -40,47 +40,101 @@ class Steps(NamedTuple):
     end: Array
 
     @property
-    def unmasked(self) -> Array:
-        """Tiles of pool and chunk that need no mask."""
-        return self.whole + (self.diagonal - self.inner)
-
-    @property
     def edges(self) -> Array:
         """Tiles of the chunk that need a mask."""
         return self.sinks + (self.inner - self.left) + (self.end - self.diagonal)
 
     @property
+    def masked(self) -> Array:
+        """Tiles that need a mask."""
+        return self.edges + self.tail + self.ring
+
+    @property
     def total(self) -> Array:
         """All tiles."""
-        return self.unmasked + self.tail + self.ring + self.edges
+        return self.masked + (self.diagonal - self.inner) + self.whole
 
     def edge(self, i: Array) -> Array:
-        """The i-th tile of the chunk that needs a mask."""
-        tile = jnp.where(i < self.sinks, i, self.left + i - self.sinks)
-        return jnp.where(tile < self.inner, tile, self.diagonal + tile - self.inner)
+        """The i-th tile of the chunk that needs a mask: the causal diagonal, sinks, the left edge of the window."""
+        sinks = i - (self.end - self.diagonal)
+        left = sinks - self.sinks
+        return jnp.where(sinks < 0, self.diagonal + i, jnp.where(left < 0, sinks, self.left + left))
 
     def source(self, step: Array) -> tuple[Array, Array, Array]:
         """Whether a step's tile is in the full pool, whether in the ring (else in the chunk), and its number.
 
-        The order is: whole tiles of the pool, unmasked tiles of the chunk, tail, ring, edges.
+        The order is: edges, tail, ring, which need a mask; unmasked tiles of the chunk, whole tiles of the pool.
         """
-        own = step - self.whole
-        tail = own - (self.diagonal - self.inner)
+        tail = step - self.edges
         ring = tail - self.tail
-        edge = ring - self.ring
-        is_full = (own < 0) | ((tail >= 0) & (ring < 0))
-        is_ring = (ring >= 0) & (edge < 0)
-        tile = jnp.where(own < 0, step, self.inner + own)
-        tile = jnp.where(tail < 0, tile, self.whole)
+        own = ring - self.ring
+        whole = own - (self.diagonal - self.inner)
+        is_full = ((tail >= 0) & (ring < 0)) | (whole >= 0)
+        is_ring = (ring >= 0) & (own < 0)
+        tile = jnp.where(tail < 0, self.edge(step), self.whole)
         tile = jnp.where(ring < 0, tile, ring)
-        return is_full, is_ring, jnp.where(edge < 0, tile, self.edge(edge))
+        tile = jnp.where(own < 0, tile, self.inner + own)
+        return is_full, is_ring, jnp.where(whole < 0, tile, whole)
+
+    def seen(self, step: Array, start: Array, is_retrieval: Array, sizes: "Sizes") -> "Seen":
+        """Which keys of a step's tile the queries of the chunk see; the arguments are those of `steps_of`."""
+        is_full, is_ring, tile = self.source(step)
+        (sink, recent), far, zero = (sizes.window.sink, sizes.window.recent), jnp.int32(FAR), jnp.int32(0)
+        first = tile * sizes.block_k
+        wraps = div(jnp.maximum(start - sink, zero), max(recent, 1))
+        # The next index of a ring that is overwritten: indices below it have newer tokens than those from it on.
+        cut = jnp.maximum(start, jnp.int32(sink)) - wraps * recent
+
+        def pick(full: Array, ring: Array, own: Array) -> Array:
+            return jnp.where(is_full, full, jnp.where(is_ring, ring, own))
+
+        return Seen(
+            ago=pick(start, cut, zero) - first,
+            cut=pick(far, cut, far) - first,
+            reach=jnp.int32(recent),
+            leading=pick(start, jnp.minimum(start, jnp.int32(sink)), sink - start) - first,
+            size=pick(zero, jnp.where(wraps > 0, jnp.int32(sizes.window.size), start), far) - first,
+            limit=jnp.where(is_retrieval, far, jnp.int32(recent)),
+            last=pick(far, far, zero) - first,
+        )
+
+
+# Beyond every index and distance.
+FAR = 1 << 30
+
+
+class Seen(NamedTuple):
+    """Which keys of a tile are seen, by one rule for all kinds of tiles: their distance from a query is below `limit`.
+
+    That of the `leading` keys (sinks, or all tokens of a retrieval slot) counts as small, that of keys from `size` on,
+    which are no tokens, as large. In a ring, the keys from `cut` on are older than those before it. In the chunk, a
+    key is not seen by queries before it.
+    """
+
+    ago: Array
+    cut: Array
+    reach: Array
+    leading: Array
+    size: Array
+    limit: Array
+    last: Array
+
+    def of_keys(self, i: Array) -> Array:
+        """Keys with indices `i` in the tile: tokens from each to the chunk's first query."""
+        zero, far = jnp.zeros_like(i), jnp.full_like(i, FAR)
+        distance = self.ago - i + jnp.where(i < self.cut, zero, zero + self.reach)
+        return jnp.where(i < self.leading, -far, jnp.where(i < self.size, distance, far))
+
+    def of_queries(self, q: Array) -> tuple[Array, Array]:
+        """Queries with indices `q` in the chunk: of keys they see, the least distance beyond and the last index."""
+        return self.limit - q, self.last + q
 
 
 class Sizes(NamedTuple):
     """The static sizes of a schedule."""
 
     length: int  # tokens of the chunk
-    block_q: int  # queries of a tile
+    block_q: int  # tokens that have queries in a tile
     block_k: int  # keys of a tile
     window: Window  # of streaming heads
 
@@ -127,23 +181,6 @@ def steps_of(
     inner = jnp.clip(streaming(cdiv(jnp.maximum(first + block_q - window.recent, zero), block_k)), left, end)
     diagonal = jnp.clip(div(first + 1, block_k), inner, end)
     return Steps(whole, tail, ring, sinks, left, inner, diagonal, end)
-
-
-def query_tile(
-    number: Array, order: Any, num_retrieval: Array, num_heads: int, group: int, tiles: int
-) -> tuple[Array, Array, Array]:
-    """Query head of a program of prefill, whether it retrieves, and its tile of queries: heavy tiles first.
-
-    Programs start in the order of their numbers. Late tiles of retrieval heads come first; the programs of streaming
-    heads are short and fill the gaps at the end. `order` has the KV heads, retrieval heads first.
-    """
-    heavy = num_retrieval * group
-    is_retrieval = number < heavy * tiles
-    rank = jnp.where(is_retrieval, number, number - heavy * tiles)
-    heads = jnp.where(is_retrieval, heavy, num_heads - heavy)
-    place = rem(rank, heads) + jnp.where(is_retrieval, jnp.int32(0), heavy)
-    head = order[div(place, group)] * group + rem(place, group)
-    return head, is_retrieval, tiles - 1 - div(rank, heads)
 
 
 class Splits(NamedTuple):
@@ -228,6 +265,6 @@ def rem(a: Array, b: Array | int) -> Array:
 
 def _like(a: Array, b: Array | int) -> Any:
     if not isinstance(b, int):
-        return b
+        return b if b.ndim == a.ndim else jnp.broadcast_to(b, a.shape)
     # Mosaic cannot lower an operation that makes a number out of a number.
     return a.dtype.type(b) if a.ndim == 0 else lax.full_like(a, b)

@@ -90,7 +90,14 @@ class PipelineTiles(Tiles):
     block_k: int
     """Keys of a tile."""
     num_stages: int
-    """Tiles of keys and values that shared memory holds."""
+    """Tiles of keys and values that shared memory holds, at least two."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see `Tiles`."""
+        super().__post_init__()
+        # The values of one tile are still multiplied when the keys of the next one are.
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages must be at least 2, got {self.num_stages}")
 
 
 KINDS: dict[str, type[Any]] = {

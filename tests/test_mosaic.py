@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention, works
 from pallas_kernels.mosaic import pipeline
 from pallas_kernels.ops import find_backend
 from pallas_kernels.tiles import DecodeTiles, trying
@@ -59,10 +59,16 @@ def poisoned(pools, lengths, value=jnp.nan):
         {"tokens": 150, "starts": (0,), "is_retrieval": (False,), "lengths": (140,)},
         # A ring that is partly filled.
         {"tokens": 128, "starts": (37,)},
+        # Queries of a group in one tile, keys of it in three parts; a row with fewer parts.
+        {"tokens": 20, "starts": (248, 70), "cores": 8},
     ],
-    ids=["after_a_cache", "first_chunk", "after_few_tokens"],
+    ids=["after_a_cache", "first_chunk", "after_few_tokens", "short_chunk"],
 )
-def test_prefill_equals_the_reference(case):
+def test_prefill_equals_the_reference(case, monkeypatch):
+    """Programs have several works each, if `cores` does not say otherwise."""
+    cores = case.pop("cores", 2)
+    monkeypatch.setattr(works, "multiprocessors", lambda: cores)
+    monkeypatch.setattr(works, "LEAST_KEYS", 64)
     lengths = case.pop("lengths", (case["tokens"],) * len(case["starts"]))
     q, k, v, pools, heads = problem(**case)
     arrays = q, k, v, poisoned(pools, case["starts"]), heads

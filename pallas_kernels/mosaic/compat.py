@@ -3,6 +3,7 @@
 The only file with a private import.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -21,6 +22,7 @@ Ref = Any
 # Registers of a warpgroup for the result of a product, and for sums or maxima of its rows.
 TILE_LAYOUT = plgpu.Layout.WGMMA
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # Rows that are cleared at a time; every tile of keys or values has a multiple.
 CLEARED = 32
 
@@ -42,19 +44,75 @@ class Warpgroup:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE_LAYOUT)
 
-    def product_t(self, a: Ref, b: Ref) -> Array:
-        """`a @ b.T` of two matrices in shared memory, float32."""
+    def columns(self, count: int) -> Array:
+        """Indices of a tile's columns, int32, to be broadcast along its rows."""
+        return self._indices(count, COLUMN_LAYOUT)
+
+    def rows(self, count: int) -> Array:
+        """Indices of a tile's rows, int32, to be broadcast along its columns."""
+        return self._indices(count, ROW_LAYOUT)
+
+    def _indices(self, count: int, layout: Any) -> Array:
+        if self.interpreted:
+            return lax.iota(jnp.int32, count)
+        return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
+
+    def product_t(self, a: Ref, b: Ref, issued: Callable[[], None] | None = None) -> Array:
+        """`a @ b.T` of two matrices in shared memory, float32; `issued()` is called while it is computed."""
         if self.interpreted:  # The interpreter has no transposed matrices.
-            tiles = a[...], b[...]
-            plgpu.commit_smem()  # As if wgmma had read them: before the next copy into their memory.
-            return lax.dot_general(*tiles, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        transposed = b.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(b, (1, 0))
+            return self._interpreted_product_t(a, b, issued)
 
         def multiply(accumulator: Ref) -> Array:
-            plgpu.wgmma(accumulator, a, transposed)
+            plgpu.wgmma(accumulator, a, _transposed(b))
+            if issued is not None:
+                issued()
             return accumulator[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+    def overlapped(
+        self,
+        products: tuple[Ref, Ref, Array, Array, Ref],
+        meanwhile: Callable[[Array], tuple[Array, ...]],
+        like: tuple[Array, ...],
+        issued: Callable[[], None],
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """`c + d @ e` for `products` a, b, c, d, e, and `meanwhile(a @ b.T)`, which does not wait for the former.
+
+        Args:
+            products: a, b and e are in shared memory; sums are float32.
+            meanwhile: returns arrays with the shapes of `like`.
+            like: arrays with those shapes; their contents are not used.
+            issued: is called when both products have begun.
+        """
+        a, b, c, d, e = products
+        if self.interpreted:
+            scores = self._interpreted_product_t(a, b, issued)
+            return self.add_product(c, d, e), meanwhile(scores)
+
+        def multiply(refs: tuple[Ref, tuple[Ref, ...]]) -> None:
+            sums, results = refs
+
+            def with_scores(scores: Ref) -> None:
+                plgpu.wgmma(scores, a, _transposed(b))
+                plgpu.wgmma(sums, d, e)
+                issued()
+                # Only the first of the two products has to be complete.
+                for result, value in zip(
+                    results, meanwhile(plgpu.wgmma_accumulator_load(scores, wait_n=1)), strict=True
+                ):
+                    result[...] = value
+
+            pl.run_scoped(with_scores, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+        return pl.run_state(multiply)((plgpu.ACC.init(c), like))
+
+    def _interpreted_product_t(self, a: Ref, b: Ref, issued: Callable[[], None] | None) -> Array:
+        tiles = a[...], b[...]
+        plgpu.commit_smem()  # As if wgmma had read them: before the next copy into their memory.
+        if issued is not None:
+            issued()
+        return lax.dot_general(*tiles, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     def add_product(self, c: Array, a: Array, b: Ref) -> Array:
         """`c + a @ b`, float32; `b` is in shared memory."""
@@ -99,6 +157,10 @@ class Warpgroup:
         """Give a warpgroup more or fewer registers than an even share."""
         if not self.interpreted:
             plgpu.set_max_registers(count, action=action)
+
+
+def _transposed(matrix: Ref) -> Ref:
+    return matrix.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(matrix, (1, 0))
 
 
 def interpreter() -> Any:

@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
-from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, empty_state, stored_tiles, tile_memory, write
-from pallas_kernels.schedule import Splits, cdiv, div, row_of
+from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, Span, stored_tiles, tile_memory, write
+from pallas_kernels.schedule import Splits, cdiv, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.triton.combine import combine
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
@@ -93,7 +93,7 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
     arrays, (out_ref, log_ref, *own) = Arrays(*refs[:inputs]), refs[inputs:]
     q_smem, out_smem, log_smem, q_full, *stages = own
     pipeline, registers = Pipeline(*stages), Warpgroup(interpreted)
-    block_k, head_dim = splits.block_k, arrays.q.shape[3]
+    block_k = splits.block_k
     program, kv_head = (lax.axis_index(name) for name in ("program", "kv_head"))
     warpgroup = lax.axis_index("warpgroup")
     slot, kind, batch = arrays.slot[kv_head], arrays.is_retrieval[kv_head], arrays.q.shape[0]
@@ -114,9 +114,16 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
         count = cdiv(jnp.maximum(ends(batch - 1) - program, 0), splits.programs)
         lax.fori_loop(jnp.int32(0), count, one_part, None)
 
+    def steps_of(num_keys: Array) -> tuple[Span, Callable[[Array], Array]]:
+        """The steps of a part, and their tiles: the last one, which may be partly filled, comes first."""
+        zero, count = jnp.int32(0), cdiv(num_keys, block_k)
+        return Span(zero, zero, jnp.int32(1), count), lambda step: count - 1 - step
+
     def fetch(row: Array, _: Array, begin: Array, num_keys: Array) -> None:
+        span, tile_of = steps_of(num_keys)
+
         def load(step: Array, copy: Copy) -> None:
-            keys = pl.ds(begin + step * block_k, block_k)
+            keys = pl.ds(begin + tile_of(step) * block_k, block_k)
 
             @pl.when(is_retrieval)
             def from_full() -> None:
@@ -127,22 +134,22 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
                 # A ring fills from its first index and then stays full: every index below its size is visible.
                 copy(arrays.ring_k.at[slot, row, keys], arrays.ring_v.at[slot, row, keys])
 
-        pipeline.fetch(cdiv(num_keys, block_k), load)
+        pipeline.fetch(span, load)
+        pipeline.drain(span.end)
 
     def compute(row: Array, part: Array, _: Array, num_keys: Array) -> None:
         own_q: Ref = arrays.q.at[row, kv_head]
         plgpu.copy_gmem_to_smem(own_q, q_smem, q_full)
         plgpu.barrier_wait(q_full)
+        span, tile_of = steps_of(num_keys)
 
         def tokens(step: Array) -> Array:
-            return num_keys - step * block_k
+            return num_keys - tile_of(step) * block_k
 
         def keep(step: Array) -> Array:
             return registers.iota((ROWS, block_k), 1) < tokens(step)
 
-        whole = div(num_keys, block_k)
-        state = pipeline.use(registers, q_smem, jnp.int32(0), whole, empty_state(registers, head_dim))
-        state = pipeline.use(registers, q_smem, whole, cdiv(num_keys, block_k), state, Mask(keep, tokens))
+        state = pipeline.attend(registers, q_smem, span, Mask(keep, tokens))
         # Not tiled: only the rows of the group are copied, and a tile has eight.
         write(registers, state, out_smem, log_smem, is_tiled=False)
         rows = pl.ds(0, out_ref.shape[3])

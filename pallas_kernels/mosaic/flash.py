@@ -1,11 +1,13 @@
 """Flash attention over a chunk and the cache before it on Hopper: retrieval and streaming heads in one launch.
 
-A program computes one tile of queries of one head with three warpgroups: a producer fetches tiles of keys and values by
-TMA, two consumers multiply half of the queries each. All of them look up the head's type, which decides the keys.
+There are as many programs as multiprocessors. Each computes tiles of queries, one after the other, which a plan lists,
+with three warpgroups: a producer fetches tiles of keys and values by TMA, and is ahead of the two consumers, which
+multiply half of the queries each.
 """
 
+from collections.abc import Callable
 from functools import partial, update_wrapper
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
-from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, empty_state, stored_tiles, tile_memory, write
-from pallas_kernels.schedule import Sizes, div, query_tile, steps_of
+from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, Span, Turns, stored_tiles, tile_memory, write
+from pallas_kernels.schedule import Sizes, Steps, div
 from pallas_kernels.tiles import PipelineTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
+from pallas_kernels.works import Planned, Queries
 
 CONSUMERS = 2  # warpgroups that multiply
 BLOCK_Q = CONSUMERS * ROWS  # queries of a program
@@ -37,11 +40,15 @@ class Arrays(NamedTuple):
     full_v: Float[Array, "Pr B S H"]
     ring_k: Float[Array, "Ps B R H"]
     ring_v: Float[Array, "Ps B R H"]
-    order: Int32[Array, "K"]  # KV heads, retrieval heads first
-    slot: Int32[Array, "K"]
-    num_retrieval: Int32[Array, "1"]
-    start: Int32[Array, "B"]
-    lengths: Int32[Array, "B"]
+    plan: Int32[Array, "W F"]  # of each work, the fields of `Planned`
+
+
+class Program(NamedTuple):
+    """The static description of a program."""
+
+    queries: Queries
+    sizes: Sizes
+    count: int  # of programs
 
 
 def prefill(
@@ -58,63 +65,116 @@ def prefill(
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`."""
     del shards  # Refused.
-    tokens = q.shape[1]
-    # Whole tiles: TMA writes no part of one. The usual chunks are whole tiles, and are not copied here.
-    pad = ((0, 0), (0, -tokens % BLOCK_Q), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, pad) if tokens % BLOCK_Q else x for x in (q, k, v))
-    batch, length, num_heads, head_dim = q.shape
-    tiles: PipelineTiles = tiles_for("mosaic_flash", head_dim, q.dtype.itemsize)
+    tiles: PipelineTiles = tiles_for("mosaic_flash", q.shape[3], q.dtype.itemsize)
     stored, block_k = stored_tiles(pools, tiles.block_k)
-    order, count = heads.by_type()
-    arrays = Arrays(q, k, v, *stored, order, heads.slot, count[None], start, lengths)
+    queries = Queries.of(q, k.shape[2], BLOCK_Q, pools.full_k.shape[2] if pools.full_k.shape[0] else 0)
+    # Whole tiles: TMA writes no part of one. The usual chunks are whole tiles, and are not copied here.
+    q, k, v = _whole_tiles(queries.pack(q)), _whole_tiles(k), _whole_tiles(v)
+    batch, length, num_heads, head_dim = q.shape
+    sizes = Sizes(k.shape[1], queries.tile_tokens, block_k, window)
+    parts = queries.parts(heads)
+    plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths)
+    arrays = Arrays(q, k, v, *stored, jnp.stack(plan, axis=1))
     interpret = interpreter()
-    kernel = partial(flash_kernel, window=window, block_k=block_k, interpreted=bool(interpret))
+    program = Program(queries, sizes, queries.programs)
+    kernel = partial(flash_kernel, program=program, interpreted=bool(interpret))
     out, log_sum = plgpu.kernel(
         update_wrapper(kernel, flash_kernel),
         out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
+            jax.ShapeDtypeStruct((queries.most_parts, *q.shape), q.dtype),
+            jax.ShapeDtypeStruct((queries.most_parts, batch, num_heads, length), jnp.float32),
         ),
         scratch_types=[
             tile_memory((CONSUMERS, ROWS, head_dim), q.dtype),
             plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=CONSUMERS),
+            plgpu.Barrier(num_barriers=CONSUMERS),
             *Pipeline.scratch(tiles.num_stages, block_k, head_dim, q.dtype, consumers=CONSUMERS),
         ],
-        grid=(num_heads * (length // BLOCK_Q), batch),
-        grid_names=("tile", "row"),
+        grid=(program.count,),
+        grid_names=("program",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays)
-    return Partial(out[:, :tokens], log_sum.swapaxes(1, 2)[:, :tokens])
+    return queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, start, parts)
 
 
-def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False) -> None:
-    """One tile of queries of one head."""
+def _whole_tiles(x: Array) -> Array:
+    pad = -x.shape[1] % BLOCK_Q
+    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x
+
+
+def flash_kernel(*refs, program: Program, interpreted: bool = False) -> None:
+    """Some tiles of queries, one after the other: of `out_ref [parts, B, T, N, H]`, `log_ref [parts, B, N, T]`."""
     inputs = len(Arrays._fields)
-    arrays, (out_ref, log_ref, qo_smem, log_smem, q_full, *stages) = Arrays(*refs[:inputs]), refs[inputs:]
+    arrays, (out_ref, log_ref, qo_smem, log_smem, q_full, turn, *stages) = Arrays(*refs[:inputs]), refs[inputs:]
     pipeline, registers = Pipeline(*stages), Warpgroup(interpreted)
-    _, length, num_heads, head_dim = arrays.q.shape
-    group = num_heads // arrays.k.shape[2]
-    row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
-    program, num_retrieval = lax.axis_index("tile"), arrays.num_retrieval[0]
-    head, is_retrieval, number = query_tile(program, arrays.order, num_retrieval, num_heads, group, length // BLOCK_Q)
-    kv_head, first = div(head, group), number * BLOCK_Q
-    slot, start = arrays.slot[kv_head], arrays.start[row]
-    steps = steps_of(first, start, is_retrieval, Sizes(length, BLOCK_Q, block_k, window))
-    # A tile of padding visits no key, and is written as zeros.
-    is_live = first < arrays.lengths[row]
-    unmasked, count = (jnp.where(is_live, x, jnp.int32(0)) for x in (steps.unmasked, steps.total))
+    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == CONSUMERS)
     def fetch() -> None:
         registers.limit(PRODUCER_REGISTERS, "decrease")
+        pipeline.drain(_each_work(arrays, program, lambda tile: tile.fetch(pipeline)))
+
+    @pl.when(warpgroup < CONSUMERS)
+    def compute() -> None:
+        registers.limit(CONSUMER_REGISTERS, "increase")
+        turns = Turns(turn, warpgroup)
+        pl.when(warpgroup == 1)(turns.pass_on)
+        own = Consumer(warpgroup, registers, qo_smem.at[warpgroup], log_smem.at[warpgroup], q_full.at[warpgroup], turns)
+        _each_work(arrays, program, lambda tile: tile.attend(pipeline, own, out_ref, log_ref))
+        plgpu.wait_smem_to_gmem(0)
+        pl.when(warpgroup == 0)(turns.wait)
+
+
+def _each_work(arrays: Arrays, program: Program, run: Callable[["Tile"], None]) -> Array:
+    """Run the works of this program; returns the number of their steps."""
+
+    def one(turn: Any, before: Array) -> Array:
+        tile = Tile(arrays, program, turn * program.count + lax.axis_index("program"))
+        begin, masked, end = tile.read("span_begin", "span_masked", "span_end")
+        pl.when(begin < end)(lambda: run(tile._replace(span=Span(before, begin, masked, end))))
+        return before + (end - begin)
+
+    return lax.fori_loop(0, arrays.plan.shape[0] // program.count, one, jnp.int32(0))
+
+
+class Consumer(NamedTuple):
+    """A warpgroup that multiplies, and its memory."""
+
+    number: Array
+    registers: Warpgroup
+    qo: Ref  # [ROWS, H], queries, then the output
+    log: Ref  # [ROWS]
+    q_full: Ref
+    turns: Turns
+
+
+class Tile(NamedTuple):
+    """A tile of queries with a part of its keys."""
+
+    arrays: Arrays
+    program: Program
+    work: Array
+    span: Span | None = None
+
+    def read(self, *names: str) -> tuple[Array, ...]:
+        """Fields of the plan. They are read where they are needed: there are few registers to keep them in."""
+        return tuple(self.arrays.plan[self.work, Planned._fields.index(name)] for name in names)
+
+    def steps(self) -> Steps:
+        """The tiles of keys."""
+        return Steps(*self.read(*Steps._fields))
+
+    def fetch(self, pipeline: Pipeline) -> None:
+        """Copy the tiles of keys."""
+        arrays, (slot, row, kv_head), steps = self.arrays, self.read("slot", "row", "kv_head"), self.steps()
 
         def load(step: Array, copy: Copy) -> None:
             is_full, is_ring, number = steps.source(step)
-            keys = pl.ds(number * block_k, block_k)
+            keys = pl.ds(number * self.program.sizes.block_k, self.program.sizes.block_k)
 
             @pl.when(is_full)
             def from_full() -> None:
@@ -128,38 +188,40 @@ def flash_kernel(*refs, window: Window, block_k: int, interpreted: bool = False)
             def own() -> None:
                 copy(arrays.k.at[row, keys, kv_head], arrays.v.at[row, keys, kv_head])
 
-        pipeline.fetch(count, load)
+        pipeline.fetch(self.span, load)
 
-    @pl.when(warpgroup < CONSUMERS)
-    def compute() -> None:
-        registers.limit(CONSUMER_REGISTERS, "increase")
-        own_first = first + warpgroup * ROWS
-        rows = pl.ds(own_first, ROWS)
-        qo: Ref = qo_smem.at[warpgroup]
-        own_q: Ref = arrays.q.at[row, rows, head]
-        plgpu.copy_gmem_to_smem(own_q, qo, q_full.at[warpgroup])
-        plgpu.barrier_wait(q_full.at[warpgroup])
+    def attend(self, pipeline: Pipeline, consumer: Consumer, out_ref: Ref, log_ref: Ref) -> None:
+        """Compute and write the rows of one consumer."""
+        _, registers, qo, log, q_full, turns = consumer
+        sizes, packed = self.program.sizes, self.program.queries.packed
+
+        def place() -> tuple[Array, Array, Array, Array]:
+            part, row, head, tile = self.read("part", "row", "head", "tile")
+            return part, row, head, tile * BLOCK_Q + consumer.number * ROWS
+
+        _, row, head, first = place()
+        own_q: Ref = self.arrays.q.at[row, pl.ds(first, ROWS), head]
+        plgpu.wait_smem_to_gmem(0)  # The output before.
+        plgpu.copy_gmem_to_smem(own_q, qo, q_full)
+        plgpu.barrier_wait(q_full)
 
         def keep(step: Array) -> Array:
             """Which keys of a step's tile each query sees."""
-            is_full, is_ring, number = steps.source(step)
-            q_pos = registers.iota((ROWS, block_k), 0) + (start + own_first)
-            index = registers.iota((ROWS, block_k), 1) + number * block_k
-            in_order = index + jnp.where(is_full, jnp.int32(0), start)
-            k_pos = jnp.where(is_ring, window.position_at(index, start), in_order)
-            end = jnp.where(is_full, start, jnp.where(is_ring, jnp.int32(window.size), jnp.int32(length)))
-            seen = (k_pos >= 0) & (index < end) & (k_pos <= q_pos)
-            return seen & (is_retrieval | (k_pos < window.sink) | (k_pos > q_pos - window.recent))
+            start, is_retrieval = self.read("start", "is_retrieval")
+            seen = self.steps().seen(step, start, is_retrieval == 1, sizes)
+            keys, shape = registers.columns(sizes.block_k), (ROWS, sizes.block_k)
+            limit, last = seen.of_queries(div(registers.rows(ROWS) + place()[3], packed))
+            distance, keys = (lax.broadcast_in_dim(x, shape, (1,)) for x in (seen.of_keys(keys), keys))
+            limit, last = (lax.broadcast_in_dim(x, shape, (0,)) for x in (limit, last))
+            return (distance < limit) & (keys <= last)
 
         def tokens(step: Array) -> Array:
             """Rows of a step's tile that are tokens: pools fill from their first index, a chunk's padding is finite."""
-            is_full, is_ring, number = steps.source(step)
-            return jnp.where(is_full | is_ring, start - number * block_k, jnp.int32(block_k))
+            (start,), (is_full, is_ring, number) = self.read("start"), self.steps().source(step)
+            return jnp.where(is_full | is_ring, start - number * sizes.block_k, jnp.int32(sizes.block_k))
 
-        log: Ref = log_smem.at[warpgroup]
-        state = pipeline.use(registers, qo, jnp.int32(0), unmasked, empty_state(registers, head_dim))
-        mask = Mask(keep, tokens, warpgroup == 0)
-        write(registers, pipeline.use(registers, qo, unmasked, count, state, mask), qo, log, is_tiled=True)
-        plgpu.copy_smem_to_gmem(qo, out_ref.at[row, rows, head])
-        plgpu.copy_smem_to_gmem(log, log_ref.at[row, head, rows])
-        plgpu.wait_smem_to_gmem(0)
+        state = pipeline.attend(registers, qo, self.span, Mask(keep, tokens, consumer.number == 0), turns)
+        write(registers, state, qo, log, is_tiled=True)
+        part, row, head, first = place()
+        plgpu.copy_smem_to_gmem(qo, out_ref.at[part, row, pl.ds(first, ROWS), head])
+        plgpu.copy_smem_to_gmem(log, log_ref.at[part, row, head, pl.ds(first, ROWS)])

@@ -7,7 +7,9 @@ Memory without a token may hold NaN. Scores of such keys are masked; a value is 
 first consumer overwrites it, and `v_clean` completes when all consumers have waited for that.
 """
 
+import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,13 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, add, finish
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, across, finish, weigh
 from pallas_kernels.mosaic.compat import ROW_LAYOUT, TILE_LAYOUT, Ref, Warpgroup
 from pallas_kernels.schedule import rem
 from pallas_kernels.types import Pools
 
 # Queries of a warpgroup: the rows of one wgmma.
 ROWS = 64
+# Columns that neighboring threads hold side by side: a sum over every eighth one stays within a thread.
+PARTS = 8
 
 # Called with the keys and values of one tile in global memory, it begins their copy into the step's stage.
 Copy = Callable[[Ref, Ref], None]
@@ -47,69 +51,102 @@ class Pipeline(NamedTuple):
         empty = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         return [tile, tile, full, full, empty, empty, plgpu.Barrier(num_arrivals=consumers)]
 
-    def fetch(self, count: Array, load: Callable[[Array, Copy], None]) -> None:
-        """Copy the tiles of steps 0 to `count - 1`, each once its stage is empty; `load(step, copy)` calls `copy`."""
-        stages = self.k.shape[0]
+    def fetch(self, span: "Span", load: Callable[[Array, Copy], None]) -> None:
+        """Copy the tiles of a span's steps, each once its stage is empty; `load(step, copy)` calls `copy`."""
 
-        def acquire(step: Array) -> Array:
+        def acquire(step: Array, empty: Ref) -> Array:
             """The stage of a step, once the tile that was in it has been used."""
-            stage = rem(step, stages)
-
-            @pl.when(step >= stages)
-            def wait() -> None:
-                plgpu.barrier_wait(self.k_empty.at[stage])
-                plgpu.barrier_wait(self.v_empty.at[stage])
-
+            stage = span.stage(step, self.k.shape[0])
+            pl.when(span.number(step) >= self.k.shape[0])(lambda: plgpu.barrier_wait(empty.at[stage]))
             return stage
 
         def begin(step: Array, _: None) -> None:
-            stage = acquire(step)
-
             def copy(k_ref: Ref, v_ref: Ref) -> None:
+                # Keys are needed, and their memory becomes empty, before values.
+                stage = acquire(step, self.k_empty)
                 plgpu.copy_gmem_to_smem(k_ref, self.k.at[stage], self.k_full.at[stage])
+                acquire(step, self.v_empty)
                 plgpu.copy_gmem_to_smem(v_ref, self.v.at[stage], self.v_full.at[stage])
 
             load(step, copy)
 
-        lax.fori_loop(jnp.int32(0), count, begin, None)
-        # Wait for the last tiles too: no barrier is left with an arrival.
-        last = jnp.maximum(count, jnp.int32(stages))
-        lax.fori_loop(last, count + stages, lambda step, _: (acquire(step), None)[1], None)
+        lax.fori_loop(span.begin, span.end, begin, None)
 
-    def use(
-        self,
-        warpgroup: Warpgroup,
-        q: Ref,
-        begin: Array,
-        end: Array,
-        state: Softmax,
-        mask: "Mask | None" = None,
+    def drain(self, count: Array) -> None:
+        """Wait until the last of `count` tiles have been used: no barrier is left with an arrival."""
+
+        def wait(number: Array, _: None) -> None:
+            stage = rem(number, self.k.shape[0])
+            plgpu.barrier_wait(self.k_empty.at[stage])
+            plgpu.barrier_wait(self.v_empty.at[stage])
+
+        lax.fori_loop(jnp.maximum(count - self.k.shape[0], jnp.int32(0)), count, wait, None)
+
+    def attend(
+        self, warpgroup: Warpgroup, q: Ref, steps: "Span", mask: "Mask", turns: "Turns | None" = None
     ) -> Softmax:
-        """Add the tiles of steps `begin` to `end - 1`; with a mask, where not every key is seen."""
+        """The softmax over the keys of some steps, at least one.
 
-        def add_step(step: Array, state: Softmax) -> Softmax:
-            stage = rem(step, self.k.shape[0])
-            if mask is not None:  # Not between the products, where registers are scarce.
+        In the loop, the values of one tile are multiplied while the weights of the next one are computed. Of two
+        consumers, one multiplies while the other computes weights: they take turns at the tensor cores.
+        """
+        scale = q.shape[1] ** -0.5 * LOG2_E
+
+        def arrive(step: Array, *, is_masked: bool) -> Array:
+            """The stage of a step whose keys are there, of a masked one also the values."""
+            stage = steps.stage(step, self.k.shape[0])
+            if is_masked:
                 plgpu.barrier_wait(self.v_full.at[stage])
                 self._clear(warpgroup, self.v.at[stage], mask.tokens(step), mask.is_first)
             plgpu.barrier_wait(self.k_full.at[stage])
-            scores = warpgroup.product_t(q, self.k.at[stage])
-            plgpu.barrier_arrive(self.k_empty.at[stage])
-            scores = scores * (q.shape[1] ** -0.5 * LOG2_E)
-            if mask is not None:
-                scores = jnp.where(mask.keep(step), scores, MASKED)
+            if turns is not None:
+                turns.wait()
+            return stage
 
-            def add_product(values: Array, weights: Array) -> Array:
-                narrow = weights.astype(self.v.dtype)
-                if mask is None:
-                    plgpu.barrier_wait(self.v_full.at[stage])
-                values = warpgroup.add_product(values, narrow, self.v.at[stage])
-                plgpu.barrier_arrive(self.v_empty.at[stage])
-                return values
+        def issued() -> None:
+            if turns is not None:
+                turns.pass_on()
 
-            return add(state, scores, add_product, jnp.exp2)
+        def weights_of(scores: Array, maximum: Array, total: Array) -> Any:
+            return weigh(maximum, total, scores, jnp.exp2, scale, _sums)
 
-        return lax.fori_loop(begin, end, add_step, state)
+        def masked(step: Array, scores: Array) -> Array:
+            return jnp.where(mask.keep(step), scores, MASKED)
+
+        def add_step(step: Array, carry: Any, *, is_masked: bool) -> Any:
+            values, weights, maximum, total = carry
+            stage, before = arrive(step, is_masked=is_masked), steps.stage(step - 1, self.k.shape[0])
+
+            def meanwhile(scores: Array) -> Any:
+                plgpu.barrier_arrive(self.k_empty.at[stage])
+                # There are too few registers for a mask as long as the product needs those of the weights before.
+                return (scores,) if is_masked else weights_of(scores, maximum, total)
+
+            products = q, self.k.at[stage], values, weights, self.v.at[before]
+            like = (warpgroup.full(weights.shape, 0.0, TILE_LAYOUT), maximum, maximum, total)[: 1 if is_masked else 4]
+            values, found = warpgroup.overlapped(products, meanwhile, like, issued)
+            plgpu.barrier_arrive(self.v_empty.at[before])
+            found = weights_of(masked(step, *found), maximum, total) if is_masked else found
+            new_weights, decay, maximum, total = found
+            if not is_masked:
+                plgpu.barrier_wait(self.v_full.at[stage])
+            # Not earlier: the product reads the registers of the weights before.
+            return values * across(decay, values), new_weights.astype(self.v.dtype), maximum, total
+
+        state = empty_state(warpgroup, self.k.shape[2])
+        stage = arrive(steps.begin, is_masked=True)
+        scores = warpgroup.product_t(q, self.k.at[stage], issued)
+        plgpu.barrier_arrive(self.k_empty.at[stage])
+        weights, _, *sums = weights_of(masked(steps.begin, scores), state.maximum, state.total)
+        carry = state.values, weights.astype(self.v.dtype), *sums
+        carry = lax.fori_loop(steps.begin + 1, steps.masked, partial(add_step, is_masked=True), carry)
+        begin = jnp.maximum(steps.begin + 1, steps.masked)
+        carry = lax.fori_loop(begin, steps.end, partial(add_step, is_masked=False), carry)
+        values, weights, maximum, total = carry
+        last = steps.stage(steps.end - 1, self.k.shape[0])
+        values = warpgroup.add_product(values, weights, self.v.at[last])
+        plgpu.barrier_arrive(self.v_empty.at[last])
+        return Softmax(values, maximum, total.sum(axis=-1))
 
     def _clear(self, warpgroup: Warpgroup, values: Ref, tokens: Array, is_first: Array | bool) -> None:
         """Overwrite the values of a tile that are not of its first `tokens`; consumers agree on the number."""
@@ -119,6 +156,41 @@ class Pipeline(NamedTuple):
             pl.when(is_first)(lambda: warpgroup.clear(values, tokens))
             plgpu.barrier_arrive(self.v_clean)
             plgpu.barrier_wait(self.v_clean)
+
+
+class Span(NamedTuple):
+    """The steps of a program for one tile of queries: `begin` to `end - 1`; before `masked`, they need a mask.
+
+    The first step is always masked. `before` steps of the program precede, whose stages follow each other.
+    """
+
+    before: Array
+    begin: Array
+    masked: Array
+    end: Array
+
+    def number(self, step: Array) -> Array:
+        """Number of a step among those of the program."""
+        return self.before + (step - self.begin)
+
+    def stage(self, step: Array, stages: int) -> Array:
+        """Stage of a step."""
+        return rem(self.number(step), stages)
+
+
+class Turns(NamedTuple):
+    """Turns of two consumers at the tensor cores."""
+
+    ready: Ref  # [2], barriers
+    own: Array  # number of this consumer
+
+    def wait(self) -> None:
+        """Wait until it is this consumer's turn."""
+        plgpu.barrier_wait(self.ready.at[self.own])
+
+    def pass_on(self) -> None:
+        """Give the other consumer its turn."""
+        plgpu.barrier_arrive(self.ready.at[1 - self.own])
 
 
 class Mask(NamedTuple):
@@ -134,8 +206,14 @@ def empty_state(warpgroup: Warpgroup, head_dim: int) -> Softmax:
     return Softmax(
         warpgroup.full((ROWS, head_dim), 0.0, TILE_LAYOUT),
         warpgroup.full((ROWS,), MASKED, ROW_LAYOUT),
-        warpgroup.full((ROWS,), 0.0, ROW_LAYOUT),
+        warpgroup.full((ROWS, PARTS), 0.0, TILE_LAYOUT),
     )
+
+
+def _sums(weights: Array) -> Array:
+    """Sums over every `PARTS`-th column, `[ROWS, PARTS]`: without exchange between threads, until the end."""
+    columns = range(0, weights.shape[1], PARTS)
+    return functools.reduce(lambda a, b: a + b, (weights[:, begin : begin + PARTS] for begin in columns))
 
 
 def write(warpgroup: Warpgroup, state: Softmax, out_smem: Ref, log_smem: Ref, *, is_tiled: bool) -> None:

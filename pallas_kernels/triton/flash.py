@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.merge import Softmax, empty
 from pallas_kernels.quantized import any_quantized, compute_dtype
-from pallas_kernels.schedule import Sizes, div, query_tile, steps_of
+from pallas_kernels.schedule import Sizes, div, steps_of
 from pallas_kernels.tiles import FlashTiles, tiles_for
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Ref
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
+from pallas_kernels.works import Queries, share
 
 
 class Arrays(NamedTuple):
@@ -33,6 +34,7 @@ class Arrays(NamedTuple):
     order: Int32[Array, "K"]  # KV heads, retrieval heads first
     slot: Int32[Array, "K"]
     num_retrieval: Int32[Array, "1"]
+    parts: Int32[Array, "1"]  # of the keys of a retrieval head's tile
     start: Int32[Array, "B"]
     lengths: Int32[Array, "B"]
     # Of several shards: tokens of a retrieval slot that are stored here, and whether the chunk counts here.
@@ -72,36 +74,55 @@ def flash_attention(
     shards: TokenShards | None = None,
 ) -> Partial:
     """Attention of a chunk; without pools, nothing precedes it. Of several shards, the output is float32."""
-    batch, length, num_heads, _ = q.shape
     order, count = heads.by_type()
-    shared = (None, None) if shards is None else (shards.held(start), (shards.index == 0).astype(jnp.int32)[None])
-    arrays = Arrays(q, k, v, tile.present(pools), order, heads.slot, count[None], start, lengths, *shared)
+    filled, has_chunk = start, None
+    if shards is not None:
+        filled, has_chunk = shards.held(start), (shards.index == 0).astype(jnp.int32)[None]
+    capacity = pools.full_k.shape[2] if pools and pools.full_k.shape[0] else 0
+    queries = Queries.of(q, k.shape[2], tiles.block_q, capacity)
+    packed, parts = queries.pack(q), queries.parts(heads)
+    shared = None if shards is None else filled, has_chunk
+    arrays = Arrays(
+        packed, k, v, tile.present(pools), order, heads.slot, count[None], parts[None], start, lengths, *shared
+    )
     dtype = q.dtype if shards is None else jnp.float32
-    out = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)]
-    kernel = partial(flash_kernel, window=window, tiles=tiles)
-    grid = (num_heads * -(-length // tiles.block_q), batch)
+    shape = queries.most_parts, *packed.shape
+    out = [
+        jax.ShapeDtypeStruct(shape, dtype if queries.most_parts == 1 else jnp.float32),
+        jax.ShapeDtypeStruct((*shape[:2], shape[3], shape[2]), jnp.float32),
+    ]
+    kernel = partial(flash_kernel, window=window, tiles=tiles, queries=queries)
+    grid = (queries.most_works,)
     out, log_sum = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
-    return Partial(out, log_sum.swapaxes(1, 2))
+    merged = queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, filled, parts)
+    return merged._replace(out=merged.out.astype(dtype))
 
 
-def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, tiles: FlashTiles) -> None:
-    """One tile of queries of one head: of `out_ref [B, T, N, H]` and `log_ref [B, N, T]`."""
+def flash_kernel(
+    arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, tiles: FlashTiles, queries: Queries
+) -> None:
+    """One tile of queries over a part of its keys: of `out_ref [parts, B, T, N, H]`, and without H of `log_ref`."""
     block_q, block_k = tiles.block_q, tiles.block_k
-    _, length, num_heads, head_dim = arrays.q.shape
-    num_kv_heads = arrays.k.shape[2]
-    group, width = num_heads // num_kv_heads, tile.width(head_dim)
+    length, head_dim = arrays.k.shape[1], arrays.q.shape[3]
+    width = tile.width(head_dim)
     columns = tile.leading(width)
-    row = pl.program_id(1)
-    program, num_retrieval, q_tiles = pl.program_id(0), arrays.num_retrieval[0], -(-length // block_q)
-    head, is_retrieval, number = query_tile(program, arrays.order, num_retrieval, num_heads, group, q_tiles)
-    kv_head, first = div(head, group), number * block_q
+    number, num_retrieval, parts = pl.program_id(0), arrays.num_retrieval[0], arrays.parts[0]
+    works = queries.works(num_retrieval, parts)
+    work = queries.work(jnp.minimum(number, works - 1), arrays.order, num_retrieval, parts)
+    row, head, is_retrieval, part = work.row, work.head, work.is_retrieval, work.part
+    kv_head, first_row = div(head, queries.group), work.tile * block_q
+    first = div(first_row, queries.packed)
     slot, start = arrays.slot[kv_head], arrays.start[row]
-    q_index = tile.indices(first, block_q)
-    q_pos = start + q_index
-    exists = q_index < length
-    # A tile of padding visits nothing, and writes zeros.
-    is_live = first < arrays.lengths[row]
-    q = tile.load(arrays.q.at[row, pl.ds(first, block_q), head, columns], exists, head_dim)
+    q_row = tile.indices(first_row, block_q)
+    q_pos = start + div(q_row, queries.packed)
+    filled = start if arrays.held is None else arrays.held[row]
+    used = queries.used(is_retrieval, filled, parts)
+    exists = (q_row < queries.length) & (number < works) & (part < used)
+    # A tile of padding visits nothing, and writes zeros; so does a part that is not used, but writes nothing.
+    is_live = (first < arrays.lengths[row]) & (number < works) & (part < used)
+    # The last part has everything but whole tiles of the pool.
+    is_last = is_live & (part == used - 1)
+    q = tile.load(arrays.q.at[row, pl.ds(first_row, block_q), head, columns], exists, head_dim)
 
     def sees(k_pos: Array) -> Array:
         """Which keys `[Q, S]` each query sees, by position."""
@@ -116,14 +137,13 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
         return tile.load_keys(pool_k, *at), tile.load_keys(pool_v, *at)
 
     def over(begin: Array, end: Array, one, state: Softmax) -> Softmax:
-        return lax.fori_loop(begin, jnp.where(is_live, end, begin), one, state)
+        return lax.fori_loop(begin, jnp.where(is_last, end, begin), one, state)
 
     state, zero = empty((block_q,), width), jnp.int32(0)
-    filled = start if arrays.held is None else arrays.held[row]
     if arrays.pools.full_k is not None:
         filled = jnp.minimum(filled, jnp.int32(arrays.pools.full_k.shape[2]))  # the next slot begins there
     has_chunk = None if arrays.has_chunk is None else arrays.has_chunk[0] != 0
-    sizes = Sizes(length, block_q, block_k, window)
+    sizes = Sizes(length, queries.tile_tokens, block_k, window)
     steps = steps_of(first, start, is_retrieval, sizes, filled=filled, has_chunk=has_chunk)
     if arrays.pools.full_k is not None:
         pool: tuple[Ref, Ref] = arrays.pools.full_k, arrays.pools.full_v
@@ -135,7 +155,9 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
             exists = tile.indices(j * block_k, block_k) < filled
             return visit(state, cached(*pool, j * block_k, exists), exists[None, :])
 
-        state = over(steps.whole, steps.whole + steps.tail, last, over(zero, steps.whole, inside, state))
+        begin, end = share(steps.whole, part, used)
+        state = lax.fori_loop(begin, jnp.where(is_live, end, begin), inside, state)
+        state = over(steps.whole, steps.whole + steps.tail, last, state)
     if arrays.pools.ring_k is not None:
         ring: tuple[Ref, Ref] = arrays.pools.ring_k, arrays.pools.ring_v
 
@@ -161,5 +183,6 @@ def flash_kernel(arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, 
     state = over(steps.inner, steps.diagonal, in_sight, state)
     state = over(zero, steps.edges, at_edge, state)
     values, log_sum = tile.finish(state)
-    tile.store(out_ref.at[row, pl.ds(first, block_q), head, columns], values, exists, head_dim)
-    tile.store_row(log_ref.at[row, head, pl.ds(first, block_q)], log_sum, exists)
+    rows = pl.ds(first_row, block_q)
+    tile.store(out_ref.at[part, row, rows, head, columns], values, exists, head_dim)
+    tile.store_row(log_ref.at[part, row, head, rows], log_sum, exists)

@@ -1,0 +1,115 @@
+"""Which tiles of keys the programs of prefill visit, which of them need a mask, and how many programs are busy."""
+
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Heads, Window, works
+from pallas_kernels.schedule import Sizes, steps_of
+from pallas_kernels.works import Queries
+
+WINDOW = Window(64, 256)
+
+
+def planned(*, tokens, start, retrieval, cores=132, kv_heads=8, group=4, lengths=None):
+    """The plan of a chunk of rows that begin at `start`, as numpy arrays [turns, programs], and its `Queries`."""
+    q = jax.ShapeDtypeStruct((len(start), tokens, kv_heads * group, 128), jnp.bfloat16)
+    queries = Queries.of(q, kv_heads, 128, 1 << 20)
+    is_retrieval = jnp.arange(kv_heads) % 8 < retrieval
+    heads = Heads(is_retrieval, jnp.zeros(kv_heads, jnp.int32))
+    sizes = Sizes(-(-tokens // 128) * 128, queries.tile_tokens, 128, WINDOW)
+    rows = {"start": jnp.asarray(start, jnp.int32), "lengths": jnp.asarray(lengths or [tokens] * len(start), jnp.int32)}
+    plan = queries.plan(heads, queries.parts(heads), sizes, **rows)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, queries.programs), plan), queries
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    monkeypatch.setattr(works, "multiprocessors", lambda: 132)
+
+
+@pytest.mark.parametrize("retrieval", range(1, 9))
+def test_a_short_question_over_a_long_cache_keeps_the_multiprocessors_busy(retrieval, cores):
+    plan, _ = planned(tokens=32, start=[1_000_000], retrieval=retrieval)
+    steps = (plan.span_end - plan.span_begin).sum(axis=0)
+    assert steps.sum() / (132 * steps.max()) >= 0.9
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"tokens": 32, "start": [1_000_000]},
+        {"tokens": 5, "start": [0, 3000], "lengths": [5, 2]},
+        {"tokens": 300, "start": [10, 70_000, 0], "lengths": [300, 1, 200]},
+    ],
+)
+def test_every_step_belongs_to_one_work(case, cores):
+    plan, queries = planned(**case, retrieval=3)
+    total = sum(getattr(plan, name) for name in ("whole", "tail", "ring", "sinks")) + plan.inner - plan.left
+    total = total + plan.end - plan.inner
+    steps = {}
+    for index in zip(*np.nonzero(plan.span_begin < plan.span_end), strict=True):
+        at = plan.row[index], plan.head[index], plan.tile[index]
+        steps.setdefault(at, []).append((plan.span_begin[index], plan.span_end[index], total[index]))
+        assert plan.span_masked[index] <= plan.span_end[index]
+    assert len(steps) == queries.rows * queries.heads * queries.tiles
+    lengths = case.get("lengths", [case["tokens"]] * len(case["start"]))
+    for (row, _, tile), parts in steps.items():
+        parts.sort()
+        if tile * 128 // queries.packed < lengths[row]:
+            assert [begin for begin, _, _ in parts] == [0, *(end for _, end, _ in parts[:-1])]
+            assert parts[-1][1] == parts[-1][2]
+        else:  # Padding.
+            assert all(end - begin == 1 for begin, end, _ in parts)
+
+
+def test_long_chunks_are_not_split(cores):
+    plan, queries = planned(tokens=8192, start=[100_000], retrieval=4)
+    assert (queries.packed, queries.most_parts, plan.part.max()) == (1, 1, 0)
+    steps = (plan.span_end - plan.span_begin).sum(axis=0)
+    assert steps.sum() / (132 * steps.max()) >= 0.9
+
+
+def test_packing_is_undone():
+    q = jnp.arange(2 * 5 * 6 * 3, dtype=jnp.float32).reshape(2, 5, 6, 3)
+    queries = Queries(2, 5, 2, 1, 3, 128, 4)
+    np.testing.assert_array_equal(queries.unpack(queries.pack(q)), q)
+    np.testing.assert_array_equal(queries.pack(q)[0, :, 1], q[0, :, 3:].reshape(15, 3))
+
+
+@pytest.mark.parametrize("window", [Window(8, 24), Window(0, 16), Window(20, 40)])
+def test_the_steps_show_each_visible_key_once(window):
+    """All tiles of queries, with one rule of visibility for the full pool, the ring and the chunk."""
+    length, block_q, block_k = 64, 16, 16
+    sizes = Sizes(length, block_q, block_k, window)
+
+    @jax.jit
+    def tile(first, is_retrieval, start):
+        """For each step: whether it exists and needs a mask, which keys are seen, and which ought to be."""
+        steps = steps_of(first, start, is_retrieval, sizes)
+        i, q = jnp.arange(block_k, dtype=jnp.int32), first + jnp.arange(block_q, dtype=jnp.int32)
+
+        def step(number):
+            is_full, is_ring, place = steps.source(number)
+            index = place * block_k + i
+            held = window.position_at(index, start)
+            held = jnp.where(is_full, jnp.where(index < start, index, -1), jnp.where(is_ring, held, start + index))
+            q_pos, held = (start + q)[:, None], held[None, :]
+            sees = jnp.where(is_retrieval, held <= q_pos, window.visible(q_pos, held)) & (held >= 0)
+            seen = steps.seen(number, start, is_retrieval, sizes)
+            limit, last = seen.of_queries(q)
+            shown = (seen.of_keys(i)[None, :] < limit[:, None]) & (i[None, :] <= last[:, None])
+            return number < steps.total, number < steps.masked, shown, sees
+
+        return jax.vmap(step)(jnp.arange(24, dtype=jnp.int32))
+
+    for start, is_retrieval, first in product([0, 3, 12, 29, 57, 144], (True, False), range(0, length, block_q)):
+        exists, masked, shown, sees = map(np.asarray, tile(jnp.int32(first), jnp.bool_(is_retrieval), jnp.int32(start)))
+        np.testing.assert_array_equal(shown[exists], sees[exists])
+        assert sees[exists & ~masked].all() and not exists[-1]
+        q, keys = start + np.arange(first, first + block_q)[:, None], np.arange(start + length)[None, :]
+        visible = (keys <= q) & (is_retrieval | (keys < window.sink) | (keys > q - window.recent))
+        assert sees[exists].sum() == visible.sum()
