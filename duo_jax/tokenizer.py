@@ -1,7 +1,7 @@
 """What this package needs of a tokenizer. transformers' tokenizers have it, and so has that of a GGUF file."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tokenizers import AddedToken
 
@@ -13,7 +13,9 @@ class TextTokenizer(Protocol):
     `backend_tokenizer`, a `tokenizers.Tokenizer`, is optional: without it, special tokens cannot be kept as text.
     """
 
-    clean_up_tokenization_spaces: bool
+    @property
+    def clean_up_tokenization_spaces(self) -> bool:
+        """Whether decoding removes spaces before punctuation."""
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -56,8 +58,8 @@ class TextTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
         """Token ids of a text."""
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens."""
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> Any:
+        """The text of tokens, a string."""
 
-    def convert_ids_to_tokens(self, ids: int) -> str | None:
-        """The spelling of a token."""
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """The spelling of a token, a string, or None."""

@@ -17,6 +17,7 @@ from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.weight_table import check_tensors, weight_table
 from duo_jax.config import ModelConfig
 from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import transformers
@@ -111,10 +112,13 @@ class GgufFile(Source):
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """From the metadata."""
-        return self.text_tokenizer().to_transformers()
+        return self._tokenizer().to_transformers()
 
-    def text_tokenizer(self) -> GgufTokenizer:
+    def text_tokenizer(self) -> TextTokenizer:
         """From the metadata."""
+        return self._tokenizer()
+
+    def _tokenizer(self) -> GgufTokenizer:
         with self._named():
             return GgufTokenizer.read(self.metadata)
 

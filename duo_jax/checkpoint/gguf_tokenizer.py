@@ -119,7 +119,7 @@ class GgufTokenizer:
         # As transformers: named tokens are special, whatever their type.
         unmarked = [AddedToken(token, special=True) for token in special.values() if token not in added]
         backend.add_tokens([*added.values(), *unmarked])
-        before, after = [bos] if add_bos else [], [eos] if add_eos else []
+        before, after = [bos] if add_bos and bos else [], [eos] if add_eos and eos else []
         backend.post_processor = _around(backend, before, after)
         return cls(backend, special, add_bos, add_eos, template)
 

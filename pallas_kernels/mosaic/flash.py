@@ -48,7 +48,6 @@ class Program(NamedTuple):
 
     queries: Queries
     sizes: Sizes
-    count: int  # of programs
 
 
 def prefill(
@@ -76,7 +75,7 @@ def prefill(
     plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths)
     arrays = Arrays(q, k, v, *stored, jnp.stack(plan, axis=1))
     interpret = interpreter()
-    program = Program(queries, sizes, queries.programs)
+    program = Program(queries, sizes)
     kernel = partial(flash_kernel, program=program, interpreted=bool(interpret))
     out, log_sum = plgpu.kernel(
         update_wrapper(kernel, flash_kernel),
@@ -91,7 +90,7 @@ def prefill(
             plgpu.Barrier(num_barriers=CONSUMERS),
             *Pipeline.scratch(tiles.num_stages, block_k, head_dim, q.dtype, consumers=CONSUMERS),
         ],
-        grid=(program.count,),
+        grid=(program.queries.programs,),
         grid_names=("program",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
@@ -116,7 +115,7 @@ def flash_kernel(*refs, program: Program, interpreted: bool = False) -> None:
     @pl.when(warpgroup == CONSUMERS)
     def fetch() -> None:
         registers.limit(PRODUCER_REGISTERS, "decrease")
-        pipeline.drain(_each_work(arrays, program, lambda tile: tile.fetch(pipeline)))
+        pipeline.drain(_each_work(arrays, program, lambda tile, span: tile.fetch(span, pipeline)))
 
     @pl.when(warpgroup < CONSUMERS)
     def compute() -> None:
@@ -124,21 +123,21 @@ def flash_kernel(*refs, program: Program, interpreted: bool = False) -> None:
         turns = Turns(turn, warpgroup)
         pl.when(warpgroup == 1)(turns.pass_on)
         own = Consumer(warpgroup, registers, qo_smem.at[warpgroup], log_smem.at[warpgroup], q_full.at[warpgroup], turns)
-        _each_work(arrays, program, lambda tile: tile.attend(pipeline, own, out_ref, log_ref))
+        _each_work(arrays, program, lambda tile, span: tile.attend(span, pipeline, own, out_ref, log_ref))
         plgpu.wait_smem_to_gmem(0)
         pl.when(warpgroup == 0)(turns.wait)
 
 
-def _each_work(arrays: Arrays, program: Program, run: Callable[["Tile"], None]) -> Array:
+def _each_work(arrays: Arrays, program: Program, run: Callable[["Tile", Span], None]) -> Array:
     """Run the works of this program; returns the number of their steps."""
 
     def one(turn: Any, before: Array) -> Array:
-        tile = Tile(arrays, program, turn * program.count + lax.axis_index("program"))
+        tile = Tile(arrays, program, turn * program.queries.programs + lax.axis_index("program"))
         begin, masked, end = tile.read("span_begin", "span_masked", "span_end")
-        pl.when(begin < end)(lambda: run(tile._replace(span=Span(before, begin, masked, end))))
+        pl.when(begin < end)(lambda: run(tile, Span(before, begin, masked, end)))
         return before + (end - begin)
 
-    return lax.fori_loop(0, arrays.plan.shape[0] // program.count, one, jnp.int32(0))
+    return lax.fori_loop(0, arrays.plan.shape[0] // program.queries.programs, one, jnp.int32(0))
 
 
 class Consumer(NamedTuple):
@@ -158,7 +157,6 @@ class Tile(NamedTuple):
     arrays: Arrays
     program: Program
     work: Array
-    span: Span | None = None
 
     def read(self, *names: str) -> tuple[Array, ...]:
         """Fields of the plan. They are read where they are needed: there are few registers to keep them in."""
@@ -168,7 +166,7 @@ class Tile(NamedTuple):
         """The tiles of keys."""
         return Steps(*self.read(*Steps._fields))
 
-    def fetch(self, pipeline: Pipeline) -> None:
+    def fetch(self, span: Span, pipeline: Pipeline) -> None:
         """Copy the tiles of keys."""
         arrays, (slot, row, kv_head), steps = self.arrays, self.read("slot", "row", "kv_head"), self.steps()
 
@@ -188,9 +186,9 @@ class Tile(NamedTuple):
             def own() -> None:
                 copy(arrays.k.at[row, keys, kv_head], arrays.v.at[row, keys, kv_head])
 
-        pipeline.fetch(self.span, load)
+        pipeline.fetch(span, load)
 
-    def attend(self, pipeline: Pipeline, consumer: Consumer, out_ref: Ref, log_ref: Ref) -> None:
+    def attend(self, span: Span, pipeline: Pipeline, consumer: Consumer, out_ref: Ref, log_ref: Ref) -> None:
         """Compute and write the rows of one consumer."""
         _, registers, qo, log, q_full, turns = consumer
         sizes, packed = self.program.sizes, self.program.queries.packed
@@ -220,7 +218,7 @@ class Tile(NamedTuple):
             (start,), (is_full, is_ring, number) = self.read("start"), self.steps().source(step)
             return jnp.where(is_full | is_ring, start - number * sizes.block_k, jnp.int32(sizes.block_k))
 
-        state = pipeline.attend(registers, qo, self.span, Mask(keep, tokens, consumer.number == 0), turns)
+        state = pipeline.attend(registers, qo, span, Mask(keep, tokens, consumer.number == 0), turns)
         write(registers, state, qo, log, is_tiled=True)
         part, row, head, first = place()
         plgpu.copy_smem_to_gmem(qo, out_ref.at[part, row, pl.ds(first, ROWS), head])

@@ -30,6 +30,7 @@ from duo_jax.arguments import spelling, whole_number
 from duo_jax.text.ends import eos_ids_of, stop_ends
 from duo_jax.text.reply import Row
 from duo_jax.token_loop import Generator
+from duo_jax.tokenizer import TextTokenizer
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method", "reply"]
 
@@ -162,7 +163,7 @@ def greedy(
 def reply(
     method: Method,
     model: Model,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     tokens: ArrayLike,
     *,
     stop: Sequence[str] = (),

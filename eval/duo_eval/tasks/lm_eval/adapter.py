@@ -68,7 +68,8 @@ class DuoLM(TemplateLM):
         whole_number("batch_size", batch_size, 1)
         if max_length is not None:
             whole_number("max_length", max_length, 2, limit, way=f"the model was trained for {limit} positions")
-        self.lm, self.tokenizer, self.name = lm, lm.tokenizer, name
+        self.lm, self.name = lm, name
+        self.tokenizer: Any = lm.tokenizer  # transformers' own, as `duo_jax.load` has it.
         self.batch_size, self.max_length, self.truncate = batch_size, max_length or limit, truncate
         self._progress, self._dropped = progress, set[str]()
         if method is not None and lm.pattern is not None:
