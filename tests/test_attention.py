@@ -386,7 +386,7 @@ def test_arguments_that_do_not_fit_raise(operation):
 @pytest.mark.parametrize("changed", [{"k": (2, 2, 2, 8)}, {"k": (2, 3, 1, 8)}, {"v": (2, 3, 2, 4)}])
 def test_a_chunk_of_another_shape_raises(changed):
     # The annotations refuse some of these first, where they are executed; without them the check does.
-    prefill = getattr(ops.prefill_attention, "__wrapped__", ops.prefill_attention)
+    prefill = getattr(ops.prefill_part, "__wrapped__", ops.prefill_part)
     call = arguments("prefill", **{name: jnp.zeros(shape) for name, shape in changed.items()})
     with pytest.raises(ValueError, match=r"k and v must be \[B, T, K, H\]"):
         prefill(**call.keywords)

@@ -183,7 +183,7 @@ def test_a_number_that_is_no_number_is_refused(key: str, value: Any, tmp_path: P
         ({"llama__rope__new_idea": "x" * 1000}, "rope.new_idea = 'xxx"),
         ({"llama__attention__causal": False}, "attention.causal = False is a feature"),
         ({"llama__attention__scale": 0.5}, "attention.scale = 0.5 is a feature"),
-        ({"llama__attention__sliding_window": 32}, "sliding_attention"),
+        ({"llama__attention__sliding_window": 32}, "sliding_window = 32 is not supported"),
         ({"llama__attention__sliding_window_pattern": 6}, "sliding_window_pattern = 6 is a feature"),
         ({"llama__logit_scale": 8.0}, "llama.logit_scale = 8.0 is a feature"),
         ({"llama__final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is a feature"),
