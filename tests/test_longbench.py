@@ -98,6 +98,7 @@ def test_rows_of_the_hub_have_the_same_form(tmp_path, monkeypatch):
         Task(source | {"dataset_path": "no/such-set"}).rows(None)
 
 
+@pytest.mark.full_matrix
 def test_longbench_asks_every_method_resumes_and_refuses(duo, chat_model, folder, tmp_path):
     where, out = folder("hotpotqa", ROW, {**ROW, "context": "Short."}), tmp_path / "longbench.jsonl"
     folder("trec", TREC)

@@ -138,7 +138,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("size", "with_pattern", "dtype", "backend"),
     [
         (MeshSize(tensor=2, sequence=2, data=2), True, None, None),
-        (MeshSize(tensor=8), False, "int4", None),  # Each of four KV heads is on two devices.
+        # Each of four KV heads is on two devices.
+        pytest.param(MeshSize(tensor=8), False, "int4", None, marks=pytest.mark.full_matrix),
         pytest.param(MeshSize(sequence=4), True, "int8", "reference", marks=pytest.mark.mesh),
     ],
 )
