@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
 from pallas_kernels.merge import MASKED
+from pallas_kernels.schedule import cdiv
 from pallas_kernels.triton import tile
 from pallas_kernels.types import Partial
 
@@ -43,7 +45,7 @@ def combine_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, bloc
     count = arrays.ends[kind, row] - before
     at, columns = (row, kv_head), tile.leading(tile.width(head_dim))
 
-    def logs(first: int, number: int) -> tuple[Array, Array]:
+    def logs(first: Any, number: int) -> tuple[Array, Array]:
         exists = tile.indices(first, number) < count
         found = tile.load_row(arrays.parts.log_sum.at[*at, pl.ds(jnp.int32(first), number), head % group], exists)
         return jnp.where(exists, found, jnp.float32(MASKED)), exists
@@ -52,12 +54,15 @@ def combine_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, bloc
     maximum = log_sums.max()
     # A row without a key has the weight of no part.
     total = jnp.maximum(jnp.where(log_sums > MASKED, jnp.exp(log_sums - maximum), 0.0).sum(), 1e-30)
-    values = jnp.zeros((tile.width(head_dim),), jnp.float32)
-    for first in range(0, most, block):
-        found, exists = logs(first, block)
+
+    def add(i: Array, values: Array) -> Array:
+        found, exists = logs(i * block, block)
         weights = jnp.where(exists, jnp.exp(found - maximum), 0.0)
-        ref = arrays.parts.out.at[*at, pl.ds(jnp.int32(first), block), head % group, columns]
-        values += (tile.load(ref, exists, head_dim) * weights[:, None]).sum(0)
+        ref = arrays.parts.out.at[*at, pl.ds(i * block, block), head % group, columns]
+        return values + (tile.load(ref, exists, head_dim) * weights[:, None]).sum(0)
+
+    values = jnp.zeros((tile.width(head_dim),), jnp.float32)
+    values = lax.fori_loop(jnp.int32(0), cdiv(count, block), add, values)
     exists = tile.indices(0, len(values)) < head_dim
     tile.store_row(out_ref.at[row, head, columns], values / total, exists)
     log_ref[row, head] = maximum + jnp.log(total)
