@@ -32,11 +32,6 @@ def shapes_for_arrays(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-def ours(gpu, function, shapes):
-    """The kernels of a program without those of XLA, which transforms queries and outputs of quantized caches."""
-    return [kernel for kernel in kernels_on(gpu, function, *shapes) if not kernel.name.startswith("gemm_fusion")]
-
-
 def is_merge(kernel):
     """Whether a kernel is the one that merges the parts of decode: it has no pools, and no loop."""
     return kernel.name.startswith("combine_kernel")
@@ -121,7 +116,7 @@ def test_eight_gpus_take_what_is_planned_and_send_nothing_of_the_cache(mesh):
 )
 def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     function, shapes = program(operation, "triton", head_dim=head_dim, cache=cache)
-    kernels = ours(gpu, function, shapes)
+    kernels = kernels_on(gpu, function, *shapes)
     assert len(kernels) == {"prefill": 1, "decode": 2, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
@@ -155,5 +150,5 @@ def test_addresses_survive_pools_of_more_than_2_to_the_31_elements(operation, ca
     """128 slots of 4.2M tokens: an offset of 32 bits would reach the fourth slot. Compiled, not run."""
     for capacity, bits in ((1024, 32), (1 << 22, 64)):
         function, shapes = program(operation, "triton", capacity=capacity, cache=cache)
-        found = ours("h200", function, shapes)
+        found = kernels_on("h200", function, *shapes)
         assert [kernel.address_bits for kernel in found if not is_merge(kernel)] == [bits]

@@ -80,6 +80,8 @@ def memory_of(program: jax.stages.Compiled) -> Memory:
 def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Kernel]:
     """Compile a jitted function for one GPU, and assemble each of its Pallas kernels to read what it needs.
 
+    Names of Pallas kernels end in `_kernel`. XLA makes some of its own with Triton too, which are left out.
+
     Raises:
         ValueError: an unknown GPU.
         NotImplementedError: the CUDA plugin or `ptxas` is not installed.
@@ -107,7 +109,7 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
             kernels += [
                 Kernel(use.name, use.registers, use.spill_bytes, *entries[use.name], use.warnings, use.loops)
                 for use in assemble(gpu, path)
-                if use.name in entries
+                if use.name in entries and re.search(r"_kernel(_\d+)?$", use.name)
             ]
     if not kernels:
         raise ValueError("the program has no Pallas kernel")
