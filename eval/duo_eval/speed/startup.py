@@ -51,8 +51,8 @@ class Startup:
                 seconds: dict[str, list[float]] = {name: [] for name, _, _ in named}
                 for _ in tqdm(range(1 + self.repeats), desc=title, disable=None):
                     for name, _, python in named:
-                        # -P: nothing of the working folder is imported.
-                        seconds[name].append(cpu_seconds([python, "-P", *arguments]))
+                        # Nothing of the working folder or of PYTHONPATH is imported: both would have that package.
+                        seconds[name].append(cpu_seconds([python, "-E", "-P", *arguments]))
                 for name, each in seconds.items():
                     median = statistics.median(each[1:])
                     result = {"seconds": median, "times": each[1:], "first": each[0], "load": os.getloadavg()[0]}
