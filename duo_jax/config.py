@@ -31,7 +31,10 @@ MOST = {
 
 
 # Fields that earlier versions did not write: what they wrote means the defaults.
-ADDED = ("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms")
+ADDED = (
+    *("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms"),
+    *("no_rope_layers",),
+)
 # The activations that an MLP may have, by transformers' names.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -48,7 +51,8 @@ class ModelConfig:
 
     `layer_windows` has an entry for each layer: the number of most recent tokens that all of its heads see, the query's
     own included, or None for full attention. It is empty if every layer has full attention. Only in layers with full
-    attention does a pattern choose heads. Layers with a window have `window_rope`, or `rope` like the others.
+    attention does a pattern choose heads. Layers with a window have `window_rope`, or `rope` like the others; those of
+    `no_rope_layers` have none.
 
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`. With `norm_offset`,
     norms multiply by 1 more than their weights; with `post_norms`, the outputs of attention and MLP have norms too.
@@ -81,6 +85,7 @@ class ModelConfig:
     query_scale: float = 1.0
     norm_offset: bool = False
     post_norms: bool = False
+    no_rope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -92,6 +97,9 @@ class ModelConfig:
         values["activation"] = check_name("activation", self.activation, tuple(ACTIVATIONS))
         values["dtype"] = check_name("dtype", self.dtype, ALLOWED["dtype"])
         values["layer_windows"] = self._checked_windows()
+        last = self.num_layers - 1
+        numbers = {whole_number("a layer of no_rope_layers", layer, 0, last) for layer in self.no_rope_layers}
+        values["no_rope_layers"] = tuple(sorted(numbers))
         values["eos_ids"] = tuple(whole_number("an EOS id", token, 0, self.vocab_size - 1) for token in self.eos_ids)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -124,6 +132,26 @@ class ModelConfig:
         size = self.layer_windows[layer] if self.layer_windows else None
         return None if size is None else Window(0, size)
 
+    def layer_rope(self, layer: int) -> Rope | None:
+        """How a layer turns queries and keys; None: it does not."""
+        if layer in self.no_rope_layers:
+            return None
+        return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope
+
+    @property
+    def only_rope(self) -> Rope:
+        """RoPE of the layers with full attention, for methods that turn keys by other angles than the model.
+
+        Raises:
+            NotImplementedError: these layers have different ones.
+        """
+        if self.no_rope_layers:
+            raise NotImplementedError(
+                f"layers {list(self.no_rope_layers)!s:.60} of this {self.family} model have no RoPE, and this method "
+                "turns the keys of all layers: choose another one"
+            )
+        return self.rope
+
     @property
     def full_layers(self) -> tuple[int, ...]:
         """Layers with full attention: those in which a pattern chooses heads."""
@@ -145,7 +173,8 @@ class ModelConfig:
 
     def first_layers(self, count: int) -> "ModelConfig":
         """The configuration of this model's first layers."""
-        return replace(self, num_layers=count, layer_windows=self.layer_windows[:count])
+        without_rope = tuple(layer for layer in self.no_rope_layers if layer < count)
+        return replace(self, num_layers=count, layer_windows=self.layer_windows[:count], no_rope_layers=without_rope)
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as earlier versions wrote them where none is set that they did not have."""
@@ -242,6 +271,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "out_bias": _flag("attention_bias"),
         "qk_norm": True,
         "layer_windows": _flag("layer_windows"),
+    },
+    "smollm3": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "mlp_bias": _flag("mlp_bias"),
+        "layer_windows": _flag("layer_windows"),
+        "no_rope_layers": lambda config: tuple(n for n, rope in enumerate(config["no_rope_layers"]) if not rope),
     },
     "gemma3_text": {
         "qkv_bias": _flag("attention_bias"),

@@ -45,6 +45,8 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "max_window_layers": partial(whole_number, least=0),
     "sliding_window_pattern": _size("num_layers"),
     "layer_types": None,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": _size("num_layers"),
     "hidden_act": None,
     "hidden_activation": None,
     "query_pre_attn_scalar": partial(whole_number, least=1, most=10**6),
@@ -119,6 +121,8 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
     values = {key: given.get(key) for key in KEYS} if is_complete else _by_transformers(family, given)
     _refuse_unsupported(family, values, config)
     values["layer_windows"] = _layer_windows(family, values, given)
+    if "no_rope_layers" in FAMILIES[family]:
+        _check_no_rope(values["no_rope_layers"], values["num_hidden_layers"])
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))
     by_type: Any = values["rope_parameters"]
@@ -148,6 +152,8 @@ def _by_transformers(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
         # Once more, as a model does when it is built: settings outside `rope_scaling` are known only now.
         config.standardize_rope_params()
         values = {key: getattr(config, key, None) for key in KEYS}
+        if hasattr(type(config), "use_sliding_window") and not config.use_sliding_window:
+            values["sliding_window"] = None
     except Exception as error:  # Its checks are code for each family, and arithmetic on what was given.
         text = " ".join(str(error).split())
         raise ValueError(f"the configuration contradicts itself: {text[:300]}") from None
@@ -209,6 +215,12 @@ def _layer_windows(family: str, values: Mapping[str, Any], given: Mapping[str, A
     if "layer_windows" not in FAMILIES[family]:
         raise NotImplementedError(f"{family}: this model uses {SLIDING} ({window=}), which is not supported")
     return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _check_no_rope(flags: Any, layers: int) -> None:
+    """Check SmolLM3's list, which has 1 for a layer with RoPE."""
+    if not isinstance(flags, list | tuple) or len(flags) != layers or not all(flag in (0, 1) for flag in flags):
+        raise ValueError(f"no_rope_layers must be a list with 0 or 1 for each of {layers} layers, got {flags!r:.80}")
 
 
 def _check_rope(given: Mapping[str, Any]) -> None:

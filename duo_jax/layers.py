@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ACTIVATIONS, ModelConfig
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
-from duo_jax.rope import rotate
+from duo_jax.rope import Angles, rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
 from pallas_kernels.quantized import outliers_first
 
@@ -119,9 +119,9 @@ class Attention(nnx.Module):
             self.k_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
 
     def project(
-        self, x: Float[Array, "B T D"], rotation: tuple[Array, Array]
+        self, x: Float[Array, "B T D"], rotation: Angles | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries, keys and values; RoPE turns the first two."""
+        """Queries, keys and values; RoPE turns the first two, unless `rotation` is None."""
         config = self.config
         batch, length, _ = x.shape
         # Constrain in two steps: in one, XLA gathers weights over the devices that share a head's tokens, not outputs.
@@ -133,9 +133,11 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        scale = jnp.float32(config.query_scale)
-        turn = rotation if config.query_scale == 1 else (rotation[0] * scale, rotation[1] * scale)
-        return rotate(q, *turn), rotate(k, *rotation), v
+        if rotation is not None:
+            q, k = rotate(q, *rotation, scale=config.query_scale), rotate(k, *rotation)
+        elif config.query_scale != 1:
+            q = (q.astype(jnp.float32) * config.query_scale).astype(q.dtype)
+        return q, k, v
 
     def key_channels(self) -> Int32[Array, "K H"]:
         """Order of the channels of queries and keys in a quantized cache, by how large those of keys may be.
@@ -193,7 +195,7 @@ class Layer(nnx.Module):
             self.mlp_post_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: tuple[Array, Array], attend: Attend[State], state: State, layer: int
+        self, x: Float[Array, "B T D"], rotation: Angles | None, attend: Attend[State], state: State, layer: int
     ) -> tuple[Float[Array, "B T D"], State]:
         """Apply to every token; `attend` mixes them."""
         out, state = attend(state, layer, *_before_attention(self, x, rotation))
@@ -205,7 +207,7 @@ class Layer(nnx.Module):
 
 @jax.jit
 def _before_attention(
-    layer: Layer, x: Float[Array, "B T D"], rotation: tuple[Array, Array]
+    layer: Layer, x: Float[Array, "B T D"], rotation: Angles | None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     return layer.attention.project(layer.attention_norm(x), rotation)
 

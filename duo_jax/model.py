@@ -22,7 +22,7 @@ from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
 from duo_jax.mesh.mesh import AnyMesh, constrain
 from duo_jax.precision import AnyDtype
-from duo_jax.rope import rotation
+from duo_jax.rope import Angles, rotation
 from duo_jax.sizes import host_total, nbytes, size_text
 from duo_jax.weights import multiply
 
@@ -80,11 +80,11 @@ class Decoder(nnx.Module):
         if config.embed_scale != 1:  # Rounded to the data type of the embeddings, as by transformers.
             embedded = embedded * jnp.asarray(config.embed_scale, embedded.dtype)
         x = constrain(embedded, self.mesh, "data")
-        full = own = rotation(config.rope, config.head_dim, positions)
-        if config.window_rope is not None:
-            own = rotation(config.window_rope, config.head_dim, positions)
+        ropes = [config.layer_rope(index) for index in range(len(self.layers))]
+        angles_of = {rope: rotation(rope, config.head_dim, positions) for rope in dict.fromkeys(ropes) if rope}
         for index, layer in enumerate(self.layers):
-            angles = full if config.window(index) is None else own
+            rope = ropes[index]
+            angles = None if rope is None else angles_of[rope]
             plain = functools.partial(self._layer, layer, index, attend)
             with jax.named_scope(f"layer_{index}"):
                 x, state = self._kept(plain, rematerialize)(x, angles, state)
@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
         return nnx.merge(graphdef, constrain(params, self.sliced))
 
     def _layer(
-        self, layer: Layer, index: int, attend: Attend[State], x: Array, angles: tuple[Array, Array], state: State
+        self, layer: Layer, index: int, attend: Attend[State], x: Array, angles: Angles | None, state: State
     ) -> tuple[Array, State]:
         return self.whole(layer, x)(x, angles, attend, state, index)
 

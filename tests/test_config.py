@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from duo_jax import PRESETS, ModelConfig
 from duo_jax.checkpoint.folder import Folder
-from duo_jax.config import FAMILIES as KNOWN
+from duo_jax.checkpoint.gguf_config import READ
 from duo_jax.config import from_standard
 from duo_jax.hf_config import standard
 from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope, rotation
@@ -45,7 +45,7 @@ def rope_of(**parameters: Any) -> Rope:
     return ModelConfig.from_hf(BASE | {"rope_parameters": {"rope_theta": 10000.0, **parameters}}).rope
 
 
-@pytest.mark.parametrize("family", sorted(set(KNOWN) - {"gemma3_text"}))  # No GGUF file of it is read.
+@pytest.mark.parametrize("family", READ)
 @pytest.mark.parametrize(
     "scaling",
     [
@@ -63,6 +63,7 @@ def test_a_complete_configuration_is_read_as_by_transformers(family: str, scalin
     assert from_standard(standard(values, is_complete=True)) == ModelConfig.from_hf(values)
 
 
+SMALL = {"num_layers": 4, "embed_dim": 64, "mlp_dim": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 EXPECTED = {
     "llama": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "vocab_size": 97},
     "llama31": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 98, "tied_head": True},
@@ -71,22 +72,15 @@ EXPECTED = {
     "qwen3": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "vocab_size": 101},
     "yarn": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 102},
     "linear": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 103},
-    "gemma3_text": {
-        "num_layers": 4,
-        "embed_dim": 64,
-        "mlp_dim": 96,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 99,
-        "tied_head": True,
-    },
+    "gemma3_text": SMALL | {"vocab_size": 99, "tied_head": True},
+    "smollm3": SMALL | {"vocab_size": 111},
 }
 ROPES = {
     "llama31": Llama3Rope(500000.0, original_max_position_embeddings=64),
     "yarn": YarnRope(factor=8.0, original_max_position_embeddings=64),
     "linear": LinearRope(factor=4.0),
     "gemma3_text": Rope(1e6),
+    "smollm3": Rope(2e6),
 }
 FLAGS = {
     "qwen2": {"qkv_bias": True},
@@ -101,6 +95,7 @@ FLAGS = {
         "norm_offset": True,
         "post_norms": True,
     },
+    "smollm3": {"no_rope_layers": (1,)},
 }
 SIZES = {"num_layers": 3, "embed_dim": 96, "mlp_dim": 160}
 
@@ -202,7 +197,7 @@ def test_what_is_not_supported_is_refused_by_name(values: dict, name: str, tmp_p
 
 
 def test_an_unknown_architecture_is_reported_with_what_is_supported() -> None:
-    with pytest.raises(NotImplementedError, match="llama, mistral, qwen2, qwen3, gemma3_text"):
+    with pytest.raises(NotImplementedError, match="llama, mistral, qwen2, qwen3, "):
         ModelConfig.from_hf(BASE | {"model_type": "gemma2"})
 
 

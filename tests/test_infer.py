@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
 from duo_jax.token_loop import Generator, Prompt
-from tests.shapes import GOLDEN
+from tests.shapes import FAMILIES, GOLDEN
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 KINDS = {"full": "full_logits", "duo": "duo_logits"}
@@ -142,6 +142,14 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern) -> np.n
         return model.decoder.logits(hidden)
 
     return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
+
+
+@pytest.mark.parametrize("family", FAMILIES[8:])
+def test_a_dense_forward_pass_gives_the_golden_logits(family):
+    """What a family has outside of attention, without the programs of a cache, which take longer to compile."""
+    model, arrays, pattern = load_golden(family)
+    logits = dense_logits(model, arrays["ids"], pattern.of(model.config))
+    np.testing.assert_allclose(logits, arrays["duo_logits"], **TOLERANCE)
 
 
 MIXTURES = {

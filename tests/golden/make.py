@@ -39,6 +39,11 @@ class Family:
     sink_size: int = 4
     recent_size: int = 24
 
+    @classmethod
+    def small(cls, model_type: str, **config: Any) -> "Family":
+        """A model of less weights and tokens, enough for what a family has besides the parts of llama."""
+        return cls(model_type, SMALL | config, 72, sink_size=3, recent_size=13)
+
 
 COMMON: dict[str, Any] = {
     "hidden_size": 96,
@@ -53,6 +58,13 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "dtype": "float32",
+}
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 16,
 }
 
 
@@ -105,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "yarn": Family("llama", {"vocab_size": 102, "head_dim": 16, "rope_parameters": YARN_ROPE}),
     "linear": Family("llama", {"vocab_size": 103, "head_dim": 16, "rope_parameters": rope("linear", factor=4.0)}),
+    "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
 }
 
 
@@ -114,7 +127,7 @@ class Golden:
 
     model: PreTrainedModel
     ids: Array  # [B, T] int32
-    pattern: Array  # [L, K], 1: retrieval head, 0: streaming head
+    pattern: Array  # [L, K], 1: retrieval head, 0: streaming head, or any in a layer with a window of its own
     gates: Array  # [L, K] float32 in [0, 1]
     sink_size: int
     recent_size: int
@@ -123,7 +136,8 @@ class Golden:
     def random(cls, family: Family, seed: int) -> "Golden":
         """Random weights large enough that attention is far from uniform, and a pattern with both extremes.
 
-        Layer 0 has no retrieval head and the last layer no streaming head; half of the heads between are each.
+        Of the layers with full attention, the first has no retrieval head and the last no streaming head; half of the
+        heads between are each. Of two such layers, half of the heads of both are each.
         """
         torch.manual_seed(seed)
         config = AutoConfig.for_model(family.model_type, **COMMON | family.config)
@@ -135,11 +149,16 @@ class Golden:
         rng = np.random.default_rng(seed)
         layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
         half = (np.arange(heads) < heads / 2).astype(np.float64)
-        between = [rng.permutation(half) for _ in range(layers - 2)]
+        full = np.flatnonzero(~native_layers(model))
+        between = full[1:-1] if len(full) > 2 else full
+        pattern = np.zeros((layers, heads))
+        pattern[between] = [rng.permutation(half) for _ in between]
+        if len(full) > 2:
+            pattern[full[-1]] = 1
         return cls(
             model.eval(),
             ids=rng.integers(3, model.config.vocab_size, (2, family.tokens), np.int32),  # from 3: no special token
-            pattern=np.stack([np.zeros(heads), *between, np.ones(heads)]),
+            pattern=pattern,
             gates=rng.random((layers, heads), np.float32),
             sink_size=family.sink_size,
             recent_size=family.recent_size,
@@ -179,7 +198,7 @@ class Golden:
             "gated_hidden_teacher": mixed_teacher.hidden,
             "sink_size": np.int64(self.sink_size),
             "recent_size": np.int64(self.recent_size),
-        }
+        } | ({"native": native} if (native := native_layers(self.model)).any() else {})
 
     def save(self, folder: Path, arrays: dict[str, Array]) -> None:
         """Write the folder: configuration, weights, `pattern/` and `golden.npz`."""
@@ -189,6 +208,12 @@ class Golden:
         (folder / "pattern/config.json").write_text(json.dumps(sizes) + "\n")
         np.savetxt(folder / "pattern/full_attention_heads.tsv", self.pattern, delimiter="\t")
         np.savez_compressed(folder / "golden.npz", **arrays)
+
+
+def native_layers(model: PreTrainedModel) -> Array:
+    """True for each layer with a window of its own."""
+    of_all = getattr(model.config, "sliding_window", None)
+    return np.array([bool(getattr(layer.self_attn, "sliding_window", of_all)) for layer in model.model.layers])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
@@ -209,12 +234,23 @@ class GatedAttention:
     teacher: list[Tensor] | None = None  # L x [B, T, N * H]: the full term; None: from the student's own q, k, v
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, scaling: float, **_: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: None,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         """One layer's attention before the output projection; transformers passes no mask to an unknown attention."""
         position = torch.arange(query.shape[2])
         i, j = position[:, None], position[None, :]
         causal = j <= i
+        if sliding_window:
+            return attend(query, key, value, causal & (j > i - sliding_window), scaling), None
         streaming = causal & ((j < self.sink_size) | (j > i - self.recent_size))  # paper section 2.1
         narrow = attend(query, key, value, streaming, scaling)
         if self.teacher is None:
