@@ -236,7 +236,7 @@ def extend(
     hidden, new = _hidden(model, tokens, cache, lengths, backend)
     newest = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     last = jnp.where((lengths > 0)[:, None], newest, last)
-    return _poison(last, new.length > cache.max_length), new
+    return _poison(last, cache.is_overfull(new.length)), new
 
 
 def _hidden(
@@ -287,7 +287,7 @@ def _score_chunk(
 
     by_token = jax.lax.map(score_token, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)), batch_size=SCORE_BLOCK)
     scores = Scores(*(x.swapaxes(0, 1) for x in by_token))
-    return scores._replace(logprobs=_poison(scores.logprobs, new.length > cache.max_length)), new
+    return scores._replace(logprobs=_poison(scores.logprobs, cache.is_overfull(new.length))), new
 
 
 def step(
@@ -315,7 +315,7 @@ def step(
     attend_on_devices = on_devices(attend, active, decoder)
     hidden, new = decoder.hidden(token[:, None], cache.length[:, None], attend_on_devices, cache)
     logits = head(model, hidden[:, 0])
-    return _poison(logits, lengths > cache.max_length), new.advance(active.astype(jnp.int32))
+    return _poison(logits, cache.is_overfull(lengths)), new.advance(active.astype(jnp.int32))
 
 
 def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:

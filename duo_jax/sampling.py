@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,7 @@ class MinP:
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        return jnp.where(probabilities >= self.p * probabilities.max(-1, keepdims=True), logits, MASKED)
+        return above_min_p(logits, self.p)
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,18 @@ class RepetitionPenalty:
 
     def __call__(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         """See `Transform`."""
-        return jnp.where(seen, jnp.where(logits > 0, logits / self.value, logits * self.value), logits)
+        return penalize(logits, seen, self.value)
+
+
+def above_min_p(logits: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
+    """The formula of `MinP`; `p` is a number, or one for each row, `[B, 1]`."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    return jnp.where(probabilities >= p * probabilities.max(-1, keepdims=True), logits, MASKED)
+
+
+def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], value: Any) -> Float[Array, "B V"]:
+    """The formula of `RepetitionPenalty`; `value` is a number, or one for each row, `[B, 1]`."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / value, logits * value), logits)
 
 
 @dataclass(frozen=True)

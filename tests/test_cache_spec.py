@@ -137,7 +137,9 @@ def test_tokens_are_written_where_the_page_table_says():
 def test_what_no_cache_can_be_is_refused():
     for changes, words in (
         ({"page_size": 0}, "page_size must be at least 1, got 0"),
-        ({"page_size": 8, "mesh": MeshSize(tensor=2)}, "a paged cache is on one device"),
+        ({"page_size": 8, "mesh": MeshSize(sequence=2)}, "a paged cache is divided by heads only, got .*sequence=2"),
+        ({"page_size": 8, "mesh": MeshSize(data=2)}, "a paged cache is divided by heads only, got .*data=2"),
+        ({"num_pages": 3}, "num_pages=3 counts pages: give page_size"),
         ({"layers": (2,)}, "one entry for each of 3 layers, got 1"),
         ({"layers": (None, 0, None)}, "a window of layer_windows must be at least 1, got 0"),
         ({"pattern": PATTERN}, r"heads in 3 layers, \[0, 1, 2\], but the model has full attention in 2, \[0, 2\]"),

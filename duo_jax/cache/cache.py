@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 from numpy.typing import ArrayLike
 
 from duo_jax import pytree
-from duo_jax.arguments import MOST_BYTES, instance, whole_number
+from duo_jax.arguments import MOST_BYTES, instance, integers, whole_number
 from duo_jax.cache.pools import fingerprint, write_chunk, write_token
 from duo_jax.config import ModelConfig
-from duo_jax.mesh.mesh import MeshSize, constrain
+from duo_jax.mesh.mesh import MeshSize, constrain, place
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import ALLOWED, AnyDtype, check_name
@@ -37,6 +38,9 @@ T = TypeVar("T")
 
 # Mesh axes that divide the pools: slots, rows, and the tokens of retrieval heads.
 FULL_AXES, RING_AXES = PartitionSpec("tensor", "data", "sequence"), PartitionSpec("tensor", "data")
+
+# In a page table: no page yet.
+NO_PAGE = -1
 
 
 class KeyValues(NamedTuple):
@@ -61,7 +65,8 @@ class KVCache:
     Attributes:
         full: keys and values of retrieval heads, `[P, B, S, H]`; paged, `[P, pages, page, H]`.
         rings: keys and values of streaming heads, `[P, B, window.size, H]`, one pool for each of `windows`.
-        pages: each row's page numbers in order, shared by all heads and layers; None: the full pool is not paged.
+        pages: each row's page numbers in order, shared by all heads and layers; None: the full pool is not paged. Rows
+            may share pages; an entry may be -1, no page yet.
         is_retrieval: head table, True where a KV head is in the full pool.
         slot: head table, the slot in its pool.
         length: tokens in the cache, per row.
@@ -193,8 +198,10 @@ class KVCache:
         """The mesh axes that divide each array, in the order of `jax.tree.leaves`."""
         full, rings = len(jax.tree.leaves(self.full)), len(jax.tree.leaves(self.rings))
         table = PartitionSpec(None, "tensor")
+        is_paged = self.pages is not None
+        pages = [PartitionSpec("data")] * is_paged
         others = [table, table, PartitionSpec("data"), PartitionSpec()][: 3 if self.order is None else 4]
-        return [FULL_AXES] * full + [RING_AXES] * rings + others
+        return [full_axes(is_paged)] * full + [RING_AXES] * rings + pages + others
 
     def heads(self, layer: int) -> Heads:
         """One layer's row of the head table."""
@@ -233,6 +240,57 @@ class KVCache:
     def advance(self, count: Int32[Array, "B"]) -> "KVCache":
         """Count tokens that every layer has written."""
         return replace(self, length=constrain(self.length + count, self.mesh))
+
+    def is_overfull(self, length: Int32[Array, "B"]) -> Bool[Array, "B"]:
+        """Rows without room for this many tokens: more than `max_length`, or than their pages hold."""
+        if self.pages is None:
+            return length > self.max_length
+        first = jnp.arange(self.pages.shape[1], dtype=jnp.int32) * self.full.k.shape[2]
+        is_missing = (self.pages < 0) & (first[None, :] < length[:, None])
+        return (length > self.max_length) | is_missing.any(1)
+
+    def with_pages(self, pages: ArrayLike) -> "KVCache":
+        """This paged cache with another page table, `[B, n]`: an entry is the number of a page, or -1.
+
+        Pages that are filled keep their keys and values, whichever rows have them. Their owner must give no row a page
+        to write to that another row has too: see `copy_page`.
+
+        Raises:
+            ValueError: a cache that is not paged, a table of another shape, or a page that is not in the pool.
+        """
+        if self.pages is None:
+            raise ValueError("this cache has no pages: make one with CacheSpec(..., page_size=, num_pages=).empty()")
+        table, count = integers("pages", pages), self.full.k.shape[1]
+        if table.shape != self.pages.shape:
+            raise ValueError(f"pages must be the page table, {list(self.pages.shape)}, got {list(table.shape)}")
+        if table.size and (table.min() < NO_PAGE or table.max() >= count):
+            raise ValueError(
+                f"pages must be -1 or below {count}, the pages of the pool, got {table.min()} to {table.max()}"
+            )
+        table = table.astype(np.int32)
+        return replace(self, pages=jax.device_put(table) if self.mesh is None else place(self.mesh, table))
+
+    def copy_page(self, source: Int32[Array, ""], target: Int32[Array, ""]) -> "KVCache":
+        """Copy the keys and values of one page of all retrieval heads to another, which a row may then write to."""
+
+        def copied(pool: Array) -> Array:
+            page = lax.dynamic_slice_in_dim(pool, source, 1, 1)
+            return lax.dynamic_update_slice_in_dim(pool, page, target, 1)
+
+        return replace(self, full=jax.tree.map(copied, self.full)) if self.full.k.shape[0] else self
+
+    def row(self, index: Int32[Array, ""]) -> "KVCache":
+        """One row of a paged cache, as a cache of one row: its rings, length and page table, and the same full pool."""
+        assert self.pages is not None
+        rings = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index, 1, 1), self.rings)
+        pages, length = (lax.dynamic_slice_in_dim(x, index, 1, 0) for x in (self.pages, self.length))
+        return replace(self, rings=rings, pages=pages, length=length)
+
+    def with_row(self, index: Int32[Array, ""], row: "KVCache") -> "KVCache":
+        """This cache after `row`, which `row(index)` gave, was written to; its page table does not change."""
+        rings = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, index, 1), self.rings, row.rings)
+        length = lax.dynamic_update_slice_in_dim(self.length, row.length, index, 0)
+        return replace(self, full=row.full, rings=rings, length=length)
 
     def mark(self) -> "Mark":
         """Remember this point by a copy of rings and lengths: a prefilled text can then be asked many times."""
@@ -301,7 +359,7 @@ class KVCache:
         """See `fingerprint`; on a mesh, the sum over all devices."""
         if self.mesh is None:
             return fingerprint(self.full.k, length, self.pages)
-        return _fingerprints(self.mesh, self.shards, self.full.k, length)
+        return _fingerprints(self.mesh, self.shards, self.full.k, length, self.pages)
 
     def save(
         self, path: str | Path, model: Model | None = None, *, tokens: ArrayLike | None = None, text: str | None = None
@@ -402,6 +460,11 @@ def _spec(
     return CacheSpec(config, pattern, batch_size, max_length, config.precision(**dtypes), mesh)
 
 
+def full_axes(is_paged: bool) -> PartitionSpec:
+    """The mesh axes that divide the full pool."""
+    return RING_AXES if is_paged else FULL_AXES
+
+
 def _shapes(tree: Any) -> Any:
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
@@ -411,9 +474,12 @@ def _copy(tree: T) -> T:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fingerprints(mesh: Mesh, shards: TokenShards | None, pool: Any, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
-    def of_device(pool: Any, length: Int32[Array, "B"]) -> UInt32[Array, "B"]:
-        return jax.lax.psum(fingerprint(pool, length, shards=shards), ("tensor", "sequence"))
+def _fingerprints(
+    mesh: Mesh, shards: TokenShards | None, pool: Any, length: Int32[Array, "B"], pages: Int32[Array, "B n"] | None
+) -> UInt32[Array, "B"]:
+    def of_device(pool: Any, length: Int32[Array, "B"], pages: Int32[Array, "B n"] | None) -> UInt32[Array, "B"]:
+        return jax.lax.psum(fingerprint(pool, length, pages, shards), ("tensor", "sequence"))
 
-    divided, rows = jax.tree.map(lambda _: FULL_AXES, pool), PartitionSpec("data")
-    return jax.shard_map(of_device, mesh=mesh, in_specs=(divided, rows), out_specs=rows, check_vma=False)(pool, length)
+    axes, rows = full_axes(pages is not None), PartitionSpec("data")
+    specs = (jax.tree.map(lambda _: axes, pool), rows, rows)
+    return jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(pool, length, pages)

@@ -116,7 +116,8 @@ def _full_entries(
 ) -> tuple[Int32[Array, "..."], Int32[Array, "*p"]]:
     """The two indices of tokens in a full slot: row and position, or page and offset if it is paged.
 
-    Tokens that are not written, padding and those of other devices, get an index that is out of bounds.
+    Tokens that are not written, padding, those of other devices and those without a page, get an index that is out of
+    bounds.
     """
     if shards is not None:
         count = jnp.full_like(position, shards.count)
@@ -127,7 +128,7 @@ def _full_entries(
     size = jnp.full_like(position, pools.full_k.shape[2])
     number = lax.div(position, size)
     page = pools.pages[row, jnp.minimum(number, pools.pages.shape[1] - 1)]
-    is_written = valid & (number < pools.pages.shape[1])
+    is_written = valid & (number < pools.pages.shape[1]) & (page >= 0)
     return jnp.where(is_written, page, pools.full_k.shape[1]), lax.rem(position, size)
 
 

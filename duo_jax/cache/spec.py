@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from duo_jax.arguments import MOST_TOKENS, instance, whole_number
-from duo_jax.cache.cache import FULL_AXES, RING_AXES, KeyValues, KVCache
+from duo_jax.cache.cache import NO_PAGE, RING_AXES, KeyValues, KVCache, full_axes
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.balance import Balance, balance
 from duo_jax.mesh.mesh import MeshSize, place
@@ -34,7 +34,10 @@ class CacheSpec:
             many as the widest window of a layer.
         precision: data types; those of the cache are `precision.kv` and `precision.streaming`.
         mesh: devices that share the cache. Their numbers are enough for bytes and shapes.
-        page_size: tokens of a page of the full pool; None: a row's tokens are contiguous. Not on a mesh.
+        page_size: tokens of a page of the full pool; None: a row's tokens are contiguous.
+        num_pages: pages of the full pool, whatever the rows and their length; the page table is then empty, and its
+            owner assigns pages to rows, see `KVCache.with_pages`. None: every row has pages of its own for
+            `max_length` tokens.
 
     Raises:
         ValueError: a pattern of another model, sizes below 1, or a model or batch that cannot be divided over the mesh.
@@ -47,15 +50,18 @@ class CacheSpec:
     precision: Precision
     mesh: Mesh | MeshSize | None = None
     page_size: int | None = None
+    num_pages: int | None = None
 
     def __post_init__(self) -> None:
         """Check that such a cache can exist."""
         instance("config", self.config, ModelConfig, "pass model.config")
         instance("pattern", self.pattern, HeadPattern, "HeadPattern.load makes one from a name or folder")
-        for name in ("batch_size", "max_length", "page_size"):
+        for name in ("batch_size", "max_length", "page_size", "num_pages"):
             value = getattr(self, name)
-            if value is not None or name != "page_size":
+            if value is not None or name not in ("page_size", "num_pages"):
                 object.__setattr__(self, name, whole_number(name, value, 1))
+        if self.num_pages is not None and self.page_size is None:
+            raise ValueError(f"num_pages={self.num_pages} counts pages: give page_size, the tokens of one, too")
         object.__setattr__(self, "pattern", self.pattern.of(self.config))
         self.size.check(self.config)
         if self.batch_size % self.size.data:
@@ -63,8 +69,11 @@ class CacheSpec:
                 f"batch_size={self.batch_size} rows cannot be divided among data={self.size.data} devices: "
                 "use a multiple"
             )
-        if self.page_size is not None and self.size.devices > 1:
-            raise ValueError(f"a paged cache is on one device, got {self.size}: leave out page_size or mesh")
+        if self.page_size is not None and (self.size.data > 1 or self.size.sequence > 1):
+            raise ValueError(
+                f"a paged cache is divided by heads only, got {self.size}: use a mesh with tensor=, or leave out "
+                "page_size"
+            )
 
     @property
     def size(self) -> MeshSize:
@@ -102,7 +111,7 @@ class CacheSpec:
         if self.page_size is None:
             tokens: tuple[int, ...] = (self.batch_size, -(-self.max_length // self.size.sequence) * self.size.sequence)
         else:
-            tokens = (self.batch_size * self._pages_of_row, self.page_size)
+            tokens = (self.num_pages or self.batch_size * self._pages_of_row, self.page_size)
         rings = zip(self.heads.ring_slots, self.windows, strict=True)
         return (
             (devices * self.heads.retrieval_slots, *tokens, head_dim),
@@ -141,6 +150,17 @@ class CacheSpec:
             return MOST_TOKENS
         most = min(MOST_TOKENS, unit * (1 + (memory - one_unit) // (two_units - one_unit)))
         return most if most >= self.config.room(1) else 0
+
+    def fit_pages(self, memory: int) -> int:
+        """The most `num_pages` whose keys and values, with all rings, fit into `memory` bytes of each device.
+
+        0 if not one fits. Without retrieval heads a page takes nothing: there are as many as rows may need.
+        """
+        one, two = (replace(self, num_pages=count).nbytes for count in (1, 2))
+        if memory < one:
+            return 0
+        needed = self.batch_size * self._pages_of_row
+        return needed if two == one else min(needed, 1 + (memory - one) // (two - one))
 
     def check(self, memory: int) -> None:
         """Raise ValueError if keys and values do not fit into `memory` bytes of each device."""
@@ -192,13 +212,15 @@ class CacheSpec:
         for shape, dtype in zip(self.shapes, self._dtypes, strict=True):
             make: list[Any] = [functools.partial(empty, shape, dtype, values=values) for values in (False, True)]
             if mesh is not None:
-                sharding = NamedSharding(mesh, RING_AXES if pools else FULL_AXES)
+                sharding = NamedSharding(mesh, RING_AXES if pools else full_axes(self.page_size is not None))
                 make = [jax.jit(one, out_shardings=sharding) for one in make]
             pools.append(KeyValues(*(one() for one in make)))
         heads, pages = self.heads, None
-        if self.page_size is not None:
-            pages = jnp.arange(self.batch_size * self._pages_of_row, dtype=jnp.int32).reshape(self.batch_size, -1)
         put = (lambda x, *_: jax.device_put(x)) if mesh is None else functools.partial(place, mesh)
+        if self.page_size is not None:
+            shape = self.batch_size, self._pages_of_row
+            own = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+            pages = put(own if self.num_pages is None else np.full(shape, NO_PAGE, np.int32))
         return KVCache(
             full=pools[0],
             rings=tuple(pools[1:]),

@@ -1,0 +1,1 @@
+"""Serving: device programs over the rows of one paged cache, and what schedules them."""
