@@ -33,7 +33,7 @@ MOST = {
 # Fields that earlier versions did not write: what they wrote means the defaults.
 ADDED = (
     *("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms"),
-    *("no_rope_layers",),
+    *("no_rope_layers", "sink_logits"),
 )
 # The activations that an MLP may have, by transformers' names.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -56,6 +56,9 @@ class ModelConfig:
 
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`. With `norm_offset`,
     norms multiply by 1 more than their weights; with `post_norms`, the outputs of attention and MLP have norms too.
+
+    With `sink_logits`, every query head has a learned sink: the score of a key without a value, one more term of the
+    softmax's denominator.
     """
 
     family: str
@@ -86,11 +89,12 @@ class ModelConfig:
     norm_offset: bool = False
     post_norms: bool = False
     no_rope_layers: tuple[int, ...] = ()
+    sink_logits: bool = False
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
         values: dict[str, Any] = {name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST.items()}
-        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms"
+        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms", "sink_logits"
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in ("embed_scale", "query_scale")}
@@ -210,9 +214,10 @@ class ModelConfig:
         """Number of weights, a tied head counted once."""
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
         norms = (4 if self.post_norms else 2) * self.embed_dim + 2 * self.head_dim * self.qk_norm
+        sinks = self.num_heads * self.sink_logits
         biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         biases += self.out_bias * self.embed_dim + self.mlp_bias * (2 * self.mlp_dim + self.embed_dim)
-        layer = attention + 3 * self.embed_dim * self.mlp_dim + norms + biases
+        layer = attention + 3 * self.embed_dim * self.mlp_dim + norms + biases + sinks
         embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_head else 2)
         return self.num_layers * layer + embeddings + self.embed_dim
 

@@ -245,7 +245,7 @@ def _hidden(
     """Append a chunk; return the hidden states of all its tokens and the cache."""
 
     def attend(
-        cache: KVCache, layer: int, q: Array, k: Array, v: Array, lengths: Int32[Array, "B"]
+        cache: KVCache, layer: int, q: Array, k: Array, v: Array, lengths: Int32[Array, "B"], sinks: Array | None
     ) -> tuple[Array, KVCache]:
         out = _prefill_attention(
             q,
@@ -256,6 +256,7 @@ def _hidden(
             start=cache.length,
             lengths=lengths,
             window=cache.window(layer),
+            sink_logits=sinks,
             shards=cache.shards,
             backend=backend,
         )
@@ -297,7 +298,7 @@ def step(
     lengths = cache.length + active.astype(jnp.int32)
 
     def attend(
-        cache: KVCache, layer: int, q: Array, k: Array, v: Array, active: Bool[Array, "B"]
+        cache: KVCache, layer: int, q: Array, k: Array, v: Array, active: Bool[Array, "B"], sinks: Array | None
     ) -> tuple[Array, KVCache]:
         cache = cache.append_token(layer, k[:, 0], v[:, 0], active)
         out = _decode_attention(
@@ -306,6 +307,7 @@ def step(
             cache.heads(layer),
             lengths=cache.length + active.astype(jnp.int32),
             window=cache.window(layer),
+            sink_logits=sinks,
             shards=cache.shards,
             backend=backend,
         )

@@ -117,6 +117,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
             self.k_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
+        if config.sink_logits:
+            self.sink_logits = nnx.Param(jax.random.normal(rngs.params(), (config.num_heads,), dtype))
 
     def project(
         self, x: Float[Array, "B T D"], rotation: Angles | None

@@ -101,6 +101,10 @@ class Decoder(nnx.Module):
                 return multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
             return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
 
+    def sink_logits(self, layer: int) -> Float[Array, "N"] | None:
+        """The score of each query head of a layer for its learned sink, for the operations of attention."""
+        return self.layers[layer].attention.sink_logits.get_value() if self.config.sink_logits else None
+
     def whole(self, part: Part, inputs: Array) -> Part:
         """A part of the decoder with all of its weights, from the slices of all devices, once `inputs` are computed.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -136,6 +137,20 @@ def merge_shards(part: Partial, axis: str) -> Partial:
 
     most = lax.pmax(part.log_sum, axis)
     return _merged(part, most, most, total)
+
+
+def with_sinks(part: Partial, sink_logits: Float[Array, "N"]) -> Float[Array, "*rows N H"]:
+    """The output of a softmax whose denominator has one more term for each query head: of a key without a value."""
+    logits = jnp.broadcast_to(sink_logits.astype(jnp.float32), part.log_sum.shape)
+    return part.out.astype(jnp.float32) * jax.nn.sigmoid(part.log_sum - logits)[..., None]
+
+
+def softmax_with_sinks(scores: Float[Array, "*rows S"], sink_logits: Float[Array, "*#rows"] | None) -> Array:
+    """Weights of keys by their scores, which sum to less than 1 where there is a learned sink; for maps and scores."""
+    if sink_logits is None:
+        return jax.nn.softmax(scores, axis=-1)
+    total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), sink_logits.astype(scores.dtype))
+    return jnp.exp(scores - total[..., None])
 
 
 def _merged(part: Partial, most: Array, most_of_all: Array, total: Callable[[Array, Array], Any]) -> Partial:

@@ -12,7 +12,7 @@ from pallas_kernels.backends import candidates, find_backend
 from pallas_kernels.certify.verdicts import SAFE, best
 from pallas_kernels.choices import repeated
 from pallas_kernels.gpus import chip, device_kind
-from pallas_kernels.merge import merge_shards
+from pallas_kernels.merge import merge_shards, with_sinks
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
 from pallas_kernels.trial import Operands, compiles
 from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
@@ -29,6 +29,7 @@ def prefill_attention(
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
     window: Window,
+    sink_logits: Float[Array, "N"] | None = None,
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -47,6 +48,7 @@ def prefill_attention(
         start: position of the chunk's first token, per row: the number of tokens in the pools.
         lengths: valid tokens of the chunk, per row; the rest is padding.
         window: what streaming heads see.
+        sink_logits: of models that have them, the score of each query head for a learned sink without a value.
         shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None if this device has
             all. Each attends to its own tokens, and the parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
@@ -58,7 +60,7 @@ def prefill_attention(
     """
     options: dict[str, Any] = {"window": window, "shards": shards, "backend": backend}
     part = prefill_part(q, k, v, pools, heads, start=start, lengths=lengths, **options)
-    return _merged(part, shards).astype(q.dtype)
+    return _finished(part, sink_logits, heads, shards).astype(q.dtype)
 
 
 def prefill_part(
@@ -99,6 +101,7 @@ def decode_attention(
     *,
     lengths: Int32[Array, "B"],
     window: Window,
+    sink_logits: Float[Array, "N"] | None = None,
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B N H"]:
@@ -110,6 +113,7 @@ def decode_attention(
         heads: this layer's row of the head table.
         lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
         window: what streaming heads see.
+        sink_logits: as in `prefill_attention`.
         shards: as in `prefill_attention`.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
             its verdicts (`pallas_kernels.certify`).
@@ -119,7 +123,7 @@ def decode_attention(
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     part = decode_part(q, pools, heads, lengths=lengths, window=window, shards=shards, backend=backend)
-    return _merged(part, shards).astype(q.dtype)
+    return _finished(part, sink_logits, heads, shards).astype(q.dtype)
 
 
 def decode_part(
@@ -151,11 +155,12 @@ def gated_attention(
     *,
     window: Window,
     full: Float[Array, "B T N H"] | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention for training gates, for one layer: `gates * full + (1 - gates) * streaming` (paper section 2.2).
 
-    Differentiable in q, k, v, `gates` and `full`; no cache. Memory is linear in T, forward and backward.
+    Differentiable in q, k, v, `gates`, `full` and `sink_logits`; no cache. Memory is linear in T, forward and backward.
 
     Args:
         q: queries after RoPE.
@@ -164,6 +169,7 @@ def gated_attention(
         gates: one per KV head, in [0, 1].
         window: what streaming heads see.
         full: output of full attention to mix in ("teacher" mixing); None computes it from q, k and v ("self" mixing).
+        sink_logits: as in `prefill_attention`; both terms have the sink.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
             its verdicts (`pallas_kernels.certify`).
 
@@ -176,8 +182,8 @@ def gated_attention(
     if full is not None and full.shape != q.shape:
         raise ValueError(f"full must have the queries' shape, got {full.shape=} with {q.shape=}")
     with jax.named_scope("gated_attention"):
-        full = _training(q, k, v, None, backend) if full is None else full
-        streaming = _training(q, k, v, window, backend)
+        full = _training(q, k, v, None, sink_logits, backend) if full is None else full
+        streaming = _training(q, k, v, window, sink_logits, backend)
         gate = jnp.repeat(gates, q.shape[2] // k.shape[2], total_repeat_length=q.shape[2])[None, None, :, None]
         # In the gates' type.
         return (gate * full.astype(gate.dtype) + (1 - gate) * streaming.astype(gate.dtype)).astype(full.dtype)
@@ -189,6 +195,7 @@ def full_attention(
     v: Float[Array, "B T K H"],
     *,
     window: Window | None = None,
+    sink_logits: Float[Array, "N"] | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention over a sequence's own keys, without a cache: the teacher's. Differentiable, memory linear in T.
@@ -198,6 +205,7 @@ def full_attention(
         k: keys after RoPE.
         v: values.
         window: what all heads see, in a layer with a window of its own; None: every earlier token.
+        sink_logits: as in `prefill_attention`.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
             its verdicts (`pallas_kernels.certify`).
 
@@ -206,7 +214,7 @@ def full_attention(
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
     with jax.named_scope("full_attention"):
-        return _training(q, k, v, window, backend)
+        return _training(q, k, v, window, sink_logits, backend)
 
 
 def choose(request: Request, name: str | None = None, operands: Operands | None = None) -> Backend:
@@ -241,18 +249,33 @@ def _compiles(backend: Backend, request: Request, operands: Operands | None) -> 
     return operands is None or compiles(backend, request, operands)
 
 
-def _merged(part: Partial, shards: TokenShards | None) -> Array:
-    return part.out if shards is None else merge_shards(part, shards.axis).out
+def _finished(
+    part: Partial, sink_logits: Array | None, heads: Heads | None = None, shards: TokenShards | None = None
+) -> Array:
+    """The output, once all keys were met: learned sinks are in no backend, and not in a part."""
+    whole = part if shards is None else merge_shards(part, shards.axis)
+    if sink_logits is None:
+        return whole.out
+    if shards is not None and heads is not None:
+        # Each device counted all keys of a streaming head.
+        times = jnp.where(heads.is_retrieval, 0.0, np.log(shards.count)).astype(jnp.float32)
+        group = sink_logits.shape[0] // times.shape[0]
+        sink_logits = sink_logits.astype(jnp.float32) + jnp.repeat(times, group, total_repeat_length=group * len(times))
+    if sink_logits.shape != whole.log_sum.shape[-1:]:
+        raise ValueError(f"sink_logits must be one per query head, got {sink_logits.shape=} with {whole.out.shape=}")
+    return with_sinks(whole, sink_logits)
 
 
-def _training(q: Array, k: Array, v: Array, window: Window | None, backend: str | None) -> Array:
+def _training(
+    q: Array, k: Array, v: Array, window: Window | None, sink_logits: Array | None, backend: str | None
+) -> Array:
     """Causal attention of retrieval heads, or of streaming heads with a window."""
     if q.shape[2] % k.shape[2] or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape != k.shape:
         raise ValueError(f"k and v must be [B, T, K, H] with K dividing N, got {q.shape=}, {k.shape=}, {v.shape=}")
     request = _request("training", q, (k, v), None, k.shape[2], window, None)
     chosen = choose(request, backend, Operands((q, k, v)))
     assert chosen.training is not None
-    return chosen.training(q, k, v, window)
+    return _finished(chosen.training(q, k, v, window), sink_logits).astype(q.dtype)
 
 
 def _request(

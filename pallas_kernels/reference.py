@@ -52,14 +52,15 @@ def decode(
 
 def training(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], window: Window | None
-) -> Float[Array, "B T N H"]:
+) -> Partial:
     """Every head over the sequence's own keys."""
     own = consecutive(jnp.zeros(q.shape[0], jnp.int32), q.shape[1])
 
-    def attend(q_h: Array, k_h: Array, v_h: Array) -> Array:
-        return _attend(q_h, (k_h, v_h, own), own, window).out
+    def attend(q_h: Array, k_h: Array, v_h: Array) -> Partial:
+        return _attend(q_h, (k_h, v_h, own), own, window)
 
-    return jax.vmap(attend, in_axes=2, out_axes=2)(_by_kv_head(q, k.shape[2]), k, v).reshape(q.shape)
+    part = jax.vmap(attend, in_axes=2, out_axes=2)(_by_kv_head(q, k.shape[2]), k, v)
+    return Partial(part.out.reshape(q.shape), part.log_sum.reshape(q.shape[:3]))
 
 
 def _over_pools(

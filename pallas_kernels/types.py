@@ -193,15 +193,15 @@ class Backend:
         refuses: the reason why the backend cannot run a request, as in "takes no paged caches", or None.
         prefill: `(q, k, v, pools, heads, *, start, lengths, window, shards) -> Partial`, `[B, T, N, H]`.
         decode: `(q, pools, heads, *, lengths, window, shards) -> Partial`, `[B, N, H]`.
-        training: `(q, k, v, window) -> [B, T, N, H]`, differentiable causal attention over a sequence's own keys, of
-            retrieval heads where `window` is None, of streaming heads otherwise.
+        training: `(q, k, v, window) -> Partial`, `[B, T, N, H]`, differentiable causal attention over a sequence's own
+            keys, of retrieval heads where `window` is None, of streaming heads otherwise.
     """
 
     name: str
     refuses: Callable[[Request], str | None]
     prefill: Callable[..., Partial] | None = None
     decode: Callable[..., Partial] | None = None
-    training: Callable[..., Array] | None = None
+    training: Callable[..., Partial] | None = None
 
     def supports(self, request: Request) -> str | None:
         """None if this backend can run the request, otherwise the reason why not."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.merge import Softmax, accumulate, empty, partial_of
 from pallas_kernels.schedule import block_at, cdiv
+from pallas_kernels.types import Partial
 from pallas_kernels.window import Window
 
 # Tokens per block of queries, and of keys in full attention. Smaller blocks waste less above the diagonal.
@@ -30,14 +31,16 @@ def training(q, k, v, window):
 def _forward(q, k, v, window):
     heads = _to_heads(q, k.shape[2]), _heads_first(k), _heads_first(v)
     out, log_total = lax.map(partial(_forward_head, window=window), heads)
-    return _from_heads(out), (q, k, v, _from_heads(out), log_total)
+    part = Partial(_from_heads(out), _from_heads(log_total[..., None])[..., 0])
+    return part, (q, k, v, part.out, log_total)
 
 
-def _backward(window, residuals, grad):
+def _backward(window, residuals, gradient):
     q, k, v, out, log_total = residuals
+    grad, log_grad = gradient
     num_kv_heads = k.shape[2]
     # Float32: two nearly equal sums are subtracted.
-    delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1, keepdims=True)
+    delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1, keepdims=True) - log_grad[..., None]
     delta = _to_heads(delta, num_kv_heads)[..., 0]
     heads = (
         _to_heads(q, num_kv_heads),
@@ -119,7 +122,7 @@ def _gradients(
 ) -> tuple[Float[Array, "B M H"], Float[Array, "B S H"], Float[Array, "B S H"]]:
     """Contribution of one block of queries and keys to the gradients of q, k and v, float32 (Dao 2023, algorithm 2).
 
-    `delta` is the sum over H of the output times its gradient `grad`.
+    `delta` is the sum over H of the output times its gradient `grad`, less the gradient of `log_total`.
     """
     scale, f32 = q.shape[-1] ** -0.5, {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bmh,bsh->bms", q, k, **f32) * scale

@@ -43,13 +43,16 @@ def inputs(shape, seed=0):
     return (*map(jnp.asarray, (q, k, v, gates)), Window(sinks, window))
 
 
-def dense(q, k, v, keep):
-    """Softmax over the kept keys, `keep [T, S]`, in float64."""
+def dense(q, k, v, keep, sinks=None):
+    """Softmax over the kept keys, `keep [T, S]`, and a sink of each query head, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = np.where(keep, np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]), -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    total += 0 if sinks is None else np.exp(np.asarray(sinks, np.float64)[:, None, None] - most)
+    return np.einsum("bnts,bsnh->btnh", weights / total, v)
 
 
 def masks(tokens, window):
@@ -74,17 +77,37 @@ def test_mixes_the_two_kinds_of_attention(shape, backend):
     np.testing.assert_allclose(out, gate * np.asarray(given) + (1 - gate) * streaming, atol=2e-6)
 
 
+@backends
+def test_a_learned_sink_is_one_more_term_of_both_kinds(backend):
+    q, k, v, gates, window = inputs(SHAPES["gqa_3"])
+    sinks = 3 * jax.random.normal(jax.random.key(2), q.shape[2:3])
+    full, streaming = (dense(q, k, v, keep, sinks) for keep in masks(q.shape[1], window))
+    gate = np.repeat(np.asarray(gates, np.float64), 3)[None, None, :, None]
+    mix = jax.jit(functools.partial(gated_attention, window=window, backend=backend))
+    out = mix(q, k, v, gates, sink_logits=sinks)
+    np.testing.assert_allclose(out, gate * full + (1 - gate) * streaming, atol=2e-6)
+
+
+def test_sink_logits_of_another_number_of_heads_raise():
+    q, k, v, *_ = inputs((5, 4, 2, 8, 1, 3))
+    with pytest.raises(ValueError, match="sink_logits must be one per query head"):
+        jax.eval_shape(functools.partial(full_attention.__wrapped__, sink_logits=jnp.ones(3)), q, k, v)
+
+
 @pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
 @pytest.mark.parametrize("shape", ["gqa_3", "shorter_than_the_sinks", "window_longer_than_the_text", "head_dim_256"])
 def test_gradients_equal_those_of_the_dense_reference(shape, backend):
     q, k, v, gates, window = inputs(SHAPES[shape])
     weights = jax.random.normal(jax.random.key(1), q.shape)
+    sinks = None if shape == "head_dim_256" else jax.random.normal(jax.random.key(2), q.shape[2:3])
 
-    def loss(q, k, v, gates, backend):
-        return jnp.sum(weights * gated_attention(q, k, v, gates, window=window, backend=backend))
+    def loss(q, k, v, gates, sinks, backend):
+        mixed = gated_attention(q, k, v, gates, sink_logits=sinks, window=window, backend=backend)
+        return jnp.sum(weights * mixed)
 
-    gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=4)
-    for found, wanted in zip(gradient(q, k, v, gates, backend), gradient(q, k, v, gates, "reference"), strict=True):
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3) if sinks is None else (0, 1, 2, 3, 4)), static_argnums=5)
+    arrays = q, k, v, gates, sinks
+    for found, wanted in zip(gradient(*arrays, backend), gradient(*arrays, "reference"), strict=True):
         np.testing.assert_allclose(found, wanted, atol=5e-5, rtol=2e-5)
 
 

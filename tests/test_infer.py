@@ -132,7 +132,11 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern) -> np.n
         mask = np.repeat(np.where(is_full[:, None, None], past, past & window), group, axis=0)
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
-        weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf))
+        scores = jnp.where(mask[None], scores, -jnp.inf)
+        if (sinks := model.decoder.sink_logits(layer)) is not None:  # As transformers: one more key, then dropped.
+            column = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, column], axis=-1)
+        weights = jax.nn.softmax(scores)[..., : k.shape[1]]
         return jnp.einsum("bnts,bsnh->btnh", weights, v), state
 
     @jax.jit

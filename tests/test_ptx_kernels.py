@@ -250,7 +250,7 @@ def training(
     keep = masks(tokens, window or Window(0, 1))[window is not None]
     attend = find_backend("triton").training
     with executing(change) as launches:
-        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, window), q, k, v)
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, window).out, q, k, v)
         outputs = out, *back(grad)
     assert len(launches) == 3
     errors = []

@@ -1,4 +1,4 @@
-"""Layers with a window of their own: what caches hold, heads that can choose, training, methods, meshes, refusals."""
+"""Layers with a window of their own and learned sinks: caches, heads that can choose, training, methods, meshes."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ from tests.shapes import TINY
 from tests.test_infer import TOLERANCE, dense_logits
 from tests.test_train import DATA
 
-CONFIG = replace(TINY, num_layers=3, layer_windows=(5, None, 7))
+CONFIG = replace(TINY, num_layers=3, layer_windows=(5, None, 7), sink_logits=True)
 SIZES = {"sink_size": 3, "recent_size": 8}
 PATTERN = HeadPattern.from_gates([[0, 0], [0, 1], [0, 0]], **SIZES, window_layers=[0, 2])
 ROWS = {"sink_size": 3, "recent_size": 8, "window_layers": [0, 2]}
@@ -210,3 +210,6 @@ def test_methods_without_a_rule_for_windows_say_so(model, tokens, text_model, na
     chosen = method(name, tokenizer=AutoTokenizer.from_pretrained(text_model))
     with pytest.raises(NotImplementedError, match="has no rule for the 2 layers of this model that have a window"):
         chosen.begin(model, tokens[0], room=4, budget=1.0)
+    only_sinks = replace(model, config=replace(CONFIG, layer_windows=()))
+    with pytest.raises(NotImplementedError, match=f"{chosen.name} .* has no learned sinks"):
+        chosen.begin(only_sinks, tokens[0], room=4, budget=1.0)

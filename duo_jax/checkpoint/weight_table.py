@@ -65,6 +65,9 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
                 table["layers", index, *path, "bias"] = Weight(biases, tuple((size,) for size in sizes))
         for path, module, size in norms:
             table["layers", index, *path, "scale"] = Weight((f"{prefix}{module}.weight",), ((size,),))
+        if config.sink_logits:
+            sinks = Weight((f"{prefix}self_attn.sinks",), ((config.num_heads,),))
+            table["layers", index, "attention", "sink_logits"] = sinks
     return table
 
 

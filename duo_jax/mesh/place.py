@@ -52,6 +52,8 @@ class Placement:
 
     def axes(self, path: Path, shape: tuple[int, ...]) -> tuple[Any, ...]:
         """The mesh axes that divide each axis of an array of this shape; `path` is its parameter's."""
+        if path[-1] == "sink_logits":  # As heads: too few to be divided again.
+            return ("tensor",)
         axis = self._divided(path, shape)
         return () if axis is None else (*(None,) * axis, both(shape[axis], self.size))
 
@@ -97,7 +99,7 @@ class Placement:
                 return 1 if shape[1] % self.size.sharers == 0 else 0
             case ("qkv" | "gate_up", _):
                 return len(shape) - 1
-            case ("out" | "down", "kernel"):
+            case ("out" | "down", "kernel") | (_, "sink_logits"):
                 return 0
         return None
 
@@ -107,11 +109,11 @@ class Placement:
         if path[-2] == "gate_up":
             shards = size.sharers
             return 2 * shards, np.arange(2 * shards, dtype=np.int32).reshape(2, shards).T.ravel()
-        if path[-2] not in ("qkv", "out") or not isinstance(path[1], int):
+        if not {path[-2], path[-1]} & {"qkv", "out", "sink_logits"} or not isinstance(path[1], int):
             return 1, None
         order = self.order[path[1]]
         queries = query_heads(order, config.num_heads, config.num_kv_heads)
-        if path[-2] == "out":
+        if path[-2] != "qkv":
             return config.num_heads, queries
         keys = config.num_heads + order
         parts = (np.split(x, size.tensor) for x in (queries, keys, keys + config.num_kv_heads))

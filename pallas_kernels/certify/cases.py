@@ -189,7 +189,7 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
         chosen = ops.choose(request, backend).training
         assert chosen is not None
         # Not the gates' gradient: no kernel computes it. XLA sums it over tokens with atomic additions, in any order.
-        out, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window), *inputs)
+        out, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window).out, *inputs)
         return out, *back(gradient)
 
     parts = []

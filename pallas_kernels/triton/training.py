@@ -38,15 +38,16 @@ def _forward(q, k, v, window):
     heads = Heads(jnp.full((num_kv_heads,), window is None), jnp.zeros((num_kv_heads,), jnp.int32))
     start = jnp.zeros((batch,), jnp.int32)
     settings: dict[str, Any] = {"window": window or NO_WINDOW, "tiles": tiles_for("flash", head_dim, q.dtype.itemsize)}
-    out, log_sum = flash_attention(q, k, v, None, heads, start=start, lengths=start + length, **settings)
-    return out, (q, k, v, out, log_sum)
+    part = flash_attention(q, k, v, None, heads, start=start, lengths=start + length, **settings)
+    return part, (q, k, v, part)
 
 
-def _backward(window, residuals, grad):
-    q, k, v, out, log_sum = residuals
+def _backward(window, residuals, gradient):
+    q, k, v, (out, log_sum) = residuals
+    grad, log_grad = gradient
     tiles: FlashTiles = tiles_for("backward", q.shape[3], q.dtype.itemsize)
     # Float32: the kernels subtract two nearly equal sums.
-    delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
+    delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1) - log_grad
     arrays = Arrays(q, k, v, grad, log_sum.swapaxes(1, 2), delta.swapaxes(1, 2))
     batch, length, num_heads, _ = q.shape
     settings: dict[str, Any] = {"window": window, "tiles": tiles}
@@ -71,7 +72,7 @@ class Arrays(NamedTuple):
     v: Float[Array, "B T K H"]
     grad: Float[Array, "B T N H"]  # of the output
     log_sum: Float[Array, "B N T"]  # natural logarithm of the sum of each query's weights
-    delta: Float[Array, "B N T"]  # sum over H of the output times its gradient
+    delta: Float[Array, "B N T"]  # sum over H of the output times its gradient, less the gradient of `log_sum`
 
 
 def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, tiles: FlashTiles) -> None:

@@ -41,6 +41,7 @@ class ShardedModel(GatedModel):
         v: Float[Array, "B T K H"],
         gates: Float[Array, "K"] | None = None,
         full: Float[Array, "B T N H"] | None = None,
+        sink_logits: Float[Array, "N"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """Attention of one layer; each device computes all tokens of its heads."""
         # Devices beyond the number of KV heads share the queries of one.
@@ -51,6 +52,8 @@ class ShardedModel(GatedModel):
         specs = dict.fromkeys(arrays, PartitionSpec(*BY_HEAD))
         if gates is not None:
             arrays["gates"], specs["gates"] = jnp.repeat(gates, copies), PartitionSpec(BY_HEAD[2])
+        if sink_logits is not None:
+            arrays["sink_logits"], specs["sink_logits"] = sink_logits, PartitionSpec(BY_HEAD[2])
         sharded = jax.shard_map(
             lambda arrays: attention(**arrays),
             mesh=self.mesh,

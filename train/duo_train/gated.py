@@ -13,24 +13,30 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import whole_number
-from duo_jax.config import ModelConfig
 from duo_jax.layers import Attend
-from duo_jax.model import Model
+from duo_jax.model import Decoder, Model
 from pallas_kernels import full_attention, gated_attention
 from pallas_kernels.window import Window, consecutive
 
 State = TypeVar("State")
 # The output of each layer with full attention, on its own input.
 LayerOutputs = tuple[Float[Array, "B T N H"], ...]
+# (state, index, q, k, v, sink logits) -> attention output and the new state, of a layer with full attention.
+AttendFull = Callable[[State, int, Array, Array, Array, Array | None], tuple[Array, State]]
 
 
-def in_full_layers(config: ModelConfig, attend: Attend[State], own: Callable[..., Array]) -> Attend[State]:
-    """`attend` for layers with full attention, numbered among them; `own(q, k, v, window=)` for those with a window."""
-    number = {layer: index for index, layer in enumerate(config.full_layers)}
+def in_full_layers(decoder: Decoder, attend: AttendFull[State], own: Callable[..., Array]) -> Attend[State]:
+    """`attend` for layers with full attention, numbered among them, and `own` for those with a window.
+
+    `own` is called as `full_attention` is, with `window` and `sink_logits`.
+    """
+    number = {layer: index for index, layer in enumerate(decoder.config.full_layers)}
 
     def attend_by_layer(state: State, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, State]:
-        window = config.window(layer)
-        return attend(state, number[layer], q, k, v) if window is None else (own(q, k, v, window=window), state)
+        sinks = decoder.sink_logits(layer)
+        if layer in number:
+            return attend(state, number[layer], q, k, v, sinks)
+        return own(q, k, v, window=decoder.config.window(layer), sink_logits=sinks), state
 
     return attend_by_layer
 
@@ -69,12 +75,14 @@ class GatedModel:
     def teacher(self, model: Model, tokens: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], LayerOutputs]:
         """Final-norm hidden states of the model as it is, and the output of each layer with full attention."""
 
-        def attend(outputs: LayerOutputs, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, LayerOutputs]:
-            out = self.attend(partial(full_attention, backend=self.backend), q, k, v)
+        def attend(
+            outputs: LayerOutputs, _: int, q: Array, k: Array, v: Array, sinks: Array | None
+        ) -> tuple[Array, LayerOutputs]:
+            out = self.attend(partial(full_attention, backend=self.backend), q, k, v, sink_logits=sinks)
             return out, (*outputs, out)
 
-        attend_by_layer = in_full_layers(model.config, attend, self._own)
-        return model.decoder.hidden(tokens, _positions(tokens), attend_by_layer, ())
+        decoder = model.decoder
+        return decoder.hidden(tokens, _positions(tokens), in_full_layers(decoder, attend, self._own), ())
 
     def student(
         self,
@@ -88,15 +96,18 @@ class GatedModel:
         Gates are of the layers with full attention, in order.
         """
 
-        def attend(state: Array, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        def attend(state: Array, index: int, q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Array]:
             attention = partial(gated_attention, window=self.window, backend=self.backend)
-            return self.attend(attention, q, k, v, state[layer], None if full is None else full[layer]), state
+            of_layer = {"gates": state[index], "full": None if full is None else full[index], "sink_logits": sinks}
+            return self.attend(attention, q, k, v, **of_layer), state
 
-        attend_by_layer, positions = in_full_layers(model.config, attend, self._own), _positions(tokens)
-        return model.decoder.hidden(tokens, positions, attend_by_layer, gates, rematerialize=self.rematerialize)[0]
+        decoder, positions = model.decoder, _positions(tokens)
+        attend_by_layer = in_full_layers(decoder, attend, self._own)
+        return decoder.hidden(tokens, positions, attend_by_layer, gates, rematerialize=self.rematerialize)[0]
 
-    def _own(self, q: Array, k: Array, v: Array, *, window: Window) -> Array:
-        return self.attend(partial(full_attention, window=window, backend=self.backend), q, k, v)
+    def _own(self, q: Array, k: Array, v: Array, *, window: Window, sink_logits: Array | None) -> Array:
+        attention = partial(full_attention, window=window, backend=self.backend)
+        return self.attend(attention, q, k, v, sink_logits=sink_logits)
 
     def attend(
         self,
@@ -106,9 +117,10 @@ class GatedModel:
         v: Float[Array, "B T K H"],
         gates: Float[Array, "K"] | None = None,
         full: Float[Array, "B T N H"] | None = None,
+        sink_logits: Float[Array, "N"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """Attention of one layer, on one device; `attention` is called with the arrays that are not None, by name."""
-        optional = {"gates": gates, "full": full}
+        optional = {"gates": gates, "full": full, "sink_logits": sink_logits}
         return attention(q, k, v, **{name: x for name, x in optional.items() if x is not None})
 
 

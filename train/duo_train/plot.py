@@ -23,6 +23,7 @@ from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.needles import NeedleData, Needles, Sample
 from duo_train.metrics import METRICS_FILE, read_metrics
 from pallas_kernels import full_attention
+from pallas_kernels.merge import softmax_with_sinks
 from pallas_kernels.types import Request
 from pallas_kernels.window import consecutive
 
@@ -230,20 +231,22 @@ def attention_weights(
     """Attention weights [queries, keys] under full attention, float32, for each (layer, KV head).
 
     A KV head's weights are the mean over the query heads that share it: the unit of a pattern (paper section 2.1).
-    Every row sums to 1.
+    Every row sums to 1, or to less where the model has learned sinks.
     """
+    decoder = model.decoder
 
     def attend(maps: dict, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, dict]:
-        group = q.shape[2] // k.shape[2]
+        group, sinks = q.shape[2] // k.shape[2], decoder.sink_logits(layer)
         for head in (head for of_layer, head in heads if of_layer == layer):
-            queries = q[0, :, head * group : (head + 1) * group]
-            maps = maps | {(layer, head): _weights(queries, k[0, :, head])}
-        return full_attention(q, k, v, window=model.config.window(layer)), maps
+            own = slice(head * group, (head + 1) * group)
+            sinks_of_group = None if sinks is None else sinks[own]
+            maps = maps | {(layer, head): _weights(q[0, :, own], k[0, :, head], sinks_of_group)}
+        return full_attention(q, k, v, window=model.config.window(layer), sink_logits=sinks), maps
 
     positions = consecutive(jnp.zeros(1, jnp.int32), tokens.shape[1])
     # Only the maps are used, so the compiler removes every layer after the last one they need.
     maps: dict[tuple[int, int], Array] = {}
-    maps = model.decoder.hidden(tokens, positions, attend, maps)[1]
+    maps = decoder.hidden(tokens, positions, attend, maps)[1]
     return jnp.stack([maps[head] for head in heads])
 
 
@@ -261,10 +264,13 @@ def check_heads(config: ModelConfig, heads: tuple[tuple[int, int], ...]) -> None
             raise ValueError(f"--head is a KV head and must be in [0, {config.num_kv_heads - 1}], got {head}")
 
 
-def _weights(q: Float[Array, "T G H"], k: Float[Array, "T H"]) -> Float[Array, "T T"]:
+def _weights(
+    q: Float[Array, "T G H"], k: Float[Array, "T H"], sink_logits: Float[Array, "G"] | None
+) -> Float[Array, "T T"]:
     scores = jnp.einsum("tgh,sh->gts", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
-    return jax.nn.softmax(jnp.where(causal[None], scores, -jnp.inf), axis=-1).mean(axis=0)
+    sinks = None if sink_logits is None else sink_logits[:, None]
+    return softmax_with_sinks(jnp.where(causal[None], scores, -jnp.inf), sinks).mean(axis=0)
 
 
 def _plots() -> ModuleType:

@@ -52,7 +52,8 @@ class Method(ABC):
     name: ClassVar[str]
     # The field that VALUE of NAME=VALUE on the command line sets, if any.
     value_field: ClassVar[str | None] = None
-    # Whether it holds layers with a window of their own as such; a rule for all tokens of a layer does not.
+    # Whether it attends as the model does, in layers with a window of their own and with learned sinks too; a rule for
+    # all tokens of a layer does not.
     knows_windows: ClassVar[bool] = False
 
     @classmethod
@@ -74,12 +75,17 @@ class Method(ABC):
 
         Raises:
             ValueError: a budget outside (0, 1], or one that this method cannot meet there.
-            NotImplementedError: a model with windows in some layers, for a method that does not know them.
+            NotImplementedError: a model with windows in some layers or with learned sinks, for a method without them.
         """
         if model.config.window_layers and not self.knows_windows:
             raise NotImplementedError(
                 f"{self.name} has no rule for the {len(model.config.window_layers)} layers of this model that have a "
                 "window of their own: compare full attention and head patterns"
+            )
+        if model.config.sink_logits and not self.knows_windows:
+            raise NotImplementedError(
+                f"{self.name} computes attention by itself and has no learned sinks, which all heads of this model "
+                "have: compare full attention and head patterns"
             )
         if not 0.0 < budget <= 1.0:
             raise ValueError(f"budget must be in (0, 1], a fraction of full attention's KV bytes, got {budget=}")

@@ -67,13 +67,14 @@ def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Me
     # YaRN's rotation also scales, once in the model and once here.
     scale = 1.0 / model.config.only_rope.attention_factor**2
 
-    def attend(means: Means, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Means]:
+    def attend(means: Means, layer: int, q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Means]:
         q_mean, k_mean = (unrotate(x.astype(jnp.float32))[0].mean(0) * scale for x in (q, k))
-        return attention(q, k, v), (*means, (q_mean, k_mean))
+        return attention(q, k, v, sink_logits=sinks), (*means, (q_mean, k_mean))
 
     means: Means = ()
-    attend_by_layer = in_full_layers(model.config, attend, attention)
-    return constrain(model.decoder.hidden(tokens, positions, attend_by_layer, means)[1], model.mesh)
+    decoder = model.decoder
+    attend_by_layer = in_full_layers(decoder, attend, attention)
+    return constrain(decoder.hidden(tokens, positions, attend_by_layer, means)[1], model.mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -23,6 +23,7 @@ from duo_train.gated import GatedModel, in_full_layers
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run
 from pallas_kernels import full_attention
+from pallas_kernels.merge import softmax_with_sinks
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 Scores = tuple[Float[Array, "K"], ...]
@@ -83,19 +84,27 @@ def _received(
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     attends = partial(full_attention, backend=attention.backend)
 
-    def attend(scores: Scores, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Scores]:
+    def attend(scores: Scores, layer: int, q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Scores]:
         groups = q[0].reshape(q.shape[1], k.shape[2], -1, q.shape[3]).transpose(1, 0, 2, 3)
         per_head = partial(_most, first=first, length=length, attention=attention)
-        most = lax.map(lambda head: per_head(*head), (groups, k[0].transpose(1, 0, 2)))
-        return attends(q, k, v), (*scores, most)
+        by_head = None if sinks is None else sinks.reshape(k.shape[2], -1)
+        most = lax.map(lambda head: per_head(*head), (groups, k[0].transpose(1, 0, 2), by_head))
+        return attends(q, k, v, sink_logits=sinks), (*scores, most)
 
     scores: Scores = ()
-    attend_by_layer = in_full_layers(model.config, attend, attends)
-    return constrain(jnp.stack(model.decoder.hidden(tokens, positions, attend_by_layer, scores)[1]), model.mesh)
+    decoder = model.decoder
+    attend_by_layer = in_full_layers(decoder, attend, attends)
+    return constrain(jnp.stack(decoder.hidden(tokens, positions, attend_by_layer, scores)[1]), model.mesh)
 
 
 def _most(
-    q: Float[Array, "T G H"], k: Float[Array, "T H"], *, first: int, length: int, attention: GatedModel
+    q: Float[Array, "T G H"],
+    k: Float[Array, "T H"],
+    sink_logits: Float[Array, "G"] | None,
+    *,
+    first: int,
+    length: int,
+    attention: GatedModel,
 ) -> Float[Array, ""]:
     """One KV head, in blocks of the queries that repeat the context."""
     total, _, head_dim = q.shape
@@ -108,7 +117,9 @@ def _most(
         rows = lax.dynamic_slice_in_dim(q, begin, block, 0).astype(jnp.float32)
         scores = jnp.einsum("tgh,sh->tgs", rows, k.astype(jnp.float32)) * head_dim**-0.5
         q_pos = (begin + jnp.arange(block, dtype=jnp.int32))[:, None, None]
-        weights = jax.nn.softmax(jnp.where(k_pos <= q_pos, scores, -jnp.inf), axis=-1)
+        weights = softmax_with_sinks(
+            jnp.where(k_pos <= q_pos, scores, -jnp.inf), None if sink_logits is None else sink_logits[None]
+        )
         # The end of the context may still be in the window of the first repeated tokens.
         weights = jnp.where(k_pos <= q_pos - attention.recent_size, weights, 0.0)
         return jnp.maximum(most, weights[:, :, context].max())

@@ -32,6 +32,8 @@ class Cudnn(Engine):
             raise NotImplementedError("cuDNN has no streaming heads: leave the pattern out")
         if pattern.window_layers:
             raise NotImplementedError("the cuDNN engine has no layers with a window: measure another model")
+        if model.config.sink_logits:
+            raise NotImplementedError("the cuDNN engine has no learned sinks: measure another model")
         if self.implementation == "cudnn" and jax.default_backend() != "gpu":
             raise NotImplementedError("cuDNN runs on GPUs")
         self.compile_seconds = {}
