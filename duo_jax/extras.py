@@ -11,7 +11,7 @@ from typing import Any
 # The extras of pyproject.toml, by the names that are imported.
 EXTRAS = {
     "train": ("datasets", "matplotlib", "zstandard"),
-    "eval": ("lm_eval", "matplotlib", "scipy", "tabulate", "wonderwords"),
+    "eval": ("aiohttp", "lm_eval", "matplotlib", "scipy", "tabulate", "wonderwords"),
     "bench": ("accelerate", "torch"),
 }
 

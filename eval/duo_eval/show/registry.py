@@ -10,6 +10,7 @@ from duo_eval.runner.record import first_object, read
 from duo_eval.show import patterns, score_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.speed import adapter, efficiency_results, startup, training
+from duo_eval.speed.serving import bench as serving
 from duo_eval.tasks import item_by_item, keys, precision, recall_results
 from duo_eval.tasks.choose import results as choose
 from duo_eval.tasks.lm_eval import command as harness
@@ -32,6 +33,7 @@ RESULT_TYPES: tuple[ResultType, ...] = (
     adapter.RESULT,
     training.RESULT,
     startup.RESULT,
+    serving.RESULT,
     context.MESHES_RESULT,
     context.RESULT,
     memory.RESULT,

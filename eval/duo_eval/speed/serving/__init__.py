@@ -1,0 +1,1 @@
+"""Load on a server: a mix of requests, a client that sends them, and the table of what it measured."""
