@@ -46,9 +46,10 @@ class Server:
     async def _send(self, asks: Sequence[Ask], clients: int, done: Any) -> list[dict[str, Any]]:
         free = asyncio.Semaphore(clients)
         headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        sizes = {"read_bufsize": MOST_LINE, "connector": aiohttp.TCPConnector(limit=clients)}
-        limit = aiohttp.ClientTimeout(total=self.timeout)
-        async with aiohttp.ClientSession(headers=headers, timeout=limit, **sizes) as session:
+        limit, pool = aiohttp.ClientTimeout(total=self.timeout), aiohttp.TCPConnector(limit=clients)
+        async with aiohttp.ClientSession(
+            headers=headers, timeout=limit, connector=pool, read_bufsize=MOST_LINE
+        ) as session:
             model = self.model or await self._first_model(session)
             start = time.perf_counter()
 
@@ -82,7 +83,9 @@ class Server:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        begin, first, usage, pieces, error = time.perf_counter(), None, {}, 0, None
+        begin, first, error = time.perf_counter(), None, None
+        usage: dict[str, Any] = {}
+        pieces = 0
         try:
             async with session.post(f"{self.url}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
