@@ -1,0 +1,252 @@
+"""PrefixTree: which token prefixes are in the cache, a tree with one node for each page. Knows no device.
+
+A prefix can be continued where its rings were copied. A node therefore has a snapshot of the rings, or leads to nodes
+that have one: there is no leaf without.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from duo_jax.serve.pages import Pool
+
+
+@dataclass(eq=False)
+class Node:
+    """A page of a prefix.
+
+    Attributes:
+        key: the page's tokens; fewer than a page's in a node that ends a prompt, see `PrefixTree`.
+        page: its number.
+        length: tokens of the prefix up to its end.
+        parent: the page before; None for the root, which has no page.
+        children: the pages that follow, by their tokens.
+        snapshot: entry of the rings as they were at its end; None without.
+        ends_prompt: whether the snapshot was taken when a prompt was computed, so that a prompt may end here.
+        is_pinned: whether it stays for ever.
+    """
+
+    key: tuple[int, ...] = ()
+    page: int = -1
+    length: int = 0
+    parent: "Node | None" = None
+    children: "dict[tuple[int, ...], Node]" = field(default_factory=dict)
+    snapshot: int | None = None
+    ends_prompt: bool = False
+    is_pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What the tree has of a prompt.
+
+    Attributes:
+        length: tokens that need not be computed again.
+        pages: the pages of these tokens; the caller holds each once more.
+        snapshot: the entry of the rings after `length` tokens; None if `length` is 0.
+        shared: tokens that the tree has, which is more than `length` where another prompt goes its own way.
+    """
+
+    length: int = 0
+    pages: tuple[int, ...] = ()
+    snapshot: int | None = None
+    shared: int = 0
+
+
+class PrefixTree:
+    """Prefixes in units of pages; the least recently used are removed first.
+
+    Prompts are computed in chunks that begin at multiples of `chunk_size`, so that a prefix which is continued at one
+    gives the numbers of a prompt computed from its beginning, bit for bit. A node at another length ends a prompt: it
+    serves only the same prompt, of which nothing is computed again.
+    """
+
+    def __init__(self, pages: Pool, snapshots: Pool, *, page_size: int, chunk_size: int) -> None:
+        """An empty tree. It holds its pages and snapshots in these pools."""
+        self._pages, self._snapshots = pages, snapshots
+        self._page_size, self._chunk_size = page_size, chunk_size
+        self._root = Node()
+        # Nodes that may be removed, the least recently used first. A node comes before its parent, so that a node
+        # without children is found first.
+        self._order: OrderedDict[Node, None] = OrderedDict()
+        self._num_pinned = 0
+
+    def __len__(self) -> int:
+        """Pages in the tree."""
+        return len(self._order) + self._num_pinned
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages that stay for ever."""
+        return self._num_pinned
+
+    @property
+    def num_evictable(self) -> int:
+        """Pages that would be free if all nodes that may be removed were."""
+        return sum(self._pages.holders(node.page) == 1 for node in self._order)
+
+    def match(self, tokens: Sequence[int]) -> Hit:
+        """The longest prefix of `tokens` that can be continued; its pages are then held once more."""
+        nodes = self._path(tokens)
+        shared = nodes[-1].length if nodes else 0
+        while nodes and not self._continues(nodes[-1], len(tokens)):
+            nodes.pop()
+        if not nodes:
+            return Hit(shared=shared)
+        self._touch(nodes)
+        pages = tuple(node.page for node in nodes)
+        self._pages.hold(pages)
+        return Hit(nodes[-1].length, pages, nodes[-1].snapshot, shared)
+
+    def num_pinned_of(self, tokens: Sequence[int]) -> int:
+        """Pages of these tokens that stay for ever and can be continued."""
+        nodes = self._path(tokens)
+        while nodes and not (nodes[-1].is_pinned and self._continues(nodes[-1], len(tokens))):
+            nodes.pop()
+        return len(nodes)
+
+    def insert(
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        snapshot: int,
+        *,
+        of_reply: bool = False,
+        pin: bool = False,
+    ) -> None:
+        """Add a prefix with the rings after it, and take over the caller's hold on the snapshot.
+
+        Pages that are new to the tree are held once more.
+
+        Args:
+            tokens: the prefix; a multiple of the chunk size, or a whole prompt.
+            pages: its pages.
+            snapshot: the entry of the rings after it.
+            of_reply: the snapshot was taken while a reply was generated.
+            pin: keep the prefix for ever.
+        """
+        node, nodes = self._root, []
+        for number, key in enumerate(self._keys(tokens)):
+            child = node.children.get(key)
+            if child is None:
+                self._pages.hold([pages[number]])
+                child = node.children[key] = Node(key, pages[number], node.length + len(key), node)
+                self._order[child] = None
+            node = child
+            nodes.append(node)
+        if node.snapshot is None or (of_reply < (not node.ends_prompt)):
+            self._drop_snapshot(node)
+            node.snapshot, node.ends_prompt = snapshot, not of_reply
+        else:
+            self._snapshots.release([snapshot])
+        if pin:
+            for pinned in nodes:
+                if not pinned.is_pinned:
+                    pinned.is_pinned = True
+                    del self._order[pinned]
+                    self._num_pinned += 1
+        self._touch(nodes)
+
+    def evict_page(self) -> bool:
+        """Remove the least recently used nodes until a page is free; False if that cannot free any."""
+        unused = (n for n in self._order if not n.children and self._pages.holders(n.page) == 1)
+        if (oldest := next(unused, None)) is not None:
+            self._remove(oldest)
+            return True
+        if not self.num_evictable:
+            return False
+        free = self._pages.num_free
+        while self._pages.num_free == free:  # Leaves that a sequence uses are in the way: it keeps their pages.
+            self._remove(next(node for node in self._order if not node.children))
+        return True
+
+    def evict_snapshot(self) -> bool:
+        """Remove the least recently used snapshot, and what could only be continued by it; False if there is none."""
+        for node in self._order:
+            if node.snapshot is not None:
+                self._drop_snapshot(node)
+                self._prune(node)
+                return True
+        return False
+
+    def forget(self, tokens: Sequence[int]) -> list[int]:
+        """Remove the nodes of these tokens that no other prefix has; return the pages that are free now."""
+        freed: list[int] = []
+        for node in reversed(self._path(tokens)):
+            if node.is_pinned or node.children:
+                break
+            freed += self._detach(node)
+        return freed
+
+    def drop_end(self, prompt: Sequence[int]) -> bool:
+        """Remove the last page of a prompt that ends within it; False if the tree does not have it."""
+        nodes = self._path(prompt)
+        if not nodes or nodes[-1].length % self._page_size == 0 or nodes[-1].is_pinned:
+            return False
+        self._remove(nodes[-1])
+        return True
+
+    def clear(self) -> None:
+        """Remove all that may be removed."""
+        while self._order:
+            self._detach(next(node for node in self._order if not node.children))
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes but the root, parents first."""
+        stack = [self._root]
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            if node.parent is not None:
+                yield node
+
+    def _keys(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        for start in range(0, len(tokens), self._page_size):
+            yield tuple(tokens[start : start + self._page_size])
+
+    def _path(self, tokens: Sequence[int]) -> list[Node]:
+        """The nodes of the longest prefix of `tokens` that the tree has."""
+        nodes, node = [], self._root
+        for key in self._keys(tokens):
+            child = node.children.get(key)
+            if child is None:
+                break
+            node = child
+            nodes.append(node)
+        return nodes
+
+    def _continues(self, node: Node, length: int) -> bool:
+        """Whether a prompt of `length` tokens can be computed from this node on."""
+        if node.snapshot is None:
+            return False
+        return node.ends_prompt if node.length == length else node.length % self._chunk_size == 0
+
+    def _touch(self, nodes: list[Node]) -> None:
+        for node in reversed(nodes):
+            if not node.is_pinned:
+                self._order.move_to_end(node)
+
+    def _remove(self, node: Node) -> None:
+        parent = node.parent
+        self._detach(node)
+        if parent is not None:
+            self._prune(parent)
+
+    def _prune(self, node: Node) -> None:
+        """Remove nodes that lead to no snapshot any more, from this one up."""
+        while node.parent is not None and not (node.children or node.is_pinned or node.snapshot is not None):
+            parent = node.parent
+            self._detach(node)
+            node = parent
+
+    def _detach(self, node: Node) -> list[int]:
+        """Remove a node without children; return its page if it is free now."""
+        assert node.parent is not None and not node.children
+        self._drop_snapshot(node)
+        del node.parent.children[node.key], self._order[node]
+        return self._pages.release([node.page])
+
+    def _drop_snapshot(self, node: Node) -> None:
+        if node.snapshot is not None:
+            self._snapshots.release([node.snapshot])
+            node.snapshot = None

@@ -1,0 +1,443 @@
+"""Scheduler: what the device does next. Decisions only: it knows numbers of rows and pages, no arrays and no text.
+
+Jobs are admitted in the order of their arrival. A job gets its row and its pages when its prompt begins to be computed,
+and the next one is admitted once that is done: it then finds the prefix that the one before has computed. Between two
+steps of the rows that decode, at most one chunk of a prompt is computed: no prompt delays a reply by more.
+
+Decoding takes pages as it needs them. If none is free the tree gives up prefixes, then the newest job is preempted:
+it waits, first in the queue, until its pages are likely to last. It computes its prompt again, cut as before, then
+appends its reply token by token, of which it knows all but the next one. So it passes through the same programs, and
+continues with the same numbers. The oldest job is never preempted, as every job fits into the pool by itself (`check`).
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from duo_jax.arguments import whole_number
+from duo_jax.serve.pages import Pool
+from duo_jax.serve.prefix import PrefixTree
+
+
+class QueueFullError(ValueError):
+    """Too many jobs wait; others may be accepted later."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is served at a time.
+
+    Attributes:
+        rows: sequences that decode together.
+        pages: pages of the pool.
+        page_size: tokens of a page.
+        chunk_size: tokens of a prompt that are computed at a time, a multiple of `page_size`.
+        row_pages: most pages of a row.
+        snapshots: copies of a row's rings that the prefix cache keeps.
+        snapshot_every: tokens of a long text after which it can be continued, besides the ends of turns and where
+            prompts part; rounded up to whole chunks.
+        queue: most jobs that wait.
+        reuse_replies: whether prefixes may end in a reply, whose keys were computed token by token: these agree with
+            those of a prompt to rounding.
+    """
+
+    rows: int
+    pages: int
+    page_size: int
+    chunk_size: int
+    row_pages: int
+    snapshots: int
+    snapshot_every: int = 2048
+    queue: int = 1024
+    reuse_replies: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("rows", "pages", "page_size", "chunk_size", "row_pages", "snapshot_every"):
+            whole_number(name, getattr(self, name), 1)
+        for name in ("snapshots", "queue"):
+            whole_number(name, getattr(self, name), 0)
+        if self.chunk_size % self.page_size:
+            raise ValueError(f"chunks are whole pages, got {self.chunk_size=} for {self.page_size=}: use a multiple")
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sequence in the cache, prompt and reply together."""
+        return min(self.row_pages, self.pages) * self.page_size
+
+    def pages_of(self, length: int) -> int:
+        """Pages that so many tokens take."""
+        return -(-length // self.page_size)
+
+    def is_mark(self, length: int) -> bool:
+        """Whether a long text gets a snapshot here."""
+        every = -(-self.snapshot_every // self.chunk_size) * self.chunk_size
+        return length % every == 0
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt and its reply so far.
+
+    Attributes:
+        tokens: both, in one list.
+        prompt: tokens of the prompt.
+        most: most tokens of the reply; 0 keeps the prompt as a permanent prefix.
+        keep_end: keep the state at the end of the prompt, for further replies to it.
+        owner: whatever asked for it.
+        number: place in the order of arrival.
+        row: its row; None while it waits.
+        pages: the pages of its row, each held once.
+        length: tokens in the cache.
+        marks: lengths at which the tree gets a snapshot while the prompt is computed.
+        snapshot: length and entry of the newest snapshot of the reply, which the tree does not have yet.
+        cached: tokens of the prompt that were in the cache when it was first admitted; None before.
+        preempted: how often it was preempted.
+    """
+
+    tokens: list[int]
+    most: int
+    keep_end: bool = False
+    owner: Any = None
+    prompt: int = field(init=False)
+    number: int = -1
+    row: int | None = None
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    marks: frozenset[int] = frozenset()
+    snapshot: tuple[int, int] | None = None
+    cached: int | None = None
+    preempted: int = 0
+
+    def __post_init__(self) -> None:
+        """Count the prompt."""
+        self.prompt = len(self.tokens)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.length >= self.prompt
+
+    @property
+    def forced(self) -> int | None:
+        """The token after those in the cache, if it was chosen before the job was preempted; None: it is to choose."""
+        return self.tokens[self.length] if self.length < len(self.tokens) else None
+
+
+class Admit(NamedTuple):
+    """Give a row to a job, with pages, and the rings of a snapshot if its prefix is known."""
+
+    job: Job
+    row: int
+    pages: tuple[int, ...]
+    snapshot: int | None
+
+
+class Fill(NamedTuple):
+    """Append tokens of a prompt to a row."""
+
+    row: int
+    tokens: tuple[int, ...]
+
+
+class First(NamedTuple):
+    """Choose the first token after a prompt."""
+
+    job: Job
+    row: int
+    forced: int | None
+
+
+class Step(NamedTuple):
+    """Append the newest token of each of these jobs, and choose the next: each with its row and `Job.forced`."""
+
+    rows: tuple[First, ...]
+
+
+class Assign(NamedTuple):
+    """Give a row a page as that of this number in its table."""
+
+    row: int
+    number: int
+    page: int
+
+
+class Copy(NamedTuple):
+    """Copy a page."""
+
+    source: int
+    target: int
+
+
+class Save(NamedTuple):
+    """Copy the rings of a row to an entry of the snapshots."""
+
+    row: int
+    snapshot: int
+
+
+class Kept(NamedTuple):
+    """A permanent prefix is complete, and its job has ended. The device does nothing."""
+
+    job: Job
+
+
+Action: TypeAlias = Admit | Fill | First | Step | Assign | Copy | Save | Kept
+
+
+@dataclass
+class Counts:
+    """What has happened so far."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompts: int = 0
+    hits: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """The queue, the rows, the pages and the prefix tree.
+
+    Ask for the `next` actions, carry them out in order, and tell it each token that was `chosen`. Between these, jobs
+    are added, finished and cancelled.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        """Nothing waits, everything is free."""
+        self.sizes, self.counts = sizes, Counts()
+        self.pages, self.snapshots = Pool(sizes.pages), Pool(sizes.snapshots)
+        self.tree = PrefixTree(self.pages, self.snapshots, page_size=sizes.page_size, chunk_size=sizes.chunk_size)
+        self._waiting: deque[Job] = deque()
+        self._rows: list[Job | None] = [None] * sizes.rows
+        self._filling: Job | None = None
+        self._step_is_due = False
+        self._count = 0
+
+    @property
+    def running(self) -> list[Job]:
+        """Jobs with a row, the oldest first."""
+        return sorted((job for job in self._rows if job is not None), key=lambda job: job.number)
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs without a row."""
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no job."""
+        return not self._waiting and all(job is None for job in self._rows)
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens of a reply to this prompt that the cache has pages for, all of them if need be; 0 or less: none.
+
+        The last token of a reply is not appended.
+        """
+        sizes, pinned = self.sizes, self.tree.num_pinned_of(prompt)
+        pages = min(sizes.row_pages, sizes.pages - self.tree.num_pinned + pinned)
+        return pages * sizes.page_size - len(prompt) + 1
+
+    def check(self, prompt: Sequence[int], most: int) -> None:
+        """Raise ValueError for a job that could not be finished even by itself."""
+        if max(most, 1) > (room := self.room(prompt)):
+            reply = f" and {most} of reply" if most else ""
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens{reply} do not fit: a request has room for {len(prompt) + room - 1} "
+                "tokens; shorten the prompt, or ask for fewer tokens"
+            )
+
+    def add(self, *jobs: Job) -> None:
+        """Let jobs wait, after all others.
+
+        Raises:
+            QueueFullError: too many wait already; none is added.
+            ValueError: a job that does not fit by itself.
+        """
+        for job in jobs:
+            self.check(job.tokens, job.most)
+        if len(self._waiting) + len(jobs) > self.sizes.queue + self._rows.count(None):
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting: try again later")
+        for job in jobs:
+            job.number, self._count = self._count, self._count + 1
+            self._waiting.append(job)
+
+    def next(self) -> list[Action]:
+        """What the device does next: part of a prompt, or a step of all rows. Empty if there is no job."""
+        actions: list[Action] = []
+        if self._filling is None:
+            self._admit(actions)
+        is_decoding = any(job is not None and job is not self._filling for job in self._rows)
+        if self._filling is not None and not (self._step_is_due and is_decoding):
+            self._step_is_due = True
+            self._fill(self._filling, actions)
+        elif is_decoding:
+            self._step_is_due = False
+            self._step(actions)
+        return actions
+
+    def chosen(self, job: Job, token: int) -> bool:
+        """Take the token that a `First` or `Step` has chosen for a job; False if it was known already."""
+        if job.forced is not None:
+            return False
+        job.tokens.append(token)
+        return True
+
+    def finish(self, job: Job) -> None:
+        """End a job, whether its reply is complete or is not wanted any more; its pages stay in the tree."""
+        if job.row is None:
+            self._waiting.remove(job)
+            return
+        if job.snapshot is not None:
+            length, entry = job.snapshot
+            job.snapshot = None
+            self.tree.insert(job.tokens[:length], job.pages, entry, of_reply=True)
+        self._leave(job)
+
+    def fail(self, job: Job) -> list[int]:
+        """End a job whose numbers are not finite; return the pages that it alone had, which must be cleared."""
+        forgotten = self.tree.forget(job.tokens[: job.length])
+        return [*forgotten, *self._leave(job)]
+
+    def _admit(self, actions: list[Action]) -> None:
+        """Admit the job that has waited longest, if there are a row and pages for it."""
+        if not self._waiting or None not in self._rows:
+            return
+        job = self._waiting[0]
+        hit = self.tree.match(job.tokens[: job.prompt])
+        # Every job that decodes may soon need another page. One that was preempted needs those of its reply too.
+        reserve = sum(other is not None for other in self._rows)
+        own_pages = self.sizes.pages_of(job.prompt) - len(hit.pages)
+        needed = self.sizes.pages_of(len(job.tokens) + 1) - len(hit.pages) + (hit.length % self.sizes.page_size > 0)
+        if reserve and needed + reserve > self.pages.num_free + self.tree.num_evictable:
+            self.pages.release(hit.pages)
+            return
+        self._waiting.popleft()
+        job.row, job.length = self._rows.index(None), hit.length
+        self._rows[job.row] = job
+        job.pages = [*hit.pages, *(self._take_page() for _ in range(own_pages))]
+        last = job.prompt - job.prompt % self.sizes.chunk_size
+        parting = hit.shared - hit.shared % self.sizes.chunk_size
+        job.marks = frozenset({last, parting} - {0})
+        if job.cached is None:
+            job.cached = hit.length
+            self.counts.prompts += 1
+            self.counts.hits += hit.length > 0
+            self.counts.prompt_tokens += job.prompt
+            self.counts.cached_tokens += hit.length
+        self._filling = job
+        actions.append(Admit(job, job.row, tuple(job.pages), hit.snapshot if hit.length else None))
+
+    def _fill(self, job: Job, actions: list[Action]) -> None:
+        """Compute a chunk of a prompt, and after the last one choose the first token."""
+        assert job.row is not None
+        if not job.is_filled:
+            end = min(job.length - job.length % self.sizes.chunk_size + self.sizes.chunk_size, job.prompt)
+            actions.append(Fill(job.row, tuple(job.tokens[job.length : end])))
+            job.length = end
+            if end in job.marks or self.sizes.is_mark(end) or (job.is_filled and job.keep_end):
+                self._save(job, actions, pin=job.most == 0)
+        if not job.is_filled:
+            return
+        self._filling = None
+        if job.most:
+            actions.append(First(job, job.row, job.forced))
+        else:
+            self._leave(job)
+            actions.append(Kept(job))
+
+    def _step(self, actions: list[Action]) -> None:
+        """Append a token to every row whose prompt is computed."""
+        rows = []
+        for job in self.running:
+            if job.row is None or job is self._filling or not self._make_room(job, actions):
+                continue
+            job.length += 1
+            rows.append(First(job, job.row, job.forced))
+        if rows:
+            actions.append(Step(tuple(rows)))
+        for job, _, _ in rows:
+            if self.sizes.reuse_replies and job.length % self.sizes.chunk_size == 0:
+                self._save_reply(job, actions)
+
+    def _make_room(self, job: Job, actions: list[Action]) -> bool:
+        """Give a job a page of its own for its next token; False if it had to be preempted itself."""
+        assert job.row is not None
+        index = job.length // self.sizes.page_size
+        while not (index < len(job.pages) and not self.pages.is_shared(job.pages[index])):
+            if self._can_take():
+                self._give_page(job, index, actions)
+                return True
+            if self.tree.drop_end(job.tokens[: job.prompt]):
+                continue  # Perhaps only the tree shared the page.
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is job:
+                return False
+        return True
+
+    def _give_page(self, job: Job, index: int, actions: list[Action]) -> None:
+        """Give a job a page, with what it has of it so far if others have that too."""
+        assert job.row is not None
+        page = self.pages.take()
+        if index < len(job.pages):
+            shared = job.pages[index]
+            actions.append(Copy(shared, page))
+            self.pages.release([shared])
+            job.pages[index] = page
+        else:
+            job.pages.append(page)
+        actions.append(Assign(job.row, index, page))
+
+    def _preempt(self, job: Job) -> None:
+        self.counts.preemptions += 1
+        job.preempted += 1
+        self._leave(job)
+        self._waiting.appendleft(job)
+
+    def _leave(self, job: Job) -> list[int]:
+        """Take a job's row and pages; return the pages that are free now."""
+        assert job.row is not None
+        self._rows[job.row], job.row, job.length = None, None, 0
+        if job.snapshot is not None:
+            self.snapshots.release([job.snapshot[1]])
+            job.snapshot = None
+        if self._filling is job:
+            self._filling = None
+        pages, job.pages = job.pages, []
+        return self.pages.release(pages)
+
+    def _can_take(self) -> bool:
+        """Whether a page is free, after the tree has given up one if need be."""
+        return self.pages.num_free > 0 or self.tree.evict_page()
+
+    def _take_page(self) -> int:
+        self._can_take()
+        return self.pages.take()
+
+    def _take_snapshot(self) -> int | None:
+        """An entry for a snapshot; None if all are in use elsewhere."""
+        if not self.snapshots.num_free and not self.tree.evict_snapshot():
+            return None
+        return self.snapshots.take()
+
+    def _save(self, job: Job, actions: list[Action], *, pin: bool) -> None:
+        """Give the tree the prompt so far, with a snapshot."""
+        assert job.row is not None
+        entry = self._take_snapshot()
+        if entry is not None:
+            actions.append(Save(job.row, entry))
+            self.tree.insert(job.tokens[: job.length], job.pages, entry, pin=pin)
+
+    def _save_reply(self, job: Job, actions: list[Action]) -> None:
+        """Keep a snapshot of the reply so far in place of the one before; the tree gets one from time to time."""
+        assert job.row is not None
+        entry = self._take_snapshot() if job.snapshot is None else job.snapshot[1]
+        if entry is None:
+            return
+        actions.append(Save(job.row, entry))
+        job.snapshot = job.length, entry
+        if self.sizes.is_mark(job.length):
+            job.snapshot = None
+            self.tree.insert(job.tokens[: job.length], job.pages, entry, of_reply=True)

@@ -1,0 +1,209 @@
+"""The engine on a device without arrays: streams, stop strings, cancellation, failures, shutdown."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from duo_jax.checkpoint.load import load_tokenizer
+from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.serve.device import Chosen
+from duo_jax.serve.engine import ClosedError, Engine
+from duo_jax.serve.requests import FinishEvent, Request, TokenEvent
+from duo_jax.serve.scheduler import Action, QueueFullError, Sizes, Step
+from duo_jax.tokenizer import TextTokenizer
+from tests.serve_device import POISON, HistoryDevice, reply_of
+
+SIZES = Sizes(rows=4, pages=40, page_size=4, chunk_size=8, row_pages=20, snapshots=12, snapshot_every=16)
+
+
+class SlowDevice(HistoryDevice):
+    """Waits before each step until the test lets it go on, and fails when told to."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.go, self.error = threading.Event(), None
+        self.go.set()
+
+    def do(self, action: Action) -> list[Chosen]:
+        if isinstance(action, Step):
+            assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
+        return super().do(action)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text_model: Path) -> TextTokenizer:
+    return load_tokenizer(text_model)
+
+
+@pytest.fixture
+def device() -> SlowDevice:
+    return SlowDevice(SIZES)
+
+
+@pytest.fixture
+def make(device: SlowDevice, tokenizer: TextTokenizer) -> Iterator[Callable[..., Engine]]:
+    engines = []
+
+    def engine(sizes: Sizes = SIZES) -> Engine:
+        device.__init__(sizes)
+        engines.append(Engine(device, sizes, tokenizer, vocab_size=97, eos_ids=(2,)))
+        return engines[-1]
+
+    yield engine
+    device.go.set()
+    for one in engines:
+        one.close(0)
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(chr(29 + token) for token in tokens)
+
+
+def check_free(engine: Engine) -> None:
+    metrics = engine.metrics()
+    assert (metrics.running, metrics.waiting) == (0, 0)
+    assert metrics.pages - metrics.pages_free == metrics.pages_prefix
+
+
+def test_every_reply_is_that_of_the_request_alone(make):
+    engine = make(replace(SIZES, pages=17))
+    draw = random.Random(1)
+    system = [draw.randrange(3, 96) for _ in range(19)]
+    requests = []
+    for number in range(60):
+        own = [draw.randrange(3, 96) for _ in range(draw.randrange(1, 30))]
+        prompt = (system if number % 2 else []) + own
+        requests.append(Request(tuple(prompt), draw.randrange(1, 16), seed=number, n=draw.choice([1, 1, 1, 2])))
+    handles = [engine.submit(request) for request in requests]
+    for handle in handles[::7]:
+        handle.cancel()
+    for request, handle in zip(requests, handles, strict=True):
+        events = list(handle)
+        for number in range(request.n):
+            tokens = [e.token for e in events if isinstance(e, TokenEvent) and e.reply == number]
+            (end,) = [e for e in events if isinstance(e, FinishEvent) and e.reply == number]
+            assert tokens == reply_of(list(request.prompt), request.seed + number, len(tokens))
+            assert end.reason == "cancelled" or (end.reason == "length" and len(tokens) == request.max_tokens)
+            assert end.usage[::2] == (len(request.prompt), len(tokens))
+            assert "".join(e.text for e in events if e.reply == number) == text_of(tokens)
+    check_free(engine)
+    metrics = engine.metrics()
+    assert metrics.hits > 20 and metrics.cached_tokens > 20 * 16 and metrics.preemptions > 0
+    assert metrics.finished["length"] > 50
+
+
+def test_stop_strings_and_eos_end_a_reply(make):
+    engine, prompt = make(), (5, 6, 7)
+    whole = reply_of(list(prompt), 0, 12)
+    stop = text_of(whole[4:6])
+    (reply,) = engine.submit(Request(prompt, 12, stop=(stop,))).replies()
+    assert reply == text_of(whole[:4]) and reply.tokens == whole[:6] and reply.finish_reason == "stop"
+    events = list(engine.submit(Request(prompt, 12, eos_ids=(whole[3],), top=1)))
+    assert [event.top[0].token for event in events[:-1]] == whole[:4]
+    assert events[-1].reason == "stop" and "".join(event.text for event in events) == text_of(whole[:3])
+    (reply,) = engine.submit(Request(prompt, None, eos_ids=())).replies()
+    assert len(reply.tokens) == 20 * 4 - 3 + 1 and reply.finish_reason == "length"
+    check_free(engine)
+
+
+def test_a_cancelled_reply_ends_where_it_is(make, device):
+    engine = make()
+    handle = engine.submit(Request((5,), 70))
+    other = engine.submit(Request((6,), 5))
+    next(handle)
+    handle.cancel()
+    *events, end = handle
+    assert end.reason == "cancelled" and end.usage.completion == len(events) + 1 < 70
+    assert len(other.replies()[0].tokens) == 5
+    handle.cancel()  # It has ended already.
+    device.go.clear()
+    waiting = [engine.submit(Request((number,), 5)) for number in range(3, 12)]
+    waiting[-1].cancel()
+    device.go.set()
+    assert [event.reason for event in waiting[-1]] == ["cancelled"]
+    assert all(len(handle.replies()[0].tokens) == 5 for handle in waiting[:-1])
+    check_free(engine)
+
+
+def test_numbers_that_are_not_finite_end_their_own_request(make, device):
+    engine = make()
+    wrong, right = engine.submit(Request((POISON, 6, 5), 20)), engine.submit(Request((5, 6), 20))
+    *events, end = wrong
+    assert len(events) == 3 and end.reason == "error" and end.error.startswith("the logits are not finite")
+    with pytest.raises(FloatingPointError, match="the logits are not finite"):
+        engine.submit(Request((POISON, 6, 5), 20)).replies()
+    assert right.replies()[0].tokens == reply_of([5, 6], 0, 20)
+    assert len(device.cleared) == 4, "two pages each"
+    check_free(engine)
+
+
+def test_a_failing_device_ends_all_and_is_reported(make, device):
+    engine = make()
+    device.go.clear()
+    handles = [engine.submit(Request((number,), 9)) for number in range(3, 9)]
+    device.error = RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+    device.go.set()
+    for handle in handles:
+        assert [*handle][-1].error == "the device failed (RuntimeError: RESOURCE_EXHAUSTED: out of memory)"
+    assert not engine.is_open and engine.failure
+    with pytest.raises(ClosedError, match="the device failed"):
+        engine.submit(Request((5,)))
+
+
+def test_close_lets_replies_end_or_ends_them(make, device):
+    engine = make()
+    handles = [engine.submit(Request((number,), 9)) for number in range(3, 12)]
+    engine.close()
+    assert all(len(handle.replies()[0].tokens) == 9 for handle in handles)
+    engine = make()
+    device.go.clear()
+    handle = engine.submit(Request((5,), 70))
+    threading.Timer(0.2, device.go.set).start()
+    engine.close(0)
+    assert [*handle][-1][1:] == ("error", "", handle.runs[0].usage, "the server is shutting down")
+    with pytest.raises(ClosedError, match="the server is shutting down"):
+        engine.submit(Request((5,)))
+
+
+def test_a_prefix_can_be_kept(make):
+    engine = make()
+    engine.keep([5] * 19)
+    with pytest.raises(ValueError, match="a prefix of 7 tokens cannot be kept: it must have at least 8"):
+        engine.keep([5] * 7)
+    assert engine.metrics().pages_prefix == 4
+    events = list(engine.submit(Request((5,) * 25, 3)))
+    assert events[-1].usage == (25, 16, 3)
+
+
+def test_what_cannot_be_served_is_refused(make, device):
+    engine = make(SIZES)
+    for request, message in [
+        (lambda: Request(()), "prompt must have at least one token"),
+        (lambda: Request((5, 97)), "prompt must have token ids from 0 to 96, got 97"),
+        (lambda: Request((5, -1, 97)), "prompt must have token ids from 0 to 96, got -1"),
+        (lambda: Request((5,), 0), "max_tokens must be at least 1, got 0"),
+        (lambda: Request((5,), n=129), "n must be at most 128"),
+        (lambda: Request((5,), top=21), "top must be at most 20"),
+        (lambda: Request((5,), stop=("",)), "stop must be a list of strings, none of them empty"),
+        (lambda: Request((5,), presence_penalty=3.0), "presence_penalty must be in"),
+        (lambda: Request((5,), sampling=SamplingSettings(top_p=0.5)), "top_p choose among random draws"),
+        (lambda: Request((5,) * 60, 30), "a prompt of 60 tokens and 30 of reply do not fit"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            engine.submit(request())
+    check_free(engine)
+    engine = make(Sizes(rows=1, pages=20, page_size=4, chunk_size=8, row_pages=20, snapshots=1, queue=3))
+    device.go.clear()
+    accepted = [engine.submit(Request((5, 6), 3)) for _ in range(3)]
+    with pytest.raises(QueueFullError, match="requests are waiting: try again later"):
+        for _ in range(10_000):
+            accepted.append(engine.submit(Request((5, 6), 3)))
+    device.go.set()
+    assert len({tuple(handle.replies()[0].tokens) for handle in accepted}) == 1
+    check_free(engine)
