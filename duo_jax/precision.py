@@ -13,8 +13,21 @@ from duo_jax.arguments import ArgumentError
 AnyDtype: TypeAlias = str | type | np.dtype
 
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-# Symmetric integers (`duo_jax.weights`): w8a8 quantizes activations too, int4-32 has a scale for every 32 channels.
-WeightDtype: TypeAlias = Literal["int8", "w8a8", "int4", "int4-32", "int4-128"]
+# Few bits (`duo_jax.weights`): w8a8 quantizes activations too, int4-32 has a scale for every 32 channels, asym has the
+# number that stands for 0 too, fp8 has 8-bit floats.
+WeightDtype: TypeAlias = Literal[
+    "int8",
+    "w8a8",
+    "int4",
+    "int4-32",
+    "int4-128",
+    "int4-asym",
+    "int4-32-asym",
+    "int4-128-asym",
+    "int8-128",
+    "fp8",
+    "fp8-128",
+]
 # Embeddings are looked up, not multiplied: there are no activations to quantize.
 EmbedDtype: TypeAlias = Literal["int8", "int4", "int4-32", "int4-128"]
 # Asymmetric integers (`pallas_kernels.quantized`).

@@ -1,6 +1,6 @@
 """Weights in few bits, through qwix: kernels and embeddings are stored, multiplied and looked up. Knows no model.
 
-Symmetric integers, with a scale for each output channel or for each group of input channels of it.
+Integers or 8-bit floats, with a scale for each output channel or for each group of input channels of it.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 class WeightFormat:
     """How a kernel `[I, O]` is quantized."""
 
-    qtype: Literal["int8", "int4"]
+    qtype: Literal["int8", "int4", "float8_e4m3fn"]
     group: int | None = None
     """Input channels that share a scale; None: all of them."""
     dynamic: bool = False
     """Whether activations are quantized too, to int8 with a scale for each token, so that integers are multiplied."""
+    has_zeros: bool = False
+    """Whether a group also has the number that stands for 0; without, it is 0."""
+
+    @property
+    def scale_dtype(self) -> str | None:
+        """Data type of scales; None: the kernel's. Published 8-bit floats have them in float32."""
+        return "float32" if self.qtype == "float8_e4m3fn" else None
 
 
 WEIGHT_FORMATS = {
@@ -34,20 +41,31 @@ WEIGHT_FORMATS = {
     "int4": WeightFormat("int4", group=64),
     "int4-32": WeightFormat("int4", group=32),
     "int4-128": WeightFormat("int4", group=128),
+    "int4-asym": WeightFormat("int4", group=64, has_zeros=True),
+    "int4-32-asym": WeightFormat("int4", group=32, has_zeros=True),
+    "int4-128-asym": WeightFormat("int4", group=128, has_zeros=True),
+    "int8-128": WeightFormat("int8", group=128),
+    "fp8": WeightFormat("float8_e4m3fn"),
+    "fp8-128": WeightFormat("float8_e4m3fn", group=128),
 }
-
-
 # Embeddings are looked up, not multiplied: there are no activations to quantize.
-EMBED_FORMATS = {name: how for name, how in WEIGHT_FORMATS.items() if not how.dynamic}
+EMBED_FORMATS = {name: WEIGHT_FORMATS[name] for name in ("int8", "int4", "int4-32", "int4-128")}
 
 
 def quantize_kernel(kernel: Float[Array, "n m"], weight_dtype: str, *, input_axis: int = 0) -> "qwix.QArray":
-    """A kernel `[I, O]`, or a table `[O, I]` with `input_axis=1`, in few bits; its scales have its own data type."""
+    """A kernel `[I, O]`, or a table `[O, I]` with `input_axis=1`, in few bits; see `WeightFormat`."""
     import qwix
 
     how = WEIGHT_FORMATS[weight_dtype]
     tiles = {} if how.group is None else {input_axis: how.group}
-    return qwix.quantize(kernel, how.qtype, channelwise_axes=(1 - input_axis,), tiled_axes=tiles)
+    return qwix.quantize(
+        kernel,
+        how.qtype,
+        channelwise_axes=(1 - input_axis,),
+        tiled_axes=tiles,
+        calibration_method="minmax" if how.has_zeros else "absmax",
+        scale_dtype=how.scale_dtype,
+    )
 
 
 def multiply(
@@ -64,6 +82,8 @@ def multiply(
     dimensions = (((x.ndim - 1,), (input_axis,)), ((), ()))
     # qwix promotes integers implicitly, which a strict configuration would refuse.
     with jax.numpy_dtype_promotion("standard"):
+        if kernel.scale.dtype != x.dtype:  # Dequantized in the data type of the scales, and multiplied in that of `x`.
+            kernel = qwix.dequantize(kernel).astype(x.dtype)
         left = qwix.quantize(x, "int8", channelwise_axes=range(x.ndim - 1)) if dynamic else x
         return qwix.dot_general(left, kernel, dimensions, preferred_element_type=dtype).astype(dtype or x.dtype)
 

@@ -36,7 +36,7 @@ CONFIG = "duo_model.json"
 STEM = "model"
 SAVED_ROPES = ROPES | {DividedRope.type: DividedRope}
 # safetensors' names of data types.
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
 
 def save_model(
@@ -98,6 +98,11 @@ class SavedModel(Folder):
             raise ValueError(f"{self.path / CONFIG} is not a configuration of this version: {error!r:.200}") from None
         except ValueError as error:
             raise ValueError(error if CONFIG in str(error) else f"{self.path / CONFIG}: {error}") from None
+
+    @cached_property
+    def stored_format(self) -> None:
+        """Arrays are stored as in memory."""
+        return None
 
     def read(self, name: str) -> np.ndarray:
         """Copy one array out of its shard."""

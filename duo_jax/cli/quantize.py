@@ -26,7 +26,9 @@ class Quantize:
     def run(self) -> None:
         """Load and quantize tensor by tensor, then save."""
         if self.model.weight_dtype is None and self.model.embed_dtype is None:
-            raise ValueError("which format? give --weight-dtype int8, w8a8, int4, int4-32 or int4-128")
+            raise ValueError(
+                "which format? give --weight-dtype int8, w8a8, int4, int4-32, int4-128 or another of its names"
+            )
         free_path(self.out)
         tokenizer, sampling = self.model.tokenizer(), self.model.sampling()
         model = self.model.load()
