@@ -1,5 +1,6 @@
 """Named arrays in safetensors shards: written shard by shard, read array by array. Knows no model and no cache."""
 
+import math
 import os
 import re
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -21,6 +23,8 @@ from duo_jax.sizes import nbytes
 MOST_HEADER_BYTES = 1 << 24
 # The most bytes of a shard, unless one array has more: this much is copied to the host at a time.
 SHARD_BYTES = 1 << 30
+# Data types that safetensors writes, but does not read into numpy arrays.
+EIGHT_BIT_FLOATS = {"F8_E4M3": jnp.dtype("float8_e4m3fn"), "F8_E8M0": jnp.dtype("float8_e8m0fnu")}
 
 
 def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array | np.ndarray]]) -> None:
@@ -87,7 +91,14 @@ class Shards:
 
     def read(self, name: str) -> np.ndarray:
         """Copy one array out of its file."""
-        shard = self._arrays[name].path
+        array = self._arrays[name]
+        shard = array.path
+        if array.dtype in EIGHT_BIT_FLOATS:
+            count = math.prod(array.shape)
+            content = np.fromfile(shard, np.uint8, count, offset=array.start)
+            if len(content) < count:
+                raise ValueError(f"{shard} became shorter while it was read")
+            return content.view(EIGHT_BIT_FLOATS[array.dtype]).reshape(array.shape)
         if self._open is None or self._open[0] != shard:
             self._open = None  # Unmap the last file before the next one: only one counts towards host memory.
             self._open = shard, safe_open(shard, framework="numpy")
@@ -112,6 +123,8 @@ class _Stored:
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    """Its first byte in the file."""
 
 
 def _header(path: Path) -> list[_Stored]:
@@ -132,7 +145,8 @@ def _header(path: Path) -> list[_Stored]:
     try:
         header = parse_object(decode(content, "its header"), "its header")
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in entries.items()}
+        offsets = {name: [8 + length + int(x) for x in entry["data_offsets"]] for name, entry in entries.items()}
+        ends = {name: end for name, (_, end) in offsets.items()}
     except (ValueError, KeyError, IndexError, TypeError) as error:
         reason = f" ({error})" if content and isinstance(error, ValueError) else ""
         raise ValueError(f"{path} is truncated or not a safetensors file{reason}") from None
@@ -145,7 +159,9 @@ def _header(path: Path) -> list[_Stored]:
     try:
         with safe_open(path, framework="numpy") as shard:
             views = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118
-            return [_Stored(name, path, tuple(view.get_shape()), view.get_dtype()) for name, view in views]
+            return [
+                _Stored(name, path, tuple(view.get_shape()), view.get_dtype(), offsets[name][0]) for name, view in views
+            ]
     except SafetensorError as error:
         reason = " ".join(str(error).split())  # It repeats what the file says.
         raise ValueError(f"{path} is not a valid safetensors file: {reason:.200}") from None

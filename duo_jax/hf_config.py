@@ -13,6 +13,8 @@ from typing import Any
 
 from duo_jax.arguments import real_number, true_or_false, whole_number
 from duo_jax.config import ACTIVATIONS, FAMILIES, MOST
+from duo_jax.quantization_config import KEYS as STORED_KEYS
+from duo_jax.quantization_config import stored_format
 from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
 
 # Keys of which a configuration must have a value: their defaults would be those of another model.
@@ -81,7 +83,7 @@ YARN_NULL = {
 OFF = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 # Models of text and images -> the family of their text model, and what their configuration has outside of it.
 TEXT_OF = {"gemma3": "gemma3_text"}
-OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", *STORED_KEYS)
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families with a window in every layer or in none: transformers does not read their `layer_types`.
 UNIFORM = {"mistral"}
@@ -175,10 +177,10 @@ def _refuse_unsupported(family: str, values: dict[str, Any], config: Mapping[str
         refused = "a mixture of experts"
     if config.get("per_layer_config"):
         refused = "layers of different sizes (per_layer_config)"
-    if config.get("quantization_config"):
-        settings = config["quantization_config"]
-        method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
-        refused = f"weights quantized by {method!r:.60}; GGUF files are dequantized, other formats are not read"
+    try:
+        stored_format(config)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{family}: {error}") from None
     if refused:
         raise NotImplementedError(f"{family}: this model uses {refused}, which is not supported")
 

@@ -182,7 +182,7 @@ REFUSED = {
     "RoPE by layer": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for each type of layer"),
     "mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral"),
     "unheard of": ({"model_type": "warble"}, "warble"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq"),
     "activation": ({"hidden_act": "gelu"}, "gelu"),
     "partial RoPE": ({"partial_rotary_factor": 0.5}, "partial"),
 }

@@ -1,10 +1,40 @@
 """Quantized checkpoints of other libraries: their values, and what is refused before weights are read."""
 
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from duo_jax import Model, ModelConfig, generate, load_model, make_mesh, save_model
+from duo_jax.arrays import Shards
+from duo_jax.checkpoint.layouts import LAYOUTS
+from duo_jax.checkpoint.load import open_config
 from duo_jax.checkpoint.mxfp4 import mxfp4_values
+from duo_jax.checkpoint.stored import checked
+from duo_jax.checkpoint.weight_table import weight_table
+from duo_jax.plan import weight_bytes
+from duo_jax.quantization_config import stored_format
+from tests.quantized_formats import CASES, awq_config, compressed, gptq_config, is_linear, write_folder
+from tests.shapes import GOLDEN
+from tests.test_checkpoint import PEAK, SMALL, random_tensors, save_folder
+from tests.text_models import make_model
+
+CORE = ("awq", "gptq, zeros", "w4a16", "fp8, channels")
+each_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in CORE else pytest.mark.full_matrix) for name in CASES]
+)
 
 
 def plain_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -32,3 +62,330 @@ def test_the_scales_of_mxfp4_reach_from_tiny_to_nan():
     ones = np.full((4, 16), 0x22, np.uint8)  # Two times 1.0 in every byte.
     values = mxfp4_values(ones, np.array([1, 127, 254, 255], np.uint8), dtype=jnp.dtype("float32"))
     np.testing.assert_array_equal(values[::32], np.float32([2.0**-126, 1, 2.0**127, np.nan]))
+
+
+@each_case
+def test_a_linear_map_is_read_bit_for_bit(name: str):
+    case, out, width = CASES[name], 272, 256  # More than two blocks of rows, the last one not whole.
+    found = stored_format({"quantization_config": case.config})
+    assert found is not None
+    module = "model.layers.0.mlp.up_proj"
+    assert found.quantizes(module) and not found.quantizes("lm_head")
+    levels = case.levels(out, width, seed=1)
+    tensors = case.write(levels, case)
+    parts = LAYOUTS[found.coding.layout].parts(found.coding, out, width)
+    arrays = {what: tensors[end] for what, part in parts.items() for end in part.names if end in tensors}
+    packed = checked(module, arrays, found.coding, (out, width))
+    np.testing.assert_array_equal(jax.jit(lambda x: x.values())(packed), levels.values)
+    widest = found.weight_dtype([module], [width])
+    assert widest == (case.weight_dtype if case.group or case.weight_dtype != "int4-32" else "int4-128")
+    if widest is not None:
+        kernel = jax.jit(lambda x: x.kernel(widest, jnp.dtype("float32")))(packed)
+        with jax.numpy_dtype_promotion("standard"):
+            np.testing.assert_array_equal(qwix.dequantize(kernel), levels.values)
+
+
+def golden_maps() -> dict[str, tuple[dict, dict[str, np.ndarray]]]:
+    """Configuration and tensors of each linear map that another library stored, see golden/quantized/make.py."""
+    shards = Shards([GOLDEN / "quantized" / "linear.safetensors"])
+    with safe_open(shards.files[0], framework="numpy") as file:
+        configs = file.metadata()
+    return {
+        name: (
+            json.loads(config),
+            {key.split("/")[1]: shards.read(key) for key in shards.shapes if key.startswith(f"{name}/")},
+        )
+        for name, config in configs.items()
+    }
+
+
+def test_the_values_are_those_that_other_libraries_read():
+    packed, expected, exact = {}, {}, set()
+    for name, (config, tensors) in golden_maps().items():
+        found = stored_format({"quantization_config": config})
+        assert found is not None
+        expected[name], coding = tensors.pop("values"), found.coding
+        parts = LAYOUTS[coding.layout].parts(coding, *expected[name].shape)
+        arrays = {what: tensors[end] for what, part in parts.items() for end in part.names if end in tensors}
+        assert len(arrays) == len(tensors), name
+        packed[name] = checked("x", arrays, coding, expected[name].shape)
+        exact.add(found.weight_dtype(["model.layers.0.mlp.up_proj"], [expected[name].shape[1]]))
+    assert exact == {"int4-32", "int4-32-asym", "int4", "int8", "fp8", None}
+    values = jax.jit(lambda maps: {name: each.values() for name, each in maps.items()})(packed)
+    for name, found in values.items():  # AutoAWQ multiplies in float16.
+        np.testing.assert_array_equal(np.asarray(found).astype(expected[name].dtype), expected[name], err_msg=name)
+
+
+# Models.
+
+
+def kernels(model: Model) -> list[np.ndarray]:
+    """The values of all linear maps of the layers, in float32."""
+    found = []
+    for layer in model.decoder.layers:
+        for block, name in (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down")):
+            kernel = getattr(getattr(layer, block), name).kernel.get_value()
+            if isinstance(kernel, qwix.QArray):
+                with jax.numpy_dtype_promotion("standard"):
+                    kernel = qwix.dequantize(kernel)
+            found.append(np.asarray(kernel, np.float32))
+    return found
+
+
+def greedy(model: Model) -> list[int]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "on a CPU, weight_dtype")
+        return generate(model, np.arange(5, 25)[None], max_new_tokens=16).tokens[0].tolist()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("quantized") / "source", layers=1)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "awq" else pytest.mark.full_matrix) for name in CASES]
+)
+def test_a_model_has_the_values_of_its_dequantized_twin(name: str, source: Path, tmp_path: Path):
+    case = CASES[name]
+    folder = write_folder(tmp_path / "model", case, source)
+    # Blocks of 128 do not divide this model's widths.
+    weight_dtype = None if name == "deepseek" else case.weight_dtype
+    assert open_config(folder).weight_dtype == weight_dtype
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, twin = load_model(folder), load_model(tmp_path / "twin")
+    reports = [str(warning.message) for warning in caught]
+    assert all("no weight_dtype has these values: all are dequantized to float32" in text for text in reports)
+    assert len(reports) == (weight_dtype is None)
+    for x, y in zip(kernels(model), kernels(twin), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert model.nbytes == weight_bytes(model.config)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.filterwarnings("ignore:.*are dequantized")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "w8a8"])  # Whose activations are rounded too.
+def test_greedy_text_is_that_of_the_dequantized_twin(name: str, source: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "model", CASES[name], source)
+    assert greedy(load_model(folder)) == greedy(load_model(tmp_path / "twin"))
+
+
+@pytest.mark.full_matrix
+def test_a_folder_of_bfloat16_has_the_rounded_values(source: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "model", CASES["w4a16"], source)
+    model, twin = (load_model(path, dtype="bfloat16") for path in (folder, tmp_path / "twin"))
+    for x, y in zip(kernels(model), kernels(twin), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.full_matrix
+def test_what_is_asked_for_is_quantized_from_the_values(source: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "model", CASES["awq"], source)
+    with pytest.warns(UserWarning, match="AWQ: 4-bit integers, groups of 32, zero points; .* quantized again to int8"):
+        model = load_model(folder, weight_dtype="int8")
+    for x, y in zip(kernels(model), kernels(load_model(tmp_path / "twin", weight_dtype="int8")), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignore", "dynamic", "fp8"])
+def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: Path, tmp_path: Path):
+    name = {"modules_to_not_convert": "awq", "ignore": "w4a16", "dynamic": "gptq", "fp8": "deepseek, one scale"}[key]
+    value: Any = {
+        "modules_to_not_convert": ["mlp.down_proj"],
+        "ignore": ["lm_head", "re:.*layers.0.mlp.down"],
+        "dynamic": {"-:.*mlp\\.down_proj": {}},
+        "fp8": ["lm_head", "model.layers.0.mlp.down_proj"],
+    }[key]
+    case = replace(CASES[name], config=CASES[name].config | {key if key != "fp8" else "modules_to_not_convert": value})
+    folder = write_folder(tmp_path / "model", case, source, keep=lambda tensor: "mlp.down_proj" in tensor)
+    with pytest.warns(UserWarning, match="not all linear maps are quantized, such as model.layers.0.mlp.down_proj"):
+        model = load_model(folder)
+    for x, y in zip(kernels(model), kernels(load_model(tmp_path / "twin")), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8, channels"])
+@pytest.mark.full_matrix
+def test_a_quantized_folder_is_saved_bit_for_bit(name: str, source: Path, tmp_path: Path):
+    model = load_model(write_folder(tmp_path / "model", CASES[name], source))
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert again.config == model.config
+    for x, y in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("name", ["awq", "w8a16", "fp8, channels", "gptq, act-order"])
+@pytest.mark.filterwarnings("ignore:.*are dequantized")
+def test_a_mesh_loads_them(name: str, source: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "model", CASES[name], source)
+    assert greedy(load_model(folder, mesh=make_mesh(tensor=2))) == greedy(load_model(tmp_path / "twin"))
+
+
+def test_commands_show_what_is_stored(duo, source: Path, tmp_path: Path):
+    config = CASES["fp8, one scale"].config | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    folder = write_folder(tmp_path / "model", replace(CASES["fp8, one scale"], config=config), source)
+    shown = duo("inspect", "--model", folder)
+    assert shown.code == 0
+    assert "stored as: compressed-tensors: 8-bit floats, one scale; loaded as fp8, value by value; " in shown.out
+    assert "not used: its quantized activations and a quantized KV cache" in shown.out
+    record = json.loads(duo("inspect", "--model", folder, "--json").out)
+    assert record["weights"]["bytes"] == load_model(folder, dtype="float32").nbytes
+    planned = json.loads(duo("plan", "--model", folder, "--context", 64, "--json").out)
+    assert planned["settings"]["weight_dtype"] == "fp8"
+
+
+def test_the_first_name_of_the_configuration_is_read(source: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "model", CASES["w4a16"], source)
+    values = json.loads((folder / "config.json").read_text())
+    values["compression_config"] = values.pop("quantization_config")
+    del values["compression_config"]["quant_method"]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert open_config(folder).weight_dtype == "int4-32"
+
+
+# Refusals.
+
+
+W4: dict[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 32}
+UNREAD: dict[str, tuple[Any, str]] = {
+    "text": ("gptq", "'unknown'"),
+    "method": ({"quant_method": "bitsandbytes"}, "'bitsandbytes', which is not supported: those of awq, "),
+    "AWQ by rows": (awq_config(version="gemv"), "awq with version 'gemv'"),
+    "AWQ of 3 bits": (awq_config(bits=3), "awq with 3 bits"),
+    "AWQ group": (awq_config(group_size=0), "group_size must be at least 1"),
+    "AWQ group as text": (awq_config(group_size="32"), "group_size must be an integer"),
+    "AWQ modules": (awq_config(modules_to_not_convert="lm_head"), "modules_to_not_convert must be a list"),
+    "GPTQ of 3 bits": (gptq_config(bits=3), "gptq with 3 bits"),
+    "GPTQ without bits": (gptq_config(bits=None), "gptq with 0 bits"),
+    "GPTQ for marlin": (gptq_config(is_marlin_format=True), "gptq with is_marlin_format"),
+    "GPTQ format": (gptq_config(checkpoint_format="bitblas"), "gptq with checkpoint_format 'bitblas'"),
+    "GPTQ by module": (gptq_config(dynamic={"+:.*": {"bits": 8}}), "gptq with dynamic settings"),
+    "GPTQ sym": (gptq_config(sym=1), "sym must be true or false"),
+    "FP8 of another kind": ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 with fmt 'e5m2'"),
+    "FP8 block": ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size must be two sizes"),
+    "FP8 block of 0": ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size must be at least 1"),
+    "FP4 experts": ({"quant_method": "fp8", "expert_dtype": "fp4"}, "fp8 with expert_dtype 'fp4'"),
+    "NVFP4": (compressed("nvfp4-pack-quantized", W4), "compressed-tensors with format 'nvfp4-pack-quantized'"),
+    "sparse": (compressed("pack-quantized", W4) | {"sparsity_config": {"format": "bitmask"}}, "sparsity_config"),
+    "turned": (compressed("pack-quantized", W4) | {"transform_config": {"a": 1}}, "with transform_config"),
+    "several groups": (
+        compressed("pack-quantized", W4) | {"config_groups": {"a": {}, "b": {}}},
+        "several config_groups",
+    ),
+    "no groups": (compressed("pack-quantized", W4) | {"config_groups": None}, "config_groups"),
+    "no weights": (compressed("pack-quantized", W4) | {"config_groups": {"a": {"targets": []}}}, "has no weights"),
+    "2 bits": (compressed("pack-quantized", W4 | {"num_bits": 2}), "2 bits in config_groups.group_0.weights"),
+    "4-bit floats": (compressed("pack-quantized", W4 | {"type": "float"}), "with type 'float'"),
+    "strategy": (compressed("pack-quantized", W4 | {"strategy": "tensor_group"}), "strategy 'tensor_group'"),
+    "group without a size": (compressed("pack-quantized", W4 | {"group_size": None}), "contradicts group_size"),
+    "dynamic weights": (compressed("pack-quantized", W4 | {"dynamic": True}), "with dynamic scales"),
+    "targets": (compressed("pack-quantized", W4, targets=["LlamaMLP"]), "targets ['LlamaMLP']"),
+    "no targets": (compressed("pack-quantized", W4, targets=[]), "targets []"),
+    "slow expression": (compressed("pack-quantized", W4) | {"ignore": ["re:(a+)+$"]}, "up to 4 repetitions"),
+    "no expression": (compressed("pack-quantized", W4) | {"ignore": ["re:("]}, "not a regular expression"),
+}
+
+
+@pytest.mark.parametrize(("values", "words"), UNREAD.values(), ids=UNREAD)
+def test_an_unknown_variant_is_refused_by_name(values: Any, words: str):
+    with pytest.raises((ValueError, NotImplementedError)) as error:
+        stored_format({"quantization_config": values})
+    assert words in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("config", [awq_config(group_size=64), gptq_config(group_size=64)], ids=["awq", "gptq"])
+def test_groups_that_do_not_divide_are_refused_without_weights(config: dict[str, Any], tmp_path: Path):
+    values = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
+    with pytest.raises(ValueError, match=r"config.json: .* groups of 64 input channels, which do not divide the 96 of"):
+        open_config(tmp_path)
+
+
+Change = Callable[[dict[str, np.ndarray], str], object]
+DAMAGED: dict[str, tuple[str, Change, str]] = {
+    "scales": ("awq", lambda t, m: t.pop(f"{m}.scales"), r"missing \(1\): \S*q_proj.scales"),
+    "zeros": ("gptq, zeros", lambda t, m: t.pop(f"{m}.qzeros"), r"missing \(1\): \S*q_proj.qzeros"),
+    "scale of floats": ("fp8, channels", lambda t, m: t.pop(f"{m}.weight_scale"), r"missing .*q_proj.weight_scale"),
+    "order": ("w4a16, act-order", lambda t, m: t.pop(f"{m}.weight_g_idx"), r"missing .*q_proj.weight_g_idx"),
+    "shape of scales": (
+        "w4a16",
+        lambda t, m: t.update({f"{m}.weight_scale": t[f"{m}.weight_scale"][:, :2].copy()}),
+        r"wrong shape .*q_proj.weight_scale \(128, 2\) BF16 instead of \(128, 3\)",
+    ),
+    "type of numbers": (
+        "w8a16",
+        lambda t, m: t.update({f"{m}.weight_packed": t[f"{m}.weight_packed"].view(np.float32)}),
+        r"wrong shape or type .*q_proj.weight_packed \(128, 24\) F32 instead of \(128, 24\) I32",
+    ),
+    "not quantized": (
+        "awq",
+        lambda t, m: [t.pop(f"{m}.{end}") for end in ("scales", "qzeros", "qweight")],
+        r"missing \(3\): \S*q_proj.qweight",
+    ),
+    "stored shape": (
+        "w4a16",
+        lambda t, m: t.update({f"{m}.weight_shape": np.array([96, 128])}),
+        r"q_proj.*weight_shape is \[96, 128\], and its configuration has \[128, 96\]",
+    ),
+    "zeros of symmetric numbers": (
+        "gptq",
+        lambda t, m: t[f"{m}.qzeros"].fill(0x66666666),
+        r"q_proj.* has zero points, but its quantization_config says that numbers are symmetric",
+    ),
+    "order that the configuration lacks": (
+        "gptq",
+        lambda t, m: t.update({f"{m}.g_idx": t[f"{m}.g_idx"][::-1].copy()}),
+        r"q_proj.* has input channels in the order of their activations",
+    ),
+    "groups that do not exist": (
+        "gptq, act-order",
+        lambda t, m: t.update({f"{m}.g_idx": t[f"{m}.g_idx"] + 1}),
+        r"q_proj.* has input channels in group 1 to 3 of 3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_tensors_that_contradict_the_configuration_are_refused(
+    name: str, change: Change, words: str, source: Path, tmp_path: Path
+):
+    folder = write_folder(tmp_path / "model", CASES[name], source)
+    shards = Shards([folder / "model.safetensors"])
+    tensors = {key: shards.read(key) for key in shards.shapes}
+    change(tensors, "model.layers.0.self_attn.q_proj")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=words), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*are dequantized")
+        load_model(folder)
+
+
+@pytest.mark.memory
+@pytest.mark.parametrize("name", ["awq", "deepseek", "gptq, 8 bits in groups"])
+def test_loading_needs_little_more_memory_than_the_quantized_weights(name: str, tmp_path: Path):
+    """A copy of the largest parameter, its converted copy, and compiled programs; never the model in float32."""
+    case = CASES[name]
+    big = ModelConfig("llama", 8000, 8, 1024, 16, 8, 64, 3584, 4096, dtype="bfloat16")
+    source, some = tmp_path / "source", np.random.default_rng(0).standard_normal(1 << 16, np.float32)
+    shapes = {n: s for w in weight_table(big).values() for n, s in zip(w.names, w.shapes, strict=True)}
+    plain = {name: np.resize(some, shape).astype("bfloat16") for name, shape in shapes.items() if not is_linear(name)}
+    linear = {key: shape for key, shape in shapes.items() if is_linear(key)}
+    written = {shape: case.write(case.levels(*shape, 0), case) for shape in set(linear.values())}
+    for key, shape in linear.items():
+        plain |= {key.removesuffix("weight") + end: np.ascontiguousarray(x) for end, x in written[shape].items()}
+    save_folder(source, big, plain)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(values | {"quantization_config": case.config}))
+    del plain
+    small = save_folder(tmp_path / "small", SMALL, random_tensors(SMALL))
+    done = subprocess.run([sys.executable, "-c", PEAK, str(small), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print({key: f"{size / 1e6:.0f} MB" for key, size in found.items()})  # Shown by pytest -s.
+    shard = (source / "model.safetensors").stat().st_size
+    # The mapped file, and the largest parameter: its numbers as they are stored, and in float32 before it is rounded.
+    assert found["overhead"] < shard + 2 * 7168 * 1024 * 4 + 100e6

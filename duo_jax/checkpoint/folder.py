@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from duo_jax.arrays import Shards, first_names
+from duo_jax.checkpoint.layouts import UNUSED, check_groups
 from duo_jax.checkpoint.source import Source
+from duo_jax.checkpoint.stored import Packed, checked, parts_of
+from duo_jax.checkpoint.weight_table import linear_maps, weight_table
 from duo_jax.config import ModelConfig
 from duo_jax.hf_config import eos_ids
+from duo_jax.quantization_config import StoredFormat, stored_format
 from duo_jax.reading import read_json, read_text, without_marks
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text.tokens import special_tokens
@@ -81,6 +85,11 @@ class Folder(Source):
         if values.get("dtype") is None and values.get("torch_dtype") is None:
             values["dtype"] = self._stored_dtype()
         config = _named(self.path / CONFIG, ModelConfig.from_hf, values)
+        if self.stored_format is not None:
+            modules = linear_maps(config)
+            _named(self.path / CONFIG, check_groups, self.stored_format.coding, modules)
+            widths = [shape[1] for shape in modules.values()]
+            config = replace(config, weight_dtype=self.stored_format.weight_dtype(modules, widths))
         if "eos_token_id" not in self._generation:
             return config
         ids = eos_ids(self._generation["eos_token_id"])
@@ -98,14 +107,41 @@ class Folder(Source):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """From the shards' headers. Tensors that are not floating-point numbers are refused here."""
-        for name, dtype in self.shards.dtypes.items():
-            if dtype not in FLOATS and name in self._names.values():
-                raise NotImplementedError(
-                    f"{self.shards.paths[name]}: {name} is stored as {dtype}, and weights in a folder must "
-                    f"be one of {', '.join(FLOATS)}; quantized ones are read from GGUF files"
-                )
-        return {name: self.shards.shapes[stored] for name, stored in self._names.items()}
+        """From the shards' headers. Tensors that are neither floating-point numbers nor quantized are refused here."""
+        modules = {part: name for name, parts in self._quantized.items() for part in parts.values()}
+        unused = UNUSED if self._quantized else ()
+        shapes = {}
+        for name, stored in self._names.items():
+            if stored in modules:
+                shapes[modules[stored]] = self._linear_shapes[modules[stored]]
+            elif not name.endswith(unused):
+                if (dtype := self.shards.dtypes[stored]) not in FLOATS:
+                    raise NotImplementedError(
+                        f"{self.shards.paths[stored]}: {stored} is stored as {dtype}, and weights in a folder must "
+                        f"be one of {', '.join(FLOATS)}, unless its quantization_config says how they are quantized"
+                    )
+                shapes[name] = self.shards.shapes[stored]
+        return shapes
+
+    @cached_property
+    def stored_format(self) -> StoredFormat | None:
+        """From `config.json`."""
+        values = read_json(self.path / CONFIG)
+        text = values.get("text_config")
+        return _named(self.path / CONFIG, stored_format, {**(text if isinstance(text, dict) else {}), **values})
+
+    @cached_property
+    def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that may be quantized, by name."""
+        kernels = (weight for weight in weight_table(self.config).values() if weight.is_kernel)
+        return {name: shape for weight in kernels for name, shape in zip(weight.names, weight.shapes, strict=True)}
+
+    @cached_property
+    def _quantized(self) -> dict[str, dict[str, str]]:
+        """The arrays of each quantized tensor, see `parts_of`."""
+        if self.stored_format is None:
+            return {}
+        return _named(self.path, parts_of, self.stored_format, self._linear_shapes, self._names, self.shards)
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -123,7 +159,14 @@ class Folder(Source):
 
     def read(self, name: str) -> np.ndarray:
         """Copy one tensor out of its shard."""
-        return self.shards.read(self._names[name])
+        return self.shards.read(self._names[name]) if name not in self._quantized else super().read(name)
+
+    def stored(self, name: str) -> np.ndarray | Packed:
+        """As `read`, but quantized tensors are as they are stored."""
+        if self.stored_format is None or name not in self._quantized:
+            return self.read(name)
+        arrays = {what: self.shards.read(stored) for what, stored in self._quantized[name].items()}
+        return _named(self.path, checked, name, arrays, self.stored_format.coding, self._linear_shapes[name])
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """By transformers."""

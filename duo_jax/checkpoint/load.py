@@ -23,7 +23,8 @@ from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
-from duo_jax.checkpoint.weight_table import Weight, check_tensors, weight_table
+from duo_jax.checkpoint.stored import Packed
+from duo_jax.checkpoint.weight_table import Weight, check_tensors, linear_maps, weight_table
 from duo_jax.config import PRESETS, ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import placement_on
@@ -31,6 +32,7 @@ from duo_jax.model import Model, abstract_decoder, check_size
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype, name_of
 from duo_jax.programs import keep_programs
+from duo_jax.quantization_config import StoredFormat
 from duo_jax.tokenizer import TextTokenizer
 from duo_jax.weights import quantize_kernel
 
@@ -60,7 +62,8 @@ def load_model(
         source: a Hugging Face folder, a GGUF file, a packaged model's name, or a hub id.
         dtype: data type of the weights; by default the checkpoint's, but float32 on a CPU, which has no fast bfloat16.
         weight_dtype: quantize the linear maps of the layers, each right after it is read: int8, w8a8 (int8, activations
-            too), int4 (a scale for every 64 input channels), int4-32 or int4-128.
+            too), int4 (a scale for every 64 input channels), int4-32, int4-128 or another name of `WEIGHT_FORMATS`; by
+            default, those of a quantized checkpoint stay as they are stored where one of these has the same values.
         embed_dtype: quantize embeddings and head: int8, int4, int4-32 or int4-128; by default they are not quantized.
         mesh: devices that share the weights, from `make_mesh`; each gets its part of a tensor right after it is read.
         pattern: which heads will stream, only with a mesh: it balances retrieval heads over the devices, to within one
@@ -103,6 +106,7 @@ def load_model(
         return checkpoint.load(mesh=mesh, pattern=pattern, fsdp=fsdp, progress=progress)
     config = checkpoint.config.with_dtypes(**dtypes | {"dtype": usual_dtype(checkpoint.config, dtype)})
     check_size(config, len(checkpoint.shapes), str(source))
+    _report_conversion(checkpoint, config)
     config = _with_stored_head(checkpoint, config, str(source))
     placement = None if mesh is None else placement_on(config, mesh, pattern, fsdp=fsdp)
     graphdef, abstract = abstract_decoder(config)
@@ -198,6 +202,23 @@ def loaded_config(source: str | Path) -> ModelConfig:
         return config
 
 
+def stored_as(source: str | Path, config: ModelConfig) -> str | None:
+    """How another library quantized a model's weights, and what becomes of them; None: they are not, or a preset's."""
+    if not Path(source).expanduser().exists():
+        return None
+    checkpoint = open_source(source)
+    if checkpoint.stored_format is None:
+        return None
+    unused = checkpoint.stored_format.unused
+    return "; ".join(
+        [
+            str(checkpoint.stored_format),
+            _conversion(checkpoint.stored_format, config) or f"loaded as {config.weight_dtype}, value by value",
+            *([f"not used: its {' and '.join(unused)}"] if unused else []),
+        ]
+    )
+
+
 def open_source(source: str | Path, *, weights: bool = True) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
     path = path_of("model", source, "a path or a name")
@@ -237,6 +258,24 @@ def _with_stored_head(checkpoint: Source, config: ModelConfig, label: str) -> Mo
     return replace(config, tied_head=False)
 
 
+def _report_conversion(checkpoint: Source, config: ModelConfig) -> None:
+    """Warn where the linear maps of a quantized checkpoint do not stay as they are stored."""
+    stored = checkpoint.stored_format
+    if stored is not None and (change := _conversion(stored, config)):
+        warnings.warn(f"{checkpoint.path} has weights of {stored}; {change}", stacklevel=3)
+
+
+def _conversion(stored: StoredFormat, config: ModelConfig) -> str | None:
+    """How the values of linear maps change; None: not at all."""
+    if config.weight_dtype is None:
+        left = [module for module in linear_maps(config) if not stored.quantizes(module)]
+        why = f"not all linear maps are quantized, such as {left[0]}" if left else "no weight_dtype has these values"
+        return f"{why}: all are dequantized to {config.dtype}"
+    if stored.coding.fits(config.weight_dtype):
+        return None
+    return f"they are dequantized, and quantized again to {config.weight_dtype}"
+
+
 def _in_file_order(
     table: dict[tuple[str | int, ...], Weight], checkpoint: Source
 ) -> Iterator[tuple[tuple[str | int, ...], Weight]]:
@@ -253,13 +292,22 @@ def _read(
         whole = np.concatenate([checkpoint.read(name) for name in weight.names])
         return (whole.T if weight.is_kernel else whole).astype(dtype)
     parts = tuple(checkpoint.stored(name) for name in weight.names)
+    if weight_dtype and all(isinstance(part, Packed) and part.coding.fits(weight_dtype) for part in parts):
+        return _as_stored(parts, dtype, weight_dtype)
     return _convert(parts, dtype, weight.is_kernel, weight_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _convert(
-    parts: tuple[Array | Blocks, ...], dtype: jnp.dtype, transpose: bool, weight_dtype: str | None
+    parts: tuple[Array | Blocks | Packed, ...], dtype: jnp.dtype, transpose: bool, weight_dtype: str | None
 ) -> "Array | qwix.QArray":
-    x = jnp.concatenate([part.values() if isinstance(part, Blocks) else part for part in parts])
+    x = jnp.concatenate([part.values() if isinstance(part, Blocks | Packed) else part for part in parts])
     placed = (x.T if transpose else x).astype(dtype)
     return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype, input_axis=int(not transpose))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _as_stored(parts: tuple[Packed, ...], dtype: jnp.dtype, weight_dtype: str) -> "qwix.QArray":
+    """A kernel with the numbers of the checkpoint."""
+    kernels = [part.kernel(weight_dtype, dtype) for part in parts]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays).T, *kernels)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from duo_jax.checkpoint.gguf_blocks import Blocks
+from duo_jax.checkpoint.stored import Packed
 from duo_jax.config import ModelConfig
+from duo_jax.quantization_config import StoredFormat
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.tokenizer import TextTokenizer
 
@@ -40,11 +42,16 @@ class Source(ABC):
     def files(self) -> Sequence[Path]:
         """The files that the tensors are read from, in a fixed order."""
 
+    @property
+    def stored_format(self) -> StoredFormat | None:
+        """How a folder of another library has its weights quantized; None: not, or tensor by tensor."""
+        return None
+
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
         """One tensor's values, in the data type that they are stored in; quantized ones in float32."""
 
-    def stored(self, name: str) -> np.ndarray | Blocks:
+    def stored(self, name: str) -> np.ndarray | Blocks | Packed:
         """As `read`, but values that the device can dequantize are still quantized."""
         return self.read(name)
 

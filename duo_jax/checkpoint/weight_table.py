@@ -71,6 +71,16 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
     return table
 
 
+def linear_maps(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The modules in layers whose kernels `weight_dtype` quantizes, each with its shape `[out, in]`."""
+    kernels = (weight for path, weight in weight_table(config).items() if weight.is_kernel and path[0] == "layers")
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for weight in kernels
+        for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
+
+
 def ignorable(name: str, config: ModelConfig) -> bool:
     """Tensors in checkpoints that are not needed: stored RoPE frequencies, a second copy of a tied head.
 

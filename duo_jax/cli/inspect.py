@@ -10,12 +10,13 @@ import tyro
 
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.checkpoint.load import loaded_config
+from duo_jax.checkpoint.load import loaded_config, stored_as
 from duo_jax.cli.options import PatternOptions
 from duo_jax.config import ModelConfig
 from duo_jax.figures import check_figure, write_figure
 from duo_jax.finite import json_text
 from duo_jax.pattern import HeadPattern
+from duo_jax.plan import weight_bytes
 from duo_jax.precision import FloatDtype
 from duo_jax.sizes import size_text
 
@@ -61,6 +62,7 @@ class Inspect:
         pattern = self.pattern.load(max(self.lengths))
         pattern = pattern and pattern.of(config)
         record = describe(config, pattern, self.batch_size, self.lengths)
+        record["weights"]["stored_as"] = stored_as(self.model, config)
         if self.png is not None:
             if pattern is None:
                 raise ValueError("--png draws a head table: give --pattern too")
@@ -72,7 +74,6 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
     """Everything to print, as plain values; bytes are exact."""
     if pattern is not None:
         pattern = pattern.of(config)
-    itemsize = jnp.dtype(config.dtype).itemsize
     heads = None
     if pattern is not None:
         heads = {
@@ -91,7 +92,9 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
         }
         for length in lengths
     ]
-    weights = {"parameters": config.num_parameters, "bytes": config.num_parameters * itemsize}
+    plain = config.weight_dtype is None and config.embed_dtype is None
+    size = config.num_parameters * jnp.dtype(config.dtype).itemsize if plain else weight_bytes(config)
+    weights = {"parameters": config.num_parameters, "bytes": size}
     model = asdict(config) | {"rope_type": config.rope.type}
     return {"model": model, "weights": weights, "heads": heads, "batch_size": batch_size, "kv_bytes": kv_bytes}
 
@@ -121,8 +124,11 @@ def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str
         f"{config.family}: {config.num_layers} layers, {config.num_heads} query heads, "
         f"{config.num_kv_heads} KV heads of {config.head_dim}, RoPE {config.rope.type}, "
         f"trained for {config.trained_positions} tokens",
-        f"weights: {config.num_parameters / 1e6:.1f}M, {size_text(record['weights']['bytes'])} in {config.dtype}",
+        f"weights: {config.num_parameters / 1e6:.1f}M, {size_text(record['weights']['bytes'])} in "
+        + " and ".join(filter(None, (config.dtype, config.weight_dtype, config.embed_dtype))),
     ]
+    if record["weights"]["stored_as"]:
+        lines.append(f"stored as: {record['weights']['stored_as']}")
     if config.window_layers:
         sizes = " and ".join(str(window.size) for window in config.own_windows)
         lines.append(f"windows: {len(config.window_layers)} layers see the last {sizes} tokens (░)")

@@ -1,0 +1,378 @@
+"""A checkpoint's `quantization_config`: which linear maps are stored in few bits, and how. Knows no files, no arrays.
+
+A method is a row of `METHODS`. What it does not name is refused: read in another way, weights would be silently wrong.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from duo_jax.arguments import true_or_false, whole_number
+from duo_jax.weights import WEIGHT_FORMATS
+
+MOST_GROUP = 10**6
+# Names of modules in a list; the longest published one has four for each layer.
+MOST_NAMES = 10**5
+# Repetitions in a regular expression that is compared with the names of modules, and its characters.
+MOST_REPEATS, MOST_PATTERN = 4, 300
+# Keys under which configurations have it; the second is that of the first versions of compressed-tensors.
+KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a linear map `[out, in]` is stored: `(number - zero) * scale`."""
+
+    layout: Literal["awq", "gptq", "packed", "plain"]
+    """Tensors of a module, see `checkpoint.stored`."""
+    bits: int
+    group: int | None
+    """Input channels that share a scale; None: all of them."""
+    rows: int | None = 1
+    """Output channels that share a scale; None: all of them."""
+    is_float: bool = False
+    """Whether numbers are 8-bit floats (E4M3), or else integers."""
+    has_zeros: bool = False
+    """Whether each scale has a number that stands for 0; without, it is the middle of the range."""
+    act_order: bool = False
+    """Whether input channels are grouped in the order of their activations: each has the index of its group."""
+    zero_shift: int = 0
+    """What was subtracted from the numbers that stand for 0 before they were packed."""
+
+    def fits(self, weight_dtype: str) -> bool:
+        """Whether a name of `WEIGHT_FORMATS` represents the same values."""
+        how = WEIGHT_FORMATS[weight_dtype]
+        same = how.qtype == ("float8_e4m3fn" if self.is_float else f"int{self.bits}")
+        divides = self.group is None or (how.group is not None and self.group % how.group == 0)
+        return same and divides and how.has_zeros == self.has_zeros and not self.act_order
+
+    def __str__(self) -> str:
+        """In words."""
+        kind = f"{self.bits}-bit {'floats' if self.is_float else 'integers'}"
+        shared = "one scale" if self.rows is None else "a scale for each output channel"
+        if self.group is not None:
+            shared = f"groups of {self.group}" if self.rows == 1 else f"blocks of {self.rows} x {self.group}"
+        ends = [name for name, on in (("zero points", self.has_zeros), ("act-order", self.act_order)) if on]
+        return ", ".join([kind, shared, *ends])
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """The quantized linear maps of a checkpoint.
+
+    Attributes:
+        label: the method's name.
+        coding: how they are stored.
+        quantizes: whether a module is one of them, by its name.
+        multiplies_integers: whether activations are quantized too, as by `w8a8`.
+        unused: what the checkpoint has beyond weights, and this library does not use.
+    """
+
+    label: str
+    coding: Coding
+    quantizes: Callable[[str], bool]
+    multiplies_integers: bool = False
+    unused: tuple[str, ...] = ()
+
+    def weight_dtype(self, modules: Iterable[str], widths: Iterable[int]) -> str | None:
+        """The name of `WEIGHT_FORMATS` for these modules with `widths` input channels; None: their values have none."""
+        if not all(self.quantizes(module) for module in modules):
+            return None
+        sizes = set(widths)
+        fitting = [
+            (how.group is None, how.group or 0, name)
+            for name, how in WEIGHT_FORMATS.items()
+            if self.coding.fits(name)
+            and how.dynamic == self.multiplies_integers
+            and not any(width % (how.group or 1) for width in sizes)
+        ]
+        return max(fitting)[-1] if fitting else None
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.label}: {self.coding}"
+
+
+def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
+    """The format that a Hugging Face configuration names; None: weights are not quantized.
+
+    Raises:
+        NotImplementedError: a method, or a variant of one, that is not read, by name.
+        ValueError: a value of a wrong type or range.
+    """
+    values = next((config[key] for key in KEYS if config.get(key)), None)
+    if values is None:
+        return None
+    method = values.get("quant_method", "unknown") if isinstance(values, Mapping) else "unknown"
+    if method == "unknown" and isinstance(values, Mapping) and "config_groups" in values:
+        method = "compressed-tensors"
+    if not isinstance(method, str) or method not in METHODS:
+        raise NotImplementedError(
+            f"this model uses weights quantized by {method!r:.60}, which is not supported: those of "
+            f"{', '.join(METHODS)} are read, and GGUF files"
+        )
+    try:
+        return METHODS[method](_Settings(method, values))
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {error}") from None
+
+
+class _Settings:
+    """The values of a configuration, each with its check; errors name the method."""
+
+    def __init__(self, method: str, values: Mapping[str, Any], inside: str = "") -> None:
+        self.method, self.values, self.inside = method, values, inside
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def whole(self, *keys: str, default: int) -> int:
+        key = next((key for key in keys if self.values.get(key) is not None), keys[0])
+        return whole_number(f"{self.inside}{key}", self.get(key, default), -1, MOST_GROUP)
+
+    def bits(self, *keys: str, among: tuple[int, ...], default: int = 0) -> int:
+        bits = self.whole(*keys, default=default)
+        self.refuse(f"{bits} bits", unless=bits in among)
+        return bits
+
+    def group(self, *keys: str, default: int = -1) -> int | None:
+        size = self.whole(*keys, default=default)
+        if size == 0:
+            raise ValueError(f"{self.inside}{keys[0]} must be at least 1, or -1 for all channels, got 0")
+        return None if size == -1 else size
+
+    def flag(self, key: str, default: bool) -> bool:
+        return true_or_false(f"{self.inside}{key}", self.get(key, default))
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of modules' names."""
+        names = self.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > MOST_NAMES:
+            raise ValueError(f"{self.inside}{key} must be a list of modules' names, got {names!r:.60}")
+        return tuple(names)
+
+    def part(self, key: str) -> "_Settings | None":
+        """Nested settings."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{self.inside}{key} must be an object, got {value!r:.60}")
+        name = key if key.isidentifier() and len(key) < 40 else repr(key)[:40]
+        return None if value is None else _Settings(self.method, value, f"{self.inside}{name}.")
+
+    def word(self, key: str, default: str, among: tuple[str, ...]) -> str:
+        """A name in lower case that must be one of a few."""
+        value = self.get(key, default)
+        self.refuse(f"{key} {value!r:.60}", unless=isinstance(value, str) and value.lower() in among)
+        return str(value).lower()
+
+    def refuse(self, what: str, *, unless: bool) -> None:
+        if not unless:
+            where = f" in {self.inside.rstrip('.')}" if self.inside else ""
+            raise NotImplementedError(
+                f"this model uses weights quantized by {self.method} with {what}{where}, which is not supported"
+            )
+
+
+def _awq(settings: _Settings) -> StoredFormat:
+    """AutoAWQ's GEMM layout. It only quantizes modules of layers, and leaves out those whose names have a key."""
+    bits = settings.bits("bits", "w_bit", among=(4,), default=4)
+    settings.word("version", "gemm", ("gemm",))
+    left_out = settings.names("modules_to_not_convert")
+    group, has_zeros = settings.group("group_size", "q_group_size", default=128), settings.flag("zero_point", True)
+    return StoredFormat(
+        "AWQ",
+        Coding("awq", bits, group, has_zeros=has_zeros),
+        lambda module: _in_layers(module) and not any(key in module for key in left_out),
+    )
+
+
+def _gptq(settings: _Settings) -> StoredFormat:
+    """AutoGPTQ's layout, in which numbers that stand for 0 are stored less 1, or GPTQModel's v2, without that."""
+    bits = settings.bits("bits", among=(4, 8))
+    key = "checkpoint_format" if settings.get("checkpoint_format") is not None else "format"
+    version = settings.word(key, "gptq", ("gptq", "gptq_v2"))
+    settings.refuse("is_marlin_format", unless=not settings.get("is_marlin_format"))
+    changed = settings.part("dynamic")
+    kept = [name for name in changed.values if name.startswith("-:")] if changed else []
+    settings.refuse("dynamic settings of modules", unless=changed is None or len(kept) == len(changed.values))
+    left_out = _named(settings, "dynamic", ["re:" + name.removeprefix("-:") for name in kept])
+    blocks = settings.get("modules_in_block_to_quantize", [])
+    settings.refuse("modules_in_block_to_quantize", unless=isinstance(blocks, list))
+    only = tuple(str(name) for block in blocks for name in (block if isinstance(block, list) else [block]))
+    with_head = settings.flag("lm_head", False)
+    group = settings.group("group_size", default=128)
+
+    def quantizes(module: str) -> bool:
+        if not _in_layers(module):
+            return with_head and module == "lm_head"
+        return (not only or module.endswith(only)) and not left_out(module)
+
+    coding = Coding(
+        "gptq",
+        bits,
+        group,
+        has_zeros=not settings.flag("sym", True),
+        # Of one group, or where groups were made before, the order of channels does not matter.
+        act_order=settings.flag("desc_act", False) and group is not None and not settings.flag("static_groups", False),
+        zero_shift=int(version == "gptq"),
+    )
+    return StoredFormat("GPTQ", coding, quantizes)
+
+
+def _fp8(settings: _Settings) -> StoredFormat:
+    """DeepSeek's: E4M3 with a float32 scale for each block of weights, or for all; the head is not quantized."""
+    settings.word("fmt", "e4m3", ("e4m3", "float8_e4m3fn"))
+    settings.word("expert_dtype", "fp8", ("fp8",))
+    settings.refuse("modules_to_convert", unless=not settings.get("modules_to_convert"))
+    settings.word("activation_scheme", "dynamic", ("dynamic", "static"))
+    key = "modules_to_not_convert" if settings.get("modules_to_not_convert") is not None else "ignored_layers"
+    left_out = _named(settings, key, settings.names(key), by_part=True)
+    rows, group = _block(settings, "weight_block_size")
+    return StoredFormat(
+        "FP8",
+        Coding("plain", 8, group, rows, is_float=True),
+        lambda module: _in_layers(module) and not left_out(module),
+        unused=("quantized activations",),
+    )
+
+
+# Formats of compressed-tensors: where numbers are, and their type.
+COMPRESSED = {
+    "pack-quantized": ("packed", "int"),
+    "int-quantized": ("plain", "int"),
+    "float-quantized": ("plain", "float"),
+    "naive-quantized": ("plain", None),
+}
+
+
+def _compressed(settings: _Settings) -> StoredFormat:
+    """compressed-tensors, with one group of modules."""
+    for key, off in (("sparsity_config", "dense"), ("transform_config", None)):
+        inner = settings.part(key)
+        active = inner is not None and any(inner.values.values()) and inner.get("format", "") != off
+        settings.refuse(key, unless=not active)
+    groups = settings.part("config_groups")
+    settings.refuse("no or several config_groups", unless=groups is not None and len(groups.values) == 1)
+    assert groups is not None
+    group = groups.part(next(iter(groups.values)))
+    weights = group and group.part("weights")
+    if group is None or weights is None:
+        raise ValueError("config_groups has no weights")
+    source = group if group.get("format") is not None else settings
+    layout, expected = COMPRESSED[source.word("format", "unknown", tuple(COMPRESSED))]
+    kind = weights.word("type", "int", ("int", "float") if expected is None else (expected,))
+    bits = weights.bits("num_bits", among=(4, 8) if layout == "packed" else (8,), default=8)
+    size = weights.group("group_size")
+    strategy = weights.word("strategy", "channel" if size is None else "group", ("tensor", "channel", "group", "block"))
+    if (strategy == "group") != (size is not None):
+        raise ValueError(f"{weights.inside}strategy is {strategy!r}, which contradicts group_size {size or -1}")
+    rows: int | None = None if strategy == "tensor" else 1
+    if strategy == "block":
+        rows, size = _block(weights, "block_structure")
+    weights.refuse("dynamic scales", unless=not weights.get("dynamic"))
+    # With "weight" or "static", channels are in groups as they are in the tensor.
+    orders = ("weight", "static", "group", "dynamic")
+    order = weights.get("actorder", False)
+    if not isinstance(order, bool):
+        order = weights.word("actorder", "weight", orders) in ("group", "dynamic")
+    symmetric = weights.flag("symmetric", True)
+    weights.refuse("floats with zero points", unless=symmetric or kind == "int")
+    targets = group.names("targets")
+    others = [name for name in targets if name != "Linear" and not name.startswith("re:") and "." not in name]
+    group.refuse(f"targets {others!s:.60}", unless=bool(targets) and not others)
+    chosen, left_out = _named(group, "targets", targets), _named(settings, "ignore", settings.names("ignore"))
+    inputs = group.part("input_activations")
+    by_token = inputs is not None and all(
+        inputs.get(key) == value
+        for key, value in {
+            "num_bits": 8,
+            "type": "int",
+            "dynamic": True,
+            "symmetric": True,
+            "strategy": "token",
+        }.items()
+    )
+    dynamic = by_token and kind == "int" and bits == 8 and size is None and symmetric
+    used = {
+        "quantized activations": inputs is not None and not dynamic,
+        "quantized outputs": group.get("output_activations"),
+        "a quantized KV cache": settings.get("kv_cache_scheme"),
+    }
+    return StoredFormat(
+        "compressed-tensors",
+        Coding(
+            "packed" if layout == "packed" else "plain",
+            bits,
+            size,
+            rows,
+            is_float=kind == "float",
+            has_zeros=not symmetric,
+            act_order=order and size is not None,
+        ),
+        lambda module: ("Linear" in targets or chosen(module)) and not left_out(module),
+        multiplies_integers=dynamic,
+        unused=tuple(name for name, on in used.items() if on),
+    )
+
+
+METHODS: Mapping[str, Callable[[_Settings], StoredFormat]] = {
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+    "fp8": _fp8,
+    "gptq": _gptq,
+}
+
+
+def _block(settings: _Settings, key: str) -> tuple[int | None, int | None]:
+    """Rows and columns of the blocks of weights that share a scale."""
+    sizes = settings.get(key)
+    if sizes is None:
+        return None, None
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise ValueError(f"{settings.inside}{key} must be two sizes, got {sizes!r:.60}")
+    rows, columns = (whole_number(f"{settings.inside}{key}", size, 1, MOST_GROUP) for size in sizes)
+    return rows, columns
+
+
+def _in_layers(module: str) -> bool:
+    return "layers." in module
+
+
+def _named(settings: _Settings, key: str, names: Iterable[str], *, by_part: bool = False) -> Callable[[str], bool]:
+    """Whether a list names a module: by its name, or by a regular expression after `re:`.
+
+    With `by_part`, as by transformers, a name is an expression itself, stands for all modules in the one that it names,
+    and for those whose names end with it.
+    """
+    whole = {name for name in names if not name.startswith("re:")}
+    expressions = [name.removeprefix("re:") for name in names if name.startswith("re:")]
+    if by_part:
+        expressions += [rf"(?:{name})(?:(?<=\.)|(?=\.|$))" for name in whole if not re.fullmatch(r"[\w.\-]*", name)]
+    patterns = [_pattern(f"{settings.inside}{key}", expression) for expression in expressions]
+
+    def has(module: str) -> bool:
+        parts = range(1, len(module) + 1) if by_part else ()
+        return (
+            module in whole
+            or any(module[-end:] in whole or (module[end:][:1] in ("", ".") and module[:end] in whole) for end in parts)
+            or any(pattern.match(module) for pattern in patterns)
+        )
+
+    return has
+
+
+def _pattern(key: str, expression: str) -> re.Pattern[str]:
+    """A regular expression that cannot take long: few repetitions, and none of a repetition."""
+    plain = re.sub(r"\\.|\[[^\]]*\]|\(\?", "_", expression)
+    repeats = len(re.findall(r"[*+?{]", plain))
+    if len(expression) > MOST_PATTERN or repeats > MOST_REPEATS or re.search(r"\)[*+{]", plain):
+        raise NotImplementedError(
+            f"{key} has the regular expression {expression!r:.60}; those with up to {MOST_REPEATS} repetitions of "
+            "characters are read"
+        )
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{key} has {expression!r:.60}, which is not a regular expression: {error}") from None
