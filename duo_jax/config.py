@@ -33,7 +33,7 @@ MOST = {
 # Fields that earlier versions did not write: what they wrote means the defaults.
 ADDED = (
     *("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms"),
-    *("no_rope_layers", "sink_logits"),
+    *("no_rope_layers", "sink_logits", "pre_norms", "wide_qk_norm"),
 )
 # The activations that an MLP may have, by transformers' names.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -55,7 +55,8 @@ class ModelConfig:
     `no_rope_layers` have none.
 
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`. With `norm_offset`,
-    norms multiply by 1 more than their weights; with `post_norms`, the outputs of attention and MLP have norms too.
+    norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention and MLP, `post_norms`
+    of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`, those of all heads have one.
 
     With `sink_logits`, every query head has a learned sink: the score of a key without a value, one more term of the
     softmax's denominator.
@@ -90,11 +91,14 @@ class ModelConfig:
     post_norms: bool = False
     no_rope_layers: tuple[int, ...] = ()
     sink_logits: bool = False
+    pre_norms: bool = True
+    wide_qk_norm: bool = False
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
         values: dict[str, Any] = {name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST.items()}
-        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms", "sink_logits"
+        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms"
+        flags = *flags, "sink_logits", "pre_norms", "wide_qk_norm"
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in ("embed_scale", "query_scale")}
@@ -213,7 +217,8 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of weights, a tied head counted once."""
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
-        norms = (4 if self.post_norms else 2) * self.embed_dim + 2 * self.head_dim * self.qk_norm
+        normed = self.num_heads + self.num_kv_heads if self.wide_qk_norm else 2
+        norms = 2 * (self.pre_norms + self.post_norms) * self.embed_dim + normed * self.head_dim * self.qk_norm
         sinks = self.num_heads * self.sink_logits
         biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         biases += self.out_bias * self.embed_dim + self.mlp_bias * (2 * self.mlp_dim + self.embed_dim)
@@ -283,6 +288,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_bias": _flag("mlp_bias"),
         "layer_windows": _flag("layer_windows"),
         "no_rope_layers": lambda config: tuple(n for n, rope in enumerate(config["no_rope_layers"]) if not rope),
+    },
+    "olmo3": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "qk_norm": True,
+        "wide_qk_norm": True,
+        "pre_norms": False,
+        "post_norms": True,
+        "layer_windows": _flag("layer_windows"),
+        "window_rope": _flag("window_rope"),
     },
     "gemma3_text": {
         "qkv_bias": _flag("attention_bias"),

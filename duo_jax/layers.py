@@ -115,8 +115,8 @@ class Attention(nnx.Module):
         self.qkv = build(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias)
         self.out = build(queries, config.embed_dim, bias=config.out_bias)
         if config.qk_norm:
-            self.q_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
-            self.k_norm = rms_norm(config.head_dim, config, dtype=dtype, rngs=rngs)
+            widths = (queries, keys) if config.wide_qk_norm else (config.head_dim, config.head_dim)
+            self.q_norm, self.k_norm = (rms_norm(width, config, dtype=dtype, rngs=rngs) for width in widths)
         if config.sink_logits:
             self.sink_logits = nnx.Param(jax.random.normal(rngs.params(), (config.num_heads,), dtype))
 
@@ -134,7 +134,9 @@ class Attention(nnx.Module):
         parts = jnp.split(qkv, [queries, queries + keys], axis=3)
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # A norm of all heads is one of all devices'. A head that several have counts as often as every other.
+            wide = (batch, length, -1) if config.wide_qk_norm else (batch, length, -1, config.head_dim)
+            q, k = self.q_norm(q.reshape(wide)).reshape(q.shape), self.k_norm(k.reshape(wide)).reshape(k.shape)
         if rotation is not None:
             q, k = rotate(q, *rotation, scale=config.query_scale), rotate(k, *rotation)
         elif config.query_scale != 1:
@@ -150,6 +152,7 @@ class Attention(nnx.Module):
         if config.qk_norm and self.k_norm.scale is not None:
             size = self.k_norm.scale.get_value()
             size = jnp.abs(1 + size.astype(jnp.float32)) if config.norm_offset else size
+            size = size.reshape(-1, config.head_dim)
         elif self.qkv.bias is not None:
             queries, keys = config.num_heads // self.devices, self.num_kv_heads // self.devices
             bias = self.qkv.bias.get_value().reshape(self.devices, -1, config.head_dim)
@@ -180,21 +183,17 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer: attention and MLP, each after an RMSNorm and with a residual connection.
-
-    The outputs of both may have an RMSNorm too, before they are added.
-    """
+    """One decoder layer: attention and MLP with residual connections, and RMSNorms of their inputs, outputs or both."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        self.attention_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
+        norm = partial(rms_norm, config.embed_dim, config, dtype=dtype, rngs=rngs)
+        self.attention_norm = norm() if config.pre_norms else None
         self.attention = Attention(config, dtype=dtype, rngs=rngs, mesh=mesh)
-        self.mlp_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm() if config.pre_norms else None
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs, mesh=mesh)
-        self.has_post_norms = config.post_norms
-        if config.post_norms:
-            self.attention_post_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
-            self.mlp_post_norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
         self, x: Float[Array, "B T D"], rotation: Angles | None, attend: Attend[State], state: State, layer: int
@@ -211,14 +210,15 @@ class Layer(nnx.Module):
 def _before_attention(
     layer: Layer, x: Float[Array, "B T D"], rotation: Angles | None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    return layer.attention.project(layer.attention_norm(x), rotation)
+    return layer.attention.project(_normed(layer.attention_norm, x), rotation)
 
 
 @jax.jit
 def _after_attention(layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     mixed = layer.attention.out(out.reshape(*x.shape[:2], -1))
-    if not layer.has_post_norms:
-        x = x + mixed
-        return x + layer.mlp(layer.mlp_norm(x))
-    x = x + layer.attention_post_norm(mixed)
-    return x + layer.mlp_post_norm(layer.mlp(layer.mlp_norm(x)))
+    x = x + _normed(layer.attention_post_norm, mixed)
+    return x + _normed(layer.mlp_post_norm, layer.mlp(_normed(layer.mlp_norm, x)))
+
+
+def _normed(norm: RMSNorm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x if norm is None else norm(x)

@@ -74,6 +74,7 @@ EXPECTED = {
     "linear": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 103},
     "gemma3_text": SMALL | {"vocab_size": 99, "tied_head": True},
     "smollm3": SMALL | {"vocab_size": 111},
+    "olmo3": SMALL | {"vocab_size": 112},
 }
 ROPES = {
     "llama31": Llama3Rope(500000.0, original_max_position_embeddings=64),
@@ -81,6 +82,7 @@ ROPES = {
     "linear": LinearRope(factor=4.0),
     "gemma3_text": Rope(1e6),
     "smollm3": Rope(2e6),
+    "olmo3": YarnRope(factor=8.0, original_max_position_embeddings=64),
 }
 FLAGS = {
     "qwen2": {"qkv_bias": True},
@@ -96,6 +98,14 @@ FLAGS = {
         "post_norms": True,
     },
     "smollm3": {"no_rope_layers": (1,)},
+    "olmo3": {
+        "qk_norm": True,
+        "wide_qk_norm": True,
+        "pre_norms": False,
+        "post_norms": True,
+        "layer_windows": (9, None, 9, None),
+        "window_rope": Rope(5e5),
+    },
 }
 SIZES = {"num_layers": 3, "embed_dim": 96, "mlp_dim": 160}
 

@@ -52,8 +52,13 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
             (("mlp_norm",), "pre_feedforward_layernorm", dim),
             (("mlp_post_norm",), "post_feedforward_layernorm", dim),
         ]
+    if not config.pre_norms:
+        norms = [norm for norm in norms if norm[0] not in (("attention_norm",), ("mlp_norm",))]
     if config.qk_norm:
-        norms += [(("attention", f"{x}_norm"), f"self_attn.{x}_norm", head) for x in "qk"]
+        widths = (q, kv) if config.wide_qk_norm else (head, head)
+        norms += [
+            (("attention", f"{x}_norm"), f"self_attn.{x}_norm", width) for x, width in zip("qk", widths, strict=True)
+        ]
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
         for path, modules, sizes, width, has_bias in linears:

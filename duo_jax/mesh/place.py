@@ -101,6 +101,8 @@ class Placement:
                 return len(shape) - 1
             case ("out" | "down", "kernel") | (_, "sink_logits"):
                 return 0
+            case ("q_norm" | "k_norm", _) if self.config.wide_qk_norm:
+                return 0
         return None
 
     def _index(self, path: Path) -> tuple[int, Int32[np.ndarray, "units"] | None]:
@@ -109,9 +111,12 @@ class Placement:
         if path[-2] == "gate_up":
             shards = size.sharers
             return 2 * shards, np.arange(2 * shards, dtype=np.int32).reshape(2, shards).T.ravel()
-        if not {path[-2], path[-1]} & {"qkv", "out", "sink_logits"} or not isinstance(path[1], int):
+        by_head = {"qkv", "out", "q_norm", "k_norm", "sink_logits"}
+        if not {path[-2], path[-1]} & by_head or not isinstance(path[1], int):
             return 1, None
         order = self.order[path[1]]
+        if path[-2] == "k_norm":
+            return config.num_kv_heads, order
         queries = query_heads(order, config.num_heads, config.num_kv_heads)
         if path[-2] != "qkv":
             return config.num_heads, queries

@@ -79,6 +79,7 @@ LLAMA3_ROPE = rope(
     "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 YARN_ROPE = rope("yarn", factor=8.0, original_max_position_embeddings=64)
+BY_TURNS = ["sliding_attention", "full_attention"] * 2
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "llama", {"vocab_size": 97, "num_key_value_heads": 4, "head_dim": 16, "rope_parameters": rope()}, 160
@@ -117,6 +118,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "yarn": Family("llama", {"vocab_size": 102, "head_dim": 16, "rope_parameters": YARN_ROPE}),
     "linear": Family("llama", {"vocab_size": 103, "head_dim": 16, "rope_parameters": rope("linear", factor=4.0)}),
+    "olmo3": Family.small(
+        "olmo3",
+        vocab_size=112,
+        layer_types=BY_TURNS,
+        sliding_window=9,
+        rope_parameters={"sliding_attention": rope(theta=5e5), "full_attention": YARN_ROPE},
+    ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
 }
 
@@ -288,7 +296,10 @@ def run(model: PreTrainedModel, ids: Array, attention: Callable[..., Any] | None
 def compare(stored: Path, arrays: dict[str, Array]) -> bool:
     """Print the largest difference of every array from the stored one; whether all are within the tolerance."""
     with np.load(stored) as golden:
-        differences = {name: float(np.abs(array - golden[name]).max()) for name, array in arrays.items()}
+        differences = {
+            name: float(np.abs(np.subtract(array, golden[name], dtype=np.float64)).max())
+            for name, array in arrays.items()
+        }
         same = set(golden) == set(arrays) and all(golden[name].dtype == array.dtype for name, array in arrays.items())
     for name, difference in differences.items():
         print(f"{name:22} {difference:.1e}")
