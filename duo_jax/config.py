@@ -33,7 +33,7 @@ MOST = {
 # Fields that earlier versions did not write: what they wrote means the defaults.
 ADDED = (
     *("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms"),
-    *("no_rope_layers", "sink_logits", "pre_norms", "wide_qk_norm"),
+    *("no_rope_layers", "sink_logits", "pre_norms", "wide_qk_norm", "query_log_scale", "query_log_positions"),
 )
 # The activations that an MLP may have, by transformers' names.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -54,9 +54,12 @@ class ModelConfig:
     attention does a pattern choose heads. Layers with a window have `window_rope`, or `rope` like the others; those of
     `no_rope_layers` have none.
 
-    `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`. With `norm_offset`,
-    norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention and MLP, `post_norms`
-    of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`, those of all heads have one.
+    `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`, and so does, at
+    position p, `1 + query_log_scale * log(1 + p // query_log_positions)`.
+
+    With `norm_offset`, norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention and
+    MLP, `post_norms` of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`, all heads
+    together.
 
     With `sink_logits`, every query head has a learned sink: the score of a key without a value, one more term of the
     softmax's denominator.
@@ -93,6 +96,8 @@ class ModelConfig:
     sink_logits: bool = False
     pre_norms: bool = True
     wide_qk_norm: bool = False
+    query_log_scale: float = 0.0
+    query_log_positions: int = 0
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -102,6 +107,10 @@ class ModelConfig:
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in ("embed_scale", "query_scale")}
+        values["query_log_scale"] = real_number("query_log_scale", self.query_log_scale, 0, 1e6)
+        if self.query_log_scale:
+            most = MOST["max_positions"]
+            values["query_log_positions"] = whole_number("query_log_positions", self.query_log_positions, 1, most)
         values["activation"] = check_name("activation", self.activation, tuple(ACTIVATIONS))
         values["dtype"] = check_name("dtype", self.dtype, ALLOWED["dtype"])
         values["layer_windows"] = self._checked_windows()
@@ -281,6 +290,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "out_bias": _flag("attention_bias"),
         "qk_norm": True,
         "layer_windows": _flag("layer_windows"),
+    },
+    "ministral": {"layer_windows": _flag("layer_windows")},
+    "ministral3": {
+        "layer_windows": _flag("layer_windows"),
+        "query_log_scale": lambda config: config["rope_parameters"].get("llama_4_scaling_beta") or 0.0,
+        "query_log_positions": lambda config: config["rope_parameters"].get("original_max_position_embeddings") or 0,
     },
     "smollm3": {
         "qkv_bias": _flag("attention_bias"),

@@ -67,7 +67,7 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
 OUTSIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 ROPE_NUMBERS = (
     *("factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta"),
     *OUTSIDE,
 )
 # What null stands for in transformers' formula of YaRN: for `truncate`, the opposite of its default.
@@ -81,12 +81,12 @@ YARN_NULL = {
 }
 # Features that a value other than null, false or 0 turns on.
 OFF = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
-# Models of text and images -> the family of their text model, and what their configuration has outside of it.
-TEXT_OF = {"gemma3": "gemma3_text"}
+# Models of text and images -> families of their text model, and what their configuration has outside of it.
+TEXT_OF = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
 OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", *STORED_KEYS)
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families with a window in every layer or in none: transformers does not read their `layer_types`.
-UNIFORM = {"mistral"}
+UNIFORM = {"mistral", "ministral3"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -105,7 +105,9 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
     family, required = config.get("model_type"), set(REQUIRED)
     if isinstance(family, str) and family in TEXT_OF and isinstance(text := config.get("text_config"), Mapping):
         outside = {key: config[key] for key in OF_WHOLE if config.get(key) is not None}
-        family, required = TEXT_OF[family], set()  # Published ones leave sizes to the defaults of this class.
+        if family == "gemma3":
+            required = set()  # Published ones leave sizes to the defaults of this class.
+        family = text.get("model_type") if len(TEXT_OF[family]) > 1 else TEXT_OF[family][0]
         config = {**text, **outside, "model_type": family}
     if not isinstance(family, str) or family not in FAMILIES:
         raise NotImplementedError(f"model_type {str(family)[:60]!r} is not supported; supported are {_SUPPORTED}")

@@ -1,5 +1,6 @@
 """The blocks of the decoder, as Flax NNX modules. Attention itself is a function that the caller passes in."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -121,9 +122,9 @@ class Attention(nnx.Module):
             self.sink_logits = nnx.Param(jax.random.normal(rngs.params(), (config.num_heads,), dtype))
 
     def project(
-        self, x: Float[Array, "B T D"], rotation: Angles | None
+        self, x: Float[Array, "B T D"], angles: Angles | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries, keys and values; RoPE turns the first two, unless `rotation` is None."""
+        """Queries, keys and values; RoPE turns the first two, unless `angles` is None."""
         config = self.config
         batch, length, _ = x.shape
         # Constrain in two steps: in one, XLA gathers weights over the devices that share a head's tokens, not outputs.
@@ -137,11 +138,13 @@ class Attention(nnx.Module):
             # A norm of all heads is one of all devices'. A head that several have counts as often as every other.
             wide = (batch, length, -1) if config.wide_qk_norm else (batch, length, -1, config.head_dim)
             q, k = self.q_norm(q.reshape(wide)).reshape(q.shape), self.k_norm(k.reshape(wide)).reshape(k.shape)
-        if rotation is not None:
-            q, k = rotate(q, *rotation, scale=config.query_scale), rotate(k, *rotation)
-        elif config.query_scale != 1:
-            q = (q.astype(jnp.float32) * config.query_scale).astype(q.dtype)
-        return q, k, v
+        scales = [jnp.float32(config.query_scale)] if config.query_scale != 1 else []
+        if angles is not None and angles.query_scale is not None:
+            scales.append(angles.query_scale)
+        wide = functools.reduce(jnp.multiply, scales, q.astype(jnp.float32))
+        if angles is None:
+            return wide.astype(q.dtype), k, v
+        return rotate(wide, angles.cos, angles.sin).astype(q.dtype), rotate(k, angles.cos, angles.sin), v
 
     def key_channels(self) -> Int32[Array, "K H"]:
         """Order of the channels of queries and keys in a quantized cache, by how large those of keys may be.
@@ -196,10 +199,10 @@ class Layer(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Angles | None, attend: Attend[State], state: State, layer: int
+        self, x: Float[Array, "B T D"], angles: Angles | None, attend: Attend[State], state: State, layer: int
     ) -> tuple[Float[Array, "B T D"], State]:
         """Apply to every token; `attend` mixes them."""
-        out, state = attend(state, layer, *_before_attention(self, x, rotation))
+        out, state = attend(state, layer, *_before_attention(self, x, angles))
         return _after_attention(self, x, out), state
 
 
@@ -208,9 +211,9 @@ class Layer(nnx.Module):
 
 @jax.jit
 def _before_attention(
-    layer: Layer, x: Float[Array, "B T D"], rotation: Angles | None
+    layer: Layer, x: Float[Array, "B T D"], angles: Angles | None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    return layer.attention.project(_normed(layer.attention_norm, x), rotation)
+    return layer.attention.project(_normed(layer.attention_norm, x), angles)
 
 
 @jax.jit

@@ -81,7 +81,10 @@ class Decoder(nnx.Module):
             embedded = embedded * jnp.asarray(config.embed_scale, embedded.dtype)
         x = constrain(embedded, self.mesh, "data")
         ropes = [config.layer_rope(index) for index in range(len(self.layers))]
-        angles_of = {rope: rotation(rope, config.head_dim, positions) for rope in dict.fromkeys(ropes) if rope}
+        scale = self._query_scale(positions)
+        angles_of = {
+            rope: Angles(*rotation(rope, config.head_dim, positions), scale) for rope in dict.fromkeys(ropes) if rope
+        }
         for index, layer in enumerate(self.layers):
             rope = ropes[index]
             angles = None if rope is None else angles_of[rope]
@@ -90,6 +93,14 @@ class Decoder(nnx.Module):
                 x, state = self._kept(plain, rematerialize)(x, angles, state)
                 x = constrain(x, self.mesh, "data")
         return self.norm(x), state
+
+    def _query_scale(self, positions: Int32[Array, "B T"]) -> Float[Array, "B T 1 1"] | None:
+        """What queries are multiplied by at each position; None: nothing."""
+        config = self.config
+        if not config.query_log_scale:
+            return None
+        periods = jax.lax.div(positions, jnp.full_like(positions, config.query_log_positions)).astype(jnp.float32)
+        return (1 + config.query_log_scale * jnp.log1p(periods))[:, :, None, None]
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32. Pass only the positions you need: `[T, V]` of a long prompt is large."""

@@ -5,7 +5,7 @@ A scaling computes inverse frequencies from a head dimension. The rotation is th
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,12 +177,20 @@ def _original(value: Any) -> int:
     return whole_number("original_max_position_embeddings", value, 1)
 
 
-# cos and sin of every position and frequency.
-Angles = tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]
+class Angles(NamedTuple):
+    """How queries and keys are turned at each position, and what queries are multiplied by there (None: nothing)."""
+
+    cos: Float[Array, "B T 1 H2"]
+    sin: Float[Array, "B T 1 H2"]
+    query_scale: Float[Array, "B T 1 1"] | None = None
+
+
 ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}
 
 
-def rotation(rope: Rope, head_dim: int, positions: Int32[Array, "B T"]) -> Angles:
+def rotation(
+    rope: Rope, head_dim: int, positions: Int32[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
     """cos and sin of every position and frequency, float32, broadcastable over heads (`H2 = H // 2`).
 
     In float32, `position * frequency` is off by 0.25 radians at 4 million. Positions are integers, so only the fraction
@@ -203,10 +211,8 @@ def rotation(rope: Rope, head_dim: int, positions: Int32[Array, "B T"]) -> Angle
 
 
 def rotate(
-    x: Float[Array, "B T n H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"], *, scale: float = 1.0
+    x: Float[Array, "B T n H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"]
 ) -> Float[Array, "B T n H"]:
     """Rotate the pairs (i, i + H/2) of every head by the angles of its position, in float32 (Hugging Face's layout)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    if scale != 1:
-        cos, sin = cos * scale, sin * scale
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

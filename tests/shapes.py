@@ -9,7 +9,9 @@ from duo_jax import ModelConfig
 GOLDEN = Path(__file__).parent / "golden"
 # Attention backends that do everything on a CPU, fast enough for tests.
 ON_CPU = ("reference", "xla", "triton")
-FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear", "gemma3_text", "smollm3", "olmo3")
+# Golden checkpoints: those with the parts of llama, and those of `Family.small` in tests/golden/make.py.
+SMALL = ("smollm3", "olmo3", "ministral", "ministral3")
+FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear", "gemma3_text", *SMALL)
 
 
 def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:

@@ -75,6 +75,8 @@ EXPECTED = {
     "gemma3_text": SMALL | {"vocab_size": 99, "tied_head": True},
     "smollm3": SMALL | {"vocab_size": 111},
     "olmo3": SMALL | {"vocab_size": 112},
+    "ministral": SMALL | {"vocab_size": 113},
+    "ministral3": SMALL | {"vocab_size": 114},
 }
 ROPES = {
     "llama31": Llama3Rope(500000.0, original_max_position_embeddings=64),
@@ -82,6 +84,7 @@ ROPES = {
     "linear": LinearRope(factor=4.0),
     "gemma3_text": Rope(1e6),
     "smollm3": Rope(2e6),
+    "ministral3": YarnRope(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0),
     "olmo3": YarnRope(factor=8.0, original_max_position_embeddings=64),
 }
 FLAGS = {
@@ -98,6 +101,8 @@ FLAGS = {
         "post_norms": True,
     },
     "smollm3": {"no_rope_layers": (1,)},
+    "ministral": {"layer_windows": (11, None, 11, None)},
+    "ministral3": {"query_log_scale": 0.3, "query_log_positions": 16},
     "olmo3": {
         "qk_norm": True,
         "wide_qk_norm": True,

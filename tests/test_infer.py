@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
 from duo_jax.token_loop import Generator, Prompt
-from tests.shapes import FAMILIES, GOLDEN
+from tests.shapes import GOLDEN, SMALL, families
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 KINDS = {"full": "full_logits", "duo": "duo_logits"}
@@ -148,7 +148,7 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern) -> np.n
     return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
 
 
-@pytest.mark.parametrize("family", FAMILIES[8:])
+@pytest.mark.parametrize("family", families("smollm3", "olmo3", "ministral3", of=SMALL))
 def test_a_dense_forward_pass_gives_the_golden_logits(family):
     """What a family has outside of attention, without the programs of a cache, which take longer to compile."""
     model, arrays, pattern = load_golden(family)

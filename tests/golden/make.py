@@ -125,6 +125,15 @@ FAMILIES: dict[str, Family] = {
         sliding_window=9,
         rope_parameters={"sliding_attention": rope(theta=5e5), "full_attention": YARN_ROPE},
     ),
+    "ministral": Family.small(
+        "ministral", vocab_size=113, layer_types=BY_TURNS, sliding_window=11, rope_parameters=rope()
+    ),
+    "ministral3": Family.small(
+        "ministral3",
+        vocab_size=114,
+        rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
+        | {"llama_4_scaling_beta": 0.3},
+    ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
 }
 
