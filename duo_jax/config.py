@@ -30,11 +30,6 @@ MOST = {
 }
 
 
-# Fields that earlier versions did not write: what they wrote means the defaults.
-ADDED = (
-    *("layer_windows", "window_rope", "activation", "embed_scale", "query_scale", "norm_offset", "post_norms"),
-    *("no_rope_layers", "sink_logits", "pre_norms", "wide_qk_norm", "query_log_scale", "query_log_positions"),
-)
 # The activations that an MLP may have, by transformers' names.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -57,9 +52,9 @@ class ModelConfig:
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`, and so does, at
     position p, `1 + query_log_scale * log(1 + p // query_log_positions)`.
 
-    With `norm_offset`, norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention and
-    MLP, `post_norms` of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`, all heads
-    together.
+    With `norm_offset`, norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention
+    and MLP, `post_norms` of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`,
+    all heads together.
 
     With `sink_logits`, every query head has a learned sink: the score of a key without a value, one more term of the
     softmax's denominator.
@@ -197,8 +192,8 @@ class ModelConfig:
         """All fields, as earlier versions wrote them where none is set that they did not have."""
         ropes = {name: rope for name in ("rope", "window_rope") if (rope := getattr(self, name)) is not None}
         values = asdict(self) | {name: {"type": rope.type, **asdict(rope)} for name, rope in ropes.items()}
-        defaults = {field.name: field.default for field in fields(self) if field.name in ADDED}
-        return {name: value for name, value in values.items() if name not in ADDED or value != defaults[name]}
+        defaults = {field.name: field.default for field in fields(self) if field.name in added_fields()}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def with_dtypes(
         self,
@@ -251,6 +246,12 @@ class ModelConfig:
     def trained_positions(self) -> int:
         """Tokens of context that the model was trained for."""
         return self.rope.trained_positions(self.max_positions)
+
+
+def added_fields() -> tuple[str, ...]:
+    """Fields that earlier versions did not write: what they wrote means the defaults."""
+    names = [field.name for field in fields(ModelConfig)]
+    return tuple(names[names.index("layer_windows") :])
 
 
 def from_standard(values: Mapping[str, Any]) -> ModelConfig:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import GENERATION, Folder
-from duo_jax.config import ADDED, FAMILIES, ModelConfig
+from duo_jax.config import FAMILIES, ModelConfig, added_fields
 from duo_jax.files import whole_folder, write_text
 from duo_jax.mesh.place import placement_on
 from duo_jax.model import Model, abstract_decoder, check_size
@@ -168,7 +168,7 @@ def _saved_rope(values: dict[str, Any]) -> Rope:
 
 def _check_fields(values: dict[str, Any], kind: type[ModelConfig | Rope]) -> None:
     """Raise KeyError for a field that is missing: its default would be another model's."""
-    missing = [field.name for field in fields(kind) if field.name not in (*values, *ADDED)]
+    missing = [field.name for field in fields(kind) if field.name not in (*values, *added_fields())]
     if missing:
         raise KeyError(*missing)
 
