@@ -4,7 +4,7 @@ A token depends on all tokens before it and on the request's seed, as a model's 
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from duo_jax.serve.device import Chosen
@@ -54,7 +54,7 @@ class HistoryDevice:
     page_bytes, ring_bytes, full_bytes, dtype = 100, 30, 80, "float32"
 
     def __init__(self, sizes: Sizes) -> None:
-        self.sizes, self.cleared = sizes, []
+        self.sizes = sizes
         self.pages = [[-1] * sizes.page_size for _ in range(sizes.pages)]
         self.rows = [Row() for _ in range(sizes.rows)]
         self.snapshots: list[tuple[int, int] | None] = [None] * sizes.snapshots
@@ -95,11 +95,6 @@ class HistoryDevice:
     def compile(self) -> Iterator[str]:
         """See `Device`."""
         yield "step"
-
-    def clear(self, pages: Iterable[int]) -> None:
-        """See `Device`."""
-        for page in pages:
-            self.cleared.append(page)
 
     def _append(self, row: Row, token: int) -> None:
         size, history = self.sizes.page_size, 0

@@ -87,8 +87,10 @@ def test_pages_are_free_once_their_last_holder_leaves():
     with pytest.raises(RuntimeError, match="all 2 entries are held"):
         pool.take()
     pool.hold([first])
-    assert pool.is_shared(first) and pool.release([first, second]) == [second]
-    assert pool.take() == second and pool.release([first]) == [first]
+    assert pool.is_shared(first)
+    pool.release([first, second])
+    assert pool.take() == second and not pool.is_shared(first)
+    pool.release([first])
     with pytest.raises(RuntimeError, match=f"entry {first} is free already"):
         pool.release([first])
     with pytest.raises(RuntimeError, match="only held entries can be shared"):
@@ -253,11 +255,8 @@ class Events(RuleBasedStateMachine):
         """The numbers of a row are not finite."""
         job = data.draw(st.sampled_from([job for job in self.server.open if job.row is not None]))
         known = job.tokens[: job.length]
-        freed = self.server.scheduler.fail(job)
+        self.server.scheduler.fail(job)
         self.server.open.remove(job)
-        assert len(set(freed)) == len(freed)
-        for page in freed:
-            assert self.server.scheduler.pages.holders(page) == 0
         deepest = self.server.scheduler.tree._path(known)
         assert not deepest or deepest[-1].children or deepest[-1].is_pinned
 

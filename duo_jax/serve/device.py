@@ -1,6 +1,6 @@
 """What the engine needs of a device, and of each token that it chose."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from duo_jax.serve.requests import Likely
@@ -27,7 +27,10 @@ class Chosen(NamedTuple):
 
 @runtime_checkable
 class Device(Protocol):
-    """Carries out actions. The owner of each job is a `duo_jax.serve.engine.Running`."""
+    """Carries out actions. The owner of each job is a `duo_jax.serve.engine.Running`.
+
+    Attention reads nothing of a page or a ring but what its row has written: pages are not cleared between jobs.
+    """
 
     @property
     def dtype(self) -> Any:
@@ -50,6 +53,3 @@ class Device(Protocol):
 
     def do(self, action: Action) -> list[Chosen]:
         """Carry out an action, and wait for the tokens that it chooses."""
-
-    def clear(self, pages: Iterable[int]) -> None:
-        """Remove numbers that are not finite from free pages and rows: masks multiply them by 0, which is no 0."""

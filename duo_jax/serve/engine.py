@@ -339,9 +339,8 @@ class Engine:
         events: list[tuple[Listener, Event]] = []
         if not chosen.is_finite:
             with self._change:
-                freed = self._scheduler.fail(run.job)
+                self._scheduler.fail(run.job)
                 self._end(run, "error", events, str(not_finite("the logits are", self._device.dtype)))
-            self._device.clear(freed)
         elif self._scheduler.chosen(run.job, chosen.token):
             text = run.row.add(chosen.token, chosen.logprob)
             top = chosen.top[: run.request.top]

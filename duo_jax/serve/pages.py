@@ -57,18 +57,15 @@ class Pool:
                 raise RuntimeError(f"entry {entry} is free: only held entries can be shared")
             self._holders[entry] += 1
 
-    def release(self, entries: Iterable[int]) -> list[int]:
-        """Remove a holder from each entry; return those that nobody holds any more, which are then free.
+    def release(self, entries: Iterable[int]) -> None:
+        """Remove a holder from each entry, which is free once nobody holds it.
 
         Raises:
             RuntimeError: an entry that is free already.
         """
-        freed = []
         for entry in entries:
             if not self._holders[entry]:
                 raise RuntimeError(f"entry {entry} is free already")
             self._holders[entry] -= 1
             if not self._holders[entry]:
                 self._free.append(entry)
-                freed.append(entry)
-        return freed

@@ -169,14 +169,12 @@ class PrefixTree:
                 return True
         return False
 
-    def forget(self, tokens: Sequence[int]) -> list[int]:
-        """Remove the nodes of these tokens that no other prefix has; return the pages that are free now."""
-        freed: list[int] = []
+    def forget(self, tokens: Sequence[int]) -> None:
+        """Remove the nodes of these tokens that no other prefix has."""
         for node in reversed(self._path(tokens)):
             if node.is_pinned or node.children:
                 break
-            freed += self._detach(node)
-        return freed
+            self._detach(node)
 
     def drop_end(self, prompt: Sequence[int]) -> bool:
         """Remove the last page of a prompt that ends within it; False if the tree does not have it."""
@@ -239,12 +237,12 @@ class PrefixTree:
             self._detach(node)
             node = parent
 
-    def _detach(self, node: Node) -> list[int]:
-        """Remove a node without children; return its page if it is free now."""
+    def _detach(self, node: Node) -> None:
+        """Remove a node without children."""
         assert node.parent is not None and not node.children
         self._drop_snapshot(node)
         del node.parent.children[node.key], self._order[node]
-        return self._pages.release([node.page])
+        self._pages.release([node.page])
 
     def _drop_snapshot(self, node: Node) -> None:
         if node.snapshot is not None:

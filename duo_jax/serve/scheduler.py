@@ -295,10 +295,10 @@ class Scheduler:
             self.tree.insert(job.tokens[:length], job.pages, entry, of_reply=True)
         self._leave(job)
 
-    def fail(self, job: Job) -> list[int]:
-        """End a job whose numbers are not finite; return the pages that it alone had, which must be cleared."""
-        forgotten = self.tree.forget(job.tokens[: job.length])
-        return [*forgotten, *self._leave(job)]
+    def fail(self, job: Job) -> None:
+        """End a job whose numbers are not finite; what it computed is not used again."""
+        self.tree.forget(job.tokens[: job.length])
+        self._leave(job)
 
     def _admit(self, actions: list[Action]) -> None:
         """Admit the job that has waited longest, if there are a row and pages for it."""
@@ -396,8 +396,8 @@ class Scheduler:
         self._leave(job)
         self._waiting.appendleft(job)
 
-    def _leave(self, job: Job) -> list[int]:
-        """Take a job's row and pages; return the pages that are free now."""
+    def _leave(self, job: Job) -> None:
+        """Take a job's row and pages."""
         assert job.row is not None
         self._rows[job.row], job.row, job.length = None, None, 0
         if job.snapshot is not None:
@@ -405,8 +405,8 @@ class Scheduler:
             job.snapshot = None
         if self._filling is job:
             self._filling = None
-        pages, job.pages = job.pages, []
-        return self.pages.release(pages)
+        self.pages.release(job.pages)
+        job.pages = []
 
     def _can_take(self) -> bool:
         """Whether a page is free, after the tree has given up one if need be."""

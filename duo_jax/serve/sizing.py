@@ -1,0 +1,74 @@
+"""How much can be served at a time in so much memory: rows, pages and snapshots. Nothing is allocated."""
+
+from dataclasses import replace
+
+from duo_jax.arguments import whole_number
+from duo_jax.cache.spec import CacheSpec
+from duo_jax.plan import Plan
+from duo_jax.serve.model_device import page_bytes, ring_bytes
+from duo_jax.serve.scheduler import Sizes
+from duo_jax.sizes import size_text
+
+# Of the memory that weights, activations and rows leave, the part that copies of rings may take; pages get the rest.
+SNAPSHOT_SHARE = 0.2
+MOST_SNAPSHOTS = 1024
+# Arrays of float32 [rows, vocabulary] that choosing a token needs at a time: logits, sorted, their order, sums.
+CHOICE_ARRAYS = 8
+
+
+def plan_sizes(
+    plan: Plan,
+    memory: int,
+    *,
+    rows: int = 8,
+    page_size: int = 128,
+    max_context: int | None = None,
+    queue: int = 1024,
+    reuse_replies: bool = True,
+) -> tuple[Sizes, CacheSpec]:
+    """The sizes of a server, and its cache.
+
+    Args:
+        plan: the model, its pattern and data types, and `chunk_size`, the tokens of a prompt computed at a time.
+        memory: bytes for all of it on each device: weights, activations, the cache, snapshots.
+        rows: sequences that decode together.
+        page_size: tokens of a page.
+        max_context: most tokens of a request, prompt and reply; by default those that the model was trained for, or
+            as many as there are pages for.
+        queue: most requests that wait.
+        reuse_replies: see `Sizes`.
+
+    Raises:
+        ValueError: memory too small for one request of a chunk, or sizes that contradict each other.
+    """
+    rows, page_size = whole_number("rows", rows, 1), whole_number("page_size", page_size, 1)
+    config = plan.config
+    longest = config.room(max_context or config.trained_positions)
+    one = plan.cache(longest)
+    spec = replace(one, batch_size=rows, page_size=page_size, num_pages=1)
+    page, ring = page_bytes(spec), ring_bytes(spec)
+    last = config.embed_dim * 4
+    choice = rows * config.vocab_size * (5 + 4 * CHOICE_ARRAYS)
+    left = memory - plan.weights - plan.activations - rows * (ring + last) - choice - (ring + last)
+    least = -(-plan.chunk_size // page_size) + 1
+    if left < least * page:
+        needed = memory - left + least * page
+        raise ValueError(
+            f"serving {rows} requests at a time needs at least {size_text(needed)} ({size_text(plan.weights)} of "
+            f"weights), but there are {size_text(memory)}: serve fewer rows, stream more heads, or give more memory"
+        )
+    snapshots = min(MOST_SNAPSHOTS, int(left * SNAPSHOT_SHARE) // (ring + last))
+    row_pages = -(-longest // page_size)
+    # Pages without retrieval heads take nothing.
+    pages = (left - snapshots * (ring + last)) // page if page else MOST_SNAPSHOTS * row_pages
+    sizes = Sizes(
+        rows=rows,
+        pages=pages,
+        page_size=page_size,
+        chunk_size=plan.chunk_size,
+        row_pages=min(row_pages, pages),
+        snapshots=snapshots,
+        queue=queue,
+        reuse_replies=reuse_replies,
+    )
+    return sizes, replace(spec, max_length=sizes.row_pages * page_size, num_pages=pages)

@@ -1,0 +1,192 @@
+"""Exact under load: a reply among others is that of the same request alone, token by token and bit for bit."""
+
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from duo_jax import HeadPattern, Model, load_model
+from duo_jax.cache.spec import CacheSpec
+from duo_jax.checkpoint.load import load_tokenizer
+from duo_jax.plan import Plan
+from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.serve.engine import Engine
+from duo_jax.serve.model_device import ModelDevice, page_bytes, ring_bytes
+from duo_jax.serve.requests import FinishEvent, Request, TokenEvent
+from duo_jax.serve.scheduler import Sizes
+from duo_jax.serve.sizing import plan_sizes
+from duo_jax.tokenizer import TextTokenizer
+
+SIZES = Sizes(rows=4, pages=24, page_size=8, chunk_size=16, row_pages=16, snapshots=8, snapshot_every=32)
+SAMPLERS = [
+    {},
+    {"sampling": SamplingSettings(repetition_penalty=1.3)},
+    {"sampling": SamplingSettings(temperature=1.0), "top": 3},
+    {"sampling": SamplingSettings(temperature=0.8, top_k=20, top_p=0.9), "frequency_penalty": 0.5},
+    {"sampling": SamplingSettings(temperature=1.5, min_p=0.05), "presence_penalty": -1.0, "stop": ("e", "q1")},
+]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, and engines for it, which share its compiled programs."""
+
+    model: Model
+    tokenizer: TextTokenizer
+    pattern: HeadPattern
+
+    def engine(self, sizes: Sizes) -> Engine:
+        config = self.model.config
+        spec = CacheSpec(
+            config,
+            self.pattern,
+            sizes.rows,
+            sizes.row_pages * sizes.page_size,
+            config.precision(),
+            page_size=sizes.page_size,
+            num_pages=sizes.pages,
+        )
+        device = ModelDevice(self.model, spec, sizes.chunk_size)
+        return Engine(device, sizes, self.tokenizer, vocab_size=config.vocab_size, eos_ids=(2,))
+
+
+@pytest.fixture(scope="module")
+def served(text_model: Path) -> Served:
+    pattern = HeadPattern.load(text_model / "pattern", sparsity=0.5, sink_size=3, recent_size=12)
+    return Served(load_model(text_model), load_tokenizer(text_model), pattern)
+
+
+@pytest.fixture(scope="module")
+def alone(served: Served) -> Iterator[Engine]:
+    """Serves one request at a time, computing every prompt from its beginning."""
+    with served.engine(replace(SIZES, snapshots=0)) as engine:
+        yield engine
+
+
+def requests(count: int, seed: int) -> list[Request]:
+    """Prompts of all lengths, some with a prefix in common, and all ways to choose tokens."""
+    draw = random.Random(seed)
+    prefixes = [[], *([draw.randrange(3, 97) for _ in range(size)] for size in (20, 45))]
+    made = []
+    for number in range(count):
+        own = [draw.randrange(3, 97) for _ in range(draw.randrange(1, 50))]
+        settings = SAMPLERS[number % len(SAMPLERS)] | {"n": draw.choice([1, 1, 1, 1, 2])}
+        prompt = draw.choice(prefixes) + own
+        made.append(Request(tuple(prompt), draw.randrange(1, 24), seed=number, **settings))
+    draw.shuffle(made)
+    return made
+
+
+def replies(events: list) -> dict[int, tuple[list, str, str]]:
+    """Of each reply, the tokens with their log-probabilities, the text, and why it ended."""
+    made = {}
+    for reply in {event.reply for event in events}:
+        own = [event for event in events if event.reply == reply]
+        tokens = [event[1:4] for event in own if isinstance(event, TokenEvent)]
+        made[reply] = tokens, "".join(event.text for event in own), own[-1].reason
+    return made
+
+
+def check_load(served: Served, alone: Engine, sizes: Sizes, count: int, at_a_time: int, cancelled: int) -> None:
+    made = requests(count, seed=count)
+    draw, slots, results = random.Random(3), threading.Semaphore(at_a_time), {}
+
+    def ask(number: int, request: Request, engine: Engine) -> None:
+        with slots:
+            handle, events = engine.submit(request), []
+            last = draw.randrange(1, 8) if number < cancelled else None
+            for event in handle:
+                events.append(event)
+                if len(events) == last:
+                    handle.cancel()
+            results[number] = events
+
+    with served.engine(sizes) as engine:
+        threads = [threading.Thread(target=ask, args=(*item, engine)) for item in enumerate(made)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        metrics = engine.metrics()
+    assert (metrics.running, metrics.waiting) == (0, 0)
+    assert metrics.pages - metrics.pages_free == metrics.pages_prefix and metrics.hits
+    for number, request in enumerate(made):
+        expected = replies(list(alone.submit(request)))
+        for reply, (tokens, text, reason) in replies(results[number]).items():
+            if reason == "cancelled":
+                assert tokens == expected[reply][0][: len(tokens)]
+                assert expected[reply][1].startswith(text)
+            else:
+                assert (tokens, text, reason) == expected[reply]
+    if at_a_time > 4:
+        assert metrics.preemptions and metrics.finished["cancelled"]
+
+
+def test_replies_under_load_are_those_of_the_requests_alone(served, alone):
+    check_load(served, alone, SIZES, count=14, at_a_time=6, cancelled=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [8, 16])
+def test_200_requests_16_at_a_time(served, chunk_size):
+    sizes = replace(SIZES, rows=8, pages=48, chunk_size=chunk_size)
+    with served.engine(replace(sizes, snapshots=0)) as alone:
+        check_load(served, alone, sizes, count=200, at_a_time=16, cancelled=30)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"n": 3, "sampling": SamplingSettings(temperature=1.0)}, {"sampling": SamplingSettings(0.0)}]
+)
+def test_a_known_prompt_is_not_computed_again_and_has_the_same_reply(served, alone, settings):
+    prompt = tuple(np.random.default_rng(5).integers(3, 97, 53).tolist())
+    expected = replies(list(alone.submit(Request(prompt, 12, seed=7, **settings))))
+    with served.engine(SIZES) as engine:
+        first, again = (list(engine.submit(Request(prompt, 12, seed=7, **settings))) for _ in range(2))
+        usage = [event.usage.cached for event in (*first, *again) if isinstance(event, FinishEvent)]
+    assert replies(first) == replies(again) == expected
+    # The whole prompt for several replies to it, otherwise up to the last whole chunk.
+    assert sorted(usage) == ([0, 53, 53, 53, 53, 53] if "n" in settings else [0, 48])
+
+
+def test_a_reply_is_continued_from_its_own_keys_to_rounding(served, alone):
+    prompt = tuple(np.random.default_rng(6).integers(3, 97, 21).tolist())
+    with served.engine(SIZES) as engine:
+        (reply,) = engine.submit(Request(prompt, 30)).replies()
+        following = Request((*prompt, *reply.tokens, 5, 6, 7), 8)
+        *tokens, end = engine.submit(following)
+    assert end.usage.cached == 48 > len(prompt)
+    (expected,) = alone.submit(following).replies()
+    assert [event.token for event in tokens] == expected.tokens
+    np.testing.assert_allclose([event.logprob for event in tokens], expected.logprobs, atol=1e-4)
+
+
+def test_a_prompt_that_gives_nan_fails_by_itself_and_its_pages_are_used_again(served, alone):
+    wrong = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[90].set(np.nan) if "'embed'" in jax.tree_util.keystr(path) else x, served.model
+    )
+    right = Request(tuple(range(3, 40)), 20)
+    (expected,) = alone.submit(right).replies()
+    with replace(served, model=wrong).engine(SIZES) as engine:
+        for _ in range(2):
+            others = [engine.submit(right), engine.submit(Request((90, *range(3, 60)), 20)), engine.submit(right)]
+            assert others[0].replies() == others[2].replies() == [expected]
+            (end,) = others[1]
+            assert end.reason == "error" and "logits are not finite" in end.error
+        assert engine.metrics().pages_free == 24 - 6, "what is not finite is not kept"
+
+
+def test_a_server_takes_the_memory_that_was_planned(served):
+    plan = Plan(served.model.config, served.pattern, chunk_size=16)
+    memory = plan.total(64) + 2_000_000
+    sizes, spec = plan_sizes(plan, memory, rows=4, page_size=8, max_context=120)
+    assert sizes.row_pages == 15 and sizes.snapshots > 4 and sizes.pages > 4 * 15
+    assert spec.nbytes == sizes.pages * page_bytes(spec) + 4 * ring_bytes(spec)
+    taken = plan.weights + plan.activations + spec.nbytes + sizes.snapshots * ring_bytes(spec)
+    assert 0.8 * memory < taken < memory
+    with pytest.raises(ValueError, match=r"serving 4 requests at a time needs at least .*: serve fewer"):
+        plan_sizes(plan, plan.weights, rows=4)
