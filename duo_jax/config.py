@@ -28,6 +28,8 @@ MOST = {
     "mlp_dim": 10**7,
     "max_positions": MOST_TOKENS,
 }
+# The same for a mixture of experts; 0: the model has none.
+MOST_EXPERTS = {"num_experts": 10**4, "experts_per_token": 10**4, "expert_dim": 10**7}
 
 
 # The activations that an MLP may have, by transformers' names.
@@ -58,6 +60,11 @@ class ModelConfig:
 
     With `sink_logits`, every query head has a learned sink: the score of a key without a value, one more term of the
     softmax's denominator.
+
+    With `num_experts`, the layers outside of `dense_layers` have a mixture of experts, each an MLP of `expert_dim`
+    channels, instead of an MLP of `mlp_dim`. A router chooses `experts_per_token` of them for each token and weights
+    their outputs by probability, which `normalize_experts` divides by the sum over the chosen ones. With `expert_bias`,
+    router and experts have biases.
     """
 
     family: str
@@ -93,13 +100,20 @@ class ModelConfig:
     wide_qk_norm: bool = False
     query_log_scale: float = 0.0
     query_log_positions: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_dim: int = 0
+    expert_bias: bool = False
+    normalize_experts: bool = False
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
         values: dict[str, Any] = {name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST.items()}
         flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms"
-        flags = *flags, "sink_logits", "pre_norms", "wide_qk_norm"
+        flags = *flags, "sink_logits", "pre_norms", "wide_qk_norm", "expert_bias", "normalize_experts"
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
+        values |= self._checked_experts()
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in ("embed_scale", "query_scale")}
         values["query_log_scale"] = real_number("query_log_scale", self.query_log_scale, 0, 1e6)
@@ -126,7 +140,7 @@ class ModelConfig:
         if self.window_rope is not None:
             instance("window_rope", self.window_rope, Rope).check(self.head_dim)
         if self.weight_dtype is not None:
-            widths = self.embed_dim, self.num_heads * self.head_dim, self.mlp_dim
+            widths = self.embed_dim, self.num_heads * self.head_dim, *self.mlp_dims
             check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
         if self.embed_dtype is not None:
             check_format("embed_dtype", self.embed_dtype, EMBED_FORMATS, self.embed_dim)
@@ -138,6 +152,39 @@ class ModelConfig:
         most = MOST["max_positions"]
         checked = tuple(w if w is None else whole_number("a window of layer_windows", w, 1, most) for w in windows)
         return checked if any(checked) else ()
+
+    def _checked_experts(self) -> dict[str, Any]:
+        layers = tuple(self.dense_layers)
+        if not self.num_experts:
+            if layers or self.experts_per_token or self.expert_dim:
+                raise ValueError(
+                    "num_experts is 0, so that experts_per_token and expert_dim must be 0 and dense_layers empty, got "
+                    f"{self.experts_per_token=}, {self.expert_dim=}, {self.dense_layers=}"
+                )
+            return {"dense_layers": ()}
+        values: dict[str, Any] = {
+            name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST_EXPERTS.items()
+        }
+        if values["experts_per_token"] > values["num_experts"]:
+            raise ValueError(
+                "experts_per_token must be at most num_experts, got "
+                f"{self.experts_per_token=} (num_experts_per_tok) and {self.num_experts=}"
+            )
+        last = self.num_layers - 1
+        numbers = sorted({whole_number("a layer of dense_layers", layer, 0, last) for layer in layers})
+        if len(numbers) == self.num_layers:
+            raise ValueError(f"dense_layers has all {self.num_layers} layers: then num_experts must be 0")
+        return values | {"dense_layers": tuple(numbers)}
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts instead of one MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def mlp_dims(self) -> tuple[int, ...]:
+        """Channels of the kinds of MLPs that layers have: of a single one, of an expert."""
+        is_dense = not self.num_experts or self.dense_layers
+        return (self.mlp_dim,) * bool(is_dense) + (self.expert_dim,) * bool(self.num_experts)
 
     def window(self, layer: int) -> Window | None:
         """What all heads of a layer see; None: it has full attention, and a pattern chooses among its heads."""
@@ -185,8 +232,20 @@ class ModelConfig:
 
     def first_layers(self, count: int) -> "ModelConfig":
         """The configuration of this model's first layers."""
-        without_rope = tuple(layer for layer in self.no_rope_layers if layer < count)
-        return replace(self, num_layers=count, layer_windows=self.layer_windows[:count], no_rope_layers=without_rope)
+        return self.of_layers(*range(count))
+
+    def of_layers(self, *layers: int) -> "ModelConfig":
+        """The configuration of a model of these layers of this one; a layer may be there several times."""
+
+        def numbers(listed: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(number for number, layer in enumerate(layers) if layer in listed)
+
+        changes: dict[str, Any] = {"no_rope_layers": numbers(self.no_rope_layers)}
+        changes["layer_windows"] = tuple(self.layer_windows[layer] for layer in layers) if self.layer_windows else ()
+        changes["dense_layers"] = numbers(self.dense_layers)
+        if len(changes["dense_layers"]) == len(layers):
+            changes |= {"dense_layers": (), **dict.fromkeys(MOST_EXPERTS, 0)}
+        return replace(self, num_layers=len(layers), **changes)
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as earlier versions wrote them where none is set that they did not have."""
@@ -220,15 +279,27 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied head counted once."""
+        return self._parameters(self.num_experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of weights that a token is computed with: of a mixture of experts, those of the chosen ones."""
+        return self._parameters(self.experts_per_token)
+
+    def _parameters(self, experts: int) -> int:
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
         normed = self.num_heads + self.num_kv_heads if self.wide_qk_norm else 2
         norms = 2 * (self.pre_norms + self.post_norms) * self.embed_dim + normed * self.head_dim * self.qk_norm
         sinks = self.num_heads * self.sink_logits
         biases = self.qkv_bias * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        biases += self.out_bias * self.embed_dim + self.mlp_bias * (2 * self.mlp_dim + self.embed_dim)
-        layer = attention + 3 * self.embed_dim * self.mlp_dim + norms + biases + sinks
+        biases += self.out_bias * self.embed_dim
+        mlp = 3 * self.embed_dim * self.mlp_dim + self.mlp_bias * (2 * self.mlp_dim + self.embed_dim)
+        expert = 3 * self.embed_dim * self.expert_dim + self.expert_bias * (2 * self.expert_dim + self.embed_dim)
+        router = self.num_experts * (self.embed_dim + self.expert_bias)
+        mixtures = sum(self.has_experts(layer) for layer in range(self.num_layers))
+        mlps = (self.num_layers - mixtures) * mlp + mixtures * (router + experts * expert)
         embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_head else 2)
-        return self.num_layers * layer + embeddings + self.embed_dim
+        return self.num_layers * (attention + norms + biases + sinks) + mlps + embeddings + self.embed_dim
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -281,6 +352,12 @@ def _flag(name: str) -> Callable[[Mapping[str, Any]], Any]:
     return lambda config: config[name]
 
 
+def _experts(width: str) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
+    """A mixture of experts; `width` is the setting that has an expert's channels."""
+    experts = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok", "expert_dim": width}
+    return {field: _flag(name) for field, name in experts.items()}
+
+
 # Which optional parts a family has; a callable reads its configuration.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"qkv_bias": _flag("attention_bias"), "out_bias": _flag("attention_bias"), "mlp_bias": _flag("mlp_bias")},
@@ -314,6 +391,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "post_norms": True,
         "layer_windows": _flag("layer_windows"),
         "window_rope": _flag("window_rope"),
+    },
+    "qwen3_moe": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "qk_norm": True,
+        "layer_windows": _flag("layer_windows"),
+        **_experts("moe_intermediate_size"),
+        "normalize_experts": _flag("norm_topk_prob"),
+        "dense_layers": _flag("dense_layers"),
+    },
+    "mixtral": {
+        "layer_windows": _flag("layer_windows"),
+        **_experts("intermediate_size"),
+        "normalize_experts": True,
     },
     "gemma3_text": {
         "qkv_bias": _flag("attention_bias"),
@@ -361,6 +452,23 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "qwen3-8b": ModelConfig(
         "qwen3", 151936, 36, 4096, 32, 8, 128, 12288, 40960, Rope(1e6), 1e-6, qk_norm=True, eos_ids=(151645,)
+    ),
+    "qwen3-30b-a3b": ModelConfig(
+        *("qwen3_moe", 151936, 48, 2048, 32, 4, 128, 6144, 40960, Rope(1e6), 1e-6),
+        qk_norm=True,
+        eos_ids=(151645,),
+        num_experts=128,
+        experts_per_token=8,
+        expert_dim=768,
+        normalize_experts=True,
+    ),
+    "mixtral-8x7b": ModelConfig(
+        *("mixtral", 32000, 32, 4096, 32, 8, 128, 14336, 32768, Rope(1e6)),
+        eos_ids=(2,),
+        num_experts=8,
+        experts_per_token=2,
+        expert_dim=14336,
+        normalize_experts=True,
     ),
     "gemma-3-270m": replace(
         _GEMMA3,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from duo_jax.arguments import real_number, true_or_false, whole_number
-from duo_jax.config import ACTIVATIONS, FAMILIES, MOST
+from duo_jax.config import ACTIVATIONS, FAMILIES, MOST, MOST_EXPERTS
 from duo_jax.quantization_config import KEYS as STORED_KEYS
 from duo_jax.quantization_config import stored_format
 from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
@@ -22,10 +22,11 @@ REQUIRED = (
     *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
     *("rms_norm_eps", "max_position_embeddings"),
 )
+REQUIRED_EXPERTS = ("num_local_experts", "num_experts_per_tok")  # Of families with experts.
 
 
 def _size(field: str) -> Callable[[str, Any], int]:
-    return partial(whole_number, least=1, most=MOST[field])
+    return partial(whole_number, least=1, most=(MOST | MOST_EXPERTS)[field])
 
 
 # Every key that can change a result, with its check; the others are not read. null stands for a family's default.
@@ -55,6 +56,12 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_bidirectional_attention": None,
+    "num_local_experts": _size("num_experts"),
+    "num_experts_per_tok": _size("experts_per_token"),
+    "moe_intermediate_size": _size("expert_dim"),
+    "norm_topk_prob": true_or_false,
+    "decoder_sparse_step": _size("num_layers"),
+    "mlp_only_layers": None,
     "rope_local_base_freq": partial(real_number, least=1, most=MOST_THETA),
     "rope_theta": None,
     "rope_scaling": None,
@@ -86,7 +93,9 @@ TEXT_OF = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
 OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", *STORED_KEYS)
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families with a window in every layer or in none: transformers does not read their `layer_types`.
-UNIFORM = {"mistral", "ministral3"}
+UNIFORM = {"mistral", "ministral3", "mixtral", "qwen3_moe"}
+# Settings that have two names -> the one by which they are read.
+OTHER_NAMES = {"num_experts": "num_local_experts"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -111,7 +120,9 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
         config = {**text, **outside, "model_type": family}
     if not isinstance(family, str) or family not in FAMILIES:
         raise NotImplementedError(f"model_type {str(family)[:60]!r} is not supported; supported are {_SUPPORTED}")
-    missing = [key for key in REQUIRED if key in required and config.get(key) is None]
+    if "num_experts" in FAMILIES[family]:
+        config, required = _by_first_name(config), required | set(REQUIRED_EXPERTS)
+    missing = [key for key in (*REQUIRED, *REQUIRED_EXPERTS) if key in required and config.get(key) is None]
     if missing:
         raise ValueError(f"the configuration of this {family} model lacks {', '.join(missing)}")
     given = {key: config[key] for key in KEYS if key in config}
@@ -127,6 +138,7 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
     values["layer_windows"] = _layer_windows(family, values, given)
     if "no_rope_layers" in FAMILIES[family]:
         _check_no_rope(values["no_rope_layers"], values["num_hidden_layers"])
+    values["dense_layers"] = _dense_layers(values)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))
     by_type: Any = values["rope_parameters"]
@@ -175,7 +187,7 @@ def _refuse_unsupported(family: str, values: dict[str, Any], config: Mapping[str
         refused = f"the activation {activation!r:.60}"
     if on := [name for name in OFF if values[name]]:
         refused = f"{on[0]} ({values[on[0]]!r:.60})"
-    if any(config.get(key) for key in EXPERTS):
+    if "num_experts" not in FAMILIES[family] and any(config.get(key) for key in EXPERTS):
         refused = "a mixture of experts"
     if config.get("per_layer_config"):
         refused = "layers of different sizes (per_layer_config)"
@@ -225,6 +237,31 @@ def _check_no_rope(flags: Any, layers: int) -> None:
     """Check SmolLM3's list, which has 1 for a layer with RoPE."""
     if not isinstance(flags, list | tuple) or len(flags) != layers or not all(flag in (0, 1) for flag in flags):
         raise ValueError(f"no_rope_layers must be a list with 0 or 1 for each of {layers} layers, got {flags!r:.80}")
+
+
+def _by_first_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with its settings by the names in `KEYS`.
+
+    Raises:
+        ValueError: two names of a setting that have different values.
+    """
+    given = {name: first for name, first in OTHER_NAMES.items() if config.get(name) is not None}
+    for name, first in given.items():
+        if config.get(first) not in (None, config[name]):
+            raise ValueError(f"{name} is {config[name]!r:.60} and {first} {config[first]!r:.60}: they are the same")
+    return {**config, **{first: config[name] for name, first in given.items()}}
+
+
+def _dense_layers(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers of a model with experts that have none, by `mlp_only_layers` and `decoder_sparse_step`.
+
+    Raises:
+        ValueError: a list of anything but numbers.
+    """
+    listed, step = values["mlp_only_layers"] or [], values["decoder_sparse_step"] or 1
+    if not isinstance(listed, list | tuple) or not all(type(layer) is int for layer in listed):
+        raise ValueError(f"mlp_only_layers must be a list of layers, got {listed!r:.80}")
+    return tuple(layer for layer in range(values["num_hidden_layers"]) if layer in listed or (layer + 1) % step)
 
 
 def _check_rope(given: Mapping[str, Any]) -> None:

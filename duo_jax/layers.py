@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ACTIVATIONS, ModelConfig
+from duo_jax.experts import blocks_of, rows_of_block, weighted_sum
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import Angles, rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
@@ -20,6 +22,8 @@ from pallas_kernels.quantized import outliers_first
 State = TypeVar("State")
 # (state, layer, q [B T N H], k [B T K H], v [B T K H]) -> attention output [B T N H] and the new state.
 Attend = Callable[[State, int, Array, Array, Array], tuple[Array, State]]
+# Axes of a mesh that divide experts.
+SHARERS = ("tensor", "sequence")
 
 
 class Linear(nnx.Linear):
@@ -45,8 +49,22 @@ class Linear(nnx.Linear):
         """Apply to every token."""
         if self.weight_dtype is None:
             return super().__call__(inputs, out_sharding)
-        y = multiply(inputs, self.kernel.get_value(), dynamic=WEIGHT_FORMATS[self.weight_dtype].dynamic)
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias.get_value(), y.shape)
+        bias = None if self.bias is None else self.bias.get_value()
+        return linear(inputs, self.kernel.get_value(), bias, self.weight_dtype)
+
+
+def linear(x: Float[Array, "*B I"], kernel: Any, bias: Array | None, weight_dtype: str | None) -> Float[Array, "*B O"]:
+    """A linear map in the data type of `x`; a quantized kernel has the format `weight_dtype`."""
+    if weight_dtype is None:
+        y = jnp.matmul(x, kernel)
+    else:
+        y = multiply(x, kernel, dynamic=WEIGHT_FORMATS[weight_dtype].dynamic)
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+def gated(activation: str, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """The channels of a gated MLP: `act(gate) * up`."""
+    return ACTIVATIONS[activation](gate) * up
 
 
 class Embed(nnx.Embed):
@@ -182,28 +200,144 @@ class Mlp(nnx.Module):
         """Apply to every token."""
         gate_up = self.gate_up(x)
         gate, up = jnp.split(gate_up.reshape(*gate_up.shape[:-1], self.devices, -1), 2, axis=-1)
-        return self.down((ACTIVATIONS[self.activation](gate) * up).reshape(*gate_up.shape[:-1], -1))
+        return self.down(gated(self.activation, gate, up).reshape(*gate_up.shape[:-1], -1))
+
+
+class ExpertLinear(nnx.Module):
+    """A linear map `[experts, in, out]` of each expert, or quantized ones."""
+
+    def __init__(
+        self,
+        experts: int,
+        width_in: int,
+        width_out: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        weight_dtype: str | None = None,
+    ) -> None:
+        """Build with random weights; `checkpoint` fills them in."""
+        kernel: Any = nnx.initializers.lecun_normal(batch_axis=0)(rngs.params(), (experts, width_in, width_out), dtype)
+        if weight_dtype is not None:
+            kernel = jax.vmap(partial(quantize_kernel, weight_dtype=weight_dtype))(kernel)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((experts, width_out), dtype)) if bias else nnx.data(None)
+
+    @property
+    def weights(self) -> tuple[Any, Array | None]:
+        """Kernel and bias; the first axis of each array is the expert."""
+        return self.kernel.get_value(), None if self.bias is None else self.bias.get_value()
+
+
+class Experts(nnx.Module):
+    """A mixture of experts: a router weights a few MLPs for each token. Weights are frozen: they have no gradient.
+
+    On a mesh, each device has some of the experts, and the sum of their outputs is that over the devices.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
+        """Build with random weights; `checkpoint` fills them in."""
+        self.config, self.mesh = config, mesh
+        build: Any = partial(ExpertLinear, config.num_experts, bias=config.expert_bias, dtype=dtype, rngs=rngs)
+        # Not quantized: it is small, and the choice of experts is not continuous.
+        self.router = Linear(config.embed_dim, config.num_experts, bias=config.expert_bias, dtype=dtype, rngs=rngs)
+        self.expert_gate_up = build(config.embed_dim, 2 * config.expert_dim, weight_dtype=config.weight_dtype)
+        self.expert_down = build(config.expert_dim, config.embed_dim, weight_dtype=config.weight_dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], token_mesh: AnyMesh | None = None) -> Float[Array, "B T D"]:
+        """Apply to every token; devices of `token_mesh` share the tokens and each has all weights, in training."""
+        weights = self.expert_gate_up.weights, self.expert_down.weights
+        if self.mesh is not None:
+            of_row = PartitionSpec("data")
+            specs, compute = (of_row, of_row, of_row, PartitionSpec(SHARERS)), self._of_device
+            mesh: AnyMesh | None = self.mesh
+        else:
+            of_row, mesh = PartitionSpec("data", ("sequence", "tensor")), token_mesh
+            specs, compute = (of_row, of_row, of_row, PartitionSpec()), partial(self._sum, self.config.num_experts)
+        if mesh is not None:
+            compute = jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=of_row, check_vma=False)
+        return compute(x, *self.route(x), weights).astype(x.dtype)
+
+    def route(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T k"], Int32[Array, "B T k"]]:
+        """Shares and numbers of each token's experts, in float32; of equal ones, the first are chosen."""
+        kernel, bias = self.router.kernel.get_value(), self.router.bias
+        highest = jax.lax.Precision.HIGHEST
+        logits = jnp.matmul(x, kernel, precision=highest, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += jnp.broadcast_to(bias.get_value().astype(jnp.float32), logits.shape)
+        shares, chosen = jax.lax.top_k(jax.nn.softmax(logits), self.config.experts_per_token)
+        if self.config.normalize_experts:
+            shares /= jnp.sum(shares, axis=-1, keepdims=True)
+        return shares, chosen.astype(jnp.int32)
+
+    def _of_device(
+        self, x: Float[Array, "B T D"], shares: Float[Array, "B T k"], chosen: Int32[Array, "B T k"], weights: Any
+    ) -> Float[Array, "B T D"]:
+        """The sum over all devices, of which this one adds its experts' part."""
+        experts = self.config.num_experts // MeshSize.of(self.mesh).sharers
+        first = jax.lax.axis_index(SHARERS) * experts
+        return jax.lax.psum(self._sum(experts, x, shares, chosen - first, weights), SHARERS)
+
+    def _sum(
+        self,
+        experts: int,
+        x: Float[Array, "B T D"],
+        shares: Float[Array, "B T k"],
+        chosen: Int32[Array, "B T k"],
+        weights: Any,
+    ) -> Float[Array, "B T D"]:
+        """The weighted sum of these experts, in float32; `chosen` may have others, outside of `[0, experts)`."""
+        per_token, flat = self.config.experts_per_token, x.reshape(-1, x.shape[-1])
+        rows = rows_of_block(len(flat), per_token, self.config.num_experts)
+        blocks = blocks_of(chosen.reshape(-1, per_token), experts, rows)
+        expert = partial(_expert, self.config.activation, self.config.weight_dtype)
+        return weighted_sum(expert, rows, flat, shares.reshape(-1, per_token), weights, blocks).reshape(x.shape)
+
+
+def _expert(activation: str, weight_dtype: str | None, x: Float[Array, "R D"], weights: Any) -> Float[Array, "R D"]:
+    """One expert's MLP."""
+    gate_up, down = weights
+    gate, up = jnp.split(linear(x, *gate_up, weight_dtype), 2, axis=-1)
+    return linear(gated(activation, gate, up), *down, weight_dtype)
 
 
 class Layer(nnx.Module):
-    """One decoder layer: attention and MLP with residual connections, and RMSNorms of their inputs, outputs or both."""
+    """One decoder layer: attention and MLP with residual connections, and RMSNorms of their inputs, outputs or both.
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
+    The MLP may be a mixture of experts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        has_experts: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        mesh: AnyMesh | None = None,
+    ) -> None:
         """Build with random weights; `checkpoint` fills them in."""
         norm = partial(rms_norm, config.embed_dim, config, dtype=dtype, rngs=rngs)
         self.attention_norm = norm() if config.pre_norms else None
         self.attention = Attention(config, dtype=dtype, rngs=rngs, mesh=mesh)
         self.mlp_norm = norm() if config.pre_norms else None
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs, mesh=mesh)
+        self.mlp = (Experts if has_experts else Mlp)(config, dtype=dtype, rngs=rngs, mesh=mesh)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles | None, attend: Attend[State], state: State, layer: int
+        self,
+        x: Float[Array, "B T D"],
+        angles: Angles | None,
+        attend: Attend[State],
+        state: State,
+        layer: int,
+        token_mesh: AnyMesh | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
-        """Apply to every token; `attend` mixes them."""
+        """Apply to every token; `attend` mixes them. Devices of `token_mesh` share the tokens, in training."""
         out, state = attend(state, layer, *_before_attention(self, x, angles))
-        return _after_attention(self, x, out), state
+        return _after_attention(self, x, out, token_mesh), state
 
 
 # Jitted, so that they are traced and lowered once for all layers, which are alike.
@@ -216,11 +350,15 @@ def _before_attention(
     return layer.attention.project(_normed(layer.attention_norm, x), angles)
 
 
-@jax.jit
-def _after_attention(layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+@partial(jax.jit, static_argnums=3)
+def _after_attention(
+    layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"], token_mesh: AnyMesh | None
+) -> Float[Array, "B T D"]:
     mixed = layer.attention.out(out.reshape(*x.shape[:2], -1))
     x = x + _normed(layer.attention_post_norm, mixed)
-    return x + _normed(layer.mlp_post_norm, layer.mlp(_normed(layer.mlp_norm, x)))
+    normal = _normed(layer.mlp_norm, x)
+    y = layer.mlp(normal, token_mesh) if isinstance(layer.mlp, Experts) else layer.mlp(normal)
+    return x + _normed(layer.mlp_post_norm, y)
 
 
 def _normed(norm: RMSNorm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -6,7 +6,7 @@ slices of all weights (FSDP), each part of the decoder is gathered when it is us
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -49,14 +49,15 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         mesh: AnyMesh | None = None,
-        num_layers: int | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
-        """Build with random weights; `checkpoint` fills them in. On a mesh, heads and channels are in its order."""
+        """Build with random weights, or only some `layers`. On a mesh, heads and channels are in its order."""
         self.config, self.mesh = config, mesh
         settings: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "weight_dtype": config.embed_dtype}
         self.embed = Embed(config.vocab_size, config.embed_dim, **settings)
-        depth = config.num_layers if num_layers is None else num_layers
-        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs, mesh=mesh) for _ in range(depth)])
+        build = functools.partial(Layer, config, dtype=dtype, rngs=rngs, mesh=mesh)
+        numbers = range(config.num_layers) if layers is None else layers
+        self.layers = nnx.List([build(has_experts=config.has_experts(number)) for number in numbers])
         self.norm = rms_norm(config.embed_dim, config, dtype=dtype, rngs=rngs)
         if not config.tied_head:
             self.head = Linear(config.embed_dim, config.vocab_size, bias=False, **settings)
@@ -69,11 +70,12 @@ class Decoder(nnx.Module):
         state: State,
         *,
         rematerialize: bool = False,
+        token_mesh: AnyMesh | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer.
 
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
-        third more time.
+        third more time. In training, the devices of `token_mesh` share the tokens.
         """
         config = self.config
         embedded = self.whole(self.embed, tokens)(tokens)
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             rope = ropes[index]
             angles = None if rope is None else angles_of[rope]
-            plain = functools.partial(self._layer, layer, index, attend)
+            plain = functools.partial(self._layer, layer, index, attend, token_mesh)
             with jax.named_scope(f"layer_{index}"):
                 x, state = self._kept(plain, rematerialize)(x, angles, state)
                 x = constrain(x, self.mesh, "data")
@@ -128,9 +130,16 @@ class Decoder(nnx.Module):
         return nnx.merge(graphdef, constrain(params, self.sliced))
 
     def _layer(
-        self, layer: Layer, index: int, attend: Attend[State], x: Array, angles: Angles | None, state: State
+        self,
+        layer: Layer,
+        index: int,
+        attend: Attend[State],
+        token_mesh: AnyMesh | None,
+        x: Array,
+        angles: Angles | None,
+        state: State,
     ) -> tuple[Array, State]:
-        return self.whole(layer, x)(x, angles, attend, state, index)
+        return self.whole(layer, x)(x, angles, attend, state, index, token_mesh)
 
     def _kept(self, layer: Callable[..., Any], rematerialize: bool) -> Callable[..., Any]:
         """A layer with what a gradient keeps of it: never gathered weights, which would be those of all layers."""
@@ -145,11 +154,14 @@ class Decoder(nnx.Module):
 def abstract_decoder(config: ModelConfig, mesh: AnyMesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
     """A decoder's static part and its parameters as shapes: nothing is allocated.
 
-    Layers are alike: one is traced, which takes a tenth of the time of tracing all.
+    Layers are alike, with experts or without: one of each kind is traced, in a tenth of the time of tracing all.
     """
+    kinds = [config.has_experts(layer) for layer in range(config.num_layers)]
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     dtype = jnp.dtype(config.dtype)
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, num_layers=1))
-    decoder.layers = nnx.List([nnx.clone(decoder.layers[0]) for _ in range(config.num_layers)])
+    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, layers=first))
+    traced = {kinds[number]: layer for number, layer in zip(first, decoder.layers, strict=True)}
+    decoder.layers = nnx.List([nnx.clone(traced[kind]) for kind in kinds])
     return nnx.split(decoder)
 
 
@@ -235,7 +247,8 @@ class Model:
         digest = hashlib.blake2b(digest_size=16)
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype.name}".encode())
-            for row in (leaf[0], leaf[-1]) if leaf.ndim else (leaf,):
+            ends = ((end,) * max(1, leaf.ndim - 1) for end in (0, -1))
+            for row in [leaf[end] for end in ends] if leaf.ndim else [leaf]:
                 digest.update(np.asarray(row).tobytes())
         return digest.hexdigest()
 

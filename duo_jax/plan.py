@@ -36,16 +36,17 @@ def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, re
 def weight_bytes(config: ModelConfig, mesh: MeshSize = MeshSize()) -> int:
     """Bytes of all weights on each device, as `load_model` places them.
 
-    They are counted with one and two layers, as all layers have the same size.
+    They are counted with one and two layers of each kind, with experts and without, whose layers have the same size.
     """
 
-    def bytes_of(layers: int) -> int:
-        fewer = replace(config, num_layers=layers, layer_windows=())
-        leaves = jax.tree.leaves(parameter_shapes(fewer, abstract_mesh(mesh))[1])
+    def bytes_of(*layers: int) -> int:
+        leaves = jax.tree.leaves(parameter_shapes(config.of_layers(*layers), abstract_mesh(mesh))[1])
         return nbytes([jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves])
 
-    first = bytes_of(1)
-    return first + (config.num_layers - 1) * (bytes_of(2) - first)
+    kinds = [config.has_experts(layer) for layer in range(config.num_layers)]
+    one = {kind: bytes_of(kinds.index(kind)) for kind in set(kinds)}
+    two = {kind: bytes_of(kinds.index(kind), kinds.index(kind)) for kind in set(kinds)}
+    return 2 * one[kinds[0]] - two[kinds[0]] + sum(two[kind] - one[kind] for kind in kinds)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ EXPECTED = {
     "olmo3": SMALL | {"vocab_size": 112},
     "ministral": SMALL | {"vocab_size": 113},
     "ministral3": SMALL | {"vocab_size": 114},
+    "qwen3_moe": SMALL | {"vocab_size": 104},
+    "mixtral": SMALL | {"vocab_size": 105, "mlp_dim": 32},
 }
 ROPES = {
     "llama31": Llama3Rope(500000.0, original_max_position_embeddings=64),
@@ -90,6 +92,15 @@ ROPES = {
 FLAGS = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
+    "qwen3_moe": {
+        "qk_norm": True,
+        "num_experts": 8,
+        "experts_per_token": 3,
+        "expert_dim": 32,
+        "normalize_experts": True,
+        "dense_layers": (1,),
+    },
+    "mixtral": {"num_experts": 8, "experts_per_token": 2, "expert_dim": 32, "normalize_experts": True},
     "gemma3_text": {
         "qk_norm": True,
         "layer_windows": (12, None, 12, None),
@@ -195,7 +206,7 @@ REFUSED = {
     "soft cap": ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     "bidirectional": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     "RoPE by layer": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for each type of layer"),
-    "mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral"),
+    "shared experts": ({"model_type": "qwen2_moe", "num_experts": 8}, "qwen2_moe"),
     "unheard of": ({"model_type": "warble"}, "warble"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq"),
     "activation": ({"hidden_act": "gelu"}, "gelu"),
@@ -336,6 +347,8 @@ PUBLISHED = {
     "qwen2.5-7b": 7615616512,
     "qwen3-8b": 8190735360,
     "smollm2-135m": 134515008,
+    "qwen3-30b-a3b": 30532122624,
+    "mixtral-8x7b": 46702792704,
     "gemma-3-270m": 268098176,
     "gemma-3-27b": 27009346304,
 }

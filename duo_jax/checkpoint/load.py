@@ -129,7 +129,7 @@ def _weights(
     options: dict[str, Any] = {"unit": " weights", "unit_scale": True, "desc": "loading"}
     with tqdm(total=sum(counts.values()), **options, disable=None if progress is None else not progress) as bar:
         for path, weight in _in_file_order(table, checkpoint):
-            quantized = config.weight_dtype if weight.is_kernel else None
+            quantized = config.weight_dtype if weight.is_kernel and weight.is_quantizable else None
             quantized = config.embed_dtype if path[0] in ("embed", "head") else quantized
             yield path, _read(checkpoint, weight, jnp.dtype(config.dtype), quantized, on_host=on_host)
             bar.update(counts[path])
@@ -288,13 +288,43 @@ def _read(
     checkpoint: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
 ) -> "Array | np.ndarray | qwix.QArray":
     """A parameter of the decoder, on the default device, or on the host, from where it is divided over a mesh."""
+
+    def matrix(names: tuple[str, ...]) -> "Array | np.ndarray | qwix.QArray":
+        if on_host and weight_dtype is None:
+            whole = np.concatenate([checkpoint.read(name) for name in names])
+            return (whole.T if weight.is_kernel else whole).astype(dtype)
+        parts = tuple(checkpoint.stored(name) for name in names)
+        if weight_dtype and all(isinstance(part, Packed) and part.coding.fits(weight_dtype) for part in parts):
+            return _as_stored(parts, dtype, weight_dtype)
+        return _convert(parts, dtype, weight.is_kernel, weight_dtype)
+
+    if weight.experts is None:
+        return matrix(weight.names)
+    # In place: a second copy of all experts of a layer may take gigabytes.
+    first, *others = weight.parts
     if on_host and weight_dtype is None:
-        whole = np.concatenate([checkpoint.read(name) for name in weight.names])
-        return (whole.T if weight.is_kernel else whole).astype(dtype)
-    parts = tuple(checkpoint.stored(name) for name in weight.names)
-    if weight_dtype and all(isinstance(part, Packed) and part.coding.fits(weight_dtype) for part in parts):
-        return _as_stored(parts, dtype, weight_dtype)
-    return _convert(parts, dtype, weight.is_kernel, weight_dtype)
+        part = matrix(first)
+        stack: Any = np.empty((weight.experts, *part.shape), dtype)
+        stack[0] = part
+        for number, names in enumerate(others, start=1):
+            stack[number] = matrix(names)
+        return stack
+    stack = _first_expert(matrix(first), weight.experts)
+    for number, names in enumerate(others, start=1):
+        stack = _set_expert(stack, matrix(names), number)
+    return stack
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_expert(part: "Array | qwix.QArray", experts: int) -> "Array | qwix.QArray":
+    """Room for all experts' matrices, with the first one."""
+    return jax.tree.map(lambda x: jnp.zeros((experts, *x.shape), x.dtype).at[0].set(x), part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_expert(stack: "Array | qwix.QArray", part: "Array | qwix.QArray", number: Any) -> "Array | qwix.QArray":
+    """Write one expert's matrix in place."""
+    return jax.tree.map(lambda x, y: x.at[number].set(y), stack, part)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

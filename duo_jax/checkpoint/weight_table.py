@@ -1,9 +1,10 @@
 """The weight table: which checkpoint tensors make each parameter of the decoder. Names are Hugging Face's.
 
-Every supported family uses the same names, but for norms. Parts that a configuration lacks (biases, q/k-norm, a head)
-have no row.
+Every supported family uses the same names, but for norms and experts. Parts that a configuration lacks (biases,
+q/k-norm, a head) have no row.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,12 +16,30 @@ from duo_jax.config import ModelConfig
 class Weight:
     """A parameter's source: tensors joined along their first axis, then transposed if the parameter is a kernel.
 
-    Checkpoints store kernels `[out, in]`, this decoder `[in, out]`.
+    Checkpoints store kernels `[out, in]`, this decoder `[in, out]`. A parameter with `experts` has a new first axis:
+    the tensors of its first expert come first, and each expert's make one matrix.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     is_kernel: bool = False
+    experts: int | None = None
+    is_quantizable: bool = True
+
+    @property
+    def parts(self) -> list[tuple[str, ...]]:
+        """The tensors that are joined: of each expert, or of the whole parameter."""
+        count = self.experts or 1
+        each = len(self.names) // count
+        return [self.names[number * each : (number + 1) * each] for number in range(count)]
+
+
+EXPERT = re.compile(r"\.experts\.(\d{1,6})\.")
+# The modules of a mixture of experts in a layer: what has it, and an expert's gate, up and down projections.
+EXPERT_MODULES = {
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+}
 
 
 def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
@@ -39,6 +58,8 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
     linears: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], int, bool]] = [
         (("attention", "qkv"), qkv, (q, kv, kv), dim, config.qkv_bias),
         (("attention", "out"), out, (dim,), q, config.out_bias),
+    ]
+    mlps: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], int, bool]] = [
         (("mlp", "gate_up"), gate_up, (mlp, mlp), dim, config.mlp_bias),
         (("mlp", "down"), down, (dim,), mlp, config.mlp_bias),
     ]
@@ -61,7 +82,9 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
         ]
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
-        for path, modules, sizes, width, has_bias in linears:
+        if config.has_experts(index):
+            table |= {("layers", index, "mlp", *path): weight for path, weight in _experts(config, prefix).items()}
+        for path, modules, sizes, width, has_bias in linears + mlps * (not config.has_experts(index)):
             kernels = tuple(f"{prefix}{module}.weight" for module in modules)
             shapes = tuple((size, width) for size in sizes)
             table["layers", index, *path, "kernel"] = Weight(kernels, shapes, is_kernel=True)
@@ -78,11 +101,27 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
 
 def linear_maps(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The modules in layers whose kernels `weight_dtype` quantizes, each with its shape `[out, in]`."""
-    kernels = (weight for path, weight in weight_table(config).items() if weight.is_kernel and path[0] == "layers")
+    rows = weight_table(config).items()
+    kernels = [weight for path, weight in rows if weight.is_kernel and weight.is_quantizable and path[0] == "layers"]
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for weight in kernels
         for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
+
+
+def _experts(config: ModelConfig, prefix: str) -> dict[tuple[str, str], Weight]:
+    """The parameters of a mixture of experts, each expert's tensors apart."""
+    block, gate, up, down = EXPERT_MODULES[config.family]
+    dim, width, count = config.embed_dim, config.expert_dim, config.num_experts
+    experts = [f"{prefix}{block}.experts.{number}." for number in range(count)]
+    gate_up = tuple(f"{expert}{module}.weight" for expert in experts for module in (gate, up))
+    downs = tuple(f"{expert}{down}.weight" for expert in experts)
+    router = Weight((f"{prefix}{block}.gate.weight",), ((count, dim),), is_kernel=True, is_quantizable=False)
+    return {
+        ("router", "kernel"): router,
+        ("expert_gate_up", "kernel"): Weight(gate_up, ((width, dim),) * (2 * count), is_kernel=True, experts=count),
+        ("expert_down", "kernel"): Weight(downs, ((dim, width),) * count, is_kernel=True, experts=count),
     }
 
 
@@ -94,6 +133,15 @@ def ignorable(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
+def _check_experts(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, label: str) -> None:
+    """Raise ValueError if the tensors are those of another number of experts."""
+    numbers = {int(match[1]) for name in shapes if (match := EXPERT.search(name))}
+    if numbers and config.num_experts and len(numbers) != config.num_experts:
+        raise ValueError(
+            f"{label}: its configuration has {config.num_experts} experts in a layer, its tensors have {len(numbers)}"
+        )
+
+
 def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     table: Mapping[tuple[str | int, ...], Weight],
@@ -102,6 +150,7 @@ def check_tensors(
     label: str,
 ) -> None:
     """Raise ValueError with every tensor that is missing, extra or misshapen."""
+    _check_experts(shapes, config, label)
     expected = {
         name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
     }

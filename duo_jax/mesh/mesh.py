@@ -88,7 +88,12 @@ class MeshSize:
         The vocabulary need not be divisible: the head is then divided by channel.
         """
         check_heads(config, "tensor", self.tensor)
-        if config.mlp_dim % self.sharers:
+        if config.num_experts % self.sharers:
+            raise ValueError(
+                f"{config.num_experts} experts cannot be divided among tensor * sequence = {self.sharers} devices: it "
+                "must divide their number"
+            )
+        if config.mlp_dims != (config.expert_dim,) and config.mlp_dim % self.sharers:
             fitting = [n for n in _fitting_sizes(config) if config.mlp_dim % (n * self.sequence) == 0]
             way = f"tensor may be {', '.join(map(str, fitting))}" if fitting else "no tensor fits: change sequence"
             raise ValueError(

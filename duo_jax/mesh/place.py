@@ -2,8 +2,9 @@
 
 Linear maps are divided by `tensor` and again by `sequence`: those into heads and MLP by output, those back by input, so
 that each ends in one sum, which XLA's partitioner adds. A device's part of the fused q/k/v projection has the queries,
-keys and values of its own heads; its part of the fused MLP has its own gates and ups. Embeddings are divided by
-channel, the head by vocabulary if the devices divide it, otherwise by channel too. Norms are replicated.
+keys and values of its own heads; its part of the fused MLP has its own gates and ups. Of a mixture of experts it has
+some of the experts. Embeddings are divided by channel, the head by vocabulary if the devices divide it, otherwise by
+channel too. Norms and routers are replicated.
 """
 
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Placement:
                 return 1 if shape[1] % self.size.sharers == 0 else 0
             case ("qkv" | "gate_up", _):
                 return len(shape) - 1
-            case ("out" | "down", "kernel") | (_, "sink_logits"):
+            case ("out" | "down", "kernel") | (_, "sink_logits") | ("expert_gate_up" | "expert_down", _):
                 return 0
             case ("q_norm" | "k_norm", _) if self.config.wide_qk_norm:
                 return 0

@@ -135,6 +135,24 @@ FAMILIES: dict[str, Family] = {
         | {"llama_4_scaling_beta": 0.3},
     ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
+    "qwen3_moe": Family.small(
+        "qwen3_moe",
+        vocab_size=104,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        rope_parameters=rope(),
+    ),
+    "mixtral": Family.small(
+        "mixtral",
+        vocab_size=105,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        intermediate_size=32,
+        rope_parameters=rope(),
+    ),
 }
 
 
@@ -161,7 +179,7 @@ class Golden:
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                scale, mean = (0.08, 0.0) if weight.ndim == 2 else (0.2, 0.0 if name.endswith("bias") else 1.0)
+                scale, mean = (0.08, 0.0) if weight.ndim >= 2 else (0.2, 0.0 if name.endswith("bias") else 1.0)
                 weight.copy_(mean + scale * torch.randn_like(weight))
         rng = np.random.default_rng(seed)
         layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
