@@ -107,6 +107,8 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     method = values.get("quant_method", "unknown") if isinstance(values, Mapping) else "unknown"
     if method == "unknown" and isinstance(values, Mapping) and "config_groups" in values:
         method = "compressed-tensors"
+    if method == "mxfp4" and config.get("model_type") == "gpt_oss":
+        return None  # Only experts, which the names of their tensors tell.
     if not isinstance(method, str) or method not in METHODS:
         raise NotImplementedError(
             f"this model uses weights quantized by {method!r:.60}, which is not supported: those of "

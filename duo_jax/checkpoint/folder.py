@@ -158,13 +158,14 @@ class Folder(Source):
         return self.shards.files
 
     def read(self, name: str) -> np.ndarray:
-        """Copy one tensor out of its shard."""
-        return self.shards.read(self._names[name]) if name not in self._quantized else super().read(name)
+        """Copy one tensor out of its shard; a quantized one is dequantized."""
+        stored = self.stored(name)
+        return np.asarray(stored.values()) if isinstance(stored, Packed) else stored
 
     def stored(self, name: str) -> np.ndarray | Packed:
-        """As `read`, but quantized tensors are as they are stored."""
+        """See `Source`."""
         if self.stored_format is None or name not in self._quantized:
-            return self.read(name)
+            return self.shards.read(self._names[name])
         arrays = {what: self.shards.read(stored) for what, stored in self._quantized[name].items()}
         return _named(self.path, checked, name, arrays, self.stored_format.coding, self._linear_shapes[name])
 

@@ -36,6 +36,7 @@ from duo_jax.cache import store
 from duo_jax.checkpoint.folder import INDEX, Folder
 from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.save import save_model
+from duo_jax.checkpoint.weight_table import check_tensors, weight_table
 from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.inspect import Inspect
 from duo_jax.config import FAMILIES
@@ -54,6 +55,7 @@ from pallas_kernels.window import Window
 from tests.hostile.chat_tokenizers import CHATML, INST, tokenizer_of
 from tests.hostile.gguf_bytes import Array, File, Raw, Tensor, metadata, tensors
 from tests.hostile.strategies import changed, damaged, json_bytes, values
+from tests.quantized_formats import CASES, write_folder
 from tests.shapes import GOLDEN, TINY
 from tests.text_models import make_model
 
@@ -500,6 +502,50 @@ def _config_example(data: st.DataObject, folder: Path) -> None:
         Inspect(str(folder)).run()
 
 
+# Quantized checkpoints.
+
+_QUANTIZED = ("awq", "gptq, zeros", "gptq, act-order", "w4a16, zeros", "w8a8", "fp8, blocks", "deepseek, one scale")
+QUANTIZED_NAMES = (
+    *("quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert", "sym", "desc_act"),
+    *("checkpoint_format", "dynamic", "lm_head", "weight_block_size", "fmt", "format", "config_groups", "ignore"),
+    *("targets", "weights", "input_activations", "num_bits", "type", "symmetric", "strategy", "block_structure"),
+    *("actorder", "kv_cache_scheme", "sparsity_config"),
+)
+
+
+def _prepare_quantized(folder: Path) -> None:
+    source = make_model(folder / "source", layers=1)
+    for name in _QUANTIZED:
+        write_folder(folder / "right" / name / "model", CASES[name], source)
+
+
+def _quantized_example(data: st.DataObject, folder: Path) -> None:
+    right = folder / "right" / data.draw(st.sampled_from(_QUANTIZED)) / "model"
+    config = json.loads((right / "config.json").read_text(encoding="utf-8"))
+    content = (right / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    (folder / "model").mkdir(exist_ok=True)
+    path = folder / "model" / "model.safetensors"
+    if data.draw(st.booleans()):
+        config["quantization_config"] = changed(data, config["quantization_config"], names=QUANTIZED_NAMES)
+        path.write_bytes(content)
+    elif data.draw(st.booleans()):
+        _write_shard(path, json_bytes(data, json.loads(content[8 : 8 + length])), content[8 + length :])
+    else:
+        header = json.loads(content[8 : 8 + length])
+        names = [name for name in header if name != "__metadata__"]
+        one, other = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
+        header[one], header[other] = header[other], header[one]
+        _write_shard(path, json.dumps(header).encode(), content[8 + length :])
+    (folder / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with refusal("model"):
+        found = Folder(folder / "model")
+        check_tensors(found.shapes, weight_table(found.config), found.config, label=str(folder / "model"))
+        for name in found.shapes:
+            stored = found.stored(name)
+            assert stored.shape == found.shapes[name]
+
+
 # Saved models, patterns and caches.
 
 
@@ -671,6 +717,7 @@ READERS = {
     "safetensors": Reader(_prepare_safetensors, _safetensors_example),
     "tokenizer": Reader(_prepare_tokenizer, _tokenizer_example),
     "config": Reader(nothing, _config_example),
+    "quantized": Reader(_prepare_quantized, _quantized_example),
     "saved": Reader(_prepare_saved, _saved_example),
     "template": Reader(nothing, _template_example),
     "user cache": Reader(nothing, _user_cache_example),
