@@ -249,7 +249,7 @@ def write_folder(folder: Path, case: Case, source: Path, *, keep: Callable[[str]
             continue
         values[name] = stored[name] = x
         if is_linear(name) and not keep(name):
-            levels = case.levels(*x.shape, seed)
+            levels = case.levels(len(x), x.shape[1], seed)
             values[name] = levels.values
             del stored[name]
             for end, tensor in case.write(levels, case).items():

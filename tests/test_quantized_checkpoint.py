@@ -29,7 +29,7 @@ from duo_jax.quantization_config import stored_format
 from tests.quantized_formats import CASES, awq_config, compressed, gptq_config, is_linear, write_folder
 from tests.shapes import GOLDEN
 from tests.test_checkpoint import PEAK, SMALL, random_tensors, save_folder
-from tests.text_models import make_model
+from tests.text_models import Result, make_model
 
 CORE = ("awq", "gptq, zeros", "w4a16", "fp8, channels")
 each_case = pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def plain_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_mxfp4_is_dequantized_exactly(dtype):
+def test_mxfp4_is_dequantized_exactly(dtype: str) -> None:
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (2, 3, 4, 16)).astype(np.uint8)
     scales = rng.integers(100, 140, (2, 3, 4)).astype(np.uint8)
@@ -58,14 +58,14 @@ def test_mxfp4_is_dequantized_exactly(dtype):
     np.testing.assert_array_equal(np.asarray(values, np.float64), plain_mxfp4(blocks, scales))
 
 
-def test_the_scales_of_mxfp4_reach_from_tiny_to_nan():
+def test_the_scales_of_mxfp4_reach_from_tiny_to_nan() -> None:
     ones = np.full((4, 16), 0x22, np.uint8)  # Two times 1.0 in every byte.
     values = mxfp4_values(ones, np.array([1, 127, 254, 255], np.uint8), dtype=jnp.dtype("float32"))
-    np.testing.assert_array_equal(values[::32], np.float32([2.0**-126, 1, 2.0**127, np.nan]))
+    np.testing.assert_array_equal(values[::32], np.array([2.0**-126, 1, 2.0**127, np.nan], np.float32))
 
 
 @each_case
-def test_a_linear_map_is_read_bit_for_bit(name: str):
+def test_a_linear_map_is_read_bit_for_bit(name: str) -> None:
     case, out, width = CASES[name], 272, 256  # More than two blocks of rows, the last one not whole.
     found = stored_format({"quantization_config": case.config})
     assert found is not None
@@ -99,7 +99,7 @@ def golden_maps() -> dict[str, tuple[dict, dict[str, np.ndarray]]]:
     }
 
 
-def test_the_values_are_those_that_other_libraries_read():
+def test_the_values_are_those_that_other_libraries_read() -> None:
     packed, expected, exact = {}, {}, set()
     for name, (config, tensors) in golden_maps().items():
         found = stored_format({"quantization_config": config})
@@ -146,7 +146,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "awq" else pytest.mark.full_matrix) for name in CASES]
 )
-def test_a_model_has_the_values_of_its_dequantized_twin(name: str, source: Path, tmp_path: Path):
+def test_a_model_has_the_values_of_its_dequantized_twin(name: str, source: Path, tmp_path: Path) -> None:
     case = CASES[name]
     folder = write_folder(tmp_path / "model", case, source)
     # Blocks of 128 do not divide this model's widths.
@@ -166,13 +166,13 @@ def test_a_model_has_the_values_of_its_dequantized_twin(name: str, source: Path,
 @pytest.mark.full_matrix
 @pytest.mark.filterwarnings("ignore:.*are dequantized")
 @pytest.mark.parametrize("name", [name for name in CASES if name != "w8a8"])  # Whose activations are rounded too.
-def test_greedy_text_is_that_of_the_dequantized_twin(name: str, source: Path, tmp_path: Path):
+def test_greedy_text_is_that_of_the_dequantized_twin(name: str, source: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CASES[name], source)
     assert greedy(load_model(folder)) == greedy(load_model(tmp_path / "twin"))
 
 
 @pytest.mark.full_matrix
-def test_a_folder_of_bfloat16_has_the_rounded_values(source: Path, tmp_path: Path):
+def test_a_folder_of_bfloat16_has_the_rounded_values(source: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CASES["w4a16"], source)
     model, twin = (load_model(path, dtype="bfloat16") for path in (folder, tmp_path / "twin"))
     for x, y in zip(kernels(model), kernels(twin), strict=True):
@@ -180,7 +180,7 @@ def test_a_folder_of_bfloat16_has_the_rounded_values(source: Path, tmp_path: Pat
 
 
 @pytest.mark.full_matrix
-def test_what_is_asked_for_is_quantized_from_the_values(source: Path, tmp_path: Path):
+def test_what_is_asked_for_is_quantized_from_the_values(source: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CASES["awq"], source)
     with pytest.warns(UserWarning, match="AWQ: 4-bit integers, groups of 32, zero points; .* quantized again to int8"):
         model = load_model(folder, weight_dtype="int8")
@@ -190,7 +190,7 @@ def test_what_is_asked_for_is_quantized_from_the_values(source: Path, tmp_path: 
 
 @pytest.mark.full_matrix
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignore", "dynamic", "fp8"])
-def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: Path, tmp_path: Path):
+def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: Path, tmp_path: Path) -> None:
     name = {"modules_to_not_convert": "awq", "ignore": "w4a16", "dynamic": "gptq", "fp8": "deepseek, one scale"}[key]
     value: Any = {
         "modules_to_not_convert": ["mlp.down_proj"],
@@ -208,7 +208,7 @@ def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: P
 
 @pytest.mark.parametrize("name", ["awq", "fp8, channels"])
 @pytest.mark.full_matrix
-def test_a_quantized_folder_is_saved_bit_for_bit(name: str, source: Path, tmp_path: Path):
+def test_a_quantized_folder_is_saved_bit_for_bit(name: str, source: Path, tmp_path: Path) -> None:
     model = load_model(write_folder(tmp_path / "model", CASES[name], source))
     save_model(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved")
@@ -221,12 +221,12 @@ def test_a_quantized_folder_is_saved_bit_for_bit(name: str, source: Path, tmp_pa
 @pytest.mark.mesh
 @pytest.mark.parametrize("name", ["awq", "w8a16", "fp8, channels", "gptq, act-order"])
 @pytest.mark.filterwarnings("ignore:.*are dequantized")
-def test_a_mesh_loads_them(name: str, source: Path, tmp_path: Path):
+def test_a_mesh_loads_them(name: str, source: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CASES[name], source)
     assert greedy(load_model(folder, mesh=make_mesh(tensor=2))) == greedy(load_model(tmp_path / "twin"))
 
 
-def test_commands_show_what_is_stored(duo, source: Path, tmp_path: Path):
+def test_commands_show_what_is_stored(duo: Callable[..., Result], source: Path, tmp_path: Path) -> None:
     config = CASES["fp8, one scale"].config | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
     folder = write_folder(tmp_path / "model", replace(CASES["fp8, one scale"], config=config), source)
     shown = duo("inspect", "--model", folder)
@@ -239,7 +239,7 @@ def test_commands_show_what_is_stored(duo, source: Path, tmp_path: Path):
     assert planned["settings"]["weight_dtype"] == "fp8"
 
 
-def test_the_first_name_of_the_configuration_is_read(source: Path, tmp_path: Path):
+def test_the_first_name_of_the_configuration_is_read(source: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CASES["w4a16"], source)
     values = json.loads((folder / "config.json").read_text())
     values["compression_config"] = values.pop("quantization_config")
@@ -292,14 +292,14 @@ UNREAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("values", "words"), UNREAD.values(), ids=UNREAD)
-def test_an_unknown_variant_is_refused_by_name(values: Any, words: str):
+def test_an_unknown_variant_is_refused_by_name(values: Any, words: str) -> None:
     with pytest.raises((ValueError, NotImplementedError)) as error:
         stored_format({"quantization_config": values})
     assert words in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("config", [awq_config(group_size=64), gptq_config(group_size=64)], ids=["awq", "gptq"])
-def test_groups_that_do_not_divide_are_refused_without_weights(config: dict[str, Any], tmp_path: Path):
+def test_groups_that_do_not_divide_are_refused_without_weights(config: dict[str, Any], tmp_path: Path) -> None:
     values = json.loads((GOLDEN / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
     with pytest.raises(ValueError, match=r"config.json: .* groups of 64 input channels, which do not divide the 96 of"):
@@ -353,7 +353,7 @@ DAMAGED: dict[str, tuple[str, Change, str]] = {
 @pytest.mark.parametrize(("name", "change", "words"), DAMAGED.values(), ids=DAMAGED)
 def test_tensors_that_contradict_the_configuration_are_refused(
     name: str, change: Change, words: str, source: Path, tmp_path: Path
-):
+) -> None:
     folder = write_folder(tmp_path / "model", CASES[name], source)
     shards = Shards([folder / "model.safetensors"])
     tensors = {key: shards.read(key) for key in shards.shapes}
@@ -366,7 +366,7 @@ def test_tensors_that_contradict_the_configuration_are_refused(
 
 @pytest.mark.memory
 @pytest.mark.parametrize("name", ["awq", "deepseek", "gptq, 8 bits in groups"])
-def test_loading_needs_little_more_memory_than_the_quantized_weights(name: str, tmp_path: Path):
+def test_loading_needs_little_more_memory_than_the_quantized_weights(name: str, tmp_path: Path) -> None:
     """A copy of the largest parameter, its converted copy, and compiled programs; never the model in float32."""
     case = CASES[name]
     big = ModelConfig("llama", 8000, 8, 1024, 16, 8, 64, 3584, 4096, dtype="bfloat16")
@@ -374,7 +374,7 @@ def test_loading_needs_little_more_memory_than_the_quantized_weights(name: str, 
     shapes = {n: s for w in weight_table(big).values() for n, s in zip(w.names, w.shapes, strict=True)}
     plain = {name: np.resize(some, shape).astype("bfloat16") for name, shape in shapes.items() if not is_linear(name)}
     linear = {key: shape for key, shape in shapes.items() if is_linear(key)}
-    written = {shape: case.write(case.levels(*shape, 0), case) for shape in set(linear.values())}
+    written = {shape: case.write(case.levels(shape[0], shape[1], seed=0), case) for shape in set(linear.values())}
     for key, shape in linear.items():
         plain |= {key.removesuffix("weight") + end: np.ascontiguousarray(x) for end, x in written[shape].items()}
     save_folder(source, big, plain)

@@ -44,13 +44,11 @@ class Packed:
         numbers, scales, zeros = self._levels()
         if "groups" in self.arrays:
             index: Int32[Array, " m"] = jnp.asarray(self.arrays["groups"]).astype(jnp.int32)
-            scales, zeros = (None if x is None else x[:, index] for x in (scales, zeros))
         else:
-            repeats = self.coding.group or width
-            scales, zeros = (None if x is None else jnp.repeat(x, repeats, 1)[:, :width] for x in (scales, zeros))
+            index = jnp.arange(width, dtype=jnp.int32) // (self.coding.group or width)
         wide = numbers.astype(jnp.float32)
-        wide = wide if zeros is None else wide - zeros.astype(jnp.float32)
-        return wide * scales.astype(jnp.float32)
+        wide = wide if zeros is None else wide - zeros[:, index].astype(jnp.float32)
+        return wide * scales[:, index].astype(jnp.float32)
 
     def kernel(self, weight_dtype: str, dtype: jnp.dtype) -> "qwix.QArray":
         """The same values in a format that fits them, `[out, in]`; scales have `dtype`, or the format's data type."""
