@@ -49,7 +49,7 @@ class ModelConfig:
     `layer_windows` has an entry for each layer: the number of most recent tokens that all of its heads see, the query's
     own included, or None for full attention. It is empty if every layer has full attention. Only in layers with full
     attention does a pattern choose heads. Layers with a window have `window_rope`, or `rope` like the others; those of
-    `no_rope_layers` have none.
+    `no_rope_layers` have none. RoPE turns the first `rotary_dim` channels of a head; None: all.
 
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`, and so does, at
     position p, `1 + query_log_scale * log(1 + p // query_log_positions)`.
@@ -106,6 +106,7 @@ class ModelConfig:
     expert_bias: bool = False
     normalize_experts: bool = False
     dense_layers: tuple[int, ...] = ()
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -134,11 +135,14 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads=}, {self.num_kv_heads=}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim=}")
-        self.rope.check(self.head_dim)
+        if self.rotary_dim is not None:
+            whole_number("rotary_dim", self.rotary_dim, 2, self.head_dim)
+        if self.rope_dim % 2:
+            name = "head_dim" if self.rotary_dim is None else "rotary_dim"
+            raise ValueError(f"{name} must be even for RoPE, got {self.rope_dim}")
+        self.rope.check(self.rope_dim)
         if self.window_rope is not None:
-            instance("window_rope", self.window_rope, Rope).check(self.head_dim)
+            instance("window_rope", self.window_rope, Rope).check(self.rope_dim)
         if self.weight_dtype is not None:
             widths = self.embed_dim, self.num_heads * self.head_dim, *self.mlp_dims
             check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
@@ -191,25 +195,45 @@ class ModelConfig:
         size = self.layer_windows[layer] if self.layer_windows else None
         return None if size is None else Window(0, size)
 
-    def layer_rope(self, layer: int) -> Rope | None:
-        """How a layer turns queries and keys; None: it does not."""
+    def layer_rope(self, layer: int, context: int | None = None) -> Rope | None:
+        """How a layer turns queries and keys in a context of up to so many tokens, see `rope_at`; None: it does not."""
         if layer in self.no_rope_layers:
             return None
-        return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope
+        own = None if self.window(layer) is None else self.window_rope
+        return self.rope_at(context) if own is None else own
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def only_rope(self) -> Rope:
         """RoPE of the layers with full attention, for methods that turn keys by other angles than the model.
 
         Raises:
-            NotImplementedError: these layers have different ones.
+            NotImplementedError: these layers have different ones, or contexts have.
         """
+        self.rope_at(None)
         if self.no_rope_layers:
             raise NotImplementedError(
                 f"layers {list(self.no_rope_layers)!s:.60} of this {self.family} model have no RoPE, and this method "
                 "turns the keys of all layers: choose another one"
             )
         return self.rope
+
+    def rope_at(self, context: int | None) -> Rope:
+        """RoPE for a context of up to so many tokens; None: a caller that does not know how many.
+
+        Raises:
+            NotImplementedError: it depends on the context, which the caller does not know.
+        """
+        if context is None and self.rope.depends_on_context:
+            raise NotImplementedError(
+                f"RoPE of this {self.family} model depends on the most tokens of a context ({self.rope.type}), which "
+                "this method does not know: choose another one"
+            )
+        return self.rope if context is None else self.rope.at(context)
 
     @property
     def full_layers(self) -> tuple[int, ...]:
@@ -375,6 +399,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_log_scale": lambda config: config["rope_parameters"].get("llama_4_scaling_beta") or 0.0,
         "query_log_positions": lambda config: config["rope_parameters"].get("original_max_position_embeddings") or 0,
     },
+    "phi3": {"layer_windows": _flag("layer_windows"), "rotary_dim": _flag("rotary_dim")},
     "smollm3": {
         "qkv_bias": _flag("attention_bias"),
         "out_bias": _flag("attention_bias"),

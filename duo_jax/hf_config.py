@@ -5,6 +5,7 @@ here: types and ranges before it does, and what this decoder does not have. Know
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -15,7 +16,7 @@ from duo_jax.arguments import real_number, true_or_false, whole_number
 from duo_jax.config import ACTIVATIONS, FAMILIES, MOST, MOST_EXPERTS
 from duo_jax.quantization_config import KEYS as STORED_KEYS
 from duo_jax.quantization_config import stored_format
-from duo_jax.rope import MOST_THETA, ROPES, Rope, YarnRope
+from duo_jax.rope import MOST_THETA, ROPES, LongRope, Rope, YarnRope
 
 # Keys of which a configuration must have a value: their defaults would be those of another model.
 REQUIRED = (
@@ -93,7 +94,7 @@ TEXT_OF = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
 OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", *STORED_KEYS)
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families with a window in every layer or in none: transformers does not read their `layer_types`.
-UNIFORM = {"mistral", "ministral3", "mixtral", "qwen3_moe"}
+UNIFORM = {"mistral", "ministral3", "mixtral", "phi3", "qwen3_moe"}
 # Settings that have two names -> the one by which they are read.
 OTHER_NAMES = {"num_experts": "num_local_experts"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -143,9 +144,11 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
     values["eos_token_id"] = eos_ids(config.get("eos_token_id", values["eos_token_id"]))
     by_type: Any = values["rope_parameters"]
     if FULL in by_type and SLIDING in by_type:
-        ropes = {"rope": _rope(by_type[FULL], values), "window_rope": _rope(by_type[SLIDING], values)}
+        ropes = {"rope": _rope(family, by_type[FULL], values), "window_rope": _rope(family, by_type[SLIDING], values)}
     else:
-        ropes = {"rope": _rope(by_type, values)}
+        ropes = {"rope": _rope(family, by_type, values)}
+    part = (by_type.get(FULL) or by_type).get("partial_rotary_factor") or 1.0
+    values["rotary_dim"] = None if part == 1.0 else int(values["head_dim"] * part)
     return values | ropes | {"model_type": family, "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -281,6 +284,7 @@ def _check_rope(given: Mapping[str, Any]) -> None:
     used = given.get("rope_scaling") or given.get("rope_parameters") or {}
     other = given.get("rope_parameters") or used
     kind = used.get("rope_type", used.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # The first name that it had, in Phi-3.
     if not isinstance(kind, str) or kind not in ROPES:
         raise NotImplementedError(f"RoPE scaling {kind!r:.60} is not supported; supported are {', '.join(ROPES)}")
     if kind in ("llama3", "yarn") and not used.get("original_max_position_embeddings", 1):
@@ -300,11 +304,12 @@ def _check_rope(given: Mapping[str, Any]) -> None:
             )
 
 
-def _rope(settings: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
+def _rope(family: str, settings: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
     """RoPE by its settings, after transformers has put them into one place."""
     positions = values["max_position_embeddings"]
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotImplementedError(f"partial RoPE is not supported, got {settings['partial_rotary_factor']=}")
+    part = settings.get("partial_rotary_factor", 1.0)
+    if part != 1.0 and "rotary_dim" not in FAMILIES[family]:
+        raise NotImplementedError(f"{family}: partial RoPE is not supported, got partial_rotary_factor={part}")
     kind = ROPES[settings["rope_type"]]
     known = {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
     if kind is YarnRope:
@@ -313,6 +318,22 @@ def _rope(settings: Mapping[str, Any], values: Mapping[str, Any]) -> Rope:
         known |= {key: value for key, value in YARN_NULL.items() if key in known and known[key] is None}
         if known["factor"] is None:
             known["factor"] = positions / known["original_max_position_embeddings"]
+    if kind is LongRope:
+        known |= _long_rope(settings, positions)
     values = known | {"theta": settings["rope_theta"]}
     real = {name: float(value) for name, value in values.items() if type(value) is int and name not in OUTSIDE}
     return kind(**values | real)
+
+
+def _long_rope(settings: Mapping[str, Any], positions: int) -> dict[str, Any]:
+    """The divisors, and what scores are multiplied by, which follows from how much longer contexts became."""
+    values: dict[str, Any] = {}
+    for name in ("short_factor", "long_factor"):
+        if not isinstance(numbers := settings.get(name), list | tuple):
+            raise ValueError(f"{name} of longrope must be a list of numbers, got {numbers!r:.60}")
+        values[name] = tuple(real_number(f"a {name} of longrope", number, 0, MOST_THETA) for number in numbers)
+    original = whole_number("original_max_position_embeddings", settings.get("original_max_position_embeddings"), 2)
+    factor = settings.get("factor") or positions / original
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    given = settings.get("attention_factor")
+    return values | {"attention_factor": default if given is None else float(given)}

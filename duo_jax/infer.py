@@ -264,7 +264,9 @@ def _hidden(
 
     positions = consecutive(cache.length, tokens.shape[1])
     decoder = model.decoder
-    hidden, new = decoder.hidden(tokens, positions, on_devices(attend, lengths, decoder), cache)
+    hidden, new = decoder.hidden(
+        tokens, positions, on_devices(attend, lengths, decoder), cache, context=cache.max_length
+    )
     return hidden, new.advance(lengths)
 
 
@@ -315,7 +317,9 @@ def step(
 
     decoder = model.decoder
     attend_on_devices = on_devices(attend, active, decoder)
-    hidden, new = decoder.hidden(token[:, None], cache.length[:, None], attend_on_devices, cache)
+    hidden, new = decoder.hidden(
+        token[:, None], cache.length[:, None], attend_on_devices, cache, context=cache.max_length
+    )
     logits = head(model, hidden[:, 0])
     return _poison(logits, cache.is_overfull(lengths)), new.advance(active.astype(jnp.int32))
 

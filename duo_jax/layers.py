@@ -181,8 +181,9 @@ class Attention(nnx.Module):
         else:
             # Keys have offsets in pairs that RoPE turns by a part of a circle over the trained context (Jonasson 2025,
             # arXiv 2503.01832). SmolLM2's largest are those that turn by about a quarter.
-            quarters = config.rope.inverse_frequencies(config.head_dim) * config.max_positions / (np.pi / 2)
-            size = jnp.asarray(np.tile(np.exp(-np.abs(np.log(quarters))), 2))
+            quarters = config.rope.inverse_frequencies(config.rope_dim) * config.max_positions / (np.pi / 2)
+            turned = np.tile(np.exp(-np.abs(np.log(quarters))), 2)
+            size = jnp.asarray(np.pad(turned, (0, config.head_dim - config.rope_dim)))
         return outliers_first(jnp.broadcast_to(size.astype(jnp.float32), (self.num_kv_heads, config.head_dim)))
 
 

@@ -69,10 +69,13 @@ class Decoder(nnx.Module):
         attend: Attend[State],
         state: State,
         *,
+        context: int | None = None,
         rematerialize: bool = False,
         token_mesh: AnyMesh | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer.
+
+        `context` is the most tokens that the text may have, of which these are a part: RoPE may depend on it.
 
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
         third more time. In training, the devices of `token_mesh` share the tokens.
@@ -82,10 +85,10 @@ class Decoder(nnx.Module):
         if config.embed_scale != 1:  # Rounded to the data type of the embeddings, as by transformers.
             embedded = embedded * jnp.asarray(config.embed_scale, embedded.dtype)
         x = constrain(embedded, self.mesh, "data")
-        ropes = [config.layer_rope(index) for index in range(len(self.layers))]
+        ropes = [config.layer_rope(index, context) for index in range(len(self.layers))]
         scale = self._query_scale(positions)
         angles_of = {
-            rope: Angles(*rotation(rope, config.head_dim, positions), scale) for rope in dict.fromkeys(ropes) if rope
+            rope: Angles(*rotation(rope, config.rope_dim, positions), scale) for rope in dict.fromkeys(ropes) if rope
         }
         for index, layer in enumerate(self.layers):
             rope = ropes[index]

@@ -4,7 +4,7 @@ A scaling computes inverse frequencies from a head dimension. The rotation is th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ class Rope:
     type: ClassVar[str] = "default"
     # Multiplies cos and sin, and so attention scores by its square; only YaRN has one.
     attention_factor: ClassVar[float] = 1.0
+    depends_on_context: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check that the frequencies are finite numbers."""
@@ -45,6 +46,10 @@ class Rope:
     def trained_positions(self, max_positions: int) -> int:
         """Positions that the model was trained for, given its configuration's `max_position_embeddings`."""
         return max_positions
+
+    def at(self, context: int) -> "Rope":
+        """RoPE for a context of up to so many tokens."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +174,45 @@ class DividedRope(Rope):
         return super().inverse_frequencies(head_dim) / np.asarray(self.divisors, np.float64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongRope(Rope):
+    """LongRoPE (Ding et al. 2024): a divisor for each frequency, others for contexts beyond the original ones.
+
+    All tokens of a context have the same divisors: `at` chooses them by the most tokens that it may have.
+    """
+
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    original_max_position_embeddings: int = 0
+    attention_factor: float = 1.0  # type: ignore[misc]
+    is_long: bool = False
+    type: ClassVar[str] = "longrope"
+    depends_on_context: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        for name in ("short_factor", "long_factor"):
+            self._set(**{name: tuple(_factor(f"a {name} of longrope", divisor) for divisor in getattr(self, name))})
+        self._set(attention_factor=_factor("attention_factor", self.attention_factor))
+        self._set(original_max_position_embeddings=_original(self.original_max_position_embeddings))
+
+    def check(self, head_dim: int) -> None:
+        """See `Rope`."""
+        for name in ("short_factor", "long_factor"):
+            if len(divisors := getattr(self, name)) != head_dim // 2:
+                raise ValueError(f"{name} of longrope must have {head_dim // 2} numbers, got {len(divisors)}")
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """See `Rope`."""
+        divisors = self.long_factor if self.is_long else self.short_factor
+        return super().inverse_frequencies(head_dim) / np.asarray(divisors, np.float64)
+
+    def at(self, context: int) -> "LongRope":
+        """See `Rope`."""
+        return replace(self, is_long=context > self.original_max_position_embeddings)
+
+
 def _factor(name: str, value: Any) -> float:
     return real_number(name, value, 1 / MOST_FACTOR, MOST_FACTOR)
 
@@ -185,7 +229,7 @@ class Angles(NamedTuple):
     query_scale: Float[Array, "B T 1 1"] | None = None
 
 
-ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope)}
+ROPES: dict[str, type[Rope]] = {rope.type: rope for rope in (Rope, LinearRope, Llama3Rope, YarnRope, LongRope)}
 
 
 def rotation(
@@ -213,6 +257,11 @@ def rotation(
 def rotate(
     x: Float[Array, "B T n H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"]
 ) -> Float[Array, "B T n H"]:
-    """Rotate the pairs (i, i + H/2) of every head by the angles of its position, in float32 (Hugging Face's layout)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotate the pairs (i, i + H2) of every head by the angles of its position, in float32 (Hugging Face's layout).
+
+    Channels beyond the pairs do not change (partial RoPE).
+    """
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x.dtype)

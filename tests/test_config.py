@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import AutoConfig
 from duo_jax import PRESETS, ModelConfig
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_config import READ
+from duo_jax.checkpoint.save import SavedModel
 from duo_jax.config import from_standard
 from duo_jax.hf_config import standard
-from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, Rope, YarnRope, rotation
+from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope, rotation
 from tests.shapes import FAMILIES, GOLDEN
 
 BASE: dict[str, Any] = {
@@ -74,6 +76,8 @@ EXPECTED = {
     "linear": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 103},
     "gemma3_text": SMALL | {"vocab_size": 99, "tied_head": True},
     "smollm3": SMALL | {"vocab_size": 111},
+    "phi3": SMALL | {"vocab_size": 115},
+    "phi3_short": SMALL | {"vocab_size": 116},
     "olmo3": SMALL | {"vocab_size": 112},
     "ministral": SMALL | {"vocab_size": 113},
     "ministral3": SMALL | {"vocab_size": 114},
@@ -86,6 +90,18 @@ ROPES = {
     "linear": LinearRope(factor=4.0),
     "gemma3_text": Rope(1e6),
     "smollm3": Rope(2e6),
+    "phi3": LongRope(
+        short_factor=(1.0, 1.1) * 3,
+        long_factor=(1.0, 1.5, 2.0, 4.0, 8.0, 16.0),
+        original_max_position_embeddings=32,
+        attention_factor=(1 + math.log(16) / math.log(32)) ** 0.5,
+    ),
+    "phi3_short": LongRope(
+        short_factor=(1.0, 1.1) * 4,
+        long_factor=(2.0,) * 8,
+        original_max_position_embeddings=128,
+        attention_factor=(1 + math.log(4) / math.log(128)) ** 0.5,
+    ),
     "ministral3": YarnRope(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0),
     "olmo3": YarnRope(factor=8.0, original_max_position_embeddings=64),
 }
@@ -112,6 +128,7 @@ FLAGS = {
         "post_norms": True,
     },
     "smollm3": {"no_rope_layers": (1,)},
+    "phi3": {"rotary_dim": 12},
     "ministral": {"layer_windows": (11, None, 11, None)},
     "ministral3": {"query_log_scale": 0.3, "query_log_positions": 16},
     "olmo3": {
@@ -143,6 +160,23 @@ def test_every_family_is_read(family: str, raw: bool) -> None:
         **SIZES | EXPECTED[family],
         **FLAGS.get(family, {}),
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_configuration_survives_a_file(family: str, tmp_path: Path) -> None:
+    config = Folder(GOLDEN / family).config
+    (tmp_path / "duo_model.json").write_text(json.dumps(config.to_json()))
+    assert SavedModel(tmp_path).config == config
+
+
+def test_methods_that_turn_keys_again_refuse_other_ropes_by_name() -> None:
+    layers = replace(PRESETS["llama-3-8b"], no_rope_layers=(1, 3))
+    with pytest.raises(NotImplementedError, match=r"layers \[1, 3\] of this llama model have no RoPE"):
+        layers.only_rope  # noqa: B018
+    context = Folder(GOLDEN / "phi3").config
+    with pytest.raises(NotImplementedError, match=r"depends on the most tokens of a context .longrope."):
+        context.only_rope  # noqa: B018
+    assert [context.rope_at(tokens).is_long for tokens in (32, 33)] == [False, True]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,10 +231,6 @@ REFUSED = {
     "window of a family without": ({"sliding_window": 4096}, "sliding"),
     "layer_types": ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "linear"),
     "dynamic NTK": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    "longrope": (
-        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
-        "longrope",
-    ),
     "experts": ({"num_local_experts": 8}, "mixture of experts"),
     "gemma2": ({"model_type": "gemma2"}, "gemma2"),
     "soft cap": ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),

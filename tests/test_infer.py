@@ -120,7 +120,7 @@ def test_a_named_backend_gives_the_golden_logits(backend):
     np.testing.assert_allclose(logits, arrays["duo_logits"][:, 39], **TOLERANCE)
 
 
-def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern) -> np.ndarray:
+def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern, context: int | None = None) -> np.ndarray:
     """Logits `[B, T, V]` of one forward pass with the masks written out: no cache, no kernel."""
 
     def attend(state, layer, q, k, v):
@@ -142,18 +142,33 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern) -> np.n
     @jax.jit
     def run(model, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = model.decoder.hidden(tokens, positions, attend, None)
+        hidden, _ = model.decoder.hidden(tokens, positions, attend, None, context=context or tokens.shape[1])
         return model.decoder.logits(hidden)
 
     return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
 
 
-@pytest.mark.parametrize("family", families("smollm3", "olmo3", "ministral3", of=SMALL))
+@pytest.mark.parametrize("family", families("smollm3", "olmo3", "ministral3", "phi3", of=SMALL))
 def test_a_dense_forward_pass_gives_the_golden_logits(family):
     """What a family has outside of attention, without the programs of a cache, which take longer to compile."""
     model, arrays, pattern = load_golden(family)
     logits = dense_logits(model, arrays["ids"], pattern.of(model.config))
     np.testing.assert_allclose(logits, arrays["duo_logits"], **TOLERANCE)
+
+
+@pytest.mark.full_matrix
+def test_longrope_goes_by_the_room_of_a_cache(tmp_path):
+    model, arrays, pattern = load_golden("phi3")
+    ids = arrays["ids"][:, :24]
+    for room, context in ((32, 32), (40, 72)):
+        cache = KVCache.init(model.config, pattern, 2, room)
+        logits, cache = prefill(model, ids, cache, chunk_size=16)
+        np.testing.assert_allclose(logits, dense_logits(model, ids, pattern, context)[:, -1], **TOLERANCE)
+    np.testing.assert_allclose(logits, arrays["duo_logits"][:, 23], **TOLERANCE)
+    cache.save(tmp_path / "cache", model)
+    assert KVCache.load(tmp_path / "cache", model, max_length=64).max_length == 64
+    with pytest.raises(ValueError, match=r"room for 40 tokens.* another one with room for 32, on the other side of 32"):
+        KVCache.load(tmp_path / "cache", model, max_length=32)
 
 
 MIXTURES = {

@@ -178,11 +178,25 @@ def load(
     # Traced: nothing is allocated before the shapes are compared.
     jax.eval_shape(lambda: _check_arrays(path, _parts(*_pools(spec.empty())), arrays, filled))
     cache = spec.empty()
+    _check_rope(path, about, cache.max_length)
     pools, structure = _parts(*_pools(cache)), jax.tree.structure((cache.full, cache.rings))
     full, rings = jax.tree.unflatten(structure, list(_written(pools, arrays)))
     # Rows of a new cache own consecutive pages: its full pool is a contiguous one in another shape.
     full = jax.tree.map(lambda x, like: x.reshape(like.shape), full, cache.full)
     return replace(cache, full=full, rings=rings, length=jnp.asarray(about["length"], jnp.int32))
+
+
+def _check_rope(path: str | Path, about: Mapping[str, Any], max_length: int) -> None:
+    """Check that keys were turned as those of the new cache will be: LongRoPE depends on the room of a cache."""
+    rope = (about["model"] or {}).get("rope")
+    if not isinstance(rope, dict) or "long_factor" not in rope:
+        return
+    original, saved = rope["original_max_position_embeddings"], about["max_length"]
+    if (max_length > original) != (saved > original):
+        raise ValueError(
+            f"{path} has room for {saved} tokens, and RoPE of its model is another one with room for {max_length}, on "
+            f"the other side of {original}: prefill again with room for as many"
+        )
 
 
 def pattern_of(about: Mapping[str, Any]) -> HeadPattern:

@@ -91,9 +91,7 @@ class SavedModel(Folder):
             if values["family"] not in FAMILIES:
                 raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {values['family']!r:.60}")
             ropes = {name: _saved_rope(values[name]) for name in ("rope", "window_rope") if name in values}
-            lists = {
-                name: tuple(values[name]) for name in ("eos_ids", "layer_windows", "dense_layers") if name in values
-            }
+            lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
             changed: dict[str, Any] = values | ropes | lists
             return ModelConfig(**changed)
         except (KeyError, TypeError, AttributeError) as error:

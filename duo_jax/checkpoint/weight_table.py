@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from duo_jax.arrays import first_names
 from duo_jax.config import ModelConfig
 
+# Families whose checkpoints store queries, keys and values in one tensor, and gate and up projections.
+FUSED = {"phi3"}
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -54,13 +57,17 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
         table["head", "kernel"] = Weight(("lm_head.weight",), ((vocab, dim),), is_kernel=True)
     qkv, out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
     gate_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
+    qkv_sizes, gate_up_sizes = (q, kv, kv), (mlp, mlp)
+    if config.family in FUSED:
+        qkv, qkv_sizes = ("self_attn.qkv_proj",), (q + 2 * kv,)
+        gate_up, gate_up_sizes = ("mlp.gate_up_proj",), (2 * mlp,)
     # Path in a layer, checkpoint modules joined in it, their output sizes, their input size, whether they have a bias.
     linears: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], int, bool]] = [
-        (("attention", "qkv"), qkv, (q, kv, kv), dim, config.qkv_bias),
+        (("attention", "qkv"), qkv, qkv_sizes, dim, config.qkv_bias),
         (("attention", "out"), out, (dim,), q, config.out_bias),
     ]
     mlps: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], int, bool]] = [
-        (("mlp", "gate_up"), gate_up, (mlp, mlp), dim, config.mlp_bias),
+        (("mlp", "gate_up"), gate_up, gate_up_sizes, dim, config.mlp_bias),
         (("mlp", "down"), down, (dim,), mlp, config.mlp_bias),
     ]
     norms: list[tuple[tuple[str, ...], str, int]] = [

@@ -68,7 +68,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def rope(kind: str = "default", theta: float = 10000.0, **parameters: float) -> dict[str, Any]:
+def rope(kind: str = "default", theta: float = 10000.0, **parameters: float | list[float]) -> dict[str, Any]:
     """Hugging Face's `rope_parameters`."""
     return {"rope_type": kind, "rope_theta": theta, **parameters}
 
@@ -133,6 +133,20 @@ FAMILIES: dict[str, Family] = {
         vocab_size=114,
         rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
         | {"llama_4_scaling_beta": 0.3},
+    ),
+    "phi3": Family.small(
+        "phi3",
+        vocab_size=115,
+        original_max_position_embeddings=32,
+        rope_parameters=rope(
+            "longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1] * 3, long_factor=[1.0, 1.5, 2, 4, 8, 16]
+        ),
+    ),
+    "phi3_short": Family.small(
+        "phi3",
+        vocab_size=116,
+        original_max_position_embeddings=128,
+        rope_parameters=rope("longrope", short_factor=[1.0, 1.1] * 4, long_factor=[2.0] * 8),
     ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
     "qwen3_moe": Family.small(

@@ -6,7 +6,7 @@ Gates are of the layers with full attention. The others attend with a window of 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -82,7 +82,8 @@ class GatedModel:
             return out, (*outputs, out)
 
         decoder = model.decoder
-        return decoder.hidden(tokens, _positions(tokens), in_full_layers(decoder, attend, self._own), ())
+        attend_by_layer = in_full_layers(decoder, attend, self._own)
+        return decoder.hidden(tokens, _positions(tokens), attend_by_layer, (), context=tokens.shape[1])
 
     def student(
         self,
@@ -103,7 +104,8 @@ class GatedModel:
 
         decoder, positions = model.decoder, _positions(tokens)
         attend_by_layer = in_full_layers(decoder, attend, self._own)
-        return decoder.hidden(tokens, positions, attend_by_layer, gates, rematerialize=self.rematerialize)[0]
+        options: dict[str, Any] = {"context": tokens.shape[1], "rematerialize": self.rematerialize}
+        return decoder.hidden(tokens, positions, attend_by_layer, gates, **options)[0]
 
     def _own(self, q: Array, k: Array, v: Array, *, window: Window, sink_logits: Array | None) -> Array:
         attention = partial(full_attention, window=window, backend=self.backend)

@@ -246,7 +246,7 @@ def attention_weights(
     positions = consecutive(jnp.zeros(1, jnp.int32), tokens.shape[1])
     # Only the maps are used, so the compiler removes every layer after the last one they need.
     maps: dict[tuple[int, int], Array] = {}
-    maps = decoder.hidden(tokens, positions, attend, maps)[1]
+    maps = decoder.hidden(tokens, positions, attend, maps, context=tokens.shape[1])[1]
     return jnp.stack([maps[head] for head in heads])
 
 

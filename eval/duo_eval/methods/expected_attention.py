@@ -103,7 +103,7 @@ def before_rope(
     q: Float[Array, "1 S N H"], config: ModelConfig, position: Int32[Array, "1 S"]
 ) -> Float[Array, "1 S N H"]:
     """Queries as they were before RoPE, in float32."""
-    cos, sin = rotation(config.only_rope, config.head_dim, position)
+    cos, sin = rotation(config.only_rope, config.rope_dim, position)
     # cos and sin have the factor once, the rotated queries a second time.
     scale = config.only_rope.attention_factor**-2
     return rotate(q.astype(jnp.float32), cos * scale, -sin * scale)
@@ -112,7 +112,7 @@ def before_rope(
 def mean_rope(config: ModelConfig, start: Int32[Array, ""], count: int) -> Float[Array, "H H"]:
     """RoPE of each unit vector, averaged over `count` positions from `start` on."""
     position = start + jnp.arange(count, dtype=jnp.int32)
-    cos, sin = (x.mean(1, keepdims=True) for x in rotation(config.only_rope, config.head_dim, position[None]))
+    cos, sin = (x.mean(1, keepdims=True) for x in rotation(config.only_rope, config.rope_dim, position[None]))
     return rotate(jnp.eye(config.head_dim, dtype=jnp.float32)[None, None], cos, sin)[0, 0]
 
 

@@ -43,7 +43,7 @@ class StreamingLLM(Eviction):
             return held.k
         evicted = start - (held.position[0] >= 0).sum(dtype=jnp.int32)
         moved = jnp.where(held.position < self.sink_size, evicted, 0)
-        cos, sin = rotation(config.only_rope, config.head_dim, moved)
+        cos, sin = rotation(config.only_rope, config.rope_dim, moved)
         # A key was scaled when it was first rotated: rotate it further without scaling.
         factor = config.only_rope.attention_factor
         return rotate(held.k[:, :, None], cos / factor, sin / factor)[:, :, 0]

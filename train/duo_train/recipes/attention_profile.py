@@ -61,7 +61,7 @@ class AttentionProfile(Recipe):
 def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Means:
     """Mean query and key of every head of layers with full attention, before RoPE."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    cos, sin = rotation(model.config.only_rope, model.config.head_dim, positions)
+    cos, sin = rotation(model.config.only_rope, model.config.rope_dim, positions)
     unrotate = partial(rotate, cos=cos, sin=-sin)
     attention = partial(full_attention, backend=backend)
     # YaRN's rotation also scales, once in the model and once here.
@@ -81,7 +81,7 @@ def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Me
 def _profile(config: ModelConfig, means: Means, length: int) -> Float[Array, "L N"]:
     """How far back, as a fraction of `length`, a query at the end looks on average."""
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    cos, sin = rotation(config.only_rope, config.head_dim, positions)
+    cos, sin = rotation(config.only_rope, config.rope_dim, positions)
 
     def profile(q: Float[Array, "N H"], k: Float[Array, "K H"]) -> Float[Array, "N"]:
         last = rotate(q[None, None], cos[:, -1:], sin[:, -1:])[0, 0]

@@ -94,7 +94,9 @@ def _received(
     scores: Scores = ()
     decoder = model.decoder
     attend_by_layer = in_full_layers(decoder, attend, attends)
-    return constrain(jnp.stack(decoder.hidden(tokens, positions, attend_by_layer, scores)[1]), model.mesh)
+    return constrain(
+        jnp.stack(decoder.hidden(tokens, positions, attend_by_layer, scores, context=tokens.shape[1])[1]), model.mesh
+    )
 
 
 def _most(
