@@ -201,7 +201,8 @@ class Splits(NamedTuple):
     @classmethod
     def of(cls, pools: Pools, batch: int, num_kv_heads: int, tiles: DecodeTiles) -> "Splits":
         """Splits for the rows of a batch."""
-        full, ring = (x.shape[2] if x.shape[0] else 0 for x in (pools.full_k, pools.ring_k))
+        full, ring = pools.capacity if pools.full_k.shape[0] else 0, pools.ring_k.shape[2]
+        ring = ring if pools.ring_k.shape[0] else 0
         programs = max(1, tiles.max_programs // num_kv_heads)
         parts = min(-(-max(full, ring) // tiles.min_split), programs)
         return cls(min(programs, batch * parts), parts, (full, ring), tiles.block_k, tiles.min_split)

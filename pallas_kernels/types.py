@@ -126,7 +126,7 @@ class Request:
         head_dim: H.
         group: query heads of a KV head.
         bits: bits of the quantized pools.
-        capacities: tokens of a slot, for each pool that has slots.
+        capacities: tokens of a slot, or of a page, for each pool that has slots.
         is_paged: whether a page table leads to the tokens of retrieval heads.
         is_sharded: whether devices share the tokens of retrieval heads.
         capability: compute capability of the device, as in (9, 0); None if it is not a GPU of NVIDIA.
@@ -165,9 +165,11 @@ class Request:
 
     def refused_layout(self) -> str | None:
         """By a backend whose kernels read contiguous slots with all tokens of a row."""
-        if self.is_paged or self.is_sharded:
-            return f"takes no {'paged caches' if self.is_paged else 'caches whose tokens devices share'}"
-        return None
+        return "takes no paged caches" if self.is_paged else self.refused_shards()
+
+    def refused_shards(self) -> str | None:
+        """By a backend whose kernels read all tokens of a row."""
+        return "takes no caches whose tokens devices share" if self.is_sharded else None
 
     def refused_types(self, allowed: Collection[str]) -> str | None:
         """By a backend that multiplies queries and cache as they are stored, in one type."""

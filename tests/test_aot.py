@@ -124,10 +124,19 @@ def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     assert all(kernel.loops is None or kernel.loops or is_merge(kernel) for kernel in kernels), kernels
 
 
+@pytest.mark.parametrize("cache", ["same", "int4"])
+@pytest.mark.parametrize("operation", ["prefill", "decode"])
+def test_no_kernel_spills_that_reads_pages(operation, cache):
+    function, shapes = program(operation, "triton", cache=cache, page_size=128)
+    kernels = kernels_on("h200", function, *shapes)
+    assert all(kernel.spill_bytes == 0 and kernel.warnings == () for kernel in kernels), kernels
+
+
+@pytest.mark.parametrize("page_size", [None, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
-def test_no_mosaic_kernel_spills(operation, head_dim):
-    function, shapes = program(operation, "mosaic", head_dim=head_dim)
+def test_no_mosaic_kernel_spills(operation, head_dim, page_size):
+    function, shapes = program(operation, "mosaic", head_dim=head_dim, page_size=page_size)
     (kernel,) = (kernel for kernel in kernels_on("h200", function, *shapes) if not is_merge(kernel))
     assert kernel.name.startswith({"prefill": "flash", "decode": "decode"}[operation])
     assert kernel.spill_bytes == 0 and 0 < kernel.registers <= 168

@@ -424,6 +424,15 @@ class Paged(NamedTuple):
 def test_pages_in_any_order_equal_contiguous_pools(backend, page, seed, data):
     """Pages smaller and larger than a block of keys; a last page partly used; any order, unused pages between."""
     starts = data.draw(st.lists(st.integers(0, 48), min_size=3, max_size=3))
+    assert_pages_change_nothing(backend, page, seed, starts)
+
+
+@pytest.mark.parametrize(("page", "starts"), [(8, (0, 8, 48)), (24, (5, 47, 24))])
+def test_kernels_look_up_a_page_for_each_tile(page, starts):
+    assert_pages_change_nothing("triton", page, 0, starts)
+
+
+def assert_pages_change_nothing(backend, page, seed, starts):
     problem = Problem(Case(MIXED, starts=(48, 48, 48))._replace(starts=tuple(starts)))
     filled, _ = problem.fill(problem.starts)
     pools = Paged(page, seed).of(filled)
@@ -434,7 +443,7 @@ def test_pages_in_any_order_equal_contiguous_pools(backend, page, seed, data):
     np.testing.assert_allclose(decoded, problem.decode(backend, counts), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@backends
 def test_quantized_pages_equal_contiguous_pools(backend):
     problem = Problem(CASES["int4_cache_int8_rings"])
     counts = problem.starts + problem.lengths
@@ -443,12 +452,18 @@ def test_quantized_pages_equal_contiguous_pools(backend):
     np.testing.assert_allclose(decoded, problem.decode(backend, counts), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["triton", "jax_triton", "mosaic"])
-def test_kernels_refuse_pages(backend):
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("triton", "takes pages that are a multiple of 8 tokens, got 4"),
+        ("jax_triton", "takes no paged caches"),
+    ],
+)
+def test_kernels_refuse_pages(backend, reason):
     problem = Problem(CASES["gqa_2_one_row"])
     filled, _ = problem.fill(problem.starts + 1)
-    with pytest.raises(Unsupported, match=f"the {backend} backend takes no paged caches: use backend='xla'"):
-        problem.decode(backend, problem.starts + 1, Paged(8, 0).of(filled))
+    with pytest.raises(Unsupported, match=f"the {backend} backend {reason}: use backend="):
+        problem.decode(backend, problem.starts + 1, Paged(4, 0).of(filled))
 
 
 def test_a_page_table_of_other_rows_raises():

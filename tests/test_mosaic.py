@@ -49,6 +49,19 @@ def poisoned(pools, lengths, value=jnp.nan):
     return Pools(*(poison(pool) if pool.shape[0] else pool for pool in pools.stored))
 
 
+def in_pages(pools, page, seed=0):
+    """The same pools, with the tokens of retrieval heads in pages in any order, and unused pages of NaN."""
+    slots, batch, capacity, head_dim = pools.full_k.shape
+    count = capacity // page
+    pages = np.random.default_rng(seed).permutation(batch * count + 2)[: batch * count].astype(np.int32)
+
+    def paged(pool):
+        unused = jnp.full((slots, batch * count + 2, page, head_dim), jnp.nan, pool.dtype)
+        return unused.at[:, pages].set(pool.reshape(slots, -1, page, head_dim))
+
+    return Pools(*map(paged, pools.full), *pools.ring, jnp.asarray(pages.reshape(batch, count)))
+
+
 @pytest.mark.full_matrix
 @pytest.mark.parametrize(
     "case",
@@ -61,8 +74,11 @@ def poisoned(pools, lengths, value=jnp.nan):
         {"tokens": 128, "starts": (37,)},
         # Queries of a group in one tile, keys of it in three parts; a row with fewer parts.
         {"tokens": 20, "starts": (248, 70), "cores": 8},
+        # Tiles in pages of their own; the same with several parts.
+        {"tokens": 128, "starts": (300,), "capacity": 384, "page": 128},
+        {"tokens": 20, "starts": (512, 200), "capacity": 512, "cores": 8, "page": 256},
     ],
-    ids=["after_a_cache", "first_chunk", "after_few_tokens", "short_chunk"],
+    ids=["after_a_cache", "first_chunk", "after_few_tokens", "short_chunk", "pages", "parts_in_pages"],
 )
 def test_prefill_equals_the_reference(case, monkeypatch):
     """Programs have several works each, if `cores` does not say otherwise."""
@@ -70,8 +86,10 @@ def test_prefill_equals_the_reference(case, monkeypatch):
     monkeypatch.setattr(works, "multiprocessors", lambda: cores)
     monkeypatch.setattr(works, "LEAST_KEYS", 64)
     lengths = case.pop("lengths", (case["tokens"],) * len(case["starts"]))
+    page = case.pop("page", None)
     q, k, v, pools, heads = problem(**case)
-    arrays = q, k, v, poisoned(pools, case["starts"]), heads
+    pools = poisoned(pools, case["starts"])
+    arrays = q, k, v, pools if page is None else in_pages(pools, page), heads
     rows = {"start": jnp.asarray(case["starts"], jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
 
     def attend(backend):
@@ -86,12 +104,18 @@ def test_prefill_equals_the_reference(case, monkeypatch):
 
 
 @pytest.mark.full_matrix
-@pytest.mark.parametrize("is_retrieval", [(True, False), (False,)], ids=["both", "only_streaming"])
-def test_decode_equals_the_reference(is_retrieval):
+@pytest.mark.parametrize(
+    ("is_retrieval", "page"),
+    [((True, False), None), ((False,), None), ((True, False), 128)],
+    ids=["both", "only_streaming", "pages"],
+)
+def test_decode_equals_the_reference(is_retrieval, page):
     """Two parts of the first row, one of the second; stages used again; a last tile partly filled."""
-    q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=304, is_retrieval=is_retrieval)
+    capacity = 304 if page is None else 3 * page
+    q, _, _, pools, heads = problem(tokens=1, starts=(0, 0), capacity=capacity, is_retrieval=is_retrieval)
     lengths = jnp.asarray([299, 33], jnp.int32)
     pools = poisoned(pools, lengths)
+    pools = pools if page is None else in_pages(pools, page)
 
     def attend(backend):
         run = jax.jit(functools.partial(find_backend(backend).decode, lengths=lengths, window=WINDOW))
@@ -147,5 +171,8 @@ def test_refusals_name_the_reason():
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="mosaic")
     with pytest.raises(NotImplementedError, match="multiples of 8, and at least 32, got 8, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)
+    with pytest.raises(NotImplementedError, match="takes pages that are a multiple of 128 tokens, got 8: use"):
+        paged = in_pages(pools._replace(full_k=pools.full_k[:, :, :16], full_v=pools.full_v[:, :, :16]), 8)
+        prefill_attention(q, k, v, paged, heads, **rows)
     with pytest.raises(NotImplementedError, match=r"multiples of 8.* got 300"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=300), **rows)

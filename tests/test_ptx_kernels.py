@@ -25,7 +25,7 @@ from pallas_kernels.types import Pools, TokenShards
 from pallas_kernels.window import Window
 from tests.ptx.launch import Change, Launch, executing, executing_pallas_calls
 from tests.ptx.parse import parse
-from tests.test_attention import CALLS, MIXED, TOLERANCE, Case, Problem
+from tests.test_attention import CALLS, MIXED, TOLERANCE, Case, Paged, Problem
 from tests.test_gated import dense, masks
 
 try:
@@ -119,8 +119,8 @@ def max_error(out: jax.Array, tokens: tuple[tuple[int, int, int], ...], expected
     return float(np.abs(np.stack([numbers[row, index] for row, index, _ in tokens]) - expected).max())
 
 
-def prefill(case: Case, change: Change | None = None) -> tuple[float, list[Launch]]:
-    """The largest error of a prefill, and its launches."""
+def prefill(case: Case, change: Change | None = None, page: int | None = None) -> tuple[float, list[Launch]]:
+    """The largest error of a prefill, and its launches; with `page`, retrieval heads have their tokens in pages."""
     rows = enumerate(zip(case.starts, case.lengths, strict=True))
     tokens = tuple((row, t, start + t) for row, (start, length) in rows for t in range(length))
     problem, expected = problem_of(case, tokens)
@@ -130,18 +130,22 @@ def prefill(case: Case, change: Change | None = None) -> tuple[float, list[Launc
         k[row, length:] = v[row, length:] = problem.garbage
     settings = {"start": jnp.asarray(problem.starts), "lengths": jnp.asarray(problem.lengths)}
     pools, heads = problem.fill(problem.starts)
+    pools = pools if page is None else Paged(page, 0).of(pools)
     with executing(change) as launches:
         own = map(jnp.asarray, (q, k, v))
         out = CALLS["prefill"](*own, pools, heads, **settings, window=problem.window, backend="triton")
     return max_error(out, tokens, expected), launches
 
 
-def decode(case: Case, backend: str, change: Change | None = None, programs: int = 4) -> tuple[float, list[Launch]]:
+def decode(
+    case: Case, backend: str, change: Change | None = None, programs: int = 4, page: int | None = None
+) -> tuple[float, list[Launch]]:
     """The largest error of a decode step, and its launches; `programs` for each head."""
     counts = np.add(case.starts, case.lengths, dtype=np.int32)
     tokens = tuple((int(row), 0, int(counts[row]) - 1) for row in np.flatnonzero(counts))
     problem, expected = problem_of(case, tokens)
     pools, heads = problem.fill(counts)
+    pools = pools if page is None else Paged(page, 0).of(pools)
     q = jnp.asarray(problem.q[np.arange(len(counts)), np.maximum(counts - 1, 0)])
     with executing(change) as launches:
         quantized = case.pool_dtype in ("int8", "int4")
@@ -167,6 +171,21 @@ def test_decode(case, backend):
     error, launches = decode(case, backend)
     print_counts(launches)
     assert error < BOUND[case.dtype]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "head_dim_128", "int4"])
+def test_prefill_from_pages(name):
+    """Tiles of one page and of the next; the last page is partly filled, unused ones are NaN."""
+    error, launches = prefill(PREFILL[name], page=128)
+    print_counts(launches)
+    assert error < BOUND["bfloat16"]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "head_dim_128_gqa_8", "int8", "int4"])
+def test_decode_from_pages(name):
+    error, launches = decode(DECODE[name], "triton", page=128)
+    print_counts(launches)
+    assert error < BOUND["bfloat16"]
 
 
 @pytest.mark.parametrize("seed", range(4))

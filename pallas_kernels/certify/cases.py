@@ -29,7 +29,8 @@ TOKENS = 64
 OUTPUTS = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v")}
 # Devices that share the tokens of retrieval heads. One computes all of their parts here: it may be the only one.
 SHARDS = 2
-PAGE = 16
+# Tokens of a page, as few as any kernel takes.
+PAGE = 128
 
 
 @dataclass(frozen=True)

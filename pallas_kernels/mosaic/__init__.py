@@ -7,6 +7,7 @@ from pallas_kernels.mosaic.compat import CLEARED
 from pallas_kernels.mosaic.decode import decode
 from pallas_kernels.mosaic.flash import prefill
 from pallas_kernels.mosaic.pipeline import ROWS
+from pallas_kernels.pages import refused_pages
 from pallas_kernels.ptxas import miscompiles, ptxas_version, version_text
 from pallas_kernels.types import Backend, Request
 
@@ -18,12 +19,14 @@ HEAD_DIMS = (64, 128)
 
 def refuses(request: Request) -> str | None:
     """The reason why the kernels cannot run a request, or None."""
-    if reason := request.refused_layout() or request.refused_types(DTYPES):
+    if reason := request.refused_shards() or request.refused_types(DTYPES):
         return reason
     if request.head_dim not in HEAD_DIMS:
         return f"takes head dims of {' or '.join(map(str, HEAD_DIMS))}, got {request.head_dim}"
     if request.operation == "decode" and request.group > ROWS:
         return f"takes up to {ROWS} query heads a KV head, got {request.group}"
+    if reason := refused_pages("mosaic", request):
+        return reason
     if any(length < CLEARED or length % 8 for length in request.capacities):
         return (
             "needs a cache length and a window size (sinks and recent tokens) that are multiples of 8, and at least "

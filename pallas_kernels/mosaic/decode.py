@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, Span, stored_tiles, tile_memory, write
+from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import Splits, cdiv, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.triton.combine import combine
@@ -39,6 +40,12 @@ class Arrays(NamedTuple):
     slot: Int32[Array, "K"]
     lengths: Int32[Array, "B"]
     ends: Int32[Array, "2B"]  # `Splits.ends`, of streaming heads, then of retrieval heads
+    pages: Int32[Array, "B n"] | None = None  # of the full pool, if it is paged
+
+    @property
+    def given(self) -> list[Array]:
+        """Those that there are."""
+        return [array for array in self if array is not None]
 
 
 def decode(
@@ -61,11 +68,12 @@ def decode(
     is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths)
     grouped = q.reshape(batch, num_kv_heads, group, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
-    arrays = Arrays(grouped, *stored, is_retrieval, heads.slot, lengths, ends.reshape(-1))
+    arrays = Arrays(grouped, *stored, is_retrieval, heads.slot, lengths, ends.reshape(-1), pools.pages)
     parts = batch, num_kv_heads, splits.parts
-    interpret = interpreter()
+    interpret, is_paged = interpreter(), pools.pages is not None
+    kernel = partial(decode_kernel, splits=splits, is_paged=is_paged, interpreted=bool(interpret))
     values, log_sums = plgpu.kernel(
-        update_wrapper(partial(decode_kernel, splits=splits, interpreted=bool(interpret)), decode_kernel),
+        update_wrapper(kernel, decode_kernel),
         out_type=(
             jax.ShapeDtypeStruct((*parts, group, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*parts, ROWS), jnp.float32),
@@ -83,13 +91,13 @@ def decode(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )(*arrays)
+    )(*arrays.given)
     return combine(Partial(values, log_sums), is_retrieval, ends, q.dtype)
 
 
-def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
+def decode_kernel(*refs, splits: Splits, is_paged: bool = False, interpreted: bool = False) -> None:
     """Some parts of the keys of a KV head, for its queries: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, ROWS]`."""
-    inputs = len(Arrays._fields)
+    inputs = len(Arrays._fields) - (not is_paged)
     arrays, (out_ref, log_ref, *own) = Arrays(*refs[:inputs]), refs[inputs:]
     q_smem, out_smem, log_smem, q_full, *stages = own
     pipeline, registers = Pipeline(*stages), Warpgroup(interpreted)
@@ -123,14 +131,17 @@ def decode_kernel(*refs, splits: Splits, interpreted: bool = False) -> None:
         span, tile_of = steps_of(num_keys)
 
         def load(step: Array, copy: Copy) -> None:
-            keys = pl.ds(begin + tile_of(step) * block_k, block_k)
+            key = begin + tile_of(step) * block_k
 
             @pl.when(is_retrieval)
             def from_full() -> None:
-                copy(arrays.full_k.at[slot, row, keys], arrays.full_v.at[slot, row, keys])
+                index, first = in_pool(arrays.pages, arrays.full_k.shape[2], row, key)
+                at = slot, index, pl.ds(first, block_k)
+                copy(arrays.full_k.at[*at], arrays.full_v.at[*at])
 
             @pl.when(~is_retrieval)
             def from_ring() -> None:
+                keys = pl.ds(key, block_k)
                 # A ring fills from its first index and then stays full: every index below its size is visible.
                 copy(arrays.ring_k.at[slot, row, keys], arrays.ring_v.at[slot, row, keys])
 

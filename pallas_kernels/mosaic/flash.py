@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, Span, Turns, stored_tiles, tile_memory, write
+from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import Sizes, Steps, div
 from pallas_kernels.tiles import PipelineTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
@@ -41,6 +42,12 @@ class Arrays(NamedTuple):
     ring_k: Float[Array, "Ps B R H"]
     ring_v: Float[Array, "Ps B R H"]
     plan: Int32[Array, "W F"]  # of each work, the fields of `Planned`
+    pages: Int32[Array, "B n"] | None = None  # of the full pool, if it is paged
+
+    @property
+    def given(self) -> list[Array]:
+        """Those that there are."""
+        return [array for array in self if array is not None]
 
 
 class Program(NamedTuple):
@@ -48,6 +55,7 @@ class Program(NamedTuple):
 
     queries: Queries
     sizes: Sizes
+    is_paged: bool
 
 
 def prefill(
@@ -66,16 +74,16 @@ def prefill(
     del shards  # Refused.
     tiles: PipelineTiles = tiles_for("mosaic_flash", q.shape[3], q.dtype.itemsize)
     stored, block_k = stored_tiles(pools, tiles.block_k)
-    queries = Queries.of(q, k.shape[2], BLOCK_Q, pools.full_k.shape[2] if pools.full_k.shape[0] else 0)
+    queries = Queries.of(q, k.shape[2], BLOCK_Q, pools.capacity if pools.full_k.shape[0] else 0)
     # Whole tiles: TMA writes no part of one. The usual chunks are whole tiles, and are not copied here.
     q, k, v = _whole_tiles(queries.pack(q)), _whole_tiles(k), _whole_tiles(v)
     batch, length, num_heads, head_dim = q.shape
     sizes = Sizes(k.shape[1], queries.tile_tokens, block_k, window)
     parts = queries.parts(heads)
     plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths)
-    arrays = Arrays(q, k, v, *stored, jnp.stack(plan, axis=1))
+    arrays = Arrays(q, k, v, *stored, jnp.stack(plan, axis=1), pools.pages)
     interpret = interpreter()
-    program = Program(queries, sizes)
+    program = Program(queries, sizes, pools.pages is not None)
     kernel = partial(flash_kernel, program=program, interpreted=bool(interpret))
     out, log_sum = plgpu.kernel(
         update_wrapper(kernel, flash_kernel),
@@ -96,7 +104,7 @@ def prefill(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )(*arrays)
+    )(*arrays.given)
     return queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, start, parts)
 
 
@@ -107,7 +115,7 @@ def _whole_tiles(x: Array) -> Array:
 
 def flash_kernel(*refs, program: Program, interpreted: bool = False) -> None:
     """Some tiles of queries, one after the other: of `out_ref [parts, B, T, N, H]`, `log_ref [parts, B, N, T]`."""
-    inputs = len(Arrays._fields)
+    inputs = len(Arrays._fields) - (not program.is_paged)
     arrays, (out_ref, log_ref, qo_smem, log_smem, q_full, turn, *stages) = Arrays(*refs[:inputs]), refs[inputs:]
     pipeline, registers = Pipeline(*stages), Warpgroup(interpreted)
     warpgroup = lax.axis_index("warpgroup")
@@ -172,11 +180,15 @@ class Tile(NamedTuple):
 
         def load(step: Array, copy: Copy) -> None:
             is_full, is_ring, number = steps.source(step)
-            keys = pl.ds(number * self.program.sizes.block_k, self.program.sizes.block_k)
+            block_k = self.program.sizes.block_k
+            first_key = number * block_k
+            keys = pl.ds(first_key, block_k)
 
             @pl.when(is_full)
             def from_full() -> None:
-                copy(arrays.full_k.at[slot, row, keys], arrays.full_v.at[slot, row, keys])
+                index, first = in_pool(arrays.pages, arrays.full_k.shape[2], row, first_key)
+                at = slot, index, pl.ds(first, block_k)
+                copy(arrays.full_k.at[*at], arrays.full_v.at[*at])
 
             @pl.when(is_ring)
             def from_ring() -> None:

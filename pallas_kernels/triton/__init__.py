@@ -3,6 +3,7 @@
 import os
 
 from pallas_kernels.gpus import shared_memory_per_block
+from pallas_kernels.pages import refused_pages
 from pallas_kernels.tiles import WIDE
 from pallas_kernels.triton.decode import decode
 from pallas_kernels.triton.flash import prefill
@@ -24,8 +25,8 @@ os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
 def refuses(request: Request) -> str | None:
     """The reason why the kernels cannot run a request, or None."""
     head_dim = request.head_dim
-    if request.is_paged:
-        return "takes no paged caches"
+    if reason := refused_pages("triton", request):
+        return reason
     if request.bits and width(head_dim) != head_dim:
         return f"takes quantized caches of head dims that are powers of two, at least 16, got {head_dim}"
     if request.dtypes - set(DTYPES) or head_dim > MAX_HEAD_DIM:

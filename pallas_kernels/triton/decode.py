@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, weigh
+from pallas_kernels.pages import in_pool
 from pallas_kernels.quantized import Quantized, any_quantized, compute_dtype
 from pallas_kernels.schedule import Splits, cdiv, div, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
@@ -35,6 +36,7 @@ class Arrays(NamedTuple):
     lengths: Int32[Array, "B"]
     held: Int32[Array, "B"] | None  # of several shards: tokens of a retrieval slot that are stored here
     ends: Int32[Array, "2 B"]  # see `Splits.ends`
+    pages: Int32[Array, "B n"] | None  # of the full pool, if it is paged
 
 
 def decode(
@@ -55,7 +57,7 @@ def decode(
     splits = Splits.of(pools, batch, num_kv_heads, tiles)
     held = None if shards is None else shards.held(lengths)
     is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths, held)
-    arrays = Arrays(q, tile.present(pools), is_retrieval, heads.slot, lengths, held, ends)
+    arrays = Arrays(q, tile.present(pools), is_retrieval, heads.slot, lengths, held, ends, pools.pages)
     parts = batch, num_kv_heads, splits.parts, num_heads // num_kv_heads
     out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
     kernel, grid = partial(decode_kernel, splits=splits), (splits.programs, num_kv_heads)
@@ -93,13 +95,14 @@ def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits
     begin = part * splits.size(filled)
     end = jnp.minimum(begin + splits.size(filled), filled)
 
-    def attend(pool_k: Any, pool_v: Any) -> None:
+    def attend(pool_k: Any, pool_v: Any, pages: Any = None) -> None:
         in_group = tile.indices(0, rows) < group
         kind = Packed if isinstance(pool_k, Quantized) else Plain
         source = kind(arrays.q, (row, pl.ds(kv_head * group, rows)), in_group, pool_k, pool_v)
 
         def visit(begin: Array, exists: Array | None, state: Softmax) -> Softmax:
-            at = slot, row, pl.ds(begin, block_k)
+            index, first = in_pool(pages, pool_k.shape[2], row, begin)
+            at = slot, index, pl.ds(first, block_k)
             scores = source.scores(at, exists)
             if exists is not None:
                 scores = jnp.where(exists[None, :], scores, MASKED)
@@ -131,7 +134,7 @@ def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits
         tile.store_row(log_ref.at[*to], log_sum, in_group)
 
     if arrays.pools.full_k is not None:
-        pl.when(is_retrieval)(lambda: attend(arrays.pools.full_k, arrays.pools.full_v))
+        pl.when(is_retrieval)(lambda: attend(arrays.pools.full_k, arrays.pools.full_v, arrays.pages))
     if arrays.pools.ring_k is not None:
         # A ring fills from its first index and then stays full: every index below its size has a visible token.
         pl.when(~is_retrieval)(lambda: attend(arrays.pools.ring_k, arrays.pools.ring_v))

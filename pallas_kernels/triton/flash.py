@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.merge import Softmax, empty
+from pallas_kernels.pages import in_pool
 from pallas_kernels.quantized import any_quantized, compute_dtype
 from pallas_kernels.schedule import Sizes, div, steps_of
 from pallas_kernels.tiles import FlashTiles, tiles_for
@@ -31,6 +32,7 @@ class Arrays(NamedTuple):
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     pools: tile.Present
+    pages: Int32[Array, "B n"] | None  # of the full pool, if it is paged
     order: Int32[Array, "K"]  # KV heads, retrieval heads first
     slot: Int32[Array, "K"]
     num_retrieval: Int32[Array, "1"]
@@ -78,12 +80,12 @@ def flash_attention(
     filled, has_chunk = start, None
     if shards is not None:
         filled, has_chunk = shards.held(start), (shards.index == 0).astype(jnp.int32)[None]
-    capacity = pools.full_k.shape[2] if pools and pools.full_k.shape[0] else 0
+    capacity, pages = (pools.capacity if pools.full_k.shape[0] else 0, pools.pages) if pools else (0, None)
     queries = Queries.of(q, k.shape[2], tiles.block_q, capacity)
     packed, parts = queries.pack(q), queries.parts(heads)
     shared = None if shards is None else filled, has_chunk
     arrays = Arrays(
-        packed, k, v, tile.present(pools), order, heads.slot, count[None], parts[None], start, lengths, *shared
+        packed, k, v, tile.present(pools), pages, order, heads.slot, count[None], parts[None], start, lengths, *shared
     )
     dtype = q.dtype if shards is None else jnp.float32
     shape = queries.most_parts, *packed.shape
@@ -132,8 +134,11 @@ def flash_kernel(
     def visit(state: Softmax, keys_values: tuple[Array, Array], keep: Array | None) -> Softmax:
         return tile.accumulate(state, q, *keys_values, keep, head_dim**-0.5)
 
-    def cached(pool_k: Ref, pool_v: Ref, begin: Array, exists: Array | None) -> tuple[Array, Array]:
-        at = slot, row, begin, block_k, exists, q.dtype
+    def cached(
+        pool_k: Ref, pool_v: Ref, begin: Array, exists: Array | None, pages: Ref | None = None
+    ) -> tuple[Array, Array]:
+        index, begin = in_pool(pages, pool_k.shape[2], row, begin)
+        at = slot, index, begin, block_k, exists, q.dtype
         return tile.load_keys(pool_k, *at), tile.load_keys(pool_v, *at)
 
     def over(begin: Array, end: Array, one, state: Softmax) -> Softmax:
@@ -141,7 +146,9 @@ def flash_kernel(
 
     state, zero = empty((block_q,), width), jnp.int32(0)
     if arrays.pools.full_k is not None:
-        filled = jnp.minimum(filled, jnp.int32(arrays.pools.full_k.shape[2]))  # the next slot begins there
+        # The next slot begins at its capacity.
+        capacity = arrays.pools.full_k.shape[2] * (1 if arrays.pages is None else arrays.pages.shape[1])
+        filled = jnp.minimum(filled, jnp.int32(capacity))
     has_chunk = None if arrays.has_chunk is None else arrays.has_chunk[0] != 0
     sizes = Sizes(length, queries.tile_tokens, block_k, window)
     steps = steps_of(first, start, is_retrieval, sizes, filled=filled, has_chunk=has_chunk)
@@ -149,11 +156,11 @@ def flash_kernel(
         pool: tuple[Ref, Ref] = arrays.pools.full_k, arrays.pools.full_v
 
         def inside(j: Array, state: Softmax) -> Softmax:
-            return visit(state, cached(*pool, j * block_k, None), None)
+            return visit(state, cached(*pool, j * block_k, None, arrays.pages), None)
 
         def last(j: Array, state: Softmax) -> Softmax:
             exists = tile.indices(j * block_k, block_k) < filled
-            return visit(state, cached(*pool, j * block_k, exists), exists[None, :])
+            return visit(state, cached(*pool, j * block_k, exists, arrays.pages), exists[None, :])
 
         begin, end = share(steps.whole, part, used)
         state = lax.fori_loop(begin, jnp.where(is_live, end, begin), inside, state)

@@ -17,7 +17,7 @@ from duo_eval.runner.process import first_line
 from duo_eval.runner.record import Record, Result, read, sha256
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from pallas_kernels import Unsupported, layer
+from pallas_kernels import Pools, Unsupported, layer
 from pallas_kernels.gpus import GPUS
 
 OPERATIONS = ("prefill", "decode", "training")
@@ -145,10 +145,11 @@ def program(
     cache: str = "same",
     tokens: int = 2048,
     capacity: int = 65536,
+    page_size: int | None = None,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """An operation, jitted, and the shapes of its arguments: one row, heads and slots as in Llama-3-8B.
 
-    `cache` is one of `Kernels.caches`.
+    `cache` is one of `Kernels.caches`; with `page_size`, retrieval heads have their tokens in pages.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
@@ -156,6 +157,13 @@ def program(
     sizes |= {"tokens": 1 if operation == "decode" else tokens, "cache": None if cache == "same" else cache}
     one = jax.eval_shape(lambda: layer.make(**sizes))
     pools = jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, *x.shape[1:]), x.dtype), one.pools)
+    if page_size is not None:
+        count = capacity // page_size
+        paged = (
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, count, page_size, *x.shape[3:]), x.dtype), pool)
+            for pool in pools.full
+        )
+        pools = Pools(*paged, *pools.ring, jax.ShapeDtypeStruct((1, count), jnp.int32))
     shapes = one._replace(pools=pools), jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
