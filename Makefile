@@ -7,7 +7,7 @@ VENV ?= .venv
 # The first interpreter on the path that is new enough; set PYTHON=/path/to/python to choose another.
 is_new = $(shell $(1) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(if $(findstring True,$(call is_new,$p)),$p)) python3)
-EXTRAS ?= dev,eval,notebook,train
+EXTRAS ?= dev,eval,notebook,serve,train
 # Further requirements for pip, such as PIN=jax==0.11.2.
 PIN ?=
 # Further arguments for pytest, such as PYTEST_ARGS="-k cache".

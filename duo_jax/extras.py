@@ -13,6 +13,7 @@ EXTRAS = {
     "train": ("datasets", "matplotlib", "zstandard"),
     "eval": ("aiohttp", "lm_eval", "matplotlib", "scipy", "tabulate", "wonderwords"),
     "bench": ("accelerate", "torch"),
+    "serve": ("prometheus_client", "pydantic", "starlette", "uvicorn"),
 }
 
 

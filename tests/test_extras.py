@@ -13,7 +13,7 @@ from tests.text_models import Result, assert_refused
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names of distributions that differ from the names that are imported. Those that lm-eval's extras install have none.
-DISTRIBUTIONS = {"lm_eval": "lm-eval"}
+DISTRIBUTIONS = {"lm_eval": "lm-eval", "prometheus_client": "prometheus-client"}
 INDIRECT = {"wonderwords"}
 # A command that would fail otherwise for want of its model, the missing packages, and the extra to install.
 CASES = [
@@ -25,6 +25,7 @@ CASES = [
     (("inspect", "--model", "none", "--png", "x.png"), ("matplotlib",), "train"),
     (("report", "--results", "none"), ("matplotlib", "scipy", "tabulate"), "eval"),
     (("report", "--results", "none"), ("tabulate",), "eval"),
+    (("serve", "--model", "none"), ("starlette", "uvicorn"), "serve"),
     *(
         ((*f"eval {task}".split(), "--model", "none"), (package,), extra)
         for task in ("recall", "needle", "ruler", "longbench", "harness --tasks t", "humaneval", "mmlu", "precision")

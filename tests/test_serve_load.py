@@ -134,7 +134,7 @@ def test_replies_under_load_are_those_of_the_requests_alone(served, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [8, 16])
 def test_200_requests_16_at_a_time(served, chunk_size):
-    sizes = replace(SIZES, rows=8, pages=48, chunk_size=chunk_size)
+    sizes = replace(SIZES, rows=8, pages=30, chunk_size=chunk_size)
     with served.engine(replace(sizes, snapshots=0)) as alone:
         check_load(served, alone, sizes, count=200, at_a_time=16, cancelled=30)
 

@@ -1,0 +1,312 @@
+"""The routes: who may ask, how much at a time, and how events of the engine become responses."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from duo_jax.finite import json_text
+from duo_jax.serve.engine import ClosedError, Engine, Handle
+from duo_jax.serve.http.answers import Answer, Choice, error_object
+from duo_jax.serve.http.metrics import Measurements
+from duo_jax.serve.http.schema import BadRequestError, ChatBody, CompletionBody, Options, read_body
+from duo_jax.serve.requests import Event, FinishEvent
+from duo_jax.serve.requests import Request as EngineRequest
+from duo_jax.serve.scheduler import QueueFullError
+from duo_jax.text.lm import LM
+
+EVENT_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may take.
+
+    Attributes:
+        body_bytes: most bytes of a body.
+        body_seconds: seconds in which a body must arrive.
+        seconds: seconds after which a request ends, waiting included.
+        prompts: most prompts of a request.
+    """
+
+    body_bytes: int = 16 * 2**20
+    body_seconds: float = 60.0
+    seconds: float = 3600.0
+    prompts: int = 64
+
+
+class _Refusal(Exception):
+    """An answer in OpenAI's form that is no reply."""
+
+    def __init__(self, status: int, message: str, kind: str, *, field: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.response = JSONResponse(error_object(message, kind, field=field, code=code), status)
+        if status == 429:
+            self.response.headers["Retry-After"] = "1"
+        if status == 401:
+            self.response.headers["WWW-Authenticate"] = "Bearer"
+
+
+class Api:
+    """The routes of one model."""
+
+    def __init__(self, engine: Engine, lm: LM, name: str, *, api_key: str | None = None, limits: Limits = Limits()):
+        """See `make_app`."""
+        self._engine, self._lm, self._name = engine, lm, name
+        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._limits, self._measurements = limits, Measurements(engine)
+        self._created = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """All routes."""
+        posts = {"/v1/completions": self._complete, "/v1/chat/completions": self._chat}
+        gets = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
+        return [
+            Route("/health", self._health, methods=["GET"]),
+            *(Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()),
+            *(Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()),
+        ]
+
+    def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                return await endpoint(request)
+            except _Refusal as refusal:
+                return refusal.response
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("Authorization", "").encode()
+        if self._key is not None and not hmac.compare_digest(given, self._key):
+            raise _Refusal(401, "the API key is wrong or missing", "authentication_error", code="invalid_api_key")
+
+    async def _health(self, request: Request) -> Response:
+        if self._engine.is_open:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": self._engine.failure or "shutting down"}, 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self._measurements.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_object()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_object())
+
+    def _model_object(self) -> dict[str, Any]:
+        length = self._engine.sizes.max_length
+        about = {"id": self._name, "object": "model", "created": self._created, "owned_by": "duo-jax"}
+        return {**about, "max_model_len": length}
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            message = f"there is no model {name!r:.80}: this server has {self._name!r}"
+            raise _Refusal(404, message, "invalid_request_error", field="model", code="model_not_found")
+
+    async def _complete(self, request: Request) -> Response:
+        body = await self._read(request, CompletionBody)
+        prompts = body.prompts
+        if len(prompts) > self._limits.prompts:
+            message = f"there are {len(prompts)} prompts: a request may have {self._limits.prompts}"
+            raise _Refusal(400, message, "invalid_request_error", field="prompt")
+        return await self._answer(
+            request, body, lambda: [self._lm.encode(p) if isinstance(p, str) else p for p in prompts]
+        )
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._read(request, ChatBody)
+        messages = [message.model_dump() for message in body.messages]
+        return await self._answer(request, body, lambda: [self._lm.encode_chat(messages)])
+
+    async def _read(self, request: Request, kind: type[Any]) -> Any:
+        """The body, checked."""
+        media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            # Pages of other origins can send other types without asking.
+            raise _Refusal(415, "the Content-Type must be application/json", "invalid_request_error")
+        content, most = bytearray(), self._limits.body_bytes
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > most:
+                        raise _Refusal(413, f"the body has more than {most} bytes", "invalid_request_error")
+        except TimeoutError:
+            message = f"the body did not arrive within {self._limits.body_seconds:g} seconds"
+            raise _Refusal(408, message, "invalid_request_error") from None
+        except ClientDisconnect:
+            raise _Refusal(400, "the client went away", "invalid_request_error") from None
+        try:
+            body = await run_in_threadpool(read_body, bytes(content), kind)
+        except BadRequestError as error:
+            raise _Refusal(400, str(error), "invalid_request_error", field=error.field) from None
+        self._check_model(body.model)
+        return body
+
+    async def _answer(self, request: Request, body: Options, encode: Callable[[], list[list[int]]]) -> Response:
+        """Submit every prompt, and answer with all replies or with a stream of them."""
+        begin = time.perf_counter()
+        try:
+            prompts = await run_in_threadpool(encode)
+            requests = [body.request(prompt, self._lm.sampling) for prompt in prompts]
+            running = _Running(self._engine, requests)
+        except QueueFullError as error:
+            raise _Refusal(429, str(error), "rate_limit_error", code="queue_full") from None
+        except ClosedError as error:
+            raise _Refusal(503, str(error), "server_error") from None
+        except ValueError as error:
+            raise _Refusal(400, str(error), "invalid_request_error") from None
+        replies = requests[0].n
+        choices = [Choice() for _ in range(len(requests) * replies)]
+        answer = Answer(body, self._name, self._lm.tokenizer, replies, choices)
+        events = self._events(running, answer, begin)
+        if body.stream:
+            return _EventStream(running, _stream(answer, events))
+        return await self._whole(request, answer, events)
+
+    async def _events(self, running: "_Running", answer: Answer, begin: float) -> AsyncIterator[tuple[int, Event]]:
+        """The events of all replies, added to the answer; whoever stops early frees the rows."""
+        is_first, deadline = True, asyncio.get_running_loop().time() + self._limits.seconds
+        try:
+            while not answer.is_done:
+                async with asyncio.timeout_at(deadline):
+                    index, event = await running.events.get()
+                if is_first:
+                    is_first = False
+                    self._measurements.first_token.observe(time.perf_counter() - begin)
+                answer.add(index, event)
+                yield index, event
+        except TimeoutError:
+            message = f"the request took more than {self._limits.seconds:g} seconds"
+            raise _Refusal(408, message, "timeout_error") from None
+        finally:
+            running.cancel()
+            self._measurements.whole.observe(time.perf_counter() - begin)
+
+    async def _whole(self, request: Request, answer: Answer, events: AsyncIterator[tuple[int, Event]]) -> Response:
+        async def collect() -> None:
+            async for _ in events:
+                pass
+
+        collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise _Refusal(400, "the client went away", "invalid_request_error")
+            collecting.result()
+        finally:
+            for task in (collecting, leaving):
+                task.cancel()
+                with suppress(asyncio.CancelledError, _Refusal):
+                    await task
+        if answer.error:
+            raise _Refusal(500, answer.error, "server_error")
+        return Response(json_text(answer.whole(), ensure_ascii=False), media_type="application/json")
+
+
+class _Running:
+    """The requests of one HTTP request in the engine."""
+
+    def __init__(self, engine: Engine, requests: list[EngineRequest]) -> None:
+        """Submit all or none."""
+        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._handles: list[Handle] = []
+        loop = asyncio.get_running_loop()
+        try:
+            for number, request in enumerate(requests):
+                self._handles.append(engine.submit(request, self._listener(loop, number * request.n)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Free the rows of replies that have not ended."""
+        for handle in self._handles:
+            handle.cancel()
+
+    def _listener(self, loop: asyncio.AbstractEventLoop, first: int) -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            with suppress(RuntimeError):  # The loop has been closed: nobody waits any more.
+                loop.call_soon_threadsafe(self.events.put_nowait, (first + event.reply, event))
+
+        return listen
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events; its rows are free once it has ended, even if it never began."""
+
+    def __init__(self, running: _Running, lines: AsyncIterator[str]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=EVENT_STREAM)
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See Starlette."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(answer: Answer, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[str]:
+    """Server-sent events."""
+    for first in answer.opening():
+        yield _line(first)
+    try:
+        async for index, event in events:
+            if isinstance(event, FinishEvent) and event.reason in ("error", "cancelled"):
+                yield _line(error_object(event.error or event.reason, "server_error"))
+                return
+            if (chunk := answer.chunk(index, event)) is not None:
+                yield _line(chunk)
+        if answer.body.sends_usage:
+            yield _line(answer.closing())
+        yield "data: [DONE]\n\n"
+    except _Refusal as refusal:
+        yield f"data: {bytes(refusal.response.body).decode()}\n\n"
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]  # It is a generator.
+
+
+def _line(value: dict[str, Any]) -> str:
+    return f"data: {json_text(value)}\n\n"
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status, message = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "internal error")
+    kind = "server_error" if status == 500 else "invalid_request_error"
+    return JSONResponse(error_object(f"{request.method} {request.url.path:.200}: {message}", kind), status)
+
+
+def make_app(engine: Engine, lm: LM, name: str, *, api_key: str | None = None, limits: Limits = Limits()) -> Starlette:
+    """The application.
+
+    Args:
+        engine: serves the requests.
+        lm: its model, for prompts and their text.
+        name: the model's name in requests.
+        api_key: the key that clients must send; None: none.
+        limits: what a client may take.
+    """
+    api = Api(engine, lm, name, api_key=api_key, limits=limits)
+    return Starlette(routes=api.routes(), exception_handlers={HTTPException: _http_error, 500: _http_error})
