@@ -191,7 +191,7 @@ def test_permanent_prefixes_stay_and_leave_less_room():
 
 
 def test_chunks_are_whole_pages():
-    with pytest.raises(ValueError, match=r"chunks are whole pages, got self\.chunk_size=6 for self\.page_size=4"):
+    with pytest.raises(ValueError, match="a chunk is whole pages, got 6 tokens for pages of 4: use a multiple"):
         Sizes(rows=1, pages=1, page_size=4, chunk_size=6, row_pages=1, snapshots=0)
 
 

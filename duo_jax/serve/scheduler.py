@@ -59,7 +59,9 @@ class Sizes:
         for name in ("snapshots", "queue"):
             whole_number(name, getattr(self, name), 0)
         if self.chunk_size % self.page_size:
-            raise ValueError(f"chunks are whole pages, got {self.chunk_size=} for {self.page_size=}: use a multiple")
+            raise ValueError(
+                f"a chunk is whole pages, got {self.chunk_size} tokens for pages of {self.page_size}: use a multiple"
+            )
 
     @property
     def max_length(self) -> int:
