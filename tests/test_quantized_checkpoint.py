@@ -119,16 +119,12 @@ def test_the_values_are_those_that_other_libraries_read() -> None:
 # Models.
 
 
-def kernels(model: Model) -> list[np.ndarray]:
-    """The values of all linear maps of the layers, in float32."""
+def values(model: Model) -> list[np.ndarray]:
+    """All parameters, dequantized, in float32."""
     found = []
-    for layer in model.decoder.layers:
-        for block, name in (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down")):
-            kernel = getattr(getattr(layer, block), name).kernel.get_value()
-            if isinstance(kernel, qwix.QArray):
-                with jax.numpy_dtype_promotion("standard"):
-                    kernel = qwix.dequantize(kernel)
-            found.append(np.asarray(kernel, np.float32))
+    for x in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, qwix.QArray)):
+        with jax.numpy_dtype_promotion("standard"):
+            found.append(np.asarray(qwix.dequantize(x) if isinstance(x, qwix.QArray) else x, np.float32))
     return found
 
 
@@ -158,7 +154,7 @@ def test_a_model_has_the_values_of_its_dequantized_twin(name: str, source: Path,
     reports = [str(warning.message) for warning in caught]
     assert all("no weight_dtype has these values: all are dequantized to float32" in text for text in reports)
     assert len(reports) == (weight_dtype is None)
-    for x, y in zip(kernels(model), kernels(twin), strict=True):
+    for x, y in zip(values(model), values(twin), strict=True):
         np.testing.assert_array_equal(x, y)
     assert model.nbytes == weight_bytes(model.config)
 
@@ -175,7 +171,7 @@ def test_greedy_text_is_that_of_the_dequantized_twin(name: str, source: Path, tm
 def test_a_folder_of_bfloat16_has_the_rounded_values(source: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", CASES["w4a16"], source)
     model, twin = (load_model(path, dtype="bfloat16") for path in (folder, tmp_path / "twin"))
-    for x, y in zip(kernels(model), kernels(twin), strict=True):
+    for x, y in zip(values(model), values(twin), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -184,7 +180,7 @@ def test_what_is_asked_for_is_quantized_from_the_values(source: Path, tmp_path: 
     folder = write_folder(tmp_path / "model", CASES["awq"], source)
     with pytest.warns(UserWarning, match="AWQ: 4-bit integers, groups of 32, zero points; .* quantized again to int8"):
         model = load_model(folder, weight_dtype="int8")
-    for x, y in zip(kernels(model), kernels(load_model(tmp_path / "twin", weight_dtype="int8")), strict=True):
+    for x, y in zip(values(model), values(load_model(tmp_path / "twin", weight_dtype="int8")), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -202,8 +198,19 @@ def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: P
     folder = write_folder(tmp_path / "model", case, source, keep=lambda tensor: "mlp.down_proj" in tensor)
     with pytest.warns(UserWarning, match="not all linear maps are quantized, such as model.layers.0.mlp.down_proj"):
         model = load_model(folder)
-    for x, y in zip(kernels(model), kernels(load_model(tmp_path / "twin")), strict=True):
+    for x, y in zip(values(model), values(load_model(tmp_path / "twin")), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("name", ["awq", "w4a16, channels", "fp8, channels"])
+def test_experts_are_quantized_and_their_router_is_not(name: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", CASES[name], GOLDEN / "qwen3_moe")
+    model, twin = load_model(folder), load_model(tmp_path / "twin")
+    for x, y in zip(values(model), values(twin), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert model.config.weight_dtype == CASES[name].weight_dtype and model.nbytes == weight_bytes(model.config)
+    assert greedy(model) == greedy(twin)
 
 
 @pytest.mark.parametrize("name", ["awq", "fp8, channels"])

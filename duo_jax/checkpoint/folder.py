@@ -141,7 +141,8 @@ class Folder(Source):
         """The arrays of each quantized tensor, see `parts_of`."""
         if self.stored_format is None:
             return {}
-        return _named(self.path, parts_of, self.stored_format, self._linear_shapes, self._names, self.shards)
+        maps = linear_maps(self.config)
+        return _named(self.path, parts_of, self.stored_format, self._linear_shapes, self._names, self.shards, maps)
 
     @cached_property
     def _names(self) -> dict[str, str]:

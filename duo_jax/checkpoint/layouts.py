@@ -17,7 +17,7 @@ from duo_jax.quantization_config import Coding
 Arrays = Mapping[str, Any]
 Shape = tuple[int, ...]
 # Data types by safetensors' names.
-INTEGERS, SCALES = ("I32", "I64"), ("F32", "BF16", "F16", "F8_E8M0")
+NUMBERS, INTEGERS, SCALES = ("I32", "I8", "F8_E4M3"), ("I32", "I64"), ("F32", "BF16", "F16", "F8_E8M0")
 WORD = 32
 
 

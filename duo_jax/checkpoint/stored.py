@@ -5,7 +5,7 @@ dequantized.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from duo_jax.arrays import Shards, first_names
-from duo_jax.checkpoint.layouts import LAYOUTS, WORD, Shape, group_count
+from duo_jax.checkpoint.layouts import LAYOUTS, NUMBERS, WORD, Shape, group_count
 from duo_jax.quantization_config import Coding, StoredFormat
 from duo_jax.weights import WEIGHT_FORMATS
 
@@ -101,7 +101,11 @@ def checked(module: str, arrays: dict[str, np.ndarray], coding: Coding, shape: S
 
 
 def parts_of(
-    stored: StoredFormat, shapes: Mapping[str, Shape], names: Mapping[str, str], shards: Shards
+    stored: StoredFormat,
+    shapes: Mapping[str, Shape],
+    names: Mapping[str, str],
+    shards: Shards,
+    always: Container[str],
 ) -> dict[str, dict[str, str]]:
     """Quantized tensors by name, each with the arrays that it is made of, by what they are in their layout.
 
@@ -110,6 +114,8 @@ def parts_of(
         shapes: of the tensors that may be quantized.
         names: the model's names of arrays -> those in the shards.
         shards: the checkpoint's.
+        always: modules that are quantized if the format says so. Of others, such as routers and the head, which many
+            quantizers leave out without a word, the tensors decide.
 
     Raises:
         ValueError: with those that are missing, and those of another shape or data type.
@@ -118,7 +124,8 @@ def parts_of(
     missing, wrong = [], []
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if not stored.quantizes(module):
+        is_plain = module not in always and shards.dtypes.get(names.get(name, "")) not in (*NUMBERS, None)
+        if is_plain or not stored.quantizes(module):
             continue
         tensors[name] = {}
         for what, part in LAYOUTS[stored.coding.layout].parts(stored.coding, *shape).items():
