@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from duo_jax.arguments import MOST_TOKENS
+from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from duo_jax.checkpoint.gguf_tokenizer import special_id
 from duo_jax.config import ModelConfig, from_standard
-from duo_jax.hf_config import standard
+from duo_jax.hf_config import FULL, SLIDING, standard
 from duo_jax.rope import DividedRope
 
-# The others have other names in GGUF files, or keys of their own.
-READ = ("llama", "mistral", "qwen2", "qwen3")
 # Keys that change no logit here.
 HARMLESS = {
     "pooling_type",  # for embedding models
@@ -64,9 +63,10 @@ def config_from_gguf(
         NotImplementedError: an architecture or a feature that is not supported, by name.
     """
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in READ:
-        raise NotImplementedError(f"architecture {_short(arch)} is not supported; supported are {', '.join(READ)}")
-    keys = _Keys(metadata, arch)
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise NotImplementedError(f"architecture {_short(arch)} is not supported; supported are {known}")
+    row, keys = ARCHITECTURES[arch], _Keys(metadata, arch)
     keys.require(*REQUIRED)
     if "model.embed_tokens.weight" not in shapes:
         raise ValueError("no token_embd.weight: it does not contain a language model")
@@ -84,8 +84,9 @@ def config_from_gguf(
     if keys.integer("attention.value_length", head_dim) != head_dim:
         raise NotImplementedError(f"{arch}.attention.value_length is not key_length, which is not supported")
     positions = keys.integer("context_length")
+    query_dim = dim // heads if layers == row.wide_query_layers else head_dim
     values = {
-        "model_type": arch,
+        "model_type": row.family,
         "vocab_size": rows,
         "num_hidden_layers": layers,
         "hidden_size": dim,
@@ -102,12 +103,14 @@ def config_from_gguf(
         "rope_parameters": _rope(keys, positions=positions, head_dim=head_dim),
         "eos_token_id": _ends(metadata, rows),
         "dtype": "bfloat16",
-        "hidden_act": "silu",
+        "hidden_act": row.activation,
+        "query_pre_attn_scalar": query_dim,
     }
-    window = keys.integer("attention.sliding_window", 0, at_least=0)
-    if 0 < window < positions:  # llama.cpp has no such layers in these architectures, whatever the model had.
-        raise NotImplementedError(f"{keys.name('attention.sliding_window')} = {window} is not supported in GGUF files")
-    keys.refuse_others(OFF | {"attention.scale": head_dim**-0.5})
+    values |= _windows(keys, row, positions=positions, layers=layers, rope=values["rope_parameters"])
+    dims = dict.fromkeys(
+        ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"), head_dim
+    )
+    keys.refuse_others(OFF | dims | {"attention.scale": query_dim**-0.5})
     config = from_standard(standard(values, is_complete=True))
     if divisors is None:
         return config
@@ -116,6 +119,39 @@ def config_from_gguf(
     if len(divisors) != head_dim // 2 or not all(0 < divisor < math.inf for divisor in divisors):
         raise ValueError(f"rope_freqs.weight must be {head_dim // 2} numbers above 0, got {divisors[:4]}...")
     return replace(config, rope=DividedRope(config.rope.theta, divisors=divisors))
+
+
+def _windows(
+    keys: "_Keys", row: Architecture, *, positions: int, layers: int, rope: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Hugging Face's settings of layers with a window, and RoPE by type of layer; none if all have full attention."""
+    window = keys.integer("attention.sliding_window", 0, at_least=0)
+    if row.windows is None:
+        if 0 < window < positions:  # The model may have had such layers; llama.cpp computes full attention.
+            raise NotImplementedError(
+                f"{keys.name('attention.sliding_window')} = {window} is not supported: llama.cpp ignores windows of "
+                "this architecture; load the model's Hugging Face folder instead"
+            )
+        return {}
+    theta = keys.number("rope.freq_base_swa", row.windows.theta, at_least=1.001)
+    is_sliding = _sliding(keys, row.windows.period, layers) if window else [False] * layers
+    return {
+        "sliding_window": window or None,
+        "layer_types": [SLIDING if slides else FULL for slides in is_sliding],
+        "rope_parameters": {
+            FULL: rope,
+            SLIDING: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0},
+        },
+    }
+
+
+def _sliding(keys: "_Keys", period: int, layers: int) -> list[bool]:
+    """Which layers have a window: all but the last of each period, or as a list says."""
+    key = "attention.sliding_window_pattern"
+    if not keys.is_list(key):
+        period = keys.integer(key, period)
+        return [(layer + 1) % period != 0 for layer in range(layers)]
+    return keys.flags(key, layers)
 
 
 def _rope(keys: "_Keys", *, positions: int, head_dim: int) -> dict[str, Any]:
@@ -197,6 +233,17 @@ class _Keys:
         if type(value) not in (int, float) or not max(at_least, 1e-30) <= value < 1e30:
             raise self._wrong(key, value, f"a number in [{max(at_least, 1e-30)}, 1e+30)")
         return float(value)
+
+    def is_list(self, key: str) -> bool:
+        """Whether a key has an array."""
+        return isinstance(self._values.get(key), list)
+
+    def flags(self, key: str, count: int) -> list[bool]:
+        """An array of booleans."""
+        value = self._read(key, None)
+        if not isinstance(value, list) or len(value) != count or not all(type(each) is bool for each in value):
+            raise self._wrong(key, value, f"an integer, or an array of {count} booleans")
+        return value
 
     def text(self, key: str, default: str) -> str:
         """A string."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gguf import dequantize
 
+from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from duo_jax.checkpoint.gguf_blocks import ON_DEVICE, Blocks, in_halves
 from duo_jax.checkpoint.gguf_config import config_from_gguf
 from duo_jax.checkpoint.gguf_reader import GgufHeader, read_header
@@ -22,27 +23,6 @@ from duo_jax.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     import transformers
 
-# GGUF's name -> Hugging Face's, for whole-model tensors and for the modules of a layer.
-MODEL_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_MODULES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Architectures whose q and k rows are stored for RoPE on adjacent pairs (2i, 2i + 1) instead of halves.
-PAIRED_ROPE = ("llama",)
 ROPE_DIVISORS = "rope_freqs.weight"
 # Keys of a model in several files, and what they are for a model in one.
 SPLIT = {"no": 0, "count": 0, "tensors.count": 0}
@@ -59,7 +39,10 @@ class GgufFile(Source):
         self._files = [part.path for part in parts]
         self.metadata = parts[0].metadata
         tensors = [tensor for part in parts for tensor in part.tensors]
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in tensors}
+        arch = self.metadata.get("general.architecture")
+        # An unknown one is refused with the configuration.
+        self._row = (isinstance(arch, str) and ARCHITECTURES.get(arch)) or Architecture("")
+        self._tensors = {self._row.hf_name(tensor.name): tensor for tensor in tensors}
         if len(self._tensors) < len(tensors):
             raise ValueError(f"{path} has a tensor twice, or under two names; download it again")
 
@@ -93,9 +76,11 @@ class GgufFile(Source):
         return self._files
 
     def read(self, name: str) -> np.ndarray:
-        """Dequantize one tensor, and put q and k rows in Hugging Face's order."""
+        """Dequantize one tensor, and make it Hugging Face's: the order of q and k rows, and norms without 1 added."""
         tensor, pairs = self._tensors[name], self._pairs(name)
         values = dequantize(tensor.data(), tensor.kind).reshape(tensor.shape)
+        if self._row.norms_plus_one and name.endswith("norm.weight"):
+            values = values - np.float32(1)
         return values if pairs is None else in_halves(values, pairs)
 
     def stored(self, name: str) -> np.ndarray | Blocks:
@@ -107,7 +92,7 @@ class GgufFile(Source):
 
     def _pairs(self, name: str) -> int | None:
         """Pairs of a head's rows that the file has next to each other."""
-        is_paired = self.metadata["general.architecture"] in PAIRED_ROPE and (".q_proj." in name or ".k_proj." in name)
+        is_paired = self._row.paired_rope and (".q_proj." in name or ".k_proj." in name)
         return self.config.head_dim // 2 if is_paired else None
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
@@ -168,10 +153,3 @@ def _parts(path: Path) -> list[GgufHeader]:
 def _part(index: int, count: int) -> str:
     """The end of a part's name, as llama.cpp writes it."""
     return f"-{index + 1:05d}-of-{count:05d}.gguf"
-
-
-def _hf_name(name: str) -> str:
-    match name.split("."):
-        case ["blk", index, module, kind] if module in LAYER_MODULES:
-            return f"model.layers.{index}.{LAYER_MODULES[module]}.{kind}"
-    return MODEL_TENSORS.get(name, name)  # The loader reports unknown names.

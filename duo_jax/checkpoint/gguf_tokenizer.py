@@ -286,14 +286,13 @@ def _merges_from_scores(metadata: Mapping[str, object]) -> list[tuple[str, str]]
     }
     if (longest := max(map(len, score_of), default=0)) > _LONGEST_TOKEN:
         raise ValueError(f"'tokenizer.ggml.tokens' has a token of {longest} characters, more than {_LONGEST_TOKEN}")
-    merges = [
-        (score, token[:cut], token[cut:])
-        for token, score in score_of.items()
+    # Best token first (a stable order); of its splits, the longer left part first.
+    return [
+        (left, right)
+        for token in sorted(score_of, key=score_of.__getitem__, reverse=True)
         for cut in range(len(token) - 1, 0, -1)
-        if token[:cut] in score_of and token[cut:] in score_of
+        if (left := token[:cut]) in score_of and (right := token[cut:]) in score_of
     ]
-    merges.sort(key=lambda merge: -merge[0])  # stable: of equal ones, the longer left part first
-    return [(left, right) for _, left, right in merges]
 
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, object]], tuple[Tokenizer, bool]]] = {

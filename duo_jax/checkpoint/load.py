@@ -50,6 +50,7 @@ def load_model(
     mesh: Mesh | None = None,
     pattern: HeadPattern | None = None,
     fsdp: bool = False,
+    accept_terms: bool = False,
     progress: bool | None = None,
 ) -> Model:
     """Load pretrained weights, tensor by tensor, onto the default device or the devices of a mesh.
@@ -71,10 +72,12 @@ def load_model(
             puts the heads on the same devices. None: full attention.
         fsdp: with a mesh, give every device a slice of each array and gather a layer when it is used, for training
             (`duo_jax.mesh.fsdp`); by default devices share heads, for inference.
+        accept_terms: the user has read and accepts the terms of use that a packaged model has.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
-        FileNotFoundError, PermissionError: the path does not exist or is not readable; the message has a remedy.
+        FileNotFoundError, PermissionError: the path does not exist or is not readable, or a packaged model has terms of
+            use that were not accepted; the message has a remedy.
         NotImplementedError: an architecture, feature or quantization that is not supported, by name.
         ValueError: missing, extra, misshapen or truncated tensors, by name; a mesh that cannot share the model; a
             pattern of another model, without a mesh, or with `fsdp`; more weights than the host has memory.
@@ -90,7 +93,7 @@ def load_model(
         raise ValueError(
             "fsdp=True slices weights over the devices of a mesh and places no heads: give mesh=, and no pattern="
         )
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, accept_terms=accept_terms)
     if pattern is not None:
         instance("pattern", pattern, HeadPattern, "HeadPattern.load makes one from a name or folder").check(
             checkpoint.config
@@ -135,14 +138,14 @@ def _weights(
             bar.update(counts[path])
 
 
-def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase":
-    """Load the tokenizer that belongs to a model; `source` as for `load_model`.
+def load_tokenizer(source: str | Path, *, accept_terms: bool = False) -> "transformers.PreTrainedTokenizerBase":
+    """Load the tokenizer that belongs to a model; `source` and `accept_terms` as for `load_model`.
 
     Raises:
         FileNotFoundError: no tokenizer, or one that lacks most of the model's vocabulary, as from part of its files.
         ValueError: a tokenizer of another model, with more tokens; see `load_model` for errors of the source.
     """
-    checkpoint = open_source(source, weights=False)
+    checkpoint = open_source(source, weights=False, accept_terms=accept_terms)
     vocabulary = checkpoint.config.vocab_size  # First: what is wrong with a configuration is no fault of the tokenizer.
     tokenizer = checkpoint.tokenizer()
     _check_tokenizer(source, tokenizer, vocabulary)
@@ -219,7 +222,7 @@ def stored_as(source: str | Path, config: ModelConfig) -> str | None:
     )
 
 
-def open_source(source: str | Path, *, weights: bool = True) -> Source:
+def open_source(source: str | Path, *, weights: bool = True, accept_terms: bool = False) -> Source:
     """Find a checkpoint by path, packaged name or hub id, without reading its tensors."""
     path = path_of("model", source, "a path or a name")
     if path.is_dir():
@@ -229,7 +232,7 @@ def open_source(source: str | Path, *, weights: bool = True) -> Source:
             raise ValueError(f"{path} is neither a folder nor a .gguf file; for safetensors give the folder around it")
         return GgufFile(path)
     if str(source).lower() in PACKAGED:
-        return GgufFile(packaged_model(str(source).lower()))
+        return GgufFile(packaged_model(str(source).lower(), accept_terms=accept_terms))
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
         from duo_jax.checkpoint import hub  # It imports huggingface_hub, which takes 0.2 s.
 

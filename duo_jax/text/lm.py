@@ -44,6 +44,7 @@ def load(
     embed_dtype: AnyDtype | None = None,
     kv_dtype: AnyDtype | None = None,
     mesh: Mesh | None = None,
+    accept_terms: bool = False,
     progress: bool | None = None,
     **pattern_options: Any,
 ) -> "LM":
@@ -57,6 +58,7 @@ def load(
         embed_dtype: quantize embeddings and head, see `load_model`.
         kv_dtype: data type of the cache, the model's by default; int8 and int4 quantize the retrieval heads' part.
         mesh: devices that share model and cache, from `make_mesh`.
+        accept_terms: the user has read and accepts the terms of use that a packaged model has.
         progress: show a progress bar while loading; by default only in a terminal.
         **pattern_options: as for `HeadPattern.load` (`sparsity=`, `threshold=`, ...), if `pattern` is a name.
 
@@ -76,13 +78,14 @@ def load(
     config = open_config(source).with_dtypes(dtype=dtype)
     if chosen is not None:
         chosen = chosen.of(config)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, accept_terms=accept_terms)
     template.start(tokenizer)
-    sampling = open_source(source, weights=False).sampling
+    sampling = open_source(source, weights=False, accept_terms=accept_terms).sampling
     attention = inference(config, chosen, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
     certify_model(config, attention)  # Not the mesh: `load_model` lets its processes agree.
-    dtypes: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
-    model = load_model(source, **dtypes, mesh=mesh, pattern=chosen if mesh is not None else None, progress=progress)
+    options: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype, "embed_dtype": embed_dtype}
+    options |= {"mesh": mesh, "pattern": chosen if mesh is not None else None}
+    model = load_model(source, **options, accept_terms=accept_terms, progress=progress)
     return LM(model, tokenizer, chosen, kv_dtype, sampling)
 
 

