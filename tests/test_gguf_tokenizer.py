@@ -238,10 +238,14 @@ def spm_metadata(**more: object) -> dict[str, object]:
 
 
 def sentencepiece_tokens(text: str, metadata: dict[str, object]) -> list[str]:
-    """SentencePiece's BPE: join the best-scoring neighbours, leftmost first, until no pair is left."""
+    """The tokens of a text, after the prefix that SentencePiece adds to it."""
     rows = zip(metadata[KEY + "tokens"], metadata[KEY + "scores"], metadata[KEY + "token_type"], strict=True)
-    score = {token: value for token, value, kind in rows if kind == 1}
-    symbols = list("▁" + text.replace(" ", "▁")) if text else []
+    return merged("▁" + text if text else "", {token: value for token, value, kind in rows if kind == 1})
+
+
+def merged(text: str, score: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE: join the best-scoring neighbours, leftmost first, until no pair is left."""
+    symbols = list(text.replace(" ", "▁"))
     while True:
         pairs = [(score[a + b], -i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in score]
         if not pairs:

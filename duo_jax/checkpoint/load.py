@@ -186,10 +186,10 @@ def usual_dtype(config: ModelConfig, dtype: AnyDtype | None = None) -> AnyDtype:
     return "float32" if jax.default_backend() == "cpu" else config.dtype
 
 
-def open_config(source: str | Path) -> ModelConfig:
+def open_config(source: str | Path, *, accept_terms: bool = False) -> ModelConfig:
     """The configuration of a model or of a preset, without its weights; a path takes precedence over a preset."""
     preset = None if path_of("model", source, "a path or a name").exists() else PRESETS.get(str(source).lower())
-    return preset or open_source(source, weights=False).config
+    return preset or open_source(source, weights=False, accept_terms=accept_terms).config
 
 
 def loaded_config(source: str | Path) -> ModelConfig:

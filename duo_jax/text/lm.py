@@ -75,7 +75,7 @@ def load(
         chosen = pattern
     else:
         chosen = HeadPattern.load(pattern, **pattern_options)
-    config = open_config(source).with_dtypes(dtype=dtype)
+    config = open_config(source, accept_terms=accept_terms).with_dtypes(dtype=dtype)
     if chosen is not None:
         chosen = chosen.of(config)
     tokenizer = load_tokenizer(source, accept_terms=accept_terms)

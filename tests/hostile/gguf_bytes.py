@@ -119,6 +119,33 @@ def tensors() -> dict[str, Tensor]:
     return {f"{name}.weight": Tensor(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
+def gemma_metadata() -> dict[str, Any]:
+    """The keys of a small Gemma 3 with a SentencePiece tokenizer."""
+    keys = {key.replace("llama.", "gemma3.", 1): value for key, value in metadata().items()}
+    for name in ("pre", "merges"):
+        del keys[f"tokenizer.ggml.{name}"]
+    return keys | {
+        "general.architecture": "gemma3",
+        "gemma3.attention.value_length": HEAD_DIM,
+        "gemma3.attention.sliding_window": 12,
+        "gemma3.attention.sliding_window_pattern": Array(Kind.BOOL, [True, False]),
+        "gemma3.rope.freq_base_swa": 5000.0,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.scores": Array(Kind.FLOAT32, [-float(index) for index in range(VOCAB)]),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def gemma_tensors() -> dict[str, Tensor]:
+    """Random weights of that model, with a tied head."""
+    rng, found = np.random.default_rng(1), tensors()
+    del found["output.weight"]
+    sizes = {"attn_q_norm": HEAD_DIM, "attn_k_norm": HEAD_DIM, "post_attention_norm": DIM, "post_ffw_norm": DIM}
+    names = {f"blk.{layer}.{name}.weight": size for layer in range(LAYERS) for name, size in sizes.items()}
+    return found | {name: Tensor(rng.standard_normal(size, np.float32)) for name, size in names.items()}
+
+
 @dataclass
 class File:
     """A GGUF file; the fields from `magic` on may be wrong."""

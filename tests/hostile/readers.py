@@ -53,7 +53,7 @@ from pallas_kernels.tiles import KINDS, DecodeTiles, read_tuned
 from pallas_kernels.types import Request
 from pallas_kernels.window import Window
 from tests.hostile.chat_tokenizers import CHATML, INST, tokenizer_of
-from tests.hostile.gguf_bytes import Array, File, Raw, Tensor, metadata, tensors
+from tests.hostile.gguf_bytes import Array, File, Raw, Tensor, gemma_metadata, gemma_tensors, metadata, tensors
 from tests.hostile.strategies import changed, damaged, json_bytes, values
 from tests.quantized_formats import CASES, write_folder
 from tests.shapes import GOLDEN, TINY
@@ -219,7 +219,8 @@ def _element(kind: int) -> st.SearchStrategy[Any]:
 
 
 def _gguf_file(data: st.DataObject) -> File:
-    keys, parts = metadata(), tensors()
+    is_gemma = data.draw(st.booleans())
+    keys, parts = (gemma_metadata(), gemma_tensors()) if is_gemma else (metadata(), tensors())
     for _ in range(data.draw(st.integers(1, 3))):
         key = data.draw(st.sampled_from(sorted(keys)) | st.sampled_from(_GGUF_KEYS))
         match data.draw(st.sampled_from(["value", "value", "element", "drop", "again", "tensor"])):

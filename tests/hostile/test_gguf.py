@@ -11,10 +11,25 @@ from gguf import GGUFValueType as Kind
 
 from duo_jax import load_model, load_tokenizer
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.gguf_config import config_from_gguf
 from duo_jax.checkpoint.gguf_file import GgufFile
+from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.cli import USER_ERRORS
+from duo_jax.config import PRESETS
 from duo_jax.rope import LinearRope, Rope, YarnRope
-from tests.hostile.gguf_bytes import TOKENS, VOCAB, Array, File, Raw, Tensor, metadata, strings, tensors
+from tests.hostile.gguf_bytes import (
+    TOKENS,
+    VOCAB,
+    Array,
+    File,
+    Raw,
+    Tensor,
+    gemma_metadata,
+    gemma_tensors,
+    metadata,
+    strings,
+    tensors,
+)
 from tests.hostile.readers import use_gguf
 from tests.text_models import assert_refused
 
@@ -183,7 +198,7 @@ def test_a_number_that_is_no_number_is_refused(key: str, value: Any, tmp_path: P
         ({"llama__rope__new_idea": "x" * 1000}, "rope.new_idea = 'xxx"),
         ({"llama__attention__causal": False}, "attention.causal = False is a feature"),
         ({"llama__attention__scale": 0.5}, "attention.scale = 0.5 is a feature"),
-        ({"llama__attention__sliding_window": 32}, "sliding_window = 32 is not supported"),
+        ({"llama__attention__sliding_window": 32}, "sliding_window = 32 is not supported: llama.cpp ignores"),
         ({"llama__attention__sliding_window_pattern": 6}, "sliding_window_pattern = 6 is a feature"),
         ({"llama__logit_scale": 8.0}, "llama.logit_scale = 8.0 is a feature"),
         ({"llama__final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is a feature"),
@@ -238,6 +253,85 @@ def test_wrong_metadata_is_refused_by_name(keys: dict[str, Any], reason: str, tm
 def test_rope_is_read_as_in_llama_cpp(keys: dict[str, Any], rope: Rope, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", with_keys(**{KEY + key: value for key, value in keys.items()}))
     assert GgufFile(path).config.rope == rope
+
+
+# Layers with a window.
+
+
+def gemma(**changes: Any) -> File:
+    """The right Gemma 3 with other keys of its architecture; None removes a key."""
+    keys = gemma_metadata() | {f"gemma3.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return File({key: value for key, value in keys.items() if value is not None}, gemma_tensors())
+
+
+PATTERN = "attention__sliding_window_pattern"
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows", "theta"),
+    [
+        ({}, (12, None), 5000.0),
+        ({PATTERN: 2, "rope__freq_base_swa": None}, (12, None), 10000.0),
+        ({PATTERN: 1}, (), 5000.0),
+        ({PATTERN: None}, (12, 12), 5000.0),
+        ({PATTERN: Array(Kind.BOOL, [False, True])}, (None, 12), 5000.0),
+        ({"attention__sliding_window": 64}, (64, None), 5000.0),  # As long as the context: RoPE still goes by layer.
+        ({"attention__sliding_window": None, PATTERN: None}, (), 5000.0),
+        ({"attention__key_length_swa": 16, "rope__dimension_count_swa": 16}, (12, None), 5000.0),
+    ],
+)
+def test_windows_are_read_as_in_llama_cpp(
+    keys: dict[str, Any], windows: tuple[int | None, ...], theta: float, tmp_path: Path
+) -> None:
+    config = GgufFile(write(tmp_path / "m.gguf", gemma(rope__scaling__factor=8.0, **keys))).config
+    assert (config.family, config.layer_windows) == ("gemma3_text", windows)
+    assert (config.rope, config.window_rope) == (LinearRope(1e4, factor=8.0), Rope(theta))
+    assert config.tied_head and config.query_scale == 1.0 and config.activation == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"attention__sliding_window": -1}, "sliding_window must be an integer in"),
+        ({"attention__sliding_window": 12.0}, "sliding_window must be an integer in"),
+        ({PATTERN: 0}, "sliding_window_pattern must be an integer in"),
+        ({PATTERN: True}, "sliding_window_pattern must be an integer in"),
+        ({PATTERN: Array(Kind.BOOL, [True])}, "must be an integer, or an array of 2 booleans, got an array of 1"),
+        ({PATTERN: Array(Kind.INT32, [1, 0])}, "must be an integer, or an array of 2 booleans"),
+        ({PATTERN: Array(Kind.BOOL, [])}, "must be an integer, or an array of 2 booleans, got an array of 0"),
+        ({"rope__freq_base_swa": 0.0}, "rope.freq_base_swa must be a number in"),
+        ({"rope__freq_base_swa": float("nan")}, "rope.freq_base_swa must be a number in"),
+        ({"attention__key_length_swa": 8}, "key_length_swa = 8 is a feature that is not supported"),
+        ({"attention__value_length_swa": 8}, "value_length_swa = 8 is a feature that is not supported"),
+        ({"rope__dimension_count_swa": 8}, "dimension_count_swa = 8 is a feature that is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is a feature"),
+        ({"attention__head_count_kv": 2}, "of the wrong shape"),
+    ],
+)
+def test_wrong_windows_are_refused_by_name(keys: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(USER_ERRORS, match=rf"bad\.gguf.*{reason}"):
+        use_gguf(write(tmp_path / "bad.gguf", gemma(**keys)))
+
+
+def test_norms_of_gemma_are_stored_with_one_added(tmp_path: Path) -> None:
+    _, weights, _ = use_gguf(write(tmp_path / "m.gguf", gemma()))
+    names = {"ffn_norm": "pre_feedforward_layernorm", "attn_q_norm": "self_attn.q_norm"}
+    for ours, theirs in names.items():
+        expected = gemma_tensors()[f"blk.1.{ours}.weight"].data - np.float32(1)
+        np.testing.assert_array_equal(weights[f"model.layers.1.{theirs}.weight"], expected)
+    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], tensors()["token_embd.weight"].data)
+
+
+def test_queries_of_the_largest_gemma_have_a_scale_of_their_own() -> None:
+    expected = PRESETS["gemma-3-27b"]
+    sizes = {"block_count": 62, "embedding_length": 5376, "feed_forward_length": 21504, "context_length": 131072}
+    heads = {"head_count": 32, "head_count_kv": 16, "key_length": 128, "layer_norm_rms_epsilon": 1e-6}
+    others = {"rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    keys = sizes | others | {f"attention.{key}": value for key, value in (heads | {"sliding_window": 1024}).items()}
+    metadata = {f"gemma3.{key}": value for key, value in keys.items()} | {"general.architecture": "gemma3"}
+    shapes = {name: s for w in weight_table(expected).values() for name, s in zip(w.names, w.shapes, strict=True)}
+    config = config_from_gguf(metadata, shapes, divisors=None)
+    assert replace(config, eos_ids=expected.eos_ids) == expected
 
 
 def test_the_ends_are_eos_eot_and_eom(tmp_path: Path) -> None:
