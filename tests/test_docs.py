@@ -6,14 +6,15 @@ import importlib.util
 import inspect
 import re
 import shlex
+from contextvars import copy_context
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import tyro
 
 import duo_jax
 import pallas_kernels
+from duo_jax.cli.flags import parse
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -101,7 +102,8 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("block", examples("bash"))
-def test_every_command_line_parses(block, capsys):
+def test_every_command_line_parses(block, capsys, monkeypatch):
+    monkeypatch.setenv("DUO_ACCEPT_TERMS", "")  # A flag changes it.
     commands = {entry.name: entry for entry in entry_points(group="duo.commands")}
     for arguments in command_lines(block):
         name, *flags = arguments
@@ -109,7 +111,7 @@ def test_every_command_line_parses(block, capsys):
             continue
         assert name in commands, f"duo {name}: no such command"
         try:
-            tyro.cli(commands[name].load(), prog=f"duo {name}", args=flags)
+            copy_context().run(parse, commands[name].load(), f"duo {name}", flags)
         except SystemExit as exit:
             assert exit.code == 0, f"duo {' '.join(arguments)}\n{capsys.readouterr()}"
 
