@@ -32,6 +32,8 @@ MOST = {
 MOST_EXPERTS = {"num_experts": 10**4, "experts_per_token": 10**4, "expert_dim": 10**7}
 
 
+# What a decoder may multiply or divide by, above 0.
+SCALES = "embed_scale", "query_scale", "residual_scale", "logits_divisor"
 # The activations that an MLP may have, by transformers' names.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -52,7 +54,8 @@ class ModelConfig:
     `no_rope_layers` have none. RoPE turns the first `rotary_dim` channels of a head; None: all.
 
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`, and so does, at
-    position p, `1 + query_log_scale * log(1 + p // query_log_positions)`.
+    position p, `1 + query_log_scale * log(1 + p // query_log_positions)`. `residual_scale` multiplies what attention
+    and MLP add, and `logits_divisor` divides logits.
 
     With `norm_offset`, norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention
     and MLP, `post_norms` of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`,
@@ -107,6 +110,8 @@ class ModelConfig:
     normalize_experts: bool = False
     dense_layers: tuple[int, ...] = ()
     rotary_dim: int | None = None
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -116,7 +121,7 @@ class ModelConfig:
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values |= self._checked_experts()
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
-        values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in ("embed_scale", "query_scale")}
+        values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in SCALES}
         values["query_log_scale"] = real_number("query_log_scale", self.query_log_scale, 0, 1e6)
         if self.query_log_scale:
             most = MOST["max_positions"]
@@ -400,6 +405,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_log_positions": lambda config: config["rope_parameters"].get("original_max_position_embeddings") or 0,
     },
     "phi3": {"layer_windows": _flag("layer_windows"), "rotary_dim": _flag("rotary_dim")},
+    "granite": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "mlp_bias": _flag("mlp_bias"),
+        "embed_scale": _flag("embedding_multiplier"),
+        "query_scale": lambda config: config["attention_multiplier"] * config["head_dim"] ** 0.5,
+        "residual_scale": _flag("residual_multiplier"),
+        "logits_divisor": _flag("logits_scaling"),
+    },
+    "seed_oss": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_out_bias"),
+        "mlp_bias": _flag("mlp_bias"),
+    },
     "smollm3": {
         "qkv_bias": _flag("attention_bias"),
         "out_bias": _flag("attention_bias"),

@@ -30,6 +30,8 @@ def _size(field: str) -> Callable[[str, Any], int]:
     return partial(whole_number, least=1, most=(MOST | MOST_EXPERTS)[field])
 
 
+BOOLEANS = ("attention_bias", "attention_out_bias", "mlp_bias", "tie_word_embeddings")
+_scale = partial(real_number, least=1e-6, most=1e6)
 # Every key that can change a result, with its check; the others are not read. null stands for a family's default.
 KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "vocab_size": _size("vocab_size"),
@@ -43,6 +45,7 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "rms_norm_eps": partial(real_number, least=0, most=1),
     "tie_word_embeddings": true_or_false,
     "attention_bias": true_or_false,
+    "attention_out_bias": true_or_false,
     "mlp_bias": true_or_false,
     "use_sliding_window": true_or_false,
     "sliding_window": partial(whole_number, least=0, most=MOST["max_positions"]),
@@ -53,6 +56,10 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "no_rope_layer_interval": _size("num_layers"),
     "hidden_act": None,
     "hidden_activation": None,
+    "embedding_multiplier": _scale,
+    "attention_multiplier": _scale,
+    "residual_multiplier": _scale,
+    "logits_scaling": _scale,
     "query_pre_attn_scalar": partial(whole_number, least=1, most=10**6),
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -178,7 +185,7 @@ def _by_transformers(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the configuration contradicts itself: {text[:300]}") from None
     values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
     values["head_dim"] = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
-    return values | {key: bool(values[key]) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
+    return values | {key: bool(values[key]) for key in BOOLEANS}
 
 
 def _refuse_unsupported(family: str, values: dict[str, Any], config: Mapping[str, Any]) -> None:

@@ -356,10 +356,15 @@ def _after_attention(
     layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"], token_mesh: AnyMesh | None
 ) -> Float[Array, "B T D"]:
     mixed = layer.attention.out(out.reshape(*x.shape[:2], -1))
-    x = x + _normed(layer.attention_post_norm, mixed)
+    scale = layer.attention.config.residual_scale
+    x = x + _scaled(_normed(layer.attention_post_norm, mixed), scale)
     normal = _normed(layer.mlp_norm, x)
     y = layer.mlp(normal, token_mesh) if isinstance(layer.mlp, Experts) else layer.mlp(normal)
-    return x + _normed(layer.mlp_post_norm, y)
+    return x + _scaled(_normed(layer.mlp_post_norm, y), scale)
+
+
+def _scaled(x: Float[Array, "*B D"], scale: float) -> Float[Array, "*B D"]:
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def _normed(norm: RMSNorm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

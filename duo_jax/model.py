@@ -114,8 +114,10 @@ class Decoder(nnx.Module):
             stored = self.whole(self.embed, hidden).embedding if tied else self.whole(self.head, hidden).kernel
             weight = stored.get_value()
             if self.config.embed_dtype is not None:
-                return multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
-            return jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
+                logits = multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
+            else:
+                logits = jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
+            return logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
 
     def sink_logits(self, layer: int) -> Float[Array, "N"] | None:
         """The score of each query head of a layer for its learned sink, for the operations of attention."""

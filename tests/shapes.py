@@ -10,7 +10,18 @@ GOLDEN = Path(__file__).parent / "golden"
 # Attention backends that do everything on a CPU, fast enough for tests.
 ON_CPU = ("reference", "xla", "triton")
 # Golden checkpoints: those with the parts of llama, and those of `Family.small` in tests/golden/make.py.
-SMALL = ("smollm3", "olmo3", "ministral", "ministral3", "phi3", "phi3_short", "qwen3_moe", "mixtral")
+SMALL = (
+    "smollm3",
+    "olmo3",
+    "ministral",
+    "ministral3",
+    "phi3",
+    "phi3_short",
+    "granite",
+    "seed_oss",
+    "qwen3_moe",
+    "mixtral",
+)
 FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear", "gemma3_text", *SMALL)
 
 

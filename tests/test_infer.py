@@ -148,7 +148,7 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern, context
     return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
 
 
-@pytest.mark.parametrize("family", families("smollm3", "olmo3", "ministral3", "phi3", of=SMALL))
+@pytest.mark.parametrize("family", families("smollm3", "olmo3", "ministral3", "phi3", "granite", of=SMALL))
 def test_a_dense_forward_pass_gives_the_golden_logits(family):
     """What a family has outside of attention, without the programs of a cache, which take longer to compile."""
     model, arrays, pattern = load_golden(family)

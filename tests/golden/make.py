@@ -148,6 +148,18 @@ FAMILIES: dict[str, Family] = {
         original_max_position_embeddings=128,
         rope_parameters=rope("longrope", short_factor=[1.0, 1.1] * 4, long_factor=[2.0] * 8),
     ),
+    "granite": Family.small(
+        "granite",
+        vocab_size=117,
+        embedding_multiplier=6.0,
+        attention_multiplier=0.375,
+        residual_multiplier=0.7,
+        logits_scaling=3.0,
+        rope_parameters=rope(),
+    ),
+    "seed_oss": Family.small(
+        "seed_oss", vocab_size=118, attention_bias=True, attention_out_bias=True, rope_parameters=rope(theta=1e7)
+    ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
     "qwen3_moe": Family.small(
         "qwen3_moe",
@@ -328,10 +340,12 @@ def run(model: PreTrainedModel, ids: Array, attention: Callable[..., Any] | None
     recorded: list[Tensor] = []
     projections = [layer.self_attn.o_proj for layer in model.model.layers]
     hooks = [o_proj.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0])) for o_proj in projections]
-    hidden = model.model(torch.from_numpy(ids).long(), use_cache=False).last_hidden_state
+    normed: list[Tensor] = []
+    hooks.append(model.model.norm.register_forward_hook(lambda _, inputs, output: normed.append(output)))
+    logits = model(torch.from_numpy(ids).long(), use_cache=False).logits
     for hook in hooks:
         hook.remove()
-    return Outputs(model.lm_head(hidden).numpy(), hidden.numpy(), recorded)
+    return Outputs(logits.numpy(), normed[0].numpy(), recorded)
 
 
 def compare(stored: Path, arrays: dict[str, Array]) -> bool:
