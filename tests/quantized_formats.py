@@ -4,6 +4,7 @@ Knows nothing of the reader. Each writer gets numbers, scales and zeros, and ret
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,7 +236,7 @@ CASES: dict[str, Case] = {
 
 
 def is_linear(name: str) -> bool:
-    return name.endswith("_proj.weight")
+    return bool(re.search(r"(_proj|\.w[123])\.weight$", name))
 
 
 def write_folder(folder: Path, case: Case, source: Path, *, keep: Callable[[str], bool] = lambda name: False) -> Path:

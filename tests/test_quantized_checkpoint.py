@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import qwix
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from duo_jax import Model, ModelConfig, generate, load_model, make_mesh, save_model
 from duo_jax.arrays import Shards
@@ -27,7 +27,7 @@ from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.plan import weight_bytes
 from duo_jax.quantization_config import stored_format
 from tests.quantized_formats import CASES, awq_config, compressed, gptq_config, is_linear, write_folder
-from tests.shapes import GOLDEN
+from tests.shapes import FAMILIES, GOLDEN
 from tests.test_checkpoint import PEAK, SMALL, random_tensors, save_folder
 from tests.text_models import Result, make_model
 
@@ -199,6 +199,36 @@ def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: P
     with pytest.warns(UserWarning, match="not all linear maps are quantized, such as model.layers.0.mlp.down_proj"):
         model = load_model(folder)
     for x, y in zip(values(model), values(load_model(tmp_path / "twin")), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_values_of_its_dequantized_twin(family: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", CASES["fp8, channels"], GOLDEN / family)
+    model, twin = load_model(folder), load_model(tmp_path / "twin")
+    assert model.config == replace(twin.config, weight_dtype="fp8")
+    for x, y in zip(values(model), values(twin), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.full_matrix
+def test_a_model_of_text_and_images_may_be_quantized(tmp_path: Path) -> None:
+    plain = write_folder(tmp_path / "plain", CASES["awq"], GOLDEN / "gemma3_text")
+    config = json.loads((plain / "config.json").read_text())
+    outside = {key: config.pop(key) for key in ("eos_token_id", "dtype", "quantization_config")}
+    outside["quantization_config"]["modules_to_not_convert"] = ["vision_tower"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config} | outside))
+    tensors = load_file(plain / "model.safetensors")
+    save_file(
+        {name.replace("model.", "model.language_model.", 1): x for name, x in tensors.items()}
+        | {"model.vision_tower.weight": np.ones((2, 2), np.float32)},
+        folder / "model.safetensors",
+    )
+    assert open_config(folder).weight_dtype == "int4-32-asym"
+    for x, y in zip(values(load_model(folder)), values(load_model(tmp_path / "twin")), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
