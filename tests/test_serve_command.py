@@ -20,7 +20,7 @@ from tests.text_models import Result, assert_refused
     ("flags", "words"),
     [
         (("--memory", "1MB"), ("serving 8 requests at a time needs at least", "but there are 1.0 MB", "fewer rows")),
-        (("--chunk", "100"), ("chunks are whole pages, got --chunk-size=100 for --page-size=128: use a multiple",)),
+        (("--chunk", "100"), ("a chunk is whole pages, got 100 tokens for pages of 128: use a multiple",)),
         (("--port", "65536"), ("--port must be at most 65535",)),
         (("--api-key", ""), ("--api-key must be printable ASCII characters, and not empty",)),
         (("--max-body", "many"), ("must be a number above 0 and a unit",)),

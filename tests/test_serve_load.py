@@ -68,7 +68,7 @@ def alone(served: Served) -> Iterator[Engine]:
         yield engine
 
 
-def requests(count: int, seed: int) -> list[Request]:
+def requests(count: int, seed: int, most: int) -> list[Request]:
     """Prompts of all lengths, some with a prefix in common, and all ways to choose tokens."""
     draw = random.Random(seed)
     prefixes = [[], *([draw.randrange(3, 97) for _ in range(size)] for size in (20, 45))]
@@ -77,7 +77,7 @@ def requests(count: int, seed: int) -> list[Request]:
         own = [draw.randrange(3, 97) for _ in range(draw.randrange(1, 50))]
         settings = SAMPLERS[number % len(SAMPLERS)] | {"n": draw.choice([1, 1, 1, 1, 2])}
         prompt = draw.choice(prefixes) + own
-        made.append(Request(tuple(prompt), draw.randrange(1, 24), seed=number, **settings))
+        made.append(Request(tuple(prompt), draw.randrange(1, most), seed=number, **settings))
     draw.shuffle(made)
     return made
 
@@ -93,7 +93,7 @@ def replies(events: list) -> dict[int, tuple[list, str, str]]:
 
 
 def check_load(served: Served, alone: Engine, sizes: Sizes, count: int, at_a_time: int, cancelled: int) -> None:
-    made = requests(count, seed=count)
+    made = requests(count, seed=count, most=34 if count > 100 else 24)
     draw, slots, results = random.Random(3), threading.Semaphore(at_a_time), {}
 
     def ask(number: int, request: Request, engine: Engine) -> None:
@@ -134,7 +134,7 @@ def test_replies_under_load_are_those_of_the_requests_alone(served, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [8, 16])
 def test_200_requests_16_at_a_time(served, chunk_size):
-    sizes = replace(SIZES, rows=8, pages=30, chunk_size=chunk_size)
+    sizes = replace(SIZES, rows=8, pages=20, chunk_size=chunk_size)
     with served.engine(replace(sizes, snapshots=0)) as alone:
         check_load(served, alone, sizes, count=200, at_a_time=16, cancelled=30)
 
