@@ -12,9 +12,10 @@ from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.efficiency import Efficiency, Point
 from duo_eval.speed.engines import ENGINES
 from duo_eval.speed.engines.cudnn import Cudnn
+from duo_eval.speed.engines.transformers import fields
 from duo_eval.speed.roofline import decode_bytes, kv_bytes_read, prefill_flops, saving_realized, visible_pairs
 
-from duo_jax import PRESETS, HeadPattern
+from duo_jax import PRESETS, HeadPattern, ModelConfig
 
 
 def _half() -> HeadPattern:
@@ -85,6 +86,13 @@ def test_engines_compute_the_same_logits(text_model):
         assert engine.kv_bytes > 0 and min(engine.memory().values()) > 0
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "qwen3-8b"])
+def test_the_engine_of_transformers_has_the_layers_of_the_model(name):
+    config = PRESETS[name]
+    values = fields(config) | {"model_type": config.family, "dtype": config.dtype, "eos_token_id": config.eos_ids}
+    assert ModelConfig.from_hf(values) == config
 
 
 def test_engines_say_what_they_cannot_do(text_model):

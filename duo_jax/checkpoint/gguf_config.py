@@ -85,7 +85,7 @@ def config_from_gguf(
         raise NotImplementedError(f"{arch}.attention.value_length is not key_length, which is not supported")
     positions = keys.integer("context_length")
     query_dim = dim // heads if layers == row.wide_query_layers else head_dim
-    values = {
+    values: dict[str, Any] = {
         "model_type": row.family,
         "vocab_size": rows,
         "num_hidden_layers": layers,

@@ -86,6 +86,7 @@ class ChatCommand:
         sampling, pattern = self.sampling.settings(self.model.sampling()), self.pattern.load(self.max_length)
         sampling.sampler()
         tokenizer = self.model.text_tokenizer()
+        template.check_template(tokenizer, "duo generate continues a plain text")
         template.start(tokenizer)
         model = self.model.load(mesh=self.devices.make(), pattern=pattern)
         lm = LM(model, tokenizer, pattern, self.cache.kv_dtype, sampling)

@@ -10,6 +10,7 @@ from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.engines.base import Engine
 from duo_jax import HeadPattern, ModelConfig
 from duo_jax.checkpoint.source import Source
+from duo_jax.hf_config import FULL, SLIDING
 
 
 class Transformers(Engine):
@@ -24,8 +25,8 @@ class Transformers(Engine):
             raise NotImplementedError("the transformers engine needs torch: pip install 'duo-jax[bench]'") from None
         if pattern.num_streaming:
             raise NotImplementedError("transformers has no streaming heads: leave the pattern out")
-        if pattern.window_layers:
-            raise NotImplementedError("the transformers engine has no layers with a window: measure another model")
+        if len(model.config.own_windows) > 1:
+            raise NotImplementedError("transformers has one window for all layers that have one: measure another model")
         self.compile_seconds = {}
         self.kv_bytes = 0
         self._torch, self._cache_class = torch, transformers.DynamicCache
@@ -40,7 +41,7 @@ class Transformers(Engine):
 
     def prefill(self, tokens: Int[np.ndarray, "B T"]) -> Any:
         """See `Engine`."""
-        self._cache = self._cache_class()
+        self._cache = self._cache_class(config=self._model.config)  # Layers with a window keep only their window.
         logits = self._run(tokens)
         self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
         return logits
@@ -74,7 +75,7 @@ def torch_model(config: ModelConfig, source: Source | None, *, dtype: str, devic
     import torch
     import transformers
 
-    hf = transformers.AutoConfig.for_model(config.family, **_fields(config))
+    hf = transformers.AutoConfig.for_model(config.family, **fields(config))
     with device:
         model = transformers.AutoModelForCausalLM.from_config(hf, dtype=getattr(torch, dtype)).eval()
     if source is not None:
@@ -86,8 +87,16 @@ def torch_model(config: ModelConfig, source: Source | None, *, dtype: str, devic
     return model
 
 
-def _fields(config: ModelConfig) -> dict[str, Any]:
+def fields(config: ModelConfig) -> dict[str, Any]:
     """The shape in Hugging Face's terms. RoPE is not scaled: frequencies do not affect time."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
+    windows: dict[str, Any] = {"sliding_window": None}
+    if config.own_windows:
+        is_sliding = [window is not None for window in config.layer_windows]
+        windows = {"sliding_window": config.own_windows[0].size, "use_sliding_window": True}
+        windows["layer_types"] = [SLIDING if slides else FULL for slides in is_sliding]
+    if config.window_rope is not None:
+        rope = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": config.window_rope.theta}}
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -101,6 +110,9 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_head,
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
-        "sliding_window": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+        "hidden_act": config.activation,
+        "hidden_activation": config.activation,
+        "query_pre_attn_scalar": round(config.head_dim / config.query_scale**2),
+        "rope_parameters": rope,
+        **windows,
     }
