@@ -10,16 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, Model, load_model
+from duo_jax import HeadPattern, Model, ModelConfig, load_model
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.checkpoint.load import load_tokenizer
-from duo_jax.plan import Plan
+from duo_jax.plan import Plan, any_pattern
 from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.serve import programs
 from duo_jax.serve.engine import Engine
 from duo_jax.serve.model_device import ModelDevice, page_bytes, ring_bytes
+from duo_jax.serve.programs import Programs
 from duo_jax.serve.requests import FinishEvent, Request, TokenEvent
 from duo_jax.serve.scheduler import Sizes
 from duo_jax.serve.sizing import plan_sizes
+from duo_jax.sizes import nbytes
 from duo_jax.tokenizer import TextTokenizer
 
 SIZES = Sizes(rows=4, pages=24, page_size=8, chunk_size=16, row_pages=16, snapshots=8, snapshot_every=32)
@@ -178,6 +181,28 @@ def test_a_prompt_that_gives_nan_fails_by_itself_and_its_pages_are_used_again(se
             (end,) = others[1]
             assert end.reason == "error" and "logits are not finite" in end.error
         assert engine.metrics().pages_free == 24 - 6, "what is not finite is not kept"
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("rows", [1, 8])
+def test_programs_need_no_more_than_was_planned(fresh_programs, rows):
+    shape = {"num_layers": 2, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "max_positions": 8192}
+    config = ModelConfig("llama", vocab_size=49152, embed_dim=576, mlp_dim=1536, dtype="float32", eos_ids=(2,), **shape)
+    plan, memory = Plan(config, any_pattern(config, 0.5), chunk_size=256), 10**9
+    sizes, spec = plan_sizes(plan, memory, rows=rows)
+    model, server = Model.random(config), Programs(256)
+    kept = server.rows(model, replace(spec, num_pages=4))
+    number, none = np.int32(0), np.full(rows, -1, np.int32)
+    lowered = [
+        programs._step.lower(server, model, kept, none < 0, none),
+        programs._prefill.lower(server, model, kept, number, np.zeros(256, np.int32), number),
+        programs._first.lower(server, model, kept, number, number),
+    ]
+    temporaries = max(program.compile().memory_analysis().temp_size_in_bytes for program in lowered)
+    state = nbytes((kept.last, kept.token, kept.sampling, kept.drawn._replace(keys=kept.token)))
+    rings = (sizes.snapshots + 1) * (ring_bytes(spec) + 4 * config.embed_dim)
+    taken = nbytes(model) + spec.nbytes + rings + state + temporaries
+    assert 0.9 * memory < taken <= memory
 
 
 def test_a_server_takes_the_memory_that_was_planned(served):

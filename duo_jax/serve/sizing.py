@@ -12,8 +12,9 @@ from duo_jax.sizes import size_text
 # Of the memory that weights, activations and rows leave, the part that copies of rings may take; pages get the rest.
 SNAPSHOT_SHARE = 0.2
 MOST_SNAPSHOTS = 1024
-# Arrays of float32 [rows, vocabulary] that choosing a token needs at a time: logits, sorted, their order, sums.
-CHOICE_ARRAYS = 8
+# Arrays of float32 [rows, vocabulary] that a step needs at a time: logits, sorted, their order, sums. The compiler
+# counts 11 with SmolLM2; as many again leave room for the blocks of attention, which matter in small models.
+CHOICE_ARRAYS = 20
 
 
 def plan_sizes(
