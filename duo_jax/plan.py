@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from duo_jax.arguments import MOST_BYTES, instance, whole_number
+from duo_jax.arguments import MOST_BYTES, MOST_TOKENS, instance, whole_number
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.chunks import most_at_a_time
 from duo_jax.config import ModelConfig
@@ -23,6 +23,12 @@ from duo_jax.pattern import HeadPattern
 from duo_jax.precision import AnyDtype
 from duo_jax.sizes import nbytes, size_text
 from pallas_kernels.certify.machine import may_have_gpu
+from pallas_kernels.quantized import BITS
+from pallas_kernels.segments import scratch_bytes
+
+# What attention to a quantized cache needs for each number of the queries, in numbers of their type: the queries and
+# their transform, the sums of all segments and the result of one in float32, by compilation.
+ATTENTION = 10
 
 
 def any_pattern(config: ModelConfig, sparsity: float, *, sink_size: int = 64, recent_size: int = 256) -> HeadPattern:
@@ -116,18 +122,26 @@ class Plan:
     def activations(self) -> int:
         """Bytes that a chunk of the prompt needs in addition to weights and cache; a decode step needs less.
 
-        The peak is inside the MLP: the residual and its norm, the gate and up projections, the same size again for
-        their product and the compiler's temporaries, and the chunk's keys and values before they are written to the
-        cache. Attention adds nothing that grows with the context: its kernels work on tiles. With quantized weights the
-        compiler dequantizes one kernel at a time, and the largest one is counted.
+        The peak is inside the MLP, or with a quantized cache inside the attention. In the MLP: the residual and its
+        norm, the gate and up projections, the same size again for their product and the compiler's temporaries, and the
+        chunk's keys and values before they are written to the cache. With quantized weights the compiler dequantizes
+        one kernel at a time, and the largest one is counted. Attention adds nothing that grows with the context: its
+        kernels work on tiles, or unpack a quantized cache a segment at a time.
         """
         config, mesh = self.config, self.mesh
-        keys = 2 * mesh.kv_heads(config) * config.head_dim // mesh.tensor
+        kv_heads = mesh.kv_heads(config) // mesh.tensor
         rows = -(-self.batch_size // mesh.data)
-        numbers = rows * self.chunk_size * (4 * config.mlp_dim // mesh.sharers + 2 * config.embed_dim + keys)
+        size, tokens = jnp.dtype(config.dtype).itemsize, rows * self.chunk_size
+        keys = 2 * kv_heads * config.head_dim
+        numbers = tokens * (4 * config.mlp_dim // mesh.sharers + 2 * config.embed_dim + keys)
         if config.weight_dtype is not None:
             numbers += 2 * config.mlp_dim * config.embed_dim // mesh.sharers
-        return numbers * jnp.dtype(config.dtype).itemsize
+        if self.kv_dtype not in BITS:
+            return numbers * size
+        queries = config.num_heads * config.head_dim // mesh.tensor
+        attention = tokens * (2 * config.embed_dim + ATTENTION * queries + keys)
+        scratch = scratch_bytes(rows, MOST_TOKENS, kv_heads, config.head_dim, size)
+        return max(numbers * size, attention * size + scratch)
 
     def total(self, length: int) -> int:
         """Bytes of everything, for contexts of `length` tokens."""

@@ -1,5 +1,6 @@
 """A softmax over keys that are met in parts: the running state, and the merge of parts by their log-sum-exp."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -117,10 +118,22 @@ def merge_splits(parts: Partial, is_used: Bool[Array, "..."], axis: int) -> Part
     return _merged(Partial(out, log_sum), jnp.expand_dims(most, axis), most, lambda *x: [y.sum(axis) for y in x])
 
 
-def merge_parts(parts: Sequence[Partial]) -> Partial:
-    """One softmax out of those over parts of the keys, such as those of several devices."""
-    stacked = Partial(*(jnp.stack(x) for x in zip(*parts, strict=True)))
-    return merge_splits(stacked, jnp.ones(stacked.log_sum.shape, bool), axis=0)
+def merge_parts(parts: Sequence[Partial], is_used: Sequence[Bool[Array, "..."] | None] | None = None) -> Partial:
+    """One softmax out of those over parts of the keys, such as those of several devices; float32.
+
+    A part may have any values where it is not used; None: it is used everywhere.
+    """
+    kept = [
+        part
+        if used is None
+        else Partial(jnp.where(used[..., None], part.out, 0), jnp.where(used, part.log_sum, MASKED))
+        for part, used in zip(parts, is_used or [None] * len(parts), strict=True)
+    ]
+    most = functools.reduce(jnp.maximum, (part.log_sum for part in kept))
+    weights = [jnp.exp(part.log_sum - most) for part in kept]
+    weighted = (part.out.astype(jnp.float32) * weight[..., None] for part, weight in zip(kept, weights, strict=True))
+    values, total = functools.reduce(jnp.add, weighted), functools.reduce(jnp.add, weights)
+    return Partial(values / total[..., None], most + jnp.log(total))
 
 
 def merge_shards(part: Partial, axis: str) -> Partial:

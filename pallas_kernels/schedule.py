@@ -60,74 +60,128 @@ class Steps(NamedTuple):
         left = sinks - self.sinks
         return jnp.where(sinks < 0, self.diagonal + i, jnp.where(left < 0, sinks, self.left + left))
 
-    def source(self, step: Array) -> tuple[Array, Array, Array]:
-        """Whether a step's tile is in the full pool, whether in the ring (else in the chunk), and its number.
-
-        The order is: edges, tail, ring, which need a mask; unmasked tiles of the chunk, whole tiles of the pool.
-        """
-        tail = step - self.edges
-        ring = tail - self.tail
-        own = ring - self.ring
-        whole = own - (self.diagonal - self.inner)
-        is_full = ((tail >= 0) & (ring < 0)) | (whole >= 0)
-        is_ring = (ring >= 0) & (own < 0)
-        tile = jnp.where(tail < 0, self.edge(step), self.whole)
-        tile = jnp.where(ring < 0, tile, ring)
-        tile = jnp.where(own < 0, tile, self.inner + own)
-        return is_full, is_ring, jnp.where(whole < 0, tile, whole)
-
-    def seen(self, step: Array, start: Array, is_retrieval: Array, sizes: "Sizes") -> "Seen":
-        """Which keys of a step's tile the queries of the chunk see; the arguments are those of `steps_of`."""
-        is_full, is_ring, tile = self.source(step)
-        (sink, recent), far, zero = (sizes.window.sink, sizes.window.recent), jnp.int32(FAR), jnp.int32(0)
-        first = tile * sizes.block_k
-        wraps = div(jnp.maximum(start - sink, zero), max(recent, 1))
-        # The next index of a ring that is overwritten: indices below it have newer tokens than those from it on.
-        cut = jnp.maximum(start, jnp.int32(sink)) - wraps * recent
-
-        def pick(full: Array, ring: Array, own: Array) -> Array:
-            return jnp.where(is_full, full, jnp.where(is_ring, ring, own))
-
-        return Seen(
-            ago=pick(start, cut, zero) - first,
-            cut=pick(far, cut, far) - first,
-            reach=jnp.int32(recent),
-            leading=pick(start, jnp.minimum(start, jnp.int32(sink)), sink - start) - first,
-            size=pick(zero, jnp.where(wraps > 0, jnp.int32(sizes.window.size), start), far) - first,
-            limit=jnp.where(is_retrieval, far, jnp.int32(recent)),
-            last=pick(far, far, zero) - first,
+    @property
+    def runs(self) -> tuple["Run", ...]:
+        """All steps, in their order: masked tiles come first, of those the tail of the full pool, if there is one."""
+        own, ring, masked = self.tail, self.tail + self.edges, self.masked
+        whole = masked + (self.diagonal - self.inner)
+        return (
+            Run("full", True, jnp.zeros_like(own), own),
+            Run("own", True, own, ring),
+            Run("ring", True, ring, masked),
+            Run("own", False, masked, whole),
+            Run("full", False, whole, whole + self.whole),
         )
 
+    def tile(self, run: "Run", step: Array) -> Array:
+        """Number of a step's tile in its source."""
+        if run.source == "own" and run.is_masked:
+            return self.edge(step - run.begin)
+        # Of the tail too: a tile that did not depend on the step would be loaded and multiplied before the loop.
+        first = self.inner if run.source == "own" else self.whole if run.source == "full" and run.is_masked else 0
+        return first + (step - run.begin)
 
+    def place(self, step: Array) -> tuple[Array, Array, Array]:
+        """Whether a step's tile is in the full pool, whether in the ring (else in the chunk), and its number."""
+        first, *others = self.runs
+        is_full, is_ring = step < first.end, step < 0
+        number = self.tile(first, step)
+        for run in others:
+            is_here = step >= run.begin
+            number = jnp.where(is_here, self.tile(run, step), number)
+            is_full, is_ring = (
+                is_here | found if run.source == source else ~is_here & found
+                for source, found in (("full", is_full), ("ring", is_ring))
+            )
+        return is_full, is_ring, number
+
+
+class Run(NamedTuple):
+    """Consecutive steps whose tiles are of one kind."""
+
+    source: str  # "own", the chunk; "full" or "ring", the pools
+    is_masked: bool
+    begin: Array
+    end: Array
+
+
+RUNS = 5  # of `Steps.runs`
 # Beyond every index and distance.
 FAR = 1 << 30
 
 
 class Seen(NamedTuple):
-    """Which keys of a tile are seen, by one rule for all kinds of tiles: their distance from a query is below `limit`.
+    """Which keys of a tile are seen: those whose distance from a query is below `limit`.
 
     That of the `leading` keys (sinks, or all tokens of a retrieval slot) counts as small, that of keys from `size` on,
-    which are no tokens, as large. In a ring, the keys from `cut` on are older than those before it. In the chunk, a
-    key is not seen by queries before it.
+    which are no tokens, as large. In a ring, the keys from `cut` on are older than those before it, by `reach`. In the
+    chunk, a key is not seen by queries before it. What does not matter for a kind of tile is None there.
     """
 
-    ago: Array
-    cut: Array
-    reach: Array
     leading: Array
-    size: Array
-    limit: Array
-    last: Array
+    ago: Array | None = None
+    cut: Array | None = None
+    reach: int = 0
+    size: Array | None = None
+    limit: Array | None = None
+    last: Array | None = None
 
-    def of_keys(self, i: Array) -> Array:
-        """Keys with indices `i` in the tile: tokens from each to the chunk's first query."""
-        zero, far = jnp.zeros_like(i), jnp.full_like(i, FAR)
-        distance = self.ago - i + jnp.where(i < self.cut, zero, zero + self.reach)
-        return jnp.where(i < self.leading, -far, jnp.where(i < self.size, distance, far))
+    @classmethod
+    def of(
+        cls, source: str, tile: Array, start: Array, is_retrieval: Array, sizes: "Sizes", filled: Array | None = None
+    ) -> "Seen":
+        """Of a tile by its source and number; the other arguments are those of `steps_of`."""
+        first, (sink, recent) = tile * sizes.block_k, (sizes.window.sink, sizes.window.recent)
+        if source == "full":
+            return cls((start if filled is None else filled) - first)
+        if source == "own":
+            limit = jnp.where(is_retrieval, jnp.int32(FAR), jnp.int32(recent))
+            return cls(sink - start - first, ago=-first, limit=limit, last=-first)
+        wraps = div(jnp.maximum(start - sink, jnp.zeros_like(start)), max(recent, 1))
+        # The next index of a ring that is overwritten: indices below it have newer tokens than those from it on.
+        cut = jnp.maximum(start, jnp.int32(sink)) - wraps * recent - first
+        return cls(
+            jnp.minimum(start, jnp.int32(sink)) - first,
+            ago=cut,
+            cut=cut,
+            reach=recent,
+            size=jnp.minimum(start, jnp.int32(sizes.window.size)) - first,
+            limit=jnp.full_like(start, recent),
+        )
 
-    def of_queries(self, q: Array) -> tuple[Array, Array]:
-        """Queries with indices `q` in the chunk: of keys they see, the least distance beyond and the last index."""
-        return self.limit - q, self.last + q
+    @classmethod
+    def either(cls, is_full: Array, full: "Seen", is_ring: Array, ring: "Seen", own: "Seen") -> "Seen":
+        """The one of three that a tile has whose kind is known only on the device."""
+        far, zero = jnp.full_like(own.leading, FAR), jnp.zeros_like(own.leading)
+        full = full._replace(ago=zero, cut=far, size=zero, limit=far, last=far)
+        ring, own = ring._replace(last=far), own._replace(cut=far, size=far)
+
+        def pick(of_full: Any, of_ring: Any, of_own: Any) -> Array:
+            return jnp.where(is_full, of_full, jnp.where(is_ring, of_ring, of_own))
+
+        fields = ("leading", "ago", "cut", "size", "limit", "last")
+        picked = {name: pick(*(getattr(seen, name) for seen in (full, ring, own))) for name in fields}
+        return cls(**picked, reach=ring.reach)
+
+    def mask(self, i: Array, q: Array, shape: tuple[int, int]) -> Bool[Array, "M S"]:
+        """Which of the keys with indices `i [S]` in the tile each query sees; `q [M]` are indices in the chunk."""
+
+        def by_key(x: Array) -> Array:
+            return lax.broadcast_in_dim(x, shape, (1,))
+
+        def by_query(x: Array) -> Array:
+            return lax.broadcast_in_dim(x, shape, (0,))
+
+        if self.ago is None or self.limit is None:
+            return by_key(i < self.leading)
+        far, distance = jnp.full_like(i, FAR), self.ago - i
+        if self.cut is not None:
+            distance = distance + jnp.where(i < self.cut, jnp.zeros_like(i), jnp.full_like(i, self.reach))
+        if self.size is not None:
+            distance = jnp.where(i < self.size, distance, far)
+        distance = jnp.where(i < self.leading, -far, distance)
+        keep = by_key(distance) < by_query(self.limit - q)
+        return keep if self.last is None else keep & (by_key(i) <= by_query(self.last + q))
 
 
 class Sizes(NamedTuple):
@@ -146,7 +200,7 @@ def steps_of(
     sizes: Sizes,
     *,
     filled: Array | None = None,
-    has_chunk: Array | None = None,
+    has_chunk: Array | bool = True,
 ) -> Steps:
     """The tiles of keys for the tile of queries that begins at index `first` of the chunk.
 
@@ -156,7 +210,7 @@ def steps_of(
         is_retrieval: type of the head.
         sizes: the static sizes.
         filled: tokens in the full pool, where they are not `start`.
-        has_chunk: False where another device counts the chunk's own keys for retrieval heads.
+        has_chunk: whether retrieval heads see the chunk's own keys; False, not traced: only the full pool is visited.
     """
     length, block_q, block_k, window = sizes
     zero = jnp.int32(0)
@@ -170,11 +224,13 @@ def steps_of(
 
     whole = retrieval(div(filled, block_k))
     tail = retrieval(cdiv(filled, block_k)) - whole
+    if has_chunk is False:
+        return Steps(whole, tail, *(jnp.zeros_like(whole),) * 6)
     # Beyond the reach of the window only the sinks of a ring remain visible.
     reach = jnp.where(first + 2 <= window.recent, jnp.int32(window.size), jnp.int32(window.sink))
     ring = streaming(cdiv(jnp.minimum(start, reach), block_k))
     end = cdiv(jnp.minimum(first + block_q, length), block_k)
-    if has_chunk is not None:
+    if not isinstance(has_chunk, bool):
         end = jnp.where(is_retrieval & ~has_chunk, zero, end)
     left = streaming(div(jnp.maximum(first + 1 - window.recent, zero), block_k))
     sinks = jnp.minimum(cdiv(jnp.maximum(window.sink - start, zero), block_k), left)

@@ -131,7 +131,7 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = Fa
         kernel: a name in `KINDS`.
         head_dim: of the model; kernels round it up to a power of two.
         itemsize: bytes of a number: float32 tiles are half as large.
-        quantized: whether the cache is; its keys need more registers while they are unpacked.
+        quantized: whether the cache is that a decode kernel reads; in prefill, kernels read unpacked keys.
 
     Raises:
         ValueError: a file of tuned tiles that was altered.
@@ -149,8 +149,9 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = Fa
 def tiles_of(backend: str, request: Request) -> dict[str, Any]:
     """Tiles of each kernel that a backend would run a request with, where it is traced for."""
     itemsize = 4 if "float32" in request.dtypes else 2
+    quantized = bool(request.bits) and request.operation == "decode"
     return {
-        kernel: tiles_for(kernel, request.head_dim, itemsize, quantized=bool(request.bits))
+        kernel: tiles_for(kernel, request.head_dim, itemsize, quantized=quantized)
         for kernel in KERNELS.get((backend, request.operation), ())
     }
 
@@ -263,11 +264,7 @@ def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip
     """
     small = width * itemsize <= 256
     if quantized:
-        tiles = _default(kernel, width, itemsize, False, chip)
-        if kernel == "decode":  # It makes no numbers of what is packed.
-            return replace(tiles, block_k=64 if small else 32)
-        smaller = {"block_k": 32 if small else 16} | ({"block_q": 32} if kernel == "flash" and not small else {})
-        return replace(tiles, **smaller)
+        return replace(_default(kernel, width, itemsize, False, chip), block_k=64 if small else 32)
     # Two waves of four programs on each multiprocessor.
     programs = 8 * (chip.cores or 128)
     # Float32 tiles of the larger head dims do not fit into 99 KiB.

@@ -6,15 +6,28 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.gpus import chip
 from pallas_kernels.merge import merge_splits
-from pallas_kernels.schedule import Sizes, cdiv, div, rem, steps_of
+from pallas_kernels.schedule import Sizes, Steps, cdiv, div, rem, steps_of
 from pallas_kernels.types import Heads, Partial
 
 # Keys of the pool that are worth a program of their own.
 LEAST_KEYS = 1024
+
+
+class Scope(NamedTuple):
+    """Which keys a launch counts.
+
+    Attributes:
+        filled: tokens in the slots of retrieval heads.
+        has_chunk: whether the chunk's own keys count for retrieval heads. False, not traced: nothing counts but the
+            slots of retrieval heads, and streaming heads have no key.
+    """
+
+    filled: Int32[Array, "B"]
+    has_chunk: Bool[Array, ""] | bool = True
 
 
 class Work(NamedTuple):
@@ -147,7 +160,14 @@ class Queries(NamedTuple):
         return min(multiprocessors(), self.most_works)
 
     def plan(
-        self, heads: Heads, parts: Array, sizes: Sizes, *, start: Int32[Array, "B"], lengths: Int32[Array, "B"]
+        self,
+        heads: Heads,
+        parts: Array,
+        sizes: Sizes,
+        *,
+        start: Int32[Array, "B"],
+        lengths: Int32[Array, "B"],
+        scope: Scope,
     ) -> "Planned":
         """The works of programs that do several: in each turn, one of every program, in their order.
 
@@ -161,40 +181,45 @@ class Queries(NamedTuple):
         number = jnp.where(jnp.arange(turns)[:, None] % 2 == 0, forth, forth[:, ::-1]).ravel()
         work = self.work(jnp.minimum(number, works - 1), order, num_retrieval, parts)
         kv_head, first = div(work.head, self.group), div(work.tile * self.block_q, self.packed)
-        own_start = start[work.row]
-        steps = steps_of(first, own_start, work.is_retrieval, sizes)
-        used = self.used(work.is_retrieval, own_start, parts)
+        own_start, filled = start[work.row], scope.filled[work.row]
+        steps = steps_of(first, own_start, work.is_retrieval, sizes, filled=filled, has_chunk=scope.has_chunk)
+        used = self.used(work.is_retrieval, filled, parts)
         begin, end = share(steps.total, work.part, used)
         # Padding visits few keys, but is written.
         end = jnp.where(first < lengths[work.row], end, jnp.minimum(end, begin + 1))
         end = jnp.where((number < works) & (work.part < used), end, begin)
-        is_retrieval = work.is_retrieval.astype(jnp.int32)
-        span = kv_head, heads.slot[kv_head], own_start, begin, jnp.minimum(steps.masked, end), end
-        return Planned(work.row, work.head, is_retrieval, work.tile, work.part, *span, *steps)
+        span = begin, jnp.minimum(steps.masked, end), end
+        place = Place(kv_head, heads.slot[kv_head], own_start, filled, *span)
+        return Planned(work._replace(is_retrieval=work.is_retrieval.astype(jnp.int32)), place, steps)
 
 
-class Planned(NamedTuple):
-    """Everything that a program needs to know of a work, int32: the fields of `Work` and `Steps`, and its own steps."""
+class Place(NamedTuple):
+    """Where the keys of a work are, and its share of the steps."""
 
-    row: Array
-    head: Array
-    is_retrieval: Array
-    tile: Array
-    part: Array
     kv_head: Array
     slot: Array
     start: Array
+    filled: Array
     span_begin: Array
     span_masked: Array
     span_end: Array
-    whole: Array
-    tail: Array
-    ring: Array
-    sinks: Array
-    left: Array
-    inner: Array
-    diagonal: Array
-    end: Array
+
+
+class Planned(NamedTuple):
+    """Everything that a program needs to know of a work, int32."""
+
+    work: Work
+    place: Place
+    steps: Steps
+
+    @staticmethod
+    def column(name: str) -> int:
+        """Number of a field in a row of `table`."""
+        return (Work._fields + Place._fields + Steps._fields).index(name)
+
+    def table(self) -> Int32[Array, "W F"]:
+        """The plan of works as an array: a row for each."""
+        return jnp.stack([*self.work, *self.place, *self.steps], axis=1)
 
 
 def multiprocessors() -> int:

@@ -117,7 +117,8 @@ def test_eight_gpus_take_what_is_planned_and_send_nothing_of_the_cache(mesh):
 def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     function, shapes = program(operation, "triton", head_dim=head_dim, cache=cache)
     kernels = kernels_on(gpu, function, *shapes)
-    assert len(kernels) == {"prefill": 1, "decode": 2, "training": 6}[operation]
+    # Prefill of quantized slots: one over the chunk, one over a segment.
+    assert len(kernels) == {"prefill": 1 if cache == "same" else 2, "decode": 2, "training": 6}[operation]
     assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
     assert all(kernel.warnings == () for kernel in kernels), kernels
@@ -150,8 +151,9 @@ def test_no_mosaic_kernel_spills(operation, head_dim, page_size):
             assert (loop.mma, loop.depbar) == (head_dim // 16 + tiles.block_k // 16, 2)
         # In decode, only the first tile has a mask, and is before the loop.
         *masked, whole = sorted(kernel.loops, key=lambda loop: -loop.instructions)
-        assert whole.sts == 0 and whole.instructions < 520 and len(masked) == (operation == "prefill")
-        assert all(loop.instructions < 1400 for loop in masked)
+        # In prefill, tiles of the chunk and of a ring have masks of their own.
+        assert whole.sts == 0 and whole.instructions < 520 and len(masked) == (2 if operation == "prefill" else 0)
+        assert all(loop.instructions < 1100 for loop in masked)
 
 
 @pytest.mark.parametrize(("operation", "cache"), [("prefill", "same"), ("decode", "same"), ("decode", "int4")])

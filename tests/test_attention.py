@@ -17,6 +17,7 @@ import pallas_kernels
 from pallas_kernels import Heads, Pools, Unsupported, cudnn, ops, tiles, xla
 from pallas_kernels.gpus import find_gpu, tracing_for
 from pallas_kernels.quantized import BITS, Quantized, Stored, empty, hadamard, read, store
+from pallas_kernels.segments import segments_of
 from pallas_kernels.tiles import DecodeTiles, FlashTiles
 from pallas_kernels.window import Window
 from tests.shapes import ON_CPU
@@ -93,7 +94,9 @@ def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., ja
                 for name, size in SMALL_BLOCKS.items():
                     patch.setattr(xla, name, size)
                 patch.setattr(tiles, "_default", lambda kernel, *_: SMALL_TILES[kernel])
-            return CALLS[operation](*args, **sizes, backend=backend)
+            # Of 61 tokens in a slot, the first segment has 13.
+            with segments_of(16):
+                return CALLS[operation](*args, **sizes, backend=backend)
 
     return jax.jit(traced, static_argnames="window")
 

@@ -42,16 +42,20 @@ def test_triton_kernels_lower_for_cuda_one_launch_for_both_head_types(operation,
 )
 def test_quantized_caches_lower_for_cuda(operation, dtype, head_dim, cache):
     shapes = {"dtype": dtype, "head_dim": head_dim, "cache": cache, "tokens": 500, "capacity": 1000}
-    assert launches(*program(operation, "triton", **shapes)) == sorted(KERNELS[operation])
+    # Prefill: over the chunk and the rings, and in a loop over the segments of slots.
+    expected = sorted(KERNELS[operation]) * (2 if operation == "prefill" else 1)
+    assert launches(*program(operation, "triton", **shapes)) == expected
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("operation", ["prefill", "decode"])
-def test_the_mosaic_kernels_lower_for_cuda(operation, head_dim):
-    function, shapes = program(operation, "mosaic", head_dim=head_dim, tokens=500, capacity=1000)
+@pytest.mark.parametrize(
+    ("operation", "head_dim", "cache"),
+    [("prefill", 64, "same"), ("prefill", 128, "int4"), ("decode", 64, "same"), ("decode", 128, "same")],
+)
+def test_the_mosaic_kernels_lower_for_cuda(operation, head_dim, cache):
+    function, shapes = program(operation, "mosaic", head_dim=head_dim, cache=cache, tokens=500, capacity=1000)
     with use_abstract_mesh(H200):
         text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == (1 if cache == "same" else 2)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float8_e4m3fn", 64), ("float32", 320)])

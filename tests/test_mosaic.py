@@ -13,8 +13,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention, works
+from pallas_kernels.certify import cases
 from pallas_kernels.mosaic import pipeline
 from pallas_kernels.ops import find_backend
+from pallas_kernels.quantized import Quantized, empty, store
+from pallas_kernels.segments import segments_of
 from pallas_kernels.tiles import DecodeTiles, trying
 
 WINDOW = Window(16, 64)
@@ -44,6 +47,8 @@ def poisoned(pools, lengths, value=jnp.nan):
     def poison(pool):
         is_token = jnp.arange(pool.shape[2])[None, :] < jnp.asarray(lengths)[:, None]
         is_token = is_token[None, :, :, None] & (jnp.arange(pool.shape[0]) > 0)[:, None, None, None]
+        if isinstance(pool, Quantized):
+            return cases.poisoned(pool, ~is_token)
         return jnp.where(is_token, pool, jnp.asarray(value, pool.dtype))
 
     return Pools(*(poison(pool) if pool.shape[0] else pool for pool in pools.stored))
@@ -62,6 +67,11 @@ def in_pages(pools, page, seed=0):
     return Pools(*map(paged, pools.full), *pools.ring, jnp.asarray(pages.reshape(batch, count)))
 
 
+def stored_as(pool, dtype, values):
+    """A pool in few bits."""
+    return store(pool, empty((1, pool.shape[3]), dtype, values=values))
+
+
 @pytest.mark.full_matrix
 @pytest.mark.parametrize(
     "case",
@@ -77,24 +87,29 @@ def in_pages(pools, page, seed=0):
         # Tiles in pages of their own; the same with several parts.
         {"tokens": 128, "starts": (300,), "capacity": 384, "page": 128},
         {"tokens": 20, "starts": (512, 200), "capacity": 512, "cores": 8, "page": 256},
+        # Quantized pools are unpacked in two segments; one row has tokens in the first one only, one has none.
+        {"tokens": 20, "starts": (248, 70, 0), "quantized": ("int4", "int8")},
     ],
-    ids=["after_a_cache", "first_chunk", "after_few_tokens", "short_chunk", "pages", "parts_in_pages"],
+    ids=["after_a_cache", "first_chunk", "after_few_tokens", "short_chunk", "pages", "parts_in_pages", "quantized"],
 )
 def test_prefill_equals_the_reference(case, monkeypatch):
     """Programs have several works each, if `cores` does not say otherwise."""
-    cores = case.pop("cores", 2)
+    cores, quantized = case.pop("cores", 2), case.pop("quantized", None)
     monkeypatch.setattr(works, "multiprocessors", lambda: cores)
     monkeypatch.setattr(works, "LEAST_KEYS", 64)
     lengths = case.pop("lengths", (case["tokens"],) * len(case["starts"]))
     page = case.pop("page", None)
     q, k, v, pools, heads = problem(**case)
+    if quantized:
+        pools = Pools(*(stored_as(pool, quantized[i // 2], i % 2 == 1) for i, pool in enumerate(pools.stored)))
     pools = poisoned(pools, case["starts"])
     arrays = q, k, v, pools if page is None else in_pages(pools, page), heads
     rows = {"start": jnp.asarray(case["starts"], jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
 
     def attend(backend):
         run = jax.jit(functools.partial(find_backend(backend).prefill, **rows, window=WINDOW))
-        return [np.asarray(x, np.float32) for x in run(*arrays)]
+        with segments_of(128):
+            return [np.asarray(x, np.float32) for x in run(*arrays)]
 
     # Output and log-sum-exp.
     for found, expected in zip(attend("mosaic"), attend("reference"), strict=True):

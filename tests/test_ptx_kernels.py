@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ops import find_backend
+from pallas_kernels.segments import segments_of
 from pallas_kernels.tiles import tiles_for, trying
 from pallas_kernels.types import Pools, TokenShards
 from pallas_kernels.window import Window
@@ -36,7 +37,7 @@ pytestmark = [pytest.mark.aot, pytest.mark.skipif(not PLUGIN, reason="needs jax'
 
 BOUND = TOLERANCE | {"float16": 5e-3}
 BF16 = {"dtype": "bfloat16", "head_dim": 64}
-# Prefill: tiles have 128 queries and 64 keys, those of quantized caches 32 keys. Rows are ragged, one is empty; pools
+# Prefill: tiles have 128 queries and 64 keys. Rows are ragged, one is empty; pools
 # have whole tiles and a tail, and end in a tile; rings are empty, partly filled, and wrapped.
 LONG = {"tokens": 150, "capacity": 260, "starts": (0, 70, 110), "lengths": (150, 0, 77), "recent_size": 70}
 PREFILL = {
@@ -131,7 +132,8 @@ def prefill(case: Case, change: Change | None = None, page: int | None = None) -
     settings = {"start": jnp.asarray(problem.starts), "lengths": jnp.asarray(problem.lengths)}
     pools, heads = problem.fill(problem.starts)
     pools = pools if page is None else Paged(page, 0).of(pools)
-    with executing(change) as launches:
+    # Quantized slots have two segments.
+    with executing(change) as launches, segments_of(136):
         own = map(jnp.asarray, (q, k, v))
         out = CALLS["prefill"](*own, pools, heads, **settings, window=problem.window, backend="triton")
     return max_error(out, tokens, expected), launches

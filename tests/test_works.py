@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Heads, Window, works
-from pallas_kernels.schedule import Sizes, steps_of
-from pallas_kernels.works import Queries
+from pallas_kernels.schedule import Seen, Sizes, steps_of
+from pallas_kernels.works import Queries, Scope
 
 WINDOW = Window(64, 256)
 
@@ -22,7 +22,7 @@ def planned(*, tokens, start, retrieval, cores=132, kv_heads=8, group=4, lengths
     heads = Heads(is_retrieval, jnp.zeros(kv_heads, jnp.int32))
     sizes = Sizes(-(-tokens // 128) * 128, queries.tile_tokens, 128, WINDOW)
     rows = {"start": jnp.asarray(start, jnp.int32), "lengths": jnp.asarray(lengths or [tokens] * len(start), jnp.int32)}
-    plan = queries.plan(heads, queries.parts(heads), sizes, **rows)
+    plan = queries.plan(heads, queries.parts(heads), sizes, **rows, scope=Scope(rows["start"]))
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, queries.programs), plan), queries
 
 
@@ -34,7 +34,7 @@ def cores(monkeypatch):
 @pytest.mark.parametrize("retrieval", range(1, 9))
 def test_a_short_question_over_a_long_cache_keeps_the_multiprocessors_busy(retrieval, cores):
     plan, _ = planned(tokens=32, start=[1_000_000], retrieval=retrieval)
-    steps = (plan.span_end - plan.span_begin).sum(axis=0)
+    steps = (plan.place.span_end - plan.place.span_begin).sum(axis=0)
     assert steps.sum() / (132 * steps.max()) >= 0.9
 
 
@@ -48,13 +48,13 @@ def test_a_short_question_over_a_long_cache_keeps_the_multiprocessors_busy(retri
 )
 def test_every_step_belongs_to_one_work(case, cores):
     plan, queries = planned(**case, retrieval=3)
-    total = sum(getattr(plan, name) for name in ("whole", "tail", "ring", "sinks")) + plan.inner - plan.left
-    total = total + plan.end - plan.inner
+    tiles, place, work = plan.steps, plan.place, plan.work
+    total = tiles.whole + tiles.tail + tiles.ring + tiles.sinks + (tiles.inner - tiles.left) + (tiles.end - tiles.inner)
     steps = {}
-    for index in zip(*np.nonzero(plan.span_begin < plan.span_end), strict=True):
-        at = plan.row[index], plan.head[index], plan.tile[index]
-        steps.setdefault(at, []).append((plan.span_begin[index], plan.span_end[index], total[index]))
-        assert plan.span_masked[index] <= plan.span_end[index]
+    for index in zip(*np.nonzero(place.span_begin < place.span_end), strict=True):
+        at = work.row[index], work.head[index], work.tile[index]
+        steps.setdefault(at, []).append((place.span_begin[index], place.span_end[index], total[index]))
+        assert place.span_masked[index] <= place.span_end[index]
     assert len(steps) == queries.rows * queries.heads * queries.tiles
     lengths = case.get("lengths", [case["tokens"]] * len(case["start"]))
     for (row, _, tile), parts in steps.items():
@@ -68,8 +68,8 @@ def test_every_step_belongs_to_one_work(case, cores):
 
 def test_long_chunks_are_not_split(cores):
     plan, queries = planned(tokens=8192, start=[100_000], retrieval=4)
-    assert (queries.packed, queries.most_parts, plan.part.max()) == (1, 1, 0)
-    steps = (plan.span_end - plan.span_begin).sum(axis=0)
+    assert (queries.packed, queries.most_parts, plan.work.part.max()) == (1, 1, 0)
+    steps = (plan.place.span_end - plan.place.span_begin).sum(axis=0)
     assert steps.sum() / (132 * steps.max()) >= 0.9
 
 
@@ -93,15 +93,17 @@ def test_the_steps_show_each_visible_key_once(window):
         i, q = jnp.arange(block_k, dtype=jnp.int32), first + jnp.arange(block_q, dtype=jnp.int32)
 
         def step(number):
-            is_full, is_ring, place = steps.source(number)
+            is_full, is_ring, place = steps.place(number)
             index = place * block_k + i
             held = window.position_at(index, start)
             held = jnp.where(is_full, jnp.where(index < start, index, -1), jnp.where(is_ring, held, start + index))
             q_pos, held = (start + q)[:, None], held[None, :]
             sees = jnp.where(is_retrieval, held <= q_pos, window.visible(q_pos, held)) & (held >= 0)
-            seen = steps.seen(number, start, is_retrieval, sizes)
-            limit, last = seen.of_queries(q)
-            shown = (seen.of_keys(i)[None, :] < limit[:, None]) & (i[None, :] <= last[:, None])
+            full, ring, own = (Seen.of(name, place, start, is_retrieval, sizes) for name in ("full", "ring", "own"))
+            shown = Seen.either(is_full, full, is_ring, ring, own).mask(i, q, (block_q, block_k))
+            # Where the kind of tile is known, the mask is the same.
+            for seen, is_here in ((full, is_full), (ring, is_ring), (own, ~is_full & ~is_ring)):
+                shown = shown & (~is_here | seen.mask(i, q, (block_q, block_k)))
             return number < steps.total, number < steps.masked, shown, sees
 
         return jax.vmap(step)(jnp.arange(24, dtype=jnp.int32))

@@ -18,6 +18,7 @@ from pallas_kernels import ops
 from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import merge_parts
 from pallas_kernels.quantized import Quantized, empty, store
+from pallas_kernels.segments import segments_of
 from pallas_kernels.types import Heads, Pools, Request, TokenShards
 from pallas_kernels.window import Window
 
@@ -201,7 +202,9 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
         if request.operation == "decode":
             parts.append(ops.decode_part(*arguments, lengths=case.lengths, **options))
         else:
-            parts.append(ops.prefill_part(*arguments, start=case.start, lengths=case.lengths, **options))
+            # Two segments of quantized slots, of which short rows have one.
+            with segments_of(-(-pools.capacity // (2 * PAGE)) * PAGE):
+                parts.append(ops.prefill_part(*arguments, start=case.start, lengths=case.lengths, **options))
     out = parts[0].out if len(parts) == 1 else merge_parts(parts).out
     if request.operation == "prefill":  # Beyond a row's tokens they are unspecified.
         is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < case.lengths[:, None]

@@ -3,6 +3,8 @@
 Prefill and decode. On a CPU the kernels are interpreted, for tests.
 """
 
+from dataclasses import replace
+
 from pallas_kernels.mosaic.compat import CLEARED
 from pallas_kernels.mosaic.decode import decode
 from pallas_kernels.mosaic.flash import prefill
@@ -19,7 +21,9 @@ HEAD_DIMS = (64, 128)
 
 def refuses(request: Request) -> str | None:
     """The reason why the kernels cannot run a request, or None."""
-    if reason := request.refused_shards() or request.refused_types(DTYPES):
+    # Quantized pools are unpacked before prefill, not before decode.
+    unpacked = replace(request, bits=frozenset()) if request.operation == "prefill" else request
+    if reason := request.refused_shards() or unpacked.refused_types(DTYPES):
         return reason
     if request.head_dim not in HEAD_DIMS:
         return f"takes head dims of {' or '.join(map(str, HEAD_DIMS))}, got {request.head_dim}"

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
-from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, Span, stored_tiles, tile_memory, write
+from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Masks, Pipeline, Span, stored_tiles, tile_memory, write
 from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import Splits, cdiv, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
@@ -145,7 +145,7 @@ def decode_kernel(*refs, splits: Splits, is_paged: bool = False, interpreted: bo
                 # A ring fills from its first index and then stays full: every index below its size is visible.
                 copy(arrays.ring_k.at[slot, row, keys], arrays.ring_v.at[slot, row, keys])
 
-        pipeline.fetch(span, load)
+        pipeline.fetch(span, span.begin, span.end, load)
         pipeline.drain(span.end)
 
     def compute(row: Array, part: Array, _: Array, num_keys: Array) -> None:
@@ -160,7 +160,7 @@ def decode_kernel(*refs, splits: Splits, is_paged: bool = False, interpreted: bo
         def keep(step: Array) -> Array:
             return registers.iota((ROWS, block_k), 1) < tokens(step)
 
-        state = pipeline.attend(registers, q_smem, span, Mask(keep, tokens))
+        state = pipeline.attend(registers, q_smem, span, Masks(Mask(keep, tokens)))
         # Not tiled: only the rows of the group are copied, and a tile has eight.
         write(registers, state, out_smem, log_smem, is_tiled=False)
         rows = pl.ds(0, out_ref.shape[3])

@@ -17,18 +17,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
-from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Pipeline, Span, Turns, stored_tiles, tile_memory, write
+from pallas_kernels.mosaic.pipeline import (
+    ROWS,
+    Copy,
+    Mask,
+    Masks,
+    Pipeline,
+    Span,
+    Turns,
+    stored_tiles,
+    tile_memory,
+    write,
+)
 from pallas_kernels.pages import in_pool
-from pallas_kernels.schedule import Sizes, Steps, div
+from pallas_kernels.schedule import RUNS, Run, Seen, Sizes, Steps, div
+from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import PipelineTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
-from pallas_kernels.works import Planned, Queries
+from pallas_kernels.works import Planned, Queries, Scope
 
 CONSUMERS = 2  # warpgroups that multiply
 BLOCK_Q = CONSUMERS * ROWS  # queries of a program
 # Registers of a consumer's thread and of a producer's: they share the 65536 of a multiprocessor.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 class Arrays(NamedTuple):
@@ -41,7 +53,7 @@ class Arrays(NamedTuple):
     full_v: Float[Array, "Pr B S H"]
     ring_k: Float[Array, "Ps B R H"]
     ring_v: Float[Array, "Ps B R H"]
-    plan: Int32[Array, "W F"]  # of each work, the fields of `Planned`
+    plan: Int32[Array, "W F"]  # see `Planned.table`
     pages: Int32[Array, "B n"] | None = None  # of the full pool, if it is paged
 
     @property
@@ -71,7 +83,23 @@ def prefill(
     shards: TokenShards | None = None,
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`."""
-    del shards  # Refused.
+    attend = partial(flash_attention, window=window)
+    return over_plain_pools(attend, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)
+
+
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    pools: Pools,
+    heads: Heads,
+    *,
+    start: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    window: Window,
+    scope: Scope,
+) -> Partial:
+    """Attention of a chunk; the output of a tile of queries without a key is unspecified."""
     tiles: PipelineTiles = tiles_for("mosaic_flash", q.shape[3], q.dtype.itemsize)
     stored, block_k = stored_tiles(pools, tiles.block_k)
     queries = Queries.of(q, k.shape[2], BLOCK_Q, pools.capacity if pools.full_k.shape[0] else 0)
@@ -80,8 +108,8 @@ def prefill(
     batch, length, num_heads, head_dim = q.shape
     sizes = Sizes(k.shape[1], queries.tile_tokens, block_k, window)
     parts = queries.parts(heads)
-    plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths)
-    arrays = Arrays(q, k, v, *stored, jnp.stack(plan, axis=1), pools.pages)
+    plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths, scope=scope)
+    arrays = Arrays(q, k, v, *stored, plan.table(), pools.pages)
     interpret = interpreter()
     program = Program(queries, sizes, pools.pages is not None)
     kernel = partial(flash_kernel, program=program, interpreted=bool(interpret))
@@ -105,7 +133,7 @@ def prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays.given)
-    return queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, start, parts)
+    return queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, scope.filled, parts)
 
 
 def _whole_tiles(x: Array) -> Array:
@@ -142,7 +170,7 @@ def _each_work(arrays: Arrays, program: Program, run: Callable[["Tile", Span], N
     def one(turn: Any, before: Array) -> Array:
         tile = Tile(arrays, program, turn * program.queries.programs + lax.axis_index("program"))
         begin, masked, end = tile.read("span_begin", "span_masked", "span_end")
-        pl.when(begin < end)(lambda: run(tile, Span(before, begin, masked, end)))
+        pl.when(begin < end)(lambda: run(tile, Span(before - begin, begin, masked, end)))
         return before + (end - begin)
 
     return lax.fori_loop(0, arrays.plan.shape[0] // program.queries.programs, one, jnp.int32(0))
@@ -168,37 +196,38 @@ class Tile(NamedTuple):
 
     def read(self, *names: str) -> tuple[Array, ...]:
         """Fields of the plan. They are read where they are needed: there are few registers to keep them in."""
-        return tuple(self.arrays.plan[self.work, Planned._fields.index(name)] for name in names)
+        return tuple(self.arrays.plan[self.work, Planned.column(name)] for name in names)
 
     def steps(self) -> Steps:
         """The tiles of keys."""
         return Steps(*self.read(*Steps._fields))
 
+    def run(self, number: int) -> tuple[Steps, Run]:
+        """Some of the tiles of keys, by their number in `Steps.runs`."""
+        steps = self.steps()
+        return steps, steps.runs[number]
+
     def fetch(self, span: Span, pipeline: Pipeline) -> None:
         """Copy the tiles of keys."""
-        arrays, (slot, row, kv_head), steps = self.arrays, self.read("slot", "row", "kv_head"), self.steps()
+        arrays, (slot, row, kv_head) = self.arrays, self.read("slot", "row", "kv_head")
 
-        def load(step: Array, copy: Copy) -> None:
-            is_full, is_ring, number = steps.source(step)
+        def load(number: int, step: Array, copy: Copy) -> None:
+            steps, run = self.run(number)
             block_k = self.program.sizes.block_k
-            first_key = number * block_k
+            first_key = steps.tile(run, step) * block_k
             keys = pl.ds(first_key, block_k)
-
-            @pl.when(is_full)
-            def from_full() -> None:
+            if run.source == "own":
+                copy(arrays.k.at[row, keys, kv_head], arrays.v.at[row, keys, kv_head])
+            elif run.source == "full":
                 index, first = in_pool(arrays.pages, arrays.full_k.shape[2], row, first_key)
                 at = slot, index, pl.ds(first, block_k)
                 copy(arrays.full_k.at[*at], arrays.full_v.at[*at])
-
-            @pl.when(is_ring)
-            def from_ring() -> None:
+            else:
                 copy(arrays.ring_k.at[slot, row, keys], arrays.ring_v.at[slot, row, keys])
 
-            @pl.when(~is_full & ~is_ring)
-            def own() -> None:
-                copy(arrays.k.at[row, keys, kv_head], arrays.v.at[row, keys, kv_head])
-
-        pipeline.fetch(span, load)
+        for number in range(RUNS):
+            _, run = self.run(number)
+            pipeline.fetch(span, run.begin, run.end, partial(load, number))
 
     def attend(self, span: Span, pipeline: Pipeline, consumer: Consumer, out_ref: Ref, log_ref: Ref) -> None:
         """Compute and write the rows of one consumer."""
@@ -215,22 +244,47 @@ class Tile(NamedTuple):
         plgpu.copy_gmem_to_smem(own_q, qo, q_full)
         plgpu.barrier_wait(q_full)
 
-        def keep(step: Array) -> Array:
-            """Which keys of a step's tile each query sees."""
-            start, is_retrieval = self.read("start", "is_retrieval")
-            seen = self.steps().seen(step, start, is_retrieval == 1, sizes)
-            keys, shape = registers.columns(sizes.block_k), (ROWS, sizes.block_k)
-            limit, last = seen.of_queries(div(registers.rows(ROWS) + place()[3], packed))
-            distance, keys = (lax.broadcast_in_dim(x, shape, (1,)) for x in (seen.of_keys(keys), keys))
-            limit, last = (lax.broadcast_in_dim(x, shape, (0,)) for x in (limit, last))
-            return (distance < limit) & (keys <= last)
+        def keep(seen: Seen) -> Array:
+            rows = div(registers.rows(ROWS) + place()[3], packed)
+            return seen.mask(registers.columns(sizes.block_k), rows, (ROWS, sizes.block_k))
 
-        def tokens(step: Array) -> Array:
+        def first_tile(step: Array) -> tuple[Array, Array, Seen, Array]:
+            """Of any kind: whether it is in the full pool, in a ring, which of its keys are seen, and its first key."""
+            start, is_retrieval, filled = self.read("start", "is_retrieval", "filled")
+            is_full, is_ring, number = self.steps().place(step)
+            at = number, start, is_retrieval == 1, sizes, filled
+            full, ring, own = (Seen.of(source, *at) for source in ("full", "ring", "own"))
+            return is_full, is_ring, Seen.either(is_full, full, is_ring, ring, own), number * sizes.block_k
+
+        def first_tokens(step: Array) -> Array:
             """Rows of a step's tile that are tokens: pools fill from their first index, a chunk's padding is finite."""
-            (start,), (is_full, is_ring, number) = self.read("start"), self.steps().source(step)
-            return jnp.where(is_full | is_ring, start - number * sizes.block_k, jnp.int32(sizes.block_k))
+            is_full, is_ring, _, first_key = first_tile(step)
+            start, filled = self.read("start", "filled")
+            stored = jnp.where(is_full, filled, start) - first_key
+            return jnp.where(is_full | is_ring, stored, jnp.int32(sizes.block_k))
 
-        state = pipeline.attend(registers, qo, span, Mask(keep, tokens, consumer.number == 0), turns)
+        def others() -> Any:
+            for number, run in enumerate(self.steps().runs):
+                if run.is_masked and run.source != "full":  # There is one such tile at most, the first one.
+                    tokens = partial(tokens_of, number) if run.source == "ring" else None
+                    yield partial(bounds, number), Mask(partial(keep_of, number), tokens)
+
+        def bounds(number: int) -> tuple[Array, Array]:
+            _, run = self.run(number)
+            return run.begin, run.end
+
+        def keep_of(number: int, step: Array) -> Array:
+            start, is_retrieval, filled = self.read("start", "is_retrieval", "filled")
+            steps, run = self.run(number)
+            return keep(Seen.of(run.source, steps.tile(run, step), start, is_retrieval == 1, sizes, filled))
+
+        def tokens_of(number: int, step: Array) -> Array:
+            (start,), (steps, run) = self.read("start"), self.run(number)
+            return start - steps.tile(run, step) * sizes.block_k
+
+        mask_of_first = Mask(lambda step: keep(first_tile(step)[2]), first_tokens)
+        masks = Masks(mask_of_first, tuple(others()), consumer.number == 0)
+        state = pipeline.attend(registers, qo, span, masks, turns)
         write(registers, state, qo, log, is_tiled=True)
         part, row, head, first = place()
         plgpu.copy_smem_to_gmem(qo, out_ref.at[part, row, pl.ds(first, ROWS), head])

@@ -51,8 +51,8 @@ class Pipeline(NamedTuple):
         empty = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
         return [tile, tile, full, full, empty, empty, plgpu.Barrier(num_arrivals=consumers)]
 
-    def fetch(self, span: "Span", load: Callable[[Array, Copy], None]) -> None:
-        """Copy the tiles of a span's steps, each once its stage is empty; `load(step, copy)` calls `copy`."""
+    def fetch(self, span: "Span", begin: Array, end: Array, load: Callable[[Array, Copy], None]) -> None:
+        """Copy the tiles of some of a span's steps, each once its stage is empty; `load(step, copy)` calls `copy`."""
 
         def acquire(step: Array, empty: Ref) -> Array:
             """The stage of a step, once the tile that was in it has been used."""
@@ -60,7 +60,7 @@ class Pipeline(NamedTuple):
             pl.when(span.number(step) >= self.k.shape[0])(lambda: plgpu.barrier_wait(empty.at[stage]))
             return stage
 
-        def begin(step: Array, _: None) -> None:
+        def one(step: Array, _: None) -> None:
             def copy(k_ref: Ref, v_ref: Ref) -> None:
                 # Keys are needed, and their memory becomes empty, before values.
                 stage = acquire(step, self.k_empty)
@@ -70,7 +70,7 @@ class Pipeline(NamedTuple):
 
             load(step, copy)
 
-        lax.fori_loop(span.begin, span.end, begin, None)
+        lax.fori_loop(jnp.maximum(span.begin, begin), jnp.minimum(span.end, end), one, None)
 
     def drain(self, count: Array) -> None:
         """Wait until the last of `count` tiles have been used: no barrier is left with an arrival."""
@@ -83,7 +83,7 @@ class Pipeline(NamedTuple):
         lax.fori_loop(jnp.maximum(count - self.k.shape[0], jnp.int32(0)), count, wait, None)
 
     def attend(
-        self, warpgroup: Warpgroup, q: Ref, steps: "Span", mask: "Mask", turns: "Turns | None" = None
+        self, warpgroup: Warpgroup, q: Ref, steps: "Span", masks: "Masks", turns: "Turns | None" = None
     ) -> Softmax:
         """The softmax over the keys of some steps, at least one.
 
@@ -92,12 +92,12 @@ class Pipeline(NamedTuple):
         """
         scale = q.shape[1] ** -0.5 * LOG2_E
 
-        def arrive(step: Array, *, is_masked: bool) -> Array:
-            """The stage of a step whose keys are there, of a masked one also the values."""
+        def arrive(step: Array, mask: "Mask | None") -> Array:
+            """The stage of a step whose keys are there, and its values if some of them are no tokens."""
             stage = steps.stage(step, self.k.shape[0])
-            if is_masked:
+            if mask is not None and mask.tokens is not None:
                 plgpu.barrier_wait(self.v_full.at[stage])
-                self._clear(warpgroup, self.v.at[stage], mask.tokens(step), mask.is_first)
+                self._clear(warpgroup, self.v.at[stage], mask.tokens(step), masks.is_first)
             plgpu.barrier_wait(self.k_full.at[stage])
             if turns is not None:
                 turns.wait()
@@ -110,38 +110,43 @@ class Pipeline(NamedTuple):
         def weights_of(scores: Array, maximum: Array, total: Array) -> Any:
             return weigh(maximum, total, scores, jnp.exp2, scale, _sums)
 
-        def masked(step: Array, scores: Array) -> Array:
-            return jnp.where(mask.keep(step), scores, MASKED)
-
-        def add_step(step: Array, carry: Any, *, is_masked: bool) -> Any:
+        def add_step(step: Array, carry: Any, *, mask: "Mask | None") -> Any:
             values, weights, maximum, total = carry
-            stage, before = arrive(step, is_masked=is_masked), steps.stage(step - 1, self.k.shape[0])
+            stage, before = arrive(step, mask), steps.stage(step - 1, self.k.shape[0])
 
             def meanwhile(scores: Array) -> Any:
                 plgpu.barrier_arrive(self.k_empty.at[stage])
                 # There are too few registers for a mask as long as the product needs those of the weights before.
-                return (scores,) if is_masked else weights_of(scores, maximum, total)
+                return weights_of(scores, maximum, total) if mask is None else (scores,)
 
             products = q, self.k.at[stage], values, weights, self.v.at[before]
-            like = (warpgroup.full(weights.shape, 0.0, TILE_LAYOUT), maximum, maximum, total)[: 1 if is_masked else 4]
+            like = (warpgroup.full(weights.shape, 0.0, TILE_LAYOUT), maximum, maximum, total)[
+                : 4 if mask is None else 1
+            ]
             values, found = warpgroup.overlapped(products, meanwhile, like, issued)
             plgpu.barrier_arrive(self.v_empty.at[before])
-            found = weights_of(masked(step, *found), maximum, total) if is_masked else found
+            if mask is not None:
+                (scores,) = found
+                found = weights_of(jnp.where(mask.keep(step), scores, MASKED), maximum, total)
             new_weights, decay, maximum, total = found
-            if not is_masked:
+            if mask is None or mask.tokens is None:
                 plgpu.barrier_wait(self.v_full.at[stage])
             # Not earlier: the product reads the registers of the weights before.
             return values * across(decay, values), new_weights.astype(self.v.dtype), maximum, total
 
         state = empty_state(warpgroup, self.k.shape[2])
-        stage = arrive(steps.begin, is_masked=True)
+        stage = arrive(steps.begin, masks.first)
         scores = warpgroup.product_t(q, self.k.at[stage], issued)
         plgpu.barrier_arrive(self.k_empty.at[stage])
-        weights, _, *sums = weights_of(masked(steps.begin, scores), state.maximum, state.total)
+        scores = jnp.where(masks.first.keep(steps.begin), scores, MASKED)
+        weights, _, *sums = weights_of(scores, state.maximum, state.total)
         carry = state.values, weights.astype(self.v.dtype), *sums
-        carry = lax.fori_loop(steps.begin + 1, steps.masked, partial(add_step, is_masked=True), carry)
+        for bounds, mask in masks.others:
+            begin, end = bounds()
+            begin, end = jnp.maximum(steps.begin + 1, begin), jnp.minimum(steps.end, end)
+            carry = lax.fori_loop(begin, end, partial(add_step, mask=mask), carry)
         begin = jnp.maximum(steps.begin + 1, steps.masked)
-        carry = lax.fori_loop(begin, steps.end, partial(add_step, is_masked=False), carry)
+        carry = lax.fori_loop(begin, steps.end, partial(add_step, mask=None), carry)
         values, weights, maximum, total = carry
         last = steps.stage(steps.end - 1, self.k.shape[0])
         values = warpgroup.add_product(values, weights, self.v.at[last])
@@ -161,17 +166,18 @@ class Pipeline(NamedTuple):
 class Span(NamedTuple):
     """The steps of a program for one tile of queries: `begin` to `end - 1`; before `masked`, they need a mask.
 
-    The first step is always masked. `before` steps of the program precede, whose stages follow each other.
+    The first step is always masked. Among all steps of the program, whose stages follow each other, step `s` is number
+    `offset + s`.
     """
 
-    before: Array
+    offset: Array
     begin: Array
     masked: Array
     end: Array
 
     def number(self, step: Array) -> Array:
         """Number of a step among those of the program."""
-        return self.before + (step - self.begin)
+        return self.offset + step
 
     def stage(self, step: Array, stages: int) -> Array:
         """Stage of a step."""
@@ -197,7 +203,15 @@ class Mask(NamedTuple):
     """What a consumer sees of the tiles of some steps."""
 
     keep: Callable[[Array], Array]  # of a step, the keys that each query sees, [ROWS, block_k]
-    tokens: Callable[[Array], Array]  # of a step, the first rows of the tile that are tokens
+    tokens: Callable[[Array], Array] | None  # of a step, the first rows of the tile that are tokens; None: all are
+
+
+class Masks(NamedTuple):
+    """The masks of a program's steps."""
+
+    first: Mask  # of the first step
+    # The masks of others, and between which steps they are needed: computed late, as there are few registers.
+    others: tuple[tuple[Callable[[], tuple[Array, Array]], Mask], ...] = ()
     is_first: Array | bool = True  # of the consumers
 
 

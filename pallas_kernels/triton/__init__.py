@@ -27,7 +27,7 @@ def refuses(request: Request) -> str | None:
     head_dim = request.head_dim
     if reason := refused_pages("triton", request):
         return reason
-    if request.bits and width(head_dim) != head_dim:
+    if request.bits and width(head_dim) != head_dim and request.operation == "decode":
         return f"takes quantized caches of head dims that are powers of two, at least 16, got {head_dim}"
     if request.dtypes - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         types = ", ".join(sorted(request.dtypes))

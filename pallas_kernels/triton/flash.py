@@ -15,14 +15,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.merge import Softmax, empty
 from pallas_kernels.pages import in_pool
-from pallas_kernels.quantized import any_quantized, compute_dtype
-from pallas_kernels.schedule import Sizes, div, steps_of
+from pallas_kernels.quantized import compute_dtype
+from pallas_kernels.schedule import Run, Seen, Sizes, div, steps_of
+from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import FlashTiles, tiles_for
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.tile import Ref
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
-from pallas_kernels.works import Queries, share
+from pallas_kernels.works import Queries, Scope, share
 
 
 class Arrays(NamedTuple):
@@ -39,9 +40,8 @@ class Arrays(NamedTuple):
     parts: Int32[Array, "1"]  # of the keys of a retrieval head's tile
     start: Int32[Array, "B"]
     lengths: Int32[Array, "B"]
-    # Of several shards: tokens of a retrieval slot that are stored here, and whether the chunk counts here.
-    held: Int32[Array, "B"] | None
-    has_chunk: Int32[Array, "1"] | None
+    filled: Int32[Array, "B"]
+    has_chunk: Int32[Array, "1"] | None  # see `Scope`; None if that is known when the kernel is compiled
 
 
 def prefill(
@@ -57,9 +57,10 @@ def prefill(
     shards: TokenShards | None = None,
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`; of several shards, the first counts the chunk's own keys."""
-    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize, quantized=any_quantized(pools.stored))
-    rows: dict[str, Any] = {"start": start, "lengths": lengths}
-    return flash_attention(q, k, v, pools, heads, **rows, window=window, tiles=tiles, shards=shards)
+    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize)
+    dtype = q.dtype if shards is None else jnp.dtype(jnp.float32)
+    attend = partial(flash_attention, window=window, tiles=tiles, dtype=dtype)
+    return over_plain_pools(attend, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)
 
 
 def flash_attention(
@@ -73,27 +74,24 @@ def flash_attention(
     lengths: Int32[Array, "B"],
     window: Window,
     tiles: FlashTiles,
-    shards: TokenShards | None = None,
+    scope: Scope,
+    dtype: Any,
 ) -> Partial:
-    """Attention of a chunk; without pools, nothing precedes it. Of several shards, the output is float32."""
+    """Attention of a chunk, an output of `dtype`; without pools, nothing precedes it."""
     order, count = heads.by_type()
-    filled, has_chunk = start, None
-    if shards is not None:
-        filled, has_chunk = shards.held(start), (shards.index == 0).astype(jnp.int32)[None]
+    filled, is_known = scope.filled, isinstance(scope.has_chunk, bool)
+    has_chunk = None if is_known else jnp.asarray(scope.has_chunk, jnp.int32)[None]
     capacity, pages = (pools.capacity if pools.full_k.shape[0] else 0, pools.pages) if pools else (0, None)
     queries = Queries.of(q, k.shape[2], tiles.block_q, capacity)
     packed, parts = queries.pack(q), queries.parts(heads)
-    shared = None if shards is None else filled, has_chunk
-    arrays = Arrays(
-        packed, k, v, tile.present(pools), pages, order, heads.slot, count[None], parts[None], start, lengths, *shared
-    )
-    dtype = q.dtype if shards is None else jnp.float32
+    counts = order, heads.slot, count[None], parts[None], start, lengths, filled, has_chunk
+    arrays = Arrays(packed, k, v, tile.present(pools), pages, *counts)
     shape = queries.most_parts, *packed.shape
     out = [
         jax.ShapeDtypeStruct(shape, dtype if queries.most_parts == 1 else jnp.float32),
         jax.ShapeDtypeStruct((*shape[:2], shape[3], shape[2]), jnp.float32),
     ]
-    kernel = partial(flash_kernel, window=window, tiles=tiles, queries=queries)
+    kernel = partial(flash_kernel, window=window, tiles=tiles, queries=queries, only_pool=scope.has_chunk is False)
     grid = (queries.most_works,)
     out, log_sum = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
     merged = queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, filled, parts)
@@ -101,7 +99,14 @@ def flash_attention(
 
 
 def flash_kernel(
-    arrays: Arrays, out_ref: Ref, log_ref: Ref, *, window: Window, tiles: FlashTiles, queries: Queries
+    arrays: Arrays,
+    out_ref: Ref,
+    log_ref: Ref,
+    *,
+    window: Window,
+    tiles: FlashTiles,
+    queries: Queries,
+    only_pool: bool,
 ) -> None:
     """One tile of queries over a part of its keys: of `out_ref [parts, B, T, N, H]`, and without H of `log_ref`."""
     block_q, block_k = tiles.block_q, tiles.block_k
@@ -116,79 +121,57 @@ def flash_kernel(
     first = div(first_row, queries.packed)
     slot, start = arrays.slot[kv_head], arrays.start[row]
     q_row = tile.indices(first_row, block_q)
-    q_pos = start + div(q_row, queries.packed)
-    filled = start if arrays.held is None else arrays.held[row]
+    q_index = div(q_row, queries.packed)
+    filled = arrays.filled[row]
     used = queries.used(is_retrieval, filled, parts)
     exists = (q_row < queries.length) & (number < works) & (part < used)
     # A tile of padding visits nothing, and writes zeros; so does a part that is not used, but writes nothing.
     is_live = (first < arrays.lengths[row]) & (number < works) & (part < used)
-    # The last part has everything but whole tiles of the pool.
-    is_last = is_live & (part == used - 1)
     q = tile.load(arrays.q.at[row, pl.ds(first_row, block_q), head, columns], exists, head_dim)
 
-    def sees(k_pos: Array) -> Array:
-        """Which keys `[Q, S]` each query sees, by position."""
-        seen = window.visible(q_pos[:, None], k_pos[None, :])
-        return seen | (is_retrieval & (k_pos[None, :] <= q_pos[:, None]))
-
-    def visit(state: Softmax, keys_values: tuple[Array, Array], keep: Array | None) -> Softmax:
-        return tile.accumulate(state, q, *keys_values, keep, head_dim**-0.5)
-
-    def cached(
-        pool_k: Ref, pool_v: Ref, begin: Array, exists: Array | None, pages: Ref | None = None
-    ) -> tuple[Array, Array]:
-        index, begin = in_pool(pages, pool_k.shape[2], row, begin)
-        at = slot, index, begin, block_k, exists, q.dtype
-        return tile.load_keys(pool_k, *at), tile.load_keys(pool_v, *at)
-
-    def over(begin: Array, end: Array, one, state: Softmax) -> Softmax:
-        return lax.fori_loop(begin, jnp.where(is_last, end, begin), one, state)
-
-    state, zero = empty((block_q,), width), jnp.int32(0)
     if arrays.pools.full_k is not None:
         # The next slot begins at its capacity.
         capacity = arrays.pools.full_k.shape[2] * (1 if arrays.pages is None else arrays.pages.shape[1])
         filled = jnp.minimum(filled, jnp.int32(capacity))
-    has_chunk = None if arrays.has_chunk is None else arrays.has_chunk[0] != 0
+    has_chunk = not only_pool if arrays.has_chunk is None else arrays.has_chunk[0] != 0
     sizes = Sizes(length, queries.tile_tokens, block_k, window)
-    steps = steps_of(first, start, is_retrieval, sizes, filled=filled, has_chunk=has_chunk)
-    if arrays.pools.full_k is not None:
-        pool: tuple[Ref, Ref] = arrays.pools.full_k, arrays.pools.full_v
+    of_row = start, is_retrieval, sizes
+    steps = steps_of(first, *of_row, filled=filled, has_chunk=has_chunk)
+    begin, end = share(steps.total, part, used)
+    end = jnp.where(is_live, end, begin)
+    i = tile.indices(0, block_k)
 
-        def inside(j: Array, state: Softmax) -> Softmax:
-            return visit(state, cached(*pool, j * block_k, None, arrays.pages), None)
+    def keys_and_values(source: str, number: Array, exists: Array | None) -> tuple[Array, Array]:
+        begin, pools = number * block_k, arrays.pools
+        pairs: dict[str, tuple[Any, Any]] = {
+            "own": (arrays.k, arrays.v),
+            "full": (pools.full_k, pools.full_v),
+            "ring": (pools.ring_k, pools.ring_v),
+        }
+        if source == "own":
+            at: Any = row, pl.ds(begin, block_k), kv_head, columns
+        else:
+            pages = arrays.pages if source == "full" else None
+            index, begin = in_pool(pages, pairs[source][0].shape[2], row, begin)
+            at = slot, index, pl.ds(begin, block_k), columns
+        k, v = (tile.load(x.at[*at], exists, head_dim) for x in pairs[source])
+        return k, v
 
-        def last(j: Array, state: Softmax) -> Softmax:
-            exists = tile.indices(j * block_k, block_k) < filled
-            return visit(state, cached(*pool, j * block_k, exists, arrays.pages), exists[None, :])
+    def visit(run: Run, step: Array, state: Softmax) -> Softmax:
+        number, keep, exists = steps.tile(run, step), None, None
+        if run.is_masked:
+            seen = Seen.of(run.source, number, *of_row, filled)
+            keep = seen.mask(i, q_index, (block_q, block_k))
+            tokens: dict[str, Any] = {"own": length - number * block_k, "full": seen.leading, "ring": seen.size}
+            exists = i < tokens[run.source]
+        return tile.accumulate(state, q, *keys_and_values(run.source, number, exists), keep, head_dim**-0.5)
 
-        begin, end = share(steps.whole, part, used)
-        state = lax.fori_loop(begin, jnp.where(is_live, end, begin), inside, state)
-        state = over(steps.whole, steps.whole + steps.tail, last, state)
-    if arrays.pools.ring_k is not None:
-        ring: tuple[Ref, Ref] = arrays.pools.ring_k, arrays.pools.ring_v
-
-        def in_ring(j: Array, state: Softmax) -> Softmax:
-            index = tile.indices(j * block_k, block_k)
-            k_pos = window.position_at(index, start)
-            is_written = k_pos >= 0
-            return visit(state, cached(*ring, j * block_k, is_written), is_written[None, :] & sees(k_pos))
-
-        state = over(zero, steps.ring, in_ring, state)
-
-    def own(j: Array, exists: Array | None) -> tuple[Array, Array]:
-        at = row, pl.ds(j * block_k, block_k), kv_head, columns
-        return tile.load(arrays.k.at[*at], exists, head_dim), tile.load(arrays.v.at[*at], exists, head_dim)
-
-    def at_edge(i: Array, state: Softmax) -> Softmax:
-        index = tile.indices(steps.edge(i) * block_k, block_k)
-        return visit(state, own(steps.edge(i), index < length), sees(start + index))
-
-    def in_sight(j: Array, state: Softmax) -> Softmax:
-        return visit(state, own(j, None), None)
-
-    state = over(steps.inner, steps.diagonal, in_sight, state)
-    state = over(zero, steps.edges, at_edge, state)
+    state = empty((block_q,), width)
+    sources = {"own": not only_pool, "full": arrays.pools.full_k is not None, "ring": arrays.pools.ring_k is not None}
+    for run in steps.runs:
+        if sources[run.source]:
+            first_step, last_step = jnp.maximum(begin, run.begin), jnp.minimum(end, run.end)
+            state = lax.fori_loop(first_step, last_step, partial(visit, run), state)
     values, log_sum = tile.finish(state)
     rows = pl.ds(first_row, block_q)
     tile.store(out_ref.at[part, row, rows, head, columns], values, exists, head_dim)

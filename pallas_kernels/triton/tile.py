@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import merge
 from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, add
-from pallas_kernels.quantized import WORD_BITS, Quantized, Stored, compute_dtype, on_grid
+from pallas_kernels.quantized import Stored, compute_dtype
 from pallas_kernels.types import Pools
 
 # Least rows of a matrix product.
@@ -152,25 +152,6 @@ def width(head_dim: int) -> int:
 def load(ref: Ref, rows: jax.Array | None, head_dim: int, zero: float | int = 0.0) -> jax.Array:
     """A tile `[M, width(H)]` of `ref`, zero beyond the head dim and where `rows [M]` is false; None: all rows exist."""
     return plgpu.load(ref, mask=(mask := _mask(ref.shape, rows, head_dim)), other=None if mask is None else zero)
-
-
-def load_keys(
-    pool: Ref, slot: jax.Array, row: jax.Array, begin: jax.Array, rows: int, exists: jax.Array | None, dtype: Any
-) -> jax.Array:
-    """A tile `[rows, width(H)]` of keys or values of a slot; quantized ones become numbers of `dtype` in registers."""
-    keys, columns = pl.ds(begin, rows), width(pool.shape[-1])
-    if not isinstance(pool, Quantized):
-        at = slot, row, keys, leading(columns)
-        return load(pool.at[*at], exists, pool.shape[-1])
-    words, parts = pool.words.shape[-1], WORD_BITS // pool.bits
-    mask, other = _mask((rows, words), exists, words), None if exists is None else 0
-    packed = plgpu.load(pool.words.at[slot, row, keys, leading(words)], mask=mask, other=other)
-    packed = jnp.broadcast_to(packed.astype(jnp.int32)[:, None, :], (rows, parts, words))
-    shift = lax.broadcasted_iota(jnp.int32, packed.shape, 1) * pool.bits
-    numbers = ((packed >> shift) & (2**pool.bits - 1)).reshape(rows, columns)
-    mask = _mask((rows, pool.groups), exists, pool.groups)
-    grid = plgpu.load(pool.grid.at[slot, row, keys, leading(pool.groups)], mask=mask, other=other)
-    return on_grid(numbers, grid, dtype)
 
 
 def store(ref: Ref, value: jax.Array, rows: jax.Array, head_dim: int) -> None:

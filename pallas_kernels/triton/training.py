@@ -21,6 +21,7 @@ from pallas_kernels.triton import tile
 from pallas_kernels.triton.flash import flash_attention
 from pallas_kernels.types import Heads
 from pallas_kernels.window import Window
+from pallas_kernels.works import Scope
 
 # For retrieval heads, which look at no window.
 NO_WINDOW = Window(0, 1)
@@ -38,7 +39,8 @@ def _forward(q, k, v, window):
     heads = Heads(jnp.full((num_kv_heads,), window is None), jnp.zeros((num_kv_heads,), jnp.int32))
     start = jnp.zeros((batch,), jnp.int32)
     settings: dict[str, Any] = {"window": window or NO_WINDOW, "tiles": tiles_for("flash", head_dim, q.dtype.itemsize)}
-    part = flash_attention(q, k, v, None, heads, start=start, lengths=start + length, **settings)
+    settings |= {"start": start, "lengths": start + length, "scope": Scope(start), "dtype": q.dtype}
+    part = flash_attention(q, k, v, None, heads, **settings)
     return part, (q, k, v, part)
 
 

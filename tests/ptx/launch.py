@@ -21,7 +21,7 @@ import numpy as np
 from duo_eval.aot.compile import compile_for, lower_for
 from jax.experimental import pallas as pl
 
-from pallas_kernels import gpus
+from pallas_kernels import gpus, segments
 from pallas_kernels.triton import tile
 from tests.ptx import machine
 from tests.ptx.parse import parse
@@ -116,6 +116,7 @@ def executing(change: Change | None = None) -> Iterator[Launches]:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(gpus, "device_kind", lambda: gpus.GPUS[GPU].name))
         patches.enter_context(mock.patch.object(tile, "call", pallas))
+        patches.enter_context(mock.patch.object(segments, "lax", types.SimpleNamespace(fori_loop=_loop)))
         if find_spec("jax_triton"):
             import jax_triton
 
@@ -146,6 +147,13 @@ def executing_pallas_calls() -> Iterator[Launches]:
 
     with mock.patch.object(pl, "pallas_call", pallas_call):
         yield launches
+
+
+def _loop(begin: Any, end: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    """`lax.fori_loop` outside of a program."""
+    for i in range(int(begin), int(end)):
+        state = body(jnp.int32(i), state)
+    return state
 
 
 def forget() -> None:
