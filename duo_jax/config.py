@@ -12,7 +12,7 @@ import jax
 
 from duo_jax.arguments import MOST_TOKENS, instance, real_number, true_or_false, whole_number
 from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
-from duo_jax.rope import LinearRope, Llama3Rope, Rope
+from duo_jax.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 from pallas_kernels.window import Window
 
@@ -68,6 +68,9 @@ class ModelConfig:
     channels, instead of an MLP of `mlp_dim`. A router chooses `experts_per_token` of them for each token and weights
     their outputs by probability, which `normalize_experts` divides by the sum over the chosen ones. With `expert_bias`,
     router and experts have biases.
+
+    With `swiglu_limit`, gated MLPs are gpt-oss's: gate and up are clamped to it, the activation is
+    `x * sigmoid(swiglu_alpha * x)`, and 1 is added to up.
     """
 
     family: str
@@ -112,6 +115,8 @@ class ModelConfig:
     rotary_dim: int | None = None
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.702
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -121,6 +126,7 @@ class ModelConfig:
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values |= self._checked_experts()
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
+        values |= {name: real_number(name, getattr(self, name), 0, 1e6) for name in ("swiglu_limit", "swiglu_alpha")}
         values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in SCALES}
         values["query_log_scale"] = real_number("query_log_scale", self.query_log_scale, 0, 1e6)
         if self.query_log_scale:
@@ -450,6 +456,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_experts("intermediate_size"),
         "normalize_experts": True,
     },
+    "gpt_oss": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "layer_windows": _flag("layer_windows"),
+        "sink_logits": True,
+        **_experts("intermediate_size"),
+        "expert_bias": True,
+        "normalize_experts": True,
+        "swiglu_limit": lambda config: config["swiglu_limit"] or 7.0,
+        "swiglu_alpha": lambda config: config["swiglu_alpha"] or 1.702,
+    },
     "gemma3_text": {
         "qkv_bias": _flag("attention_bias"),
         "out_bias": _flag("attention_bias"),
@@ -477,6 +494,21 @@ _GEMMA3 = ModelConfig(
     query_scale=(128 / 168) ** 0.5,
     norm_offset=True,
     post_norms=True,
+)
+_GPT_OSS = ModelConfig(
+    *("gpt_oss", 201088, 36, 2880, 64, 8, 64, 2880, 131072),
+    rope=YarnRope(150000.0, factor=32.0, original_max_position_embeddings=4096, truncate=False),
+    qkv_bias=True,
+    out_bias=True,
+    eos_ids=(200002, 199999, 200012),
+    layer_windows=(128, None) * 18,
+    sink_logits=True,
+    num_experts=128,
+    experts_per_token=4,
+    expert_dim=2880,
+    expert_bias=True,
+    normalize_experts=True,
+    swiglu_limit=7.0,
 )
 _LLAMA3 = ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192, Rope(500000.0), eos_ids=(128001, 128009))
 _LLAMA31_ROPE = Llama3Rope(500000.0, factor=8.0)
@@ -514,6 +546,8 @@ PRESETS: dict[str, ModelConfig] = {
         expert_dim=14336,
         normalize_experts=True,
     ),
+    "gpt-oss-20b": replace(_GPT_OSS, num_layers=24, layer_windows=(128, None) * 12, num_experts=32),
+    "gpt-oss-120b": _GPT_OSS,
     "gemma-3-270m": replace(
         _GEMMA3,
         vocab_size=262144,

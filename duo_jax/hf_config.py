@@ -70,6 +70,8 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "norm_topk_prob": true_or_false,
     "decoder_sparse_step": _size("num_layers"),
     "mlp_only_layers": None,
+    "swiglu_limit": partial(real_number, least=1e-6, most=1e6),
+    "swiglu_alpha": partial(real_number, least=1e-6, most=1e6),
     "rope_local_base_freq": partial(real_number, least=1, most=MOST_THETA),
     "rope_theta": None,
     "rope_scaling": None,

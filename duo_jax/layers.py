@@ -62,9 +62,13 @@ def linear(x: Float[Array, "*B I"], kernel: Any, bias: Array | None, weight_dtyp
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
-def gated(activation: str, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """The channels of a gated MLP: `act(gate) * up`."""
-    return ACTIVATIONS[activation](gate) * up
+def gated(config: ModelConfig, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """The channels of a gated MLP: `act(gate) * up`, or gpt-oss's clamped variant."""
+    if not config.swiglu_limit:
+        return ACTIVATIONS[config.activation](gate) * up
+    limit, alpha = (jnp.asarray(x, gate.dtype) for x in (config.swiglu_limit, config.swiglu_alpha))
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
 
 class Embed(nnx.Embed):
@@ -192,7 +196,7 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
-        self.devices, self.activation = MeshSize.of(mesh).sharers, config.activation
+        self.devices, self.config = MeshSize.of(mesh).sharers, config
         build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
         self.gate_up = build(config.embed_dim, 2 * config.mlp_dim)
         self.down = build(config.mlp_dim, config.embed_dim)
@@ -201,7 +205,7 @@ class Mlp(nnx.Module):
         """Apply to every token."""
         gate_up = self.gate_up(x)
         gate, up = jnp.split(gate_up.reshape(*gate_up.shape[:-1], self.devices, -1), 2, axis=-1)
-        return self.down(gated(self.activation, gate, up).reshape(*gate_up.shape[:-1], -1))
+        return self.down(gated(self.config, gate, up).reshape(*gate_up.shape[:-1], -1))
 
 
 class ExpertLinear(nnx.Module):
@@ -292,15 +296,15 @@ class Experts(nnx.Module):
         per_token, flat = self.config.experts_per_token, x.reshape(-1, x.shape[-1])
         rows = rows_of_block(len(flat), per_token, self.config.num_experts)
         blocks = blocks_of(chosen.reshape(-1, per_token), experts, rows)
-        expert = partial(_expert, self.config.activation, self.config.weight_dtype)
+        expert = partial(_expert, self.config)
         return weighted_sum(expert, rows, flat, shares.reshape(-1, per_token), weights, blocks).reshape(x.shape)
 
 
-def _expert(activation: str, weight_dtype: str | None, x: Float[Array, "R D"], weights: Any) -> Float[Array, "R D"]:
+def _expert(config: ModelConfig, x: Float[Array, "R D"], weights: Any) -> Float[Array, "R D"]:
     """One expert's MLP."""
-    gate_up, down = weights
-    gate, up = jnp.split(linear(x, *gate_up, weight_dtype), 2, axis=-1)
-    return linear(gated(activation, gate, up), *down, weight_dtype)
+    (gate_up, gate_up_bias), (down, down_bias) = weights
+    gate, up = jnp.split(linear(x, gate_up, gate_up_bias, config.weight_dtype), 2, axis=-1)
+    return linear(gated(config, gate, up), down, down_bias, config.weight_dtype)
 
 
 class Layer(nnx.Module):

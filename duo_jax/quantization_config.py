@@ -16,6 +16,7 @@ MOST_GROUP = 10**6
 MOST_NAMES = 10**5
 # Repetitions in a regular expression that is compared with the names of modules, and its characters.
 MOST_REPEATS, MOST_PATTERN = 4, 300
+MXFP4 = "mxfp4"
 # Keys under which configurations have it; the second is that of the first versions of compressed-tensors.
 KEYS = ("quantization_config", "compression_config")
 
@@ -112,7 +113,7 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     if not isinstance(method, str) or method not in METHODS:
         raise NotImplementedError(
             f"this model uses weights quantized by {method!r:.60}, which is not supported: those of "
-            f"{', '.join(METHODS)} are read, and GGUF files"
+            f"{', '.join((*METHODS, MXFP4))} are read, and GGUF files"
         )
     try:
         return METHODS[method](_Settings(method, values))

@@ -21,6 +21,7 @@ SMALL = (
     "seed_oss",
     "qwen3_moe",
     "mixtral",
+    "gpt_oss",
 )
 FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear", "gemma3_text", *SMALL)
 

@@ -89,6 +89,7 @@ EXPECTED = {
     "ministral3": SMALL | {"vocab_size": 114},
     "qwen3_moe": SMALL | {"vocab_size": 104},
     "mixtral": SMALL | {"vocab_size": 105, "mlp_dim": 32},
+    "gpt_oss": SMALL | {"vocab_size": 107, "mlp_dim": 32},
 }
 ROPES = {
     "llama31": Llama3Rope(500000.0, original_max_position_embeddings=64),
@@ -111,6 +112,7 @@ ROPES = {
     ),
     "ministral3": YarnRope(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0),
     "olmo3": YarnRope(factor=8.0, original_max_position_embeddings=64),
+    "gpt_oss": YarnRope(150000.0, factor=8.0, original_max_position_embeddings=64, truncate=False),
 }
 FLAGS = {
     "qwen2": {"qkv_bias": True},
@@ -124,6 +126,18 @@ FLAGS = {
         "dense_layers": (1,),
     },
     "mixtral": {"num_experts": 8, "experts_per_token": 2, "expert_dim": 32, "normalize_experts": True},
+    "gpt_oss": {
+        "qkv_bias": True,
+        "out_bias": True,
+        "layer_windows": (11, None, 11, None),
+        "sink_logits": True,
+        "num_experts": 8,
+        "experts_per_token": 3,
+        "expert_dim": 32,
+        "expert_bias": True,
+        "normalize_experts": True,
+        "swiglu_limit": 0.4,
+    },
     "gemma3_text": {
         "qk_norm": True,
         "layer_windows": (12, None, 12, None),
@@ -388,6 +402,8 @@ PUBLISHED = {
     "smollm2-135m": 134515008,
     "qwen3-30b-a3b": 30532122624,
     "mixtral-8x7b": 46702792704,
+    "gpt-oss-20b": 20914757184,
+    "gpt-oss-120b": 116829156672,
     "gemma-3-270m": 268098176,
     "gemma-3-27b": 27009346304,
 }

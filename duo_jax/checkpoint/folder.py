@@ -13,6 +13,7 @@ import numpy as np
 
 from duo_jax.arrays import Shards, first_names
 from duo_jax.checkpoint.layouts import UNUSED, check_groups
+from duo_jax.checkpoint.mxfp4 import BLOCKS, SCALES, Mxfp4, mxfp4_shapes
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.stored import Packed, checked, parts_of
 from duo_jax.checkpoint.weight_table import linear_maps, weight_table
@@ -121,7 +122,7 @@ class Folder(Source):
                         f"be one of {', '.join(FLOATS)}, unless its quantization_config says how they are quantized"
                     )
                 shapes[name] = self.shards.shapes[stored]
-        return shapes
+        return shapes | self._mxfp4
 
     @cached_property
     def stored_format(self) -> StoredFormat | None:
@@ -133,7 +134,9 @@ class Folder(Source):
     @cached_property
     def _linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that may be quantized, by name."""
-        kernels = (weight for weight in weight_table(self.config).values() if weight.is_kernel)
+        kernels = (
+            weight for weight in weight_table(self.config).values() if weight.is_kernel and not weight.is_stacked
+        )
         return {name: shape for weight in kernels for name, shape in zip(weight.names, weight.shapes, strict=True)}
 
     @cached_property
@@ -147,11 +150,17 @@ class Folder(Source):
     @cached_property
     def _names(self) -> dict[str, str]:
         """Names of the model's tensors -> those in the shards; of a model of text and images, those of its text."""
-        stored = self.shards.shapes
+        packed = {f"{name}{part}" for name in self._mxfp4 for part in (BLOCKS, SCALES)}
+        stored = [name for name in self.shards.shapes if name not in packed]
         if "text_config" not in read_json(self.path / CONFIG):
             return {name: name for name in stored}
         parts = {name: match.groups() for name in stored if (match := TEXT.fullmatch(name))}
         return {f"{'' if part == 'lm_head' else 'model.'}{part}{rest}": name for name, (part, rest) in parts.items()}
+
+    @cached_property
+    def _mxfp4(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that are stored as blocks and scales."""
+        return mxfp4_shapes(self.shards.shapes, self.shards.dtypes)
 
     @property
     def files(self) -> Sequence[Path]:
@@ -159,12 +168,14 @@ class Folder(Source):
         return self.shards.files
 
     def read(self, name: str) -> np.ndarray:
-        """Copy one tensor out of its shard; a quantized one is dequantized."""
+        """Copy one tensor out of its shard."""
         stored = self.stored(name)
-        return np.asarray(stored.values()) if isinstance(stored, Packed) else stored
+        return stored if isinstance(stored, np.ndarray) else np.asarray(stored.values())
 
-    def stored(self, name: str) -> np.ndarray | Packed:
-        """See `Source`."""
+    def stored(self, name: str) -> np.ndarray | Packed | Mxfp4:
+        """As `read`, but quantized tensors are as they are stored."""
+        if name in self._mxfp4:
+            return Mxfp4(*(self.shards.read(f"{name}{part}") for part in (BLOCKS, SCALES)))
         if self.stored_format is None or name not in self._quantized:
             return self.shards.read(self._names[name])
         arrays = {what: self.shards.read(stored) for what, stored in self._quantized[name].items()}

@@ -2,10 +2,10 @@
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from duo_jax.certified import certify_model
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_blocks import Blocks
 from duo_jax.checkpoint.gguf_file import GgufFile
+from duo_jax.checkpoint.mxfp4 import Mxfp4
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
@@ -39,6 +40,9 @@ from duo_jax.weights import quantize_kernel
 if TYPE_CHECKING:
     import qwix  # imported when weights are quantized
     import transformers
+
+# Tensors that the device dequantizes.
+Compact: TypeAlias = Blocks | Packed | Mxfp4
 
 
 def load_model(
@@ -291,30 +295,35 @@ def _read(
     checkpoint: Source, weight: Weight, dtype: jnp.dtype, weight_dtype: str | None, *, on_host: bool
 ) -> "Array | np.ndarray | qwix.QArray":
     """A parameter of the decoder, on the default device, or on the host, from where it is divided over a mesh."""
+    is_plain = on_host and weight_dtype is None
+    arranged = Arrangement(weight.is_kernel and not weight.is_stacked, weight.alternates, weight.is_kernel)
 
-    def matrix(names: tuple[str, ...]) -> "Array | np.ndarray | qwix.QArray":
-        if on_host and weight_dtype is None:
-            whole = np.concatenate([checkpoint.read(name) for name in names])
-            return (whole.T if weight.is_kernel else whole).astype(dtype)
-        parts = tuple(checkpoint.stored(name) for name in names)
+    def matrix(parts: tuple[Any, ...]) -> "Array | np.ndarray | qwix.QArray":
+        if is_plain:
+            values = [x if isinstance(x, np.ndarray) else np.asarray(x.values()) for x in parts]
+            return arranged.of(values, np).astype(dtype)
         if weight_dtype and all(isinstance(part, Packed) and part.coding.fits(weight_dtype) for part in parts):
             return _as_stored(parts, dtype, weight_dtype)
-        return _convert(parts, dtype, weight.is_kernel, weight_dtype)
+        return _convert(parts, dtype, arranged, weight_dtype)
 
     if weight.experts is None:
-        return matrix(weight.names)
+        return matrix(tuple(checkpoint.stored(name) for name in weight.names))
+    if weight.is_stacked:
+        whole: Any = checkpoint.stored(weight.names[0])
+        matrices = (matrix((whole[number],)) for number in range(weight.experts))
+    else:
+        matrices = (matrix(tuple(checkpoint.stored(name) for name in names)) for names in weight.parts)
     # In place: a second copy of all experts of a layer may take gigabytes.
-    first, *others = weight.parts
-    if on_host and weight_dtype is None:
-        part = matrix(first)
-        stack: Any = np.empty((weight.experts, *part.shape), dtype)
-        stack[0] = part
-        for number, names in enumerate(others, start=1):
-            stack[number] = matrix(names)
+    first = next(matrices)
+    if isinstance(first, np.ndarray):
+        stack: Any = np.empty((weight.experts, *first.shape), dtype)
+        stack[0] = first
+        for number, part in enumerate(matrices, start=1):
+            stack[number] = part
         return stack
-    stack = _first_expert(matrix(first), weight.experts)
-    for number, names in enumerate(others, start=1):
-        stack = _set_expert(stack, matrix(names), number)
+    stack = _first_expert(first, weight.experts)
+    for number, part in enumerate(matrices, start=1):
+        stack = _set_expert(stack, part, number)
     return stack
 
 
@@ -330,13 +339,27 @@ def _set_expert(stack: "Array | qwix.QArray", part: "Array | qwix.QArray", numbe
     return jax.tree.map(lambda x, y: x.at[number].set(y), stack, part)
 
 
+class Arrangement(NamedTuple):
+    """How tensors become a parameter."""
+
+    transposes: bool
+    alternates: bool
+    is_kernel: bool
+
+    def of(self, parts: Sequence[Any], numpy: Any) -> Any:
+        """The parameter's array, by `numpy` or `jax.numpy`."""
+        x = numpy.concatenate(parts)
+        x = x.T if self.transposes else x
+        return numpy.concatenate([x[..., ::2], x[..., 1::2]], axis=-1) if self.alternates else x
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _convert(
-    parts: tuple[Array | Blocks | Packed, ...], dtype: jnp.dtype, transpose: bool, weight_dtype: str | None
+    parts: tuple[Array | Compact, ...], dtype: jnp.dtype, arranged: Arrangement, weight_dtype: str | None
 ) -> "Array | qwix.QArray":
-    x = jnp.concatenate([part.values() if isinstance(part, Blocks | Packed) else part for part in parts])
-    placed = (x.T if transpose else x).astype(dtype)
-    return placed if weight_dtype is None else quantize_kernel(placed, weight_dtype, input_axis=int(not transpose))
+    values = [part.values() if isinstance(part, Blocks | Packed | Mxfp4) else part for part in parts]
+    x = arranged.of(values, jnp).astype(dtype)
+    return x if weight_dtype is None else quantize_kernel(x, weight_dtype, input_axis=int(not arranged.is_kernel))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -5,6 +5,9 @@ mantissa), scales E8M0 (2 to the power of a byte minus 127; 255 stands for NaN).
 """
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,53 @@ from jaxtyping import Array, Float, UInt8
 
 # Numbers that share a scale.
 BLOCK = 32
+# The tensors that make `name`: its numbers, and their scales.
+BLOCKS, SCALES = "_blocks", "_scales"
 # Magnitudes of E2M1 by its lower three bits; the fourth is the sign.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "scales"], meta_fields=[])
+@dataclass(frozen=True)
+class Mxfp4:
+    """A tensor `[..., in, out]` as gpt-oss stores it: `blocks [..., out, n, 16]` and `scales [..., out, n]`, bytes."""
+
+    blocks: Any
+    scales: Any
+
+    def __getitem__(self, index: int) -> "Mxfp4":
+        """One expert."""
+        return Mxfp4(self.blocks[index], self.scales[index])
+
+    def values(self) -> Float[Array, "*rows in out"]:
+        """The dequantized tensor, in float32."""
+        return mxfp4_values(self.blocks, self.scales, dtype=jnp.dtype("float32")).swapaxes(-1, -2)
+
+
+def mxfp4_shapes(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors that are stored as blocks and scales.
+
+    Args:
+        shapes: of all stored tensors, by name.
+        dtypes: their data types, as safetensors names them.
+
+    Raises:
+        ValueError: blocks without scales or scales without blocks, or shapes that do not belong together, by name.
+    """
+    found = {}
+    for part, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+        names = [name for name, dtype in dtypes.items() if dtype == "U8" and name.endswith(part)]
+        if alone := [name for name in names if dtypes.get(name.removesuffix(part) + other) != "U8"]:
+            raise ValueError(f"{alone[0]} has no {other[1:]}: MXFP4 needs both as bytes; download the files again")
+        if part == BLOCKS:
+            found = {name.removesuffix(part): shapes[name] for name in names}
+    for name, (*rows, last) in found.items():
+        if last != BLOCK // 2 or len(rows) < 2 or tuple(rows) != shapes[name + SCALES]:
+            raise ValueError(
+                f"{name}{BLOCKS} {(*rows, last)} and {name}{SCALES} {shapes[name + SCALES]} do not belong together: "
+                f"MXFP4 has [..., blocks, {BLOCK // 2}] and [..., blocks]"
+            )
+    return {name: (*rows[:-2], rows[-1] * BLOCK, rows[-2]) for name, (*rows, _) in found.items()}
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

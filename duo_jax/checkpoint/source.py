@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from duo_jax.checkpoint.gguf_blocks import Blocks
+from duo_jax.checkpoint.mxfp4 import Mxfp4
 from duo_jax.checkpoint.stored import Packed
 from duo_jax.config import ModelConfig
 from duo_jax.quantization_config import StoredFormat
@@ -51,7 +52,7 @@ class Source(ABC):
     def read(self, name: str) -> np.ndarray:
         """One tensor's values, in the data type that they are stored in; quantized ones in float32."""
 
-    def stored(self, name: str) -> np.ndarray | Blocks | Packed:
+    def stored(self, name: str) -> np.ndarray | Blocks | Packed | Mxfp4:
         """As `read`, but values that the device can dequantize are still quantized."""
         return self.read(name)
 

@@ -7,6 +7,7 @@ q/k-norm, a head) have no row.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from duo_jax.arrays import first_names
 from duo_jax.config import ModelConfig
@@ -20,7 +21,9 @@ class Weight:
     """A parameter's source: tensors joined along their first axis, then transposed if the parameter is a kernel.
 
     Checkpoints store kernels `[out, in]`, this decoder `[in, out]`. A parameter with `experts` has a new first axis:
-    the tensors of its first expert come first, and each expert's make one matrix.
+    the tensors of its first expert come first, and each expert's make one matrix. Or one tensor `is_stacked`: it has
+    all experts along that axis, and kernels `[in, out]`. Where `alternates`, its last axis has a channel of the gate
+    and one of up in turn.
     """
 
     names: tuple[str, ...]
@@ -28,6 +31,8 @@ class Weight:
     is_kernel: bool = False
     experts: int | None = None
     is_quantizable: bool = True
+    is_stacked: bool = False
+    alternates: bool = False
 
     @property
     def parts(self) -> list[tuple[str, ...]]:
@@ -118,7 +123,9 @@ def linear_maps(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def _experts(config: ModelConfig, prefix: str) -> dict[tuple[str, str], Weight]:
-    """The parameters of a mixture of experts, each expert's tensors apart."""
+    """The parameters of a mixture of experts."""
+    if config.family == "gpt_oss":
+        return _stacked_experts(config, f"{prefix}mlp.")
     block, gate, up, down = EXPERT_MODULES[config.family]
     dim, width, count = config.embed_dim, config.expert_dim, config.num_experts
     experts = [f"{prefix}{block}.experts.{number}." for number in range(count)]
@@ -130,6 +137,23 @@ def _experts(config: ModelConfig, prefix: str) -> dict[tuple[str, str], Weight]:
         ("expert_gate_up", "kernel"): Weight(gate_up, ((width, dim),) * (2 * count), is_kernel=True, experts=count),
         ("expert_down", "kernel"): Weight(downs, ((dim, width),) * count, is_kernel=True, experts=count),
     }
+
+
+def _stacked_experts(config: ModelConfig, prefix: str) -> dict[tuple[str, str], Weight]:
+    """As `_experts`, with one tensor for all experts."""
+    dim, width, count = config.embed_dim, config.expert_dim, config.num_experts
+    table = {
+        ("router", "kernel"): Weight(
+            (f"{prefix}router.weight",), ((count, dim),), is_kernel=True, is_quantizable=False
+        ),
+        ("router", "bias"): Weight((f"{prefix}router.bias",), ((count,),)),
+    }
+    for name, ins, outs, alternates in (("gate_up", dim, 2 * width, True), ("down", width, dim, False)):
+        tensor = f"{prefix}experts.{name}_proj"
+        settings: dict[str, Any] = {"experts": count, "is_stacked": True, "alternates": alternates}
+        table[f"expert_{name}", "kernel"] = Weight((tensor,), ((count, ins, outs),), is_kernel=True, **settings)
+        table[f"expert_{name}", "bias"] = Weight((f"{tensor}_bias",), ((count, outs),), **settings)
+    return table
 
 
 def ignorable(name: str, config: ModelConfig) -> bool:

@@ -160,6 +160,18 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family.small(
         "seed_oss", vocab_size=118, attention_bias=True, attention_out_bias=True, rope_parameters=rope(theta=1e7)
     ),
+    "gpt_oss": Family.small(
+        "gpt_oss",
+        vocab_size=107,
+        intermediate_size=32,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        sliding_window=11,
+        swiglu_limit=0.4,
+        rope_parameters=rope(
+            "yarn", 150000.0, factor=8.0, original_max_position_embeddings=64, beta_fast=32.0, truncate=False
+        ),
+    ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
     "qwen3_moe": Family.small(
         "qwen3_moe",
@@ -277,12 +289,17 @@ def native_layers(model: PreTrainedModel) -> Array:
     return np.array([bool(getattr(layer.self_attn, "sliding_window", of_all)) for layer in model.model.layers])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """Dense softmax attention, float32; query `[B, N, T, H]`, key and value `[B, K, T, H]`; returns `[B, T, N, H]`."""
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
+    """Dense softmax attention, float32; query `[B, N, T, H]`, key and value `[B, K, T, H]`; returns `[B, T, N, H]`.
+
+    `sinks`, one of each query head, are scores of a key without a value.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -304,6 +321,7 @@ class GatedAttention:
         *,
         scaling: float,
         sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """One layer's attention before the output projection; transformers passes no mask to an unknown attention."""
@@ -311,11 +329,11 @@ class GatedAttention:
         i, j = position[:, None], position[None, :]
         causal = j <= i
         if sliding_window:
-            return attend(query, key, value, causal & (j > i - sliding_window), scaling), None
+            return attend(query, key, value, causal & (j > i - sliding_window), scaling, s_aux), None
         streaming = causal & ((j < self.sink_size) | (j > i - self.recent_size))  # paper section 2.1
-        narrow = attend(query, key, value, streaming, scaling)
+        narrow = attend(query, key, value, streaming, scaling, s_aux)
         if self.teacher is None:
-            full = attend(query, key, value, causal, scaling)
+            full = attend(query, key, value, causal, scaling, s_aux)
         else:
             full = self.teacher[module.layer_idx].view(narrow.shape)
         gate = self.gates[module.layer_idx].repeat_interleave(query.shape[1] // key.shape[1])[:, None]  # [N, 1]
