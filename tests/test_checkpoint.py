@@ -533,7 +533,7 @@ def test_terms_of_use_are_accepted_by_the_user_only(
             load("Parts", accept_terms=True)
     with pytest.raises(PermissionError, match=refusal):  # It is not remembered, although the file is here.
         load_tokenizer("parts")
-    monkeypatch.setenv(packaged.ACCEPTED, "other,parts")
+    monkeypatch.setenv(packaged.ACCEPTED, "other, Parts")
     assert packaged.packaged_model("parts").read_bytes() == CONTENT
 
 

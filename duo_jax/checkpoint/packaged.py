@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import BinaryIO
 
+from duo_jax.arguments import true_or_false
 from pallas_kernels.user_cache import cache_folder
 
 
@@ -69,10 +70,11 @@ def packaged_model(name: str, *, accept_terms: bool = False) -> Path:
 
     Raises:
         PermissionError: a model with terms of use that were not accepted; nothing is downloaded.
+        ArgumentError: `accept_terms` is no boolean.
         FileNotFoundError, ValueError: see `fetch`.
     """
-    terms = PACKAGED[name].terms
-    if terms and not accept_terms and name not in os.environ.get(ACCEPTED, "").split(","):
+    terms, accepted = PACKAGED[name].terms, true_or_false("accept_terms", accept_terms)
+    if terms and not accepted and name not in os.environ.get(ACCEPTED, "").replace(" ", "").lower().split(","):
         raise PermissionError(
             f"{name} has terms of use, which you have to accept first: read {terms}, then add --accept-terms, or "
             f"accept_terms=True in Python; {ACCEPTED}={name} in the environment accepts them for every run"

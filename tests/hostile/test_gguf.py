@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGUFValueType as Kind
 
 from duo_jax import load_model, load_tokenizer
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
+from duo_jax.checkpoint.gguf_architectures import MODEL_TENSORS
 from duo_jax.checkpoint.gguf_config import config_from_gguf
 from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
@@ -419,6 +421,25 @@ def test_a_split_model_is_read_whole(count: int, tmp_path: Path) -> None:
     assert weights.keys() == whole.keys()
     for name in whole:
         np.testing.assert_array_equal(weights[name], whole[name])
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_model_that_gguf_split_is_read_whole(small: bool, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=8, small_first_shard=small)
+    for key, value in metadata().items():
+        if key.startswith("llama."):
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    for name, tensor in tensors().items():
+        writer.add_tensor(name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / f"m-00001-of-{3 + small:05d}.gguf")
+    assert len(file.files) == 3 + small and file.config.num_layers == 2
+    for name, tensor in tensors().items():
+        if not name.startswith("blk"):
+            np.testing.assert_array_equal(file.read(MODEL_TENSORS[name]), tensor.data)
 
 
 def test_other_weights_in_a_later_part_are_other_weights(tmp_path: Path) -> None:
