@@ -1,6 +1,7 @@
 """`duo serve` as OpenAI's own client sees it, and as clients do that send anything else."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,8 @@ import pytest
 
 from duo_jax import load
 from duo_jax.serve.engine import Engine
+from duo_jax.serve.http import app
+from duo_jax.serve.http import server as server_module
 from duo_jax.serve.http.app import Limits, make_app
 from duo_jax.serve.http.server import Server, listen
 from duo_jax.serve.scheduler import Sizes
@@ -29,15 +32,15 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, lm: LM, grace: float = 10.0) -> None:
+    def __init__(self, lm: LM, grace: float = 10.0, seconds: float = 20.0, **options: object) -> None:
         self.device = SlowDevice(SIZES)
         self.engine = Engine(self.device, SIZES, lm.tokenizer, vocab_size=97, eos_ids=(2,))
-        limits = Limits(body_bytes=100_000, body_seconds=0.5, seconds=20.0)
-        app = make_app(self.engine, lm, "tiny", api_key=KEY, limits=limits)
+        limits = Limits(body_bytes=100_000, body_seconds=0.5, seconds=seconds)
+        served = make_app(self.engine, lm, "tiny", limits=limits, **{"api_key": KEY} | options)
         self.socket, ready = listen("127.0.0.1", 0), threading.Event()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = Server(app, self.engine, grace=grace, ready=ready.set)
+        self.server = Server(served, self.engine, grace=grace, ready=ready.set)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         assert ready.wait(20)
@@ -103,7 +106,8 @@ def test_chat(client, lm):
         {"role": "assistant", "content": reply.choices[0].message.content},
         {"role": "user", "content": "?"},
     ]
-    again = client.chat.completions.create(model="tiny", messages=turns, max_completion_tokens=4, seed=5)
+    returned = [*HELLO, reply.choices[0].message.model_dump(), turns[-1]]  # With fields that are null.
+    again = client.chat.completions.create(model="tiny", messages=returned, max_completion_tokens=4, seed=5)
     assert again.choices[0].message.content == expected(lm, turns, 4, 5)
     assert again.usage.prompt_tokens_details.cached_tokens >= 24
 
@@ -153,6 +157,13 @@ def test_log_probabilities_of_a_chat(client, lm):
     assert [entry for part in streamed if part for entry in part.content] == content
 
 
+def test_a_developer_is_the_system(client, lm):
+    messages = [{"role": "system", "content": "Be short."}, *HELLO]
+    sent = [{"role": "developer", "content": "Be short."}, *HELLO]
+    reply = client.chat.completions.create(model="tiny", messages=sent, max_tokens=4, seed=0)
+    assert reply.choices[0].message.content == expected(lm, messages, 4)
+
+
 def test_models_and_health_and_metrics(client, server):
     (model,) = client.models.list()
     assert model.id == client.models.retrieve("tiny").id == "tiny" and model.max_model_len == 160
@@ -162,6 +173,20 @@ def test_models_and_health_and_metrics(client, server):
     assert numbers["duo_rows"] == 3 and numbers["duo_requests_running"] == 0
     assert numbers['duo_replies_total{reason="length"}'] > 5 and numbers["duo_cached_tokens_total"] > 10
     assert numbers["duo_first_token_seconds_count"] > 3 and 0 < numbers["duo_kv_bytes"] < numbers["duo_kv_full_bytes"]
+
+
+def test_numbers_for_the_page(server):
+    assert httpx2.get(f"{server.url}/stats").status_code == 401
+    stats = httpx2.get(f"{server.url}/stats", headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert stats["pages"] == SIZES.pages and stats["pages_free"] <= SIZES.pages and stats["rows"] == SIZES.rows
+    page = httpx2.get(server.url)
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert all(f"stats.{name}" in page.text for name in stats if name not in UNUSED)
+    assert not re.search(r"https?://|src=|@import", page.text), "it loads nothing"
+
+
+# Numbers that the page does not show.
+UNUSED = ("rows", "pages_prefix", "snapshots", "reply_tokens", "preemptions", "finished")
 
 
 REFUSED = {
@@ -174,8 +199,12 @@ REFUSED = {
         "message 0 has a part of type 'image_url': this model reads text only",
     ),
     "tool message": (
-        {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
-        "'messages.0.tool_call_id' is not supported",
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages.0.role: Input should be 'system', 'developer', 'user' or 'assistant'",
+    ),
+    "tool call": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+        "'messages.0.tool_calls' is not supported",
     ),
     "temperature": ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
     "type": ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
@@ -292,4 +321,40 @@ def test_a_stopped_server_ends_its_streams_with_an_error(lm):
     threading.Timer(0.3, running.device.go.set).start()
     with pytest.raises(openai.APIError, match="the server is shutting down"):
         list(stream)
+    running.stop()
+
+
+def test_a_stream_that_waits_shows_signs_of_life_until_its_time_is_over(lm, monkeypatch):
+    monkeypatch.setattr(app, "SILENCE", 0.05)
+    running = Running(lm, seconds=0.5)
+    running.device.go.clear()
+    body = {"model": "tiny", "prompt": [5], "max_tokens": 100}
+    text = running.post("/v1/completions", json=body | {"stream": True}).text
+    assert text.count(": waiting\n\n") > 2 and "the request took more than 0.5 seconds" in text.splitlines()[-2]
+    response = running.post("/v1/completions", json=body)
+    assert response.status_code == 408 and "more than 0.5 seconds" in response.json()["error"]["message"]
+    running.device.go.set()
+    running.wait_until(running=0, waiting=0)
+    running.stop()
+
+
+def test_heads_that_do_not_end_are_cut_off_and_long_replies_are_not(lm, monkeypatch):
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.2)
+    running = Running(lm)
+    for begun in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
+        with closing(socket.create_connection(("127.0.0.1", running.port), timeout=10)) as slow:
+            slow.sendall(begun)
+            assert slow.recv(100) == b""
+    running.device.go.clear()
+    threading.Timer(0.7, running.device.go.set).start()
+    reply = running.client().completions.create(model="tiny", prompt=[5], max_tokens=3)
+    assert reply.choices[0].finish_reason == "length"
+    running.stop()
+
+
+def test_only_known_names_lead_to_a_server_of_this_machine(lm):
+    running = Running(lm, hosts=("127.0.0.1", "[::1]"), api_key=None)
+    assert httpx2.get(f"{running.url}/health").status_code == 200
+    assert httpx2.get(f"{running.url}/health", headers={"Host": "[::1]:80"}).status_code == 200
+    assert httpx2.get(f"{running.url}/health", headers={"Host": "evil.example"}).status_code == 400
     running.stop()

@@ -35,6 +35,8 @@ class Serve:
     """Address to listen on: by default, only programs of this machine reach the server."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
+    host_names: tuple[str, ...] = ()
+    """Further names by which clients may call a server that only this machine reaches, such as that of a proxy."""
     api_key: str | None = None
     """Key that clients must send; by default that of the environment variable DUO_API_KEY, or none."""
     name: str | None = None
@@ -108,7 +110,8 @@ class Serve:
             for number, tokens in enumerate(prefixes):
                 show_status(f"computing prefix {number + 1} of {len(prefixes)}")
                 engine.keep(tokens)
-            app = make_app(engine, lm, name, api_key=key, limits=limits)
+            hosts = (*LOOPBACK, "[::1]", *self.host_names) if self.host in LOOPBACK else ("*",)
+            app = make_app(engine, lm, name, api_key=key, limits=limits, hosts=hosts)
             host, port = listener.getsockname()[:2]
             pages = f"{sizes.pages} pages of {sizes.page_size} tokens ({size_text(spec.nbytes)})"
             about = f"{sizes.rows} rows, {pages}, {sizes.snapshots} snapshots"

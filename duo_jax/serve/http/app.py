@@ -3,16 +3,19 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -26,7 +29,19 @@ from duo_jax.serve.requests import Request as EngineRequest
 from duo_jax.serve.scheduler import QueueFullError
 from duo_jax.text.lm import LM
 
+# Each with the index of its reply; None after a silence.
+Events: TypeAlias = AsyncIterator[tuple[int, Event] | None]
+
 EVENT_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+# Seconds between signs of life of a stream that waits: proxies end connections that are silent.
+SILENCE = 15.0
+PAGE = Path(__file__).with_name("page.html")
+# The page is one file: it may talk to its own server and load nothing.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,14 @@ class Api:
     def routes(self) -> list[Route]:
         """All routes."""
         posts = {"/v1/completions": self._complete, "/v1/chat/completions": self._chat}
-        gets = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
+        gets = {
+            "/v1/models": self._models,
+            "/v1/models/{name:path}": self._model,
+            "/metrics": self._metrics,
+            "/stats": self._stats,
+        }
         return [
+            Route("/", self._page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             *(Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()),
             *(Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()),
@@ -93,6 +114,9 @@ class Api:
         if self._key is not None and not hmac.compare_digest(given, self._key):
             raise _Refusal(401, "the API key is wrong or missing", "authentication_error", code="invalid_api_key")
 
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(await run_in_threadpool(PAGE.read_text, encoding="utf-8"), headers=PAGE_HEADERS)
+
     async def _health(self, request: Request) -> Response:
         if self._engine.is_open:
             return JSONResponse({"status": "ok"})
@@ -100,6 +124,10 @@ class Api:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._measurements.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _stats(self, request: Request) -> Response:
+        """The engine's numbers, for the page."""
+        return JSONResponse(asdict(self._engine.metrics()))
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_object()]})
@@ -130,7 +158,7 @@ class Api:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request, ChatBody)
-        messages = [message.model_dump() for message in body.messages]
+        messages = [message.plain for message in body.messages]
         return await self._answer(request, body, lambda: [self._lm.encode_chat(messages)])
 
     async def _read(self, request: Request, kind: type[Any]) -> Any:
@@ -179,13 +207,23 @@ class Api:
             return _EventStream(running, _stream(answer, events))
         return await self._whole(request, answer, events)
 
-    async def _events(self, running: "_Running", answer: Answer, begin: float) -> AsyncIterator[tuple[int, Event]]:
-        """The events of all replies, added to the answer; whoever stops early frees the rows."""
-        is_first, deadline = True, asyncio.get_running_loop().time() + self._limits.seconds
+    async def _events(self, running: "_Running", answer: Answer, begin: float) -> Events:
+        """The events of all replies, added to the answer; None after each silence.
+
+        Whoever stops early frees the rows.
+        """
+        is_first, deadline = True, begin + self._limits.seconds
         try:
             while not answer.is_done:
-                async with asyncio.timeout_at(deadline):
-                    index, event = await running.events.get()
+                left = deadline - time.perf_counter()
+                try:
+                    async with asyncio.timeout(min(left, SILENCE)):
+                        index, event = await running.events.get()
+                except TimeoutError:
+                    if left <= SILENCE:
+                        raise
+                    yield None
+                    continue
                 if is_first:
                     is_first = False
                     self._measurements.first_token.observe(time.perf_counter() - begin)
@@ -198,7 +236,9 @@ class Api:
             running.cancel()
             self._measurements.whole.observe(time.perf_counter() - begin)
 
-    async def _whole(self, request: Request, answer: Answer, events: AsyncIterator[tuple[int, Event]]) -> Response:
+    async def _whole(
+        self, request: Request, answer: Answer, events: AsyncIterator[tuple[int, Event] | None]
+    ) -> Response:
         async def collect() -> None:
             async for _ in events:
                 pass
@@ -268,12 +308,16 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _stream(answer: Answer, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[str]:
+async def _stream(answer: Answer, events: Events) -> AsyncIterator[str]:
     """Server-sent events."""
     for first in answer.opening():
         yield _line(first)
     try:
-        async for index, event in events:
+        async for found in events:
+            if found is None:
+                yield ": waiting\n\n"
+                continue
+            index, event = found
             if isinstance(event, FinishEvent) and event.reason in ("error", "cancelled"):
                 yield _line(error_object(event.error or event.reason, "server_error"))
                 return
@@ -298,7 +342,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error_object(f"{request.method} {request.url.path:.200}: {message}", kind), status)
 
 
-def make_app(engine: Engine, lm: LM, name: str, *, api_key: str | None = None, limits: Limits = Limits()) -> Starlette:
+def make_app(
+    engine: Engine,
+    lm: LM,
+    name: str,
+    *,
+    api_key: str | None = None,
+    limits: Limits = Limits(),
+    hosts: Sequence[str] = ("*",),
+) -> Starlette:
     """The application.
 
     Args:
@@ -307,6 +359,10 @@ def make_app(engine: Engine, lm: LM, name: str, *, api_key: str | None = None, l
         name: the model's name in requests.
         api_key: the key that clients must send; None: none.
         limits: what a client may take.
+        hosts: names by which the server may be called; "*": any. A page of another site can make its own name lead to
+            this machine, and then ask what it likes.
     """
     api = Api(engine, lm, name, api_key=api_key, limits=limits)
-    return Starlette(routes=api.routes(), exception_handlers={HTTPException: _http_error, 500: _http_error})
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
+    handlers: Any = {HTTPException: _http_error, 500: _http_error}
+    return Starlette(routes=api.routes(), middleware=middleware, exception_handlers=handlers)

@@ -3,9 +3,9 @@
 import json
 import secrets
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.serve.requests import MOST_PENALTY, MOST_REPLIES, MOST_TOP, Request
@@ -143,8 +143,19 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    role: str
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        """A reply of OpenAI's client, sent back as it came, has fields that are null."""
+        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it, which know no developer."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatBody(Options):

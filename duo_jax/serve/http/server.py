@@ -3,14 +3,39 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from duo_jax.serve.engine import Engine
 
 # Most bytes of a request's head, and seconds that a connection may idle between requests.
 MOST_HEAD, IDLE_SECONDS = 2**16, 30
+# Seconds in which a head that was begun must end, at least; at most twice as many.
+HEAD_SECONDS = 20.0
+
+
+class Protocol(H11Protocol):
+    """Ends connections that begin a request and do not go on; uvicorn's own timer ends with the first byte."""
+
+    _seen: object = H11Protocol  # The request that was over when last looked at; at first, none that exists.
+
+    def connection_made(self, transport: Any) -> None:  # Of asyncio, or of uvloop.
+        """Begin to watch."""
+        super().connection_made(transport)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.transport.is_closing():
+            return
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if is_waiting and self.cycle is self._seen:
+            self.transport.close()
+            return
+        self._seen = self.cycle if is_waiting else H11Protocol
+        self.loop.call_later(HEAD_SECONDS, self._watch)
 
 
 class Server(uvicorn.Server):
@@ -37,7 +62,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=Protocol,
+                ws="none",
                 lifespan="off",
                 access_log=False,
                 log_level="warning",
