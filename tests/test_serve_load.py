@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, Model, ModelConfig, load_model
+from duo_jax import HeadPattern, Model, ModelConfig, load_model, make_mesh
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.checkpoint.load import load_tokenizer
 from duo_jax.plan import Plan, any_pattern
@@ -51,6 +51,7 @@ class Served:
             sizes.rows,
             sizes.row_pages * sizes.page_size,
             config.precision(),
+            self.model.mesh,
             page_size=sizes.page_size,
             num_pages=sizes.pages,
         )
@@ -166,6 +167,19 @@ def test_a_reply_is_continued_from_its_own_keys_to_rounding(served, alone):
     (expected,) = alone.submit(following).replies()
     assert [event.token for event in tokens] == expected.tokens
     np.testing.assert_allclose([event.logprob for event in tokens], expected.logprobs, atol=1e-4)
+
+
+@pytest.mark.mesh
+def test_devices_that_share_a_model_serve_as_one(served, alone, text_model):
+    model = load_model(text_model, mesh=make_mesh(tensor=2), pattern=served.pattern)
+    made = [replace(request, sampling=SamplingSettings()) for request in requests(12, seed=1, most=24)]
+    with replace(served, model=model).engine(SIZES) as engine:
+        handles = [engine.submit(request) for request in made]
+        for request, handle in zip(made, handles, strict=True):
+            pairs = zip(handle.replies(), alone.submit(request).replies(), strict=True)
+            for reply, expected in pairs:
+                assert reply.tokens == expected.tokens
+                np.testing.assert_allclose(reply.logprobs, expected.logprobs, atol=1e-4)
 
 
 def test_a_prompt_that_gives_nan_fails_by_itself_and_its_pages_are_used_again(served, alone):
