@@ -219,6 +219,17 @@ def test_programs_need_no_more_than_was_planned(fresh_programs, rows):
     assert 0.9 * memory < taken <= memory
 
 
+def test_half_of_the_heads_streaming_hold_1_8_times_as_many_conversations():
+    shape = {"num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "max_positions": 8192}
+    config = ModelConfig("llama", vocab_size=128256, embed_dim=4096, mlp_dim=14336, dtype="bfloat16", **shape)
+    counts = []
+    for pattern in (None, any_pattern(config, 0.5)):
+        sizes, _ = plan_sizes(Plan(config, pattern, chunk_size=1024), 80 * 10**9)
+        # Each has its pages, and a copy of its rings at the end of its last turn.
+        counts.append(min(sizes.pages * sizes.page_size // 4096, sizes.snapshots if pattern else 2**31))
+    assert counts[1] >= 1.8 * counts[0] > 150
+
+
 def test_a_server_takes_the_memory_that_was_planned(served):
     plan = Plan(served.model.config, served.pattern, chunk_size=16)
     memory = plan.total(64) + 2_000_000

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from duo_jax.serve.pages import Pool
+from duo_jax.serve.prefix import PrefixTree
 from duo_jax.serve.requests import Request
 from duo_jax.serve.scheduler import Copy, Fill, Job, Kept, QueueFullError, Scheduler, Sizes, Step
 from tests.serve_device import HistoryDevice, reply_of
@@ -138,6 +139,20 @@ def test_replies_to_one_prompt_share_its_pages_and_compute_it_once():
     assert len({tuple(job.tokens) for job in jobs}) == 3
     server.check_replies()
     server.check_free()
+
+
+def test_snapshots_in_the_middle_of_a_text_go_first():
+    pages, snapshots = Pool(9), Pool(3)
+    tree = PrefixTree(pages, snapshots, page_size=1, chunk_size=1)
+    first = [pages.take() for _ in range(3)]
+    for length in (1, 2, 3):
+        tree.insert([1, 2, 3][:length], first[:length], snapshots.take())
+    other = [pages.take() for _ in range(2)]
+    assert tree.evict_snapshot() and tree.match([1, 2, 9]).length == 1, "the second, which was used before the first"
+    tree.insert([5, 6], other, snapshots.take())
+    assert tree.evict_snapshot() and tree.match([1, 9]).length == 0
+    assert (tree.match([1, 2, 3, 4]).length, tree.match([5, 6, 7]).length) == (3, 2), "the ends of both"
+    assert tree.evict_snapshot() and tree.match([1, 2, 3, 4]).length == 0 and len(tree) == 2
 
 
 def test_a_prompt_delays_replies_by_one_chunk_at_most():

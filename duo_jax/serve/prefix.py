@@ -161,13 +161,17 @@ class PrefixTree:
         return True
 
     def evict_snapshot(self) -> bool:
-        """Remove the least recently used snapshot, and what could only be continued by it; False if there is none."""
-        for node in self._order:
-            if node.snapshot is not None:
-                self._drop_snapshot(node)
-                self._prune(node)
-                return True
-        return False
+        """Remove the least recently used snapshot, and what could only be continued by it; False if there is none.
+
+        Those in the middle of one text go first: it can be continued at its end, where its next turn begins.
+        """
+        kept = [node for node in self._order if node.snapshot is not None]
+        oldest = next((node for node in kept if len(node.children) == 1), kept[0] if kept else None)
+        if oldest is None:
+            return False
+        self._drop_snapshot(oldest)
+        self._prune(oldest)
+        return True
 
     def forget(self, tokens: Sequence[int]) -> None:
         """Remove the nodes of these tokens that no other prefix has."""

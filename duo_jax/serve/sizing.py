@@ -10,7 +10,8 @@ from duo_jax.serve.scheduler import Sizes
 from duo_jax.sizes import size_text
 
 # Of the memory that weights, activations and rows leave, the part that copies of rings may take; pages get the rest.
-SNAPSHOT_SHARE = 0.2
+# With half of the heads streaming with 320 tokens, this is one copy for every 3700 tokens.
+SNAPSHOT_SHARE = 0.08
 MOST_SNAPSHOTS = 1024
 # Arrays of float32 [rows, vocabulary] that a step needs at a time: logits, sorted, their order, sums. The compiler
 # counts 11 with SmolLM2; as many again leave room for the blocks of attention, which matter in small models.
