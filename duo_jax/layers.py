@@ -22,8 +22,9 @@ from pallas_kernels.quantized import outliers_first
 State = TypeVar("State")
 # (state, layer, q [B T N H], k [B T K H], v [B T K H]) -> attention output [B T N H] and the new state.
 Attend = Callable[[State, int, Array, Array, Array], tuple[Array, State]]
-# Axes of a mesh that divide experts.
+# Axes of a mesh that divide experts; how they divide tokens `[B, T, ...]` in inference, and in training.
 SHARERS = ("tensor", "sequence")
+BY_ROW, BY_TOKEN = PartitionSpec("data"), PartitionSpec("data", SHARERS[::-1])
 
 
 class Linear(nnx.Linear):
@@ -253,15 +254,13 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], token_mesh: AnyMesh | None = None) -> Float[Array, "B T D"]:
         """Apply to every token; devices of `token_mesh` share the tokens and each has all weights, in training."""
         weights = self.expert_gate_up.weights, self.expert_down.weights
+        all_experts = partial(self._sum, self.config.num_experts)
+        mesh, tokens, experts, compute = token_mesh, BY_TOKEN, PartitionSpec(), all_experts
         if self.mesh is not None:
-            of_row = PartitionSpec("data")
-            specs, compute = (of_row, of_row, of_row, PartitionSpec(SHARERS)), self._of_device
-            mesh: AnyMesh | None = self.mesh
-        else:
-            of_row, mesh = PartitionSpec("data", ("sequence", "tensor")), token_mesh
-            specs, compute = (of_row, of_row, of_row, PartitionSpec()), partial(self._sum, self.config.num_experts)
+            mesh, tokens, experts, compute = self.mesh, BY_ROW, PartitionSpec(SHARERS), self._of_device
         if mesh is not None:
-            compute = jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=of_row, check_vma=False)
+            specs = (tokens, tokens, tokens, experts)
+            compute = jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
         return compute(x, *self.route(x), weights).astype(x.dtype)
 
     def route(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T k"], Int32[Array, "B T k"]]:

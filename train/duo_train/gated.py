@@ -83,7 +83,8 @@ class GatedModel:
 
         decoder = model.decoder
         attend_by_layer = in_full_layers(decoder, attend, self._own)
-        return decoder.hidden(tokens, _positions(tokens), attend_by_layer, (), context=tokens.shape[1])
+        options: dict[str, Any] = {"context": tokens.shape[1], "token_mesh": self.mesh}
+        return decoder.hidden(tokens, _positions(tokens), attend_by_layer, (), **options)
 
     def student(
         self,
@@ -104,7 +105,8 @@ class GatedModel:
 
         decoder, positions = model.decoder, _positions(tokens)
         attend_by_layer = in_full_layers(decoder, attend, self._own)
-        options: dict[str, Any] = {"context": tokens.shape[1], "rematerialize": self.rematerialize}
+        options: dict[str, Any] = {"context": tokens.shape[1], "token_mesh": self.mesh}
+        options["rematerialize"] = self.rematerialize
         return decoder.hidden(tokens, positions, attend_by_layer, gates, **options)[0]
 
     def _own(self, q: Array, k: Array, v: Array, *, window: Window, sink_logits: Array | None) -> Array:
