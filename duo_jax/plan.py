@@ -17,6 +17,7 @@ from duo_jax.arguments import MOST_BYTES, MOST_TOKENS, instance, whole_number
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.chunks import most_at_a_time
 from duo_jax.config import ModelConfig
+from duo_jax.experts import rows_of_block
 from duo_jax.mesh.mesh import MeshSize, abstract_mesh
 from duo_jax.mesh.place import parameter_shapes
 from duo_jax.pattern import HeadPattern
@@ -122,26 +123,38 @@ class Plan:
     def activations(self) -> int:
         """Bytes that a chunk of the prompt needs in addition to weights and cache; a decode step needs less.
 
-        The peak is inside the MLP, or with a quantized cache inside the attention. In the MLP: the residual and its
-        norm, the gate and up projections, the same size again for their product and the compiler's temporaries, and the
-        chunk's keys and values before they are written to the cache. With quantized weights the compiler dequantizes
-        one kernel at a time, and the largest one is counted. Attention adds nothing that grows with the context: its
-        kernels work on tiles, or unpack a quantized cache a segment at a time.
+        The peak is inside the MLP, or inside attention. In the MLP: the residual and its norm, the gate and up
+        projections, the same size again for their product and the compiler's temporaries, and the chunk's keys and
+        values before they are written to the cache. In attention: queries, the output of heads, and as much again. A
+        mixture of experts has the sum of its experts in float32, twice, and a copy of one expert's kernel with the
+        channels of a block. With quantized weights the compiler dequantizes one kernel at a time, and the largest one
+        is counted. Attention adds nothing that grows with the context: its kernels work on tiles, or unpack a quantized
+        cache a segment at a time.
         """
         config, mesh = self.config, self.mesh
         kv_heads = mesh.kv_heads(config) // mesh.tensor
         rows = -(-self.batch_size // mesh.data)
         size, tokens = jnp.dtype(config.dtype).itemsize, rows * self.chunk_size
-        keys = 2 * kv_heads * config.head_dim
-        numbers = tokens * (4 * config.mlp_dim // mesh.sharers + 2 * config.embed_dim + keys)
-        if config.weight_dtype is not None:
-            numbers += 2 * config.mlp_dim * config.embed_dim // mesh.sharers
+        shared = 2 * config.embed_dim + 2 * kv_heads * config.head_dim
+        is_quantized = config.weight_dtype is not None
+
+        def linear(channels: int, kernels: int) -> int:
+            kernel = kernels * channels * config.embed_dim // mesh.sharers if is_quantized else 0
+            return tokens * (4 * channels // mesh.sharers + shared) + kernel
+
+        peaks = [linear(config.num_heads * config.head_dim, 1)]
+        if not config.num_experts or config.dense_layers:
+            peaks.append(linear(config.mlp_dim, 2))
+        if config.num_experts:
+            block = rows_of_block(tokens, config.experts_per_token, config.num_experts)
+            kernel = (3 if is_quantized else 2) * config.expert_dim * config.embed_dim
+            peaks.append(tokens * (5 * config.embed_dim + shared) + kernel + 3 * block * config.expert_dim)
         if self.kv_dtype not in BITS:
-            return numbers * size
+            return max(peaks) * size
         queries = config.num_heads * config.head_dim // mesh.tensor
-        attention = tokens * (2 * config.embed_dim + ATTENTION * queries + keys)
+        attention = tokens * (ATTENTION * queries + shared)
         scratch = scratch_bytes(rows, MOST_TOKENS, kv_heads, config.head_dim, size)
-        return max(numbers * size, attention * size + scratch)
+        return max(max(peaks) * size, attention * size + scratch)
 
     def total(self, length: int) -> int:
         """Bytes of everything, for contexts of `length` tokens."""

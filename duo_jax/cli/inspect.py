@@ -94,7 +94,8 @@ def describe(config: ModelConfig, pattern: HeadPattern | None, batch_size: int, 
     ]
     plain = config.weight_dtype is None and config.embed_dtype is None
     size = config.num_parameters * jnp.dtype(config.dtype).itemsize if plain else weight_bytes(config)
-    weights = {"parameters": config.num_parameters, "bytes": size}
+    parameters = {"parameters": config.num_parameters, "active": config.active_parameters}
+    weights = {**parameters, "bytes": size}
     model = asdict(config) | {"rope_type": config.rope.type}
     return {"model": model, "weights": weights, "heads": heads, "batch_size": batch_size, "kv_bytes": kv_bytes}
 
@@ -129,6 +130,12 @@ def _text(config: ModelConfig, pattern: HeadPattern | None, record: dict) -> str
     ]
     if record["weights"]["stored_as"]:
         lines.append(f"stored as: {record['weights']['stored_as']}")
+    if config.num_experts:
+        mixtures = sum(map(config.has_experts, range(config.num_layers)))
+        lines.append(
+            f"experts: {config.experts_per_token} of {config.num_experts} for a token, in {mixtures} layers; it is "
+            f"computed with {config.active_parameters / 1e6:.1f}M of the weights"
+        )
     if config.window_layers:
         sizes = " and ".join(str(window.size) for window in config.own_windows)
         lines.append(f"windows: {len(config.window_layers)} layers see the last {sizes} tokens (░)")

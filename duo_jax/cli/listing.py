@@ -21,7 +21,8 @@ class Models:
         rows = [
             (
                 name,
-                f"{config.num_parameters / 1e9:.2f}B",
+                f"{config.num_parameters / 1e9:.2f}B"
+                + (f", {config.active_parameters / 1e9:.2f}B active" if config.num_experts else ""),
                 config.family,
                 config.num_layers,
                 f"{config.num_heads}/{config.num_kv_heads}",

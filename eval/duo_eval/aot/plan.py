@@ -136,6 +136,8 @@ def describe(plan: Plan, memory: int | None, context: int | None) -> dict[str, A
         "memory": memory,
         "context": context,
         "trained_positions": plan.config.trained_positions,
+        "parameters": plan.config.num_parameters,
+        "active_parameters": plan.config.active_parameters,
         **_sizes(plan, memory, context),
         "full_attention": _sizes(full, memory, context),
     }
@@ -191,6 +193,12 @@ def _lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     for label, name, unit in rows:
         cells = "".join(_cell(sizes[name], unit) for sizes in columns.values())
         lines.append(f"{label:<22}{cells}")
+    if plan.config.num_experts:
+        active, parameters = plan.config.active_parameters / 1e9, plan.config.num_parameters / 1e9
+        lines.append(
+            f"A token is computed with {active:.1f}B of {parameters:.1f}B weights: {plan.config.experts_per_token} of "
+            f"{plan.config.num_experts} experts in a layer."
+        )
     if plan.config.window_layers:
         sizes = " and ".join(str(window.size) for window in plan.config.own_windows)
         lines.append(

@@ -13,11 +13,12 @@ def kv_bytes_read(config: ModelConfig, pattern: HeadPattern, *, batch_size: int,
 
 
 def decode_bytes(config: ModelConfig, pattern: HeadPattern, *, batch_size: int, length: int, itemsize: int) -> int:
-    """The least bytes that one decode step reads: every weight once, and the visible keys and values.
+    """The least bytes that one decode step reads: weights once, and the visible keys and values.
 
-    The embedding is a look-up, unless the head is the same table.
+    The embedding is a look-up, unless the head is the same table. Of a mixture of experts, a token's are counted: the
+    tokens of a batch may choose others.
     """
-    weights = config.num_parameters - (0 if config.tied_head else config.vocab_size * config.embed_dim)
+    weights = config.active_parameters - (0 if config.tied_head else config.vocab_size * config.embed_dim)
     kv = kv_bytes_read(config, pattern, batch_size=batch_size, length=length, itemsize=itemsize)
     return weights * itemsize + kv
 
@@ -28,7 +29,7 @@ def prefill_flops(config: ModelConfig, pattern: HeadPattern, *, batch_size: int,
     The embedding is a look-up, and the head is needed only for the last token of a row.
     """
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
-    weights = (config.num_parameters - embeddings) * length + config.vocab_size * config.embed_dim
+    weights = (config.active_parameters - embeddings) * length + config.vocab_size * config.embed_dim
     group = config.num_heads // config.num_kv_heads
     pairs = sum(heads * visible_pairs(length, keep) for keep, heads in _kept(config, pattern, length))
     return batch_size * (2 * weights + 4 * config.head_dim * group * pairs)

@@ -97,7 +97,13 @@ def fields(config: ModelConfig) -> dict[str, Any]:
         windows["layer_types"] = [SLIDING if slides else FULL for slides in is_sliding]
     if config.window_rope is not None:
         rope = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": config.window_rope.theta}}
-    return {
+    experts = {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.expert_dim,
+        "mlp_only_layers": list(config.dense_layers),
+    }
+    return (experts if config.num_experts else {}) | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
