@@ -1,16 +1,20 @@
 """`duo serve` as OpenAI's own client sees it, and as clients do that send anything else."""
 
+import collections
 import json
+import os
+import random
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from duo_jax import load
@@ -357,4 +361,67 @@ def test_only_known_names_lead_to_a_server_of_this_machine(lm):
     assert httpx2.get(f"{running.url}/health").status_code == 200
     assert httpx2.get(f"{running.url}/health", headers={"Host": "[::1]:80"}).status_code == 200
     assert httpx2.get(f"{running.url}/health", headers={"Host": "evil.example"}).status_code == 400
+    running.stop()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_under_random_load(lm):
+    """Ten minutes of clients of all kinds; DUO_SOAK_SECONDS sets another time."""
+    running, end = Running(lm), time.monotonic() + float(os.environ.get("DUO_SOAK_SECONDS", "600"))
+    process, failures, asked = psutil.Process(), [], collections.Counter()
+
+    def raw(draw: random.Random) -> None:
+        """A client that sends something, perhaps reads slowly, and goes away."""
+        body = json.dumps({"model": "tiny", "prompt": [5] * draw.randrange(1, 60), "max_tokens": 90, "stream": True})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        sent = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        with closing(socket.create_connection(("127.0.0.1", running.port))) as gone:
+            gone.sendall(draw.choice([sent, sent, sent[: draw.randrange(len(sent))], draw.randbytes(200)]))
+            gone.settimeout(0.2)
+            with suppress(OSError):
+                for _ in range(draw.randrange(4)):
+                    time.sleep(draw.random() / 10)
+                    gone.recv(64)
+
+    def ask(number: int) -> None:
+        draw, client = random.Random(number), running.client()
+        while time.monotonic() < end:
+            prompt = [draw.randrange(3, 93) for _ in range(draw.randrange(1, 9))] * draw.randrange(1, 7)
+            count, kind = draw.randrange(1, 60), draw.choice(["reply", "reply", "stream", "raw", "wrong", "poison"])
+            try:
+                if kind == "raw":
+                    raw(draw)
+                elif kind == "wrong":
+                    assert running.post("/v1/completions", content=draw.randbytes(100)).status_code == 415
+                elif kind == "poison":
+                    client.completions.create(model="tiny", prompt=[POISON, 3], max_tokens=5)
+                else:
+                    stream = kind == "stream"
+                    reply = client.completions.create(
+                        model="tiny", prompt=prompt, max_tokens=count, seed=number, stream=stream
+                    )
+                    text = "".join(chunk.choices[0].text for chunk in reply) if stream else reply.choices[0].text
+                    assert text == text_of(reply_of(prompt, number, count))
+                asked[kind] += 1
+            except openai.RateLimitError:
+                asked["refused"] += 1
+            except openai.InternalServerError:
+                assert kind == "poison"
+                asked[kind] += 1
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(min(30.0, (end - time.monotonic()) / 2))
+    before = process.memory_info().rss
+    for thread in threads:
+        thread.join()
+    running.wait_until(running=0, waiting=0)
+    metrics = running.engine.metrics()
+    assert not failures and len(asked) == 6, asked
+    assert metrics.pages - metrics.pages_free == metrics.pages_prefix and metrics.finished["cancelled"]
+    assert process.memory_info().rss - before < 30e6, asked
     running.stop()
