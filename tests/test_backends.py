@@ -28,7 +28,7 @@ FALLS = [
     ({"head_dim": 80}, "triton cudnn xla", "triton jax_triton xla"),
     ({"head_dim": 512}, "xla", "xla"),
     ({"dtypes": frozenset(["float32"])}, "triton xla", "triton jax_triton xla"),
-    ({"bits": frozenset([4])}, "mosaic triton xla", "triton jax_triton xla"),
+    ({"bits": frozenset([4])}, "mosaic triton xla", "triton xla"),
     ({"bits": frozenset([4]), "head_dim": 96}, "triton xla", "xla"),
     ({"capacities": (1023, 320)}, "triton cudnn xla", "triton jax_triton xla"),
     ({"is_sharded": True}, "triton xla", "triton xla"),

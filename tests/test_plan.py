@@ -56,6 +56,17 @@ def test_weights_are_counted_as_they_are():
         assert found == pytest.approx(high + linear * bytes_each, rel=1e-3)
 
 
+def test_a_quantized_cache_counts_what_prefill_unpacks_at_a_time():
+    """65,536 keys and values of all rows, at least 8,192 of each; it matters where a chunk needs less by itself."""
+    plain, size = Plan(LLAMA, HALF, chunk_size=512), 2 if LLAMA.dtype == "bfloat16" else 4
+    one_row, rows = (replace(plain, kv_dtype="int4", batch_size=count).activations for count in (1, 16))
+    keys = 2 * LLAMA.num_kv_heads * LLAMA.head_dim * size
+    assert plain.activations < 65_536 * keys < one_row < 1.3 * 65_536 * keys
+    assert 16 * 8192 * keys < rows < 3 * 16 * 8192 * keys
+    large = replace(plain, chunk_size=32_768)
+    assert replace(large, kv_dtype="int4").activations == large.activations
+
+
 def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_would():
     plan = Plan(LLAMA, HALF)
     with pytest.raises(ValueError, match=r"needs \d+\.\d+ GB \(weights .*, KV cache .*, activations .*kv_dtype=int8"):

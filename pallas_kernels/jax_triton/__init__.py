@@ -1,6 +1,6 @@
 """Decode as a kernel in Triton's own language, through jax_triton: for when Pallas's Triton lowering is gone.
 
-Only decode, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or `[cuda13]`.
+Only decode from caches that are not quantized, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or `[cuda13]`.
 """
 
 import importlib
@@ -23,14 +23,10 @@ def refuses(request: Request) -> str | None:
     """The reason why the kernel cannot run a request, or None."""
     if reason := request.refused_layout():
         return reason
-    if len(request.dtypes) > 1 or request.dtypes - set(DTYPES) or request.head_dim > MAX_HEAD_DIM:
-        types = ", ".join(sorted(request.dtypes))
-        return (
-            f"takes {', '.join(DTYPES)}, one of them for queries and cache, and head dims up to {MAX_HEAD_DIM}, got "
-            f"{types} with {request.head_dim}"
-        )
-    if request.bits and (request.head_dim < 16 or request.head_dim.bit_count() > 1):
-        return f"takes quantized caches of head dims that are powers of two, at least 16, got {request.head_dim}"
+    if reason := request.refused_types(DTYPES):
+        return reason
+    if request.head_dim > MAX_HEAD_DIM:
+        return f"takes head dims up to {MAX_HEAD_DIM}, got {request.head_dim}"
     if reason := request.refused_gpu():
         return reason
     try:

@@ -12,7 +12,6 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.merge import LN_2, LOG2_E, MASKED, merge_splits
-from pallas_kernels.quantized import FINE, Quantized, Stored, any_quantized
 from pallas_kernels.schedule import Splits
 from pallas_kernels.tiles import DecodeTiles, tiles_for
 from pallas_kernels.types import Heads, Partial, Pools
@@ -37,13 +36,11 @@ def decode(
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    quantized = any_quantized(pools.stored)
-    tiles: DecodeTiles = tiles_for("decode", head_dim, q.dtype.itemsize, quantized=quantized)
+    tiles: DecodeTiles = tiles_for("decode", head_dim, q.dtype.itemsize)
     splits = Splits.of(pools, batch, num_kv_heads, tiles)
     is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths)
-    # A pool without a slot is never read, nor is the grid of one that is not quantized; the queries take their place,
-    # since an argument cannot be empty.
-    present = (x for pool in pools.stored for x in _leaves(pool, q))
+    # A pool without a slot is never read; the queries take its place, since an argument cannot be empty.
+    present = (pool if pool.shape[0] else q for pool in pools.stored)
     parts = batch, num_kv_heads, splits.parts, group
     values, log_sums = jax_triton.triton_call(
         q,
@@ -59,31 +56,13 @@ def decode(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         compute_capability=capability,
-        **sizes(group, head_dim, batch, num_kv_heads, _formats(pools), splits),
+        **sizes(group, head_dim, batch, num_kv_heads, splits),
     )
     merged = merge_splits(Partial(values, log_sums), splits.used(ends, heads)[..., None], axis=2)
     return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
 
 
-def _leaves(pool: Stored, other: Array) -> tuple[Array, Array]:
-    if not pool.shape[0]:
-        return other, other
-    return (pool.words, pool.grid) if isinstance(pool, Quantized) else (pool, other)
-
-
-def _formats(pools: Pools) -> dict[str, int]:
-    """Bits of a number in the full pools and in the rings, 0 if they are not quantized, and groups of each pool."""
-    formats = {}
-    for kind, (keys, values) in (("full", pools.full), ("ring", pools.ring)):
-        formats[f"{kind}_bits"] = keys.bits if isinstance(keys, Quantized) else 0
-        for name, pool in (("k", keys), ("v", values)):
-            formats[f"{kind}_{name}_groups"] = pool.groups if isinstance(pool, Quantized) else 1
-    return formats
-
-
-def sizes(
-    group: int, head_dim: int, batch: int, num_kv_heads: int, formats: dict[str, int], splits: Splits
-) -> dict[str, int | float]:
+def sizes(group: int, head_dim: int, batch: int, num_kv_heads: int, splits: Splits) -> dict[str, int | float]:
     """The constants that the kernel is compiled with."""
     return {
         "batch": batch,
@@ -94,8 +73,6 @@ def sizes(
         "width": max(MIN_ROWS, triton.next_power_of_2(head_dim)),
         "full_capacity": splits.capacities[0],
         "ring_capacity": splits.capacities[1],
-        **formats,
-        "fine": 1 / FINE,
         "programs": splits.programs,
         "parts": splits.parts,
         "block_k": splits.block_k,
@@ -109,39 +86,16 @@ def sizes(
 @triton.jit
 @no_type_check  # Triton reads the functions themselves, which no check of annotations may wrap.
 def load_rows(
-    ptr,  # [rows of the pool, H], or [..., W] words
-    grid_ptr,  # [rows of the pool, C]
+    ptr,  # [rows of the pool, H]
     row,  # [M]
     exists,  # [M]
     head_dim: tl.constexpr,
     width: tl.constexpr,
-    bits: tl.constexpr,
-    groups: tl.constexpr,
-    fine: tl.constexpr,
-    rows: tl.constexpr,
-    dtype: tl.constexpr,
 ):
-    """Keys or values of some tokens; quantized ones become numbers of `dtype` in registers."""
-    if bits == 0:
-        column = tl.arange(0, width)
-        mask = exists[:, None] & (column < head_dim)[None, :]
-        loaded = tl.load(ptr + row[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
-    else:
-        parts: tl.constexpr = 16 // bits
-        words: tl.constexpr = width // parts
-        at = row[:, None] * words + tl.arange(0, words)[None, :]
-        packed = tl.load(ptr + at, mask=exists[:, None], other=0).to(tl.int32)
-        shift = tl.arange(0, parts) * bits
-        numbers = (packed[:, None, :] >> shift[None, :, None]) & ((1 << bits) - 1)
-        numbers = tl.reshape(numbers, (rows, width)).to(tl.float32)
-        at = row[:, None] * groups + tl.arange(0, groups)[None, :]
-        grid = tl.load(grid_ptr + at, mask=exists[:, None], other=0)
-        # The scale is the upper half of a float32, the offset a signed integer in the lower half.
-        scale = ((grid >> 16) << 16).to(tl.float32, bitcast=True)
-        offset = ((grid << 16).to(tl.int32, bitcast=True) >> 16).to(tl.float32) * fine
-        numbers = tl.reshape(numbers, (rows, groups, width // groups))
-        loaded = tl.reshape((numbers + offset[:, :, None]) * scale[:, :, None], (rows, width)).to(dtype)
-    return loaded
+    """Keys or values of some tokens."""
+    column = tl.arange(0, width)
+    mask = exists[:, None] & (column < head_dim)[None, :]
+    return tl.load(ptr + row[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -149,19 +103,13 @@ def load_rows(
 def over_keys(
     q,  # [G, H]
     k_ptr,  # of the pool
-    k_grid_ptr,
     v_ptr,
-    v_grid_ptr,
     first,  # row of the slot's first token in the pool
     begin,
     end,
     head_dim: tl.constexpr,
     rows: tl.constexpr,
     width: tl.constexpr,
-    bits: tl.constexpr,
-    k_groups: tl.constexpr,
-    v_groups: tl.constexpr,
-    fine: tl.constexpr,
     block_k: tl.constexpr,
     scale: tl.constexpr,
     masked: tl.constexpr,
@@ -174,8 +122,8 @@ def over_keys(
         index = key + tl.arange(0, block_k)
         exists = index < end
         at = first + index
-        k = load_rows(k_ptr, k_grid_ptr, at, exists, head_dim, width, bits, k_groups, fine, block_k, q.dtype)
-        v = load_rows(v_ptr, v_grid_ptr, at, exists, head_dim, width, bits, v_groups, fine, block_k, q.dtype)
+        k = load_rows(k_ptr, at, exists, head_dim, width)
+        v = load_rows(v_ptr, at, exists, head_dim, width)
         # "tf32x3": float32 is not rounded to TF32, but split into two such numbers.
         scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         scores = tl.where(exists[None, :], scores, masked)
@@ -192,14 +140,10 @@ def over_keys(
 @no_type_check
 def decode_kernel(
     q_ptr,  # [B, N, H]
-    full_k_ptr,  # [Pr, B, S, H], or [Pr, B, S, W] words
-    full_k_grid_ptr,  # [Pr, B, S, C]
+    full_k_ptr,  # [Pr, B, S, H]
     full_v_ptr,
-    full_v_grid_ptr,
-    ring_k_ptr,  # [Ps, B, R, H], or [Ps, B, R, W] words
-    ring_k_grid_ptr,  # [Ps, B, R, C]
+    ring_k_ptr,  # [Ps, B, R, H]
     ring_v_ptr,
-    ring_v_grid_ptr,
     is_retrieval_ptr,  # [K]
     slot_ptr,  # [K]
     length_ptr,  # [B]
@@ -214,13 +158,6 @@ def decode_kernel(
     width: tl.constexpr,
     full_capacity: tl.constexpr,
     ring_capacity: tl.constexpr,
-    full_bits: tl.constexpr,
-    ring_bits: tl.constexpr,
-    full_k_groups: tl.constexpr,
-    full_v_groups: tl.constexpr,
-    ring_k_groups: tl.constexpr,
-    ring_v_groups: tl.constexpr,
-    fine: tl.constexpr,
     programs: tl.constexpr,
     parts: tl.constexpr,
     block_k: tl.constexpr,
@@ -256,14 +193,12 @@ def decode_kernel(
         first = (slot * batch + row) * capacity
         if is_retrieval:
             values, maximum, total = over_keys(
-                q, full_k_ptr, full_k_grid_ptr, full_v_ptr, full_v_grid_ptr, first, begin, end,
-                head_dim, rows, width, full_bits, full_k_groups, full_v_groups, fine, block_k, scale, masked,
-            )  # fmt: skip
+                q, full_k_ptr, full_v_ptr, first, begin, end, head_dim, rows, width, block_k, scale, masked
+            )
         else:
             values, maximum, total = over_keys(
-                q, ring_k_ptr, ring_k_grid_ptr, ring_v_ptr, ring_v_grid_ptr, first, begin, end,
-                head_dim, rows, width, ring_bits, ring_k_groups, ring_v_groups, fine, block_k, scale, masked,
-            )  # fmt: skip
+                q, ring_k_ptr, ring_v_ptr, first, begin, end, head_dim, rows, width, block_k, scale, masked
+            )
         to = ((row * num_kv_heads + kv_head) * parts + part) * group + in_group
         values = values / total[:, None]
         tl.store(out_ptr + to[:, None] * head_dim + column[None, :], values, mask=is_real)
