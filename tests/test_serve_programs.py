@@ -12,6 +12,7 @@ from duo_jax import Greedy, generate, make_mesh
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.mesh.place import place_model
 from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.serve import choice as choice_of_rows
 from duo_jax.serve import programs as device
 from duo_jax.serve.choice import Drawn, Sampling, choose
 from duo_jax.serve.programs import Programs, with_pages
@@ -264,22 +265,26 @@ SETTINGS = [
 ]
 
 
-def test_every_row_chooses_as_a_sampler_with_its_settings_does():
+@pytest.mark.parametrize("first", [8, 256])
+def test_every_row_chooses_as_a_sampler_with_its_settings_does(first, monkeypatch):
+    """Also where the most likely tokens are not enough to know which are kept, and where some are equally likely."""
+    monkeypatch.setattr(choice_of_rows, "FIRST", first)
     rng, count = np.random.default_rng(0), len(SETTINGS)
     sampling = Sampling(*(np.concatenate(x) for x in zip(*map(Sampling.of, SETTINGS), strict=True)))
-    call = jax.jit(choose, static_argnums=5)
-    for seed in range(8):
-        logits = jnp.asarray(rng.normal(size=(count, 61)) * 3, jnp.float32)
+    call = jax.jit(lambda *args: choose(*args, 4))
+    for seed in range(16):
+        logits = rng.normal(size=(count, 61)) * 3
+        logits = jnp.asarray(logits.round() if seed % 4 == 3 else logits, jnp.float32)
         seen, keys = jnp.asarray(rng.random((count, 61)) < 0.3), row_keys(seed, np.arange(count))
         drawn = Drawn(keys, seen, jnp.zeros((count, 61), jnp.int32))
-        choice, new = call(logits, sampling, drawn, jnp.ones(count, bool), jnp.full(count, -1, jnp.int32), 4)
+        choice, new = call(logits, sampling, drawn, jnp.ones(count, bool), jnp.full(count, -1, jnp.int32))
         split = jax.vmap(jax.random.split)(keys)
         for row, settings in enumerate(SETTINGS):
             expected = settings.sampler()(logits[row : row + 1], seen[row : row + 1], split[row : row + 1, 0])[0]
             assert choice.token[row] == expected, settings
         np.testing.assert_array_equal(jax.random.key_data(new.keys), jax.random.key_data(split[:, 1]))
         logprobs = jax.nn.log_softmax(logits)
-        np.testing.assert_array_equal(choice.top, jnp.argsort(-logprobs, axis=-1)[:, :4])
+        np.testing.assert_array_equal(choice.top, jnp.argsort(-logprobs, axis=-1, stable=True)[:, :4])
         np.testing.assert_array_equal(choice.logprob, logprobs[np.arange(count), choice.token])
 
 

@@ -15,6 +15,8 @@ from duo_jax.arguments import real_number
 from duo_jax.sampling import MASKED, above_min_p, penalize
 from duo_jax.sampling_settings import SamplingSettings
 
+# Most likely tokens among which `top_k` and `top_p` are looked for first.
+FIRST = 256
 # OpenAI's range of both penalties.
 MOST_PENALTY = 2.0
 
@@ -147,16 +149,41 @@ def _restricted(logits: Float[Array, "B V"], sampling: Sampling, is_random: Bool
     logits = logits / jnp.where(is_random, sampling.temperature, 1.0)[:, None]
 
     def cut() -> Float[Array, "B V"]:
-        order = jnp.argsort(logits, axis=-1)  # stable
-        ascending = jnp.take_along_axis(logits, order, axis=-1)
-        least = jnp.take_along_axis(ascending, (size - top_k)[:, None], axis=-1)
-        is_kept = ascending >= least
-        less_likely = jnp.cumsum(jax.nn.softmax(jnp.where(is_kept, ascending, MASKED), axis=-1), axis=-1)
-        beyond = sampling.beyond_p[:, None]
-        # The most likely token always remains; a sum of rounded probabilities may reach 1 early.
-        is_kept &= ((less_likely > beyond) | (beyond == 0)).at[:, -1].set(True)
-        is_kept = jnp.put_along_axis(is_kept, order, is_kept, axis=-1, inplace=False)
+        is_kept, is_known = _kept(logits, top_k, sampling.beyond_p, min(FIRST, size))
+        is_unknown = is_cut & ~is_known
+
+        def all_tokens() -> Bool[Array, "B V"]:
+            return _kept(logits, top_k, sampling.beyond_p, size)[0]
+
+        # A row takes what its own tokens need, whatever other rows do.
+        whole = lax.cond(is_unknown.any(), all_tokens, lambda: is_kept)
+        is_kept = jnp.where(is_unknown[:, None], whole, is_kept)
         return jnp.where(is_kept | ~is_cut[:, None], logits, MASKED)
 
     logits = lax.cond(is_cut.any(), cut, lambda: logits)
     return jnp.where((sampling.min_p > 0)[:, None], above_min_p(logits, sampling.min_p[:, None]), logits)
+
+
+def _kept(
+    logits: Float[Array, "B V"], top_k: Int32[Array, "B"], beyond_p: Float[Array, "B"], count: int
+) -> tuple[Bool[Array, "B V"], Bool[Array, "B"]]:
+    """Tokens that `TopK` and then `TopP` keep, found among the `count` most likely ones; and whether those were enough.
+
+    Sorting a whole vocabulary takes longer than a decode step of a small model.
+    """
+    size = logits.shape[-1]
+    # Among equal tokens those with higher ids come first, as in `TopP`.
+    best, backwards = lax.top_k(logits[:, ::-1], count)
+    tokens = size - 1 - backwards
+    least = jnp.take_along_axis(best, jnp.clip(top_k, 1, count)[:, None] - 1, axis=-1)
+    least = jnp.where((top_k < size)[:, None], least, -jnp.inf)
+    share = jnp.exp(jnp.where(best >= least, best, -jnp.inf) - best[:, :1])
+    # Without `top_k`, all tokens share the probability.
+    whole = jnp.exp(logits - best[:, :1]).sum(-1, keepdims=True)
+    share = share / jnp.where((top_k < size)[:, None], share.sum(-1, keepdims=True), whole)
+    more_likely, beyond = jnp.cumsum(share, axis=-1) - share, beyond_p[:, None]
+    # The most likely token always remains; a sum of rounded probabilities may reach 1 early.
+    is_kept = (best >= least) & ((1 - more_likely > beyond) | (beyond == 0)).at[:, 0].set(True)
+    is_last_kept = is_kept[:, -1] & (count < size)
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros(logits.shape, bool).at[rows, tokens].set(is_kept), ~is_last_kept
