@@ -10,6 +10,7 @@ import pytest
 
 from duo_jax import Greedy, generate, make_mesh
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.serve import choice as choice_of_rows
@@ -207,16 +208,19 @@ def test_a_token_without_a_page_is_written_nowhere_and_ends_the_row(server, alon
 
 
 @pytest.mark.slow
-def test_the_programs_are_compiled_before_the_first_request(tiny, half, caplog, fresh_programs):
-    server = Server(tiny, half, num_pages=27)  # A pool of a size that no other test has.
-    assert list(PROGRAMS.compile(tiny, server.rows)) == [
+@pytest.mark.parametrize("mesh", [None, MeshSize(tensor=2)], ids=["one_device", "mesh"])
+def test_the_programs_are_compiled_before_the_first_request(tiny, half, caplog, fresh_programs, mesh):
+    """On a mesh too, where rows must come out of each program as they go into the next one."""
+    model = tiny if mesh is None else place_model(tiny, make_mesh(tensor=2), half)
+    server = Server(model, half, num_pages=27)  # A pool of a size that no other test has.
+    assert list(PROGRAMS.compile(model, server.rows)) == [
         *("admit", "prefill", "first", "step", "snapshot", "restore", "copy_page")
     ]
-    row_keys(0, np.array([0]))
     with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
         server.ask(0, PROMPT, seed=9)
         server.rows = PROGRAMS.restore(server.rows, 1, PROGRAMS.snapshot(server.rows, 0))
         server.rows = PROGRAMS.copy_page(server.rows, 1, 2)
+        server.ask(1, OTHER)
     messages = [record.getMessage() for record in caplog.records]
     assert not [message for message in messages if "XLA compilation of" in message]
 

@@ -16,26 +16,29 @@ neighbours do; no operation mixes rows. Its index may matter to the last bit on 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax import infer, pytree
-from duo_jax.cache.cache import KeyValues, KVCache
+from duo_jax.cache.cache import RING_AXES, KeyValues, KVCache
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.mesh.mesh import constrain, place
+from duo_jax.mesh.mesh import place
 from duo_jax.model import Model
 from duo_jax.serve.choice import Choice, Drawn, Sampling, choose
 from duo_jax.token_loop import row_keys
 
 T = TypeVar("T")
+
+# The mesh axis that divides rows, of which a paged cache has one device.
+ROW_AXES = PartitionSpec("data")
 
 
 @pytree.register(arrays=("cache", "last", "token", "drawn", "sampling"), static=())
@@ -143,8 +146,7 @@ class Programs:
         size = rows.drawn.seen.shape[1]
         seen = np.zeros(size, bool) if seen is None else seen
         counts = np.zeros(size, np.int32) if counts is None else counts.astype(np.int32)
-        keys = row_keys(seed, np.array([index]))
-        return _admit(rows, np.int32(row), Drawn(keys, seen[None], counts[None]), sampling)
+        return _admit(rows, np.int32(row), _drawn(seed, index, seen, counts), sampling)
 
     def prefill(self, model: Model, rows: Rows, row: int, tokens: Int[np.ndarray, "n"]) -> Rows:
         """Append up to `chunk` tokens of a prompt to one row, which needs pages for them.
@@ -199,7 +201,8 @@ class Programs:
     def compile(self, model: Model, rows: Rows) -> Iterator[str]:
         """Compile all programs without running them; the name of each, before it is compiled."""
         row, one = np.int32(0), np.int32(-1)
-        drawn, sampling = Drawn(*(x[:1] for x in rows.drawn)), Sampling.of()
+        unseen = np.zeros(rows.drawn.seen.shape[1], bool)
+        drawn, sampling = _drawn(0, 0, unseen, unseen.astype(np.int32)), Sampling.of()
         active, forced = np.zeros(len(rows.token), bool), np.full(len(rows.token), -1, np.int32)
         yield "admit"
         infer.compiled(_admit, rows, row, drawn, sampling)
@@ -217,6 +220,10 @@ class Programs:
         infer.compiled(_copy_page, rows, row, row)
 
 
+def _drawn(seed: int, index: int, seen: Bool[np.ndarray, "V"], counts: Int32[np.ndarray, "V"]) -> Drawn:
+    return Drawn(row_keys(seed, np.array([index])), seen[None], counts[None])
+
+
 def _put(rows: T, row: Int32[Array, ""], new: T) -> T:
     """The arrays of one row in those of all rows."""
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), row, 0), rows, new)
@@ -227,25 +234,66 @@ def _get(rows: T, row: Int32[Array, ""]) -> T:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, 0), rows)
 
 
-def _settled(rows: Rows) -> Rows:
-    """On a mesh, the rows divided as they came: a program is compiled for the places of its arguments."""
-    if (mesh := rows.cache.mesh) is None:
-        return rows
-    leaves, structure = jax.tree.flatten(rows.cache)
-    kept = [constrain(x, mesh, *axes) for x, axes in zip(leaves, rows.cache.axes(), strict=True)]
-    others = constrain((rows.last, rows.token, rows.drawn, rows.sampling), mesh, *PartitionSpec())
-    return Rows(jax.tree.unflatten(structure, kept), *others)
+class Program:
+    """A jitted function of rows. On a mesh, its results are divided like the rows it got.
+
+    A program is compiled for the places of its arguments: rows in other places would need a second one.
+    """
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...], static: tuple[int, ...]) -> None:
+        """The positions of arguments that are donated, and of static ones, which come first."""
+        self.function = function
+        self.options: dict[str, Any] = {"donate_argnums": donate, "static_argnums": static}
+        self.jitted: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it."""
+        return self._for(args)(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As `jax.jit(...).lower`."""
+        return self._for(args).lower(*args)
+
+    def _for(self, args: tuple[Any, ...]) -> Any:
+        cache = next(arg.cache for arg in args if isinstance(arg, Rows))
+        key = None if cache.mesh is None else jax.tree.structure(cache)
+        if key not in self.jitted:
+            places: dict[str, Any] = {}
+            if cache.mesh is not None:
+                count = len(self.options["static_argnums"])
+                out = jax.eval_shape(functools.partial(self.function, *args[:count]), *args[count:])
+                places["out_shardings"] = _places(out, cache.mesh)
+            self.jitted[key] = jax.jit(self.function, **self.options, **places)
+        return self.jitted[key]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+def program(*, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Program]:
+    """Make a `Program` of a function."""
+    return lambda function: Program(function, donate, static)
+
+
+def _places(out: Any, mesh: Mesh) -> Any:
+    """Where the results of a program are: pools with their heads, everything else on every device."""
+
+    def of_part(part: Any) -> Any:
+        if isinstance(part, KVCache):
+            axes = [NamedSharding(mesh, PartitionSpec() if axes == ROW_AXES else axes) for axes in part.axes()]
+            return jax.tree.unflatten(jax.tree.structure(part), axes)
+        divided = RING_AXES if isinstance(part, KeyValues) else PartitionSpec()
+        return jax.tree.map(lambda _: NamedSharding(mesh, divided), part)
+
+    return jax.tree.map(of_part, out, is_leaf=lambda part: isinstance(part, KVCache | KeyValues))
+
+
+@program(donate=(0,))
 def _admit(rows: Rows, row: Int32[Array, ""], drawn: Drawn, sampling: Sampling) -> Rows:
     length = _put(rows.cache.length, row, jnp.zeros(1, jnp.int32))
     cache = replace(rows.cache, length=length)
     drawn, sampling = _put(rows.drawn, row, drawn), _put(rows.sampling, row, sampling)
-    return _settled(replace(rows, cache=cache, drawn=drawn, sampling=sampling))
+    return replace(rows, cache=cache, drawn=drawn, sampling=sampling)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@program(static=(0,), donate=(2,))
 def _prefill(
     programs: Programs,
     model: Model,
@@ -256,10 +304,10 @@ def _prefill(
 ) -> Rows:
     own, last = rows.cache.row(row), _get(rows.last, row)
     last, own = infer.extend(model, tokens[None], own, count[None], last, programs.backend)
-    return _settled(replace(rows, cache=rows.cache.with_row(row, own), last=_put(rows.last, row, last)))
+    return replace(rows, cache=rows.cache.with_row(row, own), last=_put(rows.last, row, last))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@program(static=(0,), donate=(2,))
 def _first(
     programs: Programs, model: Model, rows: Rows, row: Int32[Array, ""], forced: Int32[Array, ""]
 ) -> tuple[Rows, Choice]:
@@ -267,31 +315,31 @@ def _first(
     sampling, drawn = _get(rows.sampling, row), _get(rows.drawn, row)
     choice, drawn = choose(logits, sampling, drawn, jnp.ones(1, bool), forced[None], programs.top)
     rows = replace(rows, token=_put(rows.token, row, choice.token), drawn=_put(rows.drawn, row, drawn))
-    return _settled(rows), constrain(choice, model.mesh)
+    return rows, choice
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@program(static=(0,), donate=(2,))
 def _step(
     programs: Programs, model: Model, rows: Rows, active: Bool[Array, "B"], forced: Int32[Array, "B"]
 ) -> tuple[Rows, Choice]:
     logits, cache = infer.step(model, rows.token, rows.cache, active, programs.backend)
     choice, drawn = choose(logits, rows.sampling, rows.drawn, active, forced, programs.top)
     token = jnp.where(active, choice.token, rows.token)
-    return _settled(replace(rows, cache=cache, token=token, drawn=drawn)), constrain(choice, model.mesh)
+    return replace(rows, cache=cache, token=token, drawn=drawn), choice
 
 
-@jax.jit
+@program()
 def _snapshot(rows: Rows, row: Int32[Array, ""]) -> Snapshot:
     own = rows.cache.row(row)
     return Snapshot(own.rings, own.length, _get(rows.last, row))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@program(donate=(0,))
 def _restore(rows: Rows, row: Int32[Array, ""], snapshot: Snapshot) -> Rows:
     own = replace(rows.cache.row(row), rings=snapshot.rings, length=snapshot.length)
-    return _settled(replace(rows, cache=rows.cache.with_row(row, own), last=_put(rows.last, row, snapshot.last)))
+    return replace(rows, cache=rows.cache.with_row(row, own), last=_put(rows.last, row, snapshot.last))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@program(donate=(0,))
 def _copy_page(rows: Rows, source: Int32[Array, ""], target: Int32[Array, ""]) -> Rows:
-    return _settled(replace(rows, cache=rows.cache.copy_page(source, target)))
+    return replace(rows, cache=rows.cache.copy_page(source, target))
