@@ -132,7 +132,7 @@ def choose(
 
 def _penalized(logits: Float[Array, "B V"], sampling: Sampling, drawn: Drawn) -> Float[Array, "B V"]:
     def all_rows() -> Float[Array, "B V"]:
-        repeated = penalize(logits, drawn.seen, sampling.repetition[:, None])
+        repeated = penalize(logits, jnp.asarray(drawn.seen), sampling.repetition[:, None])
         counts = drawn.counts.astype(jnp.float32)
         added = sampling.presence[:, None] * (counts > 0).astype(jnp.float32) + sampling.frequency[:, None] * counts
         return repeated - added
@@ -144,16 +144,17 @@ def _penalized(logits: Float[Array, "B V"], sampling: Sampling, drawn: Drawn) ->
 def _restricted(logits: Float[Array, "B V"], sampling: Sampling, is_random: Bool[Array, "B"]) -> Float[Array, "B V"]:
     """Logits to draw from: temperature, then the most likely tokens."""
     size = logits.shape[-1]
+    beyond_p = jnp.asarray(sampling.beyond_p)
     top_k = jnp.where((sampling.top_k > 0) & (sampling.top_k < size), sampling.top_k, size)
-    is_cut = is_random & ((top_k < size) | (sampling.beyond_p > 0))
+    is_cut = is_random & ((top_k < size) | (beyond_p > 0))
     logits = logits / jnp.where(is_random, sampling.temperature, 1.0)[:, None]
 
     def cut() -> Float[Array, "B V"]:
-        is_kept, is_known = _kept(logits, top_k, sampling.beyond_p, min(FIRST, size))
+        is_kept, is_known = _kept(logits, top_k, beyond_p, min(FIRST, size))
         is_unknown = is_cut & ~is_known
 
         def all_tokens() -> Bool[Array, "B V"]:
-            return _kept(logits, top_k, sampling.beyond_p, size)[0]
+            return _kept(logits, top_k, beyond_p, size)[0]
 
         # A row takes what its own tokens need, whatever other rows do.
         whole = lax.cond(is_unknown.any(), all_tokens, lambda: is_kept)

@@ -17,7 +17,7 @@ from duo_eval.runner.process import first_line
 from duo_eval.runner.record import Record, Result, read, sha256
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
-from pallas_kernels import Pools, Unsupported, layer
+from pallas_kernels import Unsupported, layer
 from pallas_kernels.gpus import GPUS
 
 OPERATIONS = ("prefill", "decode", "training")
@@ -159,11 +159,12 @@ def program(
     pools = jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, *x.shape[1:]), x.dtype), one.pools)
     if page_size is not None:
         count = capacity // page_size
-        paged = (
+        full_k, full_v = (
             jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, count, page_size, *x.shape[3:]), x.dtype), pool)
             for pool in pools.full
         )
-        pools = Pools(*paged, *pools.ring, jax.ShapeDtypeStruct((1, count), jnp.int32))
+        table: Any = jax.ShapeDtypeStruct((1, count), jnp.int32)
+        pools = pools._replace(full_k=full_k, full_v=full_v, pages=table)
     shapes = one._replace(pools=pools), jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def loss(q: Any, k: Any, v: Any, gates: Any) -> Any:
