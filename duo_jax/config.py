@@ -157,6 +157,11 @@ class ModelConfig:
         if self.weight_dtype is not None:
             widths = self.embed_dim, self.num_heads * self.head_dim, *self.mlp_dims
             check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
+            if WEIGHT_FORMATS[self.weight_dtype].only_experts and not self.num_experts:
+                raise ValueError(
+                    f"{self.weight_dtype} is for the experts of a mixture, and this model has none: choose another "
+                    "weight_dtype"
+                )
         if self.embed_dtype is not None:
             check_format("embed_dtype", self.embed_dtype, EMBED_FORMATS, self.embed_dim)
 
@@ -194,6 +199,12 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts instead of one MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def linear_dtype(self) -> str | None:
+        """The format of linear maps outside of a mixture of experts; None: they are not quantized."""
+        name = self.weight_dtype
+        return None if name is None or WEIGHT_FORMATS[name].only_experts else name
 
     @property
     def mlp_dims(self) -> tuple[int, ...]:

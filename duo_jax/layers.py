@@ -134,7 +134,7 @@ class Attention(nnx.Module):
         size = MeshSize.of(mesh)
         self.devices, self.num_kv_heads = size.tensor, size.kv_heads(config)
         queries, keys = config.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
-        build = partial(Linear, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
+        build = partial(Linear, dtype=dtype, rngs=rngs, weight_dtype=config.linear_dtype)
         self.divided = both(queries + 2 * keys, size)
         self.qkv = build(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias)
         self.out = build(queries, config.embed_dim, bias=config.out_bias)
@@ -198,7 +198,7 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
         self.devices, self.config = MeshSize.of(mesh).sharers, config
-        build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.weight_dtype)
+        build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.linear_dtype)
         self.gate_up = build(config.embed_dim, 2 * config.mlp_dim)
         self.down = build(config.mlp_dim, config.embed_dim)
 

@@ -14,7 +14,7 @@ AnyDtype: TypeAlias = str | type | np.dtype
 
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 # Few bits (`duo_jax.weights`): w8a8 quantizes activations too, int4-32 has a scale for every 32 channels, asym has the
-# number that stands for 0 too, fp8 has 8-bit floats.
+# number that stands for 0 too, fp8 has 8-bit floats, mxfp4 is for experts only.
 WeightDtype: TypeAlias = Literal[
     "int8",
     "w8a8",
@@ -27,6 +27,7 @@ WeightDtype: TypeAlias = Literal[
     "int8-128",
     "fp8",
     "fp8-128",
+    "mxfp4",
 ]
 # Embeddings are looked up, not multiplied: there are no activations to quantize.
 EmbedDtype: TypeAlias = Literal["int8", "int4", "int4-32", "int4-128"]

@@ -1,6 +1,6 @@
 """Weights in few bits, through qwix: kernels and embeddings are stored, multiplied and looked up. Knows no model.
 
-Integers or 8-bit floats, with a scale for each output channel or for each group of input channels of it.
+Integers or floats of 8 or 4 bits, with a scale for each output channel or for each group of input channels of it.
 """
 
 from collections.abc import Mapping
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 class WeightFormat:
     """How a kernel `[I, O]` is quantized."""
 
-    qtype: Literal["int8", "int4", "float8_e4m3fn"]
+    qtype: Literal["int8", "int4", "float8_e4m3fn", "float4_e2m1fn"]
     group: int | None = None
     """Input channels that share a scale; None: all of them."""
     dynamic: bool = False
     """Whether activations are quantized too, to int8 with a scale for each token, so that integers are multiplied."""
     has_zeros: bool = False
     """Whether a group also has the number that stands for 0; without, it is 0."""
+    only_experts: bool = False
+    """Whether only the MLPs of a mixture of experts are quantized, as gpt-oss is published."""
 
     @property
     def scale_dtype(self) -> str | None:
         """Data type of scales; None: the kernel's. Published 8-bit floats have them in float32."""
-        return "float32" if self.qtype == "float8_e4m3fn" else None
+        return {"float8_e4m3fn": "float32", "float4_e2m1fn": "bfloat16"}.get(self.qtype)
 
 
 WEIGHT_FORMATS = {
@@ -47,6 +49,7 @@ WEIGHT_FORMATS = {
     "int8-128": WeightFormat("int8", group=128),
     "fp8": WeightFormat("float8_e4m3fn"),
     "fp8-128": WeightFormat("float8_e4m3fn", group=128),
+    "mxfp4": WeightFormat("float4_e2m1fn", group=32, only_experts=True),
 }
 # Embeddings are looked up, not multiplied: there are no activations to quantize.
 EMBED_FORMATS = {name: WEIGHT_FORMATS[name] for name in ("int8", "int4", "int4-32", "int4-128")}

@@ -1,6 +1,7 @@
 """gpt-oss: checkpoints with experts in MXFP4, and what is refused. Its outputs are tested with the other families."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from safetensors.numpy import load_file, save_file
 
-from duo_jax import PRESETS, load_model, make_mesh
+from duo_jax import PRESETS, Model, load_model, make_mesh, save_model
 from duo_jax.layers import gated
+from duo_jax.text import renderer
 from tests.shapes import GOLDEN
 from tests.test_quantized_checkpoint import plain_mxfp4
 
@@ -35,6 +38,19 @@ def gpt_oss_in_mxfp4(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def values_of(model: Model) -> list[np.ndarray]:
+    """All weights, dequantized."""
+    leaves = jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, qwix.QArray))
+    with jax.numpy_dtype_promotion("standard"):
+        return [
+            np.stack([np.asarray(qwix.dequantize(jax.tree.map(lambda y, n=n: y[n], x)), np.float32) for n in range(8)])
+            if isinstance(x, qwix.QArray)
+            else np.asarray(x)
+            for x in leaves
+        ]
+
+
+@pytest.mark.full_matrix
 def test_experts_in_mxfp4_are_those_of_their_values(tmp_path):
     tensors = gpt_oss_in_mxfp4(tmp_path / "packed")
     for name in [name for name in tensors if name.endswith("_blocks")]:
@@ -47,7 +63,12 @@ def test_experts_in_mxfp4_are_those_of_their_values(tmp_path):
     plain = load_model(tmp_path / "plain")
     for settings in ({}, {"mesh": make_mesh()}):
         packed = load_model(tmp_path / "packed", **settings)
-        jax.tree.map(np.testing.assert_array_equal, packed.params, plain.params)
+        assert packed.config.weight_dtype == "mxfp4" and packed.nbytes < 0.5 * plain.nbytes
+        jax.tree.map(np.testing.assert_array_equal, values_of(packed), values_of(plain))
+    save_model(packed if packed.mesh is None else load_model(tmp_path / "packed"), tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, values_of(load_model(tmp_path / "saved")), values_of(plain))
+    again = [load_model(tmp_path / name, weight_dtype="int8").params for name in ("packed", "plain")]
+    jax.tree.map(np.testing.assert_array_equal, *again)
     # Gate and up alternate in the file, and are halves here.
     kernel, stored = plain.params["layers"][1]["mlp"]["expert_gate_up"]["kernel"], tensors[GATE_UP]
     np.testing.assert_array_equal(kernel.get_value()[..., 32:], stored[..., 1::2])
@@ -82,3 +103,42 @@ def test_the_gated_mlp_is_clamped():
     low = np.minimum(gate, 3)
     expected = low / (1 + np.exp(-1.702 * low)) * (np.clip(up, -3, 3) + 1)
     np.testing.assert_allclose(gated(config, jnp.asarray(gate), jnp.asarray(up)), expected, rtol=1e-5)
+
+
+HARMONY = """
+{%- macro turn(role, text, channel=none) -%}
+    {{- "<|start|>" + role }}{%- if channel %}{{- "<|channel|>" + channel }}{%- endif %}
+    {{- "<|message|>" + text + "<|end|>" }}
+{%- endmacro -%}
+{%- set effort = reasoning_effort if reasoning_effort is defined else "medium" %}
+{{- turn("system", "Knowledge cutoff: 2024-06\nCurrent date: " + strftime_now("%Y") + "\n\nReasoning: " + effort) }}
+{%- if messages[0].role in ["developer", "system"] %}
+    {{- turn("developer", "# Instructions\n\n" + messages[0].content) }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- set last = namespace(tool=none) %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {%- if "<|channel|>" in message.content %}{{- raise_exception("put thinking into its own field") }}{%- endif %}
+        {{- turn("assistant", message.content, "final") }}
+    {%- else %}{{- turn(message.role, message.content) }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start|>assistant" }}{%- endif %}"""
+
+
+def test_a_template_in_the_manner_of_harmony_is_rendered():
+    messages = [("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "4"), ("user", "{{ 3 + 3 }}?")]
+    turns = [{"role": role, "content": content} for role, content in messages]
+    text = renderer.render(HARMONY, turns, {"add_generation_prompt": True, "reasoning_effort": "low"})
+    assert re.fullmatch(
+        r"<\|start\|>system<\|message\|>.*date: \d{4}\n\nReasoning: low<\|end\|>",
+        text[: text.index("<|start|>dev")],
+        re.S,
+    )
+    assert text[text.index("<|start|>dev") :] == (
+        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>2 + 2?<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4<|end|>"
+        "<|start|>user<|message|>{{ 3 + 3 }}?<|end|><|start|>assistant"
+    )
+    with pytest.raises(ValueError, match="put thinking into its own field"):
+        renderer.render(HARMONY, [{"role": "assistant", "content": "<|channel|>final"}], {})

@@ -31,13 +31,16 @@ def test_a_kernel_is_rounded_to_half_a_step_of_its_group(weight_dtype):
     how = WEIGHT_FORMATS[weight_dtype]
     q = quantize_kernel(jnp.asarray(KERNEL), weight_dtype)
     groups = KERNEL.reshape(-1, how.group or 128, 48)
-    steps = np.abs(groups).max(1) / {"int8": 127, "int4": 7, "float8_e4m3fn": 448}[how.qtype]
+    most = {"int8": 127, "int4": 7, "float8_e4m3fn": 448, "float4_e2m1fn": 6}
+    steps = np.abs(groups).max(1) / most[how.qtype]
     steps = np.ptp(groups, axis=1) / 15 if how.has_zeros else steps
     np.testing.assert_allclose(q.scale, steps, rtol=0.07)
     error = np.abs(np.asarray(multiply(jnp.eye(128), q, dynamic=False)) - KERNEL).reshape(groups.shape)
     half = np.asarray(q.scale)[:, None] * 0.5001
     if how.qtype == "float8_e4m3fn":  # Three bits of mantissa; subnormal numbers have steps of 2 ** -9.
         half = np.maximum(np.abs(groups) * 2.0**-4, half * 2.0**-9)
+    if how.qtype == "float4_e2m1fn":  # One bit of mantissa; subnormal numbers have steps of 1/2.
+        half = np.maximum(np.abs(groups) * 2.0**-2, half * 2.0**-1) + np.abs(groups) * 2.0**-8  # Scales are bfloat16.
     # The number that stands for 0 is rounded too, by up to half a step.
     assert (error <= (2 if how.has_zeros else 1) * half).all()
     assert error.max() > 0

@@ -91,6 +91,9 @@ class Folder(Source):
             _named(self.path / CONFIG, check_groups, self.stored_format.coding, modules)
             widths = [shape[1] for shape in modules.values()]
             config = replace(config, weight_dtype=self.stored_format.weight_dtype(modules, widths))
+        settings = values.get("quantization_config")
+        if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":
+            config = _named(self.path / CONFIG, lambda: replace(config, weight_dtype="mxfp4"))
         if "eos_token_id" not in self._generation:
             return config
         ids = eos_ids(self._generation["eos_token_id"])

@@ -136,7 +136,8 @@ def _weights(
     options: dict[str, Any] = {"unit": " weights", "unit_scale": True, "desc": "loading"}
     with tqdm(total=sum(counts.values()), **options, disable=None if progress is None else not progress) as bar:
         for path, weight in _in_file_order(table, checkpoint):
-            quantized = config.weight_dtype if weight.is_kernel and weight.is_quantizable else None
+            linear = config.weight_dtype if weight.experts else config.linear_dtype
+            quantized = linear if weight.is_kernel and weight.is_quantizable else None
             quantized = config.embed_dtype if path[0] in ("embed", "head") else quantized
             yield path, _read(checkpoint, weight, jnp.dtype(config.dtype), quantized, on_host=on_host)
             bar.update(counts[path])
@@ -304,6 +305,8 @@ def _read(
             return arranged.of(values, np).astype(dtype)
         if weight_dtype and all(isinstance(part, Packed) and part.coding.fits(weight_dtype) for part in parts):
             return _as_stored(parts, dtype, weight_dtype)
+        if weight_dtype == "mxfp4" and isinstance(parts[0], Mxfp4):
+            return _as_mxfp4(parts[0], arranged)
         return _convert(parts, dtype, arranged, weight_dtype)
 
     if weight.experts is None:
@@ -360,6 +363,12 @@ def _convert(
     values = [part.values() if isinstance(part, Blocks | Packed | Mxfp4) else part for part in parts]
     x = arranged.of(values, jnp).astype(dtype)
     return x if weight_dtype is None else quantize_kernel(x, weight_dtype, input_axis=int(not arranged.is_kernel))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_mxfp4(part: Mxfp4, arranged: Arrangement) -> "qwix.QArray":
+    """One expert's kernel with the numbers of the checkpoint."""
+    return jax.tree.map(lambda x: arranged.of([x], jnp), part.kernel())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

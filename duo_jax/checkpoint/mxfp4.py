@@ -7,12 +7,15 @@ mantissa), scales E8M0 (2 to the power of a byte minus 127; 255 stands for NaN).
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+
+if TYPE_CHECKING:
+    import qwix  # imported when weights are quantized
 
 # Numbers that share a scale.
 BLOCK = 32
@@ -37,6 +40,15 @@ class Mxfp4:
     def values(self) -> Float[Array, "*rows in out"]:
         """The dequantized tensor, in float32."""
         return mxfp4_values(self.blocks, self.scales, dtype=jnp.dtype("float32")).swapaxes(-1, -2)
+
+    def kernel(self) -> "qwix.QArray":
+        """The same numbers `[in, out]` in 4 bits, and their scales in bfloat16, in which they are exact."""
+        import qwix
+
+        ones = jnp.full(self.scales.shape, 127, jnp.uint8)
+        numbers = mxfp4_values(self.blocks, ones, dtype=jnp.dtype("float4_e2m1fn"))
+        scales = _power(self.scales).astype(jnp.bfloat16)
+        return qwix.QArray(numbers.swapaxes(-1, -2), scales.swapaxes(-1, -2), None)
 
 
 def mxfp4_shapes(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CONFIG = "duo_model.json"
 STEM = "model"
 SAVED_ROPES = ROPES | {DividedRope.type: DividedRope}
+FOUR_BITS = (jnp.dtype(jnp.int4), jnp.dtype(jnp.float4_e2m1fn))
 # safetensors' names of data types.
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
@@ -145,9 +146,10 @@ def _named(params: nnx.State) -> list[tuple[str, Any]]:
 
 def _packed(x: Array) -> Array:
     """Pack 4-bit numbers in pairs, the first in the lower half of a byte: safetensors has no such type."""
-    if x.dtype != jnp.int4:
+    if x.dtype not in FOUR_BITS:
         return x
-    pairs = x.astype(jnp.uint8).reshape(*x.shape[:-1], -1, 2) & jnp.uint8(15)
+    whole = x if x.dtype == jnp.int4 else jax.lax.bitcast_convert_type(x, jnp.dtype(jnp.uint4))
+    pairs = whole.astype(jnp.uint8).reshape(*x.shape[:-1], -1, 2) & jnp.uint8(15)
     return pairs[..., 0] | pairs[..., 1] << jnp.uint8(4)
 
 
@@ -155,7 +157,9 @@ def _packed_kind(x: Any) -> tuple[tuple[int, ...], str] | None:
     """Shape and data type of an array as it is stored; None for no array."""
     if x is None:
         return None
-    return ((*x.shape[:-1], x.shape[-1] // 2), "U8") if x.dtype == jnp.int4 else (x.shape, STORED[x.dtype.name])
+    if x.dtype in FOUR_BITS:
+        return (*x.shape[:-1], x.shape[-1] // 2), "U8"
+    return x.shape, STORED[x.dtype.name]
 
 
 def _saved_rope(values: dict[str, Any]) -> Rope:
@@ -174,7 +178,9 @@ def _check_fields(values: dict[str, Any], kind: type[ModelConfig | Rope]) -> Non
 
 
 def _unpacked(x: np.ndarray, dtype: jnp.dtype) -> Array:
-    if dtype != jnp.int4:
+    if dtype not in FOUR_BITS:
         return jnp.asarray(x, dtype)
     numbers = np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], -1).astype(np.int8)
+    if dtype == jnp.float4_e2m1fn:
+        return jax.lax.bitcast_convert_type(jnp.asarray(numbers, jnp.uint4), jnp.dtype(jnp.float4_e2m1fn))
     return jnp.asarray(np.where(numbers > 7, numbers - 16, numbers), jnp.int4)

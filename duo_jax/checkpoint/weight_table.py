@@ -114,7 +114,8 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
 def linear_maps(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The modules in layers whose kernels `weight_dtype` quantizes, each with its shape `[out, in]`."""
     rows = weight_table(config).items()
-    kernels = [weight for path, weight in rows if weight.is_kernel and weight.is_quantizable and path[0] == "layers"]
+    of_layers = [weight for path, weight in rows if weight.is_kernel and path[0] == "layers"]
+    kernels = [weight for weight in of_layers if weight.is_quantizable and not weight.is_stacked]
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for weight in kernels

@@ -82,7 +82,7 @@ class MemoryTask:
         if "prefill" in self.programs and self.chunk > min(self.lengths):
             raise ValueError(f"a chunk must fit into the cache, got {self.chunk=} and {self.lengths=}")
         config = PRESETS[self.model]
-        return replace(config, num_layers=self.layers or config.num_layers, dtype=self.dtype)
+        return replace(config.first_layers(self.layers or config.num_layers), dtype=self.dtype)
 
     def _mesh(self) -> Mesh:
         size = DeviceOptions(self.mesh).size
