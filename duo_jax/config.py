@@ -55,7 +55,8 @@ class ModelConfig:
 
     `embed_scale` multiplies embeddings, `query_scale` queries, in addition to `1 / sqrt(head_dim)`, and so does, at
     position p, `1 + query_log_scale * log(1 + p // query_log_positions)`. `residual_scale` multiplies what attention
-    and MLP add, and `logits_divisor` divides logits.
+    and MLP add, and `logits_divisor` divides logits. Scores of attention are capped to `score_cap * tanh(s /
+    score_cap)`, logits in the same way by `logits_cap`.
 
     With `norm_offset`, norms multiply by 1 more than their weights. `pre_norms` are norms of the inputs of attention
     and MLP, `post_norms` of their outputs. With `qk_norm`, each query and key has a norm; with `wide_qk_norm`,
@@ -117,6 +118,8 @@ class ModelConfig:
     logits_divisor: float = 1.0
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 1.702
+    score_cap: float | None = None
+    logits_cap: float | None = None
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -128,6 +131,8 @@ class ModelConfig:
         values["norm_eps"] = real_number("norm_eps", self.norm_eps, 0, 1)
         values |= {name: real_number(name, getattr(self, name), 0, 1e6) for name in ("swiglu_limit", "swiglu_alpha")}
         values |= {name: real_number(name, getattr(self, name), 1e-6, 1e6) for name in SCALES}
+        for name in ("score_cap", "logits_cap"):
+            values[name] = None if (cap := getattr(self, name)) is None else real_number(name, cap, 1e-6, 1e6)
         values["query_log_scale"] = real_number("query_log_scale", self.query_log_scale, 0, 1e6)
         if self.query_log_scale:
             most = MOST["max_positions"]
@@ -477,6 +482,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "normalize_experts": True,
         "swiglu_limit": lambda config: config["swiglu_limit"] or 7.0,
         "swiglu_alpha": lambda config: config["swiglu_alpha"] or 1.702,
+    },
+    "gemma2": {
+        "qkv_bias": _flag("attention_bias"),
+        "out_bias": _flag("attention_bias"),
+        "norm_offset": True,
+        "post_norms": True,
+        "embed_scale": lambda config: config["hidden_size"] ** 0.5,
+        "query_scale": lambda config: (config["head_dim"] / config["query_pre_attn_scalar"]) ** 0.5,
+        "layer_windows": _flag("layer_windows"),
+        "score_cap": lambda config: config["attn_logit_softcapping"] or None,
+        "logits_cap": lambda config: config["final_logit_softcapping"] or None,
     },
     "gemma3_text": {
         "qkv_bias": _flag("attention_bias"),

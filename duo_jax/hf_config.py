@@ -61,8 +61,8 @@ KEYS: dict[str, Callable[[str, Any], Any] | None] = {
     "residual_multiplier": _scale,
     "logits_scaling": _scale,
     "query_pre_attn_scalar": partial(whole_number, least=1, most=10**6),
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
+    "attn_logit_softcapping": partial(real_number, least=0, most=1e6),
+    "final_logit_softcapping": partial(real_number, least=0, most=1e6),
     "use_bidirectional_attention": None,
     "num_local_experts": _size("num_experts"),
     "num_experts_per_tok": _size("experts_per_token"),
@@ -101,6 +101,23 @@ OFF = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_a
 # Models of text and images -> families of their text model, and what their configuration has outside of it.
 TEXT_OF = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
 OF_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", *STORED_KEYS)
+# Settings of models that this decoder cannot compute -> what they have, and examples of such models.
+UNSUPPORTED = {
+    "kv_lora_rank": ("multi-head latent attention", "DeepSeek-V2 and V3, Kimi K2, MiniCPM3"),
+    "linear_conv_kernel_dim": ("linear attention in some layers", "Qwen3-Next, Qwen3.5"),
+    "linear_attn_config": ("linear attention in some layers", "Kimi Linear"),
+    "mamba_d_state": ("state-space layers", "Jamba, Falcon-H1, Granite 4 (hybrid)"),
+    "ssm_state_size": ("state-space layers", "Nemotron-H"),
+    "state_size": ("state-space layers", "Mamba"),
+    "conv_L_cache": ("layers of short convolutions", "LFM2"),
+    "lru_width": ("recurrent layers", "RecurrentGemma"),
+    "hidden_size_per_layer_input": ("embeddings of each layer", "Gemma 3n, Gemma 4"),
+    "num_kv_shared_layers": ("layers that share keys and values", "Gemma 3n, Gemma 4"),
+    "attention_chunk_size": ("chunked attention", "Llama 4"),
+    "layer_norm_eps": ("LayerNorm", "Cohere, Phi-2, GPT-NeoX, StableLM"),
+    "layer_norm_epsilon": ("LayerNorm", "GPT-2, Falcon"),
+    "is_encoder_decoder": ("an encoder", "T5, BART, Whisper"),
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families with a window in every layer or in none: transformers does not read their `layer_types`.
 UNIFORM = {"mistral", "ministral3", "mixtral", "phi3", "qwen3_moe"}
@@ -126,10 +143,14 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
         outside = {key: config[key] for key in OF_WHOLE if config.get(key) is not None}
         if family == "gemma3":
             required = set()  # Published ones leave sizes to the defaults of this class.
-        family = text.get("model_type") if len(TEXT_OF[family]) > 1 else TEXT_OF[family][0]
+        text_families = TEXT_OF[family]
+        family = text_families[0] if len(text_families) == 1 else text.get("model_type", text_families[0])
         config = {**text, **outside, "model_type": family}
     if not isinstance(family, str) or family not in FAMILIES:
-        raise NotImplementedError(f"model_type {str(family)[:60]!r} is not supported; supported are {_SUPPORTED}")
+        reason = _unsupported_part(config)
+        raise NotImplementedError(
+            f"model_type {str(family)[:60]!r} is not supported{reason}; supported are {_SUPPORTED}"
+        )
     if "num_experts" in FAMILIES[family]:
         config, required = _by_first_name(config), required | set(REQUIRED_EXPERTS)
     missing = [key for key in (*REQUIRED, *REQUIRED_EXPERTS) if key in required and config.get(key) is None]
@@ -169,6 +190,16 @@ def eos_ids(value: Any) -> tuple[int, ...]:
 _SUPPORTED = ", ".join(FAMILIES)
 
 
+def _unsupported_part(config: Mapping[str, Any]) -> str:
+    """What a model of an unknown type has that this decoder does not have, as far as its settings show it."""
+    text = config.get("text_config")
+    for settings in (config, text if isinstance(text, Mapping) else {}):
+        for key, (part, _) in UNSUPPORTED.items():
+            if settings.get(key):
+                return f": it has {part} ({key})"
+    return ""
+
+
 def _by_transformers(family: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `KEYS` after all defaults."""
     from transformers import AutoConfig
@@ -197,7 +228,8 @@ def _refuse_unsupported(family: str, values: dict[str, Any], config: Mapping[str
     values["activation"] = "silu" if activation == "swish" else activation
     if not isinstance(activation, str) or values["activation"] not in ACTIVATIONS:
         refused = f"the activation {activation!r:.60}"
-    if on := [name for name in OFF if values[name]]:
+    capped = {"attn_logit_softcapping": "score_cap", "final_logit_softcapping": "logits_cap"}
+    if on := [name for name in OFF if values[name] and capped.get(name) not in FAMILIES[family]]:
         refused = f"{on[0]} ({values[on[0]]!r:.60})"
     if "num_experts" not in FAMILIES[family] and any(config.get(key) for key in EXPERTS):
         refused = "a mixture of experts"

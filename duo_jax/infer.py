@@ -28,7 +28,7 @@ from pallas_kernels.window import consecutive
 SCORE_BLOCK = 128
 
 # Jitted, so that attention is traced and lowered once for all layers, which are alike.
-_STATIC = ("window", "shards", "backend")
+_STATIC = ("window", "score_cap", "shards", "backend")
 _prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC)
 _decode_attention = jax.jit(decode_attention, static_argnames=_STATIC)
 
@@ -257,6 +257,7 @@ def _hidden(
             lengths=lengths,
             window=cache.window(layer),
             sink_logits=sinks,
+            score_cap=model.config.score_cap,
             shards=cache.shards,
             backend=backend,
         )
@@ -265,7 +266,7 @@ def _hidden(
     positions = consecutive(cache.length, tokens.shape[1])
     decoder = model.decoder
     hidden, new = decoder.hidden(
-        tokens, positions, on_devices(attend, lengths, decoder), cache, context=cache.max_length
+        tokens, positions, on_devices(attend, lengths, decoder), cache, context=cache.max_length, caps_scores=True
     )
     return hidden, new.advance(lengths)
 
@@ -310,6 +311,7 @@ def step(
             lengths=cache.length + active.astype(jnp.int32),
             window=cache.window(layer),
             sink_logits=sinks,
+            score_cap=model.config.score_cap,
             shards=cache.shards,
             backend=backend,
         )
@@ -318,7 +320,7 @@ def step(
     decoder = model.decoder
     attend_on_devices = on_devices(attend, active, decoder)
     hidden, new = decoder.hidden(
-        token[:, None], cache.length[:, None], attend_on_devices, cache, context=cache.max_length
+        token[:, None], cache.length[:, None], attend_on_devices, cache, context=cache.max_length, caps_scores=True
     )
     logits = head(model, hidden[:, 0])
     return _poison(logits, cache.is_overfull(lengths)), new.advance(active.astype(jnp.int32))

@@ -70,17 +70,25 @@ class Decoder(nnx.Module):
         state: State,
         *,
         context: int | None = None,
+        caps_scores: bool = False,
         rematerialize: bool = False,
         token_mesh: AnyMesh | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer.
 
         `context` is the most tokens that the text may have, of which these are a part: RoPE may depend on it.
+        `caps_scores` declares that `attend` caps scores by the configuration's `score_cap`, without which a model that
+        has one raises NotImplementedError.
 
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
         third more time. In training, the devices of `token_mesh` share the tokens.
         """
         config = self.config
+        if config.score_cap is not None and not caps_scores:
+            raise NotImplementedError(
+                f"this {config.family} model caps the scores of attention, which this method does not: generate with "
+                "it, or compare full attention and head patterns"
+            )
         embedded = self.whole(self.embed, tokens)(tokens)
         if config.embed_scale != 1:  # Rounded to the data type of the embeddings, as by transformers.
             embedded = embedded * jnp.asarray(config.embed_scale, embedded.dtype)
@@ -117,7 +125,9 @@ class Decoder(nnx.Module):
                 logits = multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
             else:
                 logits = jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
-            return logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
+            logits = logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
+            cap = self.config.logits_cap
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def sink_logits(self, layer: int) -> Float[Array, "N"] | None:
         """The score of each query head of a layer for its learned sink, for the operations of attention."""

@@ -87,17 +87,25 @@ def across(x: Array, like: Array) -> Array:
     return lax.broadcast_in_dim(x, like.shape, tuple(range(x.ndim)))
 
 
+def capped(scores: Float[Array, "*rows S"], score_cap: float | None) -> Float[Array, "*rows S"]:
+    """Scores between -`score_cap` and `score_cap`; None: as they are."""
+    return scores if score_cap is None else score_cap * jnp.tanh(scores / score_cap)
+
+
 def accumulate(
     state: Softmax,
     q: Float[Array, "B M H"],
     k: Float[Array, "B S H"],
     v: Float[Array, "B S H"],
     keep: Bool[Array, "#B #M S"],
+    score_cap: float | None = None,
 ) -> Softmax:
     """Add one block of keys in plain XLA, to base e; products in `compute_dtype`, sums in float32."""
     compute = compute_dtype(q, k)
     f32 = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bmh,bsh->bms", q.astype(compute), k.astype(compute), **f32) * q.shape[-1] ** -0.5
+
+    scores = capped(scores, score_cap)
 
     def add_product(values: Array, weights: Array) -> Array:
         return values + jnp.einsum("bms,bsh->bmh", weights.astype(compute), v.astype(compute), **f32)

@@ -30,6 +30,7 @@ def prefill_attention(
     lengths: Int32[Array, "B"],
     window: Window,
     sink_logits: Float[Array, "N"] | None = None,
+    score_cap: float | None = None,
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -49,6 +50,7 @@ def prefill_attention(
         lengths: valid tokens of the chunk, per row; the rest is padding.
         window: what streaming heads see.
         sink_logits: of models that have them, the score of each query head for a learned sink without a value.
+        score_cap: scores s become `score_cap * tanh(s / score_cap)`; None: they do not.
         shards: inside `jax.shard_map`, the devices that share the tokens of retrieval heads; None if this device has
             all. Each attends to its own tokens, and the parts are merged: no pool is gathered.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
@@ -58,7 +60,7 @@ def prefill_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
-    options: dict[str, Any] = {"window": window, "shards": shards, "backend": backend}
+    options: dict[str, Any] = {"window": window, "score_cap": score_cap, "shards": shards, "backend": backend}
     part = prefill_part(q, k, v, pools, heads, start=start, lengths=lengths, **options)
     return _finished(part, sink_logits, heads, shards).astype(q.dtype)
 
@@ -73,6 +75,7 @@ def prefill_part(
     start: Int32[Array, "B"],
     lengths: Int32[Array, "B"],
     window: Window,
+    score_cap: float | None = None,
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Partial:
@@ -85,12 +88,13 @@ def prefill_part(
     k, v = (jnp.where(is_valid, x, jnp.zeros((), x.dtype)) for x in (k, v))
     k = _as_stored(k, pools.full_k, pools.ring_k, heads, q.dtype)
     v = _as_stored(v, pools.full_v, pools.ring_v, heads, q.dtype)
-    request = _request("prefill", q, (k, v), pools, heads.slot.shape[0], window, shards)
+    request = _request("prefill", q, (k, v), pools, heads.slot.shape[0], window, shards, score_cap)
     with jax.named_scope("prefill_attention"):
         turned, rows = _in_basis_of_pools(q, pools, heads), {"start": start, "lengths": lengths}
         chosen = choose(request, backend, Operands((turned, k, v, pools, heads), rows, shards))
         assert chosen.prefill is not None
-        part = chosen.prefill(turned, k, v, pools, heads, **rows, window=window, shards=shards)
+        options = {} if score_cap is None else {"score_cap": score_cap}
+        part = chosen.prefill(turned, k, v, pools, heads, **rows, window=window, shards=shards, **options)
         return part._replace(out=_in_basis_of_pools(part.out, pools, heads))
 
 
@@ -102,6 +106,7 @@ def decode_attention(
     lengths: Int32[Array, "B"],
     window: Window,
     sink_logits: Float[Array, "N"] | None = None,
+    score_cap: float | None = None,
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B N H"]:
@@ -114,6 +119,7 @@ def decode_attention(
         lengths: tokens in the cache, per row, the new one counted; the output of a row with none is unspecified.
         window: what streaming heads see.
         sink_logits: as in `prefill_attention`.
+        score_cap: as in `prefill_attention`.
         shards: as in `prefill_attention`.
         backend: a name in `BACKENDS`; None takes `DUO_BACKEND`, else the fastest one that is right on this device, by
             its verdicts (`pallas_kernels.certify`).
@@ -122,7 +128,8 @@ def decode_attention(
         ValueError: shapes that do not fit together, or an unknown backend.
         Unsupported: a backend that cannot do this, a NotImplementedError.
     """
-    part = decode_part(q, pools, heads, lengths=lengths, window=window, shards=shards, backend=backend)
+    options: dict[str, Any] = {"window": window, "score_cap": score_cap, "shards": shards, "backend": backend}
+    part = decode_part(q, pools, heads, lengths=lengths, **options)
     return _finished(part, sink_logits, heads, shards).astype(q.dtype)
 
 
@@ -133,17 +140,19 @@ def decode_part(
     *,
     lengths: Int32[Array, "B"],
     window: Window,
+    score_cap: float | None = None,
     shards: TokenShards | None = None,
     backend: str | None = None,
 ) -> Partial:
     """`decode_attention` over the tokens of one of the devices that share them."""
     _check(q.shape[0], q.shape[1:], pools, heads, window)
-    request = _request("decode", q, (), pools, heads.slot.shape[0], window, shards)
+    request = _request("decode", q, (), pools, heads.slot.shape[0], window, shards, score_cap)
     with jax.named_scope("decode_attention"):
         turned = _in_basis_of_pools(q, pools, heads)
         chosen = choose(request, backend, Operands((turned, pools, heads), {"lengths": lengths}, shards))
         assert chosen.decode is not None
-        part = chosen.decode(turned, pools, heads, lengths=lengths, window=window, shards=shards)
+        options = {} if score_cap is None else {"score_cap": score_cap}
+        part = chosen.decode(turned, pools, heads, lengths=lengths, window=window, shards=shards, **options)
         return part._replace(out=_in_basis_of_pools(part.out, pools, heads))
 
 
@@ -286,6 +295,7 @@ def _request(
     num_kv_heads: int,
     window: Window | None,
     shards: TokenShards | None,
+    score_cap: float | None = None,
 ) -> Request:
     used = [pool for pool in pools.stored if pool.shape[0]] if pools else []
     arrays = [q, *own, *(pool for pool in used if not isinstance(pool, Quantized))]
@@ -302,6 +312,7 @@ def _request(
         is_sharded=shards is not None,
         capability=chip().capability,
         window=window,
+        score_cap=score_cap,
         q=q.dtype.name,
         full=_stored_as(pools.full_k) if pools else None,
         ring=_stored_as(pools.ring_k) if pools else None,

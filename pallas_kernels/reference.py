@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.merge import MASKED
+from pallas_kernels.merge import MASKED, capped
 from pallas_kernels.quantized import Stored, read, read_dtype
 from pallas_kernels.types import Backend, Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window, consecutive
@@ -25,12 +25,13 @@ def prefill(
     lengths: Int32[Array, "B"],
     window: Window,
     shards: TokenShards | None = None,
+    score_cap: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`; of several shards, the first counts the chunk's own keys."""
     del lengths  # Padding is at the end of a row: causality hides it from every real token.
     own = consecutive(start, q.shape[1])
     counted = own if shards is None else jnp.where(shards.index == 0, own, -1)
-    return _over_pools(q, k, v, pools, heads, (own, counted), start, window, shards)
+    return _over_pools(q, k, v, pools, heads, (own, counted), start, window, shards, None, score_cap)
 
 
 def decode(
@@ -41,12 +42,14 @@ def decode(
     lengths: Int32[Array, "B"],
     window: Window,
     shards: TokenShards | None = None,
+    score_cap: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.decode_attention`: the same dense attention, with the newest token already in the pools."""
     dtypes = (read_dtype(pool, q.dtype) for pool in (pools.full_k, pools.ring_k) if pool.shape[0])
     nothing = jnp.zeros((len(q), 0, heads.slot.shape[0], q.shape[2]), functools.reduce(np.promote_types, dtypes))
     q_pos, none = lengths[:, None] - 1, jnp.zeros((len(q), 0), jnp.int32)
-    part = _over_pools(q[:, None], nothing, nothing, pools, heads, (none, none), lengths, window, shards, q_pos)
+    own = none, none
+    part = _over_pools(q[:, None], nothing, nothing, pools, heads, own, lengths, window, shards, q_pos, score_cap)
     return jax.tree.map(lambda x: x[:, 0], part)
 
 
@@ -74,6 +77,7 @@ def _over_pools(
     window: Window,
     shards: TokenShards | None,
     q_pos: Int32[Array, "B T"] | None = None,
+    score_cap: float | None = None,
 ) -> Partial:
     """Attention over the first `cached` tokens in the pools and over k and v, for heads of both types.
 
@@ -89,7 +93,7 @@ def _over_pools(
     def one_head(q_h: Array, k_h: Array, v_h: Array, is_retrieval: Array, slot: Array) -> Partial:
         context = _join(pools.full, pools.pages, slot, full_pos, (k_h, v_h, own[1]))
         seen = _join(pools.ring, None, slot, ring_pos, (k_h, v_h, own[0]))
-        both = _attend(q_h, context, q_pos, None), _attend(q_h, seen, q_pos, window)
+        both = _attend(q_h, context, q_pos, None, score_cap), _attend(q_h, seen, q_pos, window, score_cap)
         return jax.tree.map(lambda x, y: jnp.where(is_retrieval, x, y), *both)
 
     args = _by_kv_head(q, heads.slot.shape[0]), k, v, heads.is_retrieval, heads.slot
@@ -124,7 +128,7 @@ def _slot(pool: Stored, pages: Array | None, slot: Array, dtype: Any) -> Float[A
     return read(jax.tree.map(rows, pool), dtype).astype(dtype)
 
 
-def _attend(q_h: Array, cached: Any, q_pos: Array, window: Window | None) -> Partial:
+def _attend(q_h: Array, cached: Any, q_pos: Array, window: Window | None, score_cap: float | None = None) -> Partial:
     """Softmax attention of one KV head's query group `[B T G H]` over all keys `[B S H]`, masked by position."""
     keys, values, k_pos = cached
     nothing = jnp.full(q_h.shape[:-1], MASKED, jnp.float32)
@@ -136,10 +140,10 @@ def _attend(q_h: Array, cached: Any, q_pos: Array, window: Window | None) -> Par
     seen = (k_pos <= q_pos if window is None else window.visible(q_pos, k_pos)) & (k_pos >= 0)
     compute = np.promote_types(np.promote_types(np.float32, q_h.dtype), keys.dtype)
     scores = jnp.einsum("btgh,bsh->btgs", q_h.astype(compute), keys.astype(compute)) * q_h.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, :, None, :], scores, -jnp.inf)
+    scores = jnp.where(seen[:, :, None, :], capped(scores, score_cap), -jnp.inf)
     weights = jnp.where(seen.any(-1)[:, :, None, None], jax.nn.softmax(scores, axis=-1), 0.0)
     log_sum = jnp.maximum(jax.nn.logsumexp(scores, axis=-1).astype(jnp.float32), nothing)
     return Partial(jnp.einsum("btgs,bsh->btgh", weights, values.astype(compute)).astype(q_h.dtype), log_sum)
 
 
-BACKEND = Backend("reference", lambda request: None, prefill, decode, training)
+BACKEND = Backend("reference", lambda request: None, prefill, decode, training, caps_scores=True)

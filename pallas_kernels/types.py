@@ -134,6 +134,7 @@ class Request:
         q: data type of queries.
         full: how the pool of retrieval heads is stored, a data type or a name in `BITS`; None if it has no slot.
         ring: how the pool of streaming heads is stored; None if it has no slot.
+        score_cap: what scores are capped by, softly; None: they are not.
     """
 
     operation: str
@@ -150,6 +151,7 @@ class Request:
     q: str = ""
     full: str | None = None
     ring: str | None = None
+    score_cap: float | None = None
 
     @classmethod
     def of(
@@ -197,6 +199,7 @@ class Backend:
         decode: `(q, pools, heads, *, lengths, window, shards) -> Partial`, `[B, N, H]`.
         training: `(q, k, v, window) -> Partial`, `[B, T, N, H]`, differentiable causal attention over a sequence's own
             keys, of retrieval heads where `window` is None, of streaming heads otherwise.
+        caps_scores: whether `prefill` and `decode` take `score_cap`.
     """
 
     name: str
@@ -204,9 +207,12 @@ class Backend:
     prefill: Callable[..., Partial] | None = None
     decode: Callable[..., Partial] | None = None
     training: Callable[..., Partial] | None = None
+    caps_scores: bool = False
 
     def supports(self, request: Request) -> str | None:
         """None if this backend can run the request, otherwise the reason why not."""
         if getattr(self, request.operation) is None:
             return f"has no {request.operation} attention"
+        if request.score_cap is not None and not self.caps_scores:
+            return "has no soft cap of scores"
         return self.refuses(request)

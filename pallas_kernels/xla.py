@@ -5,6 +5,7 @@ that the head table stays data: two loops with trip counts read from it, and no 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -49,13 +50,14 @@ def prefill(
     lengths: Int32[Array, "B"],
     window: Window,
     shards: TokenShards | None = None,
+    score_cap: float | None = None,
     attend: Callable[..., Partial] | None = None,
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`; of several shards, each counts every n-th block of the chunk's keys.
 
     `attend` computes a retrieval head in another way, called like `_prefill_retrieval`.
     """
-    attend = attend or _prefill_retrieval
+    attend = attend or partial(_prefill_retrieval, score_cap=score_cap)
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     # Heads first: a head's queries, keys and values are then contiguous.
@@ -75,7 +77,7 @@ def prefill(
         ring_k, ring_v = Slot.of(pools.ring, heads.slot[head]).load(jnp.int32(0), is_written, q.dtype)
         ring = ring_k.astype(k.dtype), ring_v.astype(v.dtype)
         args = q_heads[head], k_heads[head], v_heads[head], ring, _head(blank)
-        return _prefill_streaming(*args, start=start, longest=longest, window=window)
+        return _prefill_streaming(*args, start=start, longest=longest, window=window, score_cap=score_cap)
 
     out = _over_heads(retrieval, streaming, pools, heads, blank)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length, num_heads, *x.shape[4:]), out)
@@ -89,6 +91,7 @@ def decode(
     lengths: Int32[Array, "B"],
     window: Window,
     shards: TokenShards | None = None,
+    score_cap: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.decode_attention`; of several shards, each attends to the tokens that it stores."""
     del window  # A ring stores nothing but visible tokens.
@@ -98,11 +101,11 @@ def decode(
     held = lengths if shards is None else shards.held(lengths)
 
     def retrieval(head: Array) -> Partial:
-        return _decode_slot(q_heads[head], Slot.of(pools.full, heads.slot[head], pools.pages), held)
+        return _decode_slot(q_heads[head], Slot.of(pools.full, heads.slot[head], pools.pages), held, score_cap)
 
     def streaming(head: Array) -> Partial:
         # A ring fills from its first index and then stays full: every index below `length` has a visible token.
-        return _decode_slot(q_heads[head], Slot.of(pools.ring, heads.slot[head]), lengths)
+        return _decode_slot(q_heads[head], Slot.of(pools.ring, heads.slot[head]), lengths, score_cap)
 
     out = _over_heads(retrieval, streaming, pools, heads, _blank(q_heads, jnp.dtype(jnp.float32)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, num_heads, *x.shape[3:]), out)
@@ -195,7 +198,7 @@ def _head(blank: Partial) -> Partial:
     return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), blank)
 
 
-def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
+def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest, score_cap=None):
     """One retrieval head: query blocks over the filled key blocks of its slot, then over the chunk, causally."""
     batch, length, group, head_dim = q.shape
     q_block, own_block, pool_block = min(Q_BLOCK, length), min(k_block("prefill"), length), slot.block("prefill")
@@ -214,14 +217,14 @@ def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
             begin, index = block_at(j, pool_block, slot.size)
             keep = (index >= j * pool_block) & (index < held[:, None])
             keys, values = slot.load(begin, keep, q.dtype)
-            return accumulate(state, rows, keys, values, keep[:, None, :])
+            return accumulate(state, rows, keys, values, keep[:, None, :], score_cap)
 
         def own(j, state):
             j = first_own + j * step
             begin, index = block_at(j, own_block, length)
             keep = (index >= j * own_block) & (index <= q_index[:, None])
             keys, values = (lax.dynamic_slice_in_dim(x, begin, own_block, 1) for x in (k, v))
-            return accumulate(state, rows, keys, values, keep[None])
+            return accumulate(state, rows, keys, values, keep[None], score_cap)
 
         state = empty((batch, q_block * group), head_dim)
         state = lax.fori_loop(jnp.int32(0), past_blocks, past, state)
@@ -232,7 +235,7 @@ def _prefill_retrieval(q, k, v, slot, shards, blank, *, start, longest):
     return _loop(cdiv(longest, q_block), one_q_block, blank, is_single=q_block == length)
 
 
-def _prefill_streaming(q, k, v, ring, blank, *, start, longest, window):
+def _prefill_streaming(q, k, v, ring, blank, *, start, longest, window, score_cap=None):
     """One streaming head: each query block sees the sinks and one contiguous band of keys, so work is linear in T."""
     batch, length, group, head_dim = q.shape
     q_block = min(STREAMING_Q_BLOCK, length)
@@ -261,7 +264,7 @@ def _prefill_streaming(q, k, v, ring, blank, *, start, longest, window):
         keys = jnp.concatenate([sink_k, lax.dynamic_slice_in_dim(band_k, first, width, 1)], axis=1)
         values = jnp.concatenate([sink_v, lax.dynamic_slice_in_dim(band_v, first, width, 1)], axis=1)
         keep = jnp.concatenate([sink_pos[:, None, :] <= q_pos, keep_band], axis=2)
-        state = accumulate(empty((batch, q_block * group), head_dim), rows, keys, values, keep)
+        state = accumulate(empty((batch, q_block * group), head_dim), rows, keys, values, keep, score_cap)
         return _write(out, partial_of(state, out.out.dtype), first, q_block)
 
     return _loop(cdiv(longest, q_block), one_q_block, blank, is_single=q_block == length)
@@ -281,7 +284,7 @@ def _write(out: Partial, block: Partial, first: Array, q_block: int) -> Partial:
     return jax.tree.map(put, out, block)
 
 
-def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"]) -> Partial:
+def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"], score_cap: float | None) -> Partial:
     """One head's query group over the filled blocks of its slot."""
     block, size = slot.block("decode"), slot.size
 
@@ -289,7 +292,7 @@ def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"
         begin, index = block_at(j, block, size)
         keep = (index >= j * block) & (index < lengths[:, None])
         keys, values = slot.load(begin, keep, q.dtype)
-        return accumulate(state, q, keys, values, keep[:, None, :])
+        return accumulate(state, q, keys, values, keep[:, None, :], score_cap)
 
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
     state = _loop(num_blocks, add_block, empty(q.shape[:2], q.shape[2]), is_single=block == size)
@@ -300,4 +303,4 @@ def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Arra
     return jnp.take_along_axis(rows, index[:, :, None], axis=1)
 
 
-BACKEND = Backend("xla", lambda request: None, prefill, decode, training)
+BACKEND = Backend("xla", lambda request: None, prefill, decode, training, caps_scores=True)

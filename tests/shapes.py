@@ -10,7 +10,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # Attention backends that do everything on a CPU, fast enough for tests.
 ON_CPU = ("reference", "xla", "triton")
 # Golden checkpoints: those with the parts of llama, and those of `Family.small` in tests/golden/make.py.
-SMALL = (
+SMALL_FAMILIES = (
     "smollm3",
     "olmo3",
     "ministral",
@@ -19,11 +19,12 @@ SMALL = (
     "phi3_short",
     "granite",
     "seed_oss",
+    "gemma2",
     "qwen3_moe",
     "mixtral",
     "gpt_oss",
 )
-FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear", "gemma3_text", *SMALL)
+FAMILIES = ("llama", "llama31", "mistral", "qwen2", "qwen3", "yarn", "linear", "gemma3_text", *SMALL_FAMILIES)
 
 
 def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:

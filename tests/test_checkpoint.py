@@ -43,7 +43,7 @@ from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.rope import DividedRope
 from duo_jax.text import lm
-from tests.shapes import FAMILIES, GOLDEN, SMALL, families
+from tests.shapes import FAMILIES, GOLDEN, SMALL_FAMILIES, families
 from tests.text_models import Result, assert_refused
 
 Tensors = dict[str, np.ndarray]
@@ -109,7 +109,7 @@ def q_k_v_apart(name: str) -> int:
 # Folders.
 
 
-@pytest.mark.parametrize("family", families(*FAMILIES[: -len(SMALL)]))
+@pytest.mark.parametrize("family", families(*FAMILIES[: -len(SMALL_FAMILIES)]))
 def test_a_single_file_gives_golden_logits(family: str) -> None:
     assert_golden(load_model(GOLDEN / family), GOLDEN / family)
 

@@ -80,6 +80,7 @@ EXPECTED = {
     "linear": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 103},
     "gemma3_text": SMALL | {"vocab_size": 99, "tied_head": True},
     "smollm3": SMALL | {"vocab_size": 111},
+    "gemma2": SMALL | {"vocab_size": 119, "tied_head": True},
     "granite": SMALL | {"vocab_size": 117},
     "seed_oss": SMALL | {"vocab_size": 118},
     "phi3": SMALL | {"vocab_size": 115},
@@ -149,6 +150,16 @@ FLAGS = {
         "post_norms": True,
     },
     "smollm3": {"no_rope_layers": (1,)},
+    "gemma2": {
+        "layer_windows": (11, None, 11, None),
+        "activation": "gelu_pytorch_tanh",
+        "embed_scale": 8.0,
+        "query_scale": (16 / 24) ** 0.5,
+        "norm_offset": True,
+        "post_norms": True,
+        "score_cap": 1.5,
+        "logits_cap": 2.5,
+    },
     "granite": {"embed_scale": 6.0, "query_scale": 1.5, "residual_scale": 0.7, "logits_divisor": 3.0},
     "seed_oss": {"qkv_bias": True, "out_bias": True},
     "phi3": {"rotary_dim": 12},
@@ -255,11 +266,16 @@ REFUSED = {
     "layer_types": ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "linear"),
     "dynamic NTK": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     "experts": ({"num_local_experts": 8}, "mixture of experts"),
-    "gemma2": ({"model_type": "gemma2"}, "gemma2"),
     "soft cap": ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     "bidirectional": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     "RoPE by layer": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for each type of layer"),
     "shared experts": ({"model_type": "qwen2_moe", "num_experts": 8}, "qwen2_moe"),
+    "latent attention": ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "it has multi-head latent attention"),
+    "hybrid": ({"model_type": "qwen3_next", "linear_conv_kernel_dim": 4}, "it has linear attention in some layers"),
+    "gemma3n": (
+        {"model_type": "gemma3n", "text_config": {"hidden_size_per_layer_input": 256}},
+        r"it has embeddings of each layer \(hidden_size_per_layer_input\)",
+    ),
     "unheard of": ({"model_type": "warble"}, "warble"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq"),
     "activation": ({"hidden_act": "gelu"}, "gelu"),
@@ -277,7 +293,7 @@ def test_what_is_not_supported_is_refused_by_name(values: dict, name: str, tmp_p
 
 def test_an_unknown_architecture_is_reported_with_what_is_supported() -> None:
     with pytest.raises(NotImplementedError, match="llama, mistral, qwen2, qwen3, "):
-        ModelConfig.from_hf(BASE | {"model_type": "gemma2"})
+        ModelConfig.from_hf(BASE | {"model_type": "grok"})
 
 
 ACCEPTED = {

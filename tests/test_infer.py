@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
 from duo_jax.token_loop import Generator, Prompt
-from tests.shapes import GOLDEN, SMALL, families
+from tests.shapes import GOLDEN, SMALL_FAMILIES, TINY, families
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 KINDS = {"full": "full_logits", "duo": "duo_logits"}
@@ -132,6 +132,8 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern, context
         mask = np.repeat(np.where(is_full[:, None, None], past, past & window), group, axis=0)
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
+        if (cap := model.config.score_cap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
         scores = jnp.where(mask[None], scores, -jnp.inf)
         if (sinks := model.decoder.sink_logits(layer)) is not None:  # As transformers: one more key, then dropped.
             column = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
@@ -142,18 +144,36 @@ def dense_logits(model: Model, tokens: np.ndarray, pattern: HeadPattern, context
     @jax.jit
     def run(model, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = model.decoder.hidden(tokens, positions, attend, None, context=context or tokens.shape[1])
+        hidden, _ = model.decoder.hidden(
+            tokens, positions, attend, None, context=context or tokens.shape[1], caps_scores=True
+        )
         return model.decoder.logits(hidden)
 
     return np.asarray(run(model, jnp.asarray(tokens, jnp.int32)))
 
 
-@pytest.mark.parametrize("family", families("smollm3", "olmo3", "ministral3", "phi3", "granite", of=SMALL))
+@pytest.mark.parametrize(
+    "family", families("smollm3", "olmo3", "ministral3", "phi3", "granite", "gemma2", of=SMALL_FAMILIES)
+)
 def test_a_dense_forward_pass_gives_the_golden_logits(family):
     """What a family has outside of attention, without the programs of a cache, which take longer to compile."""
     model, arrays, pattern = load_golden(family)
     logits = dense_logits(model, arrays["ids"], pattern.of(model.config))
     np.testing.assert_allclose(logits, arrays["duo_logits"], **TOLERANCE)
+
+
+def test_capped_scores_equal_a_dense_forward_pass_and_are_refused_where_a_backend_has_no_cap(half):
+    model = Model.random(replace(TINY, score_cap=0.05), seed=3)
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 32))
+    logits, cache = prefill_tiny(model, half, tokens[:, :31])
+    np.testing.assert_allclose(logits, dense_logits(model, tokens, half)[:, 30], **TOLERANCE)
+    with pytest.raises(NotImplementedError, match="the triton backend has no soft cap of scores"):
+        decode_step(model, tokens[:, 31], cache.fork(), backend="triton")
+    for backend in (None, "reference"):
+        logits, _ = decode_step(model, tokens[:, 31], cache.fork(), backend=backend)
+        np.testing.assert_allclose(logits, dense_logits(model, tokens, half)[:, 31], **TOLERANCE)
+    with pytest.raises(NotImplementedError, match="caps the scores of attention, which this method does not"):
+        model.decoder.hidden(*jnp.zeros((2, 1, 1), jnp.int32), lambda state, layer, q, k, v: (q, state), None)
 
 
 @pytest.mark.full_matrix

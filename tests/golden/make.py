@@ -172,6 +172,17 @@ FAMILIES: dict[str, Family] = {
             "yarn", 150000.0, factor=8.0, original_max_position_embeddings=64, beta_fast=32.0, truncate=False
         ),
     ),
+    "gemma2": Family.small(
+        "gemma2",
+        vocab_size=119,
+        layer_types=BY_TURNS,
+        sliding_window=11,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.5,
+        tie_word_embeddings=True,
+        rope_parameters=rope(),
+    ),
     "smollm3": Family.small("smollm3", vocab_size=111, no_rope_layers=[1, 0, 1, 1], rope_parameters=rope(theta=2e6)),
     "qwen3_moe": Family.small(
         "qwen3_moe",
@@ -289,14 +300,24 @@ def native_layers(model: PreTrainedModel) -> Array:
     return np.array([bool(getattr(layer.self_attn, "sliding_window", of_all)) for layer in model.model.layers])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scaling: float,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """Dense softmax attention, float32; query `[B, N, T, H]`, key and value `[B, K, T, H]`; returns `[B, T, N, H]`.
 
-    `sinks`, one of each query head, are scores of a key without a value.
+    `sinks`, one of each query head, are scores of a key without a value. `cap` is what scores are capped by.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
@@ -322,6 +343,7 @@ class GatedAttention:
         scaling: float,
         sliding_window: int | None = None,
         s_aux: Tensor | None = None,
+        softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """One layer's attention before the output projection; transformers passes no mask to an unknown attention."""
@@ -329,11 +351,11 @@ class GatedAttention:
         i, j = position[:, None], position[None, :]
         causal = j <= i
         if sliding_window:
-            return attend(query, key, value, causal & (j > i - sliding_window), scaling, s_aux), None
+            return attend(query, key, value, causal & (j > i - sliding_window), scaling, s_aux, softcap), None
         streaming = causal & ((j < self.sink_size) | (j > i - self.recent_size))  # paper section 2.1
-        narrow = attend(query, key, value, streaming, scaling, s_aux)
+        narrow = attend(query, key, value, streaming, scaling, s_aux, softcap)
         if self.teacher is None:
-            full = attend(query, key, value, causal, scaling, s_aux)
+            full = attend(query, key, value, causal, scaling, s_aux, softcap)
         else:
             full = self.teacher[module.layer_idx].view(narrow.shape)
         gate = self.gates[module.layer_idx].repeat_interleave(query.shape[1] // key.shape[1])[:, None]  # [N, 1]
