@@ -7,7 +7,7 @@ from duo_eval.aot import context, kernels, memory, paper
 from duo_eval.gpu_suite import results as gpu_suite
 from duo_eval.runner.provenance import host
 from duo_eval.runner.record import first_object, read
-from duo_eval.show import patterns, score_table
+from duo_eval.show import families, patterns, score_table
 from duo_eval.show.result_type import ResultType
 from duo_eval.speed import adapter, efficiency_results, startup, training
 from duo_eval.speed.serving import bench as serving
@@ -33,6 +33,7 @@ RESULT_TYPES: tuple[ResultType, ...] = (
     adapter.RESULT,
     training.RESULT,
     startup.RESULT,
+    families.RESULT,
     serving.RESULT,
     context.MESHES_RESULT,
     context.RESULT,

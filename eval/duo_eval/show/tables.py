@@ -11,6 +11,7 @@ from duo_eval.aot.gpu_memory import longest_contexts, memory_by_context
 from duo_eval.aot.kernels import kernels_table
 from duo_eval.aot.memory import memory_table
 from duo_eval.aot.paper import paper_memory_table
+from duo_eval.show.families import families_table, refused_table, short_list
 from duo_eval.show.paper import paper_accuracy, paper_cpu, paper_latency, paper_short
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
@@ -55,6 +56,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "adapter, one by one": ("cpu/harness-1.json", adapter_table),
     "training": ("cpu/training.json", training_table),
     "startup": ("cpu/startup.json", startup_table),
+    "families": ("cpu/families.json", families_table),
     "precision": ("cpu/precision.jsonl", precision_table),
     "keys": ("cpu/keys.json", keys_table),
     "memory": ("aot/memory.json", memory_table),
@@ -73,7 +75,12 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
 }
 
 # Tables that are computed when they are written.
-COMPUTED: dict[str, Callable[[], str]] = {"gpu memory": memory_by_context, "gpu contexts": longest_contexts}
+COMPUTED: dict[str, Callable[[], str]] = {
+    "gpu memory": memory_by_context,
+    "gpu contexts": longest_contexts,
+    "families, short": short_list,
+    "refused": refused_table,
+}
 
 
 def render(text: str) -> str:
