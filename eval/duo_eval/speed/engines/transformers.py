@@ -1,5 +1,6 @@
 """Hugging Face transformers on torch as an engine: scaled-dot-product attention, its default cache. CPU or GPU."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ class Transformers(Engine):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = torch_model(model.config, model.tensors(), dtype=model.dtype, device=self._device)
         self._cache: Any = None
+        # Newer versions of transformers have another name for it, and warn of the older one.
+        names = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     def warm_up(self, tokens: Int[np.ndarray, "B T"]) -> None:
         """See `Engine`; nothing is compiled, but a short call makes torch allocate its buffers."""
@@ -60,7 +64,8 @@ class Transformers(Engine):
     def _run(self, tokens: Int[np.ndarray, "B T"]) -> Any:
         ids = self._torch.from_numpy(np.array(tokens, np.int64)).to(self._device)
         with self._torch.inference_mode():
-            logits = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            options = {self._cache_name: self._cache, "use_cache": True, "logits_to_keep": 1}
+            logits = self._model(ids, **options).logits[:, -1]
         if self._device.type != "cpu":
             self._torch.cuda.synchronize()
         return logits.float().cpu().numpy()
