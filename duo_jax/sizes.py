@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Data types of which a byte has two numbers.
+FOUR_BITS = ("int4", "uint4", "float4_e2m1fn")
+
 
 def nbytes(arrays: Any) -> int:
     """Bytes that the arrays of a pytree, or their shapes, take on a device; a 4-bit number takes half a byte."""
@@ -14,7 +17,7 @@ def nbytes(arrays: Any) -> int:
 
 
 def _leaf_bytes(x: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.shape) // 2 if x.dtype.name in ("int4", "uint4") else math.prod(x.shape) * x.dtype.itemsize
+    return math.prod(x.shape) // 2 if x.dtype.name in FOUR_BITS else math.prod(x.shape) * x.dtype.itemsize
 
 
 def size_text(count: int | float, *, digits: int = 1) -> str:

@@ -28,6 +28,7 @@ from duo_jax.pattern import HeadPattern
 from duo_jax.reading import read_json
 from duo_jax.rope import ROPES, DividedRope, Rope
 from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.sizes import FOUR_BITS
 
 if TYPE_CHECKING:
     import transformers
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 CONFIG = "duo_model.json"
 STEM = "model"
 SAVED_ROPES = ROPES | {DividedRope.type: DividedRope}
-FOUR_BITS = (jnp.dtype(jnp.int4), jnp.dtype(jnp.float4_e2m1fn))
 # safetensors' names of data types.
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
@@ -146,7 +146,7 @@ def _named(params: nnx.State) -> list[tuple[str, Any]]:
 
 def _packed(x: Array) -> Array:
     """Pack 4-bit numbers in pairs, the first in the lower half of a byte: safetensors has no such type."""
-    if x.dtype not in FOUR_BITS:
+    if x.dtype.name not in FOUR_BITS:
         return x
     whole = x if x.dtype == jnp.int4 else jax.lax.bitcast_convert_type(x, jnp.dtype(jnp.uint4))
     pairs = whole.astype(jnp.uint8).reshape(*x.shape[:-1], -1, 2) & jnp.uint8(15)
@@ -157,7 +157,7 @@ def _packed_kind(x: Any) -> tuple[tuple[int, ...], str] | None:
     """Shape and data type of an array as it is stored; None for no array."""
     if x is None:
         return None
-    if x.dtype in FOUR_BITS:
+    if x.dtype.name in FOUR_BITS:
         return (*x.shape[:-1], x.shape[-1] // 2), "U8"
     return x.shape, STORED[x.dtype.name]
 
@@ -178,7 +178,7 @@ def _check_fields(values: dict[str, Any], kind: type[ModelConfig | Rope]) -> Non
 
 
 def _unpacked(x: np.ndarray, dtype: jnp.dtype) -> Array:
-    if dtype not in FOUR_BITS:
+    if dtype.name not in FOUR_BITS:
         return jnp.asarray(x, dtype)
     numbers = np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], -1).astype(np.int8)
     if dtype == jnp.float4_e2m1fn:

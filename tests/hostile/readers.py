@@ -455,7 +455,7 @@ CONFIG_NAMES = (
     *("high_freq_factor", "original_max_position_embeddings", "attention_factor", "truncate", "mscale", "layer_types"),
     *("partial_rotary_factor", "sliding_window", "max_window_layers", "use_sliding_window", "attention_bias"),
     *("text_config", "hidden_act", "hidden_activation", "query_pre_attn_scalar", "sliding_window_pattern"),
-    *("rope_local_base_freq", "attn_logit_softcapping"),
+    *("rope_local_base_freq", "attn_logit_softcapping", "swiglu_limit", "swiglu_alpha", "num_local_experts"),
     *("mlp_bias", "head_dim", "quantization_config", "num_experts", "per_layer_config", "torch_dtype", "dtype"),
 )
 ROPE_NUMBERS = st.sampled_from([None, 0, 1, 2, 0.5, 4.0, 64, 512, 1e4, 5e5, True, "4", -1, 1e300])

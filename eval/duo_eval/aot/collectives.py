@@ -9,8 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from duo_jax.sizes import FOUR_BITS
+
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-TYPES = {"pred": "bool", "bf16": "bfloat16"} | {f"f{bits}": f"float{bits}" for bits in (16, 32, 64)}
+TYPES = {"pred": "bool", "bf16": "bfloat16", "f4e2m1fn": "float4_e2m1fn"} | {
+    f"f{bits}": f"float{bits}" for bits in (16, 32, 64)
+}
 TYPES |= {
     f"{short}{bits}": f"{long}{bits}" for short, long in (("s", "int"), ("u", "uint")) for bits in (4, 8, 16, 32, 64)
 }
@@ -64,4 +68,4 @@ def _nbytes(dtype: str, shape: str) -> int:
     if name is None:
         raise ValueError(f"a collective operation has an unknown data type, {dtype!r}: add it to TYPES")
     count = math.prod(int(n) for n in shape.split(",") if n)
-    return (count + 1) // 2 if name in ("int4", "uint4") else count * jnp.dtype(name).itemsize
+    return (count + 1) // 2 if name in FOUR_BITS else count * jnp.dtype(name).itemsize
