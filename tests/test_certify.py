@@ -37,13 +37,14 @@ from duo_jax.mesh import processes
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
 from duo_jax.plan import any_pattern
-from pallas_kernels import cudnn, ops
+from pallas_kernels import cudnn, ops, segments
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
 from pallas_kernels.certify.examine import examine
 from pallas_kernels.certify.messages import OURS, from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.errors import is_no_memory
+from pallas_kernels.segments import segment
 from pallas_kernels.tiles import forget_tuned, tiles_for, tuned_file
 from pallas_kernels.types import Backend, Request
 from pallas_kernels.window import Window
@@ -721,6 +722,15 @@ def test_the_safe_backends_are_right_in_every_kind_of_case(request_):
     exact = case.exact()
     for name in verdicts.SAFE:
         assert examine(case, name, exact, lambda phase: None).is_right, name
+
+
+@pytest.mark.full_matrix
+def test_a_kernel_that_unpacks_quantized_slots_is_right_over_two_segments():
+    case, sizes = cases.make(PREFILL, cases.SMALL), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "segment", lambda *args: sizes.append(segment(*args)) or sizes[-1])
+        assert examine(case, "triton", case.exact(), lambda phase: None).is_right
+    assert sizes and all(2 * size == case.inputs.pools[0].capacity for size in sizes)
 
 
 @pytest.mark.full_matrix
