@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,13 @@ def text_of(tokens: list[int]) -> str:
     return "".join(chr(29 + token) for token in tokens)
 
 
+def go_once_closing(engine: Engine, device: SlowDevice) -> None:
+    """Let the device go on once the engine has been told to stop."""
+    while not engine._must_stop:
+        time.sleep(0.01)
+    device.go.set()
+
+
 def check_free(engine: Engine) -> None:
     metrics = engine.metrics()
     assert (metrics.running, metrics.waiting) == (0, 0)
@@ -80,9 +88,10 @@ def test_every_reply_is_that_of_the_request_alone(make):
         own = [draw.randrange(3, 96) for _ in range(draw.randrange(1, 30))]
         prompt = (system if number % 2 else []) + own
         requests.append(Request(tuple(prompt), draw.randrange(1, 16), seed=number, n=draw.choice([1, 1, 1, 2])))
-    handles = [engine.submit(request) for request in requests]
-    for handle in handles[::7]:
-        handle.cancel()
+    with engine._change:  # It waits until all are there, so that what happens does not depend on time.
+        handles = [engine.submit(request) for request in requests]
+        for handle in handles[::7]:
+            handle.cancel()
     for request, handle in zip(requests, handles, strict=True):
         events = list(handle)
         for number in range(request.n):
@@ -114,10 +123,12 @@ def test_stop_strings_and_eos_end_a_reply(make):
 
 def test_a_cancelled_reply_ends_where_it_is(make, device):
     engine = make()
+    device.go.clear()
     handle = engine.submit(Request((5,), 70))
     other = engine.submit(Request((6,), 5))
     next(handle)
     handle.cancel()
+    device.go.set()
     *events, end = handle
     assert end.reason == "cancelled" and end.usage.completion == len(events) + 1 < 70
     assert len(other.replies()[0].tokens) == 5
@@ -163,7 +174,7 @@ def test_close_lets_replies_end_or_ends_them(make, device):
     engine = make()
     device.go.clear()
     handle = engine.submit(Request((5,), 70))
-    threading.Timer(0.2, device.go.set).start()
+    threading.Thread(target=go_once_closing, args=(engine, device)).start()
     engine.close(0)
     assert [*handle][-1][1:] == ("error", "", handle.runs[0].usage, "the server is shutting down")
     with pytest.raises(ClosedError, match="the server is shutting down"):

@@ -26,7 +26,7 @@ from duo_jax.serve.http.server import Server, listen
 from duo_jax.serve.scheduler import Sizes
 from duo_jax.text.lm import LM
 from tests.serve_device import POISON, reply_of
-from tests.test_serve_engine import SlowDevice, text_of
+from tests.test_serve_engine import SlowDevice, go_once_closing, text_of
 
 SIZES = Sizes(rows=3, pages=60, page_size=4, chunk_size=8, row_pages=40, snapshots=12, snapshot_every=16, queue=4)
 KEY = "secret"
@@ -299,7 +299,10 @@ def test_a_client_that_goes_away_frees_its_row(server, client, stream):
     gone.sendall(head.encode() + body)
     server.wait_until(running=1)
     gone.close()
-    time.sleep(0.1)
+    for _ in range(1000):
+        if server.engine._cancelled:
+            break
+        time.sleep(0.01)
     server.device.go.set()
     server.wait_until(running=0)
     assert server.engine.metrics().finished["cancelled"] == cancelled + 1
@@ -322,7 +325,7 @@ def test_a_stopped_server_ends_its_streams_with_an_error(lm):
     stream = client.completions.create(model="tiny", prompt=[5], max_tokens=100, stream=True)
     running.server.should_exit = True
     running.wait_until(running=1)
-    threading.Timer(0.3, running.device.go.set).start()
+    threading.Thread(target=go_once_closing, args=(running.engine, running.device)).start()
     with pytest.raises(openai.APIError, match="the server is shutting down"):
         list(stream)
     running.stop()
