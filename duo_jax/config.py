@@ -32,6 +32,8 @@ MOST = {
 MOST_EXPERTS = {"num_experts": 10**4, "experts_per_token": 10**4, "expert_dim": 10**7}
 
 
+# The linear maps that a layer may have.
+LINEAR_MAPS = "qkv", "out", "gate_up", "down", "expert_gate_up", "expert_down"
 # What a decoder may multiply or divide by, above 0.
 SCALES = "embed_scale", "query_scale", "residual_scale", "logits_divisor"
 # The activations that an MLP may have, by transformers' names.
@@ -46,7 +48,8 @@ class ModelConfig:
     """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated MLP.
 
     `dtype` is the data type of activations and of all weights that are not quantized. `weight_dtype`, a name in
-    `weights.WEIGHT_FORMATS`, quantizes the linear maps of the layers, `embed_dtype` embeddings and head.
+    `weights.WEIGHT_FORMATS`, quantizes the linear maps of the layers, but not the names of `LINEAR_MAPS` in
+    `unquantized`; `embed_dtype` quantizes embeddings and head.
 
     `layer_windows` has an entry for each layer: the number of most recent tokens that all of its heads see, the query's
     own included, or None for full attention. It is empty if every layer has full attention. Only in layers with full
@@ -120,6 +123,7 @@ class ModelConfig:
     swiglu_alpha: float = 1.702
     score_cap: float | None = None
     logits_cap: float | None = None
+    unquantized: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
@@ -159,9 +163,11 @@ class ModelConfig:
         self.rope.check(self.rope_dim)
         if self.window_rope is not None:
             instance("window_rope", self.window_rope, Rope).check(self.rope_dim)
+        kept = tuple(check_name("unquantized", name, LINEAR_MAPS) for name in self.unquantized)
+        object.__setattr__(self, "unquantized", () if self.weight_dtype is None else kept)
         if self.weight_dtype is not None:
-            widths = self.embed_dim, self.num_heads * self.head_dim, *self.mlp_dims
-            check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *widths)
+            widths = self.map_widths
+            check_format("weight_dtype", self.weight_dtype, WEIGHT_FORMATS, *(widths[name] for name in widths))
             if WEIGHT_FORMATS[self.weight_dtype].only_experts and not self.num_experts:
                 raise ValueError(
                     f"{self.weight_dtype} is for the experts of a mixture, and this model has none: choose another "
@@ -206,16 +212,27 @@ class ModelConfig:
         return self.num_experts > 0 and layer not in self.dense_layers
 
     @property
-    def linear_dtype(self) -> str | None:
-        """The format of linear maps outside of a mixture of experts; None: they are not quantized."""
-        name = self.weight_dtype
-        return None if name is None or WEIGHT_FORMATS[name].only_experts else name
-
-    @property
     def mlp_dims(self) -> tuple[int, ...]:
         """Channels of the kinds of MLPs that layers have: of a single one, of an expert."""
         is_dense = not self.num_experts or self.dense_layers
         return (self.mlp_dim,) * bool(is_dense) + (self.expert_dim,) * bool(self.num_experts)
+
+    @property
+    def map_widths(self) -> dict[str, int]:
+        """Input channels of the quantized linear maps of layers."""
+        widths = {"qkv": self.embed_dim, "out": self.num_heads * self.head_dim}
+        if not self.num_experts or self.dense_layers:
+            widths |= {"gate_up": self.embed_dim, "down": self.mlp_dim}
+        if self.num_experts:
+            widths |= {"expert_gate_up": self.embed_dim, "expert_down": self.expert_dim}
+        return {name: width for name, width in widths.items() if name not in self.unquantized}
+
+    def map_dtype(self, name: str) -> str | None:
+        """The format of a linear map of `LINEAR_MAPS`; None: it is not quantized."""
+        if self.weight_dtype is None or name in self.unquantized:
+            return None
+        is_expert = name.startswith("expert_")
+        return self.weight_dtype if is_expert or not WEIGHT_FORMATS[self.weight_dtype].only_experts else None
 
     def window(self, layer: int) -> Window | None:
         """What all heads of a layer see; None: it has full attention, and a pattern chooses among its heads."""
@@ -321,6 +338,8 @@ class ModelConfig:
         changes: dict[str, Any] = {
             name: check_name(name, dtype, ALLOWED[name]) for name, dtype in given.items() if dtype is not None
         }
+        if changes.get("weight_dtype", self.weight_dtype) != self.weight_dtype:
+            changes["unquantized"] = ()
         return replace(self, **changes)
 
     def precision(self, *, kv_dtype: AnyDtype | None = None, streaming_dtype: AnyDtype | None = None) -> Precision:

@@ -134,10 +134,11 @@ class Attention(nnx.Module):
         size = MeshSize.of(mesh)
         self.devices, self.num_kv_heads = size.tensor, size.kv_heads(config)
         queries, keys = config.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
-        build = partial(Linear, dtype=dtype, rngs=rngs, weight_dtype=config.linear_dtype)
+        build = partial(Linear, dtype=dtype, rngs=rngs)
+        formats = {name: config.map_dtype(name) for name in ("qkv", "out")}
         self.divided = both(queries + 2 * keys, size)
-        self.qkv = build(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias)
-        self.out = build(queries, config.embed_dim, bias=config.out_bias)
+        self.qkv = build(config.embed_dim, queries + 2 * keys, bias=config.qkv_bias, weight_dtype=formats["qkv"])
+        self.out = build(queries, config.embed_dim, bias=config.out_bias, weight_dtype=formats["out"])
         if config.qk_norm:
             widths = (queries, keys) if config.wide_qk_norm else (config.head_dim, config.head_dim)
             self.q_norm, self.k_norm = (rms_norm(width, config, dtype=dtype, rngs=rngs) for width in widths)
@@ -198,9 +199,9 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: AnyMesh | None = None) -> None:
         """Build with random weights; `checkpoint` fills them in."""
         self.devices, self.config = MeshSize.of(mesh).sharers, config
-        build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs, weight_dtype=config.linear_dtype)
-        self.gate_up = build(config.embed_dim, 2 * config.mlp_dim)
-        self.down = build(config.mlp_dim, config.embed_dim)
+        build = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate_up = build(config.embed_dim, 2 * config.mlp_dim, weight_dtype=config.map_dtype("gate_up"))
+        self.down = build(config.mlp_dim, config.embed_dim, weight_dtype=config.map_dtype("down"))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""
@@ -248,8 +249,9 @@ class Experts(nnx.Module):
         build: Any = partial(ExpertLinear, config.num_experts, bias=config.expert_bias, dtype=dtype, rngs=rngs)
         # Not quantized: it is small, and the choice of experts is not continuous.
         self.router = Linear(config.embed_dim, config.num_experts, bias=config.expert_bias, dtype=dtype, rngs=rngs)
-        self.expert_gate_up = build(config.embed_dim, 2 * config.expert_dim, weight_dtype=config.weight_dtype)
-        self.expert_down = build(config.expert_dim, config.embed_dim, weight_dtype=config.weight_dtype)
+        gate_up, down = config.map_dtype("expert_gate_up"), config.map_dtype("expert_down")
+        self.expert_gate_up = build(config.embed_dim, 2 * config.expert_dim, weight_dtype=gate_up)
+        self.expert_down = build(config.expert_dim, config.embed_dim, weight_dtype=down)
 
     def __call__(self, x: Float[Array, "B T D"], token_mesh: AnyMesh | None = None) -> Float[Array, "B T D"]:
         """Apply to every token; devices of `token_mesh` share the tokens and each has all weights, in training."""
@@ -302,8 +304,8 @@ class Experts(nnx.Module):
 def _expert(config: ModelConfig, x: Float[Array, "R D"], weights: Any) -> Float[Array, "R D"]:
     """One expert's MLP."""
     (gate_up, gate_up_bias), (down, down_bias) = weights
-    gate, up = jnp.split(linear(x, gate_up, gate_up_bias, config.weight_dtype), 2, axis=-1)
-    return linear(gated(config, gate, up), down, down_bias, config.weight_dtype)
+    gate, up = jnp.split(linear(x, gate_up, gate_up_bias, config.map_dtype("expert_gate_up")), 2, axis=-1)
+    return linear(gated(config, gate, up), down, down_bias, config.map_dtype("expert_down"))
 
 
 class Layer(nnx.Module):

@@ -76,10 +76,8 @@ class StoredFormat:
     multiplies_integers: bool = False
     unused: tuple[str, ...] = ()
 
-    def weight_dtype(self, modules: Iterable[str], widths: Iterable[int]) -> str | None:
-        """The name of `WEIGHT_FORMATS` for these modules with `widths` input channels; None: their values have none."""
-        if not all(self.quantizes(module) for module in modules):
-            return None
+    def weight_dtype(self, widths: Iterable[int]) -> str | None:
+        """The name of `WEIGHT_FORMATS` for linear maps with `widths` input channels; None: their values have none."""
         sizes = set(widths)
         fitting = [
             (how.group is None, how.group or 0, name)

@@ -77,7 +77,7 @@ def test_a_linear_map_is_read_bit_for_bit(name: str) -> None:
     arrays = {what: tensors[end] for what, part in parts.items() for end in part.names if end in tensors}
     packed = checked(module, arrays, found.coding, (out, width))
     np.testing.assert_array_equal(jax.jit(lambda x: x.values())(packed), levels.values)
-    widest = found.weight_dtype([module], [width])
+    widest = found.weight_dtype([width])
     assert widest == (case.weight_dtype if case.group or case.weight_dtype != "int4-32" else "int4-128")
     if widest is not None:
         kernel = jax.jit(lambda x: x.kernel(widest, jnp.dtype("float32")))(packed)
@@ -109,7 +109,7 @@ def test_the_values_are_those_that_other_libraries_read() -> None:
         arrays = {what: tensors[end] for what, part in parts.items() for end in part.names if end in tensors}
         assert len(arrays) == len(tensors), name
         packed[name] = checked("x", arrays, coding, expected[name].shape)
-        exact.add(found.weight_dtype(["model.layers.0.mlp.up_proj"], [expected[name].shape[1]]))
+        exact.add(found.weight_dtype([expected[name].shape[1]]))
     assert exact == {"int4-32", "int4-32-asym", "int4", "int8", "fp8", None}
     values = jax.jit(lambda maps: {name: each.values() for name, each in maps.items()})(packed)
     for name, found in values.items():  # AutoAWQ multiplies in float16.
@@ -139,9 +139,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("quantized") / "source", layers=1)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "awq" else pytest.mark.full_matrix) for name in CASES]
-)
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("name", CASES)
 def test_a_model_has_the_values_of_its_dequantized_twin(name: str, source: Path, tmp_path: Path) -> None:
     case = CASES[name]
     folder = write_folder(tmp_path / "model", case, source)
@@ -184,18 +183,40 @@ def test_what_is_asked_for_is_quantized_from_the_values(source: Path, tmp_path: 
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.full_matrix
-@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignore", "dynamic", "fp8"])
-def test_a_linear_map_that_is_left_out_makes_all_dequantized(key: str, source: Path, tmp_path: Path) -> None:
-    name = {"modules_to_not_convert": "awq", "ignore": "w4a16", "dynamic": "gptq", "fp8": "deepseek, one scale"}[key]
-    value: Any = {
-        "modules_to_not_convert": ["mlp.down_proj"],
-        "ignore": ["lm_head", "re:.*layers.0.mlp.down"],
-        "dynamic": {"-:.*mlp\\.down_proj": {}},
-        "fp8": ["lm_head", "model.layers.0.mlp.down_proj"],
-    }[key]
-    case = replace(CASES[name], config=CASES[name].config | {key if key != "fp8" else "modules_to_not_convert": value})
+# The list of modules in each method's configuration, with the down projections of all layers or of layer 0.
+LEFT_OUT: dict[str, tuple[str, str, Any, Any]] = {
+    "awq": ("awq", "modules_to_not_convert", ["mlp.down_proj"], ["layers.0.mlp.down_proj"]),
+    "compressed": ("w4a16", "ignore", ["lm_head", "re:.*mlp.down"], ["lm_head", "model.layers.0.mlp.down_proj"]),
+    "gptq": ("gptq", "dynamic", {"-:.*mlp\\.down_proj": {}}, {"-:.*0.mlp\\.down_proj": {}}),
+    "fp8": ("deepseek, one scale", "modules_to_not_convert", ["mlp.down_proj"], ["model.layers.0.mlp.down_proj"]),
+}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name == "awq" else pytest.mark.full_matrix) for name in LEFT_OUT]
+)
+def test_a_linear_map_that_is_left_out_is_not_quantized(method: str, source: Path, tmp_path: Path) -> None:
+    name, key, in_all, _ = LEFT_OUT[method]
+    case = replace(CASES[name], config=CASES[name].config | {key: in_all})
     folder = write_folder(tmp_path / "model", case, source, keep=lambda tensor: "mlp.down_proj" in tensor)
+    model = load_model(folder)
+    assert (model.config.weight_dtype, model.config.unquantized) == (case.weight_dtype, ("down",))
+    for x, y in zip(values(model), values(load_model(tmp_path / "twin")), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert model.nbytes == weight_bytes(model.config)
+    save_model(model, tmp_path / "saved")
+    assert load_model(tmp_path / "saved").config == model.config
+    with pytest.warns(UserWarning, match="quantized again to int8"):
+        assert load_model(folder, weight_dtype="int8").config.unquantized == ()
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("method", LEFT_OUT)
+def test_a_linear_map_that_is_left_out_in_one_layer_makes_all_dequantized(method: str, tmp_path: Path) -> None:
+    name, key, _, in_one = LEFT_OUT[method]
+    case = replace(CASES[name], config=CASES[name].config | {key: in_one})
+    source = make_model(tmp_path / "source", layers=2)
+    folder = write_folder(tmp_path / "model", case, source, keep=lambda tensor: "layers.0.mlp.down_proj" in tensor)
     with pytest.warns(UserWarning, match="not all linear maps are quantized, such as model.layers.0.mlp.down_proj"):
         model = load_model(folder)
     for x, y in zip(values(model), values(load_model(tmp_path / "twin")), strict=True):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from duo_jax.arrays import Shards, first_names
-from duo_jax.checkpoint.layouts import UNUSED, check_groups
+from duo_jax.checkpoint.layouts import UNUSED
 from duo_jax.checkpoint.mxfp4 import BLOCKS, SCALES, Mxfp4, mxfp4_shapes
 from duo_jax.checkpoint.source import Source
-from duo_jax.checkpoint.stored import Packed, checked, parts_of
+from duo_jax.checkpoint.stored import Packed, checked, parts_of, with_format
 from duo_jax.checkpoint.weight_table import linear_maps, weight_table
 from duo_jax.config import ModelConfig
 from duo_jax.hf_config import eos_ids
@@ -87,10 +87,7 @@ class Folder(Source):
             values["dtype"] = self._stored_dtype()
         config = _named(self.path / CONFIG, ModelConfig.from_hf, values)
         if self.stored_format is not None:
-            modules = linear_maps(config)
-            _named(self.path / CONFIG, check_groups, self.stored_format.coding, modules)
-            widths = [shape[1] for shape in modules.values()]
-            config = replace(config, weight_dtype=self.stored_format.weight_dtype(modules, widths))
+            config = _named(self.path / CONFIG, with_format, config, self.stored_format, linear_maps(config))
         settings = values.get("quantization_config")
         if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":
             config = _named(self.path / CONFIG, lambda: replace(config, weight_dtype="mxfp4"))
@@ -147,7 +144,7 @@ class Folder(Source):
         """The arrays of each quantized tensor, see `parts_of`."""
         if self.stored_format is None:
             return {}
-        maps = linear_maps(self.config)
+        maps = {module for modules in linear_maps(self.config).values() for module in modules}
         return _named(self.path, parts_of, self.stored_format, self._linear_shapes, self._names, self.shards, maps)
 
     @cached_property

@@ -136,8 +136,7 @@ def _weights(
     options: dict[str, Any] = {"unit": " weights", "unit_scale": True, "desc": "loading"}
     with tqdm(total=sum(counts.values()), **options, disable=None if progress is None else not progress) as bar:
         for path, weight in _in_file_order(table, checkpoint):
-            linear = config.weight_dtype if weight.experts else config.linear_dtype
-            quantized = linear if weight.is_kernel and weight.is_quantizable else None
+            quantized = config.map_dtype(str(path[-2])) if weight.is_kernel and weight.is_quantizable else None
             quantized = config.embed_dtype if path[0] in ("embed", "head") else quantized
             yield path, _read(checkpoint, weight, jnp.dtype(config.dtype), quantized, on_host=on_host)
             bar.update(counts[path])
@@ -222,6 +221,7 @@ def stored_as(source: str | Path, config: ModelConfig) -> str | None:
         [
             str(checkpoint.stored_format),
             _conversion(checkpoint.stored_format, config) or f"loaded as {config.weight_dtype}, value by value",
+            *([f"not quantized: {' and '.join(config.unquantized)}"] if config.unquantized else []),
             *([f"not used: its {' and '.join(unused)}"] if unused else []),
         ]
     )
@@ -274,9 +274,9 @@ def _report_conversion(checkpoint: Source, config: ModelConfig) -> None:
 
 
 def _conversion(stored: StoredFormat, config: ModelConfig) -> str | None:
-    """How the values of linear maps change; None: not at all."""
+    """How the values of quantized linear maps change; None: not at all."""
     if config.weight_dtype is None:
-        left = [module for module in linear_maps(config) if not stored.quantizes(module)]
+        left = [module for maps in linear_maps(config).values() for module in maps if not stored.quantizes(module)]
         why = f"not all linear maps are quantized, such as {left[0]}" if left else "no weight_dtype has these values"
         return f"{why}: all are dequantized to {config.dtype}"
     if stored.coding.fits(config.weight_dtype):

@@ -6,7 +6,7 @@ dequantized.
 
 import functools
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from duo_jax.arrays import Shards, first_names
-from duo_jax.checkpoint.layouts import LAYOUTS, NUMBERS, WORD, Shape, group_count
+from duo_jax.checkpoint.layouts import LAYOUTS, NUMBERS, WORD, Shape, check_groups, group_count
+from duo_jax.config import ModelConfig
 from duo_jax.quantization_config import Coding, StoredFormat
 from duo_jax.weights import WEIGHT_FORMATS
 
@@ -98,6 +99,31 @@ def checked(module: str, arrays: dict[str, np.ndarray], coding: Coding, shape: S
         if (kept.pop("zeros") != word).any():
             raise ValueError(f"{module} has zero points, but its quantization_config says that numbers are symmetric")
     return Packed(kept, coding, shape)
+
+
+def with_format(
+    config: ModelConfig, stored: StoredFormat, maps: Mapping[str, Mapping[str, tuple[int, int]]]
+) -> ModelConfig:
+    """A configuration with the `weight_dtype` that has the values of a checkpoint; None if no format has.
+
+    Layers are alike in a decoder: a linear map that is quantized in some layers only is dequantized in all.
+
+    Args:
+        config: the model's.
+        stored: the checkpoint's format.
+        maps: modules of each linear map, as in `linear_maps`.
+
+    Raises:
+        ValueError: groups that do not divide the channels of a quantized module.
+    """
+    quantized = {name: [module for module in modules if stored.quantizes(module)] for name, modules in maps.items()}
+    shapes = {module: maps[name][module] for name, modules in quantized.items() for module in modules}
+    check_groups(stored.coding, shapes)
+    if not shapes or any(len(found) not in (0, len(maps[name])) for name, found in quantized.items()):
+        return config
+    left_out = tuple(name for name in config.map_widths if not quantized.get(name))
+    weight_dtype = stored.weight_dtype([width for _, width in shapes.values()])
+    return replace(config, weight_dtype=weight_dtype, unquantized=left_out)
 
 
 def parts_of(

@@ -111,16 +111,18 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
     return table
 
 
-def linear_maps(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The modules in layers whose kernels `weight_dtype` quantizes, each with its shape `[out, in]`."""
-    rows = weight_table(config).items()
-    of_layers = [weight for path, weight in rows if weight.is_kernel and path[0] == "layers"]
-    kernels = [weight for weight in of_layers if weight.is_quantizable and not weight.is_stacked]
-    return {
-        name.removesuffix(".weight"): (shape[0], shape[1])
-        for weight in kernels
-        for name, shape in zip(weight.names, weight.shapes, strict=True)
-    }
+def linear_maps(config: ModelConfig) -> dict[str, dict[str, tuple[int, int]]]:
+    """The modules of each linear map that `weight_dtype` may quantize, in all layers, with their shapes `[out, in]`."""
+    maps: dict[str, dict[str, tuple[int, int]]] = {}
+    for path, weight in weight_table(config).items():
+        is_linear = weight.is_kernel and weight.is_quantizable and not weight.is_stacked
+        if is_linear and path[0] == "layers":
+            modules = {
+                name.removesuffix(".weight"): (shape[0], shape[1])
+                for name, shape in zip(weight.names, weight.shapes, strict=True)
+            }
+            maps.setdefault(str(path[-2]), {}).update(modules)
+    return maps
 
 
 def _experts(config: ModelConfig, prefix: str) -> dict[tuple[str, str], Weight]:
