@@ -11,6 +11,7 @@ from duo_eval.aot.memory import MemoryTask
 from duo_eval.aot.paper import PaperTask
 from duo_eval.aot.tune import Tune
 from duo_eval.runner.merge import Merge
+from duo_eval.show.families import Families
 from duo_eval.show.plot import PlotTask
 from duo_eval.speed.adapter import HarnessBench
 from duo_eval.speed.efficiency import Efficiency
@@ -59,6 +60,7 @@ class Eval:
         | Annotated[MemoryTask, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[PaperTask, tyro.conf.subcommand("paper", prefix_name=False)]
         | Annotated[Startup, tyro.conf.subcommand("startup", prefix_name=False)]
+        | Annotated[Families, tyro.conf.subcommand("families", prefix_name=False)]
         | Annotated[Training, tyro.conf.subcommand("training", prefix_name=False)]
         | Annotated[Tune, tyro.conf.subcommand("tune", prefix_name=False)],
         tyro.conf.arg(name=""),

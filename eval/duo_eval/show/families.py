@@ -1,12 +1,7 @@
-"""Families of models in one table: their parts, and how far golden checkpoints are from transformers' outputs.
+"""`duo eval families`: families of models in one table, with the errors of golden checkpoints, and what is refused."""
 
-`python -m duo_eval.show.families tests/golden` measures the checkpoints that have no result yet. What is refused comes
-from the reader of configurations.
-"""
-
-import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +15,10 @@ from duo_eval.show.result_type import ResultType, of_task
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import load_model
 from duo_jax.config import FAMILIES, ModelConfig
-from duo_jax.files import check_output
 from duo_jax.hf_config import TEXT_OF, UNSUPPORTED
 from duo_jax.infer import prefill
 from duo_jax.pattern import HeadPattern
 
-OUT = Path(__file__).parents[2] / "results" / "cpu" / "families.json"
 # Positions of a golden checkpoint's texts that are compared; the tests compare all.
 POSITIONS = 16
 # Published models of each family.
@@ -73,17 +66,26 @@ PARTS = {
 TESTED = {"llama": "SmolLM2-135M's weights", "gemma3_text": "Gemma 3 270M's weights"}
 
 
-def measure(folder: Path, out: Path) -> None:
-    """Compare every golden checkpoint that has no result yet, and write the largest errors."""
-    check_output(out)
-    record = Record.open(out, {"task": "families"})
-    checkpoints = sorted(path.parent for path in folder.glob("*/golden.npz"))
-    if not checkpoints:
-        raise ValueError(f"{folder} has no golden checkpoint: give the folder tests/golden")
-    done = {result["checkpoint"] for result in record.results}
-    with record.writing() as append:
-        for checkpoint in tqdm([each for each in checkpoints if each.name not in done], disable=None):
-            append(None, {"checkpoint": checkpoint.name, **errors(checkpoint)})
+@dataclass(frozen=True)
+class Families:
+    """Measure how far golden checkpoints are from transformers' outputs: those that have no result yet."""
+
+    golden: Path = Path("tests/golden")
+    """Folder with golden checkpoints, in a clone of this project."""
+    out: Path = Path("families.json")
+    """File to write, or to add to."""
+
+    def run(self) -> None:
+        """Measure, write, print."""
+        checkpoints = sorted(path.parent for path in self.golden.glob("*/golden.npz"))
+        if not checkpoints:
+            raise ValueError(f"--golden {self.golden} has no golden checkpoint: give tests/golden of a clone")
+        record = Record.open(self.out, {"task": "families"})
+        done = {result["checkpoint"] for result in record.results}
+        with record.writing() as append:
+            for checkpoint in tqdm([each for each in checkpoints if each.name not in done], disable=None):
+                append(None, {"checkpoint": checkpoint.name, **errors(checkpoint)})
+        print(families_table(self.out))
 
 
 def errors(checkpoint: Path) -> dict[str, Any]:
@@ -138,6 +140,3 @@ def short_list() -> str:
 
 
 RESULT = ResultType("Families", of_task("families"), {"Largest errors of golden checkpoints": families_table})
-
-if __name__ == "__main__":
-    measure(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else OUT)
