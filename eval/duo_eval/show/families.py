@@ -44,7 +44,7 @@ MODELS = {
 PARTS = {
     "qkv_bias": "biases",
     "qk_norm": "q/k-norm",
-    "wide_qk_norm": "over all heads",
+    "wide_qk_norm": "q/k-norm of all heads together",
     "layer_windows": "windows",
     "window_rope": "a RoPE for windows",
     "no_rope_layers": "layers without RoPE",
