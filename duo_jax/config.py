@@ -128,7 +128,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check the type and range of every field, and that a decoder can have these shapes."""
         values: dict[str, Any] = {name: whole_number(name, getattr(self, name), 1, most) for name, most in MOST.items()}
-        flags = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms"
+        flags: tuple[str, ...] = "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "norm_offset", "post_norms"
         flags = *flags, "sink_logits", "pre_norms", "wide_qk_norm", "expert_bias", "normalize_experts"
         values |= {name: true_or_false(name, getattr(self, name)) for name in flags}
         values |= self._checked_experts()

@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     order: Int32[Array, "C"]  # choices, sorted by expert
     expert: Int32[Array, "blocks"]
     first: Int32[Array, "blocks"]  # of a block's choices in `order`
-    count: Int32[Array, "blocks"]
+    size: Int32[Array, "blocks"]
     used: Int32[Array, ""]  # blocks that have any
 
 
@@ -111,13 +111,13 @@ weighted_sum.defvjp(_forward, _backward)
 
 
 def _block(
-    number: Int32[Array, ""], rows: int, blocks: Blocks, weights: Weights, shape: tuple[int, int]
+    number: Int32[Array, ""], rows: int, blocks: Blocks, weights: Weights, shape: tuple[int, ...]
 ) -> tuple[Int32[Array, "rows"], Int32[Array, "rows"], Weights]:
     """A block's tokens, its choices and the weights of its expert; rows of padding have numbers past the end."""
     tokens, per_token = shape
     row = jnp.arange(rows, dtype=jnp.int32)
     choices = jax.lax.dynamic_slice(jnp.pad(blocks.order, (0, rows)), (blocks.first[number],), (rows,))
-    is_choice = row < blocks.count[number]
+    is_choice = row < blocks.size[number]
     of_expert = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, blocks.expert[number], 0, False), weights)
     tokens_of = jnp.where(is_choice, choices // per_token, tokens + row)
     return tokens_of, jnp.where(is_choice, choices, tokens * per_token + row), of_expert

@@ -292,7 +292,9 @@ def _by_first_name(config: Mapping[str, Any]) -> Mapping[str, Any]:
     given = {name: first for name, first in OTHER_NAMES.items() if config.get(name) is not None}
     for name, first in given.items():
         if config.get(first) not in (None, config[name]):
-            raise ValueError(f"{name} is {config[name]!r:.60} and {first} {config[first]!r:.60}: they are the same")
+            raise ValueError(
+                f"{name} is {config[name]!r:.60} and {first} {config[first]!r:.60}: give one of them, or one value"
+            )
     return {**config, **{first: config[name] for name, first in given.items()}}
 
 

@@ -256,8 +256,8 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], token_mesh: AnyMesh | None = None) -> Float[Array, "B T D"]:
         """Apply to every token; devices of `token_mesh` share the tokens and each has all weights, in training."""
         weights = self.expert_gate_up.weights, self.expert_down.weights
-        all_experts = partial(self._sum, self.config.num_experts)
-        mesh, tokens, experts, compute = token_mesh, BY_TOKEN, PartitionSpec(), all_experts
+        compute: Callable[..., Array] = partial(self._sum, self.config.num_experts)
+        mesh, tokens, experts = token_mesh, BY_TOKEN, PartitionSpec()
         if self.mesh is not None:
             mesh, tokens, experts, compute = self.mesh, BY_ROW, PartitionSpec(SHARERS), self._of_device
         if mesh is not None:

@@ -1,7 +1,11 @@
 """Mixtures of experts: against a plain sum over experts, their gradients, blocks of any size, experts of a device."""
 
 import functools
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from duo_jax import Model, ModelConfig
+from duo_jax import KVCache, Model, ModelConfig, load_model, make_mesh, prefill, save_model
 from duo_jax.experts import blocks_of, rows_of_block, weighted_sum
 from duo_jax.layers import Experts
-from tests.shapes import TINY
+from duo_jax.mesh.mesh import MeshSize
+from tests.shapes import GOLDEN, TINY
 
 EXPERTS = replace(TINY, num_experts=6, experts_per_token=2, expert_dim=24, normalize_experts=True, dense_layers=(0,))
 # Most tokens choose one expert, some experts none: blocks of every kind.
@@ -26,8 +31,8 @@ def scaled(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
-    sizes = (7, 4), (7, 2), (6, 4, 4)
-    return tuple(jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    x, shares, weights = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((7, 4), (7, 2), (6, 4, 4)))
+    return x, shares, weights
 
 
 def plain_sum(x: jax.Array, shares: jax.Array, weights: jax.Array, chosen: np.ndarray) -> jax.Array:
@@ -39,7 +44,7 @@ def plain_sum(x: jax.Array, shares: jax.Array, weights: jax.Array, chosen: np.nd
     return jnp.stack([row + jnp.zeros(4) for row in rows])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.full_matrix), 2, 8])
 @pytest.mark.parametrize("chosen", [POPULAR, POPULAR - 2], ids=["all", "of one device"])
 def test_blocks_of_any_size_give_the_sum_over_experts_and_its_gradients(chosen: np.ndarray, rows: int) -> None:
     x, shares, weights = inputs()
@@ -61,12 +66,12 @@ def test_blocks_of_any_size_give_the_sum_over_experts_and_its_gradients(chosen: 
 
 def test_every_choice_is_in_one_block_of_its_expert() -> None:
     chosen = np.random.default_rng(0).integers(-1, 5, (33, 3), np.int32)
-    order, expert, first, count, used = map(np.asarray, jax.jit(blocks_of, static_argnums=(1, 2))(chosen, 4, 8))
+    order, expert, first, size, used = map(np.asarray, jax.jit(blocks_of, static_argnums=(1, 2))(chosen, 4, 8))
     seen = [
-        (choice, expert[block]) for block in range(used) for choice in order[first[block] : first[block] + count[block]]
+        (choice, expert[block]) for block in range(used) for choice in order[first[block] : first[block] + size[block]]
     ]
     assert sorted(seen) == [(i, e) for i, e in enumerate(chosen.ravel()) if 0 <= e < 4]
-    assert count[used:].sum() == 0 and used <= len(expert)
+    assert size[used:].sum() == 0 and used <= len(expert)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (3, 4), (16, 16), (64, 16), (1024, 64), (1 << 16, 512)], ids=str)
@@ -88,7 +93,7 @@ def test_a_layer_is_the_weighted_sum_of_its_experts(bias: bool, normalize: bool)
     module = layer(replace(EXPERTS, expert_bias=bias, normalize_experts=normalize))
     x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
 
-    def affine(x: np.ndarray, part: nnx.Module, expert: int | None = None) -> np.ndarray:
+    def affine(x: np.ndarray, part: Any, expert: int | None = None) -> np.ndarray:
         kernel, shift = np.asarray(part.kernel[...], np.float64), part.bias and np.asarray(part.bias[...], np.float64)
         kernel, shift = (y if expert is None or y is None else y[expert] for y in (kernel, shift))
         return x @ kernel + (0 if shift is None else shift)
@@ -123,7 +128,9 @@ def test_an_unchosen_expert_may_be_anything() -> None:
     np.testing.assert_array_equal(broken(x), module(x))
 
 
-@pytest.mark.parametrize("weight_dtype", ["int8", "w8a8", "int4-32"])
+@pytest.mark.parametrize(
+    "weight_dtype", ["int8", *(pytest.param(name, marks=pytest.mark.full_matrix) for name in ("w8a8", "int4-32"))]
+)
 def test_quantized_experts_are_near(weight_dtype: str) -> None:
     config = replace(EXPERTS, expert_dim=32, mlp_dim=32)
     exact, quantized = (Model.random(config, seed=3, weight_dtype=d) for d in (None, weight_dtype))
@@ -131,3 +138,70 @@ def test_quantized_experts_are_near(weight_dtype: str) -> None:
     wanted, found = (model.decoder.layers[1].mlp(x) for model in (exact, quantized))
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert 0 < error < (0.3 if weight_dtype == "int4-32" else 0.03)
+
+
+FOLDER = GOLDEN / "qwen3_moe"
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+def test_devices_that_share_experts_give_the_golden_logits(weight_dtype: str | None) -> None:
+    with np.load(FOLDER / "golden.npz") as golden:
+        ids, logits = golden["ids"], []
+    for mesh in (None, make_mesh(data=2, sequence=2, tensor=2)):
+        model = load_model(FOLDER, weight_dtype=weight_dtype, mesh=mesh)
+        if mesh is not None:
+            kernel = jax.tree.leaves(model.decoder.layers[0].mlp.expert_down.kernel.get_value())[0]
+            assert {shard.data.shape[0] for shard in kernel.addressable_shards} == {2}
+        cache = KVCache.init(model.config, None, 2, ids.shape[1], mesh=mesh)
+        logits.append(np.asarray(prefill(model, ids, cache, chunk_size=64)[0]))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+
+
+def test_experts_that_devices_cannot_share_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"6 experts cannot be divided among tensor . sequence = 4 devices"):
+        MeshSize(tensor=4).check(EXPERTS)
+
+
+def changed_folder(folder: Path, **values: Any) -> Path:
+    shutil.copytree(FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "another number": ({"num_local_experts": 6}, "has 6 experts in a layer, its tensors have 8"),
+    "more than there are": ({"num_experts_per_tok": 9}, "experts_per_token must be at most num_experts"),
+    "two numbers": ({"num_experts": 4}, "num_experts is 4 and num_local_experts 8"),
+    "none": ({"num_local_experts": None}, "lacks num_local_experts"),
+    "other layers": ({"mlp_only_layers": [2]}, "missing .* model.layers.1.mlp.gate.weight"),
+    "no layer": ({"mlp_only_layers": [0, 1, 2, 3]}, "dense_layers has all 4 layers"),
+    "another width": ({"moe_intermediate_size": 16}, "of the wrong shape"),
+}
+
+
+@pytest.mark.parametrize(("values", "words"), BAD.values(), ids=BAD)
+def test_a_configuration_that_contradicts_itself_or_its_tensors_is_refused(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_model(changed_folder(tmp_path / "model", **values))
+
+
+def test_layers_between_experts_are_read() -> None:
+    values = json.loads((FOLDER / "config.json").read_text()) | {"mlp_only_layers": None, "decoder_sparse_step": 2}
+    config = ModelConfig.from_hf(values)
+    assert config.dense_layers == (0, 2)
+    assert config.first_layers(1).num_experts == 0 and config.first_layers(2).dense_layers == (0,)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+def test_a_saved_mixture_of_experts_loads_as_it_was(weight_dtype: str | None, tmp_path: Path) -> None:
+    model = load_model(FOLDER, weight_dtype=weight_dtype)
+    save_model(model, tmp_path / "saved")
+    saved = load_model(tmp_path / "saved")
+    assert saved.config == model.config and saved.fingerprint == model.fingerprint
+    for a, b in zip(jax.tree.leaves(saved.params), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(a, b)
