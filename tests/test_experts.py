@@ -44,9 +44,14 @@ def plain_sum(x: jax.Array, shares: jax.Array, weights: jax.Array, chosen: np.nd
     return jnp.stack([row + jnp.zeros(4) for row in rows])
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.full_matrix), 2, 8])
-@pytest.mark.parametrize("chosen", [POPULAR, POPULAR - 2], ids=["all", "of one device"])
-def test_blocks_of_any_size_give_the_sum_over_experts_and_its_gradients(chosen: np.ndarray, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        (2, POPULAR - 2),  # As on a device that has some of the experts.
+        *(pytest.param(rows, POPULAR, marks=pytest.mark.full_matrix) for rows in (1, 8)),
+    ],
+)
+def test_blocks_of_any_size_give_the_sum_over_experts_and_its_gradients(rows: int, chosen: np.ndarray) -> None:
     x, shares, weights = inputs()
     slope = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
 
@@ -87,8 +92,9 @@ def layer(config: ModelConfig, seed: int = 0) -> Experts:
     return module
 
 
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "probabilities"])
-@pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
+@pytest.mark.parametrize(
+    ("bias", "normalize"), [(True, False), pytest.param(False, True, marks=pytest.mark.full_matrix)]
+)
 def test_a_layer_is_the_weighted_sum_of_its_experts(bias: bool, normalize: bool) -> None:
     module = layer(replace(EXPERTS, expert_bias=bias, normalize_experts=normalize))
     x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
@@ -112,7 +118,7 @@ def test_a_layer_is_the_weighted_sum_of_its_experts(bias: bool, normalize: bool)
 def test_of_equal_experts_the_first_are_chosen() -> None:
     module = layer(EXPERTS)
     module.router.kernel.set_value(jnp.zeros((32, 6)))
-    shares, chosen = module.route(jnp.ones((1, 3, 32)))
+    shares, chosen = jax.jit(lambda module, x: module.route(x))(module, jnp.ones((1, 3, 32)))
     np.testing.assert_array_equal(chosen, np.broadcast_to([0, 1], (1, 3, 2)))
     np.testing.assert_allclose(shares, 0.5)
 
@@ -125,12 +131,12 @@ def test_an_unchosen_expert_may_be_anything() -> None:
     other = next(number for number in range(6) if number not in np.asarray(chosen))
     broken = nnx.clone(module)
     broken.expert_down.kernel.set_value(module.expert_down.kernel[...].at[other].set(jnp.nan))
-    np.testing.assert_array_equal(broken(x), module(x))
+    run = jax.jit(lambda module, x: module(x))
+    np.testing.assert_array_equal(run(broken, x), run(module, x))
 
 
-@pytest.mark.parametrize(
-    "weight_dtype", ["int8", *(pytest.param(name, marks=pytest.mark.full_matrix) for name in ("w8a8", "int4-32"))]
-)
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("weight_dtype", ["int8", "w8a8", "int4-32"])
 def test_quantized_experts_are_near(weight_dtype: str) -> None:
     config = replace(EXPERTS, expert_dim=32, mlp_dim=32)
     exact, quantized = (Model.random(config, seed=3, weight_dtype=d) for d in (None, weight_dtype))
@@ -151,7 +157,9 @@ def test_devices_that_share_experts_give_the_golden_logits(weight_dtype: str | N
     for mesh in (None, make_mesh(data=2, sequence=2, tensor=2)):
         model = load_model(FOLDER, weight_dtype=weight_dtype, mesh=mesh)
         if mesh is not None:
-            kernel = jax.tree.leaves(model.decoder.layers[0].mlp.expert_down.kernel.get_value())[0]
+            experts = model.decoder.layers[0].mlp
+            assert isinstance(experts, Experts)
+            kernel = jax.tree.leaves(experts.expert_down.kernel.get_value())[0]
             assert {shard.data.shape[0] for shard in kernel.addressable_shards} == {2}
         cache = KVCache.init(model.config, None, 2, ids.shape[1], mesh=mesh)
         logits.append(np.asarray(prefill(model, ids, cache, chunk_size=64)[0]))
