@@ -160,8 +160,8 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, config.head_dim) for part in parts)
         if config.qk_norm:
             # A norm of all heads is one of all devices'. A head that several have counts as often as every other.
-            wide = (batch, length, -1) if config.wide_qk_norm else (batch, length, -1, config.head_dim)
-            q, k = self.q_norm(q.reshape(wide)).reshape(q.shape), self.k_norm(k.reshape(wide)).reshape(k.shape)
+            shape = (batch, length, -1) if config.wide_qk_norm else (batch, length, -1, config.head_dim)
+            q, k = self.q_norm(q.reshape(shape)).reshape(q.shape), self.k_norm(k.reshape(shape)).reshape(k.shape)
         scales = [jnp.float32(config.query_scale)] if config.query_scale != 1 else []
         if angles is not None and angles.query_scale is not None:
             scales.append(angles.query_scale)
