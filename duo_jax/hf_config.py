@@ -164,7 +164,7 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
             _check_rope(given | {"rope_parameters": settings})
     else:
         _check_rope(given)
-    values = {key: given.get(key) for key in KEYS} if is_complete else _by_transformers(family, given)
+    values: dict[str, Any] = {key: given.get(key) for key in KEYS} if is_complete else _by_transformers(family, given)
     _refuse_unsupported(family, values, config)
     values["layer_windows"] = _layer_windows(family, values, given)
     if "no_rope_layers" in FAMILIES[family]:

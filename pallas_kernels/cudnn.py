@@ -10,7 +10,7 @@ chunk have equal weight. Certification measures it.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ def prefill(
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`; `implementation` is that of `jax.nn.dot_product_attention`."""
     attend = partial(_attend, implementation=implementation)
-    rows = {"start": start, "lengths": lengths}
-    return prefill_by_heads(q, k, v, pools, heads, **rows, window=window, shards=shards, attend=attend)
+    options: dict[str, Any] = {"start": start, "lengths": lengths, "window": window, "shards": shards}
+    return prefill_by_heads(q, k, v, pools, heads, **options, attend=attend)
 
 
 def _attend(
