@@ -32,6 +32,22 @@ def families(*core: str, of: tuple[str, ...] = FAMILIES) -> list[object]:
     return [pytest.param(name, marks=() if name in core else pytest.mark.full_matrix) for name in of]
 
 
+def on_each_backend(cases: dict[str, object], triton: set[str]) -> list[object]:
+    """Each backend with each case; of `triton`, which takes longest to compile, `make test` runs only these."""
+    unknown = triton - cases.keys()
+    assert not unknown, unknown
+    return [
+        pytest.param(
+            backend,
+            case,
+            id=f"{name}-{backend}",
+            marks=() if backend != "triton" or name in triton else pytest.mark.full_matrix,
+        )
+        for name, case in cases.items()
+        for backend in ON_CPU
+    ]
+
+
 # A decoder small enough to compile in a second: GQA of 2, four KV heads in two layers.
 TINY = ModelConfig(
     "llama",

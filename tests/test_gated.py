@@ -13,7 +13,7 @@ from duo_jax import load_model
 from pallas_kernels import full_attention, gated_attention, ops, tiles, xla_train
 from pallas_kernels.tiles import FlashTiles
 from pallas_kernels.window import Window
-from tests.shapes import ON_CPU
+from tests.shapes import ON_CPU, on_each_backend
 
 # Mosaic has no kernel for training.
 backends = pytest.mark.parametrize("backend", ON_CPU)
@@ -25,6 +25,7 @@ SHAPES = {
     "window_longer_than_the_text": (21, 8, 1, 80, 2, 40),
     "head_dim_256": (19, 2, 2, 256, 4, 6),
 }
+each_shape = pytest.mark.parametrize(("backend", "shape"), on_each_backend(SHAPES, {"gqa_3", "shorter_than_the_sinks"}))
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +62,7 @@ def masks(tokens, window):
     return causal, causal & ((key < window.sink) | (key > query - window.recent))
 
 
-@backends
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@each_shape
 def test_mixes_the_two_kinds_of_attention(shape, backend):
     q, k, v, gates, window = inputs(shape)
     causal, seen = masks(q.shape[1], window)
@@ -95,7 +95,15 @@ def test_sink_logits_of_another_number_of_heads_raise():
 
 
 @pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
-@pytest.mark.parametrize("shape", ["gqa_3", "shorter_than_the_sinks", "window_longer_than_the_text", "head_dim_256"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "gqa_3",
+        "shorter_than_the_sinks",
+        pytest.param("window_longer_than_the_text", marks=pytest.mark.full_matrix),
+        pytest.param("head_dim_256", marks=pytest.mark.full_matrix),
+    ],
+)
 def test_gradients_equal_those_of_the_dense_reference(shape, backend):
     q, k, v, gates, window = inputs(SHAPES[shape])
     weights = jax.random.normal(jax.random.key(1), q.shape)
