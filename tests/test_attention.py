@@ -33,6 +33,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 CALLS = {"prefill": pallas_kernels.prefill_attention, "decode": pallas_kernels.decode_attention}
 # Mosaic takes larger shapes than these: tests/test_mosaic.py.
 backends = pytest.mark.parametrize("backend", ON_CPU)
+FULL_MATRIX = pytest.mark.full_matrix
 
 
 class Case(NamedTuple):
@@ -440,7 +441,7 @@ def test_pages_in_any_order_equal_contiguous_pools(backend, page, seed, data):
     assert_pages_change_nothing(backend, page, seed, starts)
 
 
-@pytest.mark.parametrize(("page", "starts"), [(8, (0, 8, 48)), (24, (5, 47, 24))])
+@pytest.mark.parametrize(("page", "starts"), [(8, (0, 8, 48)), pytest.param(24, (5, 47, 24), marks=FULL_MATRIX)])
 def test_kernels_look_up_a_page_for_each_tile(page, starts):
     assert_pages_change_nothing("triton", page, 0, starts)
 
@@ -456,7 +457,7 @@ def assert_pages_change_nothing(backend, page, seed, starts):
     np.testing.assert_allclose(decoded, problem.decode(backend, counts), rtol=0, atol=2e-6)
 
 
-@backends
+@pytest.mark.parametrize("backend", ["reference", "xla", pytest.param("triton", marks=FULL_MATRIX)])
 def test_quantized_pages_equal_contiguous_pools(backend):
     problem = Problem(CASES["int4_cache_int8_rings"])
     counts = problem.starts + problem.lengths

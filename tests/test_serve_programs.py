@@ -109,7 +109,7 @@ def test_a_row_computes_the_same_bits_in_any_place_among_any_neighbours(server, 
 @pytest.mark.parametrize(
     ("settings", "sampler"),
     [
-        (SamplingSettings(), Greedy()),
+        pytest.param(SamplingSettings(), Greedy(), marks=pytest.mark.full_matrix),
         (SAMPLED, SAMPLED.sampler()),
     ],
     ids=["greedy", "sampled"],
@@ -136,6 +136,7 @@ def test_a_reused_prefix_gives_the_bits_of_a_cold_run(server, alone):
     assert snapshot.nbytes == PROGRAMS.snapshot(server.rows, 2).nbytes
 
 
+@pytest.mark.full_matrix
 def test_samples_of_one_prompt_share_pages(tiny, half, server, alone):
     """Copy on write of the last page; the draws are those of the rows of `generate`."""
     server.admit(0, PROMPT)
@@ -269,7 +270,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("first", [8, 256])
+@pytest.mark.parametrize("first", [8, pytest.param(256, marks=pytest.mark.full_matrix)])
 def test_every_row_chooses_as_a_sampler_with_its_settings_does(first, monkeypatch):
     """Also where the most likely tokens are not enough to know which are kept, and where some are equally likely."""
     monkeypatch.setattr(choice_of_rows, "FIRST", first)
