@@ -60,9 +60,11 @@ def weight_table(config: ModelConfig) -> dict[tuple[str | int, ...], Weight]:
     }
     if not config.tied_head:
         table["head", "kernel"] = Weight(("lm_head.weight",), ((vocab, dim),), is_kernel=True)
-    qkv, out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
-    gate_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
-    qkv_sizes, gate_up_sizes = (q, kv, kv), (mlp, mlp)
+    out, down = ("self_attn.o_proj",), ("mlp.down_proj",)
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    qkv_sizes: tuple[int, ...] = (q, kv, kv)
+    gate_up_sizes: tuple[int, ...] = (mlp, mlp)
     if config.family in FUSED:
         qkv, qkv_sizes = ("self_attn.qkv_proj",), (q + 2 * kv,)
         gate_up, gate_up_sizes = ("mlp.gate_up_proj",), (2 * mlp,)
