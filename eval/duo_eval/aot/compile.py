@@ -112,8 +112,12 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
                 if use.name in entries and re.search(r"_kernel(_\d+)?$", use.name)
             ]
     if not kernels:
-        raise ValueError("the program has no Pallas kernel")
+        raise NoKernelError("the program has no Pallas kernel")
     return kernels
+
+
+class NoKernelError(ValueError):
+    """A program without Pallas kernels, or with such that this process has compiled before: Mosaic keeps them."""
 
 
 class Assembled(NamedTuple):
