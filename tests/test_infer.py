@@ -262,6 +262,7 @@ def test_progress_reports_positions_done(tiny, half):
     assert done == [16, 28]
 
 
+@pytest.mark.full_matrix
 def test_prompts_in_one_bucket_share_a_program(tiny, half):
     def run(length, max_new_tokens=4):
         tokens = np.ones((1, length), int)

@@ -391,15 +391,15 @@ def test_inspect_refuses(duo, flags, word):
     assert result.code == 2 and word in result.err and "Traceback" not in result.err
 
 
-def test_a_pattern_of_another_model_is_refused_before_weights_are_read(text_model, duo, monkeypatch):
+def test_a_pattern_of_another_model_is_refused_before_weights_are_read(chat_model, duo, monkeypatch):
     def read(*args, **options):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("duo_jax.text.lm.load_model", read)
     monkeypatch.setattr("duo_jax.cli.options.load_model", read)
     with pytest.raises(ValueError, match="made for another model"):
-        duo_jax.load(text_model, pattern="smollm2-135m-instruct")
-    result = duo("chat", "--model", text_model, "--pattern", "smollm2-135m-instruct")
+        duo_jax.load(chat_model, pattern="smollm2-135m-instruct")
+    result = duo("chat", "--model", chat_model, "--pattern", "smollm2-135m-instruct")
     assert result.code == 2 and "made for another model" in result.err
 
 

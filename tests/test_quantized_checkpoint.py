@@ -195,6 +195,7 @@ LEFT_OUT: dict[str, tuple[str, str, Any, Any]] = {
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=() if name == "awq" else pytest.mark.full_matrix) for name in LEFT_OUT]
 )
+@pytest.mark.full_matrix
 def test_a_linear_map_that_is_left_out_is_not_quantized(method: str, source: Path, tmp_path: Path) -> None:
     name, key, in_all, _ = LEFT_OUT[method]
     case = replace(CASES[name], config=CASES[name].config | {key: in_all})

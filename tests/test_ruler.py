@@ -202,6 +202,7 @@ def test_a_length_without_room_and_another_lm_eval_are_refused(material, tmp_pat
         literal(path, "TEMPLATE")
 
 
+@pytest.mark.full_matrix
 def test_ruler_asks_every_method_resumes_and_refuses(duo, chat_model, tmp_path):
     squad, out, model = tmp_path / "dev.json", tmp_path / "ruler.jsonl", tmp_path / "model"
     squad.write_text(json.dumps(SQUAD))

@@ -105,6 +105,7 @@ def run_mmlu(duo, folder: Path, data: Path, out: Path, *more, pattern: Path | No
     )
 
 
+@pytest.mark.full_matrix
 def test_mmlu_compares_item_by_item_and_resumes(tmp_path, duo, model, mmlu_file):
     out = tmp_path / "out.jsonl"
     pattern = shutil.copytree(model / "pattern", tmp_path / "pattern")

@@ -47,6 +47,7 @@ def test_names_are_listed_whole(duo):
     assert all(name in patterns for name in published_patterns())
 
 
+@pytest.mark.full_matrix
 def test_loading_lets_jax_keep_compiled_programs(tmp_path):
     code = "import sys, duo_jax, jax; duo_jax.load_model(sys.argv[1]); print(jax.config.jax_compilation_cache_dir)"
     command = [sys.executable, "-c", code, GOLDEN / "llama"]

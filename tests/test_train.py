@@ -157,6 +157,7 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_gates(whole, tmp_pat
     np.testing.assert_array_equal(np.array(gates), whole[1])
 
 
+@pytest.mark.full_matrix
 def test_gradient_accumulation_weighs_every_label_token_the_same(start, tmp_path):
     # Passkeys of different lengths: a mean of the samples' means would differ.
     data = replace(DATA, vocabulary=("a", "incompatible"))
@@ -225,6 +226,7 @@ def test_a_run_begins_with_the_gates_it_is_given(start, tmp_path):
     np.testing.assert_allclose(gates, given, atol=1e-5)
 
 
+@pytest.mark.full_matrix
 def test_teacher_mixing_trains_too_and_is_not_self_mixing(tmp_path_factory, tmp_path):
     # Two layers: in one, both see the same input.
     path = make_model(tmp_path_factory.mktemp("two") / "model", layers=2)

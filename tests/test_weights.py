@@ -71,7 +71,10 @@ def wide(tiny) -> Model:
     return Model.random(dataclasses.replace(tiny.config, mlp_dim=64, num_heads=4), seed=1)
 
 
-@pytest.mark.parametrize(("weight_dtype", "error"), [("int8", 0.02), ("w8a8", 0.05), ("int4-32", 0.5)])
+@pytest.mark.parametrize(
+    ("weight_dtype", "error"),
+    [("int8", 0.02), ("w8a8", 0.05), pytest.param("int4-32", 0.5, marks=pytest.mark.full_matrix)],
+)
 def test_a_model_of_them_is_close_to_its_own(wide, half, weight_dtype, error):
     quantized = Model.random(wide.config, seed=1, weight_dtype=weight_dtype)
     exact, _ = score(wide, TEXT, KVCache.init(wide.config, half, 2, 32))
