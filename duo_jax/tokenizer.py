@@ -34,14 +34,6 @@ class TextTokenizer(Protocol):
         """The tokens that text is searched for before it is split, by id."""
 
     @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """The token of what the vocabulary lacks."""
-
-    @property
     def vocab_size(self) -> int:
         """Number of tokens without added ones."""
 
@@ -63,3 +55,14 @@ class TextTokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: int) -> Any:
         """The spelling of a token, a string, or None."""
+
+
+def special_id(tokenizer: TextTokenizer, name: str) -> int | None:
+    """The id of the special token with a name, such as `eos_token`; None if it has none.
+
+    Not `tokenizer.eos_token_id`: transformers computes it when it is asked for, and from Python 3.12 on such an
+    attribute is not seen when a protocol is checked.
+    """
+    token = tokenizer.special_tokens_map.get(name)
+    ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return None if token is None else ids.get(str(token))

@@ -152,16 +152,6 @@ class GgufTokenizer:
         return self.backend_tokenizer.get_added_tokens_decoder()
 
     @property
-    def eos_token_id(self) -> int | None:
-        """See `TextTokenizer`."""
-        return self._named_id("eos_token")
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """See `TextTokenizer`."""
-        return self._named_id("unk_token")
-
-    @property
     def vocab_size(self) -> int:
         """See `TextTokenizer`."""
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
@@ -187,10 +177,6 @@ class GgufTokenizer:
     def convert_ids_to_tokens(self, ids: int) -> str | None:
         """See `TextTokenizer`."""
         return self.backend_tokenizer.id_to_token(ids)
-
-    def _named_id(self, name: str) -> int | None:
-        token = self.special_tokens_map.get(name)
-        return None if token is None else self._id(token)
 
     def _id(self, token: str) -> int:
         index = self.backend_tokenizer.token_to_id(token)

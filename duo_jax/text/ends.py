@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from duo_jax.config import ModelConfig
 from duo_jax.text.template import end_of_turn
 from duo_jax.text.tokens import check_text, special_tokens
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.tokenizer import TextTokenizer, special_id
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def eos_ids_of(config: ModelConfig, tokenizer: TextTokenizer) -> tuple[int, ...]
     They are those of the model (in a GGUF file eos, eot and eom; otherwise generation_config.json, or config.json), the
     tokenizer's EOS, and the special token that the chat template writes after an assistant's message.
     """
-    others = (tokenizer.eos_token_id, end_of_turn(tokenizer))
+    others = (special_id(tokenizer, "eos_token"), end_of_turn(tokenizer))
     # A token without a logit is never generated.
     known = [index for index in others if index is not None and 0 <= index < config.vocab_size]
     return tuple(dict.fromkeys((*config.eos_ids, *known)))

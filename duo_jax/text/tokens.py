@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer
 
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.tokenizer import TextTokenizer, special_id
 
 # Spellings that stand for a special token while text is put together: written by a user, or by a template. They begin
 # with code points that are no characters, and nobody can guess the number.
@@ -166,7 +166,7 @@ def encode_marked(tokenizer: TextTokenizer, text: str, *, special: bool = False)
         raise _refusal(error) from None
     controls = {backend.token_to_id(place): specials.ids[name] for name, place in zip(names, places, strict=True)}
     # An unknown character may be encoded as a special token, and BOS and EOS are added to the text.
-    wrong = set(specials.ids.values()) - {tokenizer.unk_token_id}
+    wrong = set(specials.ids.values()) - {special_id(tokenizer, "unk_token")}
     for index, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
         if index in wrong and not is_added:
             raise ValueError(
