@@ -125,7 +125,7 @@ def test_a_reused_prefix_gives_the_bits_of_a_cold_run(server, alone):
     server.admit(0, PROMPT)
     server.prompt(0, PROMPT[: 2 * CHUNK])
     snapshot = PROGRAMS.snapshot(server.rows, 0)
-    # The first row goes on with another text, in pages of its own.
+    # The first row continues with another text, in pages of its own.
     server.prompt(0, np.append(PROMPT[: 2 * CHUNK], OTHER), begin=2 * CHUNK)
     server.table[2, : 2 * CHUNK // PAGE] = server.table[0, : 2 * CHUNK // PAGE]
     server.admit(2, PROMPT)

@@ -140,8 +140,8 @@ def parts_of(
         shapes: of the tensors that may be quantized.
         names: the model's names of arrays -> those in the shards.
         shards: the checkpoint's.
-        always: modules that are quantized if the format says so. Of others, such as routers and the head, which many
-            quantizers leave out without a word, the tensors decide.
+        always: modules that are quantized if the format says so. For all others, such as routers and the head, the
+            tensors decide: many quantizers leave them out without recording it.
 
     Raises:
         ValueError: with those that are missing, and those of another shape or data type.

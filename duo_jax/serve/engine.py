@@ -37,7 +37,7 @@ class Running:
         row: its text.
         ends: what ends it.
         job: the job.
-        listener: who is told.
+        listener: called with each event of the reply.
     """
 
     request: Request

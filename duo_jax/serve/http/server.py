@@ -39,7 +39,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until it is told to stop; then replies have some seconds to end, and others end with an error."""
+    """Serves until it is stopped; replies then have a few seconds to finish, and the rest end with an error."""
 
     def __init__(
         self,
