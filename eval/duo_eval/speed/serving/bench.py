@@ -64,7 +64,7 @@ class BenchServe:
         whole_number("clients", self.clients, 1, 10_000)
         real_number("timeout", self.timeout, 0.001, 1e6)
         about = {name: value for name, value in asdict(self).items() if name != "api_key"}
-        record = Record.open(self.out, {"task": "serve", **about}, again=True)
+        record = Record.open(self.out, {"task": "bench-serve", **about}, again=True)
         tokenizer = load_text_tokenizer(self.tokenizer)
         text = load_haystack(self.haystack, max_chars=20 * self.mix.longest + 100_000)
         texts, asks = self.mix.draw(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer)
@@ -119,4 +119,4 @@ def _rows(name: str, values: Sequence[float], spec: str) -> list[list[str]]:
     return [[f"{name}, p{p}", f"{np.percentile(values, p):{spec}}"] for p in PERCENTILES]
 
 
-RESULT = ResultType("Serving", of_task("serve"), {"Requests to a server": serve_table})
+RESULT = ResultType("Serving", of_task("bench-serve"), {"Requests to a server": serve_table})
