@@ -3,7 +3,8 @@ from .cache.cache import KVCache
 from .certified import certify
 from .checkpoint.load import load_model, load_tokenizer
 from .checkpoint.save import save_model
-from .config import PRESETS, ModelConfig
+from .config import ModelConfig
+from .families.presets import PRESETS
 from .generation import generate, stream
 from .infer import Scores, decode_step, prefill, score
 from .mesh.mesh import make_mesh

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from duo_jax.config import ACTIVATIONS, ModelConfig
+from duo_jax.config import ModelConfig
+from duo_jax.config_checks import ACTIVATIONS
 from duo_jax.experts import blocks_of, rows_of_block, weighted_sum
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import Angles, rotate

@@ -19,8 +19,7 @@ from duo_jax import PRESETS, ModelConfig
 from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES
 from duo_jax.checkpoint.save import SavedModel
-from duo_jax.config import from_standard
-from duo_jax.hf_config import standard
+from duo_jax.families.hugging_face import from_standard, standard
 from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope, rotation
 from tests.shapes import FAMILIES, GOLDEN
 

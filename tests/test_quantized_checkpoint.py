@@ -24,8 +24,8 @@ from duo_jax.checkpoint.load import open_config
 from duo_jax.checkpoint.mxfp4 import mxfp4_values
 from duo_jax.checkpoint.stored import checked
 from duo_jax.checkpoint.weight_table import weight_table
+from duo_jax.families.quantization import stored_format
 from duo_jax.plan import weight_bytes
-from duo_jax.quantization_config import stored_format
 from tests.quantized_formats import CASES, awq_config, compressed, gptq_config, is_linear, write_folder
 from tests.shapes import FAMILIES, GOLDEN
 from tests.test_checkpoint import PEAK, SMALL, random_tensors, save_folder

@@ -10,7 +10,7 @@ from duo_eval.speed.startup import cpu_seconds
 
 from duo_jax import PRESETS, published_patterns
 from duo_jax.checkpoint.packaged import PACKAGED
-from duo_jax.config import FAMILIES
+from duo_jax.families.table import FAMILIES
 from tests.shapes import GOLDEN
 
 SLOW = ("flax", "gguf", "jax", "orbax", "qwix", "transformers")

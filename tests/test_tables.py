@@ -7,7 +7,7 @@ from duo_eval.show import families
 from duo_eval.show.paper import least
 from duo_eval.show.tables import PAGES, RESULTS, render
 
-from duo_jax.config import FAMILIES
+from duo_jax.families.table import FAMILIES
 from tests.shapes import GOLDEN
 
 

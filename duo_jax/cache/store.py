@@ -23,7 +23,8 @@ from duo_jax.arguments import MOST_TOKENS, check_rows, instance, integers, path_
 from duo_jax.arrays import Shards, write_shards
 from duo_jax.cache.cache import KeyValues, KVCache
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.config import MOST, ModelConfig
+from duo_jax.config import ModelConfig
+from duo_jax.config_checks import MOST
 from duo_jax.differences import changes
 from duo_jax.files import free_path, whole_folder, write_text
 from duo_jax.model import Model

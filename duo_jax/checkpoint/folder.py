@@ -18,8 +18,8 @@ from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.stored import Packed, checked, parts_of, with_format
 from duo_jax.checkpoint.weight_table import linear_maps, weight_table
 from duo_jax.config import ModelConfig
-from duo_jax.hf_config import eos_ids
-from duo_jax.quantization_config import StoredFormat, stored_format
+from duo_jax.families.hugging_face import eos_ids
+from duo_jax.families.quantization import StoredFormat, stored_format
 from duo_jax.reading import read_json, read_text, without_marks
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text.tokens import special_tokens

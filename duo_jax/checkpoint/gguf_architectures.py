@@ -51,7 +51,7 @@ class Architecture:
     """A row of the table.
 
     Attributes:
-        family: a name in `duo_jax.config.FAMILIES`.
+        family: a name in `duo_jax.families.table.FAMILIES`.
         modules: GGUF's names of the modules of a layer -> Hugging Face's.
         activation: of the MLP, by transformers' name; it is not in the file.
         paired_rope: rows of q and k are stored for RoPE on adjacent pairs (2i, 2i + 1) instead of halves.

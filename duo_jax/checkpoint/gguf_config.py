@@ -12,8 +12,9 @@ from typing import Any
 from duo_jax.arguments import MOST_TOKENS
 from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from duo_jax.checkpoint.gguf_tokenizer import special_id
-from duo_jax.config import ModelConfig, from_standard
-from duo_jax.hf_config import FULL, SLIDING, standard
+from duo_jax.config import ModelConfig
+from duo_jax.families.hugging_face import from_standard, standard
+from duo_jax.families.layer_settings import FULL, SLIDING
 from duo_jax.rope import DividedRope
 
 # Keys that change no logit here.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from duo_jax.quantization_config import Coding
+from duo_jax.families.quantization import Coding
 
 Arrays = Mapping[str, Any]
 Shape = tuple[int, ...]

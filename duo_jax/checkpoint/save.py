@@ -20,7 +20,8 @@ from tqdm import tqdm
 from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import GENERATION, Folder
-from duo_jax.config import FAMILIES, ModelConfig, added_fields
+from duo_jax.config import ModelConfig, added_fields
+from duo_jax.families.table import FAMILIES
 from duo_jax.files import whole_folder, write_text
 from duo_jax.mesh.place import placement_on
 from duo_jax.model import Model, abstract_decoder, check_size

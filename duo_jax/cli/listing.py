@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duo_jax.checkpoint.packaged import PACKAGED
-from duo_jax.config import FAMILIES, PRESETS
+from duo_jax.families.presets import PRESETS
+from duo_jax.families.table import FAMILIES
 from duo_jax.pattern import HeadPattern, published_patterns
 
 

@@ -39,7 +39,7 @@ from duo_jax.checkpoint.save import save_model
 from duo_jax.checkpoint.weight_table import check_tensors, weight_table
 from duo_jax.cli import USER_ERRORS
 from duo_jax.cli.inspect import Inspect
-from duo_jax.config import FAMILIES
+from duo_jax.families.table import FAMILIES
 from duo_jax.finite import json_text
 from duo_jax.reading import read_json, read_json_lines, read_text, read_text_pieces
 from duo_jax.text.ends import eos_ids_of

@@ -17,7 +17,7 @@ from duo_jax.checkpoint.gguf_config import config_from_gguf
 from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.cli import USER_ERRORS
-from duo_jax.config import PRESETS
+from duo_jax.families.presets import PRESETS
 from duo_jax.rope import LinearRope, Rope, YarnRope
 from tests.hostile.gguf_bytes import (
     TOKENS,

@@ -14,8 +14,9 @@ from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import load_model
-from duo_jax.config import FAMILIES, ModelConfig
-from duo_jax.hf_config import TEXT_OF, UNSUPPORTED
+from duo_jax.config import ModelConfig
+from duo_jax.families.hugging_face import TEXT_OF, UNSUPPORTED
+from duo_jax.families.table import FAMILIES
 from duo_jax.infer import prefill
 from duo_jax.pattern import HeadPattern
 

@@ -11,7 +11,7 @@ from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.engines.base import Engine
 from duo_jax import HeadPattern, ModelConfig
 from duo_jax.checkpoint.source import Source
-from duo_jax.hf_config import FULL, SLIDING
+from duo_jax.families.layer_settings import FULL, SLIDING
 
 
 class Transformers(Engine):

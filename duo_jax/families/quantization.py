@@ -3,19 +3,13 @@
 A method is a row of `METHODS`. What it does not name is refused: read in another way, weights would be silently wrong.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from duo_jax.arguments import true_or_false, whole_number
+from duo_jax.families.quantization_settings import Settings, block, named
 from duo_jax.weights import WEIGHT_FORMATS
 
-MOST_GROUP = 10**6
-# Names of modules in a list; the longest published one has four for each layer.
-MOST_NAMES = 10**5
-# Repetitions in a regular expression that is compared with the names of modules, and its characters.
-MOST_REPEATS, MOST_PATTERN = 4, 300
 MXFP4 = "mxfp4"
 # Keys under which configurations have it; the second is that of the first versions of compressed-tensors.
 KEYS = ("quantization_config", "compression_config")
@@ -114,69 +108,16 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
             f"{', '.join((*METHODS, MXFP4))} are read, and GGUF files"
         )
     try:
-        return METHODS[method](_Settings(method, values))
+        return METHODS[method](Settings(method, values))
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from None
 
 
-class _Settings:
-    """The values of a configuration, each with its check; errors name the method."""
-
-    def __init__(self, method: str, values: Mapping[str, Any], inside: str = "") -> None:
-        self.method, self.values, self.inside = method, values, inside
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def whole(self, *keys: str, default: int) -> int:
-        key = next((key for key in keys if self.values.get(key) is not None), keys[0])
-        return whole_number(f"{self.inside}{key}", self.get(key, default), -1, MOST_GROUP)
-
-    def bits(self, *keys: str, among: tuple[int, ...], default: int = 0) -> int:
-        bits = self.whole(*keys, default=default)
-        self.refuse(f"{bits} bits", unless=bits in among)
-        return bits
-
-    def group(self, *keys: str, default: int = -1) -> int | None:
-        size = self.whole(*keys, default=default)
-        if size == 0:
-            raise ValueError(f"{self.inside}{keys[0]} must be at least 1, or -1 for all channels, got 0")
-        return None if size == -1 else size
-
-    def flag(self, key: str, default: bool) -> bool:
-        return true_or_false(f"{self.inside}{key}", self.get(key, default))
-
-    def names(self, key: str) -> tuple[str, ...]:
-        """A list of modules' names."""
-        names = self.get(key, [])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > MOST_NAMES:
-            raise ValueError(f"{self.inside}{key} must be a list of modules' names, got {names!r:.60}")
-        return tuple(names)
-
-    def part(self, key: str) -> "_Settings | None":
-        """Nested settings."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"{self.inside}{key} must be an object, got {value!r:.60}")
-        name = key if key.isidentifier() and len(key) < 40 else repr(key)[:40]
-        return None if value is None else _Settings(self.method, value, f"{self.inside}{name}.")
-
-    def word(self, key: str, default: str, among: tuple[str, ...]) -> str:
-        """A name in lower case that must be one of a few."""
-        value = self.get(key, default)
-        self.refuse(f"{key} {value!r:.60}", unless=isinstance(value, str) and value.lower() in among)
-        return str(value).lower()
-
-    def refuse(self, what: str, *, unless: bool) -> None:
-        if not unless:
-            where = f" in {self.inside.rstrip('.')}" if self.inside else ""
-            raise NotImplementedError(
-                f"this model uses weights quantized by {self.method} with {what}{where}, which is not supported"
-            )
+def _in_layers(module: str) -> bool:
+    return "layers." in module
 
 
-def _awq(settings: _Settings) -> StoredFormat:
+def _awq(settings: Settings) -> StoredFormat:
     """AutoAWQ's GEMM layout. It only quantizes modules of layers, and leaves out those whose names have a key."""
     bits = settings.bits("bits", "w_bit", among=(4,), default=4)
     settings.word("version", "gemm", ("gemm",))
@@ -189,7 +130,7 @@ def _awq(settings: _Settings) -> StoredFormat:
     )
 
 
-def _gptq(settings: _Settings) -> StoredFormat:
+def _gptq(settings: Settings) -> StoredFormat:
     """AutoGPTQ's layout, in which numbers that stand for 0 are stored less 1, or GPTQModel's v2, without that."""
     bits = settings.bits("bits", among=(4, 8))
     key = "checkpoint_format" if settings.get("checkpoint_format") is not None else "format"
@@ -198,7 +139,7 @@ def _gptq(settings: _Settings) -> StoredFormat:
     changed = settings.part("dynamic")
     kept = [name for name in changed.values if name.startswith("-:")] if changed else []
     settings.refuse("dynamic settings of modules", unless=changed is None or len(kept) == len(changed.values))
-    left_out = _named(settings, "dynamic", ["re:" + name.removeprefix("-:") for name in kept])
+    left_out = named(settings, "dynamic", ["re:" + name.removeprefix("-:") for name in kept])
     blocks = settings.get("modules_in_block_to_quantize", [])
     settings.refuse("modules_in_block_to_quantize", unless=isinstance(blocks, list))
     only = tuple(str(name) for block in blocks for name in (block if isinstance(block, list) else [block]))
@@ -222,15 +163,15 @@ def _gptq(settings: _Settings) -> StoredFormat:
     return StoredFormat("GPTQ", coding, quantizes)
 
 
-def _fp8(settings: _Settings) -> StoredFormat:
+def _fp8(settings: Settings) -> StoredFormat:
     """DeepSeek's: E4M3 with a float32 scale for each block of weights, or for all; the head is not quantized."""
     settings.word("fmt", "e4m3", ("e4m3", "float8_e4m3fn"))
     settings.word("expert_dtype", "fp8", ("fp8",))
     settings.refuse("modules_to_convert", unless=not settings.get("modules_to_convert"))
     settings.word("activation_scheme", "dynamic", ("dynamic", "static"))
     key = "modules_to_not_convert" if settings.get("modules_to_not_convert") is not None else "ignored_layers"
-    left_out = _named(settings, key, settings.names(key), by_part=True)
-    rows, group = _block(settings, "weight_block_size")
+    left_out = named(settings, key, settings.names(key), by_part=True)
+    rows, group = block(settings, "weight_block_size")
     return StoredFormat(
         "FP8",
         Coding("plain", 8, group, rows, is_float=True),
@@ -240,7 +181,7 @@ def _fp8(settings: _Settings) -> StoredFormat:
 
 
 # Formats of compressed-tensors: where numbers are, and their type.
-COMPRESSED = {
+COMPRESSED: dict[str, tuple[Literal["packed", "plain"], str | None]] = {
     "pack-quantized": ("packed", "int"),
     "int-quantized": ("plain", "int"),
     "float-quantized": ("plain", "float"),
@@ -248,7 +189,11 @@ COMPRESSED = {
 }
 
 
-def _compressed(settings: _Settings) -> StoredFormat:
+# Activations as `w8a8` quantizes them.
+BY_TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "symmetric": True, "strategy": "token"}
+
+
+def _compressed(settings: Settings) -> StoredFormat:
     """compressed-tensors, with one group of modules."""
     for key, off in (("sparsity_config", "dense"), ("transform_config", None)):
         inner = settings.part(key)
@@ -261,7 +206,30 @@ def _compressed(settings: _Settings) -> StoredFormat:
     weights = group and group.part("weights")
     if group is None or weights is None:
         raise ValueError("config_groups has no weights")
-    source = group if group.get("format") is not None else settings
+    coding = _compressed_coding(weights, group if group.get("format") is not None else settings)
+    targets = group.names("targets")
+    others = [name for name in targets if name != "Linear" and not name.startswith("re:") and "." not in name]
+    group.refuse(f"targets {others!s:.60}", unless=bool(targets) and not others)
+    chosen, left_out = named(group, "targets", targets), named(settings, "ignore", settings.names("ignore"))
+    inputs = group.part("input_activations")
+    by_token = inputs is not None and all(inputs.get(key) == value for key, value in BY_TOKEN.items())
+    dynamic = by_token and coding == Coding(coding.layout, 8, None, coding.rows)
+    used = {
+        "quantized activations": inputs is not None and not dynamic,
+        "quantized outputs": group.get("output_activations"),
+        "a quantized KV cache": settings.get("kv_cache_scheme"),
+    }
+    return StoredFormat(
+        "compressed-tensors",
+        coding,
+        lambda module: ("Linear" in targets or chosen(module)) and not left_out(module),
+        multiplies_integers=dynamic,
+        unused=tuple(name for name, on in used.items() if on),
+    )
+
+
+def _compressed_coding(weights: Settings, source: Settings) -> Coding:
+    """How compressed-tensors stores the weights of a group of modules, whose format `source` has."""
     layout, expected = COMPRESSED[source.word("format", "unknown", tuple(COMPRESSED))]
     kind = weights.word("type", "int", ("int", "float") if expected is None else (expected,))
     bits = weights.bits("num_bits", among=(4, 8) if layout == "packed" else (8,), default=8)
@@ -271,109 +239,28 @@ def _compressed(settings: _Settings) -> StoredFormat:
         raise ValueError(f"{weights.inside}strategy is {strategy!r}, which contradicts group_size {size or -1}")
     rows: int | None = None if strategy == "tensor" else 1
     if strategy == "block":
-        rows, size = _block(weights, "block_structure")
+        rows, size = block(weights, "block_structure")
     weights.refuse("dynamic scales", unless=not weights.get("dynamic"))
     # With "weight" or "static", channels are in groups as they are in the tensor.
-    orders = ("weight", "static", "group", "dynamic")
     order = weights.get("actorder", False)
     if not isinstance(order, bool):
-        order = weights.word("actorder", "weight", orders) in ("group", "dynamic")
+        order = weights.word("actorder", "weight", ("weight", "static", "group", "dynamic")) in ("group", "dynamic")
     symmetric = weights.flag("symmetric", True)
     weights.refuse("floats with zero points", unless=symmetric or kind == "int")
-    targets = group.names("targets")
-    others = [name for name in targets if name != "Linear" and not name.startswith("re:") and "." not in name]
-    group.refuse(f"targets {others!s:.60}", unless=bool(targets) and not others)
-    chosen, left_out = _named(group, "targets", targets), _named(settings, "ignore", settings.names("ignore"))
-    inputs = group.part("input_activations")
-    by_token = inputs is not None and all(
-        inputs.get(key) == value
-        for key, value in {
-            "num_bits": 8,
-            "type": "int",
-            "dynamic": True,
-            "symmetric": True,
-            "strategy": "token",
-        }.items()
-    )
-    dynamic = by_token and kind == "int" and bits == 8 and size is None and symmetric
-    used = {
-        "quantized activations": inputs is not None and not dynamic,
-        "quantized outputs": group.get("output_activations"),
-        "a quantized KV cache": settings.get("kv_cache_scheme"),
-    }
-    return StoredFormat(
-        "compressed-tensors",
-        Coding(
-            "packed" if layout == "packed" else "plain",
-            bits,
-            size,
-            rows,
-            is_float=kind == "float",
-            has_zeros=not symmetric,
-            act_order=order and size is not None,
-        ),
-        lambda module: ("Linear" in targets or chosen(module)) and not left_out(module),
-        multiplies_integers=dynamic,
-        unused=tuple(name for name, on in used.items() if on),
+    return Coding(
+        layout,
+        bits,
+        size,
+        rows,
+        is_float=kind == "float",
+        has_zeros=not symmetric,
+        act_order=order and size is not None,
     )
 
 
-METHODS: Mapping[str, Callable[[_Settings], StoredFormat]] = {
+METHODS: Mapping[str, Callable[[Settings], StoredFormat]] = {
     "awq": _awq,
     "compressed-tensors": _compressed,
     "fp8": _fp8,
     "gptq": _gptq,
 }
-
-
-def _block(settings: _Settings, key: str) -> tuple[int | None, int | None]:
-    """Rows and columns of the blocks of weights that share a scale."""
-    sizes = settings.get(key)
-    if sizes is None:
-        return None, None
-    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
-        raise ValueError(f"{settings.inside}{key} must be two sizes, got {sizes!r:.60}")
-    rows, columns = (whole_number(f"{settings.inside}{key}", size, 1, MOST_GROUP) for size in sizes)
-    return rows, columns
-
-
-def _in_layers(module: str) -> bool:
-    return "layers." in module
-
-
-def _named(settings: _Settings, key: str, names: Iterable[str], *, by_part: bool = False) -> Callable[[str], bool]:
-    """Whether a list names a module: by its name, or by a regular expression after `re:`.
-
-    With `by_part`, as by transformers, a name is an expression itself, stands for all modules in the one that it names,
-    and for those whose names end with it.
-    """
-    whole = {name for name in names if not name.startswith("re:")}
-    expressions = [name.removeprefix("re:") for name in names if name.startswith("re:")]
-    if by_part:
-        expressions += [rf"(?:{name})(?:(?<=\.)|(?=\.|$))" for name in whole if not re.fullmatch(r"[\w.\-]*", name)]
-    patterns = [_pattern(f"{settings.inside}{key}", expression) for expression in expressions]
-
-    def has(module: str) -> bool:
-        parts = range(1, len(module) + 1) if by_part else ()
-        return (
-            module in whole
-            or any(module[-end:] in whole or (module[end:][:1] in ("", ".") and module[:end] in whole) for end in parts)
-            or any(pattern.match(module) for pattern in patterns)
-        )
-
-    return has
-
-
-def _pattern(key: str, expression: str) -> re.Pattern[str]:
-    """A regular expression that cannot take long: few repetitions, and none of a repetition."""
-    plain = re.sub(r"\\.|\[[^\]]*\]|\(\?", "_", expression)
-    repeats = len(re.findall(r"[*+?{]", plain))
-    if len(expression) > MOST_PATTERN or repeats > MOST_REPEATS or re.search(r"\)[*+{]", plain):
-        raise NotImplementedError(
-            f"{key} has the regular expression {expression!r:.60}; those with up to {MOST_REPEATS} repetitions of "
-            "characters are read"
-        )
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{key} has {expression!r:.60}, which is not a regular expression: {error}") from None
