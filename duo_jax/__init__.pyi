@@ -1,7 +1,8 @@
 # The public API: each name is imported when it is first used.
 from .cache.cache import KVCache
 from .certified import certify
-from .checkpoint.load import load_model, load_tokenizer
+from .checkpoint.load import load_model
+from .checkpoint.open import load_tokenizer
 from .checkpoint.save import save_model
 from .config import ModelConfig
 from .families.presets import PRESETS

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from duo_jax.checkpoint.open import open_config
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import is_shared, share_verdicts
@@ -91,8 +92,6 @@ def certify(
         ValueError: another value of DUO_CERTIFY than 0, 1 and full; an unknown DUO_BACKEND, or a pattern of another
             model.
     """
-    from duo_jax.checkpoint.load import open_config  # That module certifies what it loads.
-
     config = open_config(source).with_dtypes(dtype=dtype)
     if pattern is not None:
         pattern.check(config)

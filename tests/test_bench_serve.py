@@ -11,7 +11,7 @@ from duo_eval.runner.record import read
 from duo_eval.speed.serving.bench import BenchServe, serve_table
 from duo_eval.speed.serving.mix import Mix
 
-from duo_jax.checkpoint.load import load_text_tokenizer
+from duo_jax.checkpoint.open import load_text_tokenizer
 
 WAIT = 0.05
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 import duo_jax
 from duo_jax import KVCache, certified, infer, make_mesh
 from duo_jax.cache import store
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.certify import certify_for, requests_of
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.doctor import Doctor

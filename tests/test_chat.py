@@ -22,7 +22,7 @@ from prompt_toolkit.output import DummyOutput
 import duo_jax
 from duo_jax import Categorical, Greedy, RepetitionPenalty, Temperature, TopK, TopP
 from duo_jax.checkpoint.gguf_file import GgufFile
-from duo_jax.checkpoint.load import open_source
+from duo_jax.checkpoint.open import open_source
 from duo_jax.cli.chat import _CONTROLS, COMMANDS, ChatCommand
 from duo_jax.cli.lines import Lines
 from duo_jax.cli.options import ChatSamplingOptions

@@ -12,7 +12,7 @@ import pytest
 
 from duo_jax import HeadPattern, KVCache, Model, generate, load_model
 from duo_jax.checkpoint.gguf_file import GgufFile
-from duo_jax.checkpoint.load import load_text_tokenizer
+from duo_jax.checkpoint.open import load_text_tokenizer
 from duo_jax.families.presets import PRESETS
 from duo_jax.text.reply import Row
 from duo_jax.tokenizer import TextTokenizer

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 from duo_jax import Model, ModelConfig, generate, load_model, make_mesh, save_model
 from duo_jax.arrays import Shards
 from duo_jax.checkpoint.layouts import LAYOUTS
-from duo_jax.checkpoint.load import open_config
 from duo_jax.checkpoint.mxfp4 import mxfp4_values
+from duo_jax.checkpoint.open import open_config
 from duo_jax.checkpoint.stored import checked
 from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.families.quantization import stored_format

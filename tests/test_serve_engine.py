@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from duo_jax.checkpoint.load import load_tokenizer
+from duo_jax.checkpoint.open import load_tokenizer
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.engine import ClosedError, Engine

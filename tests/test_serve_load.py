@@ -14,7 +14,7 @@ import pytest
 
 from duo_jax import HeadPattern, Model, ModelConfig, load_model, make_mesh
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.checkpoint.load import load_tokenizer
+from duo_jax.checkpoint.open import load_tokenizer
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.serve import programs

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from duo_jax.checkpoint.load import open_source
+from duo_jax.checkpoint.open import open_source
 from duo_jax.reading import read_json
 
 # Of each file: this many blocks, evenly spaced. Smaller files are read whole.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from duo_jax.certified import inference
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions
 from pallas_kernels.certify import certify, check_settings

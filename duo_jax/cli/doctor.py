@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from duo_jax.certified import TRAINING_WINDOW, certify_model, inference, training
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions
 from duo_jax.cli.pretend import lines_of, pretend

@@ -16,7 +16,7 @@ from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
 from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.chunks import cache_room, chunk_width
 from duo_jax.cli.answers import Answers
 from duo_jax.cli.batch import BatchOptions, PromptRow, answer, batches, encode_rows, filled, fingerprint, read_rows

@@ -10,15 +10,8 @@ import tyro
 from jax.sharding import Mesh
 
 from duo_jax.arguments import MOST_BYTES, ArgumentError, whole_number
-from duo_jax.checkpoint.load import (
-    load_model,
-    load_text_tokenizer,
-    load_tokenizer,
-    loaded_config,
-    open_config,
-    open_source,
-    usual_dtype,
-)
+from duo_jax.checkpoint.load import load_model, loaded_config
+from duo_jax.checkpoint.open import load_text_tokenizer, load_tokenizer, open_config, open_source, usual_dtype
 from duo_jax.chunks import cache_room
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather

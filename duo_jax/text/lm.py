@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from duo_jax.arguments import ArgumentError
 from duo_jax.cache.cache import KVCache
 from duo_jax.certified import certify_model, inference
-from duo_jax.checkpoint.load import load_model, load_tokenizer, open_config, open_source
+from duo_jax.checkpoint.load import load_model
+from duo_jax.checkpoint.open import load_tokenizer, open_config, open_source
 from duo_jax.checks import check_ids, check_key
 from duo_jax.generation import Request, prepare
 from duo_jax.mesh.mesh import MeshSize

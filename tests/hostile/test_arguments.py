@@ -32,7 +32,7 @@ from duo_jax import (
 )
 from duo_jax.arguments import MOST_SEED, MOST_TOKENS, ArgumentError, real_number, whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.checkpoint.save import save_model
 from duo_jax.text.chat import Chat
 from duo_jax.text.document import Document

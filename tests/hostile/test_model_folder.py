@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from duo_jax import HeadPattern, KVCache, Model, ModelConfig, load_model, load_tokenizer, prefill
 from duo_jax.arrays import MOST_HEADER_BYTES, Shards
 from duo_jax.checkpoint.folder import INDEX, SINGLE
-from duo_jax.checkpoint.load import loaded_config, open_config
+from duo_jax.checkpoint.load import loaded_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.checkpoint.save import save_model
 from duo_jax.rope import DividedRope
 from tests.shapes import GOLDEN

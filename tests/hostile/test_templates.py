@@ -14,7 +14,7 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 import duo_jax
-from duo_jax.checkpoint.load import load_tokenizer
+from duo_jax.checkpoint.open import load_tokenizer
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.text import renderer, template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends

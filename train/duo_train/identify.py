@@ -23,7 +23,7 @@ from tqdm import tqdm
 import duo_jax
 from duo_jax.arguments import whole_number
 from duo_jax.certified import training
-from duo_jax.checkpoint.load import open_config, usual_dtype
+from duo_jax.checkpoint.open import open_config, usual_dtype
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
 from duo_jax.cli.options import ModelOptions
 from duo_jax.differences import changes

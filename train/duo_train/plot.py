@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 from transformers import PreTrainedTokenizerBase
 
 from duo_jax.certified import training
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.options import ModelOptions
 from duo_jax.config import ModelConfig
 from duo_jax.model import Model

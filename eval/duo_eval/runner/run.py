@@ -22,7 +22,7 @@ from duo_eval.stats.scores import FULL
 from duo_jax import HeadPattern, Model, load_model, load_tokenizer
 from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_config, open_source
+from duo_jax.checkpoint.open import open_config, open_source
 from duo_jax.checks import check_vocabulary
 from duo_jax.plan import any_pattern
 from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype

@@ -24,7 +24,7 @@ from duo_eval.tasks import mmlu
 from duo_jax import LM, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
 from duo_jax.certified import inference
-from duo_jax.checkpoint.load import open_source
+from duo_jax.checkpoint.open import open_source
 from pallas_kernels.timing import seconds
 from pallas_kernels.types import Request
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from duo_jax import PRESETS, HeadPattern, Model, ModelConfig, load_model
-from duo_jax.checkpoint.load import open_source
+from duo_jax.checkpoint.open import open_source
 from duo_jax.checkpoint.source import Source
 
 # Sinks and recent tokens of streaming heads by default: the paper's sizes for efficiency (section 3.1).

@@ -21,7 +21,7 @@ from duo_eval.speed.ceilings import flops_per_second
 from duo_eval.speed.roofline import prefill_flops
 from duo_jax import HeadPattern, ModelConfig, load_model
 from duo_jax.certified import training
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from pallas_kernels import Window
 from pallas_kernels.timing import fastest
 from pallas_kernels.types import Request

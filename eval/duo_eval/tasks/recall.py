@@ -24,7 +24,7 @@ from duo_jax import HeadPattern, ModelConfig, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
 from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.plan import any_pattern
 from pallas_kernels.types import Request
 

@@ -58,7 +58,7 @@ class BenchServe:
         from duo_train.data.haystack import load_haystack
 
         from duo_eval.speed.serving.client import Server
-        from duo_jax.checkpoint.load import load_text_tokenizer
+        from duo_jax.checkpoint.open import load_text_tokenizer
 
         self.mix.check()
         whole_number("clients", self.clients, 1, 10_000)

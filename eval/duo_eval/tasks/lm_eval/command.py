@@ -21,7 +21,7 @@ from duo_eval.tasks.sandbox.sandbox import isolation
 from duo_jax import LM, HeadPattern
 from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.options import ModelOptions, PatternOptions
 from duo_jax.reading import read_json
 

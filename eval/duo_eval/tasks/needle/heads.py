@@ -31,7 +31,7 @@ from duo_jax import HeadPattern, Model, load_model
 from duo_jax.arguments import whole_number
 from duo_jax.certified import training
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
-from duo_jax.checkpoint.load import open_config
+from duo_jax.checkpoint.open import open_config
 from pallas_kernels import Window
 from pallas_kernels.types import Request
 
