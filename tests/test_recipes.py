@@ -1,6 +1,7 @@
 """The recipes besides `distill`, each against its rule written out in numpy."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from duo_train.data.needles import NeedleData
-from duo_train.gated import GatedModel
+from duo_train.gated import GatedModel, in_full_layers
 from duo_train.identify import Identify
 from duo_train.recipes import RECIPES, AttentionProfile, KVzip, PruLong, Run
 from duo_train.recipes.kvzip import REQUEST
@@ -34,13 +35,15 @@ def run(text_model, tmp_path_factory):
 
 
 def layers(model, tokens):
-    """Rotated queries and keys of every layer, `[T, N, H]` and `[T, K, H]`, float64."""
+    """Rotated queries and keys of every layer with full attention, `[T, N, H]` and `[T, K, H]`, float64."""
+    attention = partial(full_attention, backend="reference")
 
-    def attend(found, layer, q, k, v):
-        return full_attention(q, k, v, backend="reference"), (*found, (q[0], k[0]))
+    def attend(found, layer, q, k, v, sinks):
+        return attention(q, k, v, sink_logits=sinks), (*found, (q[0], k[0]))
 
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
-    found = model.decoder.hidden(jnp.asarray(tokens)[None], positions, attend, ())[1]
+    attend_by_layer = in_full_layers(model.decoder, attend, attention)
+    found = model.decoder.hidden(jnp.asarray(tokens)[None], positions, attend_by_layer, ())[1]
     return [tuple(np.asarray(x, np.float64) for x in pair) for pair in found]
 
 
@@ -52,8 +55,8 @@ def turn(x, angles, scale):
 
 
 @pytest.mark.parametrize(
-    "family", families("llama", of=("llama", "qwen3", "yarn"))
-)  # qwen3 has q/k-norm, yarn a rotation longer than 1
+    "family", families("llama", of=("llama", "qwen3", "yarn", "gpt_oss"))
+)  # qwen3 has q/k-norm, yarn a rotation longer than 1, gpt_oss learned sinks
 def test_the_attention_profile_is_that_of_the_mean_query_and_key(run, family):
     run = run(model=GOLDEN / family)
     recipe = AttentionProfile(num_samples=2, length=50)
@@ -68,14 +71,16 @@ def test_the_attention_profile_is_that_of_the_mean_query_and_key(run, family):
         # Back by the angle that RoPE turned by, and by its length.
         pairs = layers(run.model, tokens)
         means.append([[turn(x, -angles(len(tokens)), 1 / scale).mean(0) for x in pair] for pair in pairs])
-    wanted = np.zeros((config.num_layers, config.num_kv_heads))
-    for layer in range(config.num_layers):
+    wanted = np.zeros((len(config.full_layers), config.num_kv_heads))
+    for layer, number in enumerate(config.full_layers):
+        sinks = run.model.decoder.sink_logits(number)
         q, k = (np.mean([sample[layer][i] for sample in means], axis=0) for i in (0, 1))
         keys = turn(np.repeat(k[None], 50, axis=0), angles(50), scale)
         last = turn(np.repeat(q[None], 50, axis=0), angles(50), scale)[-1]
         for head in range(config.num_heads):
             scores = keys[:, head // group] @ last[head] / np.sqrt(config.head_dim)
-            weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+            sink = -np.inf if sinks is None else float(sinks[head])
+            weights = np.exp(scores) / (np.exp(scores).sum() + np.exp(sink))
             # The mean distance, as a fraction: the oldest of 50 tokens counts 1, the newest 1 / 50.
             area = weights @ (np.arange(50, 0, -1) / 50)
             wanted[layer, head // group] = max(wanted[layer, head // group], area)

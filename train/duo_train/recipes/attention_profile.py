@@ -21,11 +21,13 @@ from duo_train.gated import in_full_layers
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run
 from pallas_kernels import full_attention
+from pallas_kernels.merge import softmax_with_sinks
 
 # Distances of every head are in memory at the same time.
 MOST_DISTANCES = 1 << 20
 
-Means = tuple[tuple[Float[Array, "N H"], Float[Array, "K H"]], ...]
+# Of each layer with full attention: mean query, mean key, and the scores of learned sinks where there are any.
+Means = tuple[tuple[Float[Array, "N H"], Float[Array, "K H"], Float[Array, "N"] | None], ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class AttentionProfile(Recipe):
 
 @partial(jax.jit, static_argnums=2)
 def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Means:
-    """Mean query and key of every head of layers with full attention, before RoPE."""
+    """Mean query and key of every head of layers with full attention, before RoPE; and learned sinks."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     cos, sin = rotation(model.config.only_rope, model.config.rope_dim, positions)
     unrotate = partial(rotate, cos=cos, sin=-sin)
@@ -69,7 +71,7 @@ def _means(model: Model, tokens: Int32[Array, "1 T"], backend: str | None) -> Me
 
     def attend(means: Means, layer: int, q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Means]:
         q_mean, k_mean = (unrotate(x.astype(jnp.float32))[0].mean(0) * scale for x in (q, k))
-        return attention(q, k, v, sink_logits=sinks), (*means, (q_mean, k_mean))
+        return attention(q, k, v, sink_logits=sinks), (*means, (q_mean, k_mean, sinks))
 
     means: Means = ()
     decoder = model.decoder
@@ -83,12 +85,13 @@ def _profile(config: ModelConfig, means: Means, length: int) -> Float[Array, "L 
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     cos, sin = rotation(config.only_rope, config.rope_dim, positions)
 
-    def profile(q: Float[Array, "N H"], k: Float[Array, "K H"]) -> Float[Array, "N"]:
+    def profile(q: Float[Array, "N H"], k: Float[Array, "K H"], sinks: Float[Array, "N"] | None) -> Float[Array, "N"]:
         last = rotate(q[None, None], cos[:, -1:], sin[:, -1:])[0, 0]
         keys = rotate(jnp.broadcast_to(k, (1, length, *k.shape)), cos, sin)[0]
         keys = jnp.repeat(keys, config.num_heads // config.num_kv_heads, axis=1)
-        weights = jax.nn.softmax(jnp.einsum("nh,tnh->nt", last, keys) * config.head_dim**-0.5, axis=-1)
-        # The area under the cumulative attention from the oldest token: 1 if all is on it, 1 / T if on the newest.
+        weights = softmax_with_sinks(jnp.einsum("nh,tnh->nt", last, keys) * config.head_dim**-0.5, sinks)
+        # The area under the cumulative attention from the oldest token: 1 if all is on it, 1 / T if on the newest, 0 if
+        # on a learned sink, which needs no cache.
         return jnp.cumsum(weights, axis=-1).mean(-1)
 
-    return jnp.stack([profile(q, k) for q, k in means])
+    return jnp.stack([profile(*of_layer) for of_layer in means])
