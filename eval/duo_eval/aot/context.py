@@ -1,6 +1,6 @@
 """`duo eval context` and `duo eval meshes`: the longest contexts of large models, planned and checked by the compiler.
 
-On one GPU for each data type, with full attention and a pattern; and on several GPUs. None of them need be present.
+For each data type, with full attention and a pattern; and of larger models on one GPU or several. None need be present.
 """
 
 import math
@@ -126,7 +126,7 @@ def _line(cell: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A model on several GPUs of one kind."""
+    """A model on one or several GPUs of one kind."""
 
     gpu: str
     model: str
@@ -134,29 +134,42 @@ class Case:
     sparsity: float | None = None
     kv_dtype: str | None = None
     context: int | None = None  # tokens; None: as many as fit
+    weight_dtype: str | None = None
 
     def plan(self, chunk: int) -> Plan:
-        """Its plan, with weights and activations in bfloat16."""
-        config = replace(PRESETS[self.model], dtype="bfloat16")
+        """Its plan, with activations in bfloat16, and what is not quantized."""
+        config = replace(PRESETS[self.model], dtype="bfloat16", weight_dtype=self.weight_dtype)
         pattern = None if self.sparsity is None else any_pattern(config, self.sparsity)
         return Plan(config, pattern, chunk_size=chunk, kv_dtype=self.kv_dtype, mesh=MeshSize.parse(self.mesh))
 
 
+_QWEN3 = Case("h200", "qwen3-30b-a3b", "tensor=1", 0.5, context=131_072)
+_GPT_OSS = Case("h200", "gpt-oss-120b", "tensor=1", 0.5, context=131_072, weight_dtype="mxfp4")
+_GEMMA3 = Case("h200", "gemma-3-27b", "tensor=1", 0.5, context=131_072)
+# On several GPUs, then on one.
 CASES = {
     "70b-full": Case("h100-80g", "llama-3-70b", "tensor=8"),
     "70b": Case("h100-80g", "llama-3-70b", "tensor=8", 0.5),
     "10m": Case("h200", "llama-3-8b", "tensor=8", 0.5, "int4", 10_000_000),
     "10m-striped": Case("h200", "llama-3-8b", "tensor=4,sequence=2", 0.5, "int4", 10_000_000),
+    "qwen3-moe": _QWEN3,
+    "gpt-oss": _GPT_OSS,
+    "gemma3": _GEMMA3,
+    "qwen3-moe-full": replace(_QWEN3, sparsity=None),
+    "gpt-oss-full": replace(_GPT_OSS, sparsity=None),
+    "gemma3-full": replace(_GEMMA3, sparsity=None),
 }
+SEVERAL = tuple(name for name, case in CASES.items() if MeshSize.parse(case.mesh).devices > 1)
 
 
 @dataclass(frozen=True)
 class MeshesTask:
-    """Plan large models on eight GPUs, compile prefill and decode for them, and read the traffic between the GPUs."""
+    """Plan large models on GPUs, compile prefill and decode for them, and read the traffic between the GPUs."""
 
-    cases: tuple[str, ...] = tuple(CASES)
+    cases: tuple[str, ...] = SEVERAL
     """70b-full, 70b (Llama-3-70B on 8 x H100, the longest context, all heads or half), 10m, 10m-striped (Llama-3-8B at
-    ten million tokens in 4 bits on 8 x H200)."""
+    ten million tokens in 4 bits on 8 x H200); at 131,072 tokens on one H200: qwen3-moe (30B-A3B), gpt-oss (120b in
+    MXFP4), gemma3 (27B), each also with -full for all heads."""
     chunk: int = 4096
     """Tokens of a chunk of the prompt."""
     out: Path | None = None
@@ -218,35 +231,43 @@ def plan_table(path: Path) -> str:
 
 
 def mesh_table(path: Path) -> str:
-    """Large models on several GPUs: bytes of each from the compiler, and the traffic between them in a layer."""
+    """Large models: bytes of each GPU from the compiler; on several, the traffic between them in a layer."""
     head, results = read(path)
-    rows = []
-    for cell in results:
-        verified, devices = cell["verified"], math.prod(cell["settings"]["mesh"].values())
-        sent = {name: sizes["collectives"]["bytes_in_a_layer"] for name, sizes in verified["programs"].items()}
-        rows.append(
-            (
-                f"{devices} x {cell['gpu']}",
-                cell["model"],
-                cell["mesh"],
-                cell["settings"]["kv_dtype"],
-                f"{cell['sparsity'] or 0:.0%}",
-                f"{verified['context']:,}",
-                f"{verified['total'] / 1e9:.2f}",
-                f"{verified['deviation']:+.2%}",
-                f"{cell['devices']['imbalance']:.1%}",
-                f"{sent['decode'] / 1e3:.1f}",
-                f"{sent['prefill'] / 1e6:.1f}",
-            )
-        )
-    headers = ["GPUs", "model", "mesh", "cache", "streaming", "tokens", "each, GB", "plan"]
-    headers += ["largest pool, above the mean", "decode, KB a layer", "prefill, MB a layer"]
+    several = any(math.prod(cell["settings"]["mesh"].values()) > 1 for cell in results)
+    rows = [_case_cells(cell) | (_traffic_cells(cell) if several else {}) for cell in results]
     note = (
-        f"Weights and activations in bfloat16, one row, chunks of {head['about']['chunk']} tokens. *Each*: bytes of "
-        "each GPU, from the compiler; *plan*: the plan compared with that; *a layer*: bytes that its collectives "
-        "deliver to each GPU. Not run."
+        f"Activations, and what is not quantized, in bfloat16, one row, chunks of {head['about']['chunk']} tokens. "
+        "*Each*: bytes of each GPU, from the compiler; *plan*: the plan compared with that"
     )
-    return f"{rows_to_table(rows, headers, 'llllr')}\n\n{note}\n\n{compiled_with(head)}"
+    note += "; *a layer*: bytes that its collectives deliver to each GPU. Not run." if several else ". Not run."
+    table = rows_to_table([tuple(row.values()) for row in rows], list(rows[0]), "llllr")
+    return f"{table}\n\n{note}\n\n{compiled_with(head)}"
+
+
+def _case_cells(cell: dict[str, Any]) -> dict[str, str]:
+    settings, verified = cell["settings"], cell["verified"]
+    return {
+        "GPUs": f"{math.prod(settings['mesh'].values())} x {cell['gpu']}",
+        "model": cell["model"],
+        "weights": settings["weight_dtype"],
+        "cache": settings["kv_dtype"],
+        "streaming": f"{cell['sparsity'] or 0:.0%}",
+        "tokens": f"{verified['context']:,}",
+        "weights, GB": f"{cell['weights'] / 1e9:.2f}",
+        "cache, GB": f"{cell['kv'] / 1e9:.2f}",
+        "each, GB": f"{verified['total'] / 1e9:.2f}",
+        "plan": f"{verified['deviation']:+.2%}",
+    }
+
+
+def _traffic_cells(cell: dict[str, Any]) -> dict[str, str]:
+    sent = {name: sizes["collectives"]["bytes_in_a_layer"] for name, sizes in cell["verified"]["programs"].items()}
+    return {
+        "mesh": cell["mesh"],
+        "largest pool, above the mean": f"{cell['devices']['imbalance']:.1%}",
+        "decode, KB a layer": f"{sent['decode'] / 1e3:.1f}",
+        "prefill, MB a layer": f"{sent['prefill'] / 1e6:.1f}",
+    }
 
 
 RESULT = ResultType(
