@@ -181,12 +181,11 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen."""
+class _SamplingFlags:
+    """Flags of all commands that generate text."""
 
-    temperature: float = 0.0
-    """0 chooses the most likely token, also with --chat; above 0, tokens are sampled. duo chat has the model's own
-    temperature by default."""
+    temperature: float | None = None
+    """0 chooses the most likely token; above 0, tokens are sampled; the model's own by default."""
     top_k: int | None = None
     """Sample only from the k most likely tokens."""
     top_p: float | None = None
@@ -199,6 +198,15 @@ class SamplingOptions:
     """Random seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions(_SamplingFlags):
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 chooses the most likely token, also with --chat; above 0, tokens are sampled. duo chat has the model's own
+    temperature by default."""
 
     def settings(self) -> SamplingSettings:
         """The numbers of the flags."""
@@ -220,23 +228,8 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class ChatSamplingOptions:
+class ChatSamplingOptions(_SamplingFlags):
     """How tokens are chosen; by default as the model's generation_config.json says, or else the most likely token."""
-
-    temperature: float | None = None
-    """0 chooses the most likely token; above 0, tokens are sampled; the model's own by default."""
-    top_k: int | None = None
-    """Sample only from the k most likely tokens."""
-    top_p: float | None = None
-    """Sample from the smallest set of tokens whose probabilities sum to p."""
-    min_p: float | None = None
-    """Sample from tokens at least p times as likely as the most likely one."""
-    repetition_penalty: float | None = None
-    """Above 1, tokens that have already occurred become less likely."""
-    seed: int = 0
-    """Random seed of the sampling."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a reply; they are not part of it."""
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
         """The model's own settings, with those that were given; at temperature 0, without its cuts."""

@@ -116,12 +116,7 @@ class Eviction(Method):
     def check(self, model: Model, budget: float, length: int) -> None:
         """See `Method.check`."""
         super().check(model, budget, length)
-        limit, least = self.limit(budget, length, length), self.least(length)
-        if limit < min(length, least):
-            raise ValueError(
-                f"{budget=} of {length} tokens allows {limit} tokens per head; {self.name} needs {least}: raise the "
-                "budget, or give a longer prompt"
-            )
+        self.check_limit(budget, length, limit=self.limit(budget, length, length), least=self.least(length))
 
     def begin(
         self, model: Model, tokens: ArrayLike, *, room: int, budget: float

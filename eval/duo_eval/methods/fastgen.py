@@ -58,14 +58,13 @@ class FastGenState:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values allocated."""
-        return self.cache.k.nbytes + self.cache.v.nbytes
+        return self.cache.nbytes
 
     @property
     def memory(self) -> Memory:
         """Bytes that the sequence takes now."""
         held = int((np.asarray(self.cache.position) >= 0).sum())
-        metadata = sum(x.nbytes for x in self.cache[2:]) + self.policy.nbytes
-        return Memory(self.nbytes, self.nbytes // self.cache.k.shape[0] * held, self.peak_nbytes, metadata)
+        return self.cache.memory(held, self.peak_nbytes, self.policy)
 
 
 @dataclass(frozen=True)

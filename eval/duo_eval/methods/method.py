@@ -90,6 +90,18 @@ class Method(ABC):
         if not 0.0 < budget <= 1.0:
             raise ValueError(f"budget must be in (0, 1], a fraction of full attention's KV bytes, got {budget=}")
 
+    def check_limit(self, budget: float, length: int, *, limit: int, least: int) -> None:
+        """Refuse a budget that allows a head fewer tokens than this method needs; a shorter prompt is held whole.
+
+        Raises:
+            ValueError: `limit` tokens are fewer than `least`, and fewer than the prompt's.
+        """
+        if limit < min(length, least):
+            raise ValueError(
+                f"{budget=} of {length} tokens allows {limit} tokens per head; {self.name} needs {least}: raise the "
+                "budget, or give a longer prompt"
+            )
+
     @abstractmethod
     def begin(self, model: Model, tokens: ArrayLike, *, room: int, budget: float) -> tuple[Float[Array, "V"], Any]:
         """Prefill a whole prompt, all of it through the method.

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from duo_eval.methods.method import Memory
 from pallas_kernels.merge import Softmax, accumulate, empty, partial_of
 from pallas_kernels.schedule import cdiv
 
@@ -29,6 +30,16 @@ class Ragged(NamedTuple):
     head: Int32[Array, "M"]  # head that owns the slot; P: none
     offset: Int32[Array, "P"]  # first slot of each head
     size: Int32[Array, "P"]  # slots of each head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values allocated."""
+        return self.k.nbytes + self.v.nbytes
+
+    def memory(self, held: int, peak_nbytes: int, per_head: np.ndarray) -> Memory:
+        """Bytes that a sequence takes now: `held` slots have a token, `per_head` is what its rule stores beside."""
+        metadata = sum(x.nbytes for x in self[2:]) + per_head.nbytes
+        return Memory(self.nbytes, self.nbytes // self.k.shape[0] * held, peak_nbytes, metadata)
 
 
 class Layout(NamedTuple):

@@ -46,14 +46,13 @@ class ScoredState:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values allocated."""
-        return self.cache.k.nbytes + self.cache.v.nbytes
+        return self.cache.nbytes
 
     @property
     def memory(self) -> Memory:
         """Bytes that the sequence takes now."""
         held = int(self.kept.sum()) + len(self.kept) * (self.length - self.prompt)
-        metadata = sum(x.nbytes for x in self.cache[2:]) + self.kept.nbytes
-        return Memory(self.nbytes, self.nbytes // self.cache.k.shape[0] * held, self.peak_nbytes, metadata)
+        return self.cache.memory(held, self.peak_nbytes, self.kept)
 
 
 class Scoring(Method):
@@ -74,12 +73,7 @@ class Scoring(Method):
     def check(self, model: Model, budget: float, length: int) -> None:
         """See `Method.check`."""
         super().check(model, budget, length)
-        limit, least = share(budget, length), self.least()
-        if limit < min(length, least):
-            raise ValueError(
-                f"{budget=} of {length} tokens allows {limit} tokens per head; {self.name} needs {least}: raise the "
-                "budget, or give a longer prompt"
-            )
+        self.check_limit(budget, length, limit=share(budget, length), least=self.least())
 
     def begin(
         self, model: Model, tokens: ArrayLike, *, room: int, budget: float
