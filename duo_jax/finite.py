@@ -21,7 +21,16 @@ def not_finite(where: str, dtype: Any) -> FloatingPointError:
 
 
 def check_finite(where: str, values: Any, dtype: Any) -> None:
-    """Raise FloatingPointError if log-probabilities or scores contain NaN or infinity, which are no results."""
+    """Check that log-probabilities or scores are finite.
+
+    Args:
+        where: the beginning of the message, such as "step 3: the logits are".
+        values: numbers of any shape.
+        dtype: the model's data type, by which the message names the likely cause.
+
+    Raises:
+        FloatingPointError: there is NaN or infinity.
+    """
     if not np.isfinite(np.asarray(values, np.float64)).all():
         raise not_finite(where, dtype)
 

@@ -187,7 +187,9 @@ def test_longrope_goes_by_the_room_of_a_cache(tmp_path):
     np.testing.assert_allclose(logits, arrays["duo_logits"][:, 23], **TOLERANCE)
     cache.save(tmp_path / "cache", model)
     assert KVCache.load(tmp_path / "cache", model, max_length=64).max_length == 64
-    with pytest.raises(ValueError, match=r"room for 40 tokens.* another one with room for 32, on the other side of 32"):
+    with pytest.raises(
+        ValueError, match=r"room for 40 tokens, and cannot have room for 32: RoPE of its model changes at 32"
+    ):
         KVCache.load(tmp_path / "cache", model, max_length=32)
 
 

@@ -195,8 +195,8 @@ def _check_rope(path: str | Path, about: Mapping[str, Any], max_length: int) -> 
     original, saved = rope["original_max_position_embeddings"], about["max_length"]
     if (max_length > original) != (saved > original):
         raise ValueError(
-            f"{path} has room for {saved} tokens, and RoPE of its model is another one with room for {max_length}, on "
-            f"the other side of {original}: prefill again with room for as many"
+            f"{path} was saved with room for {saved} tokens, and cannot have room for {max_length}: RoPE of its model "
+            f"changes at {original}; prefill again with that room"
         )
 
 

@@ -81,7 +81,10 @@ def checked(module: str, arrays: dict[str, np.ndarray], coding: Coding, shape: S
     if (index := kept.get("groups")) is not None:
         count = group_count(coding, width)
         if index.min() < 0 or index.max() >= count:
-            raise ValueError(f"{module} has input channels in group {index.min()} to {index.max()} of {count}")
+            raise ValueError(
+                f"{module} has input channels in group {index.min()} to {index.max()} of {count}, counted from 0: its "
+                "g_idx is damaged; download the folder again"
+            )
         kept["groups"] = index.astype(np.int32)
         if not coding.act_order:
             if not np.array_equal(index, np.arange(width) // (coding.group or width)):

@@ -121,7 +121,10 @@ class Serve:
                 address = f"[{host}]" if ":" in host else host
                 print(f"{name}: {about}", file=sys.stderr)
                 if self.host not in LOOPBACK and key is None:
-                    print("anyone who reaches this address can use the server: give --api-key", file=sys.stderr)
+                    print(
+                        "warning: anyone who reaches this address can use the server; set --api-key or DUO_API_KEY",
+                        file=sys.stderr,
+                    )
                 print(f"http://{address}:{port}/v1", flush=True)
 
             Server(app, engine, grace=self.grace, ready=ready).run(sockets=[listener])

@@ -72,7 +72,7 @@ def standard(config: Mapping[str, Any], *, is_complete: bool = False) -> dict[st
         config, required = by_first_name(config), required | set(REQUIRED_EXPERTS)
     missing = [key for key in (*REQUIRED, *REQUIRED_EXPERTS) if key in required and config.get(key) is None]
     if missing:
-        raise ValueError(f"the configuration of this {family} model lacks {', '.join(missing)}")
+        raise ValueError(f"the configuration of this {family} model lacks {', '.join(missing)}: use its original one")
     given = {key: config[key] for key in KEYS if key in config}
     given |= {key: check(key, given[key]) for key, check in KEYS.items() if check and given.get(key) is not None}
     check_rope(family, given)

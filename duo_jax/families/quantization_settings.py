@@ -75,7 +75,8 @@ class Settings:
         if not unless:
             where = f" in {self.inside.rstrip('.')}" if self.inside else ""
             raise NotImplementedError(
-                f"this model uses weights quantized by {self.method} with {what}{where}, which is not supported"
+                f"this model uses weights quantized by {self.method} with {what}{where}, which is not supported: "
+                "load the model that is not quantized"
             )
 
 

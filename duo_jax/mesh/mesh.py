@@ -90,8 +90,8 @@ class MeshSize:
         check_heads(config, "tensor", self.tensor)
         if config.num_experts % self.sharers:
             raise ValueError(
-                f"{config.num_experts} experts cannot be divided among tensor * sequence = {self.sharers} devices: it "
-                "must divide their number"
+                f"{config.num_experts} experts cannot be divided among tensor * sequence = {self.sharers} devices: "
+                "use a number of devices that divides the number of experts"
             )
         if config.mlp_dims != (config.expert_dim,) and config.mlp_dim % self.sharers:
             fitting = [n for n in _fitting_sizes(config) if config.mlp_dim % (n * self.sequence) == 0]

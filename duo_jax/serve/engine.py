@@ -1,4 +1,4 @@
-"""Engine: a thread that serves requests on a device, and what it tells those who wait. Knows no HTTP.
+"""Engine: a thread that serves requests on a device, and the events that it sends to those who wait. Knows no HTTP.
 
 The thread alone uses the device. Requests come from any thread, and events go to a listener that is called by the
 engine's thread, or to whoever iterates over the handle.
