@@ -148,6 +148,11 @@ class Chip:
     shared_memory: int
     """Bytes of shared memory that a block may take; 0 without a compute capability."""
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether products read their right factor from shared memory; elsewhere each warp has it in registers."""
+        return self.capability is not None and self.capability[0] == 9
+
 
 def shared_memory_per_block(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that a block may take on GPUs of a compute capability (CUDA programming guide, 20.2)."""

@@ -1,8 +1,10 @@
 """Prefill over quantized pools, for kernels that read plain ones: slots are unpacked a segment at a time.
 
-Each program of a kernel would unpack the keys that it visits, and a chunk has many tiles of queries for each key. So a
-segment of every slot of the layer is unpacked once into memory that all segments share, the kernel runs on it, and its
-result is merged with that of the segments before. Only segments with tokens are visited.
+Each program of a kernel would unpack the keys that it visits, and a long chunk has many tiles of queries for each key.
+So a segment of every slot of the layer is unpacked once into memory that all segments share, the kernel runs on it, and
+its result is merged with that of the segments before. Only segments with tokens are visited.
+
+A short chunk has few tiles of queries, and memory is what it waits for: a kernel of decode reads the packed slots.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpus import chip
 from pallas_kernels.merge import merge_parts
 from pallas_kernels.quantized import any_quantized
 from pallas_kernels.schedule import cdiv
+from pallas_kernels.tiles import MOST_ROWS
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
-from pallas_kernels.works import Scope
+from pallas_kernels.works import Scope, multiprocessors
 from pallas_kernels.xla import Slot
 
 # Tokens of a segment, all rows together, and the least of a row. A result is merged in the time in which about 1,000
@@ -27,15 +31,20 @@ from pallas_kernels.xla import Slot
 SEGMENT, LEAST = 65_536, 8192
 # Whole tiles of keys.
 UNIT = 128
-
+# Most tiles of queries of a KV head for which unpacking a key for each of them takes less time than unpacking it once
+# into memory: on Hopper, and elsewhere. By the model in docs/guides/kernels.md.
+MOST_TILES, MOST_TILES_ELSEWHERE = 4, 2
 
 # Tokens of a row's segment, where they are chosen otherwise.
 _CHOSEN: ContextVar[int | None] = ContextVar("segment", default=None)
 
 
 @contextmanager
-def segments_of(tokens: int) -> Iterator[None]:
-    """Within it, programs are traced with segments of so many tokens of each row: for short slots, to have several."""
+def segments_of(tokens: int | None) -> Iterator[None]:
+    """Within it, programs are traced with segments of so many tokens of each row: for short slots, to have several.
+
+    So are those of short chunks. None: the number is not chosen.
+    """
     token = _CHOSEN.set(tokens)
     try:
         yield
@@ -54,8 +63,25 @@ def scratch_bytes(rows: int, capacity: int, num_kv_heads: int, head_dim: int, it
     return 2 * num_kv_heads * rows * segment(rows, capacity) * head_dim * itemsize
 
 
+def is_short(q: Float[Array, "B T N H"], num_kv_heads: int) -> bool:
+    """Whether a chunk's queries are so few that decode's kernel should read packed keys for them, and can."""
+    rows, tokens, num_heads, head_dim = q.shape
+    tiles = -(-tokens * (num_heads // num_kv_heads) // MOST_ROWS)
+    # Results of parts of the keys, at most one for each multiprocessor and head, take no more memory than a segment.
+    parts = rows * multiprocessors() * MOST_ROWS * 4
+    return (
+        _CHOSEN.get() is None
+        and tiles <= (MOST_TILES if chip().is_hopper else MOST_TILES_ELSEWHERE)
+        and parts <= 2 * rows * segment(rows, SEGMENT) * q.dtype.itemsize
+        and q.dtype.itemsize == 2
+        and head_dim >= 16
+        and head_dim.bit_count() == 1
+    )
+
+
 def over_plain_pools(
     attend: Callable[..., Partial],
+    attend_to_slots: Callable[..., Partial],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -69,6 +95,7 @@ def over_plain_pools(
     """Attention by `attend(q, k, v, pools, heads, start=, lengths=, scope=)`, which gets pools that are not quantized.
 
     Of several shards, the first counts the chunk's own keys. The output is float32 where several results are merged.
+    For a short chunk, `attend_to_slots(q, pools, heads, filled=)` is attention to quantized slots.
     """
     filled = start if shards is None else shards.held(start)
     scope = Scope(filled, True if shards is None else shards.index == 0)
@@ -97,6 +124,9 @@ def over_plain_pools(
     first = attend(
         q, k, v, Pools(none, none, *ring), heads._replace(slot=slot), **rows, scope=scope._replace(filled=0 * filled)
     )
+    found = Partial(first.out.astype(jnp.float32), first.log_sum)
+    if is_short(q, heads.slot.shape[0]):
+        return merge_parts([found, attend_to_slots(q, pools, heads, filled=filled)])
     capacity, page = pools.capacity, 1 if pages is None else pools.full_k.shape[2]
     size = segment(q.shape[0], capacity, page)
     # The first segment is the one that is shorter: every other one then has `size` tokens up to the end of a slot.
@@ -118,5 +148,4 @@ def over_plain_pools(
         return merge_parts([found, part], [None, is_used])
 
     count = jnp.where(heads.is_retrieval.any(), cdiv(jnp.maximum(filled.max() + size - short, 0), size), 0)
-    found = Partial(first.out.astype(jnp.float32), first.log_sum)
     return lax.fori_loop(jnp.int32(0), jnp.where(filled.max() > 0, count, 0), add, found)

@@ -121,6 +121,9 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
 # Shared memory of a block on A100, bytes; with less, some tiles are smaller.
 WIDE = 163 << 10
 
+# Queries of a tile of decode that unpacks quantized keys, at least and at most: there are registers for no more.
+LEAST_ROWS, MOST_ROWS = 64, 128
+
 _ON_TRIAL: dict[str, Any] = {}
 
 
@@ -144,6 +147,16 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = Fa
         if found := entries.get(size_key(head_dim, itemsize, quantized=quantized)):
             return found
     return _default(kernel, _width(head_dim), itemsize, quantized, chip())
+
+
+def tall_tiles(head_dim: int, itemsize: int, num_kv_heads: int) -> DecodeTiles:
+    """Tiles of decode for `LEAST_ROWS` to `MOST_ROWS` queries of a KV head, and a quantized cache."""
+    tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=True)
+    here = chip()
+    most = 64 if here.is_hopper and _width(head_dim) <= 128 else 32
+    # One program, of eight warps, has the registers of a multiprocessor.
+    programs = num_kv_heads * (here.cores or 8)
+    return replace(tiles, block_k=min(tiles.block_k, most), num_warps=8, max_programs=programs)
 
 
 def tiles_of(backend: str, request: Request) -> dict[str, Any]:

@@ -72,6 +72,11 @@ CASES = {
     "int4_cache_head_dim_64_bfloat16": Case(MIXED, head_dim=64, dtype="bfloat16", pool_dtype="int4"),
     "int4_cache_int8_rings": Case(MIXED, group=1, pool_dtype="int4", ring_dtype="int8"),
     "int8_cache_head_dim_256": Case((True, True), group=1, head_dim=256, pool_dtype="int8"),
+    # 140 queries of a KV head are two tiles, which read the packed keys.
+    "int4_cache_short_chunk": Case(
+        MIXED, group=4, head_dim=32, dtype="bfloat16", pool_dtype="int4", ring_dtype="int8", tokens=35, blocks="packed"
+    ),
+    "int8_cache_short_chunk_bfloat16": Case(MIXED, dtype="bfloat16", pool_dtype="int8", blocks="packed"),
     "int4_rings": Case((False, False), ring_dtype="int4"),
     "one_token": Case(MIXED, tokens=1, lengths=(1, 1, 1), starts=(0, 1, 60)),
     "fewer_tokens_than_sinks": Case(MIXED, tokens=4, lengths=(4, 2, 3), starts=(0, 1, 2), sink_size=7),
@@ -92,6 +97,7 @@ TRITON = CASES.keys() - {
     "head_dim_256_bfloat16",
     "bfloat16_cache_with_float32_rings",
     "int8_cache_head_dim_256",
+    "int8_cache_short_chunk_bfloat16",
     "int4_rings",
 }
 each_case = pytest.mark.parametrize(("backend", "case"), on_each_backend(CASES, TRITON))
@@ -99,16 +105,19 @@ each_case = pytest.mark.parametrize(("backend", "case"), on_each_backend(CASES, 
 
 @functools.cache
 def jitted(operation: str, backend: str | None, blocks: str) -> Callable[..., jax.Array]:
-    """One operation compiled with small or default blocks; block sizes are read while it is traced."""
+    """One operation compiled with small or default blocks, which are read while it is traced.
+
+    With small ones, quantized pools have several segments in prefill; "packed": the chunk is short, and there are none.
+    """
 
     def traced(*args, **sizes):
         with pytest.MonkeyPatch.context() as patch:
-            if blocks == "small":
+            if blocks:
                 for name, size in SMALL_BLOCKS.items():
                     patch.setattr(xla, name, size)
                 patch.setattr(tiles, "_default", lambda kernel, *_: SMALL_TILES[kernel])
             # Of 61 tokens in a slot, the first segment has 13.
-            with segments_of(16):
+            with segments_of(None if blocks == "packed" else 16):
                 return CALLS[operation](*args, **sizes, backend=backend)
 
     return jax.jit(traced, static_argnames="window")

@@ -47,6 +47,16 @@ def test_quantized_caches_lower_for_cuda(operation, dtype, head_dim, cache):
     assert launches(*program(operation, "triton", **shapes)) == expected
 
 
+def test_a_short_chunk_reads_packed_keys():
+    """As in decode; another kernel attends to the chunk and the rings. Of other types, slots are unpacked."""
+    for backend, other in (("triton", ["flash_kernel"]), ("mosaic", [])):
+        found = launches(*program("prefill", backend, cache="int4", tokens=32, capacity=1000))
+        assert found == ["combine_kernel", "decode_kernel", *other]
+    unpacked = {"tokens": 32, "capacity": 1000, "cache": "int4"}
+    for each in ({"dtype": "float32"}, {"head_dim": 96}, {"tokens": 129}):
+        assert launches(*program("prefill", "triton", **unpacked | each)) == ["flash_kernel"] * 2
+
+
 @pytest.mark.parametrize(
     ("operation", "head_dim", "cache"),
     [("prefill", 64, "same"), ("prefill", 128, "int4"), ("decode", 64, "same"), ("decode", 128, "same")],

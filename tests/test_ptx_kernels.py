@@ -121,8 +121,13 @@ def max_error(out: jax.Array, tokens: tuple[tuple[int, int, int], ...], expected
     return float(np.abs(np.stack([numbers[row, index] for row, index, _ in tokens]) - expected).max())
 
 
-def prefill(case: Case, change: Change | None = None, page: int | None = None) -> tuple[float, list[Launch]]:
-    """The largest error of a prefill, and its launches; with `page`, retrieval heads have their tokens in pages."""
+def prefill(
+    case: Case, change: Change | None = None, page: int | None = None, segment: int | None = 136
+) -> tuple[float, list[Launch]]:
+    """The largest error of a prefill, and its launches; with `page`, retrieval heads have their tokens in pages.
+
+    Quantized slots have two segments, or none, which short chunks need not.
+    """
     rows = enumerate(zip(case.starts, case.lengths, strict=True))
     tokens = tuple((row, t, start + t) for row, (start, length) in rows for t in range(length))
     problem, expected = problem_of(case, tokens)
@@ -133,8 +138,7 @@ def prefill(case: Case, change: Change | None = None, page: int | None = None) -
     settings = {"start": jnp.asarray(problem.starts), "lengths": jnp.asarray(problem.lengths)}
     pools, heads = problem.fill(problem.starts)
     pools = pools if page is None else Paged(page, 0).of(pools)
-    # Quantized slots have two segments.
-    with executing(change) as launches, segments_of(136):
+    with executing(change) as launches, segments_of(segment):
         own = map(jnp.asarray, (q, k, v))
         out = CALLS["prefill"](*own, pools, heads, **settings, window=problem.window, backend="triton")
     return max_error(out, tokens, expected), launches
@@ -184,6 +188,17 @@ def test_prefill_from_pages(name):
     error, launches = prefill(PREFILL[name], page=128)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
+
+
+@pytest.mark.parametrize("page", [None, 128], ids=["contiguous", "pages"])
+@pytest.mark.parametrize(("cache", "head_dim", "dtype"), [("int4", 128, "bfloat16"), ("int8", 64, "bfloat16")])
+def test_prefill_of_a_short_chunk(cache, head_dim, dtype, page):
+    """It reads packed keys: 140 queries of a KV head are two tiles; keys are in up to two parts."""
+    rows = {"tokens": 35, "capacity": 600, "starts": (565, 0, 70), "lengths": (35, 0, 7), "recent_size": 70}
+    case = Case((True, False), 4, dtype=dtype, head_dim=head_dim, **rows, pool_dtype=cache)
+    error, launches = prefill(case, page=page, segment=None)
+    print_counts(launches)
+    assert len(launches) == 3 and error < BOUND[dtype]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "head_dim_128_gqa_8", "int8", "int4"])

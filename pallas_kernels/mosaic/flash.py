@@ -33,6 +33,7 @@ from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import RUNS, Run, Seen, Sizes, Steps, div
 from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import PipelineTiles, tiles_for
+from pallas_kernels.triton.decode import attend_to_slots
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 from pallas_kernels.works import Planned, Queries, Scope
@@ -84,7 +85,7 @@ def prefill(
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`."""
     attend = partial(flash_attention, window=window)
-    return over_plain_pools(attend, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)
+    return over_plain_pools(attend, attend_to_slots, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)
 
 
 def flash_attention(

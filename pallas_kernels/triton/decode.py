@@ -18,10 +18,10 @@ from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, weigh
 from pallas_kernels.pages import in_pool
 from pallas_kernels.quantized import Quantized, any_quantized, compute_dtype
 from pallas_kernels.schedule import Splits, cdiv, div, row_of
-from pallas_kernels.tiles import DecodeTiles, tiles_for
+from pallas_kernels.tiles import LEAST_ROWS, MOST_ROWS, DecodeTiles, tall_tiles, tiles_for
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.combine import combine
-from pallas_kernels.triton.packed import Packed
+from pallas_kernels.triton.packed import Packed, Unpacked
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 
@@ -50,7 +50,7 @@ def decode(
 ) -> Partial:
     """See `pallas_kernels.decode_attention`; of several shards, each attends to the tokens that it stores."""
     del window  # A ring stores nothing but visible tokens.
-    batch, num_heads, head_dim = q.shape
+    batch, _, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     itemsize = compute_dtype(q, pools.full_k).itemsize
     tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=any_quantized(pools.stored))
@@ -58,35 +58,80 @@ def decode(
     held = None if shards is None else shards.held(lengths)
     is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths, held)
     arrays = Arrays(q, tile.present(pools), is_retrieval, heads.slot, lengths, held, ends, pools.pages)
-    parts = batch, num_kv_heads, splits.parts, num_heads // num_kv_heads
-    out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
-    kernel, grid = partial(decode_kernel, splits=splits), (splits.programs, num_kv_heads)
-    found = Partial(*tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages))
     # What is merged or transformed further stays in float32.
     is_last = shards is None and not any_quantized(pools.stored)
-    return combine(found, is_retrieval, ends, q.dtype if is_last else jnp.dtype(jnp.float32))
+    return _over_parts(arrays, splits, tiles, q.dtype if is_last else jnp.dtype(jnp.float32))
 
 
-def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: Splits) -> None:
-    """Some parts of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`."""
+def attend_to_slots(q: Float[Array, "B T N H"], pools: Pools, heads: Heads, *, filled: Int32[Array, "B"]) -> Partial:
+    """Attention of a short chunk to all of the first `filled` tokens in quantized slots of retrieval heads, in float32.
+
+    The queries of a chunk that share a KV head are to decode as the query heads of a token: each sees all keys.
+    """
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = heads.slot.shape[0]
+    group = num_heads // num_kv_heads
+    count = -(-length * group // MOST_ROWS)
+    size = -(-length * group // count)  # queries of a tile
+    turned = q.reshape(batch, length, num_kv_heads, group, head_dim).swapaxes(1, 2)
+    turned = turned.reshape(batch, num_kv_heads, length * group, head_dim)
+    padded = jnp.pad(turned, ((0, 0), (0, 0), (0, count * size - length * group), (0, 0)))
+    none = jnp.zeros((0, batch, 1, head_dim), q.dtype)
+    slots, tiles = pools._replace(ring_k=none, ring_v=none), tall_tiles(head_dim, q.dtype.itemsize, num_kv_heads)
+    splits = Splits.of(slots, batch, num_kv_heads * count, tiles)
+    is_retrieval, slot = (
+        jnp.repeat(x, count, total_repeat_length=num_kv_heads * count)
+        for x in (heads.is_retrieval.astype(jnp.int32), heads.slot)
+    )
+    queries = padded.reshape(batch, num_kv_heads * count * size, head_dim)
+    arrays = Arrays(queries, tile.present(slots), is_retrieval, slot, filled, None, splits.ends(filled), slots.pages)
+    found = _over_parts(arrays, splits, tiles, jnp.dtype(jnp.float32), is_tall=True)
+
+    def unpadded(x: Array) -> Array:
+        """`[B, K * count * size, ...]` as `[B, T, N, ...]`."""
+        x = x.reshape(batch, num_kv_heads, count * size, *x.shape[2:])[:, :, : length * group]
+        x = x.reshape(batch, num_kv_heads, length, group, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(batch, length, num_heads, *x.shape[4:])
+
+    return Partial(*map(unpadded, found))
+
+
+def _over_parts(arrays: Arrays, splits: Splits, tiles: DecodeTiles, dtype: Any, *, is_tall: bool = False) -> Partial:
+    """The parts of each row, and their merge: an output of `dtype`."""
+    batch, num_heads, head_dim = arrays.q.shape
+    num_kv_heads = len(arrays.slot)
+    parts = batch, num_kv_heads, splits.parts, num_heads // num_kv_heads
+    out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
+    kernel, grid = partial(decode_kernel, splits=splits, is_tall=is_tall), (splits.programs, num_kv_heads)
+    found = Partial(*tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages))
+    return combine(found, arrays.is_retrieval, arrays.ends, dtype)
+
+
+def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: Splits, is_tall: bool) -> None:
+    """Some parts of the keys of one KV head, for its query heads: `out_ref [B, K, P, G, H]`, `log_ref [B, K, P, G]`.
+
+    With many query heads, `is_tall`, quantized tiles are unpacked; a tile has at least `LEAST_ROWS` then.
+    """
     program, kv_head = pl.program_id(0), pl.program_id(1)
     batch, kind = arrays.q.shape[0], arrays.is_retrieval[kv_head]
 
     def one_part(turn: Array, _: None) -> None:
         row, part = row_of(program + turn * splits.programs, lambda b: arrays.ends[kind, b], batch)
-        _attend(arrays, out_ref, log_ref, splits, (row, kv_head, part))
+        _attend(arrays, out_ref, log_ref, splits, is_tall, (row, kv_head, part))
 
     count = cdiv(jnp.maximum(arrays.ends[kind, jnp.int32(batch - 1)] - program, 0), splits.programs)
     lax.fori_loop(jnp.int32(0), count, one_part, None)
 
 
-def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits, place: tuple[Array, ...]) -> None:
+def _attend(
+    arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits, is_tall: bool, place: tuple[Array, ...]
+) -> None:
     """One part of the keys: of a row, of a KV head, and its number."""
     row, kv_head, part = place
     block_k = splits.block_k
     _, num_heads, head_dim = arrays.q.shape
     group = num_heads // arrays.slot.shape[0]
-    rows = max(tile.MIN_ROWS, pl.next_power_of_2(group))
+    rows = max(LEAST_ROWS if is_tall else tile.MIN_ROWS, pl.next_power_of_2(group))
     slot, length = arrays.slot[kv_head], arrays.lengths[row]
     is_retrieval = arrays.is_retrieval[kv_head] == 1
     if arrays.held is not None:
@@ -97,7 +142,7 @@ def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits
 
     def attend(pool_k: Any, pool_v: Any, pages: Any = None) -> None:
         in_group = tile.indices(0, rows) < group
-        kind = Packed if isinstance(pool_k, Quantized) else Plain
+        kind = (Unpacked if is_tall else Packed) if isinstance(pool_k, Quantized) else Plain
         source = kind(arrays.q, (row, pl.ds(kv_head * group, rows)), in_group, pool_k, pool_v)
 
         def visit(begin: Array, exists: Array | None, state: Softmax) -> Softmax:
@@ -107,9 +152,10 @@ def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits
             if exists is not None:
                 scores = jnp.where(exists[None, :], scores, MASKED)
             scale = head_dim**-0.5 * LOG2_E
-            # A sum for each key of a tile: adding up the columns takes exchanges between warps, which one is enough.
+            # Of few queries, each warp has other keys: sums over warps take exchanges, and are made in the end.
+            add_up = None if is_tall else jnp.asarray
             weights, decay, maximum, total = weigh(
-                state.maximum, state.total, scores, tile.exp2, scale, lambda weights: weights, tile.fma
+                state.maximum, state.total, scores, tile.exp2, scale, add_up, tile.fma
             )
             return Softmax(source.add(state.values, weights, decay, at, exists), maximum, total)
 
@@ -122,10 +168,11 @@ def _attend(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, splits: Splits
 
         whole = div(end - begin, block_k)
         zeros = jnp.zeros((rows,), jnp.float32)
-        state = Softmax(source.empty(rows, block_k), zeros + MASKED, jnp.zeros((rows, block_k), jnp.float32))
+        sums = zeros if is_tall else jnp.zeros((rows, block_k), jnp.float32)
+        state = Softmax(source.empty(rows, block_k), zeros + MASKED, sums)
         state = lax.fori_loop(jnp.int32(0), whole, inside, state)
         state = lax.fori_loop(whole, cdiv(end - begin, block_k), last, state)
-        total = state.total.sum(1)
+        total = state.total if is_tall else state.total.sum(1)
         to = *place, tile.leading(rows)
         for first, count, values in source.columns(state.values):
             columns = pl.ds(jnp.int32(first), values.shape[1])

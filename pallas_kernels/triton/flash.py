@@ -20,6 +20,7 @@ from pallas_kernels.schedule import Run, Seen, Sizes, div, steps_of
 from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import FlashTiles, tiles_for
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.decode import attend_to_slots
 from pallas_kernels.triton.tile import Ref
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
@@ -60,7 +61,7 @@ def prefill(
     tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize)
     dtype = q.dtype if shards is None else jnp.dtype(jnp.float32)
     attend = partial(flash_attention, window=window, tiles=tiles, dtype=dtype)
-    return over_plain_pools(attend, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)
+    return over_plain_pools(attend, attend_to_slots, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)
 
 
 def flash_attention(

@@ -6,8 +6,10 @@ number whose exponent makes it `base + n`: one instruction for two words, and no
 large by `base` times a sum over the other factor, which joins the offset.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.gpus import chip
 from pallas_kernels.quantized import FINE, WORD_BITS, Quantized, scale_and_shifted
 from pallas_kernels.triton import tile
 
@@ -97,6 +100,16 @@ class Packing:
             return 0
         return self.base.value * sum(plane.weight for plane in self.planes if plane.part == 0)
 
+    @property
+    def excess_of_one(self) -> int:
+        """What a number that is unpacked by itself is greater by: nothing, if its planes would have to be added."""
+        return self.base.value if self.bits <= self.base.bits else 0
+
+    @property
+    def _exponents(self) -> int:
+        """Bits of two numbers `value`, of a type of 16 bits."""
+        return self.base.exponent * 0x10001
+
     def channel(self, part: int, piece: int) -> int:
         """The first channel of a part of the words of a slice."""
         return part * self.words + piece * self.size
@@ -121,12 +134,44 @@ class Packing:
 
         if self.dtype == jnp.float32:
             return plain(words) - jnp.float32(self.base.value)
-        twice = 0x10001
         shift = f"shr.u32 $0, $1, {plane.shift}; " if plane.shift else ""
         source = "$0" if plane.shift else "$1"
         # (source & mask) | exponent
-        asm = f"{shift}lop3.b32 $0, {source}, {mask * twice:#x}, {self.base.exponent * twice:#x}, 0xEA;"
+        asm = f"{shift}lop3.b32 $0, {source}, {mask * 0x10001:#x}, {self._exponents:#x}, 0xEA;"
         return tile.assembly(asm, plain, words, dtype=self.dtype, pack=2, constraints="=r,r")
+
+    def numbers(self, words: Array, part: int, grid: tuple[Array, Array]) -> Array:
+        """Those of a part of some words `[S, W]` of 16-bit types, as `quantized.dequantize` rounds them.
+
+        `grid` is what `load_grid` returns for `excess_of_one`.
+        """
+        kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[self.dtype.name]
+        shift, mask = part * self.bits, (1 << self.bits) - 1
+
+        def plain(words: Array, scale: Array, zero: Array) -> Array:
+            steps = ((words >> jnp.uint16(shift)) & jnp.uint16(mask)).astype(jnp.float32)
+            return (scale * (steps + jnp.float32(self.excess_of_one)) + zero).astype(self.dtype)
+
+        # Two words are in $1; %wide becomes their numbers in float32, greater by `excess_of_one`.
+        if self.excess_of_one:
+            text = f"shr.u32 %wide0, $1, {shift}; "
+            text += f"lop3.b32 %wide0, %wide0, {mask * 0x10001:#x}, {self._exponents:#x}, 0xEA; "
+            text += (
+                "and.b32 %wide1, %wide0, 0xFFFF0000; shl.b32 %wide0, %wide0, 16; "
+                if self.dtype == jnp.bfloat16
+                else "mov.b32 {%half0, %half1}, %wide0; cvt.f32.f16 %wide0, %half0; cvt.f32.f16 %wide1, %half1; "
+            )
+        else:  # A byte in the last bits of 2^23, which is subtracted.
+            text = "".join(
+                f"prmt.b32 {x}, $1, 0x4B000000, {0x7440 + 2 * word + part:#x}; add.f32 {x}, {x}, 0fCB000000; "
+                for word, x in enumerate(("%wide0", "%wide1"))
+            )
+        text += "fma.rn.f32 %wide0, %wide0, $2, $4; fma.rn.f32 %wide1, %wide1, $3, $5; "
+        text += f"cvt.rn.{kind}.f32 $0, %wide1, %wide0; "
+        text = f"{{ .reg .b32 %wide<2>; .reg .b16 %half<2>; {text}}}"
+        scale, offset = grid
+        wide = (jnp.broadcast_to(x[:, None], words.shape) for x in (scale, scale * offset))
+        return tile.assembly(text, plain, words, *wide, dtype=self.dtype, pack=2, constraints="=r,r,f,f,f,f")
 
 
 def load_words(
@@ -173,14 +218,14 @@ class Packed:
         for piece in range(packing.slices):
             words = load_words(self.k, packing, at, piece, exists, tile.width(packing.size))
             for plane in packing.planes:
-                product = tile.dot_t(self.parts[plane.part, piece], packing.integers(words, plane))
-                product = product * jnp.float32(plane.weight) if plane.weight > 1 else product
-                _add_to(products, packing.group(plane.part, piece), product)
+                found = tile.dot_t(self.parts[plane.part, piece], packing.integers(words, plane))
+                found = found * jnp.float32(plane.weight) if plane.weight > 1 else found
+                _add_to(products, packing.group(plane.part, piece), found)
         scores = jnp.zeros_like(next(iter(products.values())))
-        for group, product in products.items():
+        for group, found in products.items():
             scale, offset = load_grid(self.k, at, group, exists, packing.excess)
-            zero = jnp.broadcast_to((scale * offset)[None, :], product.shape)
-            scores = tile.fma(product, scale[None, :], scores)
+            zero = jnp.broadcast_to((scale * offset)[None, :], found.shape)
+            scores = tile.fma(found, scale[None, :], scores)
             scores = tile.fma(zero, self.sums[group][:, None], scores)
         return scores
 
@@ -206,8 +251,8 @@ class Packed:
         for piece in range(packing.slices):
             words = load_words(self.v, packing, at, piece, exists, _columns(packing))
             for plane in packing.planes:
-                product = tile.dot(scaled[packing.group(plane.part, piece)], packing.integers(words, plane))
-                planes.append(next(old) * decay[:, None] + product)
+                found = tile.dot(scaled[packing.group(plane.part, piece)], packing.integers(words, plane))
+                planes.append(next(old) * decay[:, None] + found)
         return Sums(tuple(planes), tuple(offsets))
 
     def columns(self, sums: Sums) -> Iterator[tuple[int, int, Array]]:
@@ -220,6 +265,65 @@ class Packed:
                 if plane.part == part:
                     total = total + numbers * jnp.float32(plane.weight)
             yield packing.channel(part, piece), packing.size, total
+
+
+class Unpacked:
+    """Attention of many queries of a KV head: it unpacks tiles of keys and values, a part of the words at a time.
+
+    A tile has fewer numbers than the scores of 64 queries and more, to which `Packed` applies scales and offsets.
+    """
+
+    def __init__(self, q: tile.Ref, heads: tuple[Any, ...], in_group: Array, k: Quantized, v: Quantized) -> None:
+        """Read the queries, `[M]` of which are `in_group`, in parts as those of keys."""
+        self.k, self.v = k, v
+        self.keys, self.values = Packing.of(k, q.dtype), Packing.of(v, q.dtype)
+        self.parts: dict[tuple[int, int], Array] = {}
+        for part, piece in self.keys.places():
+            columns = pl.ds(jnp.int32(self.keys.channel(part, piece)), tile.width(self.keys.size))
+            self.parts[part, piece] = tile.load(q.at[*heads, columns], in_group, self.keys.size)
+
+    def scores(self, at: tuple[Any, ...], exists: Array | None) -> Array:
+        """Scores `[M, S]` of some rows of keys."""
+        products = (tile.dot_t(self.parts[place], keys) for place, keys in _unpacked(self.k, self.keys, at, exists))
+        return functools.reduce(lambda scores, product: scores + product, products)
+
+    def empty(self, rows: int, keys: int) -> tuple[Array, ...]:
+        """Sums of no value yet, of each part of each slice."""
+        del keys
+        zeros = jnp.zeros((rows, tile.width(self.values.size)), jnp.float32)
+        return (zeros,) * len(list(self.values.places()))
+
+    def add(
+        self, sums: tuple[Array, ...], weights: Array, decay: Array, at: tuple[Any, ...], exists: Array | None
+    ) -> tuple[Array, ...]:
+        """Add some rows of values times `weights [M, S]`; earlier sums are multiplied by `decay [M]`."""
+        narrow, unpacked = weights.astype(self.values.dtype), _unpacked(self.v, self.values, at, exists)
+        return tuple(
+            old * decay[:, None] + tile.dot(narrow, values) for old, (_, values) in zip(sums, unpacked, strict=True)
+        )
+
+    def columns(self, sums: tuple[Array, ...]) -> Iterator[tuple[int, int, Array]]:
+        """The sum of all values: first channel, number of channels, and at least as many columns."""
+        packing = self.values
+        for (piece, part), total in zip(product(range(packing.slices), range(packing.parts)), sums, strict=True):
+            yield packing.channel(part, piece), packing.size, total
+
+
+def _unpacked(
+    pool: Quantized, packing: Packing, at: tuple[Any, ...], exists: Array | None
+) -> Iterator[tuple[tuple[int, int], Array]]:
+    """Part and slice of the channels of some rows, and their numbers, `[S, width(size)]`."""
+    grids: dict[int, Any] = {}
+    for piece in range(packing.slices):
+        words = load_words(pool, packing, at, piece, exists, tile.width(packing.size))
+        for part in range(packing.parts):
+            group = packing.group(part, piece)
+            if group not in grids:
+                grids[group] = load_grid(pool, at, group, exists, packing.excess_of_one)
+            numbers = packing.numbers(words, part, grids[group])
+            # Where each warp has the whole tile in registers, Triton would let each unpack all of it. It does not look
+            # beyond a maximum, here over one number: the tile is unpacked once, and moved.
+            yield (part, piece), numbers if chip().is_hopper else numbers[None].max(0)
 
 
 def _columns(packing: Packing) -> int:

@@ -101,9 +101,11 @@ def _instructions(body: str, first: int) -> tuple[tuple[Instruction, ...], dict[
             if rest.startswith("."):
                 continue  # Declarations of registers, lines of the source.
         *statements, unfinished = f"{unfinished} {rest}".strip().split(";")
-        instructions += [_instruction(statement.strip(), begin) for statement in statements if statement.strip()]
+        # A block only limits the names of its registers.
+        texts = (statement.lstrip("{} ").strip() for statement in statements)
+        instructions += [_instruction(text, begin) for text in texts if text and not text.startswith(".reg")]
         begin = number if statements else begin
-    if unfinished.strip():
+    if unfinished.strip("} "):
         raise Unreadable(f"line {begin}: an instruction without an end: {unfinished.strip()}")
     return tuple(instructions), labels
 
