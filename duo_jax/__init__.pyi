@@ -10,7 +10,8 @@ from .generation import generate, stream
 from .infer import Scores, decode_step, prefill, score
 from .mesh.mesh import make_mesh
 from .model import Model
-from .pattern import HeadPattern, published_patterns
+from .pattern import HeadPattern
+from .pattern_files import published_patterns
 from .plan import Plan
 from .sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
 from .text.chat import Chat

@@ -1,15 +1,13 @@
 """HeadPattern: which KV heads keep a full cache. Host data only: gates, a boolean table, and their files.
 
 The unit is the KV head, per layer: a pattern is a `[layers, kv_heads]` table (paper section 2). Layers with a window of
-their own have no head that could retrieve; neither sparsity nor budgets count them. Files are those of the published
-patterns: `full_attention_heads.tsv` with the raw gates and `config.json` with the sizes used in training.
+their own have no head that could retrieve; neither sparsity nor budgets count them.
 """
 
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,21 @@ from numpy.typing import ArrayLike
 
 from duo_jax.arguments import MOST_TOKENS, instance, path_of, real_number, whole_number
 from duo_jax.config import ModelConfig
-from duo_jax.files import check_output, write_text
-from duo_jax.reading import parse_object, read_json, read_text
+from duo_jax.files import write_text
+from duo_jax.pattern_files import (
+    CONFIG_FILE,
+    DEFAULT_RULE,
+    GATES_FILE,
+    check_folder,
+    find_folder,
+    read_file,
+    read_gates,
+)
+from duo_jax.reading import parse_object
 from pallas_kernels.window import Window
 
-GATES_FILE = "full_attention_heads.tsv"
-CONFIG_FILE = "config.json"
-# In `config.json`: the sparsity to load with, if no rule is given. `duo choose --apply` measures and writes it.
-DEFAULT_RULE = "default_sparsity"
 # In `config.json`: the layers with a window of their own, if there are any.
 WINDOW_LAYERS = "window_layers"
-# A thousand times the largest published pattern.
-MOST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +236,7 @@ class HeadPattern:
             ValueError: files that are not a pattern, or a rule that cannot be met.
         """
         folder = find_folder(source)
-        config_text = _read(folder / CONFIG_FILE)
+        config_text = read_file(folder / CONFIG_FILE)
         metadata = parse_object(config_text, folder / CONFIG_FILE)
         sizes: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size}
         for name, override in sizes.items():
@@ -253,7 +254,7 @@ class HeadPattern:
                 rules["sparsity"] = real_number(DEFAULT_RULE, metadata[DEFAULT_RULE], 0, 1)
             except ValueError as error:
                 raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-        gates = _read_gates(folder / GATES_FILE)
+        gates = read_gates(folder / GATES_FILE)
         _check_finite(gates, f"{folder / GATES_FILE}: gates")
         layers: Any = metadata.get(WINDOW_LAYERS, ())
         try:
@@ -327,38 +328,6 @@ def _check_layers(layers: Any, count: int) -> tuple[int, ...]:
     return tuple(sorted({whole_number(f"a layer of {WINDOW_LAYERS}", layer, 0, count - 1) for layer in layers}))
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a pattern can be saved to a folder, which need not exist, and would replace only another pattern.
-
-    Raises:
-        FileExistsError: the folder has another `config.json`, such as a model's.
-        ValueError, PermissionError: nothing can be written there.
-    """
-    for name in (GATES_FILE, CONFIG_FILE):
-        check_output(folder / name)
-    path = folder / CONFIG_FILE
-    if path.exists() and path.stat().st_size and not _is_pattern(path):
-        raise FileExistsError(f"{path} exists and is not a pattern's: choose another folder, nothing is overwritten")
-
-
-def _is_pattern(path: Path) -> bool:
-    try:
-        return {"sink_size", "recent_size"} <= set(read_json(path, most=MOST_BYTES))
-    except ValueError:
-        return False
-
-
-def is_published(folder: Path) -> bool:
-    """Whether a folder is one of the published patterns, which are part of the installed package."""
-    return folder.resolve().parent == Path(str(resources.files("duo_jax") / "patterns")).resolve()
-
-
-def published_patterns() -> list[str]:
-    """Names that `HeadPattern.load` accepts in place of a path."""
-    root = resources.files("duo_jax") / "patterns"
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
-
-
 def _check_sizes(sink_size: Any, recent_size: Any) -> None:
     total = whole_number("sink_size", sink_size, 0) + whole_number("recent_size", recent_size, 1)
     if total > MOST_TOKENS:
@@ -393,43 +362,3 @@ def _affordable(num_heads: int, budget: float, context_length: int, capacity: in
     if streaming == context_length:
         return num_heads
     return int(num_heads * (budget * context_length - streaming) / (context_length - streaming) + 1e-9)
-
-
-def find_folder(source: str | Path) -> Path:
-    """The folder of a pattern: itself, or that of a published name.
-
-    Raises:
-        FileNotFoundError: no such folder or name; the message lists the names.
-    """
-    folder = path_of("pattern", source, "a folder or a published name")
-    if folder.is_dir():
-        return folder
-    name = str(source).lower()
-    if name in published_patterns():
-        return Path(str(resources.files("duo_jax") / "patterns" / name))
-    names = "\n  ".join(published_patterns())
-    raise FileNotFoundError(f"no folder and no published pattern {str(source)!r:.200}; the names are\n  {names}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_text(path, most=MOST_BYTES)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: a pattern is {GATES_FILE} and {CONFIG_FILE}") from None
-
-
-def _read_gates(path: Path) -> np.ndarray:
-    rows = [line.split("\t") for line in _read(path).split("\n") if line.strip()]
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) != 1:
-        raise ValueError(
-            f"{path} must have the same number of tab-separated gates in every row (layer), got rows of {lengths[:9]}"
-        )
-    return np.array([[_gate(gate, path) for gate in row] for row in rows])
-
-
-def _gate(text: str, path: Path) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{path} has an entry that is not a number: {text[:40]!r}") from None

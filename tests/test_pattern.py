@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from duo_jax import PRESETS, HeadPattern, KVCache, published_patterns
-from duo_jax.pattern import CONFIG_FILE, GATES_FILE
+from duo_jax.pattern_files import CONFIG_FILE, GATES_FILE
 
 SHIPPED = Path(__file__).parent.parent / "duo_jax" / "patterns"
 SIZES = {"sink_size": 4, "recent_size": 12}
