@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
@@ -295,40 +295,64 @@ def _score_chunk(
 
 
 def step(
-    model: Model, token: Int32[Array, "B"], cache: KVCache, active: Bool[Array, "B"], backend: str | None
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """Append one token to the active rows; return the logits after it and the cache."""
+    model: Model,
+    token: Int32[Array, "A"],
+    cache: KVCache,
+    active: Bool[Array, "B"],
+    backend: str | None,
+    rows: Int32[Array, "A"] | None = None,
+) -> tuple[Float[Array, "A V"], KVCache]:
+    """Append one token to the active rows; return the logits after it and the cache.
+
+    The decoder computes only `rows`, all different, with the active ones among them; None: all rows of the cache.
+    """
     lengths = cache.length + active.astype(jnp.int32)
+    # Attention reads nothing of a row that is not active.
+    visible = jnp.where(active, lengths, 0)
+    # Attention gets all rows of the cache; those that are not computed have values of another, which nothing reads.
+    number = jnp.arange(len(active), dtype=jnp.int32)
+    place = None if rows is None else (rows[None, :] == number[:, None]).argmax(1)
 
     def attend(
-        cache: KVCache, layer: int, q: Array, k: Array, v: Array, active: Bool[Array, "B"], sinks: Array | None
+        cache: KVCache, layer: int, q: Array, k: Array, v: Array, visible: Int32[Array, "B"], sinks: Array | None
     ) -> tuple[Array, KVCache]:
-        cache = cache.append_token(layer, k[:, 0], v[:, 0], active)
+        q, k, v = (_taken(x[:, 0], place) for x in (q, k, v))
+        cache = cache.append_token(layer, k, v, visible > 0)
         out = _decode_attention(
-            q[:, 0],
+            q,
             cache.pools_of(layer),
             cache.heads(layer),
-            lengths=cache.length + active.astype(jnp.int32),
+            lengths=visible,
             window=cache.window(layer),
             sink_logits=sinks,
             score_cap=model.config.score_cap,
             shards=cache.shards,
             backend=backend,
         )
-        return out[:, None], cache
+        return _taken(out, rows)[:, None], cache
 
     decoder = model.decoder
-    attend_on_devices = on_devices(attend, active, decoder)
+    attend_on_devices = on_devices(attend, visible, decoder)
     hidden, new = decoder.hidden(
-        token[:, None], cache.length[:, None], attend_on_devices, cache, context=cache.max_length, caps_scores=True
+        token[:, None],
+        _taken(cache.length, rows)[:, None],
+        attend_on_devices,
+        cache,
+        context=cache.max_length,
+        caps_scores=True,
     )
     logits = head(model, hidden[:, 0])
-    return _poison(logits, cache.is_overfull(lengths)), new.advance(active.astype(jnp.int32))
+    return _poison(logits, _taken(cache.is_overfull(lengths), rows)), new.advance(active.astype(jnp.int32))
 
 
 def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
     """Logits of one hidden state per row; on a mesh, replicated on every device."""
     return constrain(model.decoder.logits(last), model.mesh)
+
+
+def _taken(x: Shaped[Array, "I *columns"], rows: Int32[Array, "J"] | None) -> Shaped[Array, "J *columns"]:
+    """These rows of an array; None: all of them."""
+    return x if rows is None else x.at[rows].get(mode="clip")
 
 
 def _after(out: Float[Array, "B T N H"], lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:

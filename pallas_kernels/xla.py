@@ -99,13 +99,15 @@ def decode(
     num_kv_heads = heads.slot.shape[0]
     q_heads = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 0, 2, 3)
     held = lengths if shards is None else shards.held(lengths)
+    # A CPU's time is that of its work, elsewhere it is that of the steps of the loop.
+    attend = _decode_rows if device_kind() == "cpu" else _decode_slot
 
     def retrieval(head: Array) -> Partial:
-        return _decode_slot(q_heads[head], Slot.of(pools.full, heads.slot[head], pools.pages), held, score_cap)
+        return attend(q_heads[head], Slot.of(pools.full, heads.slot[head], pools.pages), held, score_cap)
 
     def streaming(head: Array) -> Partial:
         # A ring fills from its first index and then stays full: every index below `length` has a visible token.
-        return _decode_slot(q_heads[head], Slot.of(pools.ring, heads.slot[head]), lengths, score_cap)
+        return attend(q_heads[head], Slot.of(pools.ring, heads.slot[head]), lengths, score_cap)
 
     out = _over_heads(retrieval, streaming, pools, heads, _blank(q_heads, jnp.dtype(jnp.float32)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, num_heads, *x.shape[3:]), out)
@@ -118,6 +120,7 @@ class Slot(NamedTuple):
     v: Stored
     slot: Int32[Array, ""]
     pages: Int32[Array, "B n"] | None
+    row: Int32[Array, ""] | None = None  # the only row to read; None: all of them
 
     @classmethod
     def of(cls, pool: tuple[Stored, Stored], slot: Array, pages: Array | None = None) -> "Slot":
@@ -140,20 +143,26 @@ class Slot(NamedTuple):
     def load(
         self, begin: Array, exists: Bool[Array, "B size"], dtype: jnp.dtype
     ) -> tuple[Float[Array, "B size H"], Float[Array, "B size H"]]:
-        """Keys and values of `size` tokens of each row; with pages, those begin and end with one.
+        """Keys and values of `size` tokens of each row, or of `row`; with pages, those begin and end with one.
 
         Values of tokens that do not exist are zeros: memory may hold NaN there, and a weight of zero does not hide it.
         """
         size = exists.shape[1]
 
+        def part(x: Array, row: Array, begin: Array, count: int) -> Array:
+            at = self.slot, row, begin, *(jnp.int32(0),) * (x.ndim - 3)
+            return lax.dynamic_slice(x, at, (1, count, size, *x.shape[3:]))[0]
+
         def contiguous(x: Array) -> Array:
-            zero = jnp.int32(0)
-            at = self.slot, zero, begin, *(zero,) * (x.ndim - 3)
-            return lax.dynamic_slice(x, at, (1, x.shape[1], size, *x.shape[3:]))[0]
+            return part(x, jnp.int32(0), begin, x.shape[1]) if self.row is None else part(x, self.row, begin, 1)
 
         def paged(x: Array) -> Array:
             assert self.pages is not None
             page = x.shape[2]
+            if self.row is not None:
+                return part(
+                    x, lax.dynamic_slice(self.pages, (self.row, div(begin, page)), (1, 1))[0, 0], jnp.int32(0), 1
+                )
             numbers = lax.dynamic_slice_in_dim(self.pages, div(begin, page), size // page, 1)
             found = x.at[self.slot, numbers].get(mode="clip")  # [B, pages of the block, page, ...]
             return found.reshape(found.shape[0], size, *found.shape[3:])
@@ -297,6 +306,27 @@ def _decode_slot(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"
     num_blocks = cdiv(jnp.minimum(lengths.max(), size), block)
     state = _loop(num_blocks, add_block, empty(q.shape[:2], q.shape[2]), is_single=block == size)
     return partial_of(state, jnp.float32)
+
+
+def _decode_rows(q: Float[Array, "B G H"], slot: Slot, lengths: Int32[Array, "B"], score_cap: float | None) -> Partial:
+    """Like `_decode_slot`, row after row: each costs its own blocks only, and its bits do not depend on the others."""
+    size = slot.size
+    block = slot.block("decode") if slot.pages is None else slot.k.shape[2]  # A page is read without a gather.
+    counts = cdiv(jnp.minimum(lengths, size), block)
+    ends = jnp.cumsum(counts)
+
+    def add_block(step, state):
+        row = (step >= ends).sum(dtype=jnp.int32)
+        j = step - (ends[row] - counts[row])
+        begin, index = block_at(j, block, size)
+        keep = (index >= j * block) & (index < lengths[row])
+        keys, values = slot._replace(row=row).load(begin, keep, q.dtype)
+        queries, own = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1, 0), (q, state))
+        own = accumulate(own, queries, keys, values, keep[:, None, :], score_cap)
+        return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, row, 0), state, own)
+
+    is_single = block == size and len(lengths) == 1
+    return partial_of(_loop(ends[-1], add_block, empty(q.shape[:2], q.shape[2]), is_single=is_single), jnp.float32)
 
 
 def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Array, "B I H"]:

@@ -274,10 +274,11 @@ def test_infinity_where_no_token_is_stored_changes_nothing(name, backend):
     check_decode(problem, backend, problem.starts + problem.lengths)
 
 
-def test_a_row_of_a_batch_has_the_bits_that_it_has_among_any_others():
+@pytest.mark.parametrize("backend", ["triton", "xla"])
+def test_a_row_of_a_batch_has_the_bits_that_it_has_among_any_others(backend):
     """Decode: the parts of a row's keys do not depend on the other rows."""
     problem = Problem(Case(MIXED))
-    found = [problem.decode("triton", np.array(counts))[1] for counts in ((54, 44, 3), (0, 44, 54), (17, 44, 44))]
+    found = [problem.decode(backend, np.array(counts))[1] for counts in ((54, 44, 3), (0, 44, 54), (17, 44, 44))]
     assert len({out.tobytes() for out in found}) == 1 and np.isfinite(found).all()
 
 
@@ -296,8 +297,19 @@ def test_blocks_beyond_the_filled_ones_are_never_read(operation, monkeypatch):
     problem.prefill("xla") if operation == "prefill" else problem.decode("xla", problem.starts + 1)
     jax.effects_barrier()
     jitted.cache_clear()
-    # The longest row fills two blocks of 8 keys, of 61 and of 48; in prefill, a ring is read at once.
-    assert [loads.count(size) for size in (61, 48)] == [2, 1 if operation == "prefill" else 2]
+    # The longest row fills two blocks of 8 keys, of 61 and of 48; in prefill, a ring is read at once. In decode, each
+    # row has its own blocks.
+    assert [loads.count(size) for size in (61, 48)] == ([2, 1] if operation == "prefill" else [4, 4])
+
+
+@pytest.mark.parametrize("name", ["gqa_2_one_row", "int8_cache", "default_blocks"])
+def test_rows_are_read_together_where_steps_of_a_loop_are_slow(name):
+    """Decode as it is compiled for a GPU, in which all rows take the steps of the longest one."""
+    problem = Problem(CASES[name])
+    jitted.cache_clear()
+    with tracing_for(find_gpu("h200")):
+        check_decode(problem, "xla", problem.starts + problem.lengths)
+    jitted.cache_clear()
 
 
 class Shapes(NamedTuple):

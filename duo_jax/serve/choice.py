@@ -185,6 +185,8 @@ def _kept(
     more_likely, beyond = jnp.cumsum(share, axis=-1) - share, beyond_p[:, None]
     # The most likely token always remains; a sum of rounded probabilities may reach 1 early.
     is_kept = (best >= least) & ((1 - more_likely > beyond) | (beyond == 0)).at[:, 0].set(True)
-    is_last_kept = is_kept[:, -1] & (count < size)
-    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    return jnp.zeros(logits.shape, bool).at[rows, tokens].set(is_kept), ~is_last_kept
+    # Tokens above the last one that is kept, which is faster than to look the places of all up.
+    last = is_kept.sum(-1, keepdims=True, dtype=jnp.int32) - 1
+    least, lowest = (jnp.take_along_axis(x, last, axis=-1) for x in (best, tokens))
+    is_equal = (logits == least) & (jnp.arange(size, dtype=jnp.int32)[None, :] >= lowest)
+    return (logits > least) | is_equal, ~(is_kept[:, -1] & (count < size))

@@ -16,6 +16,11 @@ from duo_jax.serve.device import Chosen
 from duo_jax.serve.programs import Programs, Snapshot, with_pages
 from duo_jax.serve.requests import MOST_TOP, Likely
 from duo_jax.serve.scheduler import Action, Admit, Assign, Copy, Fill, First, Save, Step
+from pallas_kernels.gpus import device_kind
+
+# Rows of a second decode step on a CPU, where each row costs time. A product of a single row is another program, with
+# other bits.
+NARROW = 2
 
 
 class ModelDevice:
@@ -28,7 +33,9 @@ class ModelDevice:
             ValueError: it does not fit into memory.
         """
         self._model = model
-        self._programs = Programs(chunk_size, top=min(MOST_TOP, model.config.vocab_size), backend=backend)
+        narrow = NARROW if device_kind() == "cpu" and spec.batch_size > NARROW else None
+        top = min(MOST_TOP, model.config.vocab_size)
+        self._programs = Programs(chunk_size, top=top, backend=backend, narrow=narrow)
         self._rows = self._programs.rows(model, spec)
         self._snapshots: dict[int, Snapshot] = {}
         pages = self._rows.cache.pages
@@ -41,7 +48,11 @@ class ModelDevice:
 
     def compile(self) -> Iterator[str]:
         """See `Device`."""
-        return self._programs.compile(self._model, self._rows)
+        yield from self._programs.compile(self._model, self._rows)
+        if self._programs.narrow is not None:
+            is_exact, self._rows = self._programs.is_exact(self._model, self._rows)
+            if not is_exact:
+                self._programs = replace(self._programs, narrow=None)
 
     def do(self, action: Action) -> list[Chosen]:
         """See `Device`."""

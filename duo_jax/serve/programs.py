@@ -4,8 +4,9 @@ Each is pure and jitted, donates the rows, and has one shape, so that all are co
 page table is the host's: `with_pages` replaces it between calls.
 
 What a row computes does not depend on the others. A chunk of a prompt is computed by itself, in a program of one row.
-A decode step always computes all rows, whichever are active, so that a row meets the same program whatever its
-neighbours do; no operation mixes rows. Its index may matter to the last bit on some devices, never to what it sees.
+A decode step computes all rows, whichever are active, so that a row meets the same program whatever its neighbours do;
+no operation mixes rows. Its index may matter to the last bit on some devices, never to what it sees. On a CPU, a second
+program computes two rows, where a few replies would wait for the maps of all rows; `is_exact` compares their bits.
 
     rows = programs.rows(spec)
     rows = programs.admit(rows, 3, seed=7, sampling=Sampling.of(settings), seen=seen)
@@ -17,7 +18,7 @@ neighbours do; no operation mixes rows. Its index may matter to the last bit on 
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
@@ -95,11 +96,14 @@ class Programs:
         chunk: tokens of a prompt that are computed at a time.
         top: most likely tokens whose log-probabilities `first` and `step` return.
         backend: attention backend; None takes the fastest one that is right on this device.
+        narrow: rows of a second decode step, used while no more are active; None: there is none.
     """
 
     chunk: int
     top: int = 20
     backend: str | None = None
+    # Not part of what is compiled.
+    narrow: int | None = field(default=None, compare=False)
 
     def rows(self, model: Model, spec: CacheSpec) -> Rows:
         """Rows without text, in a new cache.
@@ -117,8 +121,7 @@ class Programs:
         last = np.zeros((batch, config.embed_dim), model.dtype)
         drawn = Drawn(jax.random.key_data(row_keys(0, np.arange(batch))), seen, seen.astype(np.int32))
         state = (last, zeros(np.int32), drawn, sampling)
-        put = jax.device_put if model.mesh is None else functools.partial(place, model.mesh)
-        last, token, drawn, sampling = jax.tree.map(lambda x: put(np.asarray(x)), state)
+        last, token, drawn, sampling = jax.tree.map(lambda x: _on_devices(model, np.asarray(x)), state)
         return Rows(cache, last, token, drawn._replace(keys=jax.random.wrap_key_data(drawn.keys)), sampling)
 
     def admit(
@@ -184,7 +187,22 @@ class Programs:
                 passes through the same programs, and so through the same bits.
         """
         forced = np.full(len(active), -1, np.int32) if forced is None else forced
-        return _step(self, model, rows, active, forced)
+        numbers = np.arange(len(active), dtype=np.int32)
+        if self.narrow is not None and active.sum() <= self.narrow < len(active):
+            numbers = np.argsort(~active, stable=True).astype(np.int32)[: self.narrow]
+        return _step(self, model, rows, numbers, active, forced)
+
+    def is_exact(self, model: Model, rows: Rows) -> tuple[bool, Rows]:
+        """Whether the narrow step gives the bits of the other, tried with some tokens; and the rows, not changed."""
+        none, unforced = np.zeros(len(rows.token), bool), np.full(len(rows.token), -1, np.int32)
+        token, every = rows.token, np.arange(len(none), dtype=np.int32)
+        tried = np.random.default_rng(0).integers(0, model.config.vocab_size, len(none))
+        rows = replace(rows, token=_on_devices(model, tried.astype(np.int32)))
+        few, found = every[::-1][: self.narrow], []
+        for numbers in (every, few):
+            rows, choice = _step(self, model, rows, numbers, none, unforced)
+            found.append([x[few].tobytes() for x in jax.device_get(choice)])
+        return found[0] == found[1], replace(rows, token=token)
 
     def snapshot(self, rows: Rows, row: int) -> Snapshot:
         """A copy of what a row has besides its pages; the rows are not donated."""
@@ -204,6 +222,7 @@ class Programs:
         unseen = np.zeros(rows.drawn.seen.shape[1], bool)
         drawn, sampling = _drawn(0, 0, unseen, unseen.astype(np.int32)), Sampling.of()
         active, forced = np.zeros(len(rows.token), bool), np.full(len(rows.token), -1, np.int32)
+        numbers = np.arange(len(active), dtype=np.int32)
         yield "admit"
         infer.compiled(_admit, rows, row, drawn, sampling)
         yield "prefill"
@@ -211,13 +230,21 @@ class Programs:
         yield "first"
         infer.compiled(_first, self, model, rows, row, one)
         yield "step"
-        infer.compiled(_step, self, model, rows, active, forced)
+        infer.compiled(_step, self, model, rows, numbers, active, forced)
+        if self.narrow is not None:
+            yield f"step of {self.narrow} rows"
+            infer.compiled(_step, self, model, rows, numbers[: self.narrow], active, forced)
         yield "snapshot"
         infer.compiled(_snapshot, rows, row)
         yield "restore"
         infer.compiled(_restore, rows, row, self.snapshot(rows, 0))
         yield "copy_page"
         infer.compiled(_copy_page, rows, row, row)
+
+
+def _on_devices(model: Model, array: np.ndarray) -> Array:
+    """An array where the model is: on every device of its mesh."""
+    return jax.device_put(array) if model.mesh is None else place(model.mesh, array)
 
 
 def _drawn(seed: int, index: int, seen: Bool[np.ndarray, "V"], counts: Int32[np.ndarray, "V"]) -> Drawn:
@@ -320,12 +347,28 @@ def _first(
 
 @program(static=(0,), donate=(2,))
 def _step(
-    programs: Programs, model: Model, rows: Rows, active: Bool[Array, "B"], forced: Int32[Array, "B"]
+    programs: Programs,
+    model: Model,
+    rows: Rows,
+    numbers: Int32[Array, "A"],
+    active: Bool[Array, "B"],
+    forced: Int32[Array, "B"],
 ) -> tuple[Rows, Choice]:
-    logits, cache = infer.step(model, rows.token, rows.cache, active, programs.backend)
-    choice, drawn = choose(logits, rows.sampling, rows.drawn, active, forced, programs.top)
-    token = jnp.where(active, choice.token, rows.token)
-    return replace(rows, cache=cache, token=token, drawn=drawn), choice
+    """Compute the rows with these numbers, all different; the active ones are among them."""
+    size, is_all = len(active), len(numbers) == len(active)
+
+    def own(arrays: T) -> T:
+        return arrays if is_all else jax.tree.map(lambda x: x[numbers], arrays)
+
+    def put(arrays: T, new: T) -> T:
+        return new if is_all else jax.tree.map(lambda x, y: x.at[numbers].set(y), arrays, new)
+
+    token, active_rows = own(rows.token), own(active)
+    logits, cache = infer.step(model, token, rows.cache, active, programs.backend, None if is_all else numbers)
+    choice, drawn = choose(logits, own(rows.sampling), own(rows.drawn), active_rows, own(forced), programs.top)
+    token = put(rows.token, jnp.where(active_rows, choice.token, token))
+    blank = jax.tree.map(lambda x: jnp.ones((size, *x.shape[1:]), x.dtype), choice)  # finite
+    return replace(rows, cache=cache, token=token, drawn=put(rows.drawn, drawn)), put(blank, choice)
 
 
 @program()
