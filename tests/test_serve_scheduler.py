@@ -98,14 +98,15 @@ def test_pages_are_free_once_their_last_holder_leaves():
         pool.hold([first])
 
 
-def test_a_prefix_is_computed_once_and_prompts_part_at_a_chunk():
-    sizes = replace(SIZES, pages=40, row_pages=20, snapshots=20, snapshot_every=100)
+@pytest.mark.parametrize(("snapshots", "second"), [(20, 8), (3, 4)])
+def test_a_prefix_is_computed_once_and_prompts_part_at_a_chunk(snapshots, second):
+    sizes = replace(SIZES, pages=40, row_pages=20, snapshots=snapshots, snapshot_every=100)
     server = Server(sizes)
     shared = [1, 2, 3, 4, 5, 6, 7, 8]
-    for number, known in enumerate([0, 0, 8, 8]):
+    for number, known in enumerate([0, second, 8, 8]):
         (job,) = server.add(shared + [10 + number] * 6, 3)
         server.run()
-        assert job.cached == known, "the second prompt shows where prompts part"
+        assert job.cached == known, "with few snapshots, the second prompt shows where prompts part"
     server.check_replies()
     server.check_free()
 

@@ -160,18 +160,28 @@ class PrefixTree:
             self._remove(next(node for node in self._order if not node.children))
         return True
 
-    def evict_snapshot(self) -> bool:
-        """Remove the least recently used snapshot, and what could only be continued by it; False if there is none.
+    def evict_snapshot(self, *, within: bool = False) -> bool:
+        """Remove a snapshot, and what could only be continued by it; False if there is none.
 
-        Those in the middle of one text go first: it can be continued at its end, where its next turn begins.
+        Those in the middle of one text go first: it can be continued at its end, where its next turn begins. Of them,
+        the one that saves the fewest tokens, so that a text keeps some at even distances. Otherwise the least recently
+        used one, unless only those `within` texts may go.
         """
         kept = [node for node in self._order if node.snapshot is not None]
-        oldest = next((node for node in kept if len(node.children) == 1), kept[0] if kept else None)
-        if oldest is None:
+        middle = [node for node in kept if len(node.children) == 1]
+        if not middle and (within or not kept):
             return False
-        self._drop_snapshot(oldest)
-        self._prune(oldest)
+        removed = min(middle, key=self._saved) if middle else kept[0]
+        self._drop_snapshot(removed)
+        self._prune(removed)
         return True
+
+    def _saved(self, node: Node) -> int:
+        """Tokens from the snapshot before to that of a node."""
+        before = node.parent
+        while before is not None and before.parent is not None and before.snapshot is None:
+            before = before.parent
+        return node.length - (before.length if before is not None else 0)
 
     def forget(self, tokens: Sequence[int]) -> None:
         """Remove the nodes of these tokens that no other prefix has."""

@@ -92,7 +92,7 @@ class Job:
         row: its row; None while it waits.
         pages: the pages of its row, each held once.
         length: tokens in the cache.
-        marks: lengths at which the tree gets a snapshot while the prompt is computed.
+        marks: lengths at which the tree must get a snapshot while the prompt is computed, other chunks may have one.
         snapshot: length and entry of the newest snapshot of the reply, which the tree does not have yet.
         cached: tokens of the prompt that were in the cache when it was first admitted; None before.
         preempted: how often it was preempted.
@@ -338,8 +338,10 @@ class Scheduler:
             end = min(job.length - job.length % self.sizes.chunk_size + self.sizes.chunk_size, job.prompt)
             actions.append(Fill(job.row, tuple(job.tokens[job.length : end])))
             job.length = end
-            if end in job.marks or self.sizes.is_mark(end) or (job.is_filled and job.keep_end):
-                self._save(job, actions, pin=job.most == 0)
+            is_kept = end in job.marks or self.sizes.is_mark(end) or (job.is_filled and job.keep_end)
+            # A permanent prefix would keep the copies after all its chunks.
+            if is_kept or (job.most and end % self.sizes.chunk_size == 0):
+                self._save(job, actions, pin=job.most == 0, is_spare=not is_kept)
         if not job.is_filled:
             return
         self._filling = None
@@ -418,16 +420,16 @@ class Scheduler:
         self._can_take()
         return self.pages.take()
 
-    def _take_snapshot(self) -> int | None:
-        """An entry for a snapshot; None if all are in use elsewhere."""
-        if not self.snapshots.num_free and not self.tree.evict_snapshot():
+    def _take_snapshot(self, *, is_spare: bool = False) -> int | None:
+        """An entry for a snapshot; None if all are in use elsewhere, or if a spare one would cost the end of a text."""
+        if not self.snapshots.num_free and not self.tree.evict_snapshot(within=is_spare):
             return None
         return self.snapshots.take()
 
-    def _save(self, job: Job, actions: list[Action], *, pin: bool) -> None:
+    def _save(self, job: Job, actions: list[Action], *, pin: bool, is_spare: bool) -> None:
         """Give the tree the prompt so far, with a snapshot."""
         assert job.row is not None
-        entry = self._take_snapshot()
+        entry = self._take_snapshot(is_spare=is_spare)
         if entry is not None:
             actions.append(Save(job.row, entry))
             self.tree.insert(job.tokens[: job.length], job.pages, entry, pin=pin)
