@@ -136,10 +136,11 @@ def _paged_attention(
     bounds: Bounds,
     length: Int32[Array, ""],
     paging: Paging,
+    sinks: Float[Array, "K G"] | None,
 ) -> tuple[Float[Array, "K G H"], Int32[Array, "K"]]:
     """Attend to the chosen pages of `length` tokens: the output, and the pairs that each KV head reads.
 
-    Pages that several query heads of a KV head chose are read once.
+    Pages that several query heads of a KV head chose are read once. `sinks` are the learned sinks of models with them.
     """
     low, high = (x.astype(jnp.float32) for x in bounds)
     queries, size = q.astype(jnp.float32), keys.shape[1]
@@ -154,10 +155,12 @@ def _paged_attention(
     position = jnp.arange(size, dtype=jnp.int32)[None, None, :]
     seen = jnp.repeat(is_chosen, paging.page, axis=-1)[..., :size] & (position < length)
     scores = jnp.einsum("kgh,ksh->kgs", queries, keys.astype(jnp.float32)) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("kgs,ksh->kgh", weights, values.astype(jnp.float32)).astype(q.dtype)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    out = jnp.einsum("kgs,ksh->kgh", jax.nn.softmax(scores, axis=-1), values.astype(jnp.float32))
+    if sinks is not None:  # One more term of the denominator.
+        out *= jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1) - sinks)[..., None]
     # Where all pages are read, their bounds are not.
-    return out, seen.any(1).sum(-1, dtype=jnp.int32) + jnp.where(used > count, used, 0)
+    return out.astype(q.dtype), seen.any(1).sum(-1, dtype=jnp.int32) + jnp.where(used > count, used, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
@@ -169,7 +172,7 @@ def _step(
     bounds: Bounds,
 ) -> tuple[Float[Array, "V"], KVCache, Bounds, Int32[Array, ""]]:
     """Append a token: the logits after it, the cache, the bounds, and the pairs that were read for it."""
-    active = jnp.ones(1, bool)
+    decoder, active = model.decoder, jnp.ones(1, bool)
     length = cache.length[0] + 1
 
     def attend(
@@ -178,7 +181,8 @@ def _step(
         cache, bounds, read = state
         cache = cache.append_token(layer, k[:, 0], v[:, 0], active)
         heads, pools, window = cache.heads(layer), cache.pools_of(layer), cache.window(layer)
-        out = decode_attention(q[:, 0], pools, heads, lengths=length[None], window=window)
+        sinks = decoder.sink_logits(layer)
+        out = decode_attention(q[:, 0], pools, heads, lengths=length[None], window=window, sink_logits=sinks)
         pairs = jnp.where(heads.is_retrieval, length, jnp.minimum(length, window.size))
         if pools.full_k.shape[0]:
             bounds = _with_key(bounds, heads, k[0, 0], length - 1, paging.page)
@@ -186,13 +190,14 @@ def _step(
             slot = jnp.where(heads.is_retrieval, heads.slot, 0)
             own = Bounds(*(x[slot] for x in bounds))
             full_k, full_v = (x[slot, 0] for x in pools.full)
-            paged, chosen = _paged_attention(by_head(q, k.shape[2])[:, :, 0], full_k, full_v, own, length, paging)
+            sinks = None if sinks is None else sinks.reshape(k.shape[2], -1)
+            queries = by_head(q, k.shape[2])[:, :, 0]
+            paged, chosen = _paged_attention(queries, full_k, full_v, own, length, paging, sinks)
             is_paged = jnp.repeat(heads.is_retrieval, q.shape[2] // k.shape[2])[None, :, None]
             out = jnp.where(is_paged, paged.reshape(out.shape), out)
             pairs = jnp.where(heads.is_retrieval, chosen, pairs)
         return out[:, None], (cache, bounds, read + pairs.sum(dtype=jnp.int32))
 
-    decoder = model.decoder
     state = cache, bounds, jnp.int32(0)
     hidden, (cache, bounds, read) = decoder.hidden(token[None], cache.length[:, None], attend, state)
     return decoder.logits(hidden[0, 0]), cache.advance(active.astype(jnp.int32)), bounds, read
