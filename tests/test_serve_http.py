@@ -1,10 +1,12 @@
 """`duo serve` as OpenAI's own client sees it, and as clients do that send anything else."""
 
 import collections
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -36,15 +38,18 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, lm: LM, grace: float = 10.0, seconds: float = 20.0, **options: object) -> None:
-        self.device = SlowDevice(SIZES)
-        self.engine = Engine(self.device, SIZES, lm.tokenizer, vocab_size=97, eos_ids=(2,))
+    def __init__(
+        self, lm: LM, grace: float = 10.0, seconds: float = 20.0, sizes: Sizes = SIZES, connections: int = 1000,
+        **options: object,
+    ) -> None:  # fmt: skip
+        self.device = SlowDevice(sizes)
+        self.engine = Engine(self.device, sizes, lm.tokenizer, vocab_size=97, eos_ids=(2,))
         limits = Limits(body_bytes=100_000, body_seconds=0.5, seconds=seconds)
         served = make_app(self.engine, lm, "tiny", limits=limits, **{"api_key": KEY} | options)
         self.socket, ready = listen("127.0.0.1", 0), threading.Event()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = Server(served, self.engine, grace=grace, ready=ready.set)
+        self.server = Server(served, self.engine, grace=grace, connections=connections, ready=ready.set)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         assert ready.wait(20)
@@ -114,6 +119,46 @@ def test_chat(client, lm):
     again = client.chat.completions.create(model="tiny", messages=returned, max_completion_tokens=4, seed=5)
     assert again.choices[0].message.content == expected(lm, turns, 4, 5)
     assert again.usage.prompt_tokens_details.cached_tokens >= 24
+
+
+# Templates: one that only adds to a conversation, and one that leaves out the beginning of earlier replies, as those of
+# models that think do.
+TEMPLATES = {"appends": "m.content", "renders again": "m.content[4:] if m.role == 'assistant' else m.content"}
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_of_ten_turns_computes_each_token_once(chat_model, tmp_path, template, chunk):
+    folder = tmp_path / "model"
+    shutil.copytree(chat_model, folder)
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("m.content", TEMPLATES[template]))
+    lm = load(folder)
+    pages = 2000 // chunk
+    sizes = Sizes(rows=2, pages=pages, page_size=chunk, chunk_size=chunk, row_pages=pages // 2, snapshots=1000, queue=4)
+    running = Running(lm, sizes=sizes)
+    client, messages, known, new = running.client(), [], [], 0
+    for turn in range(10):
+        messages.append({"role": "user", "content": f"Question {turn}?"})
+        prompt = lm.encode_chat(messages)
+        pairs = zip(known, prompt, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        new += len(prompt) - shared
+        reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, seed=turn)
+        text = reply.choices[0].message.content
+        assert text == expected(lm, messages, 12, turn)
+        cached = reply.usage.prompt_tokens_details.cached_tokens
+        # The last token of a reply is not computed before the next turn.
+        assert shared - chunk < cached <= shared
+        if chunk == 1:
+            assert running.device.filled == new
+        messages.append({"role": "assistant", "content": text})
+        known = [*prompt, *lm.encode(text)][:-1]
+    assert running.device.filled < new + 10 * chunk
+    if template == "appends" and chunk == 1:
+        # With the steps of the replies: every token of the last turn's text once, but the newest.
+        assert running.device.filled + 10 * 11 == len(prompt) + 11
+    running.stop()
 
 
 def test_a_stream_has_the_same_text_and_ends_with_the_usage(client, lm):
@@ -346,7 +391,7 @@ def test_a_stream_that_waits_shows_signs_of_life_until_its_time_is_over(lm, monk
 
 
 def test_heads_that_do_not_end_are_cut_off_and_long_replies_are_not(lm, monkeypatch):
-    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server_module, "STALL_SECONDS", 0.2)
     running = Running(lm)
     for begun in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
         with closing(socket.create_connection(("127.0.0.1", running.port), timeout=10)) as slow:

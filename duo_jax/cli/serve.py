@@ -73,7 +73,7 @@ class Serve:
     def run(self) -> None:
         """Check the flags, load, compile, and serve until interrupted."""
         from duo_jax.serve.http.app import Limits, make_app
-        from duo_jax.serve.http.server import Server, listen
+        from duo_jax.serve.http.server import Server, listen, most_connections
         from duo_jax.serve.sizing import plan_sizes
         from duo_jax.serve.start import prefix_tokens, start_engine
 
@@ -127,7 +127,8 @@ class Serve:
                     )
                 print(f"http://{address}:{port}/v1", flush=True)
 
-            Server(app, engine, grace=self.grace, ready=ready).run(sockets=[listener])
+            server = Server(app, engine, connections=most_connections(), grace=self.grace, ready=ready)
+            server.run(sockets=[listener])
         finally:
             engine.close(0)
             listener.close()

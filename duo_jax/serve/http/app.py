@@ -35,6 +35,8 @@ Events: TypeAlias = AsyncIterator[tuple[int, Event] | None]
 EVENT_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 # Seconds between signs of life of a stream that waits: proxies end connections that are silent.
 SILENCE = 15.0
+# Largest bodies that may be arriving at a time.
+BODIES = 16
 PAGE = Path(__file__).with_name("page.html")
 # The page is one file: it may talk to its own server and load nothing.
 PAGE_HEADERS = {
@@ -68,7 +70,8 @@ class _Refusal(Exception):
         super().__init__(message)
         self.response = JSONResponse(error_object(message, kind, field=field, code=code), status)
         if status == 429:
-            self.response.headers["Retry-After"] = "1"
+            # Connections are for those that are served. Others stay open until the rest of a body has come.
+            self.response.headers.update({"Retry-After": "1", "Connection": "close"})
         if status == 401:
             self.response.headers["WWW-Authenticate"] = "Bearer"
 
@@ -82,6 +85,7 @@ class Api:
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._limits, self._measurements = limits, Measurements(engine)
         self._created = int(time.time())
+        self._arriving = 0  # Bytes of bodies.
 
     def routes(self) -> list[Route]:
         """All routes."""
@@ -167,24 +171,35 @@ class Api:
         if media_type != "application/json":
             # Pages of other origins can send other types without asking.
             raise _Refusal(415, "the Content-Type must be application/json", "invalid_request_error")
-        content, most = bytearray(), self._limits.body_bytes
+        content = bytearray()
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                async for part in request.stream():
-                    content += part
-                    if len(content) > most:
-                        raise _Refusal(413, f"the body has more than {most} bytes", "invalid_request_error")
+            await self._receive(request, content)
+            body = await run_in_threadpool(read_body, bytes(content), kind)
         except TimeoutError:
             message = f"the body did not arrive within {self._limits.body_seconds:g} seconds"
             raise _Refusal(408, message, "invalid_request_error") from None
         except ClientDisconnect:
             raise _Refusal(400, "the client went away", "invalid_request_error") from None
-        try:
-            body = await run_in_threadpool(read_body, bytes(content), kind)
         except BadRequestError as error:
             raise _Refusal(400, str(error), "invalid_request_error", field=error.field) from None
+        finally:
+            self._arriving -= len(content)
         self._check_model(body.model)
         return body
+
+    async def _receive(self, request: Request, content: bytearray) -> None:
+        """Add the bytes of a body to `content`, and to those that are arriving."""
+        limits = self._limits
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                content += part
+                self._arriving += len(part)
+                if len(content) > limits.body_bytes:
+                    message = f"the body has more than {limits.body_bytes} bytes"
+                    raise _Refusal(413, message, "invalid_request_error")
+                if self._arriving > BODIES * limits.body_bytes:
+                    message = "the server is reading too many bytes of requests: try again later"
+                    raise _Refusal(503, message, "server_error")
 
     async def _answer(self, request: Request, body: Options, encode: Callable[[], list[list[int]]]) -> Response:
         """Submit every prompt, and answer with all replies or with a stream of them."""

@@ -1,0 +1,218 @@
+"""What goes wrong around a server: clients that stall, flood it or die, and a server that is killed."""
+
+import collections
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+from duo_jax import load
+from duo_jax.serve.http import server as server_module
+from duo_jax.text.lm import LM
+from tests.test_serve_http import HELLO, KEY, Running, expected
+
+# A reply of about 130 kB.
+LONG = {"model": "tiny", "prompt": [5], "max_tokens": 150, "n": 3, "stream": True, "logprobs": 1}
+
+
+@pytest.fixture(scope="module")
+def lm(chat_model: Path) -> LM:
+    return load(chat_model)
+
+
+@pytest.fixture
+def start(lm: LM) -> Iterator[Callable[..., Running]]:
+    """Starts servers whose connections buffer little."""
+    servers = []
+
+    def start(**options: object) -> Running:
+        servers.append(Running(lm, **options))
+        servers[-1].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def hasty(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> Running:
+    """A server that looks after its connections often."""
+    monkeypatch.setattr(server_module, "STALL_SECONDS", 0.3)
+    return start()
+
+
+def connect(port: int) -> socket.socket:
+    """A connection with little room for what is not read yet."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+def request_bytes(body: object, key: str = KEY, **headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    fields = {"Host": "localhost", "Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    fields |= {"Content-Length": str(len(content))} | headers
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def read_all(client: socket.socket, size: int = 65536, pause: float = 0.0) -> bytes:
+    """What the server sends until it ends the connection."""
+    data = bytearray()
+    with suppress(ConnectionError):
+        while part := client.recv(size):
+            data += part
+            time.sleep(pause)
+    return bytes(data)
+
+
+def check_answers(server: Running, lm: LM) -> None:
+    reply = server.client().chat.completions.create(model="tiny", messages=HELLO, max_tokens=9, seed=5)
+    assert reply.choices[0].message.content == expected(lm, HELLO, 9, 5)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not happen")
+
+
+def test_a_client_that_reads_nothing_frees_its_row_and_is_cut_off(hasty, lm):
+    with closing(connect(hasty.port)) as stuck:
+        stuck.sendall(request_bytes(LONG))
+        hasty.wait_until(running=1)
+        check_answers(hasty, lm)
+        hasty.wait_until(running=0, waiting=0)
+        wait_for(lambda: len(hasty.server.server_state.connections) <= 1)  # The other client may keep its own.
+        assert b"[DONE]" not in read_all(stuck)
+
+
+def test_a_slow_reader_gets_its_whole_reply(hasty):
+    with closing(connect(hasty.port)) as slow:
+        slow.sendall(request_bytes(LONG, Connection="close"))
+        data = read_all(slow, size=4096, pause=0.02)
+    assert b"data: [DONE]" in data and len(data) > 100_000
+
+
+def test_a_server_stops_although_clients_do_not_read_or_write_on(start, monkeypatch):
+    monkeypatch.setattr(server_module, "LAST_SECONDS", 0.2)
+    server = start()
+    with closing(connect(server.port)) as stuck, closing(connect(server.port)) as silent:
+        stuck.sendall(request_bytes(LONG))
+        silent.sendall(request_bytes(LONG)[:-1])
+        server.wait_until(running=1)
+        server.wait_until(running=0)
+        server.server.should_exit = True
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+
+
+def test_connections_that_are_half_open_do_not_hinder_others(hasty, lm):
+    begun = [b"", b"POST /v1/comp", request_bytes(LONG)[:-1]]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(connect(hasty.port))) for _ in range(90)]
+        for number, client in enumerate(clients):
+            client.sendall(begun[number % len(begun)])
+        check_answers(hasty, lm)
+        answers = [read_all(client).partition(b"\r\n")[0] for client in clients]
+    assert collections.Counter(answers) == {b"": 60, b"HTTP/1.1 408 Request Timeout": 30}
+
+
+@pytest.mark.parametrize("line", [b"A: " + b"b" * 4000 + b"\r\n", b"A: b\r\n", b"b" * 4000])
+def test_heads_without_end_are_refused(start, lm, line):
+    server = start()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(connect(server.port))) for _ in range(20)]
+        for client in clients:
+            with suppress(ConnectionError):
+                client.sendall(b"POST /v1/completions HTTP/1.1\r\n" + line * (200_000 // len(line)))
+        assert all(read_all(client)[:12] in (b"HTTP/1.1 400", b"") for client in clients)
+        check_answers(server, lm)
+
+
+def test_a_body_without_end_is_refused(hasty):
+    head, _, _ = (
+        request_bytes(0, **{"Transfer-Encoding": "chunked"}).replace(b"Content-Length: 1\r\n", b"").rpartition(b"0")
+    )
+    with closing(connect(hasty.port)) as client:
+        with suppress(ConnectionError):
+            client.sendall(head + (b"2710\r\n" + b" " * 10_000 + b"\r\n") * 200)
+        assert b"the body has more than 100000 bytes" in read_all(client)
+
+
+def test_bodies_that_arrive_together_have_a_limit(hasty, lm):
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(connect(hasty.port))) for _ in range(24)]
+        for client in clients:
+            with suppress(ConnectionError):
+                client.sendall(request_bytes({"prompt": "x" * 90_000})[:-1])
+        answers = collections.Counter(read_all(client)[9:12] for client in clients)
+        assert answers[b"408"] >= 16 and answers[b"503"] >= 1 and sum(answers.values()) == 24, answers
+    check_answers(hasty, lm)
+
+
+def test_more_connections_than_fit_are_refused_and_the_others_are_served(start, lm):
+    server = start(connections=3)
+    with ExitStack() as stack:
+        client = httpx2.Client(headers={"Authorization": f"Bearer {KEY}"})
+        stack.callback(client.close)
+        assert client.get(f"{server.url}/v1/models").status_code == 200
+        for _ in range(2):
+            stack.enter_context(closing(connect(server.port)))
+        refused = server.post("/v1/completions", json={})
+        assert refused.status_code == 503 and "too many connections" in refused.json()["error"]["message"]
+        assert client.get(f"{server.url}/v1/models").status_code == 200
+    wait_for(lambda: not server.server.server_state.connections)
+    check_answers(server, lm)
+
+
+@contextmanager
+def serving(model: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`duo serve` in a process of its own, and its address."""
+    flags = ["--pattern", str(model / "pattern"), "--sparsity", "0.5", "--memory", "50MB", "--max-context", "256"]
+    flags += ["--page-size", "16", "--chunk", "32", "--name", "tiny", "--port", str(port)]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "duo_jax", "serve", "--model", str(model), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"DUO_API_KEY": KEY},
+    )
+    try:
+        assert server.stdout is not None
+        yield server, server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.process
+def test_a_server_that_was_killed_starts_again_at_the_same_port(chat_model):
+    def ask(url: str, **options: object) -> object:
+        client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60)
+        return client.completions.create(model="tiny", prompt="Hello", temperature=0, **options)
+
+    with serving(chat_model) as (server, url):
+        text = ask(url, max_tokens=20).choices[0].text
+        stream = ask(url, max_tokens=200, stream=True)
+        next(stream)
+        server.send_signal(signal.SIGKILL)
+        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+            list(stream)
+    with serving(chat_model, int(url.rpartition(":")[2].partition("/")[0])) as (_, again):
+        assert again == url and ask(again, max_tokens=20).choices[0].text == text
