@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from duo_eval.runner.record import read
-from duo_eval.speed.serving.bench import BenchServe, serve_table
+from duo_eval.speed.serving.bench import BenchServe, serve_table, servers_table
 from duo_eval.speed.serving.mix import Mix
 
 from duo_jax.checkpoint.open import load_text_tokenizer
@@ -100,6 +100,35 @@ def test_times_tokens_and_failures_are_those_of_the_server(server, text, text_mo
     printed = capsys.readouterr().out
     assert serve_table(out) in printed and "75.0%" in printed
     assert "1 of 6 requests failed, the first because of ValueError: status 429" in printed
+
+
+def test_servers_are_shown_next_to_each_other_if_they_were_asked_the_same(tmp_path):
+    (tmp_path / "cpu").mkdir()
+
+    def write(name, clients=2, cached=60, **about):
+        times = [{"arrived": 0.0, "begin": 0.0, "first": 1.0 + n, "end": 30.0, "error": None} for n in range(3)]
+        failed = {"first": None, "error": "status 429"}
+        results = [time | {"prompt": 100, "cached": cached, "reply": 10} for time in times]
+        mix = {"prefixes": 1, "prefix_tokens": 40}
+        content = {
+            "about": {"task": "bench-serve", "name": name, "clients": clients, "warm": False, "mix": mix, **about},
+            "gates": {},
+            "runs": [{"command": "duo bench-serve", "date": "2026-01-01", "device": name}],
+            "results": [*results, results[0] | failed],
+        }
+        content["runs"][0]["machine"] = {"processor": "P", "cores": 2, "python": "3", "versions": {}, "commit": "c"}
+        (tmp_path / "cpu" / f"serve-{name}.json").write_text(json.dumps(content))
+
+    write("one", settings="16 slots")
+    write("two", cached=None)
+    table = servers_table(tmp_path)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:4]]
+    assert cells[0] == ["one", "16 slots", "3 of 4", "6.0", "2.0 s", "2.9 s", "1.0", "60.0%"]
+    assert cells[1] == ["two", "-", "3 of 4", "6.0", "2.0 s", "2.9 s", "1.0", "not reported"]
+    assert "2 clients, 1 shared text of 40 tokens, cold; P, 2 cores." in table
+    write("three", clients=3)
+    with pytest.raises(ValueError, match="must be of one mix on one machine"):
+        servers_table(tmp_path)
 
 
 def test_arrivals_are_as_frequent_as_asked(text, text_model):

@@ -16,6 +16,7 @@ from duo_eval.show.paper import paper_accuracy, paper_cpu, paper_latency, paper_
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
 from duo_eval.speed.efficiency_results import bench_table
+from duo_eval.speed.serving.bench import servers_table
 from duo_eval.speed.startup import startup_table
 from duo_eval.speed.training import training_table
 from duo_eval.tasks.item_by_item import short_table
@@ -72,6 +73,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "paper accuracy": ("", paper_accuracy),
     "paper latency": ("", paper_latency),
     "paper cpu": ("", paper_cpu),
+    "servers": ("", servers_table),
 }
 
 # Tables that are computed when they are written.

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from duo_eval.runner.provenance import origin
+from duo_eval.runner.provenance import host, origin
 from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
@@ -36,6 +37,8 @@ class BenchServe:
     """Name of the model in requests; by default the first one that the server lists."""
     name: str = "duo serve"
     """Name of the server in the table."""
+    settings: str = ""
+    """How the server was started, for the table: its cache, its weights, how many requests it batches."""
     tokenizer: str = "smollm2-135m-instruct"
     """Model whose tokenizer counts the tokens of the texts."""
     haystack: str = "essays"
@@ -84,32 +87,104 @@ class BenchServe:
         print(serve_table(self.out))
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a file of results says of a server."""
+
+    head: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        """Results of the requests that were answered."""
+        return [result for result in self.results if not result["error"]]
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the last reply."""
+        return float(max(result["end"] for result in self.results) - min(result["begin"] for result in self.results))
+
+    @property
+    def mix(self) -> str:
+        """What was asked for."""
+        about, mix = self.head["about"], self.head["about"]["mix"]
+        shared = f"{mix['prefixes']} shared text{'' if mix['prefixes'] == 1 else 's'} of {mix['prefix_tokens']} tokens"
+        return f"{about['clients']} clients, {shared}, {'warm' if about['warm'] else 'cold'}"
+
+    @property
+    def rate(self) -> str:
+        """Requests a minute."""
+        return f"{60 * len(self.answered) / self.seconds:.1f}"
+
+    @property
+    def tokens_a_second(self) -> str:
+        """Tokens of replies."""
+        return f"{sum(result['reply'] for result in self.answered) / self.seconds:.1f}"
+
+    @property
+    def cached(self) -> str:
+        """Part of the prompts' tokens that the server did not compute."""
+        counts = [(result["prompt"], result["cached"]) for result in self.answered]
+        if not counts or any(number is None for pair in counts for number in pair):
+            return "not reported"
+        prompt, cached = (sum(numbers) for numbers in zip(*counts, strict=True))
+        return f"{cached / prompt:.1%}"
+
+    @property
+    def to_first(self) -> list[float]:
+        """Seconds until the first token of each reply."""
+        return [result["first"] - result["arrived"] for result in self.answered if result["first"] is not None]
+
+
 def serve_table(path: Path) -> str:
     """Throughput, and percentiles of the times of the requests that were answered."""
-    head, results = read(path)
-    about, answered = head["about"], [result for result in results if not result["error"]]
-    seconds = max(result["end"] for result in results) - min(result["begin"] for result in results)
-    prompt, cached = (sum(result[name] or 0 for result in answered) for name in ("prompt", "cached"))
-    tokens = sum(result["reply"] for result in answered)
-    timed = [result for result in answered if result["first"] is not None]
-    to_first = [result["first"] - result["arrived"] for result in timed]
+    load = Load(*read(path))
+    answered, about = load.answered, load.head["about"]
     per_token = [
-        1000 * (result["end"] - result["first"]) / (result["reply"] - 1) for result in timed if result["reply"] > 1
+        1000 * (result["end"] - result["first"]) / (result["reply"] - 1)
+        for result in answered
+        if result["first"] is not None and result["reply"] > 1
     ]
     cells = [
-        ["requests answered, failed", f"{len(answered)}, {len(results) - len(answered)}"],
-        ["requests a minute", f"{60 * len(answered) / seconds:.1f}"],
-        ["reply tokens a second", f"{tokens / seconds:.1f}"],
-        ["prompt tokens from the cache", f"{cached / prompt:.1%}" if prompt else "not reported"],
-        *_rows("time to first token, s", to_first, ".2f"),
+        ["requests answered, failed", f"{len(answered)}, {len(load.results) - len(answered)}"],
+        ["requests a minute", load.rate],
+        ["reply tokens a second", load.tokens_a_second],
+        ["prompt tokens from the cache", load.cached],
+        *_rows("time to first token, s", load.to_first, ".2f"),
         *_rows("time per token, ms", per_token, ".1f"),
         *_rows("whole request, s", [result["end"] - result["arrived"] for result in answered], ".2f"),
     ]
-    mix = about["mix"]
-    shared = f"{mix['prefixes']} shared text{'' if mix['prefixes'] == 1 else 's'} of {mix['prefix_tokens']} tokens"
-    setting = f"{about['clients']} clients, {shared}, {'warm' if about['warm'] else 'cold'}"
-    table = rows_to_table(cells, [setting, about["name"]])
-    return f"{table}\n\n{origin(head['runs'], head['runs'][-1]['command'])}"
+    table = rows_to_table(cells, [load.mix, about["name"]])
+    return f"{table}\n\n{origin(load.head['runs'], load.head['runs'][-1]['command'])}"
+
+
+def servers_table(results: Path) -> str:
+    """Servers next to each other, from the files `cpu/serve*.json` of a folder of results.
+
+    Raises:
+        ValueError: servers that were asked different things, or on different machines.
+    """
+    loads = [Load(*read(path)) for path in sorted((results / "cpu").glob("serve*.json"))]
+    asked = {(load.mix, str(load.head["about"]["mix"]), host(load.head["runs"][-1]["machine"])) for load in loads}
+    if len(asked) != 1:
+        raise ValueError(f"the files serve*.json in {results / 'cpu'} must be of one mix on one machine, got {asked}")
+    rows = [
+        [
+            load.head["about"]["name"],
+            load.head["about"].get("settings") or "-",
+            f"{len(load.answered)} of {len(load.results)}",
+            load.rate,
+            *(f"{np.percentile(load.to_first, p):.1f} s" if load.to_first else "-" for p in (50, 95)),
+            load.tokens_a_second,
+            load.cached,
+        ]
+        for load in loads
+    ]
+    headers = ["server", "settings", "answered", "requests a minute", "first token, p50", "p95"]
+    table = rows_to_table(rows, [*headers, "reply tokens a second", "prompt tokens from the cache"], "llr")
+    machine = loads[0].head["runs"][-1]["machine"]
+    commits = ", ".join(dict.fromkeys(load.head["runs"][-1]["machine"]["commit"] for load in loads))
+    return f"{table}\n\n{loads[0].mix}; {host(machine)}. Measured by `duo bench-serve` at {commits}."
 
 
 def _rows(name: str, values: Sequence[float], spec: str) -> list[list[str]]:
