@@ -1,6 +1,7 @@
 """A softmax over keys that are met in parts: the running state, and the merge of parts by their log-sum-exp."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.quantized import compute_dtype
-from pallas_kernels.types import Partial
+from pallas_kernels.types import Heads, Partial
 
 # Kernels compute powers of two: a GPU has no other exponential.
 LOG2_E = 1.4426950408889634
@@ -158,6 +159,12 @@ def merge_shards(part: Partial, axis: str) -> Partial:
 
     most = lax.pmax(part.log_sum, axis)
     return _merged(part, most, most, total)
+
+
+def log_copies(heads: Heads, devices: int, num_heads: int) -> Float[Array, "N"]:
+    """What a merge of devices adds to `log_sum` of each query head: each of them has all keys of a streaming head."""
+    copies = jnp.where(heads.is_retrieval, 0.0, math.log(devices)).astype(jnp.float32)
+    return jnp.repeat(copies, num_heads // len(copies), total_repeat_length=num_heads)
 
 
 def with_sinks(part: Partial, sink_logits: Float[Array, "N"]) -> Float[Array, "*rows N H"]:

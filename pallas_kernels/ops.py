@@ -12,7 +12,7 @@ from pallas_kernels.backends import candidates, find_backend
 from pallas_kernels.certify.verdicts import SAFE, best
 from pallas_kernels.choices import repeated
 from pallas_kernels.gpus import chip, device_kind
-from pallas_kernels.merge import merge_shards, with_sinks
+from pallas_kernels.merge import log_copies, merge_shards, with_sinks
 from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
 from pallas_kernels.trial import Operands, compiles
 from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
@@ -266,10 +266,7 @@ def _finished(
     if sink_logits is None:
         return whole.out
     if shards is not None and heads is not None:
-        # Each device counted all keys of a streaming head.
-        times = jnp.where(heads.is_retrieval, 0.0, np.log(shards.count)).astype(jnp.float32)
-        group = sink_logits.shape[0] // times.shape[0]
-        sink_logits = sink_logits.astype(jnp.float32) + jnp.repeat(times, group, total_repeat_length=group * len(times))
+        sink_logits = sink_logits.astype(jnp.float32) + log_copies(heads, shards.count, sink_logits.shape[0])
     if sink_logits.shape != whole.log_sum.shape[-1:]:
         raise ValueError(f"sink_logits must be one per query head, got {sink_logits.shape=} with {whole.out.shape=}")
     return with_sinks(whole, sink_logits)

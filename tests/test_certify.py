@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from duo_jax.mesh import processes
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
 from duo_jax.plan import any_pattern
-from pallas_kernels import cudnn, ops, segments
+from pallas_kernels import cudnn, ops, segments, xla_train
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
 from pallas_kernels.certify.examine import examine
@@ -46,7 +47,7 @@ from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.errors import is_no_memory
 from pallas_kernels.segments import segment
 from pallas_kernels.tiles import forget_tuned, tiles_for, tuned_file
-from pallas_kernels.types import Backend, Request
+from pallas_kernels.types import Backend, Partial, Request
 from pallas_kernels.window import Window
 from tests.shapes import TINY
 from tests.text_models import assert_refused
@@ -58,6 +59,7 @@ PREFILL = Request.of("prefill", q="bfloat16", full="int8", ring="bfloat16", head
 BACKENDS = {
     "right": "out",
     "wrong": "out._replace(out=out.out * 1.5)",
+    "offset": "out._replace(log_sum=out.log_sum + 1e-3)",
     "unmasked": "xla.decode(q, pools, heads, lengths=lengths + 1, **options)",
     "flaky": "out._replace(out=out.out * jax.pure_callback(sometimes, jax.ShapeDtypeStruct((), 'float32')))",
     "slow": "out._replace(out=out.out * jax.pure_callback(later, jax.ShapeDtypeStruct((), 'float32')))",
@@ -177,11 +179,13 @@ def test_each_backend_ends_as_it_should(home):
     """In this process, as far as it survives."""
     lines = []
     order = {"requests": [to_json(DECODE)], "skip": []}
-    backends = names("right", "wrong", "unmasked", "flaky", "uncompilable", "exhausted")
+    backends = names("right", "wrong", "offset", "unmasked", "flaky", "uncompilable", "exhausted")
     child.serve(order | {"backends": backends}, lambda **line: lines.append(line))
     found = {line["settled"][1].removeprefix("pretended."): line["verdict"] for line in lines if "settled" in line}
     assert [name for name, verdict in found.items() if verdict["is_right"]] == ["xla", "right"]
     assert found["wrong"]["reason"].startswith("wrong numbers: error 5.0e-01 of out")
+    # Its outputs are right, but not with a learned sink.
+    assert found["offset"]["reason"].startswith("wrong numbers: error 1.0e-03 of log_sum")
     # It reads one token too many, which is NaN.
     assert found["unmasked"]["error"] == float("inf")
     assert found["flaky"]["reason"].startswith("differs from run to run: run ")
@@ -722,6 +726,20 @@ def test_the_safe_backends_are_right_in_every_kind_of_case(request_):
     exact = case.exact()
     for name in verdicts.SAFE:
         assert examine(case, name, exact, lambda phase: None).is_right, name
+
+
+@pytest.mark.full_matrix
+def test_training_without_the_gradient_of_the_log_sum_is_wrong(monkeypatch):
+    """Learned sinks have that gradient too."""
+
+    def training(q, k, v, window):
+        out, log_sum = xla_train.training(q, k, v, window)
+        return Partial(out, jax.lax.stop_gradient(log_sum))
+
+    monkeypatch.setattr(cudnn, "BACKEND", Backend("cudnn", lambda request: None, training=training))
+    case = cases.make(TRAINING, cases.SMALL)
+    verdict = examine(case, "cudnn", case.exact(), lambda phase: None)
+    assert re.match(r"wrong numbers: error [\d.e-]+ of [qk],", verdict.reason), verdict
 
 
 @pytest.mark.full_matrix

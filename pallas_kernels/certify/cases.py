@@ -16,18 +16,20 @@ from jax import lax
 
 from pallas_kernels import ops
 from pallas_kernels.gpus import device_kind
-from pallas_kernels.merge import merge_parts
+from pallas_kernels.merge import log_copies, merge_parts
 from pallas_kernels.quantized import Quantized, empty, store
 from pallas_kernels.segments import segments_of
-from pallas_kernels.types import Heads, Pools, Request, TokenShards
+from pallas_kernels.types import Heads, Partial, Pools, Request, TokenShards
 from pallas_kernels.window import Window
 
-# Relative error in the Euclidean norm that counts as right.
+# Relative error in the Euclidean norm that counts as right; of `log_sum`, error: that of an output with a learned sink is
+# at most as large.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # Tokens over which an error is a relative one.
 TOKENS = 64
 # The outputs of an operation; in training, gradients are named after their inputs.
-OUTPUTS = {"prefill": ("out",), "decode": ("out",), "training": ("out", "q", "k", "v")}
+PART = ("out", "log_sum")
+OUTPUTS = {"prefill": PART, "decode": PART, "training": (*PART, "q", "k", "v")}
 # Devices that share the tokens of retrieval heads. One computes all of their parts here: it may be the only one.
 SHARDS = 2
 # Tokens of a page, as few as any kernel takes.
@@ -101,9 +103,9 @@ class Case:
             return _outputs(jax.jit(partial(_run, plain, "reference", 1), compiler_options=run_once())(raised))
 
     def errors(self, outputs: Any, exact: list[np.ndarray]) -> dict[str, float]:
-        """The largest relative error of each output."""
+        """The largest relative error of each output; of `log_sum`, the largest error."""
         pairs = zip(OUTPUTS[self.request.operation], _outputs(outputs), exact, strict=True)
-        return {name: max(map(worst, given, right)) for name, given, right in pairs}
+        return {name: farthest(*pair) if name == "log_sum" else max(map(worst, *pair)) for name, *pair in pairs}
 
     @property
     def tolerance(self) -> float:
@@ -124,6 +126,8 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     if request.operation == "training":
         shapes = [(3, 2, sizes.training, heads, request.head_dim) for heads in _heads_of(request, 2)]
         own = tuple(_normal(rng, shape, request.q) for shape in (*shapes, shapes[0]))
+        # Gradients of the output and of `log_sum`.
+        own = (*own, _normal(rng, shapes[0][:-1], "float32"))
         inputs = Inputs(own, None, None, None, ())
         return Case(request, inputs, inputs, sizes.rounds)
     assert request.window is not None
@@ -153,6 +157,12 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     at = jnp.asarray(start[:count]), jnp.asarray(lengths[:count])
     inputs, clean = (Inputs(arrays, heads, *at, pools) for pools in (_arranged(request, hostile), (Pools(*made),)))
     return Case(request, inputs, clean, sizes.rounds)
+
+
+def farthest(outputs: np.ndarray, expected: np.ndarray) -> float:
+    """The largest error."""
+    error = np.abs(outputs - expected)
+    return float(error.max()) if np.isfinite(error).all() else float("inf")
 
 
 def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
@@ -187,12 +197,12 @@ def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
 
 def _operation(request: Request, backend: str, case: Inputs) -> Any:
     if request.operation == "training":
-        *inputs, gradient = case.arrays
+        *inputs, slope, slope_of_sum = case.arrays
         chosen = ops.choose(request, backend).training
         assert chosen is not None
         # Not the gates' gradient: no kernel computes it. XLA sums it over tokens with atomic additions, in any order.
-        out, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window).out, *inputs)
-        return out, *back(gradient)
+        part, back = jax.vjp(lambda q, k, v: chosen(q, k, v, request.window), *inputs)
+        return *part, *back(Partial(slope, slope_of_sum))
 
     parts = []
     for number, pools in enumerate(case.pools):
@@ -205,11 +215,21 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
             # Two segments of quantized slots, of which short rows have one.
             with segments_of(-(-pools.capacity // (2 * PAGE)) * PAGE):
                 parts.append(ops.prefill_part(*arguments, start=case.start, lengths=case.lengths, **options))
-    out = parts[0].out if len(parts) == 1 else merge_parts(parts).out
+    out, log_sum = parts[0] if len(parts) == 1 else _merged(parts, case.heads)
     if request.operation == "prefill":  # Beyond a row's tokens they are unspecified.
         is_token = jnp.arange(out.shape[1], dtype=jnp.int32)[None, :] < case.lengths[:, None]
-        out = jnp.where(is_token[:, :, None, None], out, jnp.zeros_like(out))
-    return (out.astype(request.q),)
+        out, log_sum = (
+            jnp.where(is_token.reshape(*is_token.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+            for x in (out, log_sum)
+        )
+    return out.astype(request.q), log_sum
+
+
+def _merged(parts: list[Partial], heads: Heads | None) -> Partial:
+    assert heads is not None
+    part = merge_parts(parts)
+    copies = log_copies(heads, len(parts), part.log_sum.shape[-1])
+    return part._replace(log_sum=part.log_sum - jnp.broadcast_to(copies, part.log_sum.shape))
 
 
 def _heads_of(request: Request, num_kv_heads: int) -> tuple[int, int, int]:
