@@ -1,8 +1,9 @@
 """Mixtures of experts as arithmetic: each token has a few of many functions, whose outputs are added. Knows no model.
 
-No token is dropped. Choices are sorted by expert and computed in blocks of one expert each, as many as there are. So an
-expert's weights are read only if a token has chosen it, and a token's result depends on no other token. (What
-`jax.lax.ragged_dot` becomes on CPUs and GPUs multiplies every token with every expert.)
+No token is dropped. Choices are sorted by expert and computed in blocks of one expert each, as many as there are; on a
+GPU, those of a few tokens one by one. So an expert's weights are read only if a token has chosen it, and a token's
+result depends on no other token. (What `jax.lax.ragged_dot` becomes on CPUs and GPUs multiplies every token with every
+expert.)
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ Weights = TypeVar("Weights")
 # Rows of a block: as many as an expert has on average, within these limits. With fewer, weights are read more often and
 # matrices are too small; with more, there is more padding, one part of a block for each expert.
 LEAST_ROWS, MOST_ROWS = 16, 512
+# Numbers of a matrix that XLA multiplies with one row in a kernel of its own on GPUs, less than its limit of 1e7: that
+# kernel reads the weights of an expert where they are, others are given a copy.
+MOST_WEIGHTS = 9_000_000
 
 
 class Blocks(NamedTuple):
@@ -57,6 +61,30 @@ def blocks_of(chosen: Int32[Array, "M k"], experts: int, rows: int) -> Blocks:
     return Blocks(order, expert, first, jnp.clip(end[expert] - first, 0, rows), last[-1])
 
 
+def sum_of_choices(
+    expert: Callable[[Array, Weights], Array],
+    x: Float[Array, "M D"],
+    shares: Float[Array, "M k"],
+    chosen: Int32[Array, "M k"],
+    weights: Weights,
+) -> Float[Array, "M D"]:
+    """As `weighted_sum` over blocks, but every choice by itself and all at once, for few tokens.
+
+    On a GPU, weights are read where they are, once for each choice (`MOST_WEIGHTS`). A block's are copied first, with
+    three times the traffic, and blocks are computed one after the other.
+
+    Args:
+        expert: one expert, `(x [rows, D], weights) -> [rows, D]`.
+        x: the tokens.
+        shares: the factor of each choice, in float32.
+        chosen: experts of each token, all of which `weights` has.
+        weights: a pytree of arrays whose first axis is the expert.
+    """
+    of_choice = jax.tree.map(lambda leaf: jnp.take(leaf, chosen.ravel(), axis=0, mode="clip"), weights)
+    y = jax.vmap(expert)(jnp.repeat(x, chosen.shape[1], axis=0)[:, None], of_choice)
+    return jnp.sum(shares[:, :, None] * y.reshape(*chosen.shape, -1).astype(jnp.float32), axis=1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_sum(
     expert: Callable[[Array, Weights], Array],
@@ -84,7 +112,7 @@ def weighted_sum(
         y = expert(_rows(x, tokens), of_expert).astype(jnp.float32)
         return _add(out, tokens, _rows(shares.ravel(), choices)[:, None] * y)
 
-    return jax.lax.fori_loop(0, blocks.used, body, jnp.zeros(x.shape, jnp.float32))
+    return jax.lax.fori_loop(0, blocks.used, body, _zeros(x.shape, blocks))
 
 
 def _forward(expert: Any, rows: int, *args: Any) -> tuple[Array, Any]:
@@ -102,7 +130,7 @@ def _backward(expert: Any, rows: int, args: Any, slope: Float[Array, "M D"]) -> 
         of_choices = jnp.sum(y.astype(jnp.float32) * ahead, axis=-1)
         return _add(sums[0], tokens, of_rows.astype(jnp.float32)), _add(sums[1], choices, of_choices)
 
-    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(shares.size, jnp.float32)
+    zeros = _zeros(x.shape, blocks), _zeros((shares.size,), blocks)
     of_x, of_shares = jax.lax.fori_loop(0, blocks.used, body, zeros)
     return of_x.astype(x.dtype), of_shares.reshape(shares.shape), None, None
 
@@ -121,6 +149,11 @@ def _block(
     of_expert = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, blocks.expert[number], 0, False), weights)
     tokens_of = jnp.where(is_choice, choices // per_token, tokens + row)
     return tokens_of, jnp.where(is_choice, choices, tokens * per_token + row), of_expert
+
+
+def _zeros(shape: tuple[int, ...], blocks: Blocks) -> Array:
+    """A sum of nothing, allocated once the blocks are known: otherwise XLA allocates those of all layers at once."""
+    return jax.lax.optimization_barrier((jnp.zeros(shape, jnp.float32), blocks.used))[0]
 
 
 def _rows(x: Array, index: Int32[Array, "rows"]) -> Array:

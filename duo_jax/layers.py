@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.config import ModelConfig
 from duo_jax.config_checks import ACTIVATIONS
-from duo_jax.experts import blocks_of, rows_of_block, weighted_sum
+from duo_jax.experts import MOST_WEIGHTS, blocks_of, rows_of_block, sum_of_choices, weighted_sum
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, constrain
 from duo_jax.rope import Angles, rotate
 from duo_jax.weights import WEIGHT_FORMATS, look_up, multiply, quantize_kernel
@@ -296,17 +296,27 @@ class Experts(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The weighted sum of these experts, in float32; `chosen` may have others, outside of `[0, experts)`."""
         per_token, flat = self.config.experts_per_token, x.reshape(-1, x.shape[-1])
-        rows = rows_of_block(len(flat), per_token, self.config.num_experts)
-        blocks = blocks_of(chosen.reshape(-1, per_token), experts, rows)
+        shares, chosen = shares.reshape(-1, per_token), chosen.reshape(-1, per_token)
         expert = partial(_expert, self.config)
-        return weighted_sum(expert, rows, flat, shares.reshape(-1, per_token), weights, blocks).reshape(x.shape)
+        rows = rows_of_block(len(flat), per_token, self.config.num_experts)
+
+        def by_block(x: Array, shares: Array, chosen: Array, weights: Any) -> Array:
+            return weighted_sum(expert, rows, x, shares, weights, blocks_of(chosen, experts, rows))
+
+        size, args = self.config.embed_dim * self.config.expert_dim, (flat, shares, chosen, weights)
+        if chosen.size > experts or experts < self.config.num_experts or size > MOST_WEIGHTS:
+            return by_block(*args).reshape(x.shape)
+        by_choice = partial(sum_of_choices, expert)
+        return jax.lax.platform_dependent(*args, cuda=by_choice, default=by_block).reshape(x.shape)
 
 
 def _expert(config: ModelConfig, x: Float[Array, "R D"], weights: Any) -> Float[Array, "R D"]:
     """One expert's MLP."""
-    (gate_up, gate_up_bias), (down, down_bias) = weights
-    gate, up = jnp.split(linear(x, gate_up, gate_up_bias, config.map_dtype("expert_gate_up")), 2, axis=-1)
-    return linear(gated(config, gate, up), down, down_bias, config.map_dtype("expert_down"))
+    gate_up, down = weights
+    # In halves, which XLA may multiply with one row without a copy: see `MOST_WEIGHTS`.
+    halves = (jax.tree.map(lambda leaf, i=i: jnp.split(leaf, 2, axis=-1)[i], gate_up) for i in range(2))
+    gate, up = (linear(x, *half, config.map_dtype("expert_gate_up")) for half in halves)
+    return linear(gated(config, gate, up), *down, config.map_dtype("expert_down"))
 
 
 class Layer(nnx.Module):

@@ -1,19 +1,24 @@
 """Programs compiled for absent GPUs; needs jax's CUDA plugin: `make test-aot`."""
 
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
 # Before jax loads the CUDA plugin, which reads only then where Mosaic's runtime is.
-import jax.experimental.mosaic.gpu  # noqa: F401
+import jax
+import jax.experimental.mosaic.gpu
+import jax.numpy as jnp
 import jaxtyping
 import pytest
 from duo_eval.aot.compile import compile_for, gpus_like, kernels_on, memory_of
 from duo_eval.aot.kernels import OPERATIONS, program
 from duo_eval.aot.programs import decode, is_close, prefill_chunk, training_step, verify
 from duo_train.gated import GatedModel
+from flax import nnx
 
 from duo_jax import PRESETS
+from duo_jax.layers import Experts
 from duo_jax.mesh.mesh import MeshSize, mesh_of
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
@@ -92,6 +97,19 @@ def test_a_plan_is_within_its_tolerance_and_quantized_pools_are_written_in_place
     assert is_close(found), found
     for sizes in found["programs"].values():
         assert sizes["aliased"] >= plan.kv(1 << 23) and sizes["temporaries"] < 0.15 * plan.kv(1 << 23)
+
+
+@pytest.mark.parametrize(("model", "weight_dtype"), [("qwen3-30b-a3b", None), ("gpt-oss-120b", "mxfp4")])
+def test_a_decode_step_copies_no_expert(model, weight_dtype):
+    """The kernels that multiply read the weights, dequantized, from where they are; and there is no loop."""
+    config = replace(PRESETS[model], dtype="bfloat16", weight_dtype=weight_dtype)
+    build = partial(Experts, config, dtype=jnp.dtype("bfloat16"))
+    graphdef, weights = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    token = jax.ShapeDtypeStruct((1, 1, config.embed_dim), jnp.bfloat16)
+    compiled = compile_for("h200", jax.jit(lambda weights, x: nnx.merge(graphdef, weights)(x)), shapes, token)
+    assert memory_of(compiled).temporaries < config.embed_dim * config.expert_dim  # Half of a matrix in bfloat16.
+    assert " while(" not in compiled.as_text()
 
 
 @pytest.mark.parametrize("mesh", [MeshSize(tensor=8), MeshSize(tensor=4, sequence=2)], ids=str)

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from duo_jax import KVCache, Model, ModelConfig, load_model, make_mesh, prefill, save_model
-from duo_jax.experts import blocks_of, rows_of_block, weighted_sum
+from duo_jax.experts import blocks_of, rows_of_block, sum_of_choices, weighted_sum
 from duo_jax.layers import Experts
 from duo_jax.mesh.mesh import MeshSize
 from tests.shapes import GOLDEN, TINY
@@ -67,6 +67,13 @@ def test_blocks_of_any_size_give_the_sum_over_experts_and_its_gradients(rows: in
     found, wanted = jax.jit(gradient(blocks))(x, shares), gradient(plain)(x, shares)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_choices_one_by_one_give_the_sum_over_experts() -> None:
+    """As a GPU computes those of a few tokens."""
+    x, shares, weights = inputs()
+    found = jax.jit(sum_of_choices, static_argnums=0)(scaled, x, shares, jnp.asarray(POPULAR), weights)
+    np.testing.assert_allclose(found, plain_sum(x, shares, weights, POPULAR), atol=1e-6)
 
 
 def test_every_choice_is_in_one_block_of_its_expert() -> None:
