@@ -22,8 +22,8 @@ from pallas_kernels.segments import segments_of
 from pallas_kernels.types import Heads, Partial, Pools, Request, TokenShards
 from pallas_kernels.window import Window
 
-# Relative error in the Euclidean norm that counts as right; of `log_sum`, error: that of an output with a learned sink is
-# at most as large.
+# Relative error in the Euclidean norm that counts as right. Of `log_sum`, the error itself: that of an output with a
+# learned sink is at most as large.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # Tokens over which an error is a relative one.
 TOKENS = 64
