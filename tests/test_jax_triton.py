@@ -15,7 +15,6 @@ from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.quantized import empty, store
 from pallas_kernels.schedule import Splits
-from pallas_kernels.tiles import tiles_for
 from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -112,10 +111,10 @@ def test_the_kernel_compiles_without_spills(dtype, head_dim, gpu, capability, tm
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from pallas_kernels.jax_triton.decode_kernel import decode_kernel, sizes
+    from pallas_kernels.jax_triton.decode_kernel import decode_kernel, sizes, tiles_here
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # jax_triton unsets it.
-    tiles = tiles_for("decode", head_dim, 4 if dtype == "fp32" else 2)
+    tiles = tiles_here(head_dim, 4 if dtype == "fp32" else 2)
     splits = Splits(128, 128, (1 << 22, 320), tiles.block_k, tiles.min_split)
     settings = sizes(4, head_dim, 1, 8, splits)
     types = [f"*{dtype}"] * 5 + ["*i32"] * 4 + ["*fp32"] * 2

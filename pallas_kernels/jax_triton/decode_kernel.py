@@ -1,6 +1,7 @@
 """Attention of one new token per row: the kernel of `pallas_kernels.triton.decode`, in Triton's own language."""
 
 import inspect
+from dataclasses import replace
 from typing import no_type_check
 
 import jax
@@ -29,6 +30,12 @@ if jax.__version_info__ >= (0, 12):
             del partial_eval.dce_rules[primitive]
 
 
+def tiles_here(head_dim: int, itemsize: int) -> DecodeTiles:
+    """Tiles of decode: those of the triton backend, but that four warps spill registers of the largest ones."""
+    tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize)
+    return replace(tiles, num_warps=max(tiles.num_warps, 8)) if head_dim > 128 else tiles
+
+
 def decode(
     q: Float[Array, "B N H"], pools: Pools, heads: Heads, *, lengths: Int32[Array, "B"], capability: int
 ) -> Partial:
@@ -36,7 +43,7 @@ def decode(
     batch, num_heads, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     group = num_heads // num_kv_heads
-    tiles: DecodeTiles = tiles_for("decode", head_dim, q.dtype.itemsize)
+    tiles = tiles_here(head_dim, q.dtype.itemsize)
     splits = Splits.of(pools, batch, num_kv_heads, tiles)
     is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths)
     # A pool without a slot is never read; the queries take its place, since an argument cannot be empty.
