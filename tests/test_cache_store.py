@@ -95,6 +95,24 @@ def test_windows_and_pages_are_saved(tiny, half, tmp_path):
         KVCache.load(tmp_path / "cache", pattern=HeadPattern.full(tiny.config))
 
 
+def test_rows_that_share_pages_of_a_pool_are_saved(tiny, half, tmp_path):
+    """Most pages of the table are missing; a loaded cache has room for all of them."""
+    spec = CacheSpec(tiny.config, half, 2, 4096, tiny.config.precision(), page_size=8)
+    table = np.full((2, 512), -1)
+    table[:, :4] = [[5, 2, 7, 0], [5, 2, 6, 1]]
+    _, shared = prefill(tiny, TOKENS, replace(spec, num_pages=9).empty().with_pages(table), lengths=[24, 15])
+    # The second row continues from the first one's two pages.
+    rings = jax.tree.map(lambda x: x.at[:, 1].set(x[:, 0]), shared.rings)
+    shared = replace(shared, rings=rings, length=jnp.asarray([24, 16], jnp.int32))
+    shared.save(tmp_path / "cache", tiny)
+    loaded = KVCache.load(tmp_path / "cache", tiny)
+    assert (loaded.max_length, loaded.full.k.shape[1]) == (4096, 1024)
+    for token in TOKENS[:, :4].T:
+        expected, shared = decode_step(tiny, token, shared)
+        found, loaded = decode_step(tiny, token, loaded)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_layers_with_windows_of_their_own_and_no_retrieval_heads_are_matched(tiny, tmp_path):
     """The pattern's window is not that of the first layer."""
     pattern = HeadPattern.from_gates(np.zeros((2, 2)), sink_size=3, recent_size=8)

@@ -271,7 +271,9 @@ def _check_arrays(path: str | Path, pools: dict[str, Array], arrays: Mapping[str
 
 def _filled_arrays(cache: KVCache, filled: int) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays to store: pools without slots, and entries beyond the length, are left out."""
-    for name, leaf in _parts(*_pools(cache)).items():
+    # A row of a pool of pages may have room for more tokens than the pool has: only pages with tokens are gathered.
+    pages = None if cache.pages is None else cache.pages[:, : -(-filled // cache.full.k.shape[2])]
+    for name, leaf in _parts(_contiguous(cache.full, pages), cache.rings).items():
         if leaf.size:
             yield name, np.asarray(leaf)[:, :, :filled] if name.startswith("full") else np.asarray(leaf)
 
