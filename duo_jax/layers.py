@@ -312,11 +312,14 @@ class Experts(nnx.Module):
 
 def _expert(config: ModelConfig, x: Float[Array, "R D"], weights: Any) -> Float[Array, "R D"]:
     """One expert's MLP."""
-    gate_up, down = weights
-    # In halves, which XLA may multiply with one row without a copy: see `MOST_WEIGHTS`.
-    halves = (jax.tree.map(lambda leaf, i=i: jnp.split(leaf, 2, axis=-1)[i], gate_up) for i in range(2))
-    gate, up = (linear(x, *half, config.map_dtype("expert_gate_up")) for half in halves)
-    return linear(gated(config, gate, up), *down, config.map_dtype("expert_down"))
+    gate_up, (down, down_bias) = weights
+
+    def half(number: int) -> Array:
+        # In halves, which XLA may multiply with one row without a copy: see `MOST_WEIGHTS`.
+        kernel, bias = jax.tree.map(lambda leaf: jnp.split(leaf, 2, axis=-1)[number], gate_up)
+        return linear(x, kernel, bias, config.map_dtype("expert_gate_up"))
+
+    return linear(gated(config, half(0), half(1)), down, down_bias, config.map_dtype("expert_down"))
 
 
 class Layer(nnx.Module):
