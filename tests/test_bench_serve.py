@@ -33,7 +33,8 @@ def server():
 
     async def chat(request):
         body = await request.json()
-        bodies.append(body | {"key": request.headers.get("Authorization")})
+        seen = {"key": request.headers.get("Authorization"), "port": request.transport.get_extra_info("peername")[1]}
+        bodies.append(body | seen)
         if len(bodies) == 3:
             return web.json_response({"error": {"message": "too busy"}}, status=429)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -95,6 +96,7 @@ def test_times_tokens_and_failures_are_those_of_the_server(server, text, text_mo
             assert (result["prompt"], result["cached"], result["reply"]) == (100, 75, 3)
     assert {body["key"] for body in bodies} == {"Bearer secret"} and "secret" not in out.read_text()
     assert {body["model"] for body in bodies} == {"small"} and {body["max_tokens"] for body in bodies} == {3}
+    assert len({body["port"] for body in bodies}) == 6  # None is sent on a connection that the server may be closing.
     systems = {body["messages"][0]["content"] for body in bodies}
     assert len(systems) <= 2 and len({body["messages"][1]["content"] for body in bodies}) == 6
     printed = capsys.readouterr().out

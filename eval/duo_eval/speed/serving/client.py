@@ -46,7 +46,9 @@ class Server:
     async def _send(self, asks: Sequence[Ask], clients: int, done: Any) -> list[dict[str, Any]]:
         free = asyncio.Semaphore(clients)
         headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        limit, pool = aiohttp.ClientTimeout(total=self.timeout), aiohttp.TCPConnector(limit=clients)
+        limit = aiohttp.ClientTimeout(total=self.timeout)
+        # A connection for each request: a server may close an idle one just when it is used again.
+        pool = aiohttp.TCPConnector(limit=clients, force_close=True)
         async with aiohttp.ClientSession(
             headers=headers, timeout=limit, connector=pool, read_bufsize=MOST_LINE
         ) as session:
