@@ -15,7 +15,7 @@ from duo_eval.show.families import families_table, refused_table, short_list
 from duo_eval.show.paper import paper_accuracy, paper_cpu, paper_latency, paper_short
 from duo_eval.show.score_table import score_summary, score_table
 from duo_eval.speed.adapter import adapter_table
-from duo_eval.speed.efficiency_results import bench_table
+from duo_eval.speed.efficiency_results import bench_table, efficiency_table
 from duo_eval.speed.serving.bench import servers_table
 from duo_eval.speed.startup import startup_table
 from duo_eval.speed.training import training_table
@@ -34,6 +34,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # A table by the name in its markers, `<!-- NAME -->` and `<!-- /NAME -->`: the file in RESULTS, and the function.
 TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "bench": ("cpu/bench.json", bench_table),
+    "gemma": ("cpu/gemma.json", efficiency_table),
     "recall": ("cpu/recall.jsonl", recall_table),
     "recall details": ("cpu/recall.jsonl", recall_details),
     "windows": ("cpu/windows.jsonl", recall_table),
