@@ -143,8 +143,8 @@ def parts_of(
         shapes: of the tensors that may be quantized.
         names: the model's names of arrays -> those in the shards.
         shards: the checkpoint's.
-        always: modules that are quantized if the format says so. For all others, such as routers and the head, the
-            tensors decide: many quantizers leave them out without recording it.
+        always: modules for which the format's word is final. Whether another one, such as a router or the head, is
+            quantized shows in its tensors, as many quantizers leave such modules out without recording it.
 
     Raises:
         ValueError: with those that are missing, and those of another shape or data type.
