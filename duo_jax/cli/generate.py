@@ -220,8 +220,10 @@ class Generate:
 
 
 def _summary(record: dict[str, int | float]) -> str:
-    return (
+    small = record["kv_bytes"] > record["kv_bytes_full"]
+    line = (
         "prompt {prompt_tokens} tokens in {prefill_seconds:.2f} s ({prefill_tokens_per_second:.0f}/s), "
         "{new_tokens} new at {decode_tokens_per_second:.1f}/s, compiling {compile_seconds:.1f} s; KV cache {kv} MB, "
         "full attention {full} MB"
     ).format(**record, kv=f"{record['kv_bytes'] / 1e6:.1f}", full=f"{record['kv_bytes_full'] / 1e6:.1f}")
+    return f"{line}: the text is shorter than the windows of streaming heads" if small else line
