@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,8 @@ def test_experts_that_devices_cannot_share_are_refused() -> None:
         MeshSize(tensor=4).check(EXPERTS)
 
 
-def changed_folder(folder: Path, **values: Any) -> Path:
-    shutil.copytree(FOLDER, folder)
+def changed_folder(folder: Path, family: str = FOLDER.name, **values: Any) -> Path:
+    shutil.copytree(GOLDEN / family, folder)
     config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -202,6 +203,13 @@ def test_a_configuration_that_contradicts_itself_or_its_tensors_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         load_model(changed_folder(tmp_path / "model", **values))
+
+
+@pytest.mark.parametrize(("family", "count"), [*product(("mixtral", "gpt_oss"), (4, 16))])
+def test_another_number_of_experts_is_refused_however_they_are_stored(family: str, count: int, tmp_path: Path) -> None:
+    folder = changed_folder(tmp_path / "model", family, num_local_experts=count)
+    with pytest.raises(ValueError, match=f"its configuration has {count} experts in a layer, its tensors have 8"):
+        load_model(folder)
 
 
 def test_layers_between_experts_are_read() -> None:

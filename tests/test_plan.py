@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from duo_eval.aot.context import ContextTask, planned
+from duo_eval.aot.context import ContextTask, MeshesTask, mesh_table, planned
 
 from duo_jax import PRESETS, KVCache, Model, Plan
 from duo_jax.chunks import most_at_a_time
@@ -197,3 +197,18 @@ def test_the_table_keeps_what_was_compiled(monkeypatch, tmp_path):
     assert record["results"][-1]["context"] == duo.max_context(GPUS["a100-80g"].usable_bytes)
     (saving,) = record["savings"]
     assert saving["saving"] >= saving["goal"] - 0.1 and saving["goal_passed_at"] > 1000
+
+
+def test_cases_that_a_file_contains_are_not_compiled_again(monkeypatch, tmp_path, capsys):
+    calls, out = [], tmp_path / "families.json"
+
+    def compiled(plan, length, gpu):
+        calls.append(plan.config.family)
+        return {"planned": plan.total(length), "total": plan.total(length), "deviation": 0.0, "context": length}
+
+    monkeypatch.setattr("duo_eval.aot.context.verify", compiled)
+    MeshesTask(("gpt-oss",), chunk=8192, out=out).run()
+    for _ in range(2):
+        MeshesTask(("gpt-oss", "gemma3"), chunk=8192, out=out).run()
+    assert calls == ["gpt_oss", "gemma3_text"] and "has all of these cases" in capsys.readouterr().out
+    assert "| 1 x h200 | gpt-oss-120b | mxfp4" in mesh_table(out) and "gemma-3-27b" in mesh_table(out)

@@ -1,6 +1,7 @@
 """Layers with a window of their own and learned sinks: caches, heads that can choose, training, methods, meshes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -25,9 +26,10 @@ from duo_jax.mesh.place import place_model
 from duo_jax.pattern_files import CONFIG_FILE
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Window
-from tests.shapes import TINY
+from tests.shapes import GOLDEN, TINY
 from tests.test_infer import TOLERANCE, dense_logits
 from tests.test_train import DATA
+from tests.text_models import assert_refused
 
 CONFIG = replace(TINY, num_layers=3, layer_windows=(5, None, 7), sink_logits=True)
 SIZES = {"sink_size": 3, "recent_size": 8}
@@ -171,6 +173,19 @@ def test_a_figure_of_gates_shows_layers_without_a_choice_apart(tmp_path):
     assert NO_GATE in svg and (tmp_path / "gates.png").exists()
     title = GatesPlot((str(tmp_path),))._title(str(tmp_path), PATTERN, PATTERN)
     assert "3 × 2, 2 with a window of their own\n1 of 2 gates above 0.5, mean 0.50" in title
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [("generate", "--max-context"), ("serve", "--max-context"), ("chat", "--max-length")]
+)
+def test_a_cache_that_is_shorter_than_a_window_is_refused(duo, text_model, tmp_path, command, flag):
+    """Before anything is loaded: the folder has no weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(text_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copy(GOLDEN / "gpt_oss" / "config.json", folder)
+    prompt = ["--prompt", "Hello"] if command == "generate" else []
+    result = duo(command, "--model", folder, flag, 8, *prompt)
+    assert_refused(result, f"{flag} must be at least 11, the window of layers of this model")
 
 
 def test_a_plan_counts_each_window_and_certification_asks_for_each():

@@ -5,7 +5,7 @@ q/k-norm, a head) have no row.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,12 +169,17 @@ def ignorable(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
-def _check_experts(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, label: str) -> None:
+def _check_experts(
+    shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Weight], config: ModelConfig, label: str
+) -> None:
     """Raise ValueError if the tensors are those of another number of experts."""
     numbers = {int(match[1]) for name in shapes if (match := EXPERT.search(name))}
-    if numbers and config.num_experts and len(numbers) != config.num_experts:
+    stacked = {name for weight in weights if weight.is_stacked for name in weight.names}
+    counts = {shapes[name][0] for name in stacked if shapes.get(name)} | ({len(numbers)} if numbers else set())
+    if config.num_experts and counts - {config.num_experts}:
         raise ValueError(
-            f"{label}: its configuration has {config.num_experts} experts in a layer, its tensors have {len(numbers)}"
+            f"{label}: its configuration has {config.num_experts} experts in a layer, its tensors have "
+            f"{' or '.join(map(str, sorted(counts)))}"
         )
 
 
@@ -186,7 +191,7 @@ def check_tensors(
     label: str,
 ) -> None:
     """Raise ValueError with every tensor that is missing, extra or misshapen."""
-    _check_experts(shapes, config, label)
+    _check_experts(shapes, table.values(), config, label)
     expected = {
         name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
     }

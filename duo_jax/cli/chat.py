@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from duo_jax.arguments import path_of, whole_number
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli import USER_ERRORS, message_of
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.lines import Lines
-from duo_jax.cli.options import CacheOptions, ChatSamplingOptions, ModelOptions, PatternOptions
+from duo_jax.cli.options import CacheOptions, ChatSamplingOptions, ModelOptions, PatternOptions, check_room
 from duo_jax.cli.timings import Phases, show_status
 from duo_jax.files import check_output, write_text
 from duo_jax.reading import MOST_JSON_BYTES, parse_json, read_text
@@ -82,7 +83,7 @@ class ChatCommand:
     def run(self) -> None:
         """Load, then read and answer until the end of input."""
         whole_number("max_new_tokens", self.max_new_tokens, 1)
-        whole_number("max_length", self.max_length, 1)
+        check_room("max_length", self.max_length, open_config(self.model.model))
         sampling, pattern = self.sampling.settings(self.model.sampling()), self.pattern.load(self.max_length)
         sampling.sampler()
         tokenizer = self.model.text_tokenizer()

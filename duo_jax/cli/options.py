@@ -13,6 +13,7 @@ from duo_jax.arguments import MOST_BYTES, ArgumentError, whole_number
 from duo_jax.checkpoint.load import load_model, loaded_config
 from duo_jax.checkpoint.open import load_text_tokenizer, load_tokenizer, open_config, open_source, usual_dtype
 from duo_jax.chunks import cache_room
+from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
 from duo_jax.model import Model
@@ -137,9 +138,7 @@ class RoomOptions:
         """
         memory = device_memory() if self.memory is None else parse_bytes(self.memory)
         if isinstance(self.max_context, int):
-            whole_number("max_context", self.max_context, 1)
-            if self.max_context < (widest := plan.config.room(1)):
-                raise ArgumentError("max_context", f"must be at least {widest}, the window of layers of this model")
+            check_room("max_context", self.max_context, plan.config)
         if self.max_context == "max":
             plan.check(needed, memory)
             return plan.max_context(memory)
@@ -148,6 +147,17 @@ class RoomOptions:
         room = self.max_context or cache_room(needed, plan.batch_size)
         plan.check(room, memory)
         return room
+
+
+def check_room(name: str, tokens: int, config: ModelConfig) -> None:
+    """Check the length of a cache that an argument sets.
+
+    Raises:
+        ValueError: no tokens, or fewer than a window of the model's layers.
+    """
+    whole_number(name, tokens, 1)
+    if tokens < (widest := config.room(1)):
+        raise ArgumentError(name, f"must be at least {widest}, the window of layers of this model")
 
 
 def device_memory() -> int:

@@ -9,7 +9,7 @@ import tyro
 
 from duo_jax.arguments import ArgumentError, real_number, whole_number
 from duo_jax.cli.devices import DeviceOptions
-from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, device_memory, parse_bytes
+from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, check_room, device_memory, parse_bytes
 from duo_jax.cli.timings import show_status
 from duo_jax.extras import EXTRAS
 from duo_jax.sizes import size_text
@@ -89,6 +89,8 @@ class Serve:
         pattern = self.pattern.load(self.max_context or 1)
         chunk = self.chunk or (GPU_CHUNK_SIZE if may_have_gpu() else CHUNK_SIZE)
         plan = replace(self.model.plan(pattern, chunk, self.devices.size), kv_dtype=self.kv.kv_dtype)
+        if self.max_context is not None:
+            check_room("max_context", self.max_context, plan.config)
         sizes, spec = plan_sizes(
             plan,
             self._memory(),

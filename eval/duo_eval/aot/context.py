@@ -173,14 +173,18 @@ class MeshesTask:
     chunk: int = 4096
     """Tokens of a chunk of the prompt."""
     out: Path | None = None
-    """File to write."""
+    """File to write; cases that it contains are not compiled again."""
 
     def run(self) -> None:
         """Plan and compile every case, print a line for each."""
         _check("cases", self.cases, CASES)
-        record = Record.open(self.out, {"task": "meshes", "cases": self.cases, "chunk": self.chunk}, again=True)
+        record = Record.open(self.out, {"task": "meshes", "chunk": self.chunk}, key="case")
+        done = {result["case"] for result in record.results}
+        if not (missing := [name for name in self.cases if name not in done]):
+            print(f"{self.out} has all of these cases", flush=True)
+            return
         with record.writing() as append:
-            for name in self.cases:
+            for name in missing:
                 case, plan = CASES[name], CASES[name].plan(self.chunk)
                 gpu = find_gpu(case.gpu)
                 described = describe(plan, gpu.usable_bytes, case.context)
