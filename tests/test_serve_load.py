@@ -1,6 +1,7 @@
 """Exact under load: a reply among others is that of the same request alone, token by token and bit for bit."""
 
 import functools
+import gc
 import random
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from duo_jax.serve.model_device import ModelDevice, page_bytes, ring_bytes
 from duo_jax.serve.programs import Programs, Rows
 from duo_jax.serve.requests import Event, FinishEvent, Request, TokenEvent
 from duo_jax.serve.scheduler import Sizes
-from duo_jax.serve.sizing import plan_sizes
+from duo_jax.serve.sizing import plan_sizes, temporaries
 from duo_jax.sizes import nbytes
 from duo_jax.tokenizer import TextTokenizer
 
@@ -45,9 +46,9 @@ class Served:
     tokenizer: TextTokenizer
     pattern: HeadPattern
 
-    def engine(self, sizes: Sizes) -> Engine:
+    def spec(self, sizes: Sizes) -> CacheSpec:
         config = self.model.config
-        spec = CacheSpec(
+        return CacheSpec(
             config,
             self.pattern,
             sizes.rows,
@@ -57,8 +58,10 @@ class Served:
             page_size=sizes.page_size,
             num_pages=sizes.pages,
         )
-        device = ModelDevice(self.model, spec, sizes.chunk_size)
-        return Engine(device, sizes, self.tokenizer, vocab_size=config.vocab_size, eos_ids=(2,))
+
+    def engine(self, sizes: Sizes) -> Engine:
+        device = ModelDevice(self.model, self.spec(sizes), sizes.chunk_size)
+        return Engine(device, sizes, self.tokenizer, vocab_size=self.model.config.vocab_size, eos_ids=(2,))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +203,7 @@ def test_a_prompt_that_gives_nan_fails_by_itself_and_its_pages_are_used_again(se
         assert engine.metrics().pages_free == 24 - 6, "what is not finite is not kept"
 
 
-def temporaries(server: Programs, model: Model, rows: Rows) -> int:
+def compiled_temporaries(server: Programs, model: Model, rows: Rows) -> int:
     """Bytes that the largest program takes besides its arguments and results."""
     number, none = np.int32(0), np.full(len(rows.token), -1, np.int32)
     lowered = [
@@ -220,10 +223,52 @@ def test_programs_need_no_more_than_was_planned(fresh_programs, rows):
     sizes, spec = plan_sizes(plan, memory, rows=rows)
     model, server = Model.random(config), Programs(256)
     kept = server.rows(model, replace(spec, num_pages=4))
+    besides = compiled_temporaries(server, model, kept)
+    assert besides <= temporaries(plan, rows, 8192)
     state = nbytes((kept.last, kept.token, kept.sampling, kept.drawn._replace(keys=kept.token)))
     rings = (sizes.snapshots + 1) * (ring_bytes(spec) + 4 * config.embed_dim)
-    taken = nbytes(model) + spec.nbytes + rings + state + temporaries(server, model, kept)
+    taken = nbytes(model) + spec.nbytes + rings + state + besides
     assert 0.9 * memory < taken <= memory
+
+
+def check_memory_under_load(served: Served, count: int) -> int:
+    """Arrays that live between the device's actions are within what the programs leave of the memory given.
+
+    Returns the bytes planned for the programs.
+    """
+    plan = Plan(served.model.config, served.pattern, chunk_size=16)
+    memory = plan.total(64) + 500_000
+    sizes, spec = plan_sizes(plan, memory, rows=4, page_size=8, max_context=120)
+    besides = temporaries(plan, 4, 120)
+
+    def live() -> int:
+        return sum(nbytes(array) for array in jax.live_arrays())
+
+    gc.collect()
+    others, held = live() - nbytes(served.model), []
+    with served.engine(sizes) as engine:
+        listen = lambda event: held.append(live() - others)  # noqa: E731
+        handles = [engine.submit(request, listen) for request in requests(count, seed=4, most=24)]
+        for handle in handles[::9]:
+            handle.cancel()
+        engine.close()
+        metrics = engine.metrics()
+    assert metrics.snapshots == sizes.snapshots > 3 and metrics.finished["cancelled"] and len(held) > 5 * count
+    assert 0.9 * (memory - besides) < max(held) <= memory - besides
+    assert spec.nbytes == sizes.pages * page_bytes(spec) + 4 * ring_bytes(spec)
+    return besides
+
+
+def test_memory_stays_within_what_was_given(served):
+    check_memory_under_load(served, 12)
+
+
+@pytest.mark.full_matrix
+def test_memory_stays_within_what_was_given_under_more_load(served, fresh_programs):
+    besides = check_memory_under_load(served, 60)
+    server = Programs(16)
+    rows = server.rows(served.model, replace(served.spec(SIZES), num_pages=4))
+    assert compiled_temporaries(server, served.model, rows) <= besides
 
 
 def test_half_of_the_heads_streaming_hold_1_8_times_as_many_conversations():

@@ -205,11 +205,7 @@ class Engine:
             ClosedError: the engine was closed, or its device failed.
         """
         prompt = request.prompt
-        if not prompt:
-            raise ArgumentError("prompt", "must have at least one token")
-        if (least := min(prompt)) < 0 or max(prompt) >= self._vocab_size:
-            wrong = least if least < 0 else max(prompt)
-            raise ArgumentError("prompt", f"must have token ids from 0 to {self._vocab_size - 1}, got {wrong}")
+        self._check_ids("prompt", prompt)
         eos_ids = self.eos_ids if request.eos_ids is None else request.eos_ids
         ends = stop_ends(self.tokenizer, self._vocab_size, eos_ids, request.stop)
         handle = Handle(self, request.n)
@@ -235,8 +231,9 @@ class Engine:
         """Compute a prefix now and keep it for ever; requests that begin with it do not compute it again.
 
         Raises:
-            ValueError: a prefix shorter than a chunk, or one that does not fit.
+            ValueError: a prefix shorter than a chunk, one that does not fit, or ids of another vocabulary.
         """
+        self._check_ids("prefix", prompt)
         if len(prompt) < self.sizes.chunk_size or not self.sizes.snapshots:
             raise ValueError(
                 f"a prefix of {len(prompt)} tokens cannot be kept: it must have at least {self.sizes.chunk_size}"
@@ -252,6 +249,13 @@ class Engine:
             self._runs[job.owner] = None
             self._change.notify()
         done.wait()
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if not ids:
+            raise ArgumentError(name, "must have at least one token")
+        if (least := min(ids)) < 0 or max(ids) >= self._vocab_size:
+            wrong = least if least < 0 else max(ids)
+            raise ArgumentError(name, f"must have token ids from 0 to {self._vocab_size - 1}, got {wrong}")
 
     def cancel(self, runs: Sequence[Running]) -> None:
         """End replies; those that have ended already stay as they are."""

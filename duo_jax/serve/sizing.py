@@ -8,6 +8,7 @@ from duo_jax.plan import Plan
 from duo_jax.serve.model_device import page_bytes, ring_bytes
 from duo_jax.serve.scheduler import Sizes
 from duo_jax.sizes import size_text
+from pallas_kernels.xla import K_BLOCK, Q_BLOCK
 
 # Of the memory that weights, activations and rows leave, the part that copies of rings may take; pages get the rest.
 # With half of the heads streaming with 320 tokens, this is one copy for every 3700 tokens.
@@ -16,6 +17,12 @@ MOST_SNAPSHOTS = 1024
 # Arrays of float32 [rows, vocabulary] that a step needs at a time: logits, sorted, their order, sums. The compiler
 # counts 11 with SmolLM2; as many again leave room for the blocks of attention, which matter in small models.
 CHOICE_ARRAYS = 20
+# Copies of a row's rings while a chunk of its prompt is computed, by compilation.
+RING_COPIES = 4
+# Arrays of float32 with the scores of a block of queries and a block of keys, where a CPU computes attention.
+SCORE_ARRAYS = 3
+# Numbers of a row besides its text: sampling settings, random key, newest token and what was chosen with it.
+ROW_BYTES = 512
 
 
 def plan_sizes(
@@ -49,9 +56,11 @@ def plan_sizes(
     one = plan.cache(longest)
     spec = replace(one, batch_size=rows, page_size=page_size, num_pages=1)
     page, ring = page_bytes(spec), ring_bytes(spec)
+    row_pages = -(-longest // page_size)
     last = config.embed_dim * 4
-    choice = rows * config.vocab_size * (5 + 4 * CHOICE_ARRAYS)
-    left = memory - plan.weights - plan.activations - rows * (ring + last) - choice - (ring + last)
+    # Of each token of the vocabulary, a row knows whether it has seen it, and how often it generated it.
+    row = ring + last + 5 * config.vocab_size + ROW_BYTES + 8 * row_pages
+    left = memory - plan.weights - temporaries(plan, rows, longest) - rows * row - (ring + last)
     least = -(-plan.chunk_size // page_size) + 1
     if left < least * page:
         needed = memory - left + least * page
@@ -60,7 +69,6 @@ def plan_sizes(
             f"weights), but there are {size_text(memory)}: serve fewer rows, stream more heads, or give more memory"
         )
     snapshots = min(MOST_SNAPSHOTS, int(left * SNAPSHOT_SHARE) // (ring + last))
-    row_pages = -(-longest // page_size)
     # Pages without retrieval heads take nothing.
     pages = (left - snapshots * (ring + last)) // page if page else MOST_SNAPSHOTS * row_pages
     sizes = Sizes(
@@ -74,3 +82,18 @@ def plan_sizes(
         reuse_replies=reuse_replies,
     )
     return sizes, replace(spec, max_length=sizes.row_pages * page_size, num_pages=pages)
+
+
+def temporaries(plan: Plan, rows: int, longest: int) -> int:
+    """Bytes that the largest program takes besides weights, cache and rows: a chunk of a prompt, or a step.
+
+    Args:
+        plan: as in `plan_sizes`.
+        rows: sequences that decode together.
+        longest: most tokens of a request.
+    """
+    config = plan.config
+    ring = ring_bytes(replace(plan.cache(longest), page_size=1, num_pages=1))
+    queries = min(Q_BLOCK, plan.chunk_size) * (config.num_heads // config.num_kv_heads)
+    scores = 4 * SCORE_ARRAYS * queries * min(K_BLOCK, longest)
+    return max(plan.activations + RING_COPIES * ring + scores, 4 * CHOICE_ARRAYS * rows * config.vocab_size)
