@@ -3,23 +3,28 @@
 import collections
 import json
 import os
+import resource
+import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from duo_jax import load
 from duo_jax.serve.http import server as server_module
 from duo_jax.text.lm import LM
-from tests.test_serve_http import HELLO, KEY, Running, expected
+from tests.test_serve_http import HELLO, KEY, SIZES, Running, expected
 
 # A reply of about 130 kB.
 LONG = {"model": "tiny", "prompt": [5], "max_tokens": 150, "n": 3, "stream": True, "logprobs": 1}
@@ -77,6 +82,48 @@ def read_all(client: socket.socket, size: int = 65536, pause: float = 0.0) -> by
             data += part
             time.sleep(pause)
     return bytes(data)
+
+
+def burst(port: int, count: int, tokens: int, seconds: float) -> list[bytes]:
+    """The answers to requests of so many clients, all of which connect before any of them is read."""
+    answers = [bytearray() for _ in range(count)]
+    with selectors.DefaultSelector() as selector, ExitStack() as stack:
+        for number in range(count):
+            client = stack.enter_context(closing(socket.socket()))
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+            selector.register(client, selectors.EVENT_WRITE, number)
+        end = time.monotonic() + seconds
+        while selector.get_map() and time.monotonic() < end:
+            for key, _ in selector.select(1):
+                client, number = key.fileobj, key.data
+                try:
+                    if key.events == selectors.EVENT_WRITE:
+                        body = {
+                            "model": "tiny",
+                            "prompt": [5] * (1 + number % 40),
+                            "max_tokens": tokens,
+                            "seed": number,
+                        }
+                        client.sendall(request_bytes(body, Connection="close"))
+                        selector.modify(client, selectors.EVENT_READ, number)
+                        continue
+                    part = client.recv(65536)
+                except ConnectionError:
+                    part = b""
+                answers[number] += part
+                if not part:
+                    selector.unregister(client)
+    return [bytes(answer) for answer in answers]
+
+
+def check_burst(answers: list[bytes], queue: int) -> None:
+    """Each client has a reply, or is asked to come again."""
+    replies = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200")]
+    refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 429")]
+    assert len(replies) + len(refused) == len(answers), collections.Counter(answer[9:12] for answer in answers)
+    assert len(replies) >= queue and all(b'"finish_reason"' in reply for reply in replies)
+    assert all(b"retry-after: 1" in refusal and b'"code":"queue_full"' in refusal for refusal in refused)
 
 
 def check_answers(server: Running, lm: LM) -> None:
@@ -176,8 +223,20 @@ def test_more_connections_than_fit_are_refused_and_the_others_are_served(start, 
             stack.enter_context(closing(connect(server.port)))
         refused = server.post("/v1/completions", json={})
         assert refused.status_code == 503 and "too many connections" in refused.json()["error"]["message"]
+        assert refused.headers["Retry-After"] == "1"
         assert client.get(f"{server.url}/v1/models").status_code == 200
     wait_for(lambda: not server.server.server_state.connections)
+    check_answers(server, lm)
+
+
+def test_clients_that_come_at_the_same_time_all_get_an_answer(start, lm):
+    server = start(sizes=replace(SIZES, queue=40))
+    # The kernel's: what it drops, the server never sees.
+    (backlog,) = struct.unpack("I", server.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)[28:])
+    assert backlog == min(int(Path("/proc/sys/net/core/somaxconn").read_text()), server_module.BACKLOG)
+    answers = burst(server.port, 150, 20, 30)
+    check_burst(answers, 40)
+    assert any(answer.startswith(b"HTTP/1.1 429") for answer in answers)
     check_answers(server, lm)
 
 
@@ -216,3 +275,21 @@ def test_a_server_that_was_killed_starts_again_at_the_same_port(chat_model):
             list(stream)
     with serving(chat_model, int(url.rpartition(":")[2].partition("/")[0])) as (_, again):
         assert again == url and ask(again, max_tokens=20).choices[0].text == text
+
+
+@pytest.mark.slow
+def test_10_000_clients_at_the_same_time_all_get_an_answer(chat_model):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 10_500:
+        pytest.skip(f"a process may open {hard} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 10_500), hard))
+    try:
+        with serving(chat_model) as (server, url):
+            port = int(url.rpartition(":")[2].partition("/")[0])
+            process = psutil.Process(server.pid)
+            before = process.memory_info().rss
+            check_burst(burst(port, 10_000, 20, 900), 1024)
+            assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
+            assert process.memory_info().rss - before < 400e6
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

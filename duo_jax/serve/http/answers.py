@@ -11,6 +11,9 @@ from duo_jax.serve.requests import Event, FinishEvent, Likely, TokenEvent, Usage
 from duo_jax.text.tokens import decode
 from duo_jax.tokenizer import TextTokenizer
 
+# Headers of a refusal for lack of room: the seconds after which to try again.
+RETRY = {"Retry-After": "1"}
+
 
 def error_object(message: str, kind: str, *, field: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""

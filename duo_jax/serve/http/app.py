@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from duo_jax.finite import json_text
 from duo_jax.serve.engine import ClosedError, Engine, Handle
-from duo_jax.serve.http.answers import Answer, Choice, error_object
+from duo_jax.serve.http.answers import RETRY, Answer, Choice, error_object
 from duo_jax.serve.http.metrics import Measurements
 from duo_jax.serve.http.schema import BadRequestError, ChatBody, CompletionBody, Options, read_body
 from duo_jax.serve.requests import Event, FinishEvent
@@ -69,9 +69,11 @@ class _Refusal(Exception):
     def __init__(self, status: int, message: str, kind: str, *, field: str | None = None, code: str | None = None):
         super().__init__(message)
         self.response = JSONResponse(error_object(message, kind, field=field, code=code), status)
+        if status in (429, 503):
+            self.response.headers.update(RETRY)
         if status == 429:
             # Connections are for those that are served. Others stay open until the rest of a body has come.
-            self.response.headers.update({"Retry-After": "1", "Connection": "close"})
+            self.response.headers["Connection"] = "close"
         if status == 401:
             self.response.headers["WWW-Authenticate"] = "Bearer"
 

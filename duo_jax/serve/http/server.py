@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from duo_jax.serve.engine import Engine
-from duo_jax.serve.http.answers import error_object
+from duo_jax.serve.http.answers import RETRY, error_object
 
 # Most bytes of a request's head, and seconds that a connection may idle between requests.
 MOST_HEAD, IDLE_SECONDS = 2**16, 30
@@ -22,6 +22,9 @@ STALL_SECONDS = 20.0
 LAST_SECONDS = 3.0
 # Most connections, and files that the process opens besides.
 MOST_CONNECTIONS, OTHER_FILES = 2**14, 128
+# Connections that wait to be accepted while the loop is busy: as many as the system allows (net.core.somaxconn). The
+# kernel lets the clients of others try again for two minutes, and then drops them.
+BACKLOG = MOST_CONNECTIONS
 FULL = error_object("the server has too many connections: try again later", "server_error")
 
 
@@ -40,7 +43,7 @@ class Protocol(H11Protocol):
         """Begin to watch."""
         super().connection_made(transport)
         if len(self.connections) > self.most:
-            self.app: Any = JSONResponse(FULL, 503, {"Connection": "close"})
+            self.app: Any = JSONResponse(FULL, 503, {"Connection": "close", **RETRY})
         self._watch()
 
     def pause_writing(self) -> None:
@@ -97,6 +100,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 log_level="warning",
                 h11_max_incomplete_event_size=MOST_HEAD,
+                backlog=BACKLOG,
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=None,
                 server_header=False,
@@ -144,6 +148,6 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port") from None
