@@ -20,6 +20,8 @@ from pallas_kernels import Window
 from pallas_kernels.certify import certify as certify_requests
 from pallas_kernels.certify import check_settings
 from pallas_kernels.certify.machine import may_have_gpu
+from pallas_kernels.quantized import BITS
+from pallas_kernels.segments import can_be_short
 from pallas_kernels.types import Request
 
 # Streaming heads of a training run whose window is not known yet: the paper's.
@@ -32,7 +34,7 @@ _asked: set[tuple[int, int, str]] = set()
 def inference(
     config: ModelConfig, *patterns: HeadPattern | None, kv_dtype: AnyDtype | None = None, mesh: MeshSize = MeshSize()
 ) -> list[Request]:
-    """Prefill and decode of a model with each of some patterns; None is full attention.
+    """Prefill, of short chunks too, and decode of a model with each of some patterns; None is full attention.
 
     Raises:
         ValueError: a mesh whose devices cannot share the model.
@@ -55,6 +57,8 @@ def inference(
                 "group": config.num_heads // mesh.kv_heads(config),
             }
             requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
+            if sizes["full"] in BITS and can_be_short(config.dtype, config.head_dim):
+                requests.append(_request(config, "prefill", is_short=True, **sizes))
     return requests
 
 

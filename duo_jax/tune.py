@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from duo_jax.arguments import whole_number
 from duo_jax.files import check_output, write_text
 from duo_jax.reading import read_json
-from pallas_kernels import layer
+from pallas_kernels import Unsupported, layer
 from pallas_kernels.gpus import chip
+from pallas_kernels.segments import is_short
 from pallas_kernels.tiles import (
     KINDS,
     DecodeTiles,
@@ -30,10 +31,16 @@ from pallas_kernels.tiles import (
 )
 from pallas_kernels.timing import fastest
 
+# Caches that kernels are timed with: quantized keys have tiles of their own. None: the data type of the queries.
+CACHES: dict[str, tuple[str | None, ...]] = {"decode": (None, "int4"), "short": ("int4",)}
+# Tokens of a short chunk.
+QUESTION = 32
+
 
 def kernels_here() -> tuple[str, ...]:
     """The kernels that this device can run: those of Mosaic on Hopper only."""
-    return tuple(KINDS) if chip().capability == (9, 0) else ("flash", "decode", "backward")
+    is_hopper = chip().capability == (9, 0)
+    return tuple(kernel for kernel in KINDS if is_hopper or not kernel.startswith("mosaic"))
 
 
 def tune(
@@ -53,7 +60,7 @@ def tune(
         head_dims: head dims, each tuned by itself.
         dtypes: data types of queries and cache.
         tokens: tokens of the prefill and of the training step that are timed.
-        context: tokens in the cache when decode is timed.
+        context: tokens in the cache when decode, or a short chunk, is timed.
         out: the file, by default that of this user, which the kernels read; other entries stay.
         show: gets each line of text.
 
@@ -72,10 +79,12 @@ def tune(
     if table:
         read_tuned(path)
     tuned = 0
-    for kernel, dtype, head_dim in product(kernels, dtypes, head_dims):
-        label, itemsize = f"{kernel}, {dtype}, head dim {head_dim}", jnp.dtype(dtype).itemsize
-        call, results = _timed(kernel, dtype, head_dim, tokens, context), []
-        for tiles in candidates(kernel, tiles_for(kernel, head_dim, itemsize)):
+    wanted = ((kernel, cache) for kernel in kernels for cache in CACHES.get(kernel, (None,)))
+    for (kernel, cache), dtype, head_dim in product(wanted, dtypes, head_dims):
+        label = f"{kernel}, {dtype}, head dim {head_dim}" + (f", {cache} cache" if cache else "")
+        itemsize, kind = jnp.dtype(dtype).itemsize, {"quantized": cache is not None}
+        call, results = _timed(kernel, dtype, head_dim, cache, tokens, context), []
+        for tiles in candidates(kernel, tiles_for(kernel, head_dim, itemsize, **kind)):
             try:
                 with trying(kernel, tiles):
                     results.append((call(), tiles))
@@ -87,7 +96,8 @@ def tune(
             continue
         tuned += 1
         seconds, best = min(results, key=lambda result: result[0])
-        table.setdefault(tuned_key(kernel), {}).setdefault(kernel, {})[size_key(head_dim, itemsize)] = asdict(best)
+        sizes = table.setdefault(tuned_key(kernel), {}).setdefault(kernel, {})
+        sizes[size_key(head_dim, itemsize, **kind)] = asdict(best)
         write_text(path, json.dumps(table, indent=1) + "\n")
         forget_tuned()
         show(f"{label}: {1e3 * seconds:.3f} ms with {best}")
@@ -100,6 +110,10 @@ def candidates(kernel: str, shipped: Any) -> Iterator[Any]:
     others: list[Any]
     if isinstance(shipped, PipelineTiles):
         others = [PipelineTiles(*each) for each in ((128, 2), (64, 2), (64, 3), (64, 4))]
+    elif kernel == "short":
+        others = [replace(shipped, block_k=block_k) for block_k in (64, 32, 16)]
+        others += [replace(shipped, num_stages=shipped.num_stages + 1)]
+        others += [replace(shipped, max_programs=max(1, shipped.max_programs // 2))]
     elif isinstance(shipped, DecodeTiles):
         wide = replace(shipped, block_k=128, min_split=512, num_stages=2)
         others = [wide, replace(shipped, num_stages=shipped.num_stages + 1), replace(shipped, block_k=32)]
@@ -114,16 +128,25 @@ def candidates(kernel: str, shipped: Any) -> Iterator[Any]:
     yield from dict.fromkeys([shipped, *others])
 
 
-def _timed(kernel: str, dtype: str, head_dim: int, tokens: int, context: int) -> Callable[[], float]:
+def _timed(kernel: str, dtype: str, head_dim: int, cache: str | None, tokens: int, context: int) -> Callable[[], float]:
     """Seconds of a layer of Llama-3-8B's heads, half of them streaming."""
     backend, _, task = kernel.rpartition("_")
-    length = context if task == "decode" else tokens
-    made = layer.make(heads=(32, 8, head_dim), dtype=dtype, streaming=0.5, tokens=tokens, capacity=length)
+    length = context if task in ("decode", "short") else tokens
+    sizes: dict[str, Any] = {"tokens": QUESTION if task == "short" else tokens, "capacity": length, "cache": cache}
+    made = layer.make(heads=(32, 8, head_dim), dtype=dtype, streaming=0.5, **sizes)
     backend, count = backend or "triton", jnp.full(1, length, jnp.int32)
     # Traced again for each candidate: tiles are read during tracing.
     if task == "flash":
         rows = {"start": jnp.zeros_like(count), "lengths": count}
         return lambda: layer.seconds_of(lambda made: made.prefill(**rows, backend=backend), made)
+    if task == "short":
+
+        def question(made: layer.Layer) -> jax.Array:
+            if not is_short(made.q, made.k.shape[2]):
+                raise Unsupported(f"a short chunk is read as a long one with {dtype} and head dim {head_dim}")
+            return made.prefill(start=count, lengths=jnp.full_like(count, QUESTION), backend=backend)
+
+        return lambda: layer.seconds_of(question, made)
     if task == "decode":
         one = made._replace(q=made.q[:, :1])
         return lambda: layer.seconds_of(lambda made: made.decode(lengths=count, backend=backend), one)

@@ -13,7 +13,8 @@ from pallas_kernels.certify.verdicts import SAFE, best
 from pallas_kernels.choices import repeated
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.merge import log_copies, merge_shards, with_sinks
-from pallas_kernels.quantized import Quantized, Stored, hadamard, read, store
+from pallas_kernels.quantized import BITS, Quantized, Stored, hadamard, read, store
+from pallas_kernels.segments import is_short
 from pallas_kernels.trial import Operands, compiles
 from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards, Unsupported
 from pallas_kernels.window import Window
@@ -297,6 +298,7 @@ def _request(
     used = [pool for pool in pools.stored if pool.shape[0]] if pools else []
     arrays = [q, *own, *(pool for pool in used if not isinstance(pool, Quantized))]
     sizes = [kind[0].shape[2] for kind in (pools.full, pools.ring) if kind[0].shape[0]] if pools else []
+    full = _stored_as(pools.full_k) if pools else None
     return Request(
         operation=operation,
         device=device_kind(),
@@ -307,11 +309,12 @@ def _request(
         capacities=tuple(sizes),
         is_paged=pools is not None and pools.pages is not None,
         is_sharded=shards is not None,
+        is_short=operation == "prefill" and full in BITS and is_short(q, num_kv_heads),
         capability=chip().capability,
         window=window,
         score_cap=score_cap,
         q=q.dtype.name,
-        full=_stored_as(pools.full_k) if pools else None,
+        full=full,
         ring=_stored_as(pools.ring_k) if pools else None,
     )
 

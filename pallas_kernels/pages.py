@@ -14,7 +14,7 @@ from pallas_kernels.types import Request
 
 
 def refused_pages(backend: str, request: Request) -> str | None:
-    """The reason why a backend's kernels cannot run a request, if a tile of their keys would cross a page."""
+    """The reason why a backend's kernels cannot run a request: even their smallest tile of keys would cross a page."""
     if not request.is_paged or request.full is None or not request.capacities:
         return None
     page = request.capacities[0]

@@ -71,12 +71,15 @@ def is_short(q: Float[Array, "B T N H"], num_kv_heads: int) -> bool:
     parts = rows * multiprocessors() * MOST_ROWS * 4
     return (
         _CHOSEN.get() is None
+        and can_be_short(q.dtype, head_dim)
         and tiles <= (MOST_TILES if chip().is_hopper else MOST_TILES_ELSEWHERE)
         and parts <= 2 * rows * segment(rows, SEGMENT) * q.dtype.itemsize
-        and q.dtype.itemsize == 2
-        and head_dim >= 16
-        and head_dim.bit_count() == 1
     )
+
+
+def can_be_short(dtype: Any, head_dim: int) -> bool:
+    """Whether decode's kernel can read packed keys for queries of a chunk, if there are few of them."""
+    return jnp.dtype(dtype).itemsize == 2 and head_dim >= 16 and head_dim.bit_count() == 1
 
 
 def over_plain_pools(
@@ -127,8 +130,8 @@ def over_plain_pools(
     found = Partial(first.out.astype(jnp.float32), first.log_sum)
     if is_short(q, heads.slot.shape[0]):
         return merge_parts([found, attend_to_slots(q, pools, heads, filled=filled)])
-    capacity, page = pools.capacity, 1 if pages is None else pools.full_k.shape[2]
-    size = segment(q.shape[0], capacity, page)
+    capacity = pools.capacity
+    size = segment(q.shape[0], capacity, pools.page or 1)
     # The first segment is the one that is shorter: every other one then has `size` tokens up to the end of a slot.
     short = capacity - (-(-capacity // size) - 1) * size
     group = q.shape[2] // heads.slot.shape[0]

@@ -69,7 +69,7 @@ class DecodeTiles(Tiles):
     min_split: int
     """Least keys that are worth a program of their own; a multiple of `block_k` and of 8."""
     max_programs: int
-    """Programs to spread a layer's keys over: a few for every multiprocessor."""
+    """Programs to spread a layer's keys over, a few for every multiprocessor; of `short`, those of a KV head."""
     num_warps: int
     """Warps of a program; the Mosaic kernel always multiplies with the four of a warpgroup."""
     num_stages: int
@@ -104,11 +104,13 @@ KINDS: dict[str, type[Any]] = {
     "flash": FlashTiles,
     "backward": FlashTiles,
     "decode": DecodeTiles,
+    "short": DecodeTiles,
     "mosaic_flash": PipelineTiles,
     "mosaic_decode": DecodeTiles,
 }
 
-# The kernels of a backend's operations.
+# The kernels of a backend's operations. For a short chunk over a quantized cache, all that have kernels of prefill run
+# `short` too, which is decode's.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("triton", "prefill"): ("flash",),
     ("triton", "decode"): ("decode",),
@@ -123,11 +125,14 @@ WIDE = 163 << 10
 
 # Queries of a tile of decode that unpacks quantized keys, at least and at most: there are registers for no more.
 LEAST_ROWS, MOST_ROWS = 64, 128
+# Keys of a tile, at least: what a matrix product sums over. A tile is as small as a page needs.
+LEAST_KEYS = 16
+PAGED = ("flash", "decode", "short")
 
 _ON_TRIAL: dict[str, Any] = {}
 
 
-def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = False) -> Any:
+def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = False, page: int | None = None) -> Any:
     """Tiles of a kernel on the device that programs are traced for: tuned ones, or ones that fit the chip.
 
     Args:
@@ -135,10 +140,19 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = Fa
         head_dim: of the model; kernels round it up to a power of two.
         itemsize: bytes of a number: float32 tiles are half as large.
         quantized: whether the cache is that a decode kernel reads; in prefill, kernels read unpacked keys.
+        page: tokens of a page of the cache, which a tile of the kernels in `PAGED` must not cross; None: it has none.
 
     Raises:
         ValueError: a file of tuned tiles that was altered.
     """
+    tiles = _tiles(kernel, head_dim, itemsize, quantized)
+    if page is None or kernel not in PAGED:
+        return tiles
+    # The largest power of two that divides the page.
+    return replace(tiles, block_k=min(tiles.block_k, max(LEAST_KEYS, page & -page)))
+
+
+def _tiles(kernel: str, head_dim: int, itemsize: int, quantized: bool) -> Any:
     if kernel in _ON_TRIAL:
         return _ON_TRIAL[kernel]
     tuned = _tuned()
@@ -149,23 +163,23 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = Fa
     return _default(kernel, _width(head_dim), itemsize, quantized, chip())
 
 
-def tall_tiles(head_dim: int, itemsize: int, num_kv_heads: int) -> DecodeTiles:
-    """Tiles of decode for `LEAST_ROWS` to `MOST_ROWS` queries of a KV head, and a quantized cache."""
-    tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=True)
-    here = chip()
-    most = 64 if here.is_hopper and _width(head_dim) <= 128 else 32
-    # One program, of eight warps, has the registers of a multiprocessor.
-    programs = num_kv_heads * (here.cores or 8)
-    return replace(tiles, block_k=min(tiles.block_k, most), num_warps=8, max_programs=programs)
-
-
 def tiles_of(backend: str, request: Request) -> dict[str, Any]:
     """Tiles of each kernel that a backend would run a request with, where it is traced for."""
     itemsize = 4 if "float32" in request.dtypes else 2
-    quantized = bool(request.bits) and request.operation == "decode"
+    has_pages = request.is_paged and request.full is not None and request.capacities
+    page = request.capacities[0] if has_pages else None
+    kernels = KERNELS.get((backend, request.operation), ())
+    if kernels and request.is_short:
+        kernels += ("short",)
     return {
-        kernel: tiles_for(kernel, request.head_dim, itemsize, quantized=quantized)
-        for kernel in KERNELS.get((backend, request.operation), ())
+        kernel: tiles_for(
+            kernel,
+            request.head_dim,
+            itemsize,
+            quantized=bool(request.bits) and (request.operation == "decode" or kernel == "short"),
+            page=page,
+        )
+        for kernel in kernels
     }
 
 
@@ -276,6 +290,11 @@ def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip
     on sm_90 (116 bytes a thread, jax 0.10.2), so it is for the tuner to find out.
     """
     small = width * itemsize <= 256
+    if kernel == "short":
+        one = _default("decode", width, itemsize, True, chip)
+        most = 64 if chip.is_hopper and width <= 128 else 32
+        # One program, of eight warps, has the registers of a multiprocessor.
+        return replace(one, block_k=min(one.block_k, most), num_warps=8, max_programs=chip.cores or 8)
     if quantized:
         return replace(_default(kernel, width, itemsize, False, chip), block_k=64 if small else 32)
     # Two waves of four programs on each multiprocessor.

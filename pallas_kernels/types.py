@@ -60,6 +60,11 @@ class Pools(NamedTuple):
         page = self.full_k.shape[2]
         return page if self.pages is None else page * self.pages.shape[1]
 
+    @property
+    def page(self) -> int | None:
+        """Tokens of a page of the full pool; None: a row's tokens are contiguous."""
+        return None if self.pages is None else self.full_k.shape[2]
+
 
 class Heads(NamedTuple):
     """One layer's row of the head table: the pool and the slot of each KV head. Traced, not static."""
@@ -129,6 +134,7 @@ class Request:
         capacities: tokens of a slot, or of a page, for each pool that has slots.
         is_paged: whether a page table leads to the tokens of retrieval heads.
         is_sharded: whether devices share the tokens of retrieval heads.
+        is_short: whether the chunk of a prefill is so short that kernels read quantized keys as they are packed.
         capability: compute capability of the device, as in (9, 0); None if it is not a GPU of NVIDIA.
         window: what streaming heads see; None for training retrieval heads.
         q: data type of queries.
@@ -146,6 +152,7 @@ class Request:
     capacities: tuple[int, ...] = ()
     is_paged: bool = False
     is_sharded: bool = False
+    is_short: bool = False
     capability: tuple[int, int] | None = None
     window: Window | None = None
     q: str = ""

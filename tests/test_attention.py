@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from pallas_kernels import Heads, Pools, Unsupported, cudnn, ops, tiles, xla
 from pallas_kernels.gpus import find_gpu, tracing_for
 from pallas_kernels.quantized import BITS, Quantized, Stored, empty, hadamard, read, store
 from pallas_kernels.segments import segments_of
-from pallas_kernels.tiles import DecodeTiles, FlashTiles
+from pallas_kernels.tiles import DecodeTiles, FlashTiles, trying
 from pallas_kernels.window import Window
 from tests.shapes import ON_CPU, on_each_backend
 
@@ -27,6 +28,7 @@ SMALL_TILES = {
     "flash": FlashTiles(block_q=4, block_k=8, num_warps=4, num_stages=2),
     # Few programs for the longest rows, so that both ways of splitting occur.
     "decode": DecodeTiles(block_k=8, min_split=16, max_programs=18, num_warps=4, num_stages=2),
+    "short": DecodeTiles(block_k=8, min_split=16, max_programs=8, num_warps=4, num_stages=2),
 }
 # Of values around 1: sums are in float32, weights and output are rounded to the type of the queries.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
@@ -485,6 +487,23 @@ def test_quantized_pages_equal_contiguous_pools(backend):
     filled, _ = problem.fill(counts)
     decoded = problem.decode(backend, counts, Paged(16, 0).of(filled))
     np.testing.assert_allclose(decoded, problem.decode(backend, counts), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", [pytest.param("gqa_2_one_row", marks=FULL_MATRIX), "int8_cache_short_chunk_bfloat16"])
+def test_tiles_are_halved_until_they_divide_a_page(name):
+    """Tiles of 32 keys, pages of 48: a tile has 16."""
+    problem = Problem(CASES[name])
+    filled, _ = problem.fill(problem.starts)
+    counts = problem.starts + problem.lengths
+    later, _ = problem.fill(counts)
+    with trying("flash", FlashTiles(4, 32, 4, 2)), ExitStack() as decodes:
+        for kernel in ("decode", "short"):
+            decodes.enter_context(trying(kernel, DecodeTiles(32, 32, 8, 4, 2)))
+        chunk = problem.prefill("triton", Paged(48, 0).of(filled))
+        decoded = problem.decode("triton", counts, Paged(48, 0).of(later))
+    bound = {"rtol": 0, "atol": TOLERANCE[problem.case.dtype]}
+    np.testing.assert_allclose(chunk, problem.prefill("triton"), **bound)
+    np.testing.assert_allclose(decoded, problem.decode("triton", counts), **bound)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from duo_train.gated import GatedModel
 from filelock import FileLock
 
 import duo_jax
-from duo_jax import KVCache, certified, infer, make_mesh
+from duo_jax import KVCache, Model, certified, infer, make_mesh
 from duo_jax.cache import store
 from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.certify import certify_for, requests_of
@@ -46,7 +46,9 @@ from pallas_kernels.certify.messages import OURS, from_json, to_json
 from pallas_kernels.certify.verdicts import Found, Verdict, best, key_of
 from pallas_kernels.errors import is_no_memory
 from pallas_kernels.segments import segment
-from pallas_kernels.tiles import forget_tuned, tiles_for, tuned_file
+from pallas_kernels.tiles import forget_tuned, tiles_for, tiles_of, tuned_file
+from pallas_kernels.triton import flash
+from pallas_kernels.triton.decode import attend_to_slots
 from pallas_kernels.types import Backend, Partial, Request
 from pallas_kernels.window import Window
 from tests.shapes import TINY
@@ -54,6 +56,7 @@ from tests.text_models import assert_refused
 
 DECODE = Request.of("decode", q="float32", full="float32", head_dim=16, group=1, window=Window(0, 0))
 PREFILL = Request.of("prefill", q="bfloat16", full="int8", ring="bfloat16", head_dim=16, group=2, window=Window(4, 12))
+SHORT = replace(PREFILL, is_short=True)
 
 # Backends as a user would write one, in modules of their own. Each decodes with `xla` first.
 BACKENDS = {
@@ -169,9 +172,9 @@ def know(**found):
 def test_a_request_survives_the_way_to_the_other_process():
     sharded = replace(DECODE, is_sharded=True)
     training = Request.of("training", q="bfloat16", head_dim=64, group=3)
-    for request in (DECODE, PREFILL, sharded, training):
+    for request in (DECODE, PREFILL, SHORT, sharded, training):
         assert from_json(json.loads(json.dumps(to_json(request)))) == request
-    assert len({key_of(request) for request in (DECODE, PREFILL, sharded, training)}) == 4
+    assert len({key_of(request) for request in (DECODE, PREFILL, SHORT, sharded, training)}) == 5
     assert key_of(PREFILL) == "prefill bfloat16, head dim 16, group 2, window 4+12, full int8, ring bfloat16"
 
 
@@ -642,6 +645,24 @@ def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotation
     assert {*map(key_of, certified.training(tiny.config))} == {*traced}
 
 
+def test_short_chunks_over_a_quantized_cache_are_asked_for_too(half, monkeypatch, annotations_off):
+    """Where kernels read packed keys for them: with data types of 16 bits."""
+    traced = []
+    monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
+    model = Model.random(replace(TINY, dtype="bfloat16", head_dim=16), seed=1)
+    one, last = jnp.ones(1, jnp.int32), jnp.zeros((1, TINY.embed_dim), jnp.bfloat16)
+    cache = KVCache.init(model.config, half, 1, 400, dtype="int4")
+    for tokens in (2, 300):
+        chunk = jnp.ones((1, tokens), jnp.int32)
+        jax.eval_shape(partial(infer.extend, backend=None), model, chunk, cache, tokens * one, last)
+    jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
+    requests = certified.inference(model.config, half, kv_dtype="int4")
+    assert {*map(key_of, requests)} == {*traced} and [request.is_short for request in requests] == [False, False, True]
+    # Where nothing is quantized, a short chunk is nothing else.
+    assert not any(request.is_short for request in certified.inference(model.config, half))
+    assert not any(request.is_short for request in certified.inference(TINY, half, kv_dtype="int4"))
+
+
 @pytest.mark.parametrize("sizes", [{"tensor": 4}, {"sequence": 2, "tensor": 2}], ids=str)
 def test_what_is_asked_for_is_what_is_traced_on_a_mesh(tiny, half, monkeypatch, annotations_off, sizes):
     """More devices than KV heads share the queries of one, so that its group is smaller."""
@@ -712,7 +733,7 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
 
 TRAINING = Request.of("training", q="bfloat16", head_dim=16, group=2)
 EXACT = Request.of("prefill", q="float32", full="float32", ring="float32", head_dim=16, group=2, window=Window(4, 12))
-REQUESTS = [PREFILL, EXACT, TRAINING, replace(TRAINING, window=Window(4, 12))]
+REQUESTS = [PREFILL, SHORT, EXACT, TRAINING, replace(TRAINING, window=Window(4, 12))]
 REQUESTS += [replace(EXACT, operation=name, is_sharded=True) for name in ("prefill", "decode")]
 REQUESTS += [replace(EXACT, operation=name, is_paged=True) for name in ("prefill", "decode")]
 REQUESTS += [replace(EXACT, operation="decode", full=None), replace(PREFILL, operation="decode", full="int4")]
@@ -749,6 +770,24 @@ def test_a_kernel_that_unpacks_quantized_slots_is_right_over_two_segments():
         patch.setattr(segments, "segment", lambda *args: sizes.append(segment(*args)) or sizes[-1])
         assert examine(case, "triton", case.exact(), lambda phase: None).is_right
     assert sizes and all(2 * size == case.inputs.pools[0].capacity for size in sizes)
+
+
+@pytest.mark.full_matrix
+@pytest.mark.parametrize("request_", [SHORT, replace(SHORT, is_paged=True, full="int4")], ids=key_of)
+def test_the_kernel_of_short_chunks_is_certified_by_itself(request_, monkeypatch):
+    """One that counts a token too many reads NaN. That of long chunks, which does not run it, is right all the same."""
+    assert set(tiles_of("triton", request_)) == set(tiles_of("mosaic", request_)) - {"mosaic_flash"} | {"flash"}
+    case = cases.make(request_, cases.SMALL)
+    exact = case.exact()
+    assert examine(case, "triton", exact, lambda phase: None).is_right
+
+    def unmasked(*args, filled):
+        return attend_to_slots(*args, filled=filled + 1)
+
+    monkeypatch.setattr(flash, "attend_to_slots", unmasked)
+    assert examine(case, "triton", exact, lambda phase: None).reason.startswith("wrong numbers: error inf")
+    long = cases.make(PREFILL, cases.SMALL)
+    assert examine(long, "triton", long.exact(), lambda phase: None).is_right
 
 
 @pytest.mark.full_matrix

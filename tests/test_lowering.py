@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 import pytest
-from duo_eval.aot.kernels import OPERATIONS, program
+from duo_eval.aot.kernels import program
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
@@ -26,7 +26,7 @@ def launches(function, shapes):
     return sorted(re.findall(r'name = "(\w+?_kernel)"', text))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", KERNELS)
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
     [("bfloat16", 128), ("float16", 64), ("float32", 256), ("bfloat16", 80), ("float32", 96)],

@@ -32,16 +32,44 @@ def table(tmp_path, monkeypatch):
 @pytest.mark.full_matrix
 def test_the_fastest_tiles_are_written_and_used(table, monkeypatch):
     table.write_text(json.dumps(KEPT))
-    choices = [DecodeTiles(16, 256, 64, 4, 2), DecodeTiles(32, 256, 64, 4, 2)]
+    choices = [DecodeTiles(16, 256, 4, 4, 2), DecodeTiles(32, 256, 4, 4, 2)]
     monkeypatch.setattr(tuner, "candidates", lambda kernel, shipped: choices)
-    tune(("decode",), (16,), tokens=1, context=300)
+    monkeypatch.setattr(tuner, "QUESTION", 2)
+    shown = []
+    tune(("decode", "short"), (16,), tokens=1, context=300, show=shown.append)
     found = json.loads(table.read_text())
     key = f"cpu, jax {jax.__version__}, ptxas "
     assert found.pop(next(iter(KEPT))) == KEPT[next(iter(KEPT))]
     ((name, kernels),) = found.items()
-    assert name.startswith(key) and kernels["decode"].keys() == {"16x2"}
-    assert tiles_for("decode", 16, 2) in choices
+    assert name.startswith(key)
+    assert {kernel: list(sizes) for kernel, sizes in kernels.items()} == {
+        "decode": ["16x2", "16x2q"],
+        "short": ["16x2q"],
+    }
+    assert [line.partition(":")[0] for line in shown] == [
+        "decode, bfloat16, head dim 16",
+        "decode, bfloat16, head dim 16, int4 cache",
+        "short, bfloat16, head dim 16, int4 cache",
+    ]
+    for quantized in (False, True):
+        assert tiles_for("decode", 16, 2, quantized=quantized) in choices
+    assert tiles_for("short", 16, 2, quantized=True) in choices
     assert tiles_for("decode", 16, 4) not in choices
+
+
+def test_a_short_chunk_is_not_tuned_where_it_is_read_as_a_long_one(table):
+    shown = []
+    with pytest.raises(ValueError, match="no tiles of short run here"):
+        tune(("short",), (16,), dtypes=("float32",), tokens=1, context=64, show=shown.append)
+    assert "Unsupported: a short chunk is read as a long one with float32" in shown[0] and not table.exists()
+
+
+def test_a_tile_is_as_small_as_a_page_needs(table):
+    with on("h200"):
+        for page, block_k in ((None, 64), (256, 64), (96, 32), (48, 16), (17, 16)):
+            assert {tiles_for(name, 128, 2, page=page).block_k for name in ("flash", "decode", "short")} == {block_k}
+            assert tiles_for("mosaic_flash", 128, 2, page=page).block_k == 128
+        assert tiles_for("decode", 128, 2, page=48).min_split % 16 == 0
 
 
 @pytest.mark.parametrize(

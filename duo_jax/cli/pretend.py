@@ -9,6 +9,7 @@ from pallas_kernels import BACKENDS
 from pallas_kernels.backends import candidates, find_backend, preferences
 from pallas_kernels.gpus import Gpu, find_gpu, tracing_for
 from pallas_kernels.ptxas import SUSPECTED, ptxas_version, version_text
+from pallas_kernels.segments import can_be_short
 from pallas_kernels.tiles import tiles_of
 from pallas_kernels.types import OPERATIONS, Request
 
@@ -41,7 +42,7 @@ def pretend(name: str) -> dict[str, Any]:
     """
     gpu = find_gpu(name)
     with tracing_for(gpu):
-        heads = {each.name: {operation: _chosen(gpu, each, operation) for operation in OPERATIONS} for each in HEADS}
+        heads = {each.name: {name: _chosen(gpu, each, **what) for name, what in _asked(each).items()} for each in HEADS}
     return {
         "gpu": gpu.name,
         "capability": ".".join(map(str, gpu.capability)),
@@ -65,10 +66,10 @@ def lines_of(record: dict[str, Any]) -> Iterator[str]:
     for heads, operations in record["heads"].items():
         yield heads
         for operation, found in operations.items():
-            yield f"  {operation:<9} {', '.join(found['candidates'])}"
+            yield f"  {operation:<11} {', '.join(found['candidates'])}"
             for backend, kernels in found["tiles"].items():
-                yield from (f"            {backend}, {kernel}: {text}" for kernel, text in kernels.items())
-            yield from (f"            not {backend}: it {reason}" for backend, reason in found["refused"].items())
+                yield from (f"              {backend}, {kernel}: {text}" for kernel, text in kernels.items())
+            yield from (f"              not {backend}: it {reason}" for backend, reason in found["refused"].items())
 
 
 def _suspicion(capability: str) -> str:
@@ -77,7 +78,15 @@ def _suspicion(capability: str) -> str:
     return " (suspected, not known, to compile other Hopper kernels wrongly: mosaic needs its certification)"
 
 
-def _chosen(gpu: Gpu, heads: Heads, operation: str) -> dict[str, Any]:
+def _asked(heads: Heads) -> dict[str, dict[str, Any]]:
+    """What is asked for some heads, by name."""
+    asked: dict[str, dict[str, Any]] = {operation: {"operation": operation} for operation in OPERATIONS}
+    if heads.bits and can_be_short(heads.dtype, heads.head_dim):
+        asked["short chunk"] = {"operation": "prefill", "is_short": True}
+    return asked
+
+
+def _chosen(gpu: Gpu, heads: Heads, operation: str, *, is_short: bool = False) -> dict[str, Any]:
     is_cached = operation != "training"
     request = Request(
         operation,
@@ -87,6 +96,7 @@ def _chosen(gpu: Gpu, heads: Heads, operation: str) -> dict[str, Any]:
         GROUP,
         bits=frozenset([heads.bits] if heads.bits and is_cached else []),
         capacities=CAPACITIES if is_cached else (),
+        is_short=is_short,
         capability=gpu.capability,
     )
     able, wanted = candidates(request), preferences(request)

@@ -18,7 +18,8 @@ from pallas_kernels import ops
 from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import log_copies, merge_parts
 from pallas_kernels.quantized import Quantized, empty, store
-from pallas_kernels.segments import segments_of
+from pallas_kernels.segments import MOST_TILES_ELSEWHERE, segments_of
+from pallas_kernels.tiles import MOST_ROWS
 from pallas_kernels.types import Heads, Partial, Pools, Request, TokenShards
 from pallas_kernels.window import Window
 
@@ -30,6 +31,8 @@ TOKENS = 64
 # The outputs of an operation; in training, gradients are named after their inputs.
 PART = ("out", "log_sum")
 OUTPUTS = {"prefill": PART, "decode": PART, "training": (*PART, "q", "k", "v")}
+# Queries of a KV head that a chunk is short with on every GPU, two tiles of them, and rows of its batch.
+SHORT_QUERIES, SHORT_ROWS = MOST_TILES_ELSEWHERE * MOST_ROWS - 1, 2
 # Devices that share the tokens of retrieval heads. One computes all of their parts here: it may be the only one.
 SHARDS = 2
 # Tokens of a page, as few as any kernel takes.
@@ -45,7 +48,7 @@ class Sizes:
     past: int
     """Least tokens of a slot in prefill."""
     decode: int
-    """Least tokens of a slot in decode."""
+    """Least tokens of a slot in decode, and before a short chunk."""
     training: int
     """Tokens of a sample."""
     rounds: int
@@ -212,8 +215,8 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
         if request.operation == "decode":
             parts.append(ops.decode_part(*arguments, lengths=case.lengths, **options))
         else:
-            # Two segments of quantized slots, of which short rows have one.
-            with segments_of(-(-pools.capacity // (2 * PAGE)) * PAGE):
+            # Two segments of quantized slots, of which short rows have one; for short chunks, none.
+            with segments_of(None if request.is_short else -(-pools.capacity // (2 * PAGE)) * PAGE):
                 parts.append(ops.prefill_part(*arguments, start=case.start, lengths=case.lengths, **options))
     out, log_sum = parts[0] if len(parts) == 1 else _merged(parts, case.heads)
     if request.operation == "prefill":  # Beyond a row's tokens they are unspecified.
@@ -239,13 +242,18 @@ def _heads_of(request: Request, num_kv_heads: int) -> tuple[int, int, int]:
 
 def _chunks(request: Request, window: Window, sizes: Sizes) -> tuple[int, int, np.ndarray, np.ndarray]:
     """Tokens of a chunk, tokens of a slot, and for each input and row, where the chunk starts and how long it is."""
-    room = _multiple(max(sizes.past, window.size + 2 * sizes.prefill))
+    past = sizes.decode if request.is_short else sizes.past
+    room = _multiple(max(past, window.size + 2 * sizes.prefill))
     affordable = MOST_SCORES // (4 * 9 * request.group * (room + sizes.prefill))
     tokens = max(21, min(sizes.prefill, affordable))
+    if request.is_short:
+        tokens = max(1, min(tokens, SHORT_QUERIES // request.group))
     last = room - tokens
     start = [[0, 1, last], [window.size + 3, 7, window.size], [13, room // 2 + 1, 0], [window.sink, last - 5, 64]]
     lengths = [[tokens] * 3, [1, tokens - 7, tokens], [tokens // 2 + 1, 17, 2], [tokens, 0, tokens - 1]]
-    return tokens, room, np.clip(np.array(start, np.int32), 0, last), np.array(lengths, np.int32)
+    rows = SHORT_ROWS if request.is_short else len(start[0])
+    begins, counts = (np.array(x, np.int32)[:, :rows] for x in (start, lengths))
+    return tokens, room, np.clip(begins, 0, last), np.clip(counts, 0, tokens)
 
 
 def _rows(window: Window, sizes: Sizes) -> tuple[int, np.ndarray, np.ndarray]:

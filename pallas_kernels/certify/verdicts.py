@@ -133,7 +133,7 @@ def key_of(request: Request) -> str:
     """A request in words, without what a verdict does not depend on."""
     window = "" if request.window is None else f"window {request.window.sink}+{request.window.recent}"
     pools = [f"{name} {stored}" for name in ("full", "ring") if (stored := getattr(request, name))]
-    how = ["paged"] * request.is_paged + ["sharded"] * request.is_sharded
+    how = ["short"] * request.is_short + ["paged"] * request.is_paged + ["sharded"] * request.is_sharded
     sizes = [f"head dim {request.head_dim}", f"group {request.group}", window]
     return ", ".join(filter(None, [f"{request.operation} {request.q}", *sizes, *pools, *how]))
 

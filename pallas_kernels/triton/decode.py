@@ -5,6 +5,7 @@ lengths, which are read on the device (`Splits`). A second launch merges the par
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, weigh
 from pallas_kernels.pages import in_pool
 from pallas_kernels.quantized import Quantized, any_quantized, compute_dtype
 from pallas_kernels.schedule import Splits, cdiv, div, row_of
-from pallas_kernels.tiles import LEAST_ROWS, MOST_ROWS, DecodeTiles, tall_tiles, tiles_for
+from pallas_kernels.tiles import LEAST_ROWS, MOST_ROWS, DecodeTiles, tiles_for
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.combine import combine
 from pallas_kernels.triton.packed import Packed, Unpacked
@@ -53,13 +54,14 @@ def decode(
     batch, _, head_dim = q.shape
     num_kv_heads = heads.slot.shape[0]
     itemsize = compute_dtype(q, pools.full_k).itemsize
-    tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=any_quantized(pools.stored))
+    quantized = any_quantized(pools.stored)
+    tiles: DecodeTiles = tiles_for("decode", head_dim, itemsize, quantized=quantized, page=pools.page)
     splits = Splits.of(pools, batch, num_kv_heads, tiles)
     held = None if shards is None else shards.held(lengths)
     is_retrieval, ends = heads.is_retrieval.astype(jnp.int32), splits.ends(lengths, held)
     arrays = Arrays(q, tile.present(pools), is_retrieval, heads.slot, lengths, held, ends, pools.pages)
     # What is merged or transformed further stays in float32.
-    is_last = shards is None and not any_quantized(pools.stored)
+    is_last = shards is None and not quantized
     return _over_parts(arrays, splits, tiles, q.dtype if is_last else jnp.dtype(jnp.float32))
 
 
@@ -77,7 +79,9 @@ def attend_to_slots(q: Float[Array, "B T N H"], pools: Pools, heads: Heads, *, f
     turned = turned.reshape(batch, num_kv_heads, length * group, head_dim)
     padded = jnp.pad(turned, ((0, 0), (0, 0), (0, count * size - length * group), (0, 0)))
     none = jnp.zeros((0, batch, 1, head_dim), q.dtype)
-    slots, tiles = pools._replace(ring_k=none, ring_v=none), tall_tiles(head_dim, q.dtype.itemsize, num_kv_heads)
+    slots = pools._replace(ring_k=none, ring_v=none)
+    tiles: DecodeTiles = tiles_for("short", head_dim, q.dtype.itemsize, quantized=True, page=pools.page)
+    tiles = replace(tiles, max_programs=tiles.max_programs * num_kv_heads)
     splits = Splits.of(slots, batch, num_kv_heads * count, tiles)
     is_retrieval, slot = (
         jnp.repeat(x, count, total_repeat_length=num_kv_heads * count)

@@ -58,7 +58,7 @@ def prefill(
     shards: TokenShards | None = None,
 ) -> Partial:
     """See `pallas_kernels.prefill_attention`; of several shards, the first counts the chunk's own keys."""
-    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize)
+    tiles = tiles_for("flash", q.shape[-1], compute_dtype(q, k).itemsize, page=pools.page)
     dtype = q.dtype if shards is None else jnp.dtype(jnp.float32)
     attend = partial(flash_attention, window=window, tiles=tiles, dtype=dtype)
     return over_plain_pools(attend, attend_to_slots, q, k, v, pools, heads, start=start, lengths=lengths, shards=shards)

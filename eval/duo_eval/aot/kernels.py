@@ -3,7 +3,7 @@
 import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,15 @@ from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, with_fields
 from pallas_kernels import Unsupported, layer
 from pallas_kernels.gpus import GPUS
+from pallas_kernels.segments import is_short
 
-OPERATIONS = ("prefill", "decode", "training")
+# A short chunk is an operation of its own here: its kernel is another one than that of prefill.
+Operation = Literal["prefill", "short-chunk", "decode", "training"]
+OPERATIONS: tuple[Operation, ...] = ("prefill", "short-chunk", "decode", "training")
+# Tokens of a chunk: for 32 query heads and 8 KV heads, a short one is one tile of queries.
+TOKENS = {"prefill": 2048, "short-chunk": 32, "decode": 1, "training": 2048}
+# Data types of a cache that an operation is compiled with, where not with all of them: training has none.
+CACHES = {"training": ("same",), "short-chunk": ("int8", "int4")}
 # What is compiled in one case.
 CASE = ("backend", "gpu", "dtype", "head_dim", "operation", "cache")
 # Instructions of a loop, in the order of the table.
@@ -46,6 +53,8 @@ class Kernels:
     """Data types of queries, keys and values."""
     caches: tuple[Literal["same", "int8", "int4"], ...] = ("same", "int8", "int4")
     """Data types of retrieval heads' cached keys and values; same: the data type of the queries."""
+    operations: tuple[Operation, ...] = OPERATIONS
+    """Operations; of others, the file keeps what it has."""
     out: Path | None = None
     """File to write."""
 
@@ -62,7 +71,8 @@ class Kernels:
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
         combinations = product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches)
         cases = [dict(zip(CASE, values, strict=True)) for values in combinations]
-        record = Record.open(self.out, {"task": "kernels", **asdict(self)}, again=True)
+        about = {name: value for name, value in asdict(self).items() if name != "operations"}
+        record = Record.open(self.out, {"task": "kernels", **about}, again=True)
         if self.out and self.out.exists() and self.out.stat().st_size:
             head, stored = read(self.out)
             wanted = [list(case.values()) for case in cases]
@@ -71,8 +81,12 @@ class Kernels:
         failed = []
         with record.writing() as append:
             for case in cases:
-                if case["operation"] == "training" and case["cache"] != "same":
-                    continue  # Training has no cache.
+                if case["operation"] not in self.operations:
+                    continue
+                if case["cache"] not in CACHES.get(case["operation"], self.caches):
+                    continue
+                if (case["operation"], case["backend"]) == ("short-chunk", "mosaic"):
+                    continue  # It runs the kernel of `triton`.
                 label = ", ".join(map(str, case.values()))
                 same = [result for result in record.results if _values(result) == list(case.values())]
                 try:
@@ -105,8 +119,15 @@ def _compiled(known: Sequence[Result], **case: Any) -> Result:
     Mosaic compiles a program once in a process: on a second GPU of one capability there would be nothing to read.
     """
     begin = time.perf_counter()
-    function, shapes = program(**{name: value for name, value in case.items() if name != "gpu"})
+    settings = {name: value for name, value in case.items() if name != "gpu"}
+    function, shapes = program(**settings)
     text = lower_for(case["gpu"], function, *shapes).as_text()
+    # Decode has a loop over the quantized keys of retrieval heads, and one over those of streaming heads. The first one
+    # is counted, in a program without the other.
+    alone = None
+    if case["operation"] == "decode" and case["cache"] != "same":
+        alone = program(**settings, streaming=0.0)
+        text += lower_for(case["gpu"], alone[0], *alone[1]).as_text()
     versions = f"{jax.__version__}, {jaxlib.__version__}, {assembler()}"
     code = sha256(f"{versions}\n{text}".encode())
     for other in known:
@@ -114,6 +135,9 @@ def _compiled(known: Sequence[Result], **case: Any) -> Result:
             return other | case
     try:
         kernels = kernels_on(case["gpu"], function, *shapes)
+        if alone is not None:
+            loops = {kernel.name: kernel.loops for kernel in kernels_on(case["gpu"], alone[0], *alone[1])}
+            kernels = [replace(kernel, loops=loops[kernel.name]) for kernel in kernels]
         found: dict[str, Any] = {"kernels": [asdict(kernel) for kernel in kernels]}
     except jax.errors.JaxRuntimeError as error:  # Such as too much shared memory.
         found = {"kernels": [], "failed": first_line(error)}
@@ -137,7 +161,7 @@ def _line(kernel: dict[str, Any]) -> str:
 
 
 def _main_loop(kernel: dict[str, Any]) -> dict[str, int] | None:
-    """The shortest of a kernel's loops with matrix products: the one without a mask."""
+    """The shortest of a kernel's loops with matrix products: the one without a mask, for all but the last tile."""
     loops = kernel.get("loops") or []
     return min(loops, key=lambda loop: loop["instructions"], default=None)
 
@@ -149,18 +173,21 @@ def program(
     head_dim: int = 128,
     dtype: str = "bfloat16",
     cache: str = "same",
-    tokens: int = 2048,
+    tokens: int | None = None,
     capacity: int = 65536,
     page_size: int | None = None,
+    streaming: float = 0.5,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """An operation, jitted, and the shapes of its arguments: one row, heads and slots as in Llama-3-8B.
 
-    `cache` is one of `Kernels.caches`; with `page_size`, retrieval heads have their tokens in pages.
+    `cache` is one of `Kernels.caches`; with `page_size`, retrieval heads have their tokens in pages. Of KV heads,
+    `streaming` is the fraction that streams; `tokens` are those of a chunk, by default `TOKENS`.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    sizes: dict[str, Any] = {"heads": (32, 8, head_dim), "dtype": dtype, "streaming": 0.5, "capacity": capacity}
-    sizes |= {"tokens": 1 if operation == "decode" else tokens, "cache": None if cache == "same" else cache}
+    sizes: dict[str, Any] = {"heads": (32, 8, head_dim), "dtype": dtype, "streaming": streaming, "capacity": capacity}
+    length = tokens if tokens and operation != "decode" else TOKENS[operation]
+    sizes |= {"tokens": length, "cache": None if cache == "same" else cache}
     one = jax.eval_shape(lambda: layer.make(**sizes))
     pools = jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, *x.shape[1:]), x.dtype), one.pools)
     if page_size is not None:
@@ -177,8 +204,13 @@ def program(
         made = layer.Layer(q, k, v, pools, one.heads)
         return made.gated(gates, backend=backend).astype(jnp.float32).sum()
 
-    if operation == "prefill":
-        return jax.jit(lambda made, count: made.prefill(start=count, lengths=count, backend=backend)), shapes
+    def chunk(made: layer.Layer, count: Any) -> Any:
+        if operation == "short-chunk" and not is_short(made.q, made.k.shape[2]):
+            raise Unsupported(f"a short chunk is read as a long one with {dtype} and head dim {head_dim}")
+        return made.prefill(start=count, lengths=count, backend=backend)
+
+    if operation in ("prefill", "short-chunk"):
+        return jax.jit(chunk), shapes
     if operation == "decode":
         return jax.jit(lambda made, count: made.decode(lengths=count, backend=backend)), shapes
     return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (*one[:3], jax.ShapeDtypeStruct((8,), jnp.float32))

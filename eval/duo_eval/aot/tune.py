@@ -11,8 +11,9 @@ from duo_jax.tune import tune
 class Tune:
     """Try tile sizes of the kernels on this GPU and write the fastest into the table."""
 
-    kernels: tuple[str, ...] = ("flash", "decode", "backward")
-    """Kernels: flash, decode, backward; mosaic_flash and mosaic_decode on Hopper."""
+    kernels: tuple[str, ...] = ("flash", "decode", "short", "backward")
+    """Kernels: flash, decode, short (a short chunk over a quantized cache), backward; mosaic_flash and mosaic_decode on
+    Hopper."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
     dtypes: tuple[str, ...] = ("bfloat16",)
@@ -20,7 +21,7 @@ class Tune:
     tokens: int = 16_384
     """Tokens of the prefill and of the training step that are timed."""
     context: int = 262_144
-    """Tokens in the cache when decode is timed."""
+    """Tokens in the cache when decode, or a short chunk, is timed."""
     out: Path | None = None
     """The table, by default that of this user, which the kernels read; other entries stay."""
 

@@ -21,10 +21,12 @@ def cases(*, smoke: bool) -> Iterator[Case]:
     if smoke:
         for tokens, start in ((70, 90), (128, 0)):
             yield {"tokens": tokens, "start": start, "streaming": 0.5, "heads": (4, 2, 16)}
+        yield {"tokens": 5, "start": 90, "streaming": 0.5, "heads": (4, 2, 16), "cache": "int4"}
         return
     after = [(16_384, 16_384), (65_536, 65_536), (1024, 131_072), (8192, 131_072), (32, 524_288)]
     for tokens, start in after:
         yield {"tokens": tokens, "start": start, "streaming": 0.5, "heads": HEADS}
+    yield {"tokens": 32, "start": 524_288, "streaming": 0.5, "heads": HEADS, "cache": "int4"}
     for tokens in (4096, 16_384, 65_536):
         for streaming in (0.0, 1.0, 0.5):
             yield {"tokens": tokens, "start": 0, "streaming": streaming, "heads": HEADS}
@@ -33,7 +35,7 @@ def cases(*, smoke: bool) -> Iterator[Case]:
 def measure(case: Case) -> dict[str, Any]:
     """Seconds, operations a second, and the check; for full attention without a cache also cuDNN's."""
     tokens, start, heads = case["tokens"], case["start"], tuple(case["heads"])
-    shape = {"streaming": case["streaming"], "capacity": start + tokens}
+    shape = {"streaming": case["streaming"], "capacity": start + tokens, "cache": case.get("cache")}
     check.fits(8 * heads[2] * heads[1] * (start + tokens))
     made = layer.make(heads=heads, dtype="bfloat16", tokens=tokens, **shape)
     rows = {"start": jnp.full(1, start, jnp.int32), "lengths": jnp.full(1, tokens, jnp.int32)}
@@ -79,4 +81,5 @@ def line(case: Case, result: dict[str, Any]) -> str:
     peer = f"; cuDNN {result['cudnn_flops_per_second'] / 1e12:.0f}" if "cudnn_flops_per_second" in result else ""
     after = f" after {case['start']}" if case["start"] else ""
     about = f"{case['tokens']} tokens{after}, {case['streaming']:.0%} streaming, {case['backend']}"
+    about += f", {case['cache']} cache" if "cache" in case else ""
     return f"{about}: {check.verdict(result)}, {rate}{peer}"

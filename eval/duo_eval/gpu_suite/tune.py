@@ -13,7 +13,7 @@ from pallas_kernels import Unsupported
 
 def cases(*, smoke: bool) -> Iterator[Case]:
     """Prefill and decode of each backend that has tiles."""
-    kernels = ("decode",) if smoke else ("mosaic_flash", "mosaic_decode", "decode", "flash")
+    kernels = ("decode",) if smoke else ("mosaic_flash", "mosaic_decode", "decode", "flash", "short")
     size = {"head_dim": 16, "tokens": 1, "context": 300} if smoke else {"head_dim": 128}
     for kernel in kernels:
         yield {"kernel": kernel, "tokens": 16_384, "context": 262_144} | size
@@ -36,5 +36,6 @@ def measure(case: Case) -> dict[str, Any]:
 def line(case: Case, result: dict[str, Any]) -> str:
     """The tiles."""
     (by_kernel,) = result["tiles"].values()
-    (tiles,) = by_kernel[case["kernel"]].values()
-    return f"{case['kernel']}: {', '.join(f'{name} {value}' for name, value in tiles.items())}"
+    found = by_kernel[case["kernel"]].items()
+    texts = (f"{size}: {', '.join(f'{name} {value}' for name, value in tiles.items())}" for size, tiles in found)
+    return f"{case['kernel']}, {'; '.join(texts)}"
