@@ -12,15 +12,15 @@ BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic", "cudnn")
 
 # Backends of each operation, the one that should be fastest first. `xla` runs everything and ends every list.
 ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "training": ("xla",)}
-# Two equals for decode: jax is removing the lowering of the first one, and the second one needs two more packages.
+# Two equals: jax is removing the lowering of `triton`, and `jax_triton` needs two more packages.
 ON_NVIDIA = {
-    "prefill": ("triton", "cudnn", "xla"),
+    "prefill": ("triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "xla"),
     "training": ("triton", "xla"),
 }
 # By compute capability, where the order is another one.
 ON_HOPPER = {
-    "prefill": ("mosaic", "triton", "cudnn", "xla"),
+    "prefill": ("mosaic", "triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "mosaic", "xla"),
     "training": ("triton", "xla"),
 }

@@ -73,6 +73,20 @@ class Steps(NamedTuple):
             Run("full", False, whole, whole + self.whole),
         )
 
+    @property
+    def stretches(self) -> tuple["Stretch", ...]:
+        """All steps, in their order: `runs`, cut where the numbers of tiles do not follow each other."""
+        zero = jnp.zeros_like(self.whole)
+        return (
+            Stretch("full", True, self.whole, self.tail),
+            Stretch("own", True, self.diagonal, self.end - self.diagonal),
+            Stretch("own", True, zero, self.sinks),
+            Stretch("own", True, self.left, self.inner - self.left),
+            Stretch("ring", True, zero, self.ring),
+            Stretch("own", False, self.inner, self.diagonal - self.inner),
+            Stretch("full", False, zero, self.whole),
+        )
+
     def tile(self, run: "Run", step: Array) -> Array:
         """Number of a step's tile in its source."""
         if run.source == "own" and run.is_masked:
@@ -103,6 +117,15 @@ class Run(NamedTuple):
     is_masked: bool
     begin: Array
     end: Array
+
+
+class Stretch(NamedTuple):
+    """Consecutive steps whose tiles are of one kind, and follow each other."""
+
+    source: str  # as of a `Run`
+    is_masked: bool
+    first: Array  # number of the first tile
+    tiles: Array
 
 
 RUNS = 5  # of `Steps.runs`

@@ -84,7 +84,7 @@ def can_be_short(dtype: Any, head_dim: int) -> bool:
 
 def over_plain_pools(
     attend: Callable[..., Partial],
-    attend_to_slots: Callable[..., Partial],
+    attend_to_slots: Callable[..., Partial] | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -98,7 +98,8 @@ def over_plain_pools(
     """Attention by `attend(q, k, v, pools, heads, start=, lengths=, scope=)`, which gets pools that are not quantized.
 
     Of several shards, the first counts the chunk's own keys. The output is float32 where several results are merged.
-    For a short chunk, `attend_to_slots(q, pools, heads, filled=)` is attention to quantized slots.
+    For a short chunk, `attend_to_slots(q, pools, heads, filled=)` is attention to quantized slots; None: they are
+    unpacked for it too.
     """
     filled = start if shards is None else shards.held(start)
     scope = Scope(filled, True if shards is None else shards.index == 0)
@@ -128,7 +129,7 @@ def over_plain_pools(
         q, k, v, Pools(none, none, *ring), heads._replace(slot=slot), **rows, scope=scope._replace(filled=0 * filled)
     )
     found = Partial(first.out.astype(jnp.float32), first.log_sum)
-    if is_short(q, heads.slot.shape[0]):
+    if attend_to_slots is not None and is_short(q, heads.slot.shape[0]):
         return merge_parts([found, attend_to_slots(q, pools, heads, filled=filled)])
     capacity = pools.capacity
     size = segment(q.shape[0], capacity, pools.page or 1)

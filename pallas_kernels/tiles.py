@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.gpus import Chip, chip, device_kind
+from pallas_kernels.gpus import Chip, chip, device_kind, shared_memory_per_block
 from pallas_kernels.ptxas import ptxas_version, version_text
 from pallas_kernels.types import Request
 from pallas_kernels.user_cache import cache_folder, read_json
@@ -109,16 +109,18 @@ KINDS: dict[str, type[Any]] = {
     "mosaic_decode": DecodeTiles,
 }
 
-# The kernels of a backend's operations. For a short chunk over a quantized cache, all that have kernels of prefill run
-# `short` too, which is decode's.
+# The kernels of a backend's operations. For a short chunk over a quantized cache, some run `short` too, decode's.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("triton", "prefill"): ("flash",),
     ("triton", "decode"): ("decode",),
     ("triton", "training"): ("flash", "backward"),
+    ("jax_triton", "prefill"): ("flash",),
     ("jax_triton", "decode"): ("decode",),
     ("mosaic", "prefill"): ("mosaic_flash",),
     ("mosaic", "decode"): ("mosaic_decode",),
 }
+
+WITH_SHORT = ("triton", "mosaic")
 
 # Shared memory of a block on A100, bytes; with less, some tiles are smaller.
 WIDE = 163 << 10
@@ -169,7 +171,7 @@ def tiles_of(backend: str, request: Request) -> dict[str, Any]:
     has_pages = request.is_paged and request.full is not None and request.capacities
     page = request.capacities[0] if has_pages else None
     kernels = KERNELS.get((backend, request.operation), ())
-    if kernels and request.is_short:
+    if backend in WITH_SHORT and request.is_short:
         kernels += ("short",)
     return {
         kernel: tiles_for(
@@ -181,6 +183,16 @@ def tiles_of(backend: str, request: Request) -> dict[str, Any]:
         )
         for kernel in kernels
     }
+
+
+def refused_size(request: Request) -> str | None:
+    """By a backend with Triton's tiles, on a GPU: the reason why the smallest ones do not fit, or None."""
+    if "float32" not in request.dtypes or request.head_dim <= 128 or request.operation == "decode":
+        return None
+    if request.capability is not None and shared_memory_per_block(request.capability) < WIDE:
+        # They would spill thousands of registers.
+        return f"takes float32 only up to head dim 128 on GPUs with 99 KiB of shared memory, got {request.head_dim}"
+    return None
 
 
 @contextmanager

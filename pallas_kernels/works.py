@@ -187,9 +187,10 @@ class Queries(NamedTuple):
         begin, end = share(steps.total, work.part, used)
         # Padding visits few keys, but is written.
         end = jnp.where(first < lengths[work.row], end, jnp.minimum(end, begin + 1))
-        end = jnp.where((number < works) & (work.part < used), end, begin)
+        is_used = (number < works) & (work.part < used)
+        end = jnp.where(is_used, end, begin)
         span = begin, jnp.minimum(steps.masked, end), end
-        place = Place(kv_head, heads.slot[kv_head], own_start, filled, *span)
+        place = Place(kv_head, heads.slot[kv_head], own_start, filled, *span, is_used.astype(jnp.int32))
         return Planned(work._replace(is_retrieval=work.is_retrieval.astype(jnp.int32)), place, steps)
 
 
@@ -203,6 +204,7 @@ class Place(NamedTuple):
     span_begin: Array
     span_masked: Array
     span_end: Array
+    is_used: Array  # whether it is a work, possibly one without a step
 
 
 class Planned(NamedTuple):

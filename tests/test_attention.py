@@ -510,7 +510,7 @@ def test_tiles_are_halved_until_they_divide_a_page(name):
     ("backend", "reason"),
     [
         ("triton", "takes pages that are a multiple of 8 tokens, got 4"),
-        ("jax_triton", "takes no paged caches"),
+        ("jax_triton", "takes pages that are a multiple of 8 tokens, got 4"),
     ],
 )
 def test_kernels_refuse_pages(backend, reason):

@@ -17,29 +17,29 @@ REQUEST = Request("decode", "NVIDIA Abacus", frozenset(["bfloat16"]), head_dim=1
 ORDER = {
     None: ("xla", "xla", "xla"),
     (7, 5): ("xla", "xla", "xla"),
-    (8, 0): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
-    (8, 9): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
-    (9, 0): ("mosaic triton cudnn xla", "triton jax_triton mosaic xla", "triton xla"),
-    (10, 0): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
-    (12, 0): ("triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (8, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (8, 9): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (9, 0): ("mosaic triton jax_triton cudnn xla", "triton jax_triton mosaic xla", "triton xla"),
+    (10, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla"),
+    (12, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla"),
 }
 # What falls through to which candidates on Hopper, of prefill and decode.
 FALLS = [
-    ({"head_dim": 80}, "triton cudnn xla", "triton jax_triton xla"),
+    ({"head_dim": 80}, "triton jax_triton cudnn xla", "triton jax_triton xla"),
     ({"head_dim": 512}, "xla", "xla"),
-    ({"dtypes": frozenset(["float32"])}, "triton xla", "triton jax_triton xla"),
-    ({"bits": frozenset([4])}, "mosaic triton xla", "triton xla"),
-    ({"bits": frozenset([4]), "head_dim": 96}, "triton xla", "xla"),
-    ({"capacities": (1023, 320)}, "triton cudnn xla", "triton jax_triton xla"),
-    ({"is_sharded": True}, "triton xla", "triton xla"),
-    ({"is_paged": True}, "mosaic triton xla", "triton mosaic xla"),
+    ({"dtypes": frozenset(["float32"])}, "triton jax_triton xla", "triton jax_triton xla"),
+    ({"bits": frozenset([4])}, "mosaic triton jax_triton xla", "triton xla"),
+    ({"bits": frozenset([4]), "head_dim": 96}, "triton jax_triton xla", "xla"),
+    ({"capacities": (1023, 320)}, "triton jax_triton cudnn xla", "triton jax_triton xla"),
+    ({"is_sharded": True}, "triton jax_triton xla", "triton jax_triton xla"),
+    ({"is_paged": True}, "mosaic triton jax_triton xla", "triton jax_triton mosaic xla"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def compilers(monkeypatch):
     """jax_triton is installed, and Mosaic uses an assembler without known faults."""
-    name = "pallas_kernels.jax_triton.decode_kernel"
+    name = "pallas_kernels.jax_triton.launch"
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: (12, 9, 86))
 
@@ -63,10 +63,10 @@ def test_what_a_backend_cannot_do_falls_to_the_next_one(changes, prefill, decode
 @pytest.mark.parametrize(("capability", "fits"), [((8, 0), True), ((8, 6), False), ((8, 9), False), ((12, 0), False)])
 def test_float32_of_large_head_dims_needs_the_shared_memory_of_an_a100(capability, fits):
     large = {"dtypes": frozenset(["float32"]), "head_dim": 256, "capability": capability}
-    expected = "triton xla" if fits else "xla"
-    assert names(operation="prefill", **large) == names(operation="training", **large) == expected
+    assert names(operation="prefill", **large) == ("triton jax_triton xla" if fits else "xla")
+    assert names(operation="training", **large) == ("triton xla" if fits else "xla")
     assert names(operation="decode", **large) == "triton jax_triton xla"
-    assert names(operation="prefill", **large | {"head_dim": 128}) == "triton xla"
+    assert names(operation="prefill", **large | {"head_dim": 128}) == "triton jax_triton xla"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_float32_of_large_head_dims_needs_the_shared_memory_of_an_a100(capabilit
 def test_mosaic_refuses_assemblers_that_miscompile(version, is_bad, monkeypatch):
     monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: version)
     found = names(operation="prefill", capability=(9, 0))
-    assert found == ("triton cudnn xla" if is_bad else "mosaic triton cudnn xla")
+    assert found == ("triton jax_triton cudnn xla" if is_bad else "mosaic triton jax_triton cudnn xla")
     if is_bad:
         with pytest.raises(Unsupported, match=rf"needs another ptxas than {'.'.join(map(str, version))}, .*use backen"):
             ops.choose(replace(REQUEST, operation="prefill", capability=(9, 0)), "mosaic")

@@ -1,5 +1,6 @@
-"""The kernel in Triton's own language: in Triton's interpreter, and compiled for absent GPUs."""
+"""The kernels in Triton's own language: in Triton's interpreter, and compiled for absent GPUs."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -11,10 +12,12 @@ import pytest
 from duo_eval.aot.compile import assemble, compile_for
 from duo_eval.aot.kernels import program
 
-from pallas_kernels import decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Window, decode_attention, gated_attention, gpus, prefill_attention
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.quantized import empty, store
 from pallas_kernels.schedule import Splits
+from pallas_kernels.tiles import tiles_for
+from pallas_kernels.works import Queries
 from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -36,10 +39,12 @@ import jax.numpy as jnp
 import numpy as np
 from triton.runtime import interpreter
 
-from pallas_kernels import decode_attention
-from pallas_kernels.jax_triton import decode_kernel as implementation
-from pallas_kernels.tiles import DecodeTiles, trying
-from tests.test_mosaic import WINDOW, poisoned, problem
+from pallas_kernels import works
+from pallas_kernels.jax_triton import decode_kernel, flash_kernel, launch
+from pallas_kernels.ops import find_backend
+from pallas_kernels.tiles import DecodeTiles, FlashTiles, trying
+from tests.test_mosaic import WINDOW, in_pages, poisoned, problem
+
 
 class OfInt(type):
     __instancecheck__ = lambda cls, value: isinstance(value, builtins.int)
@@ -71,70 +76,151 @@ class Buffer:
 
 
 def triton_call(*args, kernel, grid, name, num_warps, num_stages, compute_capability, **sizes):
-    out = [Buffer(np.full(shape.shape, np.nan, shape.dtype)) for shape in sizes.pop(implementation.OUT_TYPE)]
+    out = [Buffer(np.full(shape.shape, np.nan, shape.dtype)) for shape in sizes.pop(launch.OUT_TYPE)]
     kernel[grid](*map(Buffer, args), *out, **sizes)
     return [jnp.asarray(buffer.array) for buffer in out]
 
 
-implementation.jax_triton.triton_call = triton_call
+launch.jax_triton.triton_call = triton_call
+
+
+def compare(found, expected, dtype, tokens=None):
+    # Outputs and log-sums; those of padding are any numbers.
+    for x, y in zip(found, expected, strict=True):
+        assert np.isfinite(x).all()
+        for row in range(len(x)):
+            at = slice(None) if tokens is None else slice(tokens[row])
+            np.testing.assert_allclose(x[row, at], y[row, at], rtol=0, atol=2e-5 if dtype == "float32" else 3e-3)
+"""
+DECODE = """
 cases = (
-    (64, "float32", (True, False)),
-    (40, "float16", (False,)),
-    (16, "float32", (True,)),
+    (64, "float32", (True, False), None),
+    (40, "float16", (False,), None),
+    (16, "float32", (True,), None),
+    (32, "float32", (True, False), 128),  # In pages.
 )
-for head_dim, dtype, is_retrieval in cases:
+for head_dim, dtype, is_retrieval, page in cases:
     q, _, _, pools, heads = problem(
-        tokens=1, starts=(0, 0), capacity=600, head_dim=head_dim, is_retrieval=is_retrieval, dtype=jnp.dtype(dtype)
+        tokens=1, starts=(0, 0), capacity=600 if page is None else 640, head_dim=head_dim, is_retrieval=is_retrieval,
+        dtype=jnp.dtype(dtype)
     )
     lengths = jnp.asarray([597, 33], jnp.int32)
     pools = poisoned(pools, lengths)
+    pools = pools if page is None else in_pages(pools, page)
+    arrays, rows = (q[:, 0], pools, heads), {"lengths": lengths, "window": WINDOW}
     with trying("decode", DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)):
-        found = implementation.decode(q[:, 0], pools, heads, lengths=lengths, capability=90).out
-    wanted = decode_attention(q[:, 0], pools, heads, lengths=lengths, window=WINDOW, backend="reference")
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if dtype == "float32" else 3e-3)
+        compare(decode_kernel.decode(*arrays, **rows), find_backend("triton").decode(*arrays, **rows), dtype)
+"""
+PREFILL = """
+works.LEAST_KEYS = 64
+cases = (
+    # Rows that are ragged, one of them empty; a pool's last tile partly filled; a ring that wrapped; unaligned starts.
+    ({"tokens": 50, "starts": (101, 0, 37), "lengths": (50, 0, 21), "cores": 1}, {}),
+    # The group of a KV head in one tile, keys in several parts; a row with fewer parts.
+    ({"tokens": 9, "starts": (248, 70), "cores": 16}, {}),
+    # Windows with more sinks than a tile of keys has, and with none.
+    ({"tokens": 40, "starts": (3,), "is_retrieval": (False,), "head_dim": 40}, {"dtype": "float16"}),
+    ({"tokens": 40, "starts": (70,), "is_retrieval": (False,)}, {"window": (0, 80)}),
+    ({"tokens": 33, "starts": (0, 9), "is_retrieval": (True,)}, {}),
+    ({"tokens": 20, "starts": (250, 130), "capacity": 256, "cores": 4}, {"page": 128}),
+)
+for case, options in cases:
+    works.multiprocessors = lambda cores=case.pop("cores", 2): cores
+    lengths, dtype = case.pop("lengths", (case["tokens"],) * len(case["starts"])), options.get("dtype", "float32")
+    q, k, v, pools, heads = problem(**{"head_dim": 32} | case, dtype=jnp.dtype(dtype))
+    pools = poisoned(pools, case["starts"])
+    pools = in_pages(pools, options["page"]) if "page" in options else pools
+    window = type(WINDOW)(*options["window"]) if "window" in options else WINDOW
+    rows = {"start": jnp.asarray(case["starts"], jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32)}
+    rows |= {"window": window}
+    with trying("flash", FlashTiles(32, 16, 4, 1)):
+        found, expected = (
+            backend.prefill(q, k, v, pools, heads, **rows) for backend in (flash_kernel, find_backend("triton"))
+        )
+    compare(found, expected, dtype, lengths)
 """
 
 
 @pytest.mark.process
 @needs_triton
-def test_decode_equals_the_reference():
+@pytest.mark.parametrize("cases", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_partial_results_equal_those_of_triton(cases):
     environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", INTERPRET], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", INTERPRET + cases], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@needs_triton
-@pytest.mark.parametrize(("gpu", "capability"), [("a100-80g", 80), ("h200", 90)])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 128)])
-def test_the_kernel_compiles_without_spills(dtype, head_dim, gpu, capability, tmp_path, monkeypatch):
-    """Llama-3-8B's heads, and pools of more than 2 ** 31 elements."""
+def assembled(kernel, types, sizes, tiles, gpu, folder):
+    """Registers and spills of a kernel of arguments of some types, and Triton's program."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from pallas_kernels.jax_triton.decode_kernel import decode_kernel, sizes, tiles_here
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # jax_triton unsets it.
-    tiles = tiles_here(head_dim, 4 if dtype == "fp32" else 2)
-    splits = Splits(128, 128, (1 << 22, 320), tiles.block_k, tiles.min_split)
-    settings = sizes(4, head_dim, 1, 8, splits)
-    types = [f"*{dtype}"] * 5 + ["*i32"] * 4 + ["*fp32"] * 2
-    signature = dict(zip(decode_kernel.arg_names, types, strict=False)) | dict.fromkeys(settings, "constexpr")
+    signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(sizes, "constexpr")
     # jax_triton guarantees this alignment for every array.
     attributes = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
-    source = triton.compiler.ASTSource(decode_kernel, signature, constexprs=settings, attrs=attributes)
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=sizes, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert re.search(r"tt\.addptr[^\n]*xi64", compiled.asm["ttir"])
+    major, minor = GPUS[gpu].capability
+    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+    # Pools may have more than 2 ** 31 elements.
+    assert re.search(r"tt\.addptr[^\n]*, i64", compiled.asm["ttir"])
     assert 0 < compiled.metadata.shared <= GPUS[gpu].shared_memory_per_core - 1024
-    (tmp_path / "decode.ptx").write_text(compiled.asm["ptx"])
-    (kernel,) = assemble(gpu, tmp_path / "decode.ptx")
-    assert 0 < kernel.registers <= 255 and kernel.spill_bytes == 0
+    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
+    (found,) = assemble(gpu, folder / "kernel.ptx")
+    return found
+
+
+GPU_NAMES = pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
+
+
+@pytest.fixture
+def tiles_on(monkeypatch, tmp_path):
+    """A function with which tiles are those of a GPU."""
+    importlib.import_module("jax_triton")  # It unsets the variable.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return lambda gpu: monkeypatch.setattr(gpus, "device_kind", lambda: GPUS[gpu].name)
 
 
 @needs_triton
-@pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
-def test_a_layer_compiles_for_an_absent_gpu(gpu):
-    function, shapes = program("decode", "jax_triton")
+@GPU_NAMES
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 128)])
+def test_decode_compiles_without_spills(dtype, head_dim, gpu, tmp_path, tiles_on):
+    """Llama-3-8B's heads, and pools of more than 2 ** 31 elements."""
+    from pallas_kernels.jax_triton.decode_kernel import decode_kernel, sizes_of, tiles_here
+
+    tiles_on(gpu)
+    tiles = tiles_here(head_dim, 4 if dtype == "fp32" else 2)
+    splits = Splits(128, 128, (1 << 22, 320), tiles.block_k, tiles.min_split)
+    sizes = sizes_of(4, head_dim, 1, 8, splits, (128, 1, 1 << 22, head_dim)) | {"row_pages": 1, "is_paged": False}
+    types = [f"*{dtype}"] * 5 + ["*i32"] * 6 + ["*fp32"] * 2
+    found = assembled(decode_kernel, types, sizes, tiles, gpu, tmp_path)
+    assert 0 < found.registers <= 255 and found.spill_bytes == 0
+
+
+@needs_triton
+@GPU_NAMES
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 64)])
+def test_prefill_compiles_without_spills(dtype, head_dim, gpu, tmp_path, tiles_on):
+    """Llama-3-8B's heads, a chunk of 2,048 tokens, and pools of more than 2 ** 31 elements."""
+    from pallas_kernels.jax_triton.flash_kernel import flash_kernel, sizes_of
+
+    tiles_on(gpu)
+    tiles = tiles_for("flash", head_dim, 4 if dtype == "fp32" else 2)
+    queries = Queries(1, 2048, 32, 4, 1, tiles.block_q, 1)
+    stored = (128, 1, 1 << 22, head_dim), (128, 1, 320, head_dim), (1, 1)
+    shapes = (1, 2048, 32, head_dim), (1, 2048, 8, head_dim), stored
+    sizes = sizes_of(*shapes, queries, tiles, Window(64, 256))
+    sizes |= {"has_own": True, "has_full": True, "has_ring": True, "is_paged": False}
+    types = [f"*{dtype}"] * 7 + ["*i32"] * 2 + [f"*{dtype}", "*fp32"]
+    found = assembled(flash_kernel, types, sizes, tiles, gpu, tmp_path)
+    assert 0 < found.registers <= 255 and found.spill_bytes == 0
+
+
+@needs_triton
+@GPU_NAMES
+@pytest.mark.parametrize("operation", ["prefill", "decode"])
+def test_a_layer_compiles_for_an_absent_gpu(operation, gpu):
+    function, shapes = program(operation, "jax_triton")
     assert "triton_kernel_call" in compile_for(gpu, function, *shapes).as_text()
 
 
@@ -142,7 +228,7 @@ def test_refusals_name_the_reason():
     count = jnp.ones(1, jnp.int32)
     rows = {"start": count, "lengths": count, "window": WINDOW, "backend": "jax_triton"}
     q, k, v, pools, heads = problem(tokens=4, starts=(0,))
-    with pytest.raises(NotImplementedError, match="has no prefill attention: use backend='xla'"):
+    with pytest.raises(NotImplementedError, match=r"of compute capability 8\.0 or higher, this is cpu"):
         prefill_attention(q, k, v, pools, heads, **rows)
     with pytest.raises(NotImplementedError, match="has no training attention: use backend='xla'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="jax_triton")

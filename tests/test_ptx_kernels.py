@@ -84,9 +84,12 @@ TRAINING = {
 }
 
 
-def needs_jax_triton() -> None:
-    if not (find_spec("jax_triton") and find_spec("triton")):
+def needs_jax_triton(backend: str = "jax_triton") -> None:
+    if backend == "jax_triton" and not (find_spec("jax_triton") and find_spec("triton")):
         pytest.skip("needs triton and jax_triton: make test-aot")
+
+
+backends = pytest.mark.parametrize("backend", ["triton", "jax_triton"])
 
 
 def print_counts(launches: list[Launch]) -> None:
@@ -122,7 +125,11 @@ def max_error(out: jax.Array, tokens: tuple[tuple[int, int, int], ...], expected
 
 
 def prefill(
-    case: Case, change: Change | None = None, page: int | None = None, segment: int | None = 136
+    case: Case,
+    change: Change | None = None,
+    page: int | None = None,
+    segment: int | None = 136,
+    backend: str = "triton",
 ) -> tuple[float, list[Launch]]:
     """The largest error of a prefill, and its launches; with `page`, retrieval heads have their tokens in pages.
 
@@ -140,7 +147,7 @@ def prefill(
     pools = pools if page is None else Paged(page, 0).of(pools)
     with executing(change) as launches, segments_of(segment):
         own = map(jnp.asarray, (q, k, v))
-        out = CALLS["prefill"](*own, pools, heads, **settings, window=problem.window, backend="triton")
+        out = CALLS["prefill"](*own, pools, heads, **settings, window=problem.window, backend=backend)
     return max_error(out, tokens, expected), launches
 
 
@@ -163,29 +170,34 @@ def decode(
     return max_error(out, tokens, expected), launches
 
 
+@backends
 @pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL)
-def test_prefill(case):
-    error, launches = prefill(case)
+def test_prefill(case, backend):
+    needs_jax_triton(backend)
+    if backend == "jax_triton" and case.pool_dtype not in (case.dtype, None, *BITS):
+        pytest.skip("jax_triton takes one data type for queries and cache")
+    error, launches = prefill(case, backend=backend)
     print_counts(launches)
     assert error < BOUND[case.dtype]
 
 
-@pytest.mark.parametrize("backend", ["triton", "jax_triton"])
+@backends
 @pytest.mark.parametrize("case", DECODE.values(), ids=DECODE)
 def test_decode(case, backend):
-    if backend == "jax_triton":
-        needs_jax_triton()
-        if case.pool_dtype in BITS:
-            pytest.skip("jax_triton takes no quantized caches")
+    needs_jax_triton(backend)
+    if backend == "jax_triton" and case.pool_dtype in BITS:
+        pytest.skip("jax_triton decodes from no quantized caches")
     error, launches = decode(case, backend)
     print_counts(launches)
     assert error < BOUND[case.dtype]
 
 
+@backends
 @pytest.mark.parametrize("name", ["bfloat16", "head_dim_128", "int4"])
-def test_prefill_from_pages(name):
+def test_prefill_from_pages(name, backend):
     """Tiles of one page and of the next; the last page is partly filled, unused ones are NaN."""
-    error, launches = prefill(PREFILL[name], page=128)
+    needs_jax_triton(backend)
+    error, launches = prefill(PREFILL[name], page=128, backend=backend)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
 
@@ -201,9 +213,13 @@ def test_prefill_of_a_short_chunk(cache, head_dim, dtype, page):
     assert len(launches) == 3 and error < BOUND[dtype]
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "head_dim_128_gqa_8", "int8", "int4"])
-def test_decode_from_pages(name):
-    error, launches = decode(DECODE[name], "triton", page=128)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "triton") for name in ("bfloat16", "head_dim_128_gqa_8", "int8", "int4")] + [("bfloat16", "jax_triton")],
+)
+def test_decode_from_pages(name, backend):
+    needs_jax_triton(backend)
+    error, launches = decode(DECODE[name], backend, page=128)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
 
@@ -222,9 +238,11 @@ def test_random_rows_in_one_program(seed):
     assert error < BOUND["bfloat16"]
 
 
+@backends
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
-def test_two_devices_that_share_the_tokens(operation):
+def test_two_devices_that_share_the_tokens(operation, backend):
     """Each computes its part; the parts are merged here."""
+    needs_jax_triton(backend)
     tokens = {"tokens": 13, "lengths": (13, 2, 7)} if operation == "prefill" else {"tokens": 1, "lengths": (1, 1, 1)}
     case = Case(MIXED, **BF16, **tokens, starts=(0, 70, 131), capacity=160)
     problem = Problem(case)
@@ -234,7 +252,7 @@ def test_two_devices_that_share_the_tokens(operation):
     q, k, v = (
         jnp.asarray(np.stack([x[row, at[row]] for row in range(len(at))])) for x in (problem.q, problem.k, problem.v)
     )
-    attend, parts = getattr(find_backend("triton"), operation), []
+    attend, parts = getattr(find_backend(backend), operation), []
     for number in range(2):
 
         class Device(TokenShards):

@@ -115,3 +115,21 @@ def test_the_steps_show_each_visible_key_once(window):
         q, keys = start + np.arange(first, first + block_q)[:, None], np.arange(start + length)[None, :]
         visible = (keys <= q) & (is_retrieval | (keys < window.sink) | (keys > q - window.recent))
         assert sees[exists].sum() == visible.sum()
+
+
+def test_stretches_are_the_runs_in_pieces():
+    """The same tiles in the same order, for kernels that cannot compute a tile from its step."""
+    rng = np.random.default_rng(0)
+    for first, start, filled, is_retrieval in zip(*rng.integers(0, 900, (3, 16)), rng.random(16) < 0.5, strict=True):
+        sizes = Sizes(1000, 128, 32, Window(*map(int, rng.integers(1, 200, 2))))
+        place = jnp.int32(first // 128 * 128), jnp.int32(start), jnp.bool_(is_retrieval)
+        steps = steps_of(*place, sizes, filled=jnp.int32(filled))
+        expected = [
+            (run.source, run.is_masked, number)
+            for run in steps.runs
+            for number in steps.tile(run, jnp.arange(run.begin, run.end, dtype=jnp.int32)).tolist()
+        ]
+        found = [
+            (each.source, each.is_masked, int(each.first) + i) for each in steps.stretches for i in range(each.tiles)
+        ]
+        assert found == expected and len(found) == steps.total

@@ -1,55 +1,53 @@
-"""Decode as a kernel in Triton's own language, through jax_triton: for when Pallas's Triton lowering is gone.
+"""Kernels in Triton's own language, through jax_triton: for when Pallas's Triton lowering is gone.
 
-Only decode from caches that are not quantized, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or `[cuda13]`.
+Prefill, and decode from caches that are not quantized, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or
+`[cuda13]`.
 """
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Array, Float, Int32
-
-from pallas_kernels.gpus import chip
-from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards
-from pallas_kernels.window import Window
+from pallas_kernels.pages import refused_pages
+from pallas_kernels.tiles import refused_size
+from pallas_kernels.types import Backend, Partial, Request
 
 __all__ = ["BACKEND"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
-KERNEL = "pallas_kernels.jax_triton.decode_kernel"
 
 
 def refuses(request: Request) -> str | None:
-    """The reason why the kernel cannot run a request, or None."""
-    if reason := request.refused_layout():
-        return reason
-    if reason := request.refused_types(DTYPES):
+    """The reason why the kernels cannot run a request, or None."""
+    # Quantized pools are unpacked before prefill, not before decode.
+    unpacked = replace(request, bits=frozenset()) if request.operation == "prefill" else request
+    if reason := refused_pages("jax_triton", request) or unpacked.refused_types(DTYPES):
         return reason
     if request.head_dim > MAX_HEAD_DIM:
         return f"takes head dims up to {MAX_HEAD_DIM}, got {request.head_dim}"
-    if reason := request.refused_gpu():
+    if reason := request.refused_gpu() or refused_size(request):
         return reason
     try:
-        importlib.import_module(KERNEL)
+        _kernel("launch")
     except ImportError as error:
         return f"needs jax-triton and triton ({error})"
     return None
 
 
-def decode(
-    q: Float[Array, "B N H"],
-    pools: Pools,
-    heads: Heads,
-    *,
-    lengths: Int32[Array, "B"],
-    window: Window,
-    shards: TokenShards | None = None,
-) -> Partial:
+def _kernel(name: str) -> Any:
+    """A module that imports what not every machine has."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def prefill(*args: Any, **rows: Any) -> Partial:
+    """See `pallas_kernels.prefill_attention`."""
+    return _kernel("flash_kernel").prefill(*args, **rows)
+
+
+def decode(*args: Any, **rows: Any) -> Partial:
     """See `pallas_kernels.decode_attention`."""
-    del window, shards  # A ring stores nothing but visible tokens; shards are refused.
-    kernel: Any = importlib.import_module(KERNEL)
-    major, minor = chip().capability or (0, 0)
-    return kernel.decode(q, pools, heads, lengths=lengths, capability=10 * major + minor)
+    return _kernel("decode_kernel").decode(*args, **rows)
 
 
-BACKEND = Backend("jax_triton", refuses, decode=decode)
+BACKEND = Backend("jax_triton", refuses, prefill, decode)

@@ -2,9 +2,8 @@
 
 import os
 
-from pallas_kernels.gpus import shared_memory_per_block
 from pallas_kernels.pages import refused_pages
-from pallas_kernels.tiles import WIDE
+from pallas_kernels.tiles import refused_size
 from pallas_kernels.triton.decode import decode
 from pallas_kernels.triton.flash import prefill
 from pallas_kernels.triton.tile import width
@@ -34,11 +33,7 @@ def refuses(request: Request) -> str | None:
         return f"takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got {types} with {head_dim}"
     if request.capability is not None and (reason := request.refused_gpu()):  # On a CPU, it is interpreted.
         return reason
-    # Even the smallest tiles: they would spill thousands of registers.
-    is_large = "float32" in request.dtypes and head_dim > 128 and request.operation != "decode"
-    if is_large and request.capability is not None and shared_memory_per_block(request.capability) < WIDE:
-        return f"takes float32 only up to head dim 128 on GPUs with 99 KiB of shared memory, got {head_dim}"
-    return None
+    return refused_size(request)
 
 
 BACKEND = Backend("triton", refuses, prefill, decode, training)
