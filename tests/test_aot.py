@@ -141,7 +141,9 @@ def test_no_kernel_spills_in_bfloat16(operation, cache, head_dim, gpu):
     # Prefill of quantized slots: one over the chunk, one over a segment, or as decode if it is short.
     count = {"prefill": 1 if cache == "same" else 2, "short-chunk": 3, "decode": 2, "training": 6}
     assert len(kernels) == count[operation]
-    assert all(kernel.spill_bytes == 0 for kernel in kernels), kernels
+    # Without these 4 bytes, it would have one load in flight instead of two.
+    most = 4 if (operation, cache, head_dim, gpu) == ("short-chunk", "int4", 256, "a100-80g") else 0
+    assert all(kernel.spill_bytes <= most for kernel in kernels), kernels
     assert all(0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024 for kernel in kernels), kernels
     assert all(kernel.warnings == () for kernel in kernels), kernels
     assert all(kernel.loops is None or kernel.loops or is_merge(kernel) for kernel in kernels), kernels

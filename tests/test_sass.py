@@ -3,8 +3,10 @@
 import subprocess
 from pathlib import Path
 
+import pytest
 from duo_eval.aot import sass
 from duo_eval.aot.compile import uses_in
+from duo_eval.aot.kernels import _main_loop
 
 REPORT = """
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
@@ -60,3 +62,18 @@ def test_a_loop_includes_its_waits_and_no_outer_loop(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     found = sass.loops_of("nvdisasm", Path("a.cubin"))
     assert found == {"other": (), "kernel": (sass.Loop(instructions=7, mma=1, depbar=1, mufu=1, sts=0),)}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "main"),
+    [
+        # Whole tiles of packed keys, the last one, whole tiles of a ring, the last one.
+        ("decode_kernel", (496, 533, 206, 267), 496),
+        ("decode_kernel_mosaic_gpu_kernel", (328,), 328),
+        # Masks in the chunk, in the ring, none.
+        ("flash_kernel__1", (672, 684, 469), 469),
+    ],
+)
+def test_the_main_loop_is_over_tiles_of_retrieval_heads_without_a_mask(name, counts, main):
+    kernel = {"name": name, "loops": [{"instructions": count} for count in counts]}
+    assert _main_loop(kernel) == {"instructions": main}

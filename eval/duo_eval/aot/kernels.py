@@ -3,7 +3,7 @@
 import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -119,15 +119,8 @@ def _compiled(known: Sequence[Result], **case: Any) -> Result:
     Mosaic compiles a program once in a process: on a second GPU of one capability there would be nothing to read.
     """
     begin = time.perf_counter()
-    settings = {name: value for name, value in case.items() if name != "gpu"}
-    function, shapes = program(**settings)
+    function, shapes = program(**{name: value for name, value in case.items() if name != "gpu"})
     text = lower_for(case["gpu"], function, *shapes).as_text()
-    # Decode has a loop over the quantized keys of retrieval heads, and one over those of streaming heads. The first one
-    # is counted, in a program without the other.
-    alone = None
-    if case["operation"] == "decode" and case["cache"] != "same":
-        alone = program(**settings, streaming=0.0)
-        text += lower_for(case["gpu"], alone[0], *alone[1]).as_text()
     versions = f"{jax.__version__}, {jaxlib.__version__}, {assembler()}"
     code = sha256(f"{versions}\n{text}".encode())
     for other in known:
@@ -135,9 +128,6 @@ def _compiled(known: Sequence[Result], **case: Any) -> Result:
             return other | case
     try:
         kernels = kernels_on(case["gpu"], function, *shapes)
-        if alone is not None:
-            loops = {kernel.name: kernel.loops for kernel in kernels_on(case["gpu"], alone[0], *alone[1])}
-            kernels = [replace(kernel, loops=loops[kernel.name]) for kernel in kernels]
         found: dict[str, Any] = {"kernels": [asdict(kernel) for kernel in kernels]}
     except jax.errors.JaxRuntimeError as error:  # Such as too much shared memory.
         found = {"kernels": [], "failed": first_line(error)}
@@ -161,8 +151,14 @@ def _line(kernel: dict[str, Any]) -> str:
 
 
 def _main_loop(kernel: dict[str, Any]) -> dict[str, int] | None:
-    """The shortest of a kernel's loops with matrix products: the one without a mask, for all but the last tile."""
+    """The loop with matrix products that is executed most: over the tiles of retrieval heads that need no mask.
+
+    In decode it is the first one; another one, over rings, is shorter if the cache is quantized. Other kernels have a
+    loop for each kind of mask, and the shortest one has none.
+    """
     loops = kernel.get("loops") or []
+    if kernel["name"].startswith("decode_kernel"):
+        return loops[0] if loops else None
     return min(loops, key=lambda loop: loop["instructions"], default=None)
 
 
@@ -176,16 +172,15 @@ def program(
     tokens: int | None = None,
     capacity: int = 65536,
     page_size: int | None = None,
-    streaming: float = 0.5,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """An operation, jitted, and the shapes of its arguments: one row, heads and slots as in Llama-3-8B.
 
-    `cache` is one of `Kernels.caches`; with `page_size`, retrieval heads have their tokens in pages. Of KV heads,
-    `streaming` is the fraction that streams; `tokens` are those of a chunk, by default `TOKENS`.
+    `cache` is one of `Kernels.caches`; with `page_size`, retrieval heads have their tokens in pages;
+    `tokens` are those of a chunk, by default `TOKENS`.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    sizes: dict[str, Any] = {"heads": (32, 8, head_dim), "dtype": dtype, "streaming": streaming, "capacity": capacity}
+    sizes: dict[str, Any] = {"heads": (32, 8, head_dim), "dtype": dtype, "streaming": 0.5, "capacity": capacity}
     length = tokens if tokens and operation != "decode" else TOKENS[operation]
     sizes |= {"tokens": length, "cache": None if cache == "same" else cache}
     one = jax.eval_shape(lambda: layer.make(**sizes))
@@ -250,7 +245,8 @@ def kernels_table(path: Path) -> str:
     if loops := [row for row in loops if any(row[6:])]:
         note = (
             "Instructions of a kernel's main loop, and among them matrix products, waits for copies and products, "
-            "special functions (exponentials), and stores to shared memory. A loop is a tile of keys of one warp."
+            "special functions (exponentials), and stores to shared memory. A loop is a tile of keys of one warp, of a "
+            "retrieval head and without a mask."
         )
         table += f"\n\n{rows_to_table(loops, headers, align)}\n\n{note}"
     return f"{table} {compiled_with(head)}"
