@@ -60,8 +60,8 @@ def test_a_server_replies_as_generate_and_ends_when_told(chat_model: Path, tmp_p
         client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
         (served,) = client.models.list()
         reply = client.completions.create(model=served.id, prompt=text + "and more", max_tokens=12, temperature=0)
-        assert reply.usage.prompt_tokens_details.cached_tokens == 128
         lm = load(chat_model, pattern=chat_model / "pattern", sparsity=0.5)
+        assert reply.usage.prompt_tokens_details.cached_tokens == len(lm.encode(text)) - 1 > 128, "its keys were loaded"
         assert reply.choices[0].text == lm(text + "and more", max_new_tokens=12)
         chat = client.chat.completions.create(
             model=served.id, messages=[{"role": "user", "content": "Hello"}], max_tokens=5, temperature=0

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, Model, ModelConfig, load_model, make_mesh
+from duo_jax import HeadPattern, KVCache, Model, ModelConfig, load_model, make_mesh, prefill
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.checkpoint.open import load_tokenizer
 from duo_jax.plan import Plan, any_pattern
@@ -25,6 +25,7 @@ from duo_jax.serve.programs import Programs, Rows
 from duo_jax.serve.requests import Event, FinishEvent, Request, TokenEvent
 from duo_jax.serve.scheduler import Sizes
 from duo_jax.serve.sizing import plan_sizes, temporaries
+from duo_jax.serve.start import keep_prefix
 from duo_jax.sizes import nbytes
 from duo_jax.tokenizer import TextTokenizer
 
@@ -173,6 +174,26 @@ def test_a_reply_is_continued_from_its_own_keys_to_rounding(served, alone):
     (expected,) = alone.submit(following).replies()
     assert [event.token for event in tokens] == expected.tokens
     np.testing.assert_allclose([event.logprob for event in tokens], expected.logprobs, atol=1e-4)
+
+
+def test_a_saved_prefix_is_loaded_and_continued_at_its_end(served, alone, tmp_path):
+    config, spec = served.model.config, served.spec(SIZES)
+    text = np.random.default_rng(8).integers(3, 97, 53)
+    _, cache = prefill(served.model, text[None], KVCache.init(config, served.pattern, 1, 64), chunk_size=32)
+    cache.save(tmp_path / "p", served.model, tokens=text[None])
+    with served.engine(SIZES) as engine:
+        assert not keep_prefix(engine, served.model, spec, tmp_path / "p", text.tolist())
+        for question in ((), (5, 6, 7, 8, 9) * 6):
+            request = Request((*text.tolist(), *question), 12)
+            first, again = (list(engine.submit(request)) for _ in range(2))
+            (expected,) = alone.submit(request).replies()
+            tokens, cached = first[:-1], [events[-1].usage.cached for events in (first, again)]
+            assert cached == [52, 80 if question else 52] and replies(first) == replies(again)
+            assert [event.token for event in tokens] == expected.tokens
+            np.testing.assert_allclose([event.logprob for event in tokens], expected.logprobs, atol=1e-4)
+        full = replace(spec, pattern=HeadPattern.full(config))
+        assert "was made with" in keep_prefix(engine, served.model, full, tmp_path / "p", text.tolist())
+        assert engine.metrics().prompt_tokens == 53 + 2 * 53 + 2 * 83 + 52
 
 
 @pytest.mark.mesh

@@ -206,6 +206,27 @@ def test_permanent_prefixes_stay_and_leave_less_room():
     server.check_free()
 
 
+@pytest.mark.parametrize("length", [7, 8, 10, 11])
+def test_a_loaded_prefix_is_continued_at_its_end_by_the_prompts_that_begin_with_it(length):
+    server, text = Server(replace(SIZES, pages=16)), [3] * 11
+    server.scheduler.add(Job(text[:length], 0, saved=text))
+    server.run()
+    pages = -(-length // 2)
+    assert server.scheduler.tree.num_pinned == pages and not server.device.filled
+    # One that only begins like it, or ends with it, is computed: it never meets keys of both kinds.
+    cases = [([3] * 6, 0), (text[:length], 4), ([*text, 4], length), ([*text, 5, 6, 7, 8, 9], max(length, 8))]
+    for prompt, cached in cases:
+        (job,) = server.add(prompt, 3)
+        server.run()
+        assert job.cached == cached
+    (again,) = server.add([*text, 5, 6, 7, 8, 9, 4], 3)
+    server.run()
+    assert again.cached == 16, "what continues it is reused, in whole chunks"
+    assert server.scheduler.room([*text, 4]) == 2 * min(12, 16 - pages + length // 2) - 11
+    server.check_replies()
+    server.check_free()
+
+
 def test_chunks_are_whole_pages():
     with pytest.raises(ValueError, match="a chunk is whole pages, got 6 tokens for pages of 4: use a multiple"):
         Sizes(rows=1, pages=1, page_size=4, chunk_size=6, row_pages=1, snapshots=0)
@@ -224,8 +245,11 @@ class Events(RuleBasedStateMachine):
         snapshots=st.integers(0, 5),
         reuse=st.booleans(),
         pin=st.lists(TOKENS, min_size=4, max_size=5) | st.none(),
+        is_loaded=st.booleans(),
     )
-    def start(self, rows: int, pages: int, chunk: int, snapshots: int, reuse: bool, pin: list[int] | None) -> None:
+    def start(
+        self, rows: int, pages: int, chunk: int, snapshots: int, reuse: bool, pin: list[int] | None, is_loaded: bool
+    ) -> None:
         sizes = Sizes(
             rows=rows, pages=pages, page_size=2, chunk_size=chunk, row_pages=10, snapshots=snapshots,
             snapshot_every=6, queue=6, reuse_replies=reuse,
@@ -234,9 +258,10 @@ class Events(RuleBasedStateMachine):
         self.prompts = [[]]
         if pin is not None and pages >= 6:
             self.prompts.append(pin)
-            self.server.scheduler.add(Job(pin, 0))
+            self.server.scheduler.add(Job(list(pin), 0, saved=pin if is_loaded else None))
             self.server.run()
-            assert not snapshots or self.server.scheduler.tree.num_pinned == len(pin) // chunk * chunk // 2
+            kept = len(pin) if is_loaded else len(pin) // chunk * chunk
+            assert not snapshots or self.server.scheduler.tree.num_pinned == -(-kept // 2)
 
     @rule(data=st.data(), new=st.lists(TOKENS, min_size=1, max_size=9), most=st.integers(1, 9), n=st.integers(1, 3))
     def arrive(self, data: st.DataObject, new: list[int], most: int, n: int) -> None:
@@ -273,7 +298,7 @@ class Events(RuleBasedStateMachine):
         known = job.tokens[: job.length]
         self.server.scheduler.fail(job)
         self.server.open.remove(job)
-        deepest = self.server.scheduler.tree._path(known)
+        deepest = self.server.scheduler.tree._path(known, job.under)
         assert not deepest or deepest[-1].children or deepest[-1].is_pinned
 
     @precondition(lambda self: self.server.done)

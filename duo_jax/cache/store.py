@@ -179,7 +179,7 @@ def load(
     # Traced: nothing is allocated before the shapes are compared.
     jax.eval_shape(lambda: _check_arrays(path, _parts(*_pools(spec.empty())), arrays, filled))
     cache = spec.empty()
-    _check_rope(path, about, cache.max_length)
+    check_rope(path, about, cache.max_length)
     pools, structure = _parts(*_pools(cache)), jax.tree.structure((cache.full, cache.rings))
     full, rings = jax.tree.unflatten(structure, list(_written(pools, arrays)))
     # Rows of a new cache own consecutive pages: its full pool is a contiguous one in another shape.
@@ -187,8 +187,12 @@ def load(
     return replace(cache, full=full, rings=rings, length=jnp.asarray(about["length"], jnp.int32))
 
 
-def _check_rope(path: str | Path, about: Mapping[str, Any], max_length: int) -> None:
-    """Check that keys were turned as those of the new cache will be: LongRoPE depends on the room of a cache."""
+def check_rope(path: str | Path, about: Mapping[str, Any], max_length: int) -> None:
+    """Check that keys were turned as those of the new cache will be: LongRoPE depends on the room of a cache.
+
+    Raises:
+        ValueError: they were not.
+    """
     rope = (about["model"] or {}).get("rope")
     if not isinstance(rope, dict) or "long_factor" not in rope:
         return

@@ -65,8 +65,8 @@ class Serve:
     """A conversation continues from the keys that its replies left, which agree with those of a prompt to rounding.
     With --no-reuse-replies, a reply has the same bits whatever was asked before."""
     prefix: tuple[Path, ...] = ()
-    """Folders written by duo prefill: their texts are computed at the start, and never again for requests that begin
-    with them."""
+    """Folders written by duo prefill: their texts are not computed for requests that begin with them. Their keys are
+    loaded if they have the server's pattern and data types; otherwise the texts are computed once, at the start."""
 
     packages = EXTRAS["serve"]
 
@@ -75,7 +75,7 @@ class Serve:
         from duo_jax.serve.http.app import Limits, make_app
         from duo_jax.serve.http.server import Server, listen, most_connections
         from duo_jax.serve.sizing import plan_sizes
-        from duo_jax.serve.start import prefix_tokens, start_engine
+        from duo_jax.serve.start import keep_prefix, prefix_tokens, start_engine
 
         whole_number("port", self.port, 0, 65535)
         for flag in ("timeout", "grace"):
@@ -109,9 +109,11 @@ class Serve:
         name = self.name or Path(self.model.model).name
         engine = start_engine(lm, sizes, spec, lambda program: show_status(f"compiling {program}"))
         try:
-            for number, tokens in enumerate(prefixes):
-                show_status(f"computing prefix {number + 1} of {len(prefixes)}")
-                engine.keep(tokens)
+            for number, (path, tokens) in enumerate(zip(self.prefix, prefixes, strict=True)):
+                show_status(f"prefix {number + 1} of {len(prefixes)}")
+                if reason := keep_prefix(engine, model, spec, path, tokens):
+                    show_status("")
+                    print(f"{path}: the text was computed again: {reason}", file=sys.stderr)
             hosts = (*LOOPBACK, "[::1]", *self.host_names) if self.host in LOOPBACK else ("*",)
             app = make_app(engine, lm, name, api_key=key, limits=limits, hosts=hosts)
             host, port = listener.getsockname()[:2]

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from duo_jax.arguments import ArgumentError
 from duo_jax.finite import not_finite
@@ -227,8 +228,12 @@ class Engine:
             self._change.notify()
         return handle
 
-    def keep(self, prompt: Sequence[int]) -> None:
+    def keep(self, prompt: Sequence[int], saved: Any = None) -> None:
         """Compute a prefix now and keep it for ever; requests that begin with it do not compute it again.
+
+        Args:
+            prompt: its token ids.
+            saved: its keys and values, for the device to load in place of computing them: `duo_jax.serve.start`.
 
         Raises:
             ValueError: a prefix shorter than a chunk, one that does not fit, or ids of another vocabulary.
@@ -238,7 +243,7 @@ class Engine:
             raise ValueError(
                 f"a prefix of {len(prompt)} tokens cannot be kept: it must have at least {self.sizes.chunk_size}"
             )
-        job = Job(list(prompt), 0)
+        job = Job(list(prompt), 0, saved=saved)
         row = Row(self.tokenizer)
         done = threading.Event()
         job.owner = Running(Request(tuple(prompt)), 0, row, Ends(), job, lambda event: done.set())

@@ -1,15 +1,17 @@
 """ModelDevice: carries out the scheduler's actions with a model's compiled programs."""
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from duo_jax.cache.cache import NO_PAGE
+from duo_jax.cache.cache import NO_PAGE, KVCache
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
@@ -17,7 +19,7 @@ from duo_jax.serve.choice import Choice, Sampling
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.programs import Programs, Snapshot, with_pages
 from duo_jax.serve.requests import MOST_TOP, Likely
-from duo_jax.serve.scheduler import Action, Admit, Assign, Copy, Fill, First, Save, Step
+from duo_jax.serve.scheduler import Action, Admit, Assign, Copy, Fill, First, Load, Save, Step
 from pallas_kernels.gpus import device_kind
 
 # Rows of a second decode step on a CPU, where each row costs time. A product of a single row is another program, with
@@ -65,6 +67,8 @@ class ModelDevice:
             case Fill(row, tokens):
                 self._send_table()
                 self._rows = self._programs.prefill(self._model, self._rows, row, np.asarray(tokens, np.int32))
+            case Load(row, length, saved):
+                self._load(row, length, saved)
             case First(_, row, forced):
                 self._rows, choice = self._programs.first(self._model, self._rows, row, _number(forced))
                 return _chosen(jax.device_get(choice), [(action, 0)])
@@ -92,6 +96,23 @@ class ModelDevice:
         self._rows = self._programs.admit(self._rows, row, **options)
         if snapshot is not None:
             self._rows = self._programs.restore(self._rows, row, self._snapshots[snapshot])
+
+    def _load(self, row: int, length: int, saved: KVCache) -> None:
+        """Copy a cache of one row: page by page, so that there is no second copy on the device."""
+        cache = self._rows.cache
+        size = cache.full.k.shape[2]
+
+        def page_of(number: int, pool: np.ndarray) -> np.ndarray:
+            part = pool[:, :, number * size : min((number + 1) * size, length)]
+            return np.pad(part, [(0, 0), (0, 0), (0, size - part.shape[2]), *((0, 0),) * (part.ndim - 3)])
+
+        full = jax.tree.map(np.asarray, saved.full)
+        for number, page in enumerate(self._table[row][: -(-length // size)].tolist() if len(full.k) else ()):
+            keys = jax.tree.map(functools.partial(page_of, number), full)
+            self._rows = self._programs.load_page(self._rows, page, keys)
+        last = np.zeros((1, self._model.config.embed_dim), self._model.dtype)  # A prompt goes on by at least a token.
+        snapshot = Snapshot(saved.rings, jnp.asarray([length], jnp.int32), jnp.asarray(last))
+        self._rows = self._programs.restore(self._rows, row, snapshot)
 
     def _step(self, rows: tuple[First, ...]) -> list[Chosen]:
         self._send_table()

@@ -45,12 +45,14 @@ class Hit:
         pages: the pages of these tokens; the caller holds each once more.
         snapshot: the entry of the rings after `length` tokens; None if `length` is 0.
         shared: tokens that the tree has, which is more than `length` where another prompt goes its own way.
+        under: the number of the loaded prefix that the prompt continues; 0: none.
     """
 
     length: int = 0
     pages: tuple[int, ...] = ()
     snapshot: int | None = None
     shared: int = 0
+    under: int = 0
 
 
 class PrefixTree:
@@ -59,13 +61,20 @@ class PrefixTree:
     Prompts are computed in chunks that begin at multiples of `chunk_size`, so that a prefix which is continued at one
     gives the numbers of a prompt computed from its beginning, bit for bit. A node at another length ends a prompt: it
     serves only the same prompt, of which nothing is computed again.
+
+    A loaded prefix was computed elsewhere, and is continued at its end, wherever that is. All prompts that begin with
+    it continue it, and no others: their prefixes are in a tree of their own, `under` it, so that a prompt never meets
+    keys of both kinds.
     """
 
     def __init__(self, pages: Pool, snapshots: Pool, *, page_size: int, chunk_size: int) -> None:
         """An empty tree. It holds its pages and snapshots in these pools."""
         self._pages, self._snapshots = pages, snapshots
         self._page_size, self._chunk_size = page_size, chunk_size
-        self._root = Node()
+        self._roots = [Node()]
+        # Of each loaded prefix, by the number of its root, the nodes and the tokens.
+        self._loaded: list[list[Node]] = [[]]
+        self._loaded_tokens: list[tuple[int, ...]] = [()]
         # Nodes that may be removed, the least recently used first. A node comes before its parent, so that a node
         # without children is found first.
         self._order: OrderedDict[Node, None] = OrderedDict()
@@ -87,19 +96,24 @@ class PrefixTree:
 
     def match(self, tokens: Sequence[int]) -> Hit:
         """The longest prefix of `tokens` that can be continued; its pages are then held once more."""
-        nodes = self._path(tokens)
+        under = self._under(tokens)
+        loaded, nodes = self._loaded[under], self._path(tokens, under)
         shared = nodes[-1].length if nodes else 0
         while nodes and not self._continues(nodes[-1], len(tokens)):
             nodes.pop()
+        if loaded and (not nodes or nodes[-1].length < loaded[-1].length):
+            nodes = loaded
         if not nodes:
             return Hit(shared=shared)
         self._touch(nodes)
         pages = tuple(node.page for node in nodes)
         self._pages.hold(pages)
-        return Hit(nodes[-1].length, pages, nodes[-1].snapshot, shared)
+        return Hit(nodes[-1].length, pages, nodes[-1].snapshot, max(shared, nodes[-1].length), under)
 
     def num_pinned_of(self, tokens: Sequence[int]) -> int:
-        """Pages of these tokens that stay for ever and can be continued."""
+        """Pages of these tokens that stay for ever and can be continued, without one that must be copied for that."""
+        if under := self._under(tokens):
+            return len(self._loaded_tokens[under]) // self._page_size
         nodes = self._path(tokens)
         while nodes and not (nodes[-1].is_pinned and self._continues(nodes[-1], len(tokens))):
             nodes.pop()
@@ -111,6 +125,7 @@ class PrefixTree:
         pages: Sequence[int],
         snapshot: int,
         *,
+        under: int = 0,
         of_reply: bool = False,
         pin: bool = False,
     ) -> None:
@@ -122,10 +137,11 @@ class PrefixTree:
             tokens: the prefix; a multiple of the chunk size, or a whole prompt.
             pages: its pages.
             snapshot: the entry of the rings after it.
+            under: the number of the loaded prefix that it continues, as in `Hit`.
             of_reply: the snapshot was taken while a reply was generated.
             pin: keep the prefix for ever.
         """
-        node, nodes = self._root, []
+        node, nodes = self._roots[under], []
         for number, key in enumerate(self._keys(tokens)):
             child = node.children.get(key)
             if child is None:
@@ -146,6 +162,14 @@ class PrefixTree:
                     del self._order[pinned]
                     self._num_pinned += 1
         self._touch(nodes)
+
+    def load(self, tokens: Sequence[int], pages: Sequence[int], snapshot: int) -> None:
+        """Add a loaded prefix, of any length, for ever; see `insert`."""
+        under = len(self._roots)
+        self._roots.append(Node())
+        self.insert(tokens, pages, snapshot, under=under, pin=True)
+        self._loaded.append(self._path(tokens, under))
+        self._loaded_tokens.append(tuple(tokens))
 
     def evict_page(self) -> bool:
         """Remove the least recently used nodes until a page is free; False if that cannot free any."""
@@ -183,16 +207,16 @@ class PrefixTree:
             before = before.parent
         return node.length - (before.length if before is not None else 0)
 
-    def forget(self, tokens: Sequence[int]) -> None:
+    def forget(self, tokens: Sequence[int], under: int = 0) -> None:
         """Remove the nodes of these tokens that no other prefix has."""
-        for node in reversed(self._path(tokens)):
+        for node in reversed(self._path(tokens, under)):
             if node.is_pinned or node.children:
                 break
             self._detach(node)
 
-    def drop_end(self, prompt: Sequence[int]) -> bool:
+    def drop_end(self, prompt: Sequence[int], under: int = 0) -> bool:
         """Remove the last page of a prompt that ends within it; False if the tree does not have it."""
-        nodes = self._path(prompt)
+        nodes = self._path(prompt, under)
         if not nodes or nodes[-1].length % self._page_size == 0 or nodes[-1].is_pinned:
             return False
         self._remove(nodes[-1])
@@ -204,8 +228,8 @@ class PrefixTree:
             self._detach(next(node for node in self._order if not node.children))
 
     def nodes(self) -> Iterator[Node]:
-        """All nodes but the root, parents first."""
-        stack = [self._root]
+        """All nodes but the roots, parents first."""
+        stack = list(self._roots)
         while stack:
             node = stack.pop()
             stack += node.children.values()
@@ -216,9 +240,14 @@ class PrefixTree:
         for start in range(0, len(tokens), self._page_size):
             yield tuple(tokens[start : start + self._page_size])
 
-    def _path(self, tokens: Sequence[int]) -> list[Node]:
+    def _under(self, prompt: Sequence[int]) -> int:
+        """The number of the longest loaded prefix that a prompt continues, by at least a token; 0: none."""
+        begun = ((len(t), n) for n, t in enumerate(self._loaded_tokens) if n and tuple(prompt[: len(t)]) == t)
+        return max((each for each in begun if each[0] < len(prompt)), default=(0, 0))[1]
+
+    def _path(self, tokens: Sequence[int], under: int = 0) -> list[Node]:
         """The nodes of the longest prefix of `tokens` that the tree has."""
-        nodes, node = [], self._root
+        nodes, node = [], self._roots[under]
         for key in self._keys(tokens):
             child = node.children.get(key)
             if child is None:

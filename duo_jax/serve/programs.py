@@ -212,6 +212,10 @@ class Programs:
         """Continue a row, which was admitted and has the same pages, from a snapshot of any row."""
         return _restore(rows, np.int32(row), snapshot)
 
+    def load_page(self, rows: Rows, page: int, keys: KeyValues) -> Rows:
+        """Write the keys and values of one page, `[P, 1, page, H]`, which were computed elsewhere."""
+        return _load_page(rows, np.int32(page), keys)
+
     def copy_page(self, rows: Rows, source: int, target: int) -> Rows:
         """Copy a page, before a row writes to one that others have too."""
         return _copy_page(rows, np.int32(source), np.int32(target))
@@ -381,6 +385,14 @@ def _snapshot(rows: Rows, row: Int32[Array, ""]) -> Snapshot:
 def _restore(rows: Rows, row: Int32[Array, ""], snapshot: Snapshot) -> Rows:
     own = replace(rows.cache.row(row), rings=snapshot.rings, length=snapshot.length)
     return replace(rows, cache=rows.cache.with_row(row, own), last=_put(rows.last, row, snapshot.last))
+
+
+@program(donate=(0,))
+def _load_page(rows: Rows, page: Int32[Array, ""], keys: KeyValues) -> Rows:
+    def written(pool: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(pool, new, page, 1)
+
+    return replace(rows, cache=replace(rows.cache, full=jax.tree.map(written, rows.cache.full, keys)))
 
 
 @program(donate=(0,))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from duo_jax.arguments import whole_number
 from duo_jax.serve.pages import Pool
-from duo_jax.serve.prefix import PrefixTree
+from duo_jax.serve.prefix import Hit, PrefixTree
 
 
 class QueueFullError(ValueError):
@@ -88,6 +88,8 @@ class Job:
         most: most tokens of the reply; 0 keeps the prompt as a permanent prefix.
         keep_end: keep the state at the end of the prompt, for further replies to it.
         owner: whatever asked for it.
+        saved: keys and values of the prompt, for the device to load, where it is a permanent prefix computed elsewhere.
+        under: the number of the loaded prefix that the prompt continues, as in `Hit`.
         number: place in the order of arrival.
         row: its row; None while it waits.
         pages: the pages of its row, each held once.
@@ -102,6 +104,8 @@ class Job:
     most: int
     keep_end: bool = False
     owner: Any = None
+    saved: Any = None
+    under: int = 0
     prompt: int = field(init=False)
     number: int = -1
     row: int | None = None
@@ -141,6 +145,14 @@ class Fill(NamedTuple):
 
     row: int
     tokens: tuple[int, ...]
+
+
+class Load(NamedTuple):
+    """Fill a row with keys and values that were computed elsewhere."""
+
+    row: int
+    length: int
+    saved: Any
 
 
 class First(NamedTuple):
@@ -185,7 +197,7 @@ class Kept(NamedTuple):
     job: Job
 
 
-Action: TypeAlias = Admit | Fill | First | Step | Assign | Copy | Save | Kept
+Action: TypeAlias = Admit | Fill | Load | First | Step | Assign | Copy | Save | Kept
 
 
 @dataclass
@@ -294,12 +306,12 @@ class Scheduler:
         if job.snapshot is not None:
             length, entry = job.snapshot
             job.snapshot = None
-            self.tree.insert(job.tokens[:length], job.pages, entry, of_reply=True)
+            self.tree.insert(job.tokens[:length], job.pages, entry, under=job.under, of_reply=True)
         self._leave(job)
 
     def fail(self, job: Job) -> None:
         """End a job whose numbers are not finite; what it computed is not used again."""
-        self.tree.forget(job.tokens[: job.length])
+        self.tree.forget(job.tokens[: job.length], job.under)
         self._leave(job)
 
     def _admit(self, actions: list[Action]) -> None:
@@ -307,7 +319,7 @@ class Scheduler:
         if not self._waiting or None not in self._rows:
             return
         job = self._waiting[0]
-        hit = self.tree.match(job.tokens[: job.prompt])
+        hit = self.tree.match(job.tokens[: job.prompt]) if job.saved is None else Hit()
         # Every job that decodes may soon need another page. One that was preempted needs those of its reply too.
         reserve = sum(other is not None for other in self._rows)
         own_pages = self.sizes.pages_of(job.prompt) - len(hit.pages)
@@ -316,7 +328,7 @@ class Scheduler:
             self.pages.release(hit.pages)
             return
         self._waiting.popleft()
-        job.row, job.length = self._rows.index(None), hit.length
+        job.row, job.length, job.under = self._rows.index(None), hit.length, hit.under
         self._rows[job.row] = job
         job.pages = [*hit.pages, *(self._take_page() for _ in range(own_pages))]
         last = job.prompt - job.prompt % self.sizes.chunk_size
@@ -330,10 +342,17 @@ class Scheduler:
             self.counts.cached_tokens += hit.length
         self._filling = job
         actions.append(Admit(job, job.row, tuple(job.pages), hit.snapshot if hit.length else None))
+        if hit.length < job.prompt and hit.length % self.sizes.page_size:
+            # A loaded prefix ends within a page, which the prompt continues.
+            self._give_page(job, len(hit.pages) - 1, actions)
 
     def _fill(self, job: Job, actions: list[Action]) -> None:
         """Compute a chunk of a prompt, and after the last one choose the first token."""
         assert job.row is not None
+        if job.saved is not None:
+            actions.append(Load(job.row, job.prompt, job.saved))
+            job.length = job.prompt
+            self._save(job, actions, pin=True, is_spare=False)
         if not job.is_filled:
             end = min(job.length - job.length % self.sizes.chunk_size + self.sizes.chunk_size, job.prompt)
             actions.append(Fill(job.row, tuple(job.tokens[job.length : end])))
@@ -373,7 +392,7 @@ class Scheduler:
             if self._can_take():
                 self._give_page(job, index, actions)
                 return True
-            if self.tree.drop_end(job.tokens[: job.prompt]):
+            if self.tree.drop_end(job.tokens[: job.prompt], job.under):
                 continue  # Perhaps only the tree shared the page.
             newest = self.running[-1]
             self._preempt(newest)
@@ -384,7 +403,7 @@ class Scheduler:
     def _give_page(self, job: Job, index: int, actions: list[Action]) -> None:
         """Give a job a page, with what it has of it so far if others have that too."""
         assert job.row is not None
-        page = self.pages.take()
+        page = self._take_page()
         if index < len(job.pages):
             shared = job.pages[index]
             actions.append(Copy(shared, page))
@@ -430,9 +449,13 @@ class Scheduler:
         """Give the tree the prompt so far, with a snapshot."""
         assert job.row is not None
         entry = self._take_snapshot(is_spare=is_spare)
-        if entry is not None:
-            actions.append(Save(job.row, entry))
-            self.tree.insert(job.tokens[: job.length], job.pages, entry, pin=pin)
+        if entry is None:
+            return
+        actions.append(Save(job.row, entry))
+        if job.saved is None:
+            self.tree.insert(job.tokens[: job.length], job.pages, entry, under=job.under, pin=pin)
+        else:
+            self.tree.load(job.tokens, job.pages, entry)
 
     def _save_reply(self, job: Job, actions: list[Action]) -> None:
         """Keep a snapshot of the reply so far in place of the one before; the tree gets one from time to time."""
@@ -444,4 +467,4 @@ class Scheduler:
         job.snapshot = job.length, entry
         if self.sizes.is_mark(job.length):
             job.snapshot = None
-            self.tree.insert(job.tokens[: job.length], job.pages, entry, of_reply=True)
+            self.tree.insert(job.tokens[: job.length], job.pages, entry, under=job.under, of_reply=True)

@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from duo_jax.cache import store
+from duo_jax.cache.cache import KVCache
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.model import Model
 from duo_jax.serve.engine import Engine
 from duo_jax.serve.model_device import ModelDevice
 from duo_jax.serve.scheduler import Sizes
@@ -27,6 +29,41 @@ def start_engine(lm: LM, sizes: Sizes, spec: CacheSpec, progress: Callable[[str]
     config, mesh = lm.model.config, lm.model.mesh
     device = ModelDevice(lm.model, replace(spec, mesh=mesh), sizes.chunk_size)
     return Engine(device, sizes, lm.tokenizer, vocab_size=config.vocab_size, eos_ids=lm.eos_ids, progress=progress)
+
+
+def keep_prefix(engine: Engine, model: Model, spec: CacheSpec, path: Path, tokens: list[int]) -> str:
+    """Keep a text that `duo prefill` has saved, from its keys and values if they are those of this server's cache.
+
+    The rings are those at the end of the text. They are used from one token before it, as that token sees none that the
+    last one has replaced; so a prompt may end where the text does.
+
+    Returns:
+        Why the text was computed again; empty if its keys were loaded.
+    """
+    try:
+        saved, reason = _load(model, spec, path), ""
+    except ValueError as error:
+        saved, reason = None, str(error)
+    engine.keep(tokens if saved is None else tokens[:-1], saved)
+    return reason
+
+
+def _load(model: Model, spec: CacheSpec, path: Path) -> KVCache:
+    """The saved cache.
+
+    Raises:
+        ValueError: it is not of this model, pattern and data types, or it cannot be loaded into pages.
+    """
+    about = store.read_about(path)
+    if model.mesh is not None:
+        raise ValueError("a model on several devices computes its prefixes")
+    if about["page_size"] is not None or len(about["length"]) != 1:
+        raise ValueError(f"{path} has pages or several rows, and duo prefill writes neither")
+    dtypes = [spec.precision.kv, spec.precision.streaming]
+    if about["dtypes"] != dtypes:
+        raise ValueError(f"{path} has keys and values in {about['dtypes']}, not in {dtypes}")
+    store.check_rope(path, about, spec.max_length)
+    return KVCache.load(path, model, pattern=spec.pattern, dtype=dtypes[0])
 
 
 def prefix_tokens(path: Path) -> list[int]:
