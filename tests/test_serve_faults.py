@@ -114,6 +114,7 @@ def burst(port: int, count: int, tokens: int, seconds: float) -> list[bytes]:
                 answers[number] += part
                 if not part:
                     selector.unregister(client)
+        assert not selector.get_map(), f"{len(selector.get_map())} clients still wait after {seconds} s"
     return [bytes(answer) for answer in answers]
 
 
@@ -288,7 +289,7 @@ def test_10_000_clients_at_the_same_time_all_get_an_answer(chat_model):
             port = int(url.rpartition(":")[2].partition("/")[0])
             process = psutil.Process(server.pid)
             before = process.memory_info().rss
-            check_burst(burst(port, 10_000, 20, 900), 1024)
+            check_burst(burst(port, 10_000, 4, 900), 1024)
             assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
             assert process.memory_info().rss - before < 400e6
     finally:
