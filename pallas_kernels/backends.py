@@ -16,13 +16,13 @@ ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "training": ("xla",)}
 ON_NVIDIA = {
     "prefill": ("triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "xla"),
-    "training": ("triton", "xla"),
+    "training": ("triton", "jax_triton", "xla"),
 }
 # By compute capability, where the order is another one.
 ON_HOPPER = {
     "prefill": ("mosaic", "triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "mosaic", "xla"),
-    "training": ("triton", "xla"),
+    "training": ("triton", "jax_triton", "xla"),
 }
 PREFERENCES = {(9, 0): ON_HOPPER}
 

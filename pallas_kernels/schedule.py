@@ -262,6 +262,14 @@ def steps_of(
     return Steps(whole, tail, ring, sinks, left, inner, diagonal, end)
 
 
+def last_tile_of_queries(first: Array, is_retrieval: Array, sizes: Sizes) -> Array:
+    """Number after the last tile of queries that sees the tile of keys that begins at index `first`, in training."""
+    length, block_q, block_k, window = sizes
+    end = jnp.int32(-(-length // block_q))
+    reach = cdiv(jnp.minimum(first + (block_k - 1 + window.recent), length), block_q)
+    return jnp.where(is_retrieval | (first < window.sink), end, reach)
+
+
 class Splits(NamedTuple):
     """How decode spreads the keys of a head over programs.
 

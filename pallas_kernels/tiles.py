@@ -116,6 +116,7 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("triton", "training"): ("flash", "backward"),
     ("jax_triton", "prefill"): ("flash",),
     ("jax_triton", "decode"): ("decode",),
+    ("jax_triton", "training"): ("flash", "backward"),
     ("mosaic", "prefill"): ("mosaic_flash",),
     ("mosaic", "decode"): ("mosaic_decode",),
 }

@@ -295,7 +295,11 @@ def gradients(q, k, v, grad, keep):
 
 
 def training(
-    shape: tuple[int, int, int, int], window: Window | None, dtype: str, change: Change | None = None
+    shape: tuple[int, int, int, int],
+    window: Window | None,
+    dtype: str,
+    change: Change | None = None,
+    backend: str = "triton",
 ) -> tuple[float, list[Launch]]:
     """The largest error of the output and the gradients, in units of what is tolerated, and the launches."""
     tokens, heads, kv_heads, head_dim = shape
@@ -305,7 +309,7 @@ def training(
         for count in (heads, kv_heads, kv_heads, heads)
     )
     keep = masks(tokens, window or Window(0, 1))[window is not None]
-    attend = find_backend("triton").training
+    attend = find_backend(backend).training
     with executing(change) as launches:
         out, back = jax.vjp(lambda q, k, v: attend(q, k, v, window).out, q, k, v)
         outputs = out, *back(grad)
@@ -318,10 +322,12 @@ def training(
     return float(np.max(errors)), launches
 
 
+@backends
 @pytest.mark.parametrize("kind", ["retrieval", "streaming"])
 @pytest.mark.parametrize(("shape", "window", "dtype"), TRAINING.values(), ids=TRAINING)
-def test_training(shape, window, dtype, kind):
-    error, launches = training(shape, window if kind == "streaming" else None, dtype)
+def test_training(shape, window, dtype, kind, backend):
+    needs_jax_triton(backend)
+    error, launches = training(shape, window if kind == "streaming" else None, dtype, backend=backend)
     print_counts(launches)
     assert error < 1
 

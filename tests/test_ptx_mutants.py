@@ -161,18 +161,18 @@ def change_of_steps(field: str, by: int) -> Callable[[Callable], Callable]:
     return change
 
 
-def change_of_division(by: int) -> Callable[[Callable], Callable]:
-    return lambda real: lambda x, y: jnp.maximum(real(x, y) + jnp.int32(by), 0)
+def change_of_number(by: int) -> Callable[[Callable], Callable]:
+    return lambda real: lambda *args: jnp.maximum(real(*args) + jnp.int32(by), 0)
 
 
 # Changes of the source: the operation, the module that looks a function up, its name, and the change.
 TILES = {
     "prefill_too_few": ("prefill", "flash", "steps_of", change_of_steps("whole", -1)),
     "prefill_too_many": ("prefill", "flash", "steps_of", change_of_steps("whole", 1)),
-    "decode_too_few": ("decode", "decode", "cdiv", change_of_division(-1)),
-    "decode_too_many": ("decode", "decode", "div", change_of_division(1)),
+    "decode_too_few": ("decode", "decode", "cdiv", change_of_number(-1)),
+    "decode_too_many": ("decode", "decode", "div", change_of_number(1)),
     "query_gradient_too_few": ("training", "training", "steps_of", change_of_steps("end", -1)),
-    "key_gradient_too_few": ("training", "training", "cdiv", change_of_division(-1)),
+    "key_gradient_too_few": ("training", "training", "last_tile_of_queries", change_of_number(-1)),
 }
 
 

@@ -1,7 +1,7 @@
 """Kernels in Triton's own language, through jax_triton: for when Pallas's Triton lowering is gone.
 
-Prefill, and decode from caches that are not quantized, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or
-`[cuda13]`.
+Prefill, decode from caches that are not quantized, and training, on NVIDIA GPUs from sm_80 on. Needs
+`duo-jax[cuda12]` or `[cuda13]`.
 """
 
 import importlib
@@ -50,4 +50,9 @@ def decode(*args: Any, **rows: Any) -> Partial:
     return _kernel("decode_kernel").decode(*args, **rows)
 
 
-BACKEND = Backend("jax_triton", refuses, prefill, decode)
+def training(*args: Any) -> Partial:
+    """See `pallas_kernels.types.Backend`."""
+    return _kernel("training_kernels").training(*args)
+
+
+BACKEND = Backend("jax_triton", refuses, prefill, decode, training)

@@ -1,56 +1,30 @@
-"""Training: attention over a sequence's own keys by the flash kernel, with a backward pass of its own.
+"""The gradients of attention over a sequence's own keys, for training by the flash kernel.
 
-The backward pass computes the weights again from the logarithm of their sum. It has two kernels (Dao 2023, algorithm
-2): a tile of queries collects its gradient over the keys it sees, and a tile of keys over the queries that see it; no
-two programs write to one place.
+Two kernels (Dao 2023, algorithm 2): a tile of queries collects its gradient over the keys it sees, and a tile of keys
+over the queries that see it; no two programs write to one place.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from pallas_kernels.differentiable import NO_WINDOW, Arrays, training_by
 from pallas_kernels.merge import LOG2_E
-from pallas_kernels.schedule import Sizes, cdiv, div, steps_of
-from pallas_kernels.tiles import FlashTiles, tiles_for
+from pallas_kernels.schedule import Sizes, div, last_tile_of_queries, steps_of
+from pallas_kernels.tiles import FlashTiles
 from pallas_kernels.triton import tile
 from pallas_kernels.triton.flash import flash_attention
-from pallas_kernels.types import Heads
 from pallas_kernels.window import Window
-from pallas_kernels.works import Scope
-
-# For retrieval heads, which look at no window.
-NO_WINDOW = Window(0, 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def training(q, k, v, window):
-    """Causal attention: over all earlier tokens if `window` is None, else over the tokens that it shows."""
-    return _forward(q, k, v, window)[0]
-
-
-def _forward(q, k, v, window):
-    batch, length, _, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    heads = Heads(jnp.full((num_kv_heads,), window is None), jnp.zeros((num_kv_heads,), jnp.int32))
-    start = jnp.zeros((batch,), jnp.int32)
-    settings: dict[str, Any] = {"window": window or NO_WINDOW, "tiles": tiles_for("flash", head_dim, q.dtype.itemsize)}
-    settings |= {"start": start, "lengths": start + length, "scope": Scope(start), "dtype": q.dtype}
-    part = flash_attention(q, k, v, None, heads, **settings)
-    return part, (q, k, v, part)
-
-
-def _backward(window, residuals, gradient):
-    q, k, v, (out, log_sum) = residuals
-    grad, log_grad = gradient
-    tiles: FlashTiles = tiles_for("backward", q.shape[3], q.dtype.itemsize)
-    # Float32: the kernels subtract two nearly equal sums.
-    delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1) - log_grad
-    arrays = Arrays(q, k, v, grad, log_sum.swapaxes(1, 2), delta.swapaxes(1, 2))
+def gradients(arrays: Arrays, window: Window | None, tiles: FlashTiles) -> tuple[Array, Array, Array]:
+    """Of queries, keys and values."""
+    q, k, v = arrays[:3]
     batch, length, num_heads, _ = q.shape
     settings: dict[str, Any] = {"window": window, "tiles": tiles}
     launch: dict[str, Any] = {"warps": tiles.num_warps, "stages": tiles.num_stages}
@@ -63,18 +37,7 @@ def _backward(window, residuals, gradient):
     return d_q, d_k, d_v
 
 
-training.defvjp(_forward, _backward)
-
-
-class Arrays(NamedTuple):
-    """The inputs of the backward kernels."""
-
-    q: Float[Array, "B T N H"]
-    k: Float[Array, "B T K H"]
-    v: Float[Array, "B T K H"]
-    grad: Float[Array, "B T N H"]  # of the output
-    log_sum: Float[Array, "B N T"]  # natural logarithm of the sum of each query's weights
-    delta: Float[Array, "B N T"]  # sum over H of the output times its gradient, less the gradient of `log_sum`
+training = training_by(flash_attention, gradients)
 
 
 def query_gradient_kernel(arrays: Arrays, out_ref, *, window: Window | None, tiles: FlashTiles) -> None:
@@ -107,10 +70,8 @@ def key_gradient_kernel(arrays: Arrays, d_k_ref, d_v_ref, *, window: Window | No
     group, first = num_heads // arrays.k.shape[2], number * block_k  # early tiles, which more queries see, first
     index = tile.indices(first, block_k)
     k, v = _keys(arrays, row, kv_head, first, block_k)
-    end = jnp.int32(-(-length // block_q))
-    if window is not None:
-        reach = cdiv(jnp.minimum(first + (block_k - 1 + window.recent), length), block_q)
-        end = jnp.where(first < window.sink, end, reach)
+    sizes = Sizes(length, block_q, block_k, window or NO_WINDOW)
+    end = last_tile_of_queries(first, jnp.bool_(window is None), sizes)
 
     def one_head(g: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
         def visit(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -320,6 +320,14 @@ def bit_field(signed: bool) -> Callable[..., np.ndarray]:
     return extract
 
 
+def long_bit_field(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """`length` bits of 64 from bit `start` on, extended by their sign."""
+    start, length = (np.minimum(n & 0xFF, 64).astype(np.int64) for n in (start, length))
+    above = 64 - np.minimum(start + length, 64)
+    bits = (x << np.minimum(above, 63)) >> np.minimum(above + start, 63)
+    return np.where(length > 0, bits, 0)
+
+
 def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Any four of the eight bytes of two words; the fourth bit of a selector replicates the byte's sign."""
     pair = np.stack([a, b], -1).view(np.uint8)
@@ -511,6 +519,7 @@ TABLE: dict[str, Callable[..., None]] = {
     **{f"shr.{name}": row(shift_right(8 * t.itemsize, name[0] == "s"), t, t, U32) for name, t in INTEGERS.items()},
     "bfe.s32": row(bit_field(True), S32, S32, U32, U32),
     "bfe.u32": row(bit_field(False), U32, U32, U32, U32),
+    "bfe.s64": row(long_bit_field, S64, S64, U32, U32),
     "prmt.b32": row(permute, U32, U32, U32, U32),
     "lop3.b32": row(lookup, U32, U32, U32, U32, U32),
     # Conditions.
