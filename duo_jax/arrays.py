@@ -23,8 +23,19 @@ from duo_jax.sizes import nbytes
 MOST_HEADER_BYTES = 1 << 24
 # The most bytes of a shard, unless one array has more: this much is copied to the host at a time.
 SHARD_BYTES = 1 << 30
-# Data types that safetensors writes, but does not read into numpy arrays.
-EIGHT_BIT_FLOATS = {"F8_E4M3": jnp.dtype("float8_e4m3fn"), "F8_E8M0": jnp.dtype("float8_e8m0fnu")}
+# Data types by safetensors' names.
+DTYPES = {
+    name: jnp.dtype(dtype)
+    for name, dtype in (
+        ("BOOL", "bool"),
+        *((f"I{bits}", f"int{bits}") for bits in (8, 16, 32, 64)),
+        *((f"U{bits}", f"uint{bits}") for bits in (8, 16, 32, 64)),
+        *((f"F{bits}", f"float{bits}") for bits in (16, 32, 64)),
+        ("BF16", "bfloat16"),
+        ("F8_E4M3", "float8_e4m3fn"),
+        ("F8_E8M0", "float8_e8m0fnu"),
+    )
+}
 
 
 def write_shards(folder: Path, stem: str, arrays: Iterable[tuple[str, jax.Array | np.ndarray]]) -> None:
@@ -59,7 +70,7 @@ def _shards(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 class Shards:
-    """Arrays of several safetensors files, by name. One file is open at a time.
+    """Arrays of several safetensors files, by name.
 
     Attributes:
         files: their paths.
@@ -68,7 +79,6 @@ class Shards:
     def __init__(self, paths: Sequence[Path]) -> None:
         """Nothing is read yet."""
         self.files = paths
-        self._open: tuple[Path, safe_open] | None = None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -90,19 +100,19 @@ class Shards:
         return {name: array.path for name, array in self._arrays.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Copy one array out of its file."""
+        """Read one array, without mapping its file: pages of a mapped file count as memory of the process.
+
+        Raises:
+            ValueError: a data type that numpy does not have, or a file that has become shorter.
+        """
         array = self._arrays[name]
-        shard = array.path
-        if array.dtype in EIGHT_BIT_FLOATS:
-            count = math.prod(array.shape)
-            content = np.fromfile(shard, np.uint8, count, offset=array.start)
-            if len(content) < count:
-                raise ValueError(f"{shard} became shorter while it was read")
-            return content.view(EIGHT_BIT_FLOATS[array.dtype]).reshape(array.shape)
-        if self._open is None or self._open[0] != shard:
-            self._open = None  # Unmap the last file before the next one: only one counts towards host memory.
-            self._open = shard, safe_open(shard, framework="numpy")
-        return self._open[1].get_tensor(name)
+        if (dtype := DTYPES.get(array.dtype)) is None:
+            raise ValueError(f"{array.path}: {name} is stored as {array.dtype}, not as one of {', '.join(DTYPES)}")
+        count = math.prod(array.shape)
+        content = np.fromfile(array.path, dtype, count, offset=array.start)
+        if len(content) < count:
+            raise ValueError(f"{array.path} became shorter while it was read")
+        return content.reshape(array.shape)
 
     @cached_property
     def _arrays(self) -> dict[str, "_Stored"]:

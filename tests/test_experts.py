@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from duo_eval.aot.compile import memory_of
 from flax import nnx
 
 from duo_jax import KVCache, Model, ModelConfig, load_model, make_mesh, prefill, save_model
+from duo_jax.checkpoint.parameters import _set_expert
 from duo_jax.experts import blocks_of, rows_of_block, sum_of_choices, weighted_sum
 from duo_jax.layers import Experts
 from duo_jax.mesh.mesh import MeshSize
@@ -203,6 +205,14 @@ def test_a_configuration_that_contradicts_itself_or_its_tensors_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         load_model(changed_folder(tmp_path / "model", **values))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4", "float8_e4m3fn", "float4_e2m1fn"])
+@pytest.mark.usefixtures("fresh_programs")
+def test_an_expert_is_loaded_without_a_copy_of_the_others(dtype: str) -> None:
+    stack, expert = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in ((64, 32, 16), (32, 16)))
+    memory = memory_of(_set_expert.lower(stack, expert, 3).compile())
+    assert memory.aliased > 8000 and memory.temporaries < 1000
 
 
 @pytest.mark.parametrize(("family", "count"), [*product(("mixtral", "gpt_oss"), (4, 16))])

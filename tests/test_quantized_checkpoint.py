@@ -446,6 +446,5 @@ def test_loading_needs_little_more_memory_than_the_quantized_weights(name: str, 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print({key: f"{size / 1e6:.0f} MB" for key, size in found.items()})  # Shown by pytest -s.
-    shard = (source / "model.safetensors").stat().st_size
-    # The mapped file, and the largest parameter: its numbers as they are stored, and in float32 before it is rounded.
-    assert found["overhead"] < shard + 2 * 7168 * 1024 * 4 + 100e6
+    # The largest parameter: its numbers as they are stored, and in float32 before it is rounded.
+    assert found["overhead"] < 2 * 7168 * 1024 * 4 + 150e6

@@ -69,7 +69,7 @@ TOKENIZER_TYPES: dict[str, tuple[type, ...]] = {
 
 
 class Folder(Source):
-    """See `Source`. Reads tensor by tensor; one shard is open at a time."""
+    """See `Source`. Reads tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         """Nothing is read yet."""

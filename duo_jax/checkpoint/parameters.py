@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -49,28 +50,20 @@ def read_parameter(
         matrices = (matrix(tuple(checkpoint.stored(name) for name in names)) for names in weight.parts)
     # In place: a second copy of all experts of a layer may take gigabytes.
     first = next(matrices)
-    if isinstance(first, np.ndarray):
-        stack: Any = np.empty((weight.experts, *first.shape), dtype)
-        stack[0] = first
-        for number, part in enumerate(matrices, start=1):
+    space = np if isinstance(first, np.ndarray) else jnp
+    stack: Any = jax.tree.map(lambda x: space.zeros((weight.experts, *x.shape), x.dtype), first)
+    for number, part in enumerate(chain([first], matrices)):
+        if isinstance(part, np.ndarray):
             stack[number] = part
-        return stack
-    stack = _first_expert(first, weight.experts)
-    for number, part in enumerate(matrices, start=1):
-        stack = _set_expert(stack, part, number)
+        else:
+            stack = _set_expert(stack, part, number)
     return stack
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _first_expert(part: "Array | qwix.QArray", experts: int) -> "Array | qwix.QArray":
-    """Room for all experts' matrices, with the first one."""
-    return jax.tree.map(lambda x: jnp.zeros((experts, *x.shape), x.dtype).at[0].set(x), part)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_expert(stack: "Array | qwix.QArray", part: "Array | qwix.QArray", number: Any) -> "Array | qwix.QArray":
-    """Write one expert's matrix in place."""
-    return jax.tree.map(lambda x, y: x.at[number].set(y), stack, part)
+    """Write one expert's matrix in place: XLA's scatter of small floats and int4 on CPUs copies all experts."""
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, number, 0), stack, part)
 
 
 class Arrangement(NamedTuple):
