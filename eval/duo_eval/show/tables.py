@@ -67,6 +67,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "serving": ("aot/serving.json", memory_table),
     "plan": ("aot/plan.json", plan_table),
     "mesh": ("aot/mesh.json", mesh_table),
+    "families memory": ("aot/families.json", mesh_table),
     "kernels": ("aot/kernels.json", kernels_table),
     "paper memory": ("aot/paper.json", paper_memory_table),
     # Of several files.
