@@ -34,7 +34,9 @@ _asked: set[tuple[int, int, str]] = set()
 def inference(
     config: ModelConfig, *patterns: HeadPattern | None, kv_dtype: AnyDtype | None = None, mesh: MeshSize = MeshSize()
 ) -> list[Request]:
-    """Prefill, of short chunks too, and decode of a model with each of some patterns; None is full attention.
+    """Prefill, of short chunks too, decode and the write of its token, of a model with each of some patterns.
+
+    None is full attention.
 
     Raises:
         ValueError: a mesh whose devices cannot share the model.
@@ -59,6 +61,7 @@ def inference(
             requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
             if sizes["full"] in BITS and can_be_short(config.dtype, config.head_dim):
                 requests.append(_request(config, "prefill", is_short=True, **sizes))
+            requests.append(_request(config, "append", **sizes | {"group": 1}))
     return requests
 
 

@@ -317,7 +317,7 @@ def step(
         cache: KVCache, layer: int, q: Array, k: Array, v: Array, visible: Int32[Array, "B"], sinks: Array | None
     ) -> tuple[Array, KVCache]:
         q, k, v = (_taken(x[:, 0], place) for x in (q, k, v))
-        cache = cache.append_token(layer, k, v, visible > 0)
+        cache = cache.append_token(layer, k, v, visible > 0, backend=backend)
         out = _decode_attention(
             q,
             cache.pools_of(layer),

@@ -11,17 +11,19 @@ from pallas_kernels.types import Backend, Request
 BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic", "cudnn")
 
 # Backends of each operation, the one that should be fastest first. `xla` runs everything and ends every list.
-ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "training": ("xla",)}
+ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "append": ("xla",), "training": ("xla",)}
 # Two equals: jax is removing the lowering of `triton`, and `jax_triton` needs two more packages.
 ON_NVIDIA = {
     "prefill": ("triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "xla"),
+    "append": ("triton", "xla"),
     "training": ("triton", "jax_triton", "xla"),
 }
 # By compute capability, where the order is another one.
 ON_HOPPER = {
     "prefill": ("mosaic", "triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "mosaic", "xla"),
+    "append": ("triton", "xla"),
     "training": ("triton", "jax_triton", "xla"),
 }
 PREFERENCES = {(9, 0): ON_HOPPER}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.backends import candidates, find_backend
 from pallas_kernels.certify.verdicts import SAFE, best
@@ -155,6 +155,55 @@ def decode_part(
         options = {} if score_cap is None else {"score_cap": score_cap}
         part = chosen.decode(turned, pools, heads, lengths=lengths, window=window, shards=shards, **options)
         return part._replace(out=_in_basis_of_pools(part.out, pools, heads))
+
+
+def append_token(
+    pools: Pools,
+    heads: Heads,
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    *,
+    start: Int32[Array, "B"],
+    active: Bool[Array, "B"],
+    window: Window,
+    shards: TokenShards | None = None,
+    backend: str | None = None,
+) -> Pools:
+    """Write the key and the value of one new token per row, for one layer.
+
+    A token goes to its position in a retrieval head's slot, and to `window.index` of it in a streaming head's ring. One
+    without room, without a page, or stored by another device is not written.
+
+    Args:
+        pools: keys and values of all earlier tokens.
+        heads: this layer's row of the head table.
+        k: keys after RoPE.
+        v: values.
+        start: position of the token, per row.
+        active: rows with a token; nothing of the others is written.
+        window: what streaming heads see.
+        shards: as in `prefill_attention`.
+        backend: as in `prefill_attention`; named ones without an `append` of their own write as `xla`.
+
+    Returns:
+        The new pools. The kernels write in place if the old ones are not used any more.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        Unsupported: a backend that cannot do this, a NotImplementedError.
+    """
+    _check(k.shape[0], k.shape[1:], pools, heads, window)
+    if k.shape[1] != heads.slot.shape[0] or v.shape != k.shape:
+        raise ValueError(f"k and v must be [B, K, H] with {heads.slot.shape=}, got {k.shape=}, {v.shape=}")
+    request = _request("append", k, (v,), pools, k.shape[1], window, shards)
+    named = backend or os.environ.get("DUO_BACKEND")
+    if named and find_backend(named).append is None:
+        backend = "xla"
+    with jax.named_scope("append_token"):
+        rows = {"start": start, "active": active}
+        chosen = choose(request, backend, Operands((pools, heads, k, v), rows, shards))
+        assert chosen.append is not None
+        return chosen.append(pools, heads, k, v, **rows, window=window, shards=shards)
 
 
 def gated_attention(

@@ -18,7 +18,8 @@ def refused_pages(backend: str, request: Request) -> str | None:
     if not request.is_paged or request.full is None or not request.capacities:
         return None
     page = request.capacities[0]
-    most = max(tiles.block_k for tiles in tiles_of(backend, request).values())
+    # Without tiles of keys, any page will do.
+    most = max((tiles.block_k for tiles in tiles_of(backend, request).values()), default=1)
     return f"takes pages that are a multiple of {most} tokens, got {page}" if page % most else None
 
 

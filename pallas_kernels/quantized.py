@@ -12,7 +12,7 @@ has the range of float32.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,19 +163,42 @@ def outliers_first(size: Float[Array, "*heads H"]) -> Int32[Array, "*heads H"]:
 
 def quantize(x: Float[Array, "*rows H"], bits: int, groups: int) -> Quantized:
     """Round every group of channels to its own grid; no change of the basis."""
-    most = 2**bits - 1
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
-    low, high = grouped.min(-1), grouped.max(-1)
-    # An offset is rounded down by less than one of its steps.
-    scale = jnp.maximum((high - low) / (most - 1 / FINE), jnp.maximum(-low, high) * (FINE / MOST_OFFSET))
-    scale = jnp.maximum(_rounded_up(scale), TINY)
-    offset = jnp.floor(low / scale * FINE)
-    steps = jnp.round(grouped / scale[..., None] - offset[..., None] / FINE)
+    scale, offset = fit_grid(grouped.min(-1), grouped.max(-1), bits)
+    steps = to_steps(grouped, scale[..., None], offset[..., None], bits)
     parts = WORD_BITS // bits
-    numbers = jnp.clip(steps, 0, most).astype(jnp.uint16).reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
+    numbers = steps.astype(jnp.uint16).reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
     words = functools.reduce(jnp.bitwise_or, (numbers[..., i, :] << jnp.uint16(i * bits) for i in range(parts)))
+    return Quantized(words, packed_grid(scale, offset), x.shape[-1], bits)
+
+
+def fit_grid(
+    low: Float[Array, "*groups"], high: Float[Array, "*groups"], bits: int, *, divide: Callable[..., Array] = jnp.divide
+) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
+    """The scale of a group with these extremes, and its offset in steps."""
+    # An offset is rounded down by less than one of its steps.
+    scale = jnp.maximum((high - low) / (2**bits - 1 - 1 / FINE), jnp.maximum(-low, high) * (FINE / MOST_OFFSET))
+    scale = jnp.maximum(_rounded_up(scale), TINY)
+    return scale, jnp.floor(divide(low, scale) * FINE)
+
+
+def to_steps(
+    x: Float[Array, "*n"],
+    scale: Float[Array, "*g"],
+    offset: Float[Array, "*g"],
+    bits: int,
+    *,
+    divide: Callable[..., Array] = jnp.divide,
+    rounded: Callable[[Array], Array] = jnp.round,
+) -> Float[Array, "*n"]:
+    """The integers on a grid that are nearest to `x`."""
+    return jnp.clip(rounded(divide(x, scale) - offset / FINE), 0, 2**bits - 1)
+
+
+def packed_grid(scale: Float[Array, "*groups"], offset: Float[Array, "*groups"]) -> UInt32[Array, "*groups"]:
+    """Scales and offsets as they are stored."""
     lower = lax.bitcast_convert_type(offset.astype(jnp.int32), jnp.uint32) & jnp.uint32(0xFFFF)
-    return Quantized(words, lax.bitcast_convert_type(scale, jnp.uint32) | lower, x.shape[-1], bits)
+    return lax.bitcast_convert_type(scale, jnp.uint32) | lower
 
 
 def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "*rows H"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.append import scatter
 from pallas_kernels.merge import MASKED, capped
 from pallas_kernels.quantized import Stored, read, read_dtype
 from pallas_kernels.types import Backend, Heads, Partial, Pools, TokenShards
@@ -146,4 +147,4 @@ def _attend(q_h: Array, cached: Any, q_pos: Array, window: Window | None, score_
     return Partial(jnp.einsum("btgs,bsh->btgh", weights, values.astype(compute)).astype(q_h.dtype), log_sum)
 
 
-BACKEND = Backend("reference", lambda request: None, prefill, decode, training, caps_scores=True)
+BACKEND = Backend("reference", lambda request: None, prefill, decode, training, scatter, caps_scores=True)

@@ -188,7 +188,7 @@ def tiles_of(backend: str, request: Request) -> dict[str, Any]:
 
 def refused_size(request: Request) -> str | None:
     """By a backend with Triton's tiles, on a GPU: the reason why the smallest ones do not fit, or None."""
-    if "float32" not in request.dtypes or request.head_dim <= 128 or request.operation == "decode":
+    if "float32" not in request.dtypes or request.head_dim <= 128 or request.operation in ("decode", "append"):
         return None
     if request.capability is not None and shared_memory_per_block(request.capability) < WIDE:
         # They would spill thousands of registers.

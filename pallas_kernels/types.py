@@ -115,7 +115,7 @@ class Unsupported(NotImplementedError):
     """A backend cannot do what was asked of it; any other NotImplementedError is a fault."""
 
 
-OPERATIONS = ("prefill", "decode", "training")
+OPERATIONS = ("prefill", "decode", "append", "training")
 # The oldest GPUs that any kernel is for: Ampere's.
 OLDEST_GPU = (8, 0)
 
@@ -206,6 +206,8 @@ class Backend:
         decode: `(q, pools, heads, *, lengths, window, shards) -> Partial`, `[B, N, H]`.
         training: `(q, k, v, window) -> Partial`, `[B, T, N, H]`, differentiable causal attention over a sequence's own
             keys, of retrieval heads where `window` is None, of streaming heads otherwise.
+        append: `(pools, heads, k, v, *, start, active, window, shards) -> Pools`, see `append_token`; named backends
+            without it write as `xla`.
         caps_scores: whether `prefill` and `decode` take `score_cap`.
     """
 
@@ -214,12 +216,13 @@ class Backend:
     prefill: Callable[..., Partial] | None = None
     decode: Callable[..., Partial] | None = None
     training: Callable[..., Partial] | None = None
+    append: Callable[..., Pools] | None = None
     caps_scores: bool = False
 
     def supports(self, request: Request) -> str | None:
         """None if this backend can run the request, otherwise the reason why not."""
         if getattr(self, request.operation) is None:
-            return f"has no {request.operation} attention"
+            return f"has no kernel for {request.operation}"
         if request.score_cap is not None and not self.caps_scores:
             return "has no soft cap of scores"
         return self.refuses(request)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.append import scatter
 from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import accumulate, empty, partial_of
 from pallas_kernels.quantized import Stored, read
@@ -333,4 +334,4 @@ def _take(rows: Float[Array, "B S H"], index: Int32[Array, "B I"]) -> Float[Arra
     return jnp.take_along_axis(rows, index[:, :, None], axis=1)
 
 
-BACKEND = Backend("xla", lambda request: None, prefill, decode, training, caps_scores=True)
+BACKEND = Backend("xla", lambda request: None, prefill, decode, training, scatter, caps_scores=True)

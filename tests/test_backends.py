@@ -13,15 +13,20 @@ from pallas_kernels.certify import verdicts
 from pallas_kernels.types import OPERATIONS, Request
 
 REQUEST = Request("decode", "NVIDIA Abacus", frozenset(["bfloat16"]), head_dim=128, group=4, capacities=(1024, 320))
-# Compute capabilities, and the candidates of prefill, decode and training for the heads of most models.
+# Compute capabilities, and the candidates of prefill, decode, append and training for the heads of most models.
 ORDER = {
-    None: ("xla", "xla", "xla"),
-    (7, 5): ("xla", "xla", "xla"),
-    (8, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton jax_triton xla"),
-    (8, 9): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton jax_triton xla"),
-    (9, 0): ("mosaic triton jax_triton cudnn xla", "triton jax_triton mosaic xla", "triton jax_triton xla"),
-    (10, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton jax_triton xla"),
-    (12, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton jax_triton xla"),
+    None: ("xla", "xla", "xla", "xla"),
+    (7, 5): ("xla", "xla", "xla", "xla"),
+    (8, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
+    (8, 9): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
+    (9, 0): (
+        "mosaic triton jax_triton cudnn xla",
+        "triton jax_triton mosaic xla",
+        "triton xla",
+        "triton jax_triton xla",
+    ),
+    (10, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
+    (12, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
 }
 # What falls through to which candidates on Hopper, of prefill and decode.
 FALLS = [
@@ -118,5 +123,5 @@ def test_a_gpu_without_verdicts_falls_back_and_says_so_once(tmp_path, monkeypatc
     for request in requests:
         with pytest.warns(UserWarning, match="on 'xla', .* on NVIDIA Abacus .*duo doctor --certify MODEL"):
             assert ops.choose(request).name == "xla"
-    assert [ops.choose(request).name for request in requests] == ["xla"] * 3  # A second warning would be an error.
+    assert [ops.choose(request).name for request in requests] == ["xla"] * 4  # A second warning would be an error.
     verdicts.forget()

@@ -11,6 +11,7 @@ from dataclasses import is_dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import get_args, get_type_hints
 
 import jax
@@ -39,6 +40,7 @@ from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
 from duo_jax.plan import any_pattern
 from pallas_kernels import cudnn, ops, segments, xla_train
+from pallas_kernels.append import scatter
 from pallas_kernels.certify import __main__ as child
 from pallas_kernels.certify import cases, machine, parent, verdicts
 from pallas_kernels.certify.examine import examine
@@ -250,6 +252,30 @@ def certify(monkeypatch, *scripts, **options):
     return reports.orders, shown
 
 
+def test_every_write_of_a_token_is_examined(monkeypatch):
+    """The kernel, interpreted, is right; one that writes elsewhere as well, or something else, is not."""
+    sizes = {"full": "int8", "ring": "float32", "head_dim": 16, "group": 1, "window": Window(4, 12)}
+    case = cases.make(Request.of("append", q="float32", **sizes, is_sharded=True), cases.SMALL)
+    assert examine(case, "triton", case.exact(), str).error < 0.01
+    case = cases.make(Request.of("append", q="float32", **sizes, is_paged=True), cases.SMALL)
+    exact = case.exact()
+    assert examine(case, "triton", exact, str).error < 0.01
+    wrong = {
+        "inactive": lambda pools, heads, k, v, active, **of: scatter(pools, heads, k, v, active=active | True, **of),
+        "doubled": lambda pools, heads, k, v, **of: scatter(pools, heads, 2 * k, v, **of),
+        "late": lambda pools, heads, k, v, start, **of: scatter(pools, heads, k, v, start=start + 1, **of),
+        "stray": lambda pools, *args, **of: scatter(
+            pools._replace(ring_v=pools.ring_v.at[-1, 0, 0, 0].add(1.0)), *args, **of
+        ),
+    }
+    monkeypatch.setitem(sys.modules, "pretended", ModuleType("pretended"))
+    for name, append in wrong.items():
+        module = ModuleType(f"pretended.{name}")
+        module.BACKEND = Backend(f"pretended.{name}", lambda request: None, append=append)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        assert "wrong numbers" in examine(case, module.__name__, exact, str).reason, name
+
+
 def test_a_crash_and_a_hang_cost_one_backend_each(home, monkeypatch):
     crash = [*BEGIN, at("xla"), right("xla", 4e-3), at("triton"), b""]
     hang = [*BEGIN, at("mosaic"), None]
@@ -356,7 +382,7 @@ def test_wrong_settings_are_refused_wherever_they_are_set(home, monkeypatch, duo
     for name, value, why in (
         ("DUO_CERTIFY", "maybe", "DUO_CERTIFY must be 0, 1 or full, got 'maybe'"),
         ("DUO_BACKEND", "tritn", "unknown attention backend 'tritn'"),
-        ("DUO_BACKEND", "cudnn", "the cudnn backend has no decode attention: unset DUO_BACKEND, or name another one"),
+        ("DUO_BACKEND", "cudnn", "the cudnn backend has no kernel for decode: unset DUO_BACKEND, or name another one"),
         ("DUO_BACKEND", "no.module", "'no.module' is no module that can be imported"),
     ):
         with monkeypatch.context() as patch:
@@ -524,7 +550,7 @@ def test_the_environment_names_a_backend(home, monkeypatch):
     here = replace(DECODE, device="cpu")
     monkeypatch.setenv("DUO_BACKEND", "pretended.right")
     assert ops.choose(here).name == "pretended.right" and ops.choose(here, "xla").name == "xla"
-    with pytest.raises(NotImplementedError, match="has no prefill attention: unset DUO_BACKEND"):
+    with pytest.raises(NotImplementedError, match="has no kernel for prefill: unset DUO_BACKEND"):
         ops.choose(replace(here, operation="prefill"))
     monkeypatch.setenv("DUO_BACKEND", "no.module")
     with pytest.raises(ValueError, match=r"'no.module' is no module that can be imported"):
@@ -614,13 +640,13 @@ def test_the_library_asks_for_what_it_is_told_or_for_what_is_usual(home, monkeyp
     # Loaded by name, the pattern and the cache are not known.
     duo_jax.load_model(text_model)
     assert [key.partition("window ")[2] for key in asked.pop()] == [
-        *["0+0, full float32"] * 2,
-        *["64+256, full float32, ring float32"] * 2,
+        *["0+0, full float32"] * 3,
+        *["64+256, full float32, ring float32"] * 3,
     ]
     certified.certify_model(config, trains=True)
     assert [key.partition("group ")[2] for key in asked.pop()] == ["2", "2, window 128+256"]
     duo_jax.certify(text_model, any_pattern(config, 0.5, sink_size=3, recent_size=8), kv_dtype="int4")
-    assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full int4, ring float32"] * 2
+    assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full int4, ring float32"] * 3
     with pytest.raises(ValueError, match="made for another model"):
         duo_jax.certify(text_model, half)
     duo_jax.load_model(text_model)
@@ -638,7 +664,7 @@ def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotation
         jax.eval_shape(partial(infer.extend, backend=None), tiny, one[None], cache, one, last)
         jax.eval_shape(partial(infer.step, backend=None), tiny, one, cache, one > 0)
     requests = certified.inference(tiny.config, *patterns, kv_dtype="int8")
-    assert {*map(key_of, requests)} == {*traced} and len(requests) == 6
+    assert {*map(key_of, requests)} == {*traced} and len(requests) == 9
     traced.clear()
     tokens, gates = jnp.ones((1, 8), jnp.int32), jnp.ones((2, 2), jnp.float32)
     jax.eval_shape(partial(GatedModel().student, tiny), tokens, gates)
@@ -673,8 +699,8 @@ def test_what_is_asked_for_is_what_is_traced_on_a_mesh(tiny, half, monkeypatch, 
     jax.eval_shape(partial(infer.extend, backend=None), model, one[None], cache, one, last)
     jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
     requests = certified.inference(tiny.config, half, mesh=MeshSize(**sizes))
-    assert {*map(key_of, requests)} == {*traced} and len(requests) == 2
-    assert all(request.group == 4 // max(2, sizes["tensor"]) for request in requests)
+    assert {*map(key_of, requests)} == {*traced} and len(requests) == 3
+    assert all(request.group == 4 // max(2, sizes["tensor"]) for request in requests[:2])
     with pytest.raises(ValueError, match="cannot be divided among tensor=3 devices"):
         certified.inference(tiny.config, half, mesh=MeshSize(tensor=3))
 
@@ -697,10 +723,10 @@ def test_a_model_is_certified_once_when_it_is_loaded_on_a_mesh(home, monkeypatch
     config = open_config(text_model)
     pattern, mesh = any_pattern(config, 0.5, sink_size=3, recent_size=8), make_mesh(sequence=2)
     duo_jax.load_model(text_model, mesh=mesh, pattern=pattern)
-    assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full float32, ring float32, sharded"] * 2
+    assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full float32, ring float32, sharded"] * 3
     duo_jax.load(text_model, mesh=mesh, pattern=pattern, kv_dtype="int4")
     ((*keys,),) = asked
-    assert [key.partition("window ")[2] for key in keys] == ["3+8, full int4, ring float32, sharded"] * 2
+    assert [key.partition("window ")[2] for key in keys] == ["3+8, full int4, ring float32, sharded"] * 3
 
 
 def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):

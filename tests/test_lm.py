@@ -409,7 +409,7 @@ def test_doctor_tries_every_backend(duo):
     for name, why_not in (
         ("mosaic", "bfloat16 or float16"),
         ("jax_triton", "runs only on GPUs of compute capability 8.0"),
-        ("cudnn", "has no decode attention"),
+        ("cudnn", "has no kernel for decode"),
     ):
         decode = rest.pop(name)["decode"]
         assert decode["is_right"] is None and why_not in decode["why_not"]

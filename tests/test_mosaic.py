@@ -182,7 +182,7 @@ def test_refusals_name_the_reason():
     with pytest.raises(NotImplementedError, match="up to 64 query heads a KV head, got 65"):
         many = jnp.tile(q[:, 0], (1, 33, 1))[:, :130]
         decode_attention(many, pools, heads, lengths=count, window=WINDOW, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="the mosaic backend has no training attention: use backend='xla'"):
+    with pytest.raises(NotImplementedError, match="the mosaic backend has no kernel for training: use backend='xla'"):
         gated_attention(q, k, v, jnp.ones(2), window=WINDOW, backend="mosaic")
     with pytest.raises(NotImplementedError, match="multiples of 8, and at least 32, got 8, 80"):
         prefill_attention(*problem(tokens=4, starts=(0,), capacity=8), **rows)

@@ -27,6 +27,8 @@ from pallas_kernels.types import Pools, TokenShards
 from pallas_kernels.window import Window
 from tests.ptx.launch import Change, Launch, executing, executing_pallas_calls
 from tests.ptx.parse import parse
+from tests.test_append import CASES as APPEND
+from tests.test_append import Problem as Token
 from tests.test_attention import CALLS, MIXED, TOLERANCE, Case, Paged, Problem
 from tests.test_gated import dense, masks
 
@@ -222,6 +224,17 @@ def test_decode_from_pages(name, backend):
     error, launches = decode(DECODE[name], backend, page=128)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
+
+
+@pytest.mark.parametrize("case", APPEND.values(), ids=APPEND)
+def test_append(case):
+    """Pools as XLA writes them on the CPU, and nothing else is touched."""
+    token = Token(case)
+    with executing() as launches:
+        found = token.append("triton", is_jitted=False)
+    print_counts(launches)
+    assert len(launches) == case.shards
+    token.check(found)
 
 
 @pytest.mark.parametrize("seed", range(4))

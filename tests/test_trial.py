@@ -1,5 +1,6 @@
 """A backend that certification finds right, but that does not compile at the size of a program, is passed over."""
 
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -17,11 +18,12 @@ from duo_jax.certified import inference, training
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model import Model
 from pallas_kernels import backends, ops, trial, xla
+from pallas_kernels.append import scatter
 from pallas_kernels.certify import verdicts
 from pallas_kernels.certify.verdicts import Found, Verdict, key_of
 from pallas_kernels.choices import repeating
 from pallas_kernels.gpus import Chip
-from pallas_kernels.types import Backend, Heads, Pools, TokenShards
+from pallas_kernels.types import OPERATIONS, Backend, Heads, Pools, TokenShards
 from pallas_kernels.window import Window
 from tests.shapes import TINY
 
@@ -58,12 +60,16 @@ def picky(monkeypatch, tmp_path):
         part = xla.BACKEND.training(q, k, v, window)
         return part._replace(out=at(q.shape[1], part.out))
 
+    def append(pools, heads, k, v, **options):
+        new = scatter(pools, heads, k, v, **options)
+        return new._replace(full_k=at(new.full_k.shape[2], new.full_k))
+
     module = ModuleType("pretended.picky")
     parts = {name: partial(of_pools, name) for name in ("prefill", "decode")}
-    module.BACKEND = Backend("pretended.picky", lambda request: None, **parts, training=of_sample)
+    module.BACKEND = Backend("pretended.picky", lambda request: None, **parts, append=append, training=of_sample)
     monkeypatch.setitem(sys.modules, "pretended", ModuleType("pretended"))
     monkeypatch.setitem(sys.modules, "pretended.picky", module)
-    order = dict.fromkeys(("prefill", "decode", "training"), ("pretended.picky", "xla"))
+    order = dict.fromkeys(OPERATIONS, ("pretended.picky", "xla"))
     monkeypatch.setitem(backends.PREFERENCES, (9, 0), order)
     monkeypatch.setattr(ops, "device_kind", lambda: GPU["kind"])
     monkeypatch.setattr(ops, "chip", lambda: Chip((9, 0), 132, 232448))
@@ -94,8 +100,11 @@ def test_prefill_and_decode_pass_it_over_in_a_cache_that_is_too_large(picky, mod
     assert picky and max(picky) == 64
     with pytest.warns(UserWarning, match=r"picky backend is right here but does not compile .*prefill float32"):
         large, cache = prefill(model, TOKENS, KVCache.init(CONFIG, None, 1, 128))
-    with pytest.warns(UserWarning, match=r"does not compile .*decode float32.*no_such_kernel.*the next backend"):
+    with pytest.warns(UserWarning) as told:
         decode_step(model, np.array([3]), cache)
+    for operation in ("append", "decode"):
+        words = rf"does not compile .*{operation} float32.*no_such_kernel.*the next backend"
+        assert any(re.search(words, str(each.message)) for each in told)
     np.testing.assert_allclose(small, expected, atol=1e-5)
     np.testing.assert_allclose(large, expected, atol=1e-5)
     # A backend that is named fails loudly.

@@ -21,14 +21,14 @@ from numpy.typing import ArrayLike
 
 from duo_jax import pytree
 from duo_jax.arguments import MOST_BYTES, instance, integers, whole_number
-from duo_jax.cache.pools import fingerprint, write_chunk, write_token
+from duo_jax.cache.pools import fingerprint, write_chunk
 from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize, constrain, place
 from duo_jax.model import Model
 from duo_jax.pattern import HeadPattern
 from duo_jax.precision import ALLOWED, AnyDtype, check_name
 from duo_jax.sizes import check_free, nbytes
-from pallas_kernels import Heads, Pools, TokenShards, Window
+from pallas_kernels import Heads, Pools, TokenShards, Window, append_token
 from pallas_kernels.quantized import any_quantized
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ FULL_AXES, RING_AXES = PartitionSpec("tensor", "data", "sequence"), PartitionSpe
 
 # In a page table: no page yet.
 NO_PAGE = -1
+
+# Jitted, so that it is traced and lowered once for all layers, which are alike.
+_append_token = jax.jit(append_token, static_argnames=("window", "shards", "backend"))
 
 
 class KeyValues(NamedTuple):
@@ -225,12 +228,18 @@ class KVCache:
         return self._write(layer, write_chunk, k, v, lengths=lengths)
 
     def append_token(
-        self, layer: int, k: Float[Array, "B K H"], v: Float[Array, "B K H"], active: Bool[Array, "B"]
+        self,
+        layer: int,
+        k: Float[Array, "B K H"],
+        v: Float[Array, "B K H"],
+        active: Bool[Array, "B"],
+        *,
+        backend: str | None = None,
     ) -> "KVCache":
         """Write one layer's key and value of a new token after `length`, for the active rows."""
-        return self._write(layer, write_token, k, v, active=active)
+        return self._write(layer, _append_token, k, v, active=active, backend=backend)
 
-    def _write(self, layer: int, write: Callable[..., Pools], k: Array, v: Array, **options: Array) -> "KVCache":
+    def _write(self, layer: int, write: Callable[..., Pools], k: Array, v: Array, **options: Any) -> "KVCache":
         where = {"start": self.length, "window": self.window(layer), "shards": self.shards}
         pools = write(self.pools_of(layer), self.heads(layer), k, v, **where, **options)
         rings = list(self.rings)

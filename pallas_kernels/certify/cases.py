@@ -5,6 +5,7 @@ ring that were never written. The inputs of a request run in a loop of one progr
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax import lax
 from pallas_kernels import ops
 from pallas_kernels.gpus import device_kind
 from pallas_kernels.merge import log_copies, merge_parts
-from pallas_kernels.quantized import Quantized, empty, store
+from pallas_kernels.quantized import Quantized, empty, read, store
 from pallas_kernels.segments import MOST_TILES_ELSEWHERE, segments_of
 from pallas_kernels.tiles import MOST_ROWS
 from pallas_kernels.types import Heads, Partial, Pools, Request, TokenShards
@@ -26,11 +27,13 @@ from pallas_kernels.window import Window
 # Relative error in the Euclidean norm that counts as right. Of `log_sum`, the error itself: that of an output with a
 # learned sink is at most as large.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+# Of a token that is written: nothing, or a step of a number that is between two, as sums are rounded in another order.
+EQUAL, STEP = 1e-6, 0.05
 # Tokens over which an error is a relative one.
 TOKENS = 64
 # The outputs of an operation; in training, gradients are named after their inputs.
 PART = ("out", "log_sum")
-OUTPUTS = {"prefill": PART, "decode": PART, "training": (*PART, "q", "k", "v")}
+OUTPUTS = {"prefill": PART, "decode": PART, "append": ("pools",), "training": (*PART, "q", "k", "v")}
 # Queries of a KV head that a chunk is short with on every GPU, two tiles of them, and rows of its batch.
 SHORT_QUERIES, SHORT_ROWS = MOST_TILES_ELSEWHERE * MOST_ROWS - 1, 2
 # Devices that share the tokens of retrieval heads. One computes all of their parts here: it may be the only one.
@@ -100,8 +103,9 @@ class Case:
 
     def exact(self) -> list[np.ndarray]:
         """The reference's outputs in float32, from contiguous pools on one device."""
-        plain = replace(self.request, is_paged=False, is_sharded=False)
-        raised = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, self.clean)
+        plain, raised = replace(self.request, is_paged=False, is_sharded=False), self.clean
+        if self.request.operation != "append":  # What is written is rounded to the pools' type.
+            raised = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, raised)
         with jax.default_matmul_precision("highest"):  # Without this, GPUs multiply float32 with fewer bits.
             return _outputs(jax.jit(partial(_run, plain, "reference", 1), compiler_options=run_once())(raised))
 
@@ -113,6 +117,8 @@ class Case:
     @property
     def tolerance(self) -> float:
         """Error that counts as right; a quantized pool is read through queries and keys that are rounded once more."""
+        if self.request.operation == "append":
+            return STEP if self.request.bits else EQUAL
         return TOLERANCE[self.request.q] * (2 if self.request.bits else 1)
 
 
@@ -139,6 +145,10 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     is_retrieval = np.array(mixes if len(kinds) == 2 else mixes[:3])
     if request.operation == "prefill":
         tokens, room, start, lengths = _chunks(request, request.window, sizes)
+    elif request.operation == "append":
+        room, _, filled = _rows(request.window, replace(sizes, decode=PAGE))
+        # One row of each input has no token.
+        tokens, start, lengths = 1, filled - 1, 1 - np.eye(4, dtype=np.int32)
     else:
         tokens, room, start, lengths = 1, *_rows(request.window, sizes)
     count, rows = len(is_retrieval), start.shape[1]
@@ -155,7 +165,11 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     ]
     hidden = {is_full: _hidden(request.window, owners[is_full], before, room, is_full) for is_full in (True, False)}
     hostile = [poisoned(pool, hidden[is_full]) for pool, is_full in zip(made, (True, True, False, False), strict=True)]
-    arrays: tuple[Any, ...] = (q, k, v) if request.operation == "prefill" else (q[:, :, 0],)
+    arrays: tuple[Any, ...] = {"prefill": (q, k, v), "decode": (q[:, :, 0],), "append": (k[:, :, 0], v[:, :, 0])}[
+        request.operation
+    ]
+    if request.operation == "append":  # All of the pools are compared.
+        hostile = made
     heads = Heads(jnp.asarray(is_retrieval), jnp.asarray(slots))
     at = jnp.asarray(start[:count]), jnp.asarray(lengths[:count])
     inputs, clean = (Inputs(arrays, heads, *at, pools) for pools in (_arranged(request, hostile), (Pools(*made),)))
@@ -180,6 +194,8 @@ def worst(outputs: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
+    if request.operation == "append":
+        return _append(request, backend, rounds, inputs)
     count = inputs.arrays[0].shape[0]
 
     @jax.jit  # Traced once, for its shapes and for the loop.
@@ -196,6 +212,35 @@ def _run(request: Request, backend: str, rounds: int, inputs: Inputs) -> Any:
     shapes = jax.eval_shape(one, jnp.int32(0), inputs)
     empty_outputs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     return lax.fori_loop(jnp.int32(0), jnp.int32(rounds * count), step, empty_outputs)
+
+
+def _append(request: Request, backend: str, rounds: int, inputs: Inputs) -> tuple[Any]:
+    """All pools as rows of numbers, `[1, n, H]`, once the tokens of every input are in, in place."""
+    count = inputs.arrays[0].shape[0]
+
+    def step(i: Any, pools: tuple[Pools, ...]) -> tuple[Pools, ...]:
+        index = lax.rem(i, jnp.int32(count))
+        case = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), inputs._replace(pools=()))
+        assert case.heads is not None and request.window is not None
+        k, v = case.arrays
+        return tuple(
+            ops.append_token(
+                each,
+                case.heads,
+                k,
+                v,
+                start=case.start,
+                active=case.lengths > 0,
+                window=request.window,
+                shards=TokenShards("tokens", SHARDS, number) if request.is_sharded else None,
+                backend=backend,
+            )
+            for number, each in enumerate(pools)
+        )
+
+    pools = lax.fori_loop(jnp.int32(0), jnp.int32(rounds * count), step, inputs.pools)
+    rows = [read(pool, jnp.dtype(jnp.float32)).astype(jnp.float32) for pool in _in_order(pools)]
+    return (jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in rows])[None],)
 
 
 def _operation(request: Request, backend: str, case: Inputs) -> Any:
@@ -334,6 +379,19 @@ def _arranged(request: Request, pools: list[Any]) -> tuple[Pools, ...]:
 
     full = (jax.tree.map(paged, pool) for pool in pools[:2])
     return (Pools(*full, *pools[2:])._replace(pages=jnp.asarray(pages.reshape(rows, -1))),)
+
+
+def _in_order(parts: tuple[Pools, ...]) -> Iterator[Any]:
+    """What `_arranged` arranged; of several devices, the first one's rings."""
+    if len(parts) > 1:
+        for pools in zip(*(part.full for part in parts), strict=True):
+            yield jax.tree.map(lambda *x: jnp.stack(x, 3).reshape(*x[0].shape[:2], -1, *x[0].shape[3:]), *pools)
+    elif (pages := parts[0].pages) is not None:
+        for pool in parts[0].full:
+            yield jax.tree.map(lambda x: x[:, pages].reshape(x.shape[0], len(pages), -1, *x.shape[3:]), pool)
+    else:
+        yield from parts[0].full
+    yield from parts[0].ring
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:

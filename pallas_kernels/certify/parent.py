@@ -90,7 +90,7 @@ def check_settings(requests: Iterable[Request] = ()) -> None:
     if name := os.environ.get("DUO_BACKEND"):
         backend = find_backend(name)
         for request in requests:
-            if getattr(backend, request.operation) is None:
+            if request.operation != "append" and getattr(backend, request.operation) is None:
                 why = backend.supports(request)
                 raise Unsupported(f"the {name} backend {why}: unset DUO_BACKEND, or name another one")
 

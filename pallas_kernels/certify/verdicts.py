@@ -167,8 +167,9 @@ def best(request: Request, names: Sequence[str]) -> str:
 
 @cache
 def _warn(device_kind: str, key: str, chosen: str, why: str) -> None:
+    what = "the write of new tokens runs" if key.startswith("append") else "attention runs"
     warnings.warn(
-        f"attention runs on {chosen!r}, which is slow on a GPU: no kernel is known to be right for {key} on "
+        f"{what} on {chosen!r}, which is slow on a GPU: no kernel is known to be right for {key} on "
         f"{device_kind} ({why}). To check them: {how(key)}",
         stacklevel=6,
     )

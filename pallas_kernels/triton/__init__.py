@@ -4,6 +4,7 @@ import os
 
 from pallas_kernels.pages import refused_pages
 from pallas_kernels.tiles import refused_size
+from pallas_kernels.triton.append import append
 from pallas_kernels.triton.decode import decode
 from pallas_kernels.triton.flash import prefill
 from pallas_kernels.triton.tile import width
@@ -26,7 +27,7 @@ def refuses(request: Request) -> str | None:
     head_dim = request.head_dim
     if reason := refused_pages("triton", request):
         return reason
-    if request.bits and width(head_dim) != head_dim and request.operation == "decode":
+    if request.bits and width(head_dim) != head_dim and request.operation in ("decode", "append"):
         return f"takes quantized caches of head dims that are powers of two, at least 16, got {head_dim}"
     if request.dtypes - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         types = ", ".join(sorted(request.dtypes))
@@ -36,4 +37,4 @@ def refuses(request: Request) -> str | None:
     return refused_size(request)
 
 
-BACKEND = Backend("triton", refuses, prefill, decode, training)
+BACKEND = Backend("triton", refuses, prefill, decode, training, append)

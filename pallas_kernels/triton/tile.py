@@ -176,10 +176,20 @@ def _mask(shape: tuple[int, ...], rows: jax.Array | None, head_dim: int) -> jax.
     return jnp.broadcast_to(rows[:, None] if columns is None else rows[:, None] & columns, shape)
 
 
-def call(kernel: Callable[..., None], out: Any, arrays: Any, *, grid: tuple[int, ...], warps: int, stages: int) -> Any:
+def call(
+    kernel: Callable[..., None],
+    out: Any,
+    arrays: Any,
+    *,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    is_in_place: bool = False,
+) -> Any:
     """Run a kernel over a grid: compiled for a GPU, interpreted on a CPU.
 
-    The kernel gets references to whole arrays, in the pytree `arrays`, and to the outputs.
+    The kernel gets references to whole arrays, in the pytree `arrays`, and to the outputs. If it is to work in place,
+    the outputs are the last ones of the arrays.
     """
 
     def run(*leaves: jax.Array, interpret: bool) -> Any:
@@ -194,6 +204,9 @@ def call(kernel: Callable[..., None], out: Any, arrays: Any, *, grid: tuple[int,
                 _INTERPRETED.reset(token)
 
         launch: dict[str, Any] = {"grid": grid, "interpret": interpret, "compiler_params": params}
+        if is_in_place:
+            count = len(jax.tree.leaves(out))
+            launch["input_output_aliases"] = {len(leaves) - count + i: i for i in range(count)}
         return pl.pallas_call(traced, out, **launch, name=_name(kernel))(tree)
 
     leaves, structure = jax.tree.flatten(arrays)

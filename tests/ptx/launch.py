@@ -72,13 +72,16 @@ class Launches(list[Launch]):
     def __init__(self, change: Change | None = None) -> None:
         self.change = change
 
-    def execute(self, program: Program, arrays: list[Any], outputs: list[Any]) -> list[jax.Array]:
-        """Execute one more; its outputs have the shapes and types of `outputs`."""
+    def execute(
+        self, program: Program, arrays: list[Any], outputs: list[Any], *, is_in_place: bool = False
+    ) -> list[jax.Array]:
+        """Execute one more; its outputs have the shapes and types of `outputs`, and may be the last of the arrays."""
         if self.change is not None:
             program = self.change(program)
         shapes = [(x.shape, np.dtype(x.dtype)) for x in outputs]
         inputs = [np.asarray(x) for x in arrays]
-        run = machine.run(parse(program.text), program.grid, program.shared, inputs, shapes)
+        before = inputs[len(inputs) - len(outputs) :] if is_in_place else None
+        run = machine.run(parse(program.text), program.grid, program.shared, inputs, shapes, before)
         self.append(Launch(program, run))
         return [jnp.asarray(x) for x in run.outputs]
 
@@ -100,11 +103,13 @@ def executing(change: Change | None = None) -> Iterator[Launches]:
     def pallas(kernel: Any, out: Any, arrays: Any, **settings: Any) -> Any:
         leaves, structure = jax.tree.flatten(arrays)
         outputs, results = jax.tree.flatten(out)
+        function, keywords = getattr(kernel, "func", kernel), getattr(kernel, "keywords", {})
         program = _pallas(
-            _frozen(kernel.func, kernel.keywords), _frozen(None, settings), structure, _shapes(leaves), results,
+            _frozen(function, keywords), _frozen(None, settings), structure, _shapes(leaves), results,
             _shapes(outputs),
         )  # fmt: skip
-        return jax.tree.unflatten(results, launches.execute(program, leaves, outputs))
+        found = launches.execute(program, leaves, outputs, is_in_place=settings.get("is_in_place", False))
+        return jax.tree.unflatten(results, found)
 
     def triton(*arrays: Any, kernel: Any, **settings: Any) -> Any:
         (name,) = settings.keys() & {"out_type", "out_shape"}

@@ -48,6 +48,7 @@ def run(
     shared: int,
     inputs: list[np.ndarray],
     outputs: list[tuple[tuple[int, ...], np.dtype]],
+    before: list[np.ndarray] | None = None,
 ) -> Run:
     """Execute all blocks of a launch.
 
@@ -57,6 +58,7 @@ def run(
         shared: bytes of shared memory of each block.
         inputs: the first arguments.
         outputs: shape and type of the other arguments, which the kernel writes.
+        before: what the outputs contain where the kernel does not write; None: NaN.
 
     Raises:
         Failure: undefined behavior.
@@ -65,7 +67,7 @@ def run(
     missing = sorted({each.opcode for each in kernel.instructions} - TABLE.keys() - Batch.CONTROL_FLOW.keys())
     if missing:
         raise NotImplementedError(f"no row of the table for {', '.join(missing)}")
-    memory = Global(inputs, outputs, kernel.alignments)
+    memory = Global(inputs, outputs, kernel.alignments, before)
     executed: Counter[int] = Counter()
     blocks = [tuple(reversed(at)) for at in np.ndindex(*reversed(grid))]
     size = max(1, MOST_LANES // kernel.threads)

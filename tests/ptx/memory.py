@@ -57,7 +57,13 @@ class Global:
 
     HOST, NOBODY = -1, -2
 
-    def __init__(self, inputs: list[np.ndarray], outputs: list[tuple[tuple[int, ...], np.dtype]], aligned) -> None:
+    def __init__(
+        self,
+        inputs: list[np.ndarray],
+        outputs: list[tuple[tuple[int, ...], np.dtype]],
+        aligned: list[int],
+        before: list[np.ndarray] | None = None,
+    ) -> None:
         self.addresses, self.sizes, end = [], [], GAP
         sizes = [x.nbytes for x in inputs] + [int(np.prod(shape)) * dtype.itemsize for shape, dtype in outputs]
         for size, align in zip(sizes, (max(LEAST_ALIGNMENT, align) for align in aligned), strict=False):
@@ -71,11 +77,14 @@ class Global:
         self.is_array = np.zeros(self.bytes.shape, bool)
         self.owner = np.full(self.words.shape, self.NOBODY, np.int32)
         self._outputs = outputs
+        # Nobody may read an output, whatever was in its place before.
+        contents = [*inputs, *(before or ())]
         for i in range(len(sizes)):
             at = self._at(i)
             self.is_array[at] = True
+            if i < len(contents):
+                self.bytes[at] = np.ascontiguousarray(contents[i]).reshape(-1).view(np.uint8)
             if i < len(inputs):
-                self.bytes[at] = np.ascontiguousarray(inputs[i]).reshape(-1).view(np.uint8)
                 self.owner[at.start // 2 : -(-at.stop // 2)] = self.HOST
 
     def _at(self, i: int) -> slice:

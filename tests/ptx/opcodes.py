@@ -415,6 +415,17 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def of_bfloat16(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A function of numbers that are bfloat16."""
+    return lambda *x: _to_bfloat16(function(*map(bfloat16, x)))
+
+
+def _to_int32(x: np.ndarray) -> np.ndarray:
+    """Towards zero; beyond the range, the nearest integer in it, and 0 for NaN."""
+    wide = np.trunc(np.nan_to_num(x, nan=0.0, posinf=2.0**31, neginf=-(2.0**31)).astype(np.float64))
+    return np.clip(wide, -(2.0**31), 2.0**31 - 1).astype(np.int32)
+
+
 def _to_float16(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float16).view(np.uint16)
 
@@ -520,6 +531,7 @@ TABLE: dict[str, Callable[..., None]] = {
     "bfe.s32": row(bit_field(True), S32, S32, U32, U32),
     "bfe.u32": row(bit_field(False), U32, U32, U32, U32),
     "bfe.s64": row(long_bit_field, S64, S64, U32, U32),
+    "popc.b32": row(np.bitwise_count, U32, U32),
     "prmt.b32": row(permute, U32, U32, U32, U32),
     "lop3.b32": row(lookup, U32, U32, U32, U32, U32),
     # Conditions.
@@ -552,6 +564,8 @@ TABLE: dict[str, Callable[..., None]] = {
     "div.rn.f32": row(np.divide, F32, F32, F32),
     "max.f32": row(np.fmax, F32, F32, F32),
     "min.f32": row(np.fmin, F32, F32, F32),
+    "max.bf16": row(of_bfloat16(np.fmax), U16, U16, U16),
+    "min.bf16": row(of_bfloat16(np.fmin), U16, U16, U16),
     "max.NaN.f32": row(np.maximum, F32, F32, F32),
     "min.NaN.f32": row(np.minimum, F32, F32, F32),
     "neg.f32": row(np.negative, F32, F32),
@@ -572,6 +586,9 @@ TABLE: dict[str, Callable[..., None]] = {
     "cvt.rn.f32.u32": cvt(_same, F32, U32),
     "cvt.rn.f32.s16": cvt(_same, F32, S16),
     "cvt.rn.f32.u16": cvt(_same, F32, U16),
+    "cvt.rni.f32.f32": cvt(np.rint, F32, F32),
+    "cvt.rmi.f32.f32": cvt(np.floor, F32, F32),
+    "cvt.rzi.s32.f32": cvt(_to_int32, S32, F32),
     "cvt.sat.f32.f32": cvt(saturate, F32, F32),
     "cvt.f32.bf16": cvt(bfloat16, F32, U16),
     "cvt.f32.f16": cvt(float16, F32, U16),

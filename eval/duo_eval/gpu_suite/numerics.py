@@ -29,7 +29,9 @@ def cases(*, smoke: bool) -> Iterator[Case]:
             for head_dim, group in shapes:
                 yield {"operation": operation, "dtype": dtype, "head_dim": head_dim, "group": group, **size}
     quantized = (
-        [("decode", (32, 2), "int4")] if smoke else product(("prefill", "decode"), shapes[::2], ("int8", "int4"))
+        [(name, (32, 2), "int4") for name in ("decode", "append")]
+        if smoke
+        else product(("prefill", "decode", "append"), shapes[::2], ("int8", "int4"))
     )
     for operation, (head_dim, group), cache in quantized:
         shape = {"operation": operation, "dtype": "bfloat16", "head_dim": head_dim, "group": group}
