@@ -46,7 +46,7 @@ def append(
     grid = k.shape[1], k.shape[0]
     out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
     new = tile.Present(*tile.call(append_kernel, out, arrays, grid=grid, warps=4, stages=1, is_in_place=True))
-    return Pools(*(before if x is None else x for before, x in zip(pools.stored, new, strict=True)), pools.pages)
+    return pools._replace(**{name: x for name, x in new._asdict().items() if x is not None})
 
 
 def append_kernel(arrays: Arrays, *pools: tile.Ref) -> None:
@@ -55,7 +55,7 @@ def append_kernel(arrays: Arrays, *pools: tile.Ref) -> None:
     slot, is_retrieval = arrays.slot[kv_head], arrays.is_retrieval[kv_head] == 1
 
     def write(pool_k: Any, pool_v: Any, is_of_type: Array, row_of_pool: Array, entry: Array) -> None:
-        _, rows, entries, _ = pool_k.shape
+        rows, entries = pool_k.shape[1:3]
 
         @pl.when(is_of_type & (row_of_pool < rows) & (entry < entries))
         def _() -> None:
