@@ -4,21 +4,21 @@ from .certified import certify
 from .checkpoint.load import load_model
 from .checkpoint.open import load_tokenizer
 from .checkpoint.save import save_model
-from .config import ModelConfig
 from .families.presets import PRESETS
-from .generation import generate, stream
-from .infer import Scores, decode_step, prefill, score
+from .generation.generation import generate, stream
+from .generation.infer import Scores, decode_step, prefill, score
+from .generation.sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
+from .generation.token_loop import Generation, Step, Stream
 from .mesh.mesh import make_mesh
-from .model import Model
-from .pattern import HeadPattern
-from .pattern_files import published_patterns
+from .model.config import ModelConfig
+from .model.model import Model
+from .pattern.files import published_patterns
+from .pattern.pattern import HeadPattern
 from .plan import Plan
-from .sampling import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
 from .text.chat import Chat
 from .text.document import Document
 from .text.lm import LM, TextStream, load
 from .text.reply import Reply
-from .token_loop import Generation, Step, Stream
 
 __version__: str
 

@@ -10,12 +10,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from duo_jax.checkpoint.open import open_config
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import is_shared, share_verdicts
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.precision import AnyDtype, Precision
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.plan import any_pattern
-from duo_jax.precision import AnyDtype, Precision
 from pallas_kernels import Window
 from pallas_kernels.certify import certify as certify_requests
 from pallas_kernels.certify import check_settings

@@ -15,11 +15,11 @@ from numpy.typing import ArrayLike
 
 from duo_jax.arguments import ArgumentError, check_rows, instance, integers, seed_number, spelling, whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.config import ModelConfig
+from duo_jax.generation.sampling import Sampler
 from duo_jax.mesh.mesh import MeshSize
-from duo_jax.model import Model
-from duo_jax.precision import WeightDtype
-from duo_jax.sampling import Sampler
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model
+from duo_jax.model.precision import WeightDtype
 
 _warned: set[ModelConfig] = set()
 _warned_of_quantization: set[str] = set()

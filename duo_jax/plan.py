@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from duo_jax.arguments import MOST_BYTES, MOST_TOKENS, instance, whole_number
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.chunks import most_at_a_time
-from duo_jax.config import ModelConfig
-from duo_jax.experts import rows_of_block
+from duo_jax.generation.chunks import most_at_a_time
 from duo_jax.mesh.mesh import MeshSize, abstract_mesh
 from duo_jax.mesh.place import parameter_shapes
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import AnyDtype
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.experts import rows_of_block
+from duo_jax.model.precision import AnyDtype
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.sizes import nbytes, size_text
 from pallas_kernels.certify.machine import may_have_gpu
 from pallas_kernels.quantized import BITS
@@ -65,7 +65,7 @@ class Plan:
         pattern: which heads stream; None: full attention.
         batch_size: sequences.
         chunk_size: tokens of each sequence's prompt that are computed at a time; None becomes what prefill takes by
-            default on this machine, `duo_jax.chunks.most_at_a_time`.
+            default on this machine, `duo_jax.generation.chunks.most_at_a_time`.
         kv_dtype: data type of the cache, as in `KVCache.init`.
         streaming_dtype: data type of streaming heads, as in `KVCache.init`.
         mesh: devices that share the model and its cache; sizes are per device.

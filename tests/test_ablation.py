@@ -10,7 +10,7 @@ from duo_train.recipes import AttentionProfile
 
 from duo_jax import HeadPattern
 from duo_jax.files import locked
-from duo_jax.pattern_files import GATES_FILE
+from duo_jax.pattern.files import GATES_FILE
 from tests.test_identify import QUICK as TRAINING
 from tests.test_score import QUICK as SCORING
 

@@ -18,8 +18,8 @@ from duo_train.gated import GatedModel
 from flax import nnx
 
 from duo_jax import PRESETS
-from duo_jax.layers import Experts
 from duo_jax.mesh.mesh import MeshSize, mesh_of
+from duo_jax.model.mixture import Experts
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.tiles import tiles_for

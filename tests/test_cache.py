@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, infer, prefill, stream
-from duo_jax.token_loop import Generator
+from duo_jax import HeadPattern, KVCache, Model, checks, decode_step, generate, prefill, stream
+from duo_jax.generation import infer
+from duo_jax.generation.token_loop import Generator
 from tests.shapes import TINY
 
 RNG = np.random.default_rng(0)

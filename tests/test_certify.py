@@ -25,7 +25,7 @@ from duo_train.gated import GatedModel
 from filelock import FileLock
 
 import duo_jax
-from duo_jax import KVCache, Model, certified, infer, make_mesh
+from duo_jax import KVCache, Model, certified, make_mesh
 from duo_jax.cache import store
 from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.certify import certify_for, requests_of
@@ -35,6 +35,7 @@ from duo_jax.cli.generate import Generate
 from duo_jax.cli.listing import Patterns
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions
 from duo_jax.cli.quantize import Quantize
+from duo_jax.generation import infer
 from duo_jax.mesh import processes
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model

@@ -28,7 +28,7 @@ from duo_jax.cli.lines import Lines
 from duo_jax.cli.options import ChatSamplingOptions
 from duo_jax.cli.terminal import MOST_HISTORY, Commands, Terminal, history_path, open_history
 from duo_jax.cli.timings import show_status
-from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM, TextStream
 from tests.hostile.gguf_bytes import File, metadata

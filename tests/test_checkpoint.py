@@ -41,7 +41,7 @@ from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES, MODEL_TENSORS, 
 from duo_jax.checkpoint.gguf_blocks import ON_DEVICE, Blocks
 from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
-from duo_jax.rope import DividedRope
+from duo_jax.model.rope import DividedRope
 from duo_jax.text import lm
 from tests.shapes import FAMILIES, GOLDEN, SMALL_FAMILIES, families
 from tests.text_models import Result, assert_refused

@@ -16,8 +16,8 @@ import pytest
 
 import duo_jax
 from duo_jax import HeadPattern, published_patterns
-from duo_jax.chunks import cache_room
 from duo_jax.cli.generate import _summary
+from duo_jax.generation.chunks import cache_room
 from tests.text_models import Result, assert_refused
 
 DUO = Path(sys.executable).parent / "duo"

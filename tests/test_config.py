@@ -20,7 +20,7 @@ from duo_jax.checkpoint.folder import Folder
 from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.families.hugging_face import from_standard, standard
-from duo_jax.rope import DividedRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope, rotation
+from duo_jax.model.rope import DividedRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope, rotation
 from tests.shapes import FAMILIES, GOLDEN
 
 BASE: dict[str, Any] = {

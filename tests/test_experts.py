@@ -17,9 +17,9 @@ from flax import nnx
 
 from duo_jax import KVCache, Model, ModelConfig, load_model, make_mesh, prefill, save_model
 from duo_jax.checkpoint.parameters import _set_expert
-from duo_jax.experts import blocks_of, rows_of_block, sum_of_choices, weighted_sum
-from duo_jax.layers import Experts
 from duo_jax.mesh.mesh import MeshSize
+from duo_jax.model.experts import blocks_of, rows_of_block, sum_of_choices, weighted_sum
+from duo_jax.model.mixture import Experts
 from tests.shapes import GOLDEN, TINY
 
 EXPERTS = replace(TINY, num_experts=6, experts_per_token=2, expert_dim=24, normalize_experts=True, dense_layers=(0,))

@@ -15,7 +15,7 @@ from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.open import load_text_tokenizer
 from duo_jax.families.presets import PRESETS
 from duo_jax.text.reply import Row
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 from tests.shapes import GOLDEN
 from tests.test_gguf_tokenizer import KEY, merged
 

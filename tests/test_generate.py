@@ -17,12 +17,12 @@ from duo_jax import (
     TopP,
     decode_step,
     generate,
-    infer,
     prefill,
     stream,
 )
-from duo_jax.generation import prepare
-from duo_jax.token_loop import Generator
+from duo_jax.generation import infer
+from duo_jax.generation.generation import prepare
+from duo_jax.generation.token_loop import Generator
 from tests.shapes import TINY
 
 PROMPT = np.random.default_rng(0).integers(0, 61, (2, 12))

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
 from duo_jax.checkpoint.gguf_tokenizer import BYTE_LEVEL_SPLITS, GgufTokenizer, tokenizer_from_gguf
+from duo_jax.text.tokenizer import TextTokenizer
 from duo_jax.text.tokens import special_tokens
-from duo_jax.tokenizer import TextTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "smollm2"
 KEY = "tokenizer.ggml."

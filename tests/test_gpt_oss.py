@@ -14,7 +14,7 @@ import qwix
 from safetensors.numpy import load_file, save_file
 
 from duo_jax import PRESETS, Model, load_model, make_mesh, save_model
-from duo_jax.layers import gated
+from duo_jax.model.mlp import gated
 from duo_jax.text import renderer
 from tests.shapes import GOLDEN
 from tests.test_quantized_checkpoint import plain_mxfp4

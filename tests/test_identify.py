@@ -16,7 +16,7 @@ from duo_train.recipes import RECIPES, Distill
 from duo_jax import HeadPattern
 from duo_jax.cli.options import ModelOptions
 from duo_jax.files import locked
-from duo_jax.pattern_files import GATES_FILE
+from duo_jax.pattern.files import GATES_FILE
 from tests.text_models import assert_refused
 
 QUICK = (

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, infer, load_model, prefill
-from duo_jax.token_loop import Generator, Prompt
+from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, load_model, prefill
+from duo_jax.generation import infer
+from duo_jax.generation.token_loop import Generator, Prompt
 from tests.shapes import GOLDEN, SMALL_FAMILIES, TINY, families
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

@@ -33,7 +33,7 @@ from duo_jax import (
     save_model,
     score,
 )
-from duo_jax.generation import prepare
+from duo_jax.generation.generation import prepare
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Heads, Pools, TokenShards, Window, decode_attention, prefill_attention

@@ -9,8 +9,9 @@ from duo_eval.methods import eviction, expected_attention, fastgen, kvzip, profi
 from duo_eval.methods.fastgen import EVERYTHING, FREQUENT, LOCAL, PUNCTUATION
 from duo_eval.methods.registry import METHODS, greedy, method
 
-from duo_jax import Model, infer, load_tokenizer
-from duo_jax.chunks import bucket, chunk_width
+from duo_jax import Model, load_tokenizer
+from duo_jax.generation import infer
+from duo_jax.generation.chunks import bucket, chunk_width
 from tests import dense_rules
 from tests.dense_rules import blocks, dense, heaviest
 from tests.shapes import TINY

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from duo_jax import PRESETS, HeadPattern, KVCache, published_patterns
-from duo_jax.pattern_files import CONFIG_FILE, GATES_FILE
+from duo_jax.pattern.files import CONFIG_FILE, GATES_FILE
 
-SHIPPED = Path(__file__).parent.parent / "duo_jax" / "patterns"
+SHIPPED = Path(__file__).parent.parent / "duo_jax" / "pattern" / "published"
 SIZES = {"sink_size": 4, "recent_size": 12}
 GATES = hnp.arrays(np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-0.5, 1.5))
 

@@ -7,8 +7,8 @@ import pytest
 from duo_eval.aot.context import ContextTask, MeshesTask, mesh_table, planned
 
 from duo_jax import PRESETS, KVCache, Model, Plan
-from duo_jax.chunks import most_at_a_time
 from duo_jax.cli.options import RoomOptions, parse_bytes
+from duo_jax.generation.chunks import most_at_a_time
 from duo_jax.plan import any_pattern, weight_bytes
 from pallas_kernels.gpus import GPUS, find_gpu, tracing_for
 from tests.shapes import TINY

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from duo_jax import KVCache, Model, load_model
-from duo_jax.precision import ALLOWED, Precision
-from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS
+from duo_jax.model.precision import ALLOWED, Precision
+from duo_jax.model.weights import EMBED_FORMATS, WEIGHT_FORMATS
 from pallas_kernels.quantized import BITS
 from tests.shapes import GOLDEN, TINY
 

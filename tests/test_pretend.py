@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from duo_jax.chunks import chunk_width, most_at_a_time
 from duo_jax.cli.pretend import lines_of, pretend
+from duo_jax.generation.chunks import chunk_width, most_at_a_time
 from pallas_kernels import mosaic, xla
 from pallas_kernels.gpus import GPUS, chip, find_gpu, tracing_for
 from pallas_kernels.types import OPERATIONS

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from duo_jax import Categorical, Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
-from duo_jax.sampling import MASKED, Sampler, Transform
+from duo_jax.generation.sampling import MASKED, Sampler, Transform
 
 BATCH, VOCAB = 2, 12
 SETTINGS = settings(max_examples=30, deadline=None)

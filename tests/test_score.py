@@ -17,7 +17,8 @@ from duo_eval.tasks.recall_results import prose_table, recall_details, recall_ta
 from duo_train.gated import GatedModel
 from transformers import AutoTokenizer
 
-from duo_jax import HeadPattern, KVCache, infer, load_model, prefill, score
+from duo_jax import HeadPattern, KVCache, load_model, prefill, score
+from duo_jax.generation import infer
 from tests.shapes import GOLDEN
 from tests.text_models import assert_refused
 

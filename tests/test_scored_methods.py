@@ -10,7 +10,7 @@ from duo_eval.methods.kvzip import NEXT_REQUEST, OVERLAP, REQUEST
 from duo_eval.methods.registry import greedy, method
 
 from duo_jax import load_tokenizer
-from duo_jax.rope import YarnRope, rotate, rotation
+from duo_jax.model.rope import YarnRope, rotate, rotation
 from duo_jax.text.template import split
 from duo_jax.text.tokens import encode
 from tests import dense_scores

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from duo_jax.checkpoint.open import load_tokenizer
-from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.engine import ClosedError, Engine
 from duo_jax.serve.requests import FinishEvent, Request, TokenEvent
 from duo_jax.serve.scheduler import Action, QueueFullError, Sizes, Step
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 from tests.serve_device import POISON, HistoryDevice, reply_of
 
 SIZES = Sizes(rows=4, pages=40, page_size=4, chunk_size=8, row_pages=20, snapshots=12, snapshot_every=16)

@@ -16,8 +16,8 @@ import pytest
 from duo_jax import HeadPattern, KVCache, Model, ModelConfig, load_model, make_mesh, prefill
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.checkpoint.open import load_tokenizer
+from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.plan import Plan, any_pattern
-from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.serve import programs
 from duo_jax.serve.engine import Engine
 from duo_jax.serve.model_device import ModelDevice, page_bytes, ring_bytes
@@ -27,7 +27,7 @@ from duo_jax.serve.scheduler import Sizes
 from duo_jax.serve.sizing import plan_sizes, temporaries
 from duo_jax.serve.start import keep_prefix
 from duo_jax.sizes import nbytes
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 
 SIZES = Sizes(rows=4, pages=24, page_size=8, chunk_size=16, row_pages=16, snapshots=8, snapshot_every=32)
 SAMPLERS = [

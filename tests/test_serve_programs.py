@@ -10,14 +10,14 @@ import pytest
 
 from duo_jax import Greedy, generate, make_mesh
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.generation.sampling_settings import SamplingSettings
+from duo_jax.generation.token_loop import row_keys
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
-from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.serve import choice as choice_of_rows
 from duo_jax.serve import programs as device
 from duo_jax.serve.choice import Drawn, Sampling, choose
 from duo_jax.serve.programs import Programs, with_pages
-from duo_jax.token_loop import row_keys
 from tests.shapes import TINY
 
 ROWS, PAGE, CHUNK, NEW = 4, 8, 16, 8

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from duo_jax import KVCache, decode_step, generate, prefill
 from duo_jax.certified import inference, training
 from duo_jax.mesh.mesh import MeshSize
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from pallas_kernels import backends, ops, trial, xla
 from pallas_kernels.append import scatter
 from pallas_kernels.certify import verdicts

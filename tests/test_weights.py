@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from duo_jax import KVCache, Model, arrays, load_model, load_tokenizer, prefill, save_model, score
-from duo_jax.layers import Linear
-from duo_jax.model import abstract_decoder
+from duo_jax.model.linear import Linear
+from duo_jax.model.model import abstract_decoder
+from duo_jax.model.weights import WEIGHT_FORMATS, multiply, quantize_kernel
 from duo_jax.sizes import nbytes
-from duo_jax.weights import WEIGHT_FORMATS, multiply, quantize_kernel
 from tests.shapes import GOLDEN, TINY
 
 CORE = ("int8", "w8a8", "int4", "int4-128-asym", "fp8")

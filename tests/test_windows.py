@@ -23,7 +23,7 @@ from duo_jax import HeadPattern, KVCache, Model, decode_step, load_model, make_m
 from duo_jax.certified import inference, training
 from duo_jax.cli.options import ModelOptions, RoomOptions
 from duo_jax.mesh.place import place_model
-from duo_jax.pattern_files import CONFIG_FILE
+from duo_jax.pattern.files import CONFIG_FILE
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Window
 from tests.shapes import GOLDEN, TINY

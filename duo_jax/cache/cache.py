@@ -22,11 +22,11 @@ from numpy.typing import ArrayLike
 from duo_jax import pytree
 from duo_jax.arguments import MOST_BYTES, instance, integers, whole_number
 from duo_jax.cache.pools import fingerprint, write_chunk
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize, constrain, place
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import ALLOWED, AnyDtype, check_name
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model
+from duo_jax.model.precision import ALLOWED, AnyDtype, check_name
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.sizes import check_free, nbytes
 from pallas_kernels import Heads, Pools, TokenShards, Window, append_token
 from pallas_kernels.quantized import any_quantized

@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from duo_jax.arguments import MOST_TOKENS, instance, whole_number
 from duo_jax.cache.cache import NO_PAGE, RING_AXES, KeyValues, KVCache, full_axes
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.balance import Balance, balance
 from duo_jax.mesh.mesh import MeshSize, place
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import Precision
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.precision import Precision
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.sizes import check_free, nbytes
 from pallas_kernels import Window
 from pallas_kernels.quantized import empty

@@ -23,13 +23,13 @@ from duo_jax.arguments import MOST_TOKENS, check_rows, instance, integers, path_
 from duo_jax.arrays import Shards, write_shards
 from duo_jax.cache.cache import KeyValues, KVCache
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.config import ModelConfig
-from duo_jax.config_checks import MOST
 from duo_jax.differences import changes
 from duo_jax.files import free_path, whole_folder, write_text
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name, name_of
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.config_checks import MOST
+from duo_jax.model.model import Model
+from duo_jax.model.precision import ALLOWED, AnyDtype, Precision, check_name, name_of
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.reading import read_json
 from pallas_kernels import Window
 from pallas_kernels.quantized import BITS

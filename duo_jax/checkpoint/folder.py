@@ -17,11 +17,11 @@ from duo_jax.checkpoint.mxfp4 import BLOCKS, SCALES, Mxfp4, mxfp4_shapes
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.stored import Packed, checked, parts_of, with_format
 from duo_jax.checkpoint.weight_table import linear_maps, weight_table
-from duo_jax.config import ModelConfig
 from duo_jax.families.hugging_face import eos_ids
 from duo_jax.families.quantization import StoredFormat, stored_format
+from duo_jax.generation.sampling_settings import SamplingSettings
+from duo_jax.model.config import ModelConfig
 from duo_jax.reading import read_json, read_text, without_marks
-from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.text.tokens import special_tokens
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Any
 from duo_jax.arguments import MOST_TOKENS
 from duo_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from duo_jax.checkpoint.gguf_tokenizer import special_id
-from duo_jax.config import ModelConfig
 from duo_jax.families.hugging_face import from_standard, standard
 from duo_jax.families.layer_settings import FULL, SLIDING
-from duo_jax.rope import DividedRope
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.rope import DividedRope
 
 # Keys that change no logit here.
 HARMLESS = {

@@ -16,9 +16,9 @@ from duo_jax.checkpoint.gguf_reader import GgufHeader, read_header
 from duo_jax.checkpoint.gguf_tokenizer import GgufTokenizer
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.weight_table import check_tensors, weight_table
-from duo_jax.config import ModelConfig
-from duo_jax.sampling_settings import SamplingSettings
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.generation.sampling_settings import SamplingSettings
+from duo_jax.model.config import ModelConfig
+from duo_jax.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import transformers

@@ -20,13 +20,13 @@ from duo_jax.checkpoint.parameters import read_parameter
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.weight_table import Weight, check_tensors, linear_maps, weight_table
-from duo_jax.config import ModelConfig
 from duo_jax.families.quantization import StoredFormat
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import placement_on
-from duo_jax.model import Model, abstract_decoder, check_size
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import AnyDtype, name_of
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model, abstract_decoder, check_size
+from duo_jax.model.precision import AnyDtype, name_of
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.programs import keep_programs
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.packaged import PACKAGED, packaged_model
 from duo_jax.checkpoint.save import SavedModel
 from duo_jax.checkpoint.source import Source
-from duo_jax.config import ModelConfig
 from duo_jax.families.presets import PRESETS
-from duo_jax.precision import AnyDtype
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.precision import AnyDtype
+from duo_jax.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import transformers

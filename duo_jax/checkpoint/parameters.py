@@ -15,7 +15,7 @@ from duo_jax.checkpoint.mxfp4 import Mxfp4
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.stored import Packed
 from duo_jax.checkpoint.weight_table import Weight
-from duo_jax.weights import quantize_kernel
+from duo_jax.model.weights import quantize_kernel
 
 if TYPE_CHECKING:
     import qwix  # imported when weights are quantized

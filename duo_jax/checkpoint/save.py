@@ -20,15 +20,15 @@ from tqdm import tqdm
 from duo_jax.arguments import path_of
 from duo_jax.arrays import first_names, write_shards
 from duo_jax.checkpoint.folder import GENERATION, Folder
-from duo_jax.config import ModelConfig, added_fields
 from duo_jax.families.table import FAMILIES
 from duo_jax.files import whole_folder, write_text
+from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.mesh.place import placement_on
-from duo_jax.model import Model, abstract_decoder, check_size
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.config import ModelConfig, added_fields
+from duo_jax.model.model import Model, abstract_decoder, check_size
+from duo_jax.model.rope import ROPES, DividedRope, Rope
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.reading import read_json
-from duo_jax.rope import ROPES, DividedRope, Rope
-from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.sizes import FOUR_BITS
 
 if TYPE_CHECKING:

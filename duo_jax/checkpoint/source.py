@@ -10,10 +10,10 @@ import numpy as np
 from duo_jax.checkpoint.gguf_blocks import Blocks
 from duo_jax.checkpoint.mxfp4 import Mxfp4
 from duo_jax.checkpoint.stored import Packed
-from duo_jax.config import ModelConfig
 from duo_jax.families.quantization import StoredFormat
-from duo_jax.sampling_settings import SamplingSettings
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.generation.sampling_settings import SamplingSettings
+from duo_jax.model.config import ModelConfig
+from duo_jax.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import transformers

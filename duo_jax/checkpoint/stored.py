@@ -16,9 +16,9 @@ from jaxtyping import Array, Float32, Int32
 
 from duo_jax.arrays import Shards, first_names
 from duo_jax.checkpoint.layouts import LAYOUTS, NUMBERS, WORD, Shape, check_groups, group_count
-from duo_jax.config import ModelConfig
 from duo_jax.families.quantization import Coding, StoredFormat
-from duo_jax.weights import WEIGHT_FORMATS
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.weights import WEIGHT_FORMATS
 
 if TYPE_CHECKING:
     import qwix  # imported when weights are quantized

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duo_jax.arrays import first_names
-from duo_jax.config import ModelConfig
+from duo_jax.model.config import ModelConfig
 
 # Families whose checkpoints store queries, keys and values in one tensor, and gate and up projections.
 FUSED = {"phi3"}

@@ -16,7 +16,7 @@ from duo_jax.cli.prompt import PromptOptions
 from duo_jax.reading import read_json_lines
 from duo_jax.text import template
 from duo_jax.text.reply import Reply
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)

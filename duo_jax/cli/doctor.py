@@ -18,10 +18,10 @@ from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions
 from duo_jax.cli.pretend import lines_of, pretend
-from duo_jax.config import ModelConfig
 from duo_jax.files import check_output, write_text
 from duo_jax.finite import json_text
-from duo_jax.precision import FloatDtype, KvDtype
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.precision import FloatDtype, KvDtype
 from duo_jax.reading import read_json
 from duo_jax.tune import kernels_here, tune
 from pallas_kernels import BACKENDS, Unsupported, Window

@@ -17,7 +17,6 @@ from duo_jax.cache.cache import KVCache
 from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.open import open_config
-from duo_jax.chunks import cache_room, chunk_width
 from duo_jax.cli.answers import Answers
 from duo_jax.cli.batch import BatchOptions, PromptRow, answer, batches, encode_rows, filled, fingerprint, read_rows
 from duo_jax.cli.devices import DeviceOptions, ProcessOptions
@@ -26,10 +25,11 @@ from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timings import Timings, show_status
 from duo_jax.files import check_output, locked
 from duo_jax.finite import json_text
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
+from duo_jax.generation.chunks import cache_room, chunk_width
+from duo_jax.generation.sampling import Sampler
+from duo_jax.model.model import Model
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.plan import Plan
-from duo_jax.sampling import Sampler
 from duo_jax.text import template
 from duo_jax.text.lm import LM, TextStream
 from pallas_kernels.types import Request

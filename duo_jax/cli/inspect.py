@@ -12,12 +12,12 @@ from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import loaded_config, stored_as
 from duo_jax.cli.options import PatternOptions
-from duo_jax.config import ModelConfig
 from duo_jax.figures import check_figure, write_figure
 from duo_jax.finite import json_text
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.precision import FloatDtype
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.plan import weight_bytes
-from duo_jax.precision import FloatDtype
 from duo_jax.sizes import size_text
 
 LENGTHS = (4096, 32768, 131072, 1048576)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from duo_jax.checkpoint.packaged import PACKAGED
 from duo_jax.families.presets import PRESETS
 from duo_jax.families.table import FAMILIES
-from duo_jax.pattern import HeadPattern
-from duo_jax.pattern_files import published_patterns
+from duo_jax.pattern.files import published_patterns
+from duo_jax.pattern.pattern import HeadPattern
 
 
 @dataclass(frozen=True)

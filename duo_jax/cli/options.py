@@ -12,18 +12,18 @@ from jax.sharding import Mesh
 from duo_jax.arguments import MOST_BYTES, ArgumentError, whole_number
 from duo_jax.checkpoint.load import load_model, loaded_config
 from duo_jax.checkpoint.open import load_text_tokenizer, load_tokenizer, open_config, open_source, usual_dtype
-from duo_jax.chunks import cache_room
-from duo_jax.config import ModelConfig
+from duo_jax.generation.chunks import cache_room
+from duo_jax.generation.sampling import Sampler
+from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import gather
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model
+from duo_jax.model.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.plan import Plan
-from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
-from duo_jax.sampling import Sampler
-from duo_jax.sampling_settings import SamplingSettings
 from duo_jax.sizes import free_memory
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import transformers

@@ -8,13 +8,13 @@ import tyro
 
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.chunks import chunk_width
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, RoomOptions
 from duo_jax.cli.prompt import PromptOptions
 from duo_jax.cli.timings import show_status
 from duo_jax.files import free_path
 from duo_jax.finite import json_text
-from duo_jax.infer import prefill
+from duo_jax.generation.chunks import chunk_width
+from duo_jax.generation.infer import prefill
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from duo_jax.chunks import most_at_a_time
+from duo_jax.generation.chunks import most_at_a_time
 from pallas_kernels import BACKENDS
 from pallas_kernels.backends import candidates, find_backend, preferences
 from pallas_kernels.gpus import Gpu, find_gpu, tracing_for

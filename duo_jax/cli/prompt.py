@@ -12,8 +12,8 @@ from jaxtyping import Int32
 from duo_jax.reading import COPY, MOST_BYTES, read_text
 from duo_jax.text import template
 from duo_jax.text.template import DocumentFrame
+from duo_jax.text.tokenizer import TextTokenizer
 from duo_jax.text.tokens import encode
-from duo_jax.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)

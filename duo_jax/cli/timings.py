@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from duo_jax.cache.cache import KVCache
-from duo_jax.config import ModelConfig
+from duo_jax.model.config import ModelConfig
 
 _is_shown = False
 
@@ -27,7 +27,7 @@ class Phases:
         self._status, self._phase, self._since = status, "", 0.0
 
     def watch(self, phase: str | None) -> None:
-        """Count the time since the last call as that of the phase that ends now; see `duo_jax.token_loop.Watch`."""
+        """Count the time since the last call as that of the phase that ends now; see `Watch`."""
         now = time.perf_counter()
         if self._phase:
             self.seconds[self._phase] += now - self._since

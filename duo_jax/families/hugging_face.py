@@ -8,14 +8,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from duo_jax.config import ModelConfig
-from duo_jax.config_checks import ACTIVATIONS
 from duo_jax.families.layer_settings import layer_fields
 from duo_jax.families.quantization import KEYS as STORED_KEYS
 from duo_jax.families.quantization import stored_format
 from duo_jax.families.rope_settings import check_rope, ropes
 from duo_jax.families.settings import KEYS, REQUIRED, REQUIRED_EXPERTS, by_first_name
 from duo_jax.families.table import FAMILIES
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.config_checks import ACTIVATIONS
 
 BOOLEANS = ("attention_bias", "attention_out_bias", "mlp_bias", "tie_word_embeddings")
 # Features that a value other than null, false or 0 turns on.

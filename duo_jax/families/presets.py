@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from duo_jax.config import ModelConfig
-from duo_jax.rope import LinearRope, Llama3Rope, Rope, YarnRope
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.rope import LinearRope, Llama3Rope, Rope, YarnRope
 
 _GEMMA3 = ModelConfig(
     *("gemma3_text", 262208, 62, 5376, 32, 16, 128, 21504, 131072),

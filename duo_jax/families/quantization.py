@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from duo_jax.families.quantization_settings import Settings, block, named
-from duo_jax.weights import WEIGHT_FORMATS
+from duo_jax.model.weights import WEIGHT_FORMATS
 
 MXFP4 = "mxfp4"
 # Keys under which configurations have it; the second is that of the first versions of compressed-tensors.

@@ -9,7 +9,7 @@ from typing import Any
 from duo_jax.arguments import real_number, whole_number
 from duo_jax.families.layer_settings import FULL, SLIDING
 from duo_jax.families.table import FAMILIES
-from duo_jax.rope import MOST_THETA, ROPES, LongRope, Rope, YarnRope
+from duo_jax.model.rope import MOST_THETA, ROPES, LongRope, Rope, YarnRope
 
 # Settings inside `rope_scaling` or `rope_parameters` that must be numbers, and those that may be outside.
 OUTSIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")

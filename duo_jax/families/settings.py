@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from duo_jax.arguments import real_number, true_or_false, whole_number
-from duo_jax.config_checks import MOST, MOST_EXPERTS
-from duo_jax.rope import MOST_THETA
+from duo_jax.model.config_checks import MOST, MOST_EXPERTS
+from duo_jax.model.rope import MOST_THETA
 
 # Keys of which a configuration must have a value: their defaults would be those of another model.
 REQUIRED = (

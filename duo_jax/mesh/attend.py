@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.cache.cache import KVCache
-from duo_jax.layers import Attend
-from duo_jax.model import Decoder
+from duo_jax.model.layer import Attend
+from duo_jax.model.model import Decoder
 
 # (cache, layer, q, k, v, a value for each row [B], sink logits) -> attention output and the new cache, on one device.
 AttendOnDevice: TypeAlias = Callable[[KVCache, int, Array, Array, Array, Array, Array | None], tuple[Array, KVCache]]

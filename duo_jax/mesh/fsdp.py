@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import AXES, place
-from duo_jax.model import Model, abstract_decoder
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model, abstract_decoder
 
 Path = tuple[Any, ...]
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from duo_jax.arguments import ArgumentError, whole_number
-from duo_jax.config import ModelConfig
+from duo_jax.model.config import ModelConfig
 
 T = TypeVar("T")
 AnyMesh: TypeAlias = Mesh | AbstractMesh

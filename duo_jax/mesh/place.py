@@ -17,12 +17,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, Shaped
 
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.balance import balance, query_heads
 from duo_jax.mesh.fsdp import Slices
 from duo_jax.mesh.mesh import AnyMesh, MeshSize, both, place
-from duo_jax.model import Model, abstract_decoder
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model, abstract_decoder
+from duo_jax.pattern.pattern import HeadPattern
 
 Path = tuple[Any, ...]
 

@@ -1,6 +1,6 @@
 """How every row of a batch chooses its next token, with settings of its own. Knows no cache and no request.
 
-The rules are those of `duo_jax.sampling`, with a number for each row in place of one for all.
+The rules are those of `duo_jax.generation.sampling`, with a number for each row in place of one for all.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from duo_jax.arguments import real_number
-from duo_jax.sampling import MASKED, above_min_p, penalize
-from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.generation.sampling import MASKED, above_min_p, penalize
+from duo_jax.generation.sampling_settings import SamplingSettings
 
 # Most likely tokens among which `top_k` and `top_p` are looked for first.
 FIRST = 256

@@ -18,7 +18,7 @@ from duo_jax.serve.requests import Event, FinishEvent, Listener, Reason, Request
 from duo_jax.serve.scheduler import Job, Kept, Scheduler, Sizes
 from duo_jax.text.ends import Ends, stop_ends
 from duo_jax.text.reply import Reply, Row
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 
 # Why requests are refused, and open replies end.
 CLOSING = "the server is shutting down"

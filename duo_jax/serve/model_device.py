@@ -13,8 +13,8 @@ import numpy as np
 
 from duo_jax.cache.cache import NO_PAGE, KVCache
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.model import Model
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.serve.choice import Choice, Sampling
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.programs import Programs, Snapshot, with_pages

@@ -28,13 +28,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 from numpy.typing import ArrayLike
 
-from duo_jax import infer, pytree
+from duo_jax import pytree
 from duo_jax.cache.cache import RING_AXES, KeyValues, KVCache
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.generation import infer
+from duo_jax.generation.token_loop import row_keys
 from duo_jax.mesh.mesh import place
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_jax.serve.choice import Choice, Drawn, Sampling, choose
-from duo_jax.token_loop import row_keys
 
 T = TypeVar("T")
 

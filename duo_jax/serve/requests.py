@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from duo_jax.arguments import real_number, seed_number, whole_number
-from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.generation.sampling_settings import SamplingSettings
 
 # Replies to one prompt, and likely tokens of each, that a request may ask for.
 MOST_REPLIES, MOST_TOP = 128, 20

@@ -7,7 +7,7 @@ from pathlib import Path
 from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
 from duo_jax.cache.spec import CacheSpec
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_jax.serve.engine import Engine
 from duo_jax.serve.model_device import ModelDevice
 from duo_jax.serve.scheduler import Sizes

@@ -7,14 +7,14 @@ import numpy as np
 
 from duo_jax.arguments import whole_number
 from duo_jax.cache.cache import KVCache
-from duo_jax.chunks import bucket
-from duo_jax.infer import prefill
+from duo_jax.generation.chunks import bucket
+from duo_jax.generation.infer import prefill
+from duo_jax.generation.token_loop import check_logits
 from duo_jax.text import template
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.reply import Reply
 from duo_jax.text.template import DocumentFrame
 from duo_jax.text.tokens import check_text
-from duo_jax.token_loop import check_logits
 
 
 class Document:

@@ -6,10 +6,10 @@ The one place that decides this, for `LM`, the commands and the evaluations.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from duo_jax.config import ModelConfig
+from duo_jax.model.config import ModelConfig
 from duo_jax.text.template import end_of_turn
+from duo_jax.text.tokenizer import TextTokenizer, special_id
 from duo_jax.text.tokens import check_text, special_tokens
-from duo_jax.tokenizer import TextTokenizer, special_id
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from duo_jax.certified import certify_model, inference
 from duo_jax.checkpoint.load import load_model
 from duo_jax.checkpoint.open import load_tokenizer, open_config, open_source
 from duo_jax.checks import check_ids, check_key
-from duo_jax.generation import Request, prepare
+from duo_jax.generation.generation import Request, prepare
+from duo_jax.generation.sampling_settings import SamplingSettings
+from duo_jax.generation.token_loop import Generation, Watch
 from duo_jax.mesh.mesh import MeshSize
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import ALLOWED, AnyDtype, check_name
-from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.model.model import Model
+from duo_jax.model.precision import ALLOWED, AnyDtype, check_name
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.text import template
 from duo_jax.text.ends import Ends, eos_ids_of, stop_ends
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.template import Message
+from duo_jax.text.tokenizer import TextTokenizer
 from duo_jax.text.tokens import check_text, encode
-from duo_jax.token_loop import Generation, Watch
-from duo_jax.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     import duo_jax.text.document

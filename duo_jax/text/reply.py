@@ -3,8 +3,8 @@
 import re
 
 from duo_jax.text.ends import Ends
+from duo_jax.text.tokenizer import TextTokenizer
 from duo_jax.text.tokens import decode, special_tokens
-from duo_jax.tokenizer import TextTokenizer
 
 # Tokens whose text a later one may change: more are settled, so that the work for each is bounded.
 MOST_OPEN = 64

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from duo_jax.text import renderer
+from duo_jax.text.tokenizer import TextTokenizer
 from duo_jax.text.tokens import check_text, encode, encode_marked, mark, special_tokens, unmark
-from duo_jax.tokenizer import TextTokenizer
 
 # A conversation's message: {"role": "user", "content": "Hello"}. The content may be a list of text parts.
 Message = dict[str, Any]

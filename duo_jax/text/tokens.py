@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer
 
-from duo_jax.tokenizer import TextTokenizer, special_id
+from duo_jax.text.tokenizer import TextTokenizer, special_id
 
 # Spellings that stand for a special token while text is put together: written by a user, or by a template. They begin
 # with code points that are no characters, and nobody can guess the number.

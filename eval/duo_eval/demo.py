@@ -18,8 +18,8 @@ from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.arguments import whole_number
 from duo_jax.certified import inference
 from duo_jax.checkpoint.open import open_config
-from duo_jax.chunks import cache_room
 from duo_jax.cli.timings import Timings
+from duo_jax.generation.chunks import cache_room
 from duo_jax.text.lm import LM, TextStream
 from duo_jax.text.tokens import encode
 from pallas_kernels.types import Request

@@ -18,7 +18,7 @@ from duo_jax.checkpoint.gguf_file import GgufFile
 from duo_jax.checkpoint.weight_table import weight_table
 from duo_jax.cli import USER_ERRORS
 from duo_jax.families.presets import PRESETS
-from duo_jax.rope import LinearRope, Rope, YarnRope
+from duo_jax.model.rope import LinearRope, Rope, YarnRope
 from tests.hostile.gguf_bytes import (
     TOKENS,
     VOCAB,

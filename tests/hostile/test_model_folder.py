@@ -18,7 +18,7 @@ from duo_jax.checkpoint.folder import INDEX, SINGLE
 from duo_jax.checkpoint.load import loaded_config
 from duo_jax.checkpoint.open import open_config
 from duo_jax.checkpoint.save import save_model
-from duo_jax.rope import DividedRope
+from duo_jax.model.rope import DividedRope
 from tests.shapes import GOLDEN
 from tests.text_models import save_tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, modeling_rope_utils
 
 from duo_jax import ModelConfig
-from duo_jax.rope import Rope
+from duo_jax.model.rope import Rope
 from tests.hostile.readers import rope_settings
 
 Values = dict[str, Any]

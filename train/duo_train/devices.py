@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float
 
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize, check_heads, constrain, divides_heads, make_mesh
+from duo_jax.model.config import ModelConfig
 from duo_train.gated import GatedModel
 
 BY_TOKEN = "data", "sequence"

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from duo_jax.mesh.mesh import constrain
 from duo_jax.mesh.processes import gather
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_train.data.batches import Batch, padded_size, stack
 from duo_train.devices import Sharding
 from duo_train.gated import GatedModel

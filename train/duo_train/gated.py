@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import whole_number
-from duo_jax.layers import Attend
-from duo_jax.model import Decoder, Model
+from duo_jax.model.layer import Attend
+from duo_jax.model.model import Decoder, Model
 from pallas_kernels import full_attention, gated_attention
 from pallas_kernels.window import Window, consecutive
 

@@ -30,9 +30,9 @@ from duo_jax.differences import changes
 from duo_jax.files import is_left_over, locked, write_text
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import check_alike, is_first
-from duo_jax.pattern import HeadPattern
-from duo_jax.pattern_files import DEFAULT_RULE, GATES_FILE
-from duo_jax.pattern_files import check_folder as check_pattern_folder
+from duo_jax.pattern.files import DEFAULT_RULE, GATES_FILE
+from duo_jax.pattern.files import check_folder as check_pattern_folder
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.reading import read_json
 from duo_train.backends import BACKENDS, resumed
 from duo_train.checkpoints import CHECKPOINTS

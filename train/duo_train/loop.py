@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from duo_jax.mesh.mesh import constrain
 from duo_jax.mesh.processes import check_alike, gather, is_first, share_verdicts
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_train.checkpoints import Checkpoints
 from duo_train.data.batches import Batch
 from duo_train.devices import Sharding

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import optax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from duo_jax.certified import training
 from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.options import ModelOptions
-from duo_jax.config import ModelConfig
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model
+from duo_jax.pattern.pattern import HeadPattern
 from duo_train.data.haystack import DEFAULT, load_haystack
 from duo_train.data.needles import NeedleData, Needles, Sample
 from duo_train.metrics import METRICS_FILE, read_metrics

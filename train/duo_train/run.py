@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from duo_jax.mesh.mesh import MeshSize
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_train.data.needles import NeedleData
 from duo_train.gated import GatedModel
 

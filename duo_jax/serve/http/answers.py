@@ -8,8 +8,8 @@ from typing import Any
 
 from duo_jax.serve.http.schema import ChatBody, Options
 from duo_jax.serve.requests import Event, FinishEvent, Likely, TokenEvent, Usage
+from duo_jax.text.tokenizer import TextTokenizer
 from duo_jax.text.tokens import decode
-from duo_jax.tokenizer import TextTokenizer
 
 # Headers of a refusal for lack of room: the seconds after which to try again.
 RETRY = {"Retry-After": "1"}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from duo_jax.sampling_settings import SamplingSettings
+from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.serve.requests import MOST_PENALTY, MOST_REPLIES, MOST_TOP, Request
 
 T = TypeVar("T", bound="Options")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from duo_eval.show.markdown import rows_to_table
 from duo_jax import PRESETS
-from duo_jax.chunks import most_at_a_time
+from duo_jax.generation.chunks import most_at_a_time
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
 

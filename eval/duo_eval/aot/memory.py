@@ -16,8 +16,8 @@ from duo_eval.show.result_type import ResultType, with_fields
 from duo_jax import PRESETS, ModelConfig
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.mesh.mesh import mesh_of
+from duo_jax.model.precision import FloatDtype, KvDtype, WeightDtype
 from duo_jax.plan import Plan, any_pattern
-from duo_jax.precision import FloatDtype, KvDtype, WeightDtype
 from pallas_kernels.gpus import find_gpu
 
 

@@ -11,14 +11,14 @@ import tyro
 from duo_eval.aot.programs import TOLERANCE, is_close, verify
 from duo_jax.arguments import MOST_TOKENS, whole_number
 from duo_jax.checkpoint.load import loaded_config
-from duo_jax.chunks import most_at_a_time
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions, parse_bytes
-from duo_jax.config import ModelConfig
 from duo_jax.finite import json_text
-from duo_jax.pattern import HeadPattern
+from duo_jax.generation.chunks import most_at_a_time
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.plan import Plan, any_pattern
-from duo_jax.precision import EmbedDtype, FloatDtype, KvDtype, WeightDtype
 from pallas_kernels.gpus import find_gpu
 
 

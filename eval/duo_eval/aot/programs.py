@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_eval.aot.collectives import collectives, summary
 from duo_eval.aot.compile import compile_for, gpus_like, memory_of
-from duo_jax import ModelConfig, infer
+from duo_jax import ModelConfig
+from duo_jax.generation import infer
 from duo_jax.mesh.fsdp import fsdp_shapes
 from duo_jax.mesh.mesh import MeshSize, mesh_of
 from duo_jax.mesh.place import model_shapes

@@ -12,7 +12,7 @@ from duo_eval.aot.programs import decode as decode_step
 from duo_eval.aot.programs import prefill_chunk
 from duo_eval.gpu_suite.section import Case
 from duo_jax import PRESETS, KVCache, Model, ModelConfig
-from duo_jax.infer import extend, step
+from duo_jax.generation.infer import extend, step
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.sizes import nbytes
 from pallas_kernels.layer import RECENT_SIZE, SINK_SIZE

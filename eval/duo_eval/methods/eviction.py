@@ -21,7 +21,7 @@ from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_jax import Model, ModelConfig
 from duo_jax.arguments import whole_number
 from duo_jax.checks import check_vocabulary
-from duo_jax.chunks import bucket
+from duo_jax.generation.chunks import bucket
 
 # A priority above every other; finite, since an empty slot's is not.
 ALWAYS = 1e30

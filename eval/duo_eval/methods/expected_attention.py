@@ -20,8 +20,8 @@ from duo_eval.methods.eviction import ALWAYS, by_head
 from duo_eval.methods.scored import Scored, Scoring, highest, share
 from duo_jax import Model, ModelConfig
 from duo_jax.arguments import real_number, whole_number
-from duo_jax.chunks import bucket
-from duo_jax.rope import rotate, rotation
+from duo_jax.generation.chunks import bucket
+from duo_jax.model.rope import rotate, rotation
 from pallas_kernels import full_attention
 
 # Their rotations are in memory, one for each position.

@@ -25,7 +25,7 @@ from duo_eval.methods.profile import profile
 from duo_eval.methods.ragged import Ragged, attend_one, compress, evicted, layout
 from duo_jax import Model
 from duo_jax.checks import check_vocabulary
-from duo_jax.chunks import bucket
+from duo_jax.generation.chunks import bucket
 
 # Policies; each holds the tokens of the one before it, and more.
 SPECIAL, PUNCTUATION, FREQUENT, LOCAL, EVERYTHING = range(5)

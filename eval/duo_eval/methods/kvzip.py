@@ -24,7 +24,7 @@ from duo_eval.methods.eviction import ALWAYS, attention_weights, by_head
 from duo_eval.methods.scored import Scored, Scoring, highest, share
 from duo_jax import Model
 from duo_jax.arguments import whole_number
-from duo_jax.chunks import bucket
+from duo_jax.generation.chunks import bucket
 from duo_jax.text.template import has_template, split
 from duo_jax.text.tokens import encode, encode_inside
 from pallas_kernels import Heads, Pools, Window, full_attention, prefill_attention

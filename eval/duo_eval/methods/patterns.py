@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_jax import HeadPattern, KVCache, Model, decode_step, prefill
 from duo_jax.arguments import real_number, seed_number
-from duo_jax.chunks import bucket, chunk_width
+from duo_jax.generation.chunks import bucket, chunk_width
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from duo_eval.methods.streamingllm import StreamingLLM
 from duo_eval.methods.tova import TOVA
 from duo_jax import Model
 from duo_jax.arguments import spelling, whole_number
+from duo_jax.generation.token_loop import Generator
 from duo_jax.text.ends import eos_ids_of, stop_ends
 from duo_jax.text.reply import Row
-from duo_jax.token_loop import Generator
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 
 __all__ = ["METHODS", "Memory", "Method", "State", "greedy", "method", "reply"]
 

@@ -21,7 +21,7 @@ from duo_eval.methods.method import Memory, Method, check_arguments
 from duo_eval.methods.ragged import Ragged, attend_one, compress, layout
 from duo_jax import Model
 from duo_jax.checks import check_vocabulary
-from duo_jax.chunks import bucket
+from duo_jax.generation.chunks import bucket
 
 
 class Scored(NamedTuple):

@@ -28,7 +28,7 @@ from duo_eval.methods.eviction import (
 )
 from duo_jax import Model
 from duo_jax.arguments import ArgumentError, whole_number
-from duo_jax.chunks import bucket
+from duo_jax.generation.chunks import bucket
 from pallas_kernels import full_attention
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 from duo_eval.methods.eviction import ALWAYS, Eviction, Held, Tokens
 from duo_jax import ModelConfig
 from duo_jax.arguments import whole_number
-from duo_jax.rope import rotate, rotation
+from duo_jax.model.rope import rotate, rotation
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.open import open_config, open_source
 from duo_jax.checks import check_vocabulary
+from duo_jax.model.precision import EmbedDtype, FloatDtype, WeightDtype
 from duo_jax.plan import any_pattern
-from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
 from pallas_kernels.types import Request
 
 J = TypeVar("J")

@@ -14,11 +14,11 @@ from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
 from duo_jax.cache.cache import KVCache
 from duo_jax.checkpoint.load import load_model
-from duo_jax.config import ModelConfig
 from duo_jax.families.hugging_face import TEXT_OF, UNSUPPORTED
 from duo_jax.families.table import FAMILIES
-from duo_jax.infer import prefill
-from duo_jax.pattern import HeadPattern
+from duo_jax.generation.infer import prefill
+from duo_jax.model.config import ModelConfig
+from duo_jax.pattern.pattern import HeadPattern
 
 # Positions of a golden checkpoint's texts that are compared; the tests compare all.
 POSITIONS = 16

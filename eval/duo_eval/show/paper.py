@@ -18,7 +18,7 @@ from duo_eval.stats.intervals import Estimate
 from duo_eval.stats.recall_cells import full as full_cell
 from duo_eval.stats.recall_cells import recall_cells
 from duo_eval.stats.scores import FULL, Record, grouped, mean, scored, shared
-from duo_jax.pattern import HeadPattern
+from duo_jax.pattern.pattern import HeadPattern
 from pallas_kernels.gpus import GPUS
 
 NO_GPU = "not measured: no GPU"

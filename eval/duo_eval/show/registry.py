@@ -16,7 +16,7 @@ from duo_eval.tasks.choose import results as choose
 from duo_eval.tasks.lm_eval import command as harness
 from duo_eval.tasks.needle import command as needle
 from duo_eval.tasks.needle import heads
-from duo_jax.pattern_files import GATES_FILE
+from duo_jax.pattern.files import GATES_FILE
 
 # The first that matches a file is its type.
 RESULT_TYPES: tuple[ResultType, ...] = (

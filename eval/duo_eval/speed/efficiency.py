@@ -25,7 +25,7 @@ from duo_eval.speed.roofline import decode_bytes, prefill_flops
 from duo_jax import HeadPattern, KVCache
 from duo_jax.certified import inference
 from duo_jax.differences import changes
-from duo_jax.precision import FloatDtype
+from duo_jax.model.precision import FloatDtype
 from pallas_kernels import BACKENDS
 from pallas_kernels.timing import seconds
 from pallas_kernels.types import Request

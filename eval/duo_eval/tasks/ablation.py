@@ -13,7 +13,7 @@ from duo_train.identify import Identify
 
 from duo_eval.tasks.recall import Recall, Scoring
 from duo_jax import load_tokenizer
-from duo_jax.pattern_files import GATES_FILE
+from duo_jax.pattern.files import GATES_FILE
 from pallas_kernels.types import Request
 
 # Flags that this command sets.

@@ -17,8 +17,8 @@ from duo_eval.runner.record import Record, read
 from duo_eval.show.markdown import rows_to_table
 from duo_eval.show.result_type import ResultType, of_task
 from duo_jax import KVCache, Model, ModelConfig, score
-from duo_jax.precision import ALLOWED, check_name
-from duo_jax.rope import Rope
+from duo_jax.model.precision import ALLOWED, check_name
+from duo_jax.model.rope import Rope
 
 FLOAT = "float32"
 

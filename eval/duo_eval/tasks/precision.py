@@ -21,7 +21,7 @@ from duo_jax import HeadPattern, load_model, load_tokenizer
 from duo_jax.certified import inference
 from duo_jax.checkpoint.fingerprint import weights_fingerprint
 from duo_jax.checkpoint.open import open_config
-from duo_jax.precision import ALLOWED, check_name
+from duo_jax.model.precision import ALLOWED, check_name
 from pallas_kernels.types import Request
 
 FLOAT = "float32"

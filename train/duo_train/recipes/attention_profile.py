@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import whole_number
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import constrain
-from duo_jax.model import Model
-from duo_jax.rope import rotate, rotation
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.model import Model
+from duo_jax.model.rope import rotate, rotation
 from duo_train.gated import in_full_layers
 from duo_train.recipes.base import Recipe
 from duo_train.run import Run

@@ -6,8 +6,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from duo_jax.config import ModelConfig
 from duo_jax.mesh.mesh import MeshSize
+from duo_jax.model.config import ModelConfig
 from duo_train.run import Run
 
 

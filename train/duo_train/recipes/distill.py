@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_train.data.batches import Batch
 from duo_train.gated import GatedModel
 from duo_train.objective import Metrics

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_jax.arguments import whole_number
 from duo_jax.mesh.mesh import constrain
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from duo_jax.text.template import has_template, split
 from duo_jax.text.tokens import encode
 from duo_train.data.needles import DATE, beginning

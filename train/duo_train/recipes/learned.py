@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax.arguments import real_number, seed_number, whole_number
-from duo_jax.config import ModelConfig
+from duo_jax.model.config import ModelConfig
 from duo_train.devices import Sharding
 from duo_train.loop import train
 from duo_train.objective import Objective

@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from duo_eval.show.headline import Column, columns_of, headline_figure, headline_table
 from duo_eval.show.registry import about, contents, order, title_of, type_of
 from duo_eval.show.result_type import GROUPS, Drawn, Group, ResultType, readable
-from duo_jax.pattern_files import GATES_FILE
+from duo_jax.pattern.files import GATES_FILE
 
 # Figures in the folder were drawn from the results.
 FIGURES = (".png", ".svg")

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from duo_eval.speed.bench_model import BenchModel
 from duo_eval.speed.engines.base import Engine
 from duo_jax import HeadPattern, KVCache, decode_step, prefill
-from duo_jax.chunks import chunk_width
+from duo_jax.generation.chunks import chunk_width
 from pallas_kernels.timing import compile_seconds
 
 

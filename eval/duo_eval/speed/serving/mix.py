@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from duo_jax.arguments import MOST_SEED, real_number, whole_number
-from duo_jax.tokenizer import TextTokenizer
+from duo_jax.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)

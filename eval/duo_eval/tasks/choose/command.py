@@ -20,8 +20,8 @@ from duo_eval.tasks.needle.command import Cell, NeedleTask
 from duo_jax import LM, HeadPattern, Model
 from duo_jax.arguments import MOST_SEED, ArgumentError, real_number, seed_number, whole_number
 from duo_jax.checkpoint.open import open_config
-from duo_jax.pattern_files import DEFAULT_RULE, check_folder, find_folder, is_published, published_patterns
-from duo_jax.precision import EmbedDtype, FloatDtype, WeightDtype
+from duo_jax.model.precision import EmbedDtype, FloatDtype, WeightDtype
+from duo_jax.pattern.files import DEFAULT_RULE, check_folder, find_folder, is_published, published_patterns
 from pallas_kernels.types import Request
 
 # Depths follow each other by the golden section: any number of needles is spread evenly, and more fill the gaps.

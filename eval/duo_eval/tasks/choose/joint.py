@@ -10,9 +10,9 @@ from duo_eval.methods.patterns import PooledState
 from duo_eval.tasks.needle.insert import NeedlePrompt
 from duo_eval.tasks.needle.styles import Needle
 from duo_jax import LM, score
-from duo_jax.chunks import bucket, chunk_width
 from duo_jax.finite import check_finite
-from duo_jax.infer import Scores
+from duo_jax.generation.chunks import bucket, chunk_width
+from duo_jax.generation.infer import Scores
 
 
 def ask(lm: LM, needle: Needle, prompt: NeedlePrompt) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from duo_eval.tasks.lm_eval.answering import Batched, Engine, Likelihood, OneByO
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens
 from duo_jax import LM, Categorical, Greedy, Temperature, TopK, TopP
 from duo_jax.arguments import whole_number
-from duo_jax.sampling import Sampler
+from duo_jax.generation.sampling import Sampler
 from duo_jax.text.template import check_template, render
 from duo_jax.text.tokens import special_tokens
 

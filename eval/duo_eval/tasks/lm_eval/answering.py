@@ -16,7 +16,7 @@ from duo_eval.methods.registry import Method, reply
 from duo_eval.tasks.lm_eval.batches import Prefiller, Tokens, padded, plan, width
 from duo_jax import LM, Greedy, KVCache, TextStream
 from duo_jax.finite import check_finite
-from duo_jax.infer import score_targets
+from duo_jax.generation.infer import score_targets
 
 
 class Likelihood(NamedTuple):

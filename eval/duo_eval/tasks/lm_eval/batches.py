@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from duo_jax import HeadPattern, KVCache, Model, prefill
-from duo_jax.chunks import CHUNK_OVERHEAD
+from duo_jax.generation.chunks import CHUNK_OVERHEAD
 
 Tokens: TypeAlias = tuple[int, ...]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from duo_jax.arguments import MOST_TOKENS, instance, real_number, true_or_false, whole_number
-from duo_jax.precision import ALLOWED, check_name
-from duo_jax.rope import Rope
-from duo_jax.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
+from duo_jax.model.precision import ALLOWED, check_name
+from duo_jax.model.rope import Rope
+from duo_jax.model.weights import EMBED_FORMATS, WEIGHT_FORMATS, check_format
 
 if TYPE_CHECKING:
-    from duo_jax.config import ModelConfig
+    from duo_jax.model.config import ModelConfig
 
 # The largest sizes that a model may have, well above any published one: a wrong number must not take all memory or time
 # before anything can be compared with it.

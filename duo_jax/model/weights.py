@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from duo_jax.precision import check_name
+from duo_jax.model.precision import check_name
 
 if TYPE_CHECKING:
     import qwix  # imported when weights are quantized

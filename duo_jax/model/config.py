@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from duo_jax.config_checks import MOST_EXPERTS, check_together, checked_fields
-from duo_jax.precision import ALLOWED, AnyDtype, Precision, check_name
-from duo_jax.rope import Rope
-from duo_jax.weights import WEIGHT_FORMATS
+from duo_jax.model.config_checks import MOST_EXPERTS, check_together, checked_fields
+from duo_jax.model.precision import ALLOWED, AnyDtype, Precision, check_name
+from duo_jax.model.rope import Rope
+from duo_jax.model.weights import WEIGHT_FORMATS
 from pallas_kernels.window import Window
 
 

@@ -18,13 +18,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from duo_jax import pytree
-from duo_jax.config import ModelConfig
-from duo_jax.layers import Attend, Embed, Layer, Linear, rms_norm
 from duo_jax.mesh.mesh import AnyMesh, constrain
-from duo_jax.precision import AnyDtype
-from duo_jax.rope import Angles, rotation
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.layer import Attend, Layer
+from duo_jax.model.linear import Embed, Linear
+from duo_jax.model.norm import rms_norm
+from duo_jax.model.precision import AnyDtype
+from duo_jax.model.rope import Angles, rotation
+from duo_jax.model.weights import multiply
 from duo_jax.sizes import host_total, nbytes, size_text
-from duo_jax.weights import multiply
 
 State = TypeVar("State")
 Part = TypeVar("Part", bound=nnx.Module)

@@ -13,7 +13,7 @@ from duo_jax.arguments import ArgumentError
 AnyDtype: TypeAlias = str | type | np.dtype
 
 FloatDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-# Few bits (`duo_jax.weights`): w8a8 quantizes activations too, int4-32 has a scale for every 32 channels, asym has the
+# Few bits (`weights.py`): w8a8 quantizes activations too, int4-32 has a scale for every 32 channels, asym has the
 # number that stands for 0 too, fp8 has 8-bit floats, mxfp4 is for experts only.
 WeightDtype: TypeAlias = Literal[
     "int8",

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
 from duo_jax.arguments import MOST_TOKENS, instance, path_of, real_number, whole_number
-from duo_jax.config import ModelConfig
 from duo_jax.files import write_text
-from duo_jax.pattern_files import (
+from duo_jax.model.config import ModelConfig
+from duo_jax.pattern.files import (
     CONFIG_FILE,
     DEFAULT_RULE,
     GATES_FILE,

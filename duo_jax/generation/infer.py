@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
 from duo_jax.checks import check_cache, check_model, check_prompt, check_step, is_traced
-from duo_jax.chunks import chunk_width, chunks, pad_columns
+from duo_jax.generation.chunks import chunk_width, chunks, pad_columns
 from duo_jax.mesh.attend import on_devices
 from duo_jax.mesh.mesh import constrain
-from duo_jax.model import Model
+from duo_jax.model.model import Model
 from pallas_kernels import decode_attention, prefill_attention
 from pallas_kernels.window import consecutive
 

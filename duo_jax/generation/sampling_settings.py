@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duo_jax.arguments import real_number, spelling, true_or_false, whole_number
-from duo_jax.sampling import (
+from duo_jax.generation.sampling import (
     LEAST,
     MOST,
     Categorical,

@@ -32,20 +32,20 @@ def find_folder(source: str | Path) -> Path:
         return folder
     name = str(source).lower()
     if name in published_patterns():
-        return Path(str(resources.files("duo_jax") / "patterns" / name))
+        return Path(str(resources.files(__package__) / "published" / name))
     names = "\n  ".join(published_patterns())
     raise FileNotFoundError(f"no folder and no published pattern {str(source)!r:.200}; the names are\n  {names}")
 
 
 def published_patterns() -> list[str]:
     """Names that `HeadPattern.load` accepts in place of a path."""
-    root = resources.files("duo_jax") / "patterns"
+    root = resources.files(__package__) / "published"
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
 
 
 def is_published(folder: Path) -> bool:
     """Whether a folder is one of the published patterns, which are part of the installed package."""
-    return folder.resolve().parent == Path(str(resources.files("duo_jax") / "patterns")).resolve()
+    return folder.resolve().parent == Path(str(resources.files(__package__) / "published")).resolve()
 
 
 def check_folder(folder: Path) -> None:

@@ -15,11 +15,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
-from duo_jax import infer
 from duo_jax.cache.cache import KVCache
 from duo_jax.finite import not_finite
-from duo_jax.model import Model
-from duo_jax.sampling import Greedy, Sampler
+from duo_jax.generation import infer
+from duo_jax.generation.sampling import Greedy, Sampler
+from duo_jax.model.model import Model
 
 
 class Generation(NamedTuple):

@@ -24,14 +24,14 @@ from duo_jax.checks import (
     is_traced,
     warn_of_quantization,
 )
-from duo_jax.chunks import answer_capacity, bucket, cache_room, chunk_width
-from duo_jax.infer import compile_prefill, run_prefill
-from duo_jax.model import Model
-from duo_jax.pattern import HeadPattern
-from duo_jax.precision import AnyDtype
-from duo_jax.sampling import Greedy, Sampler
+from duo_jax.generation.chunks import answer_capacity, bucket, cache_room, chunk_width
+from duo_jax.generation.infer import compile_prefill, run_prefill
+from duo_jax.generation.sampling import Greedy, Sampler
+from duo_jax.generation.token_loop import Generation, Generator, Prompt, Stream, Watch, check_logits, row_keys
+from duo_jax.model.model import Model
+from duo_jax.model.precision import AnyDtype
+from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.sizes import check_free
-from duo_jax.token_loop import Generation, Generator, Prompt, Stream, Watch, check_logits, row_keys
 
 # The `Request._programs` that this process has compiled.
 _COMPILED: set[Hashable] = set()

@@ -1,0 +1,1 @@
+"""Which heads keep a full cache: patterns, their files, and the published ones."""
