@@ -174,14 +174,15 @@ def test_the_numbers_that_the_readme_repeats_are_those_of_the_results():
     for accuracy, interval in recall:
         assert f"| {accuracy} {interval} |" in re.sub(" +", " ", results)
     # Needles, by length: full attention, the pattern at half of the bytes, random heads.
-    needles = re.findall(r"\| (\d{4}) \| (\d+) of 10 \| (\d+) of 10 \| (?:(\d+) of 10)?", readme)
+    needles = re.findall(r"\| (\d{4}) \| (\d+ of \d+) \| (\d+ of \d+) \| (\d+ of \d+)?", readme)
     assert [length for length, *_ in needles] == ["2048", "4096", "8192"]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in budgets.splitlines()]
-    columns = {"2048": 3, "4096": 4, "8192": 5}
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in budgets.splitlines()]
     for length, *found in needles:
         for method, number in zip((["full", "100%"], ["duo", "50%"], ["random-heads", "50%"]), found, strict=True):
-            row = next(row for row in table if row[:2] == method)
-            assert row[columns[length]].startswith(f"{10 * int(number)}.0 " if number else ""), (method, length)
+            row = next((row for row in cells if row[:3] == [length, *method]), None)
+            score, count = re.match(r"(\S+) \(.*\), n = (\d+)", row[3]).groups() if row else (0, 0)
+            expected = f"{round(float(score) / 100 * int(count))} of {count}" if row else ""
+            assert number == expected, (method, length)
 
 
 @pytest.mark.parametrize("package", [duo_jax, pallas_kernels], ids=lambda package: package.__name__)

@@ -49,6 +49,7 @@ TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "needle window": ("cpu/needle-window.jsonl", score_summary),
     "needle cells": ("cpu/needle.jsonl", score_table),
     "ruler": ("cpu/ruler.jsonl", score_summary),
+    "ruler question": ("cpu/ruler-question.jsonl", score_summary),
     "ruler later": ("cpu/ruler-later.jsonl", score_summary),
     "ruler window": ("cpu/ruler-window.jsonl", score_summary),
     "ruler cells": ("cpu/ruler.jsonl", score_table),
