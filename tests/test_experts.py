@@ -189,7 +189,7 @@ def changed_folder(folder: Path, family: str = FOLDER.name, **values: Any) -> Pa
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "another number": ({"num_local_experts": 6}, "has 6 experts in a layer, its tensors have 8"),
+    "another number": ({"num_local_experts": 6}, "has 6 experts in a layer, .* weights of 8"),
     "more than there are": ({"num_experts_per_tok": 9}, "experts_per_token must be at most num_experts"),
     "two numbers": ({"num_experts": 4}, "num_experts is 4 and num_local_experts 8"),
     "none": ({"num_local_experts": None}, "lacks num_local_experts"),
@@ -218,7 +218,7 @@ def test_an_expert_is_loaded_without_a_copy_of_the_others(dtype: str) -> None:
 @pytest.mark.parametrize(("family", "count"), [*product(("mixtral", "gpt_oss"), (4, 16))])
 def test_another_number_of_experts_is_refused_however_they_are_stored(family: str, count: int, tmp_path: Path) -> None:
     folder = changed_folder(tmp_path / "model", family, num_local_experts=count)
-    with pytest.raises(ValueError, match=f"its configuration has {count} experts in a layer, its tensors have 8"):
+    with pytest.raises(ValueError, match=f"its configuration has {count} experts in a layer, .* (of|has) 8"):
         load_model(folder)
 
 

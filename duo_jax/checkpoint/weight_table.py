@@ -175,11 +175,13 @@ def _check_experts(
     """Raise ValueError if the tensors are those of another number of experts."""
     numbers = {int(match[1]) for name in shapes if (match := EXPERT.search(name))}
     stacked = {name for weight in weights if weight.is_stacked for name in weight.names}
-    counts = {shapes[name][0] for name in stacked if shapes.get(name)} | ({len(numbers)} if numbers else set())
-    if config.num_experts and counts - {config.num_experts}:
+    experts = config.num_experts
+    others = [f"there are weights of {len(numbers)}"] if numbers and len(numbers) != experts else []
+    others += [f"{x} has {shapes[x][0]}" for x in sorted(stacked) if shapes.get(x) and shapes[x][0] != experts]
+    if experts and others:
         raise ValueError(
-            f"{label}: its configuration has {config.num_experts} experts in a layer, its tensors have "
-            f"{' or '.join(map(str, sorted(counts)))}"
+            f"{label}: its configuration has {experts} experts in a layer, its tensors do not: "
+            f"{', '.join(others[:3])}{', ...' if others[3:] else ''}"
         )
 
 
