@@ -227,6 +227,23 @@ def test_a_loaded_prefix_is_continued_at_its_end_by_the_prompts_that_begin_with_
     server.check_free()
 
 
+def test_a_permanent_prefix_that_continues_a_loaded_one_leaves_its_pages_to_prompts():
+    server, text = Server(), [3] * 8
+    prefix = [*text, *[4] * 9]
+    server.scheduler.add(Job(text[:7], 0, saved=text))
+    server.run()
+    server.scheduler.add(Job(prefix, 0))
+    server.run()
+    # Of the four loaded pages, the prefix shares the three that are full.
+    assert server.scheduler.tree.num_pinned == 4 + 5
+    assert server.scheduler.room([*prefix, 5]) == 2 * (12 - 9 + 8) - 17
+    (job,) = server.add([*prefix, 5], 5)
+    server.run()
+    assert job.cached == 16
+    server.check_replies()
+    server.check_free()
+
+
 def test_chunks_are_whole_pages():
     with pytest.raises(ValueError, match="a chunk is whole pages, got 6 tokens for pages of 4: use a multiple"):
         Sizes(rows=1, pages=1, page_size=4, chunk_size=6, row_pages=1, snapshots=0)

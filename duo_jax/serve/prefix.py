@@ -112,12 +112,11 @@ class PrefixTree:
 
     def num_pinned_of(self, tokens: Sequence[int]) -> int:
         """Pages of these tokens that stay for ever and can be continued, without one that must be copied for that."""
-        if under := self._under(tokens):
-            return len(self._loaded_tokens[under]) // self._page_size
-        nodes = self._path(tokens)
+        under = self._under(tokens)
+        nodes = self._path(tokens, under)
         while nodes and not (nodes[-1].is_pinned and self._continues(nodes[-1], len(tokens))):
             nodes.pop()
-        return len(nodes)
+        return max(len(nodes), len(self._loaded_tokens[under]) // self._page_size)
 
     def insert(
         self,
