@@ -188,9 +188,13 @@ def test_a_prefix_can_be_kept(make):
         engine.keep([5] * 7)
     with pytest.raises(ValueError, match="prefix must have token ids from 0 to 96, got 97"):
         engine.keep([5] * 19 + [97])
+    with pytest.raises(ValueError, match="a prefix of 7 tokens cannot be kept: it must have at least 8"):
+        engine.keep([6] * 6, saved=[6] * 7)
     assert engine.metrics().pages_prefix == 4
-    events = list(engine.submit(Request((5,) * 25, 3)))
-    assert events[-1].usage == (25, 16, 3)
+    engine.keep([6] * 7, saved=[6] * 8)
+    for prompt, usage in (((5,) * 25, (25, 16, 3)), ((6,) * 8, (8, 7, 3))):
+        events = list(engine.submit(Request(prompt, 3)))
+        assert events[-1].usage == usage
 
 
 def test_what_cannot_be_served_is_refused(make, device):
