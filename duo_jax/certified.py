@@ -32,11 +32,15 @@ _asked: set[tuple[int, int, str]] = set()
 
 
 def inference(
-    config: ModelConfig, *patterns: HeadPattern | None, kv_dtype: AnyDtype | None = None, mesh: MeshSize = MeshSize()
+    config: ModelConfig,
+    *patterns: HeadPattern | None,
+    kv_dtype: AnyDtype | None = None,
+    mesh: MeshSize = MeshSize(),
+    is_paged: bool = False,
 ) -> list[Request]:
     """Prefill, of short chunks too, decode and the write of its token, of a model with each of some patterns.
 
-    None is full attention.
+    None is full attention. A server's cache is paged.
 
     Raises:
         ValueError: a mesh whose devices cannot share the model.
@@ -54,6 +58,7 @@ def inference(
                 "window": window,
                 "full": precision.kv if chosen.num_retrieval else None,
                 "ring": precision.streaming if has_ring else None,
+                "is_paged": is_paged,
                 "is_sharded": mesh.sequence > 1,
                 # More devices than KV heads share the queries of one.
                 "group": config.num_heads // mesh.kv_heads(config),

@@ -35,6 +35,7 @@ from duo_jax.cli.generate import Generate
 from duo_jax.cli.listing import Patterns
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions
 from duo_jax.cli.quantize import Quantize
+from duo_jax.cli.serve import Serve
 from duo_jax.generation import infer
 from duo_jax.mesh import processes
 from duo_jax.mesh.mesh import MeshSize
@@ -624,6 +625,8 @@ def test_commands_ask_for_the_attention_of_all_that_they_run(text_model, monkeyp
     ):
         keys = {key_of(request).partition("window ")[2] for request in requests_of(command)} - {""}
         assert all(any(key.startswith(each) for key in keys) for each in expected) and len(keys) == len(expected), keys
+    requests = requests_of(Serve(ModelOptions(name), kv=CacheOptions("int8")))
+    assert {key_of(each).partition("window ")[2] for each in requests} == {"0+0, full int8, paged"}
     # A saved cache has its own pattern and data types.
     monkeypatch.setattr(store, "read_about", lambda path: {"tokens": [[1]], "dtypes": ["int4", "float32"]})
     monkeypatch.setattr(store, "pattern_of", lambda about: any_pattern(open_config(text_model), 0.5))
@@ -685,7 +688,7 @@ def test_short_chunks_over_a_quantized_cache_are_asked_for_too(half, monkeypatch
     jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
     requests = certified.inference(model.config, half, kv_dtype="int4")
     assert {*map(key_of, requests)} == {*traced}
-    assert [request.operation for request in requests if request.is_short] == ["prefill"]
+    assert [request.is_short for request in requests] == [False, False, True, False]
     # Where nothing is quantized, a short chunk is nothing else.
     assert not any(request.is_short for request in certified.inference(model.config, half))
     assert not any(request.is_short for request in certified.inference(TINY, half, kv_dtype="int4"))
@@ -745,6 +748,7 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()
     ((requests, is_full),) = asked
     assert is_full and {request.operation for request in requests} == {"prefill", "decode", "append"}
+    assert [request.is_paged for request in requests] == 3 * [False] + 3 * [True], "a server's cache is paged"
     Doctor(certify=str(text_model), devices=DeviceOptions("sequence=2")).run()
     assert all(request.is_sharded for request in asked[-1][0])
     with pytest.raises(ValueError, match="--mesh and flags of a head pattern are of --certify MODEL"):

@@ -120,7 +120,9 @@ class Doctor:
             print(json_text(found))
 
     def _inference(self, config: ModelConfig) -> list[Request]:
-        return inference(config, self.pattern.load(1), kv_dtype=self.kv_dtype, mesh=self.devices.size)
+        pattern, kinds = self.pattern.load(1), (False, True) if self.devices.size.sequence == 1 else (False,)
+        options: dict[str, Any] = {"kv_dtype": self.kv_dtype, "mesh": self.devices.size}
+        return [request for is_paged in kinds for request in inference(config, pattern, **options, is_paged=is_paged)]
 
     def _training(self, config: ModelConfig) -> list[Request]:
         sizes = {name: value for name, value in vars(self.pattern).items() if value is not None}

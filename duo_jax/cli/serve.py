@@ -8,6 +8,8 @@ from pathlib import Path
 import tyro
 
 from duo_jax.arguments import ArgumentError, real_number, whole_number
+from duo_jax.certified import inference
+from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import CacheOptions, ModelOptions, PatternOptions, check_room, device_memory, parse_bytes
 from duo_jax.cli.timings import show_status
@@ -16,6 +18,7 @@ from duo_jax.sizes import size_text
 from duo_jax.text import template
 from duo_jax.text.lm import LM
 from pallas_kernels.certify.machine import may_have_gpu
+from pallas_kernels.types import Request
 
 # Tokens of a prompt that are computed between two steps of the replies: on a GPU a chunk must be larger to be worth it.
 CHUNK_SIZE, GPU_CHUNK_SIZE = 256, 1024
@@ -69,6 +72,12 @@ class Serve:
     loaded if they have the server's pattern and data types; otherwise the texts are computed once, at the start."""
 
     packages = EXTRAS["serve"]
+
+    def requests(self) -> list[Request]:
+        """The attention over a cache in pages, for certification."""
+        config, pattern = open_config(self.model.model), self.pattern.load(self.max_context or 1)
+        config = config.with_dtypes(dtype=self.model.dtype)
+        return inference(config, pattern, kv_dtype=self.kv.kv_dtype, mesh=self.devices.size, is_paged=True)
 
     def run(self) -> None:
         """Check the flags, load, compile, and serve until interrupted."""

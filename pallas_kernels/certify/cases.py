@@ -385,10 +385,10 @@ def _in_order(parts: tuple[Pools, ...]) -> Iterator[Any]:
     """What `_arranged` arranged; of several devices, the first one's rings."""
     if len(parts) > 1:
         for pools in zip(*(part.full for part in parts), strict=True):
-            yield jax.tree.map(lambda *x: jnp.stack(x, 3).reshape(*x[0].shape[:2], -1, *x[0].shape[3:]), *pools)
+            yield jax.tree.map(lambda *x: lax.collapse(jnp.stack(x, 3), 2, 4), *pools)
     elif (pages := parts[0].pages) is not None:
         for pool in parts[0].full:
-            yield jax.tree.map(lambda x: x[:, pages].reshape(x.shape[0], len(pages), -1, *x.shape[3:]), pool)
+            yield jax.tree.map(lambda x: lax.collapse(x[:, pages], 2, 4), pool)
     else:
         yield from parts[0].full
     yield from parts[0].ring
