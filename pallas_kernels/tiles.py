@@ -187,7 +187,7 @@ def tiles_of(backend: str, request: Request) -> dict[str, Any]:
 
 
 def refused_size(request: Request) -> str | None:
-    """By a backend with Triton's tiles, on a GPU: the reason why the smallest ones do not fit, or None."""
+    """The reason why Triton's smallest tiles do not fit on the request's GPU, or None."""
     if "float32" not in request.dtypes or request.head_dim <= 128 or request.operation in ("decode", "append"):
         return None
     if request.capability is not None and shared_memory_per_block(request.capability) < WIDE:
