@@ -36,7 +36,7 @@ def refuses(request: Request) -> str | None:
 
 
 def _kernel(name: str) -> Any:
-    """A module that imports what not every machine has."""
+    """A module of this package; they import jax-triton and triton, which not every machine has."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
