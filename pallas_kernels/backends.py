@@ -12,8 +12,8 @@ BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic", "cudnn")
 
 # Backends of each operation, the one that should be fastest first. `xla` runs everything and ends every list.
 ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "append": ("xla",), "training": ("xla",)}
-# `triton` and `jax_triton` have the same algorithm: jax is removing the lowering of the first, the second needs two more
-# packages.
+# `triton` and `jax_triton` have the same algorithm: jax is removing the lowering of the first, the second needs two
+# more packages.
 ON_NVIDIA = {
     "prefill": ("triton", "jax_triton", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "xla"),

@@ -242,7 +242,9 @@ class Engine:
         # A text whose keys are loaded has a token more, which every prompt computes again.
         count = len(prompt) + (saved is not None)
         if count < self.sizes.chunk_size or not self.sizes.snapshots:
-            raise ValueError(f"a prefix of {count} tokens cannot be kept: it must have at least {self.sizes.chunk_size}")
+            raise ValueError(
+                f"a prefix of {count} tokens cannot be kept: it must have at least {self.sizes.chunk_size}"
+            )
         job = Job(list(prompt), 0, saved=saved)
         row = Row(self.tokenizer)
         done = threading.Event()
