@@ -919,8 +919,9 @@ def test_loading_many_experts_needs_little_more_memory_than_they(family: str, is
     found = json.loads(done.stdout)
     print({name: f"{size / 1e6:.0f} MB" for name, size in (found | {"largest": largest}).items()})
     assert found["nbytes"] > (150e6 if is_mxfp4 else 600e6)
-    # A tensor as it is stored, an expert in float32, and compiled programs; never two copies of a layer's experts.
-    assert found["overhead"] < 2 * largest + 150e6
+    # A tensor as it is stored, an expert in float32, and compiled programs; never two copies of a layer's experts, but
+    # for numbers of four bits, which are a byte each on the host.
+    assert found["overhead"] < (4 if is_mxfp4 else 2) * largest + 200e6
 
 
 # The real model.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Tensors that the device dequantizes.
 Compact: TypeAlias = Blocks | Packed | Mxfp4
+# Numbers that XLA on CPUs cannot write in place: each write copies the whole array.
+COPIED = ("float4", "float8", "int4", "uint4")
 
 
 def read_parameter(
@@ -48,15 +50,17 @@ def read_parameter(
         matrices = (matrix((whole[number],)) for number in range(weight.experts))
     else:
         matrices = (matrix(tuple(checkpoint.stored(name) for name in names)) for names in weight.parts)
-    # In place: a second copy of all experts of a layer may take gigabytes.
     first = next(matrices)
-    space = np if isinstance(first, np.ndarray) else jnp
-    stack: Any = jax.tree.map(lambda x: space.zeros((weight.experts, *x.shape), x.dtype), first)
+    # In place: a second copy of all experts of a layer may take gigabytes.
+    if isinstance(first, np.ndarray) or any(leaf.dtype.name.startswith(COPIED) for leaf in jax.tree.leaves(first)):
+        stack: Any = jax.tree.map(lambda x: np.empty((weight.experts, *x.shape), x.dtype), first)
+        for number, part in enumerate(chain([first], matrices)):
+            for all_of_them, one in zip(jax.tree.leaves(stack), jax.tree.leaves(part), strict=True):
+                all_of_them[number] = one
+        return stack if isinstance(first, np.ndarray) else jax.tree.map(jnp.asarray, stack)
+    stack = jax.tree.map(lambda x: jnp.zeros((weight.experts, *x.shape), x.dtype), first)
     for number, part in enumerate(chain([first], matrices)):
-        if isinstance(part, np.ndarray):
-            stack[number] = part
-        else:
-            stack = _set_expert(stack, part, number)
+        stack = _set_expert(stack, part, number)
     return stack
 
 
