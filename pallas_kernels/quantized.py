@@ -177,7 +177,8 @@ def fit_grid(
 ) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
     """The scale of a group with these extremes, and its offset in steps."""
     # An offset is rounded down by less than one of its steps.
-    scale = jnp.maximum((high - low) / (2**bits - 1 - 1 / FINE), jnp.maximum(-low, high) * (FINE / MOST_OFFSET))
+    steps = jnp.full_like(low, 2**bits - 1 - 1 / FINE)
+    scale = jnp.maximum(divide(high - low, steps), jnp.maximum(-low, high) * (FINE / MOST_OFFSET))
     scale = jnp.maximum(_rounded_up(scale), TINY)
     return scale, jnp.floor(divide(low, scale) * FINE)
 
