@@ -27,6 +27,7 @@ from filelock import FileLock
 import duo_jax
 from duo_jax import KVCache, Model, certified, make_mesh
 from duo_jax.cache import store
+from duo_jax.cache.spec import CacheSpec
 from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.certify import certify_for, requests_of
 from duo_jax.cli.devices import DeviceOptions
@@ -675,18 +676,21 @@ def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotation
     assert {*map(key_of, certified.training(tiny.config))} == {*traced}
 
 
-def test_short_chunks_over_a_quantized_cache_are_asked_for_too(half, monkeypatch, annotations_off):
+@pytest.mark.parametrize("page_size", [None, 128])
+def test_short_chunks_over_a_quantized_cache_are_asked_for_too(half, monkeypatch, annotations_off, page_size):
     """Where kernels read packed keys for them: with data types of 16 bits."""
     traced = []
     monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
     model = Model.random(replace(TINY, dtype="bfloat16", head_dim=16), seed=1)
     one, last = jnp.ones(1, jnp.int32), jnp.zeros((1, TINY.embed_dim), jnp.bfloat16)
-    cache = KVCache.init(model.config, half, 1, 400, dtype="int4")
+    precision = replace(model.config.precision(), kv_dtype="int4")
+    cache = CacheSpec(model.config, half, 1, 400, precision, page_size=page_size).abstract()
     for tokens in (2, 300):
         chunk = jnp.ones((1, tokens), jnp.int32)
         jax.eval_shape(partial(infer.extend, backend=None), model, chunk, cache, tokens * one, last)
     jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
-    requests = certified.inference(model.config, half, kv_dtype="int4")
+    is_paged = page_size is not None
+    requests = certified.inference(model.config, half, kv_dtype="int4", is_paged=is_paged)
     assert {*map(key_of, requests)} == {*traced}
     assert [request.is_short for request in requests] == [False, False, True, False]
     # Where nothing is quantized, a short chunk is nothing else.
