@@ -110,7 +110,8 @@ class ModelDevice:
         for number, page in enumerate(self._table[row][: -(-length // size)].tolist() if len(full.k) else ()):
             keys = jax.tree.map(functools.partial(page_of, number), full)
             self._rows = self._programs.load_page(self._rows, page, keys)
-        last = np.zeros((1, self._model.config.embed_dim), self._model.dtype)  # A prompt goes on by at least a token.
+        # Never read: a prompt that continues a prefix has at least one more token.
+        last = np.zeros((1, self._model.config.embed_dim), self._model.dtype)
         snapshot = Snapshot(saved.rings, jnp.asarray([length], jnp.int32), jnp.asarray(last))
         self._rows = self._programs.restore(self._rows, row, snapshot)
 

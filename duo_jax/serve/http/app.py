@@ -126,7 +126,7 @@ class Api:
     async def _health(self, request: Request) -> Response:
         if self._engine.is_open:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": self._engine.failure or "shutting down"}, 503)
+        return JSONResponse({"status": self._engine.failure or "shutting down"}, 503, RETRY)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._measurements.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
