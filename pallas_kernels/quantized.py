@@ -176,9 +176,8 @@ def fit_grid(
     low: Float[Array, "*groups"], high: Float[Array, "*groups"], bits: int, *, divide: Callable[..., Array] = jnp.divide
 ) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
     """The scale of a group with these extremes, and its offset in steps."""
-    # An offset is rounded down by less than one of its steps.
-    steps = jnp.full_like(low, 2**bits - 1 - 1 / FINE)
-    scale = jnp.maximum(divide(high - low, steps), jnp.maximum(-low, high) * (FINE / MOST_OFFSET))
+    # An offset is rounded down by less than one of its steps. A product, since XLA divides by a constant in two ways.
+    scale = jnp.maximum((high - low) * (1 / (2**bits - 1 - 1 / FINE)), jnp.maximum(-low, high) * (FINE / MOST_OFFSET))
     scale = jnp.maximum(_rounded_up(scale), TINY)
     return scale, jnp.floor(divide(low, scale) * FINE)
 

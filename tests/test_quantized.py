@@ -131,6 +131,15 @@ def test_the_largest_of_several_biases_come_first():
     assert (order[0, 64], order[1, 0], order[1, 64]) == (67, 36, 100)
 
 
+@BITS
+def test_compiled_or_not_the_grid_is_the_same(bits):
+    # XLA divides by a constant exactly, or multiplies by its inverse: it matters where bfloat16 represents the scale.
+    steps = 2**bits - 1 - 1 / FINE
+    rows = jnp.asarray(np.random.default_rng(5).integers(-99, 100, (1000, 64)) * steps, F32)
+    compiled = jax.jit(quantize, static_argnums=(1, 2))(rows, bits, 2)
+    np.testing.assert_array_equal(quantize(rows, bits, 2).grid, compiled.grid)
+
+
 def test_rows_that_fill_no_whole_word_are_refused():
     with pytest.raises(ValueError, match="int4 needs a head dim that is a multiple of 4, got 10"):
         empty((1, 1, 1, 10), "int4")

@@ -237,7 +237,6 @@ def test_clients_that_come_at_the_same_time_all_get_an_answer(start, lm):
     assert backlog == min(int(Path("/proc/sys/net/core/somaxconn").read_text()), server_module.BACKLOG)
     answers = burst(server.port, 150, 20, 30)
     check_burst(answers, 40)
-    assert any(answer.startswith(b"HTTP/1.1 429") for answer in answers)
     check_answers(server, lm)
 
 
