@@ -358,6 +358,9 @@ def test_more_requests_than_may_wait_are_refused(server, client):
     handles = [client.completions.create(model="tiny", prompt=[5], max_tokens=2, stream=True) for _ in range(1)]
     with pytest.raises(openai.RateLimitError, match="requests are waiting: try again later"):
         handles += [client.completions.create(model="tiny", prompt=[6], max_tokens=2, stream=True) for _ in range(20)]
+    # The body is not even parsed.
+    refused = server.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     server.device.go.set()
     for handle in handles:
         assert [chunk.choices[0].finish_reason for chunk in handle][-1] == "length"

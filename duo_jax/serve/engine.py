@@ -192,6 +192,19 @@ class Engine:
         """Whether requests are accepted."""
         return not self._is_closing and not self._failure
 
+    def check_accepts(self) -> None:
+        """Raise at once what `submit` would raise for any request.
+
+        Takes no lock, so that refusals do not wait for the engine: whoever is not refused may still be by `submit`.
+
+        Raises:
+            QueueFullError: too many requests are waiting.
+            ClosedError: the engine was closed, or its device failed.
+        """
+        if not self.is_open:
+            raise ClosedError(self._failure or CLOSING)
+        self._scheduler.check_queue()
+
     def submit(self, request: Request, listener: Listener | None = None) -> Handle:
         """Let a request wait for its turn.
 

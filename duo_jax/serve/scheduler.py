@@ -262,6 +262,11 @@ class Scheduler:
                 "tokens; shorten the prompt, or ask for fewer tokens"
             )
 
+    def check_queue(self, count: int = 1) -> None:
+        """Raise QueueFullError if so many more jobs may not wait."""
+        if (waiting := len(self._waiting)) + count > self.sizes.queue + self._rows.count(None):
+            raise QueueFullError(f"{waiting} requests are waiting: try again later")
+
     def add(self, *jobs: Job) -> None:
         """Let jobs wait, after all others.
 
@@ -271,8 +276,7 @@ class Scheduler:
         """
         for job in jobs:
             self.check(job.tokens, job.most)
-        if len(self._waiting) + len(jobs) > self.sizes.queue + self._rows.count(None):
-            raise QueueFullError(f"{len(self._waiting)} requests are waiting: try again later")
+        self.check_queue(len(jobs))
         for job in jobs:
             job.number, self._count = self._count, self._count + 1
             self._waiting.append(job)

@@ -3,8 +3,8 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -176,6 +176,8 @@ class Api:
         content = bytearray()
         try:
             await self._receive(request, content)
+            with _engine_refusals():  # Before the body is parsed: a full server can refuse thousands of clients.
+                self._engine.check_accepts()
             body = await run_in_threadpool(read_body, bytes(content), kind)
         except TimeoutError:
             message = f"the body did not arrive within {self._limits.body_seconds:g} seconds"
@@ -209,11 +211,8 @@ class Api:
         try:
             prompts = await run_in_threadpool(encode)
             requests = [body.request(prompt, self._lm.sampling) for prompt in prompts]
-            running = _Running(self._engine, requests)
-        except QueueFullError as error:
-            raise _Refusal(429, str(error), "rate_limit_error", code="queue_full") from None
-        except ClosedError as error:
-            raise _Refusal(503, str(error), "server_error") from None
+            with _engine_refusals():
+                running = _Running(self._engine, requests)
         except ValueError as error:
             raise _Refusal(400, str(error), "invalid_request_error") from None
         replies = requests[0].n
@@ -317,6 +316,17 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._running.cancel()
+
+
+@contextmanager
+def _engine_refusals() -> Iterator[None]:
+    """Requests that the engine does not take, as answers."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise _Refusal(429, str(error), "rate_limit_error", code="queue_full") from None
+    except ClosedError as error:
+        raise _Refusal(503, str(error), "server_error") from None
 
 
 async def _disconnected(request: Request) -> None:
