@@ -66,7 +66,7 @@ def shown(lm, messages: list[tuple[str, str]], seed: int, count: int) -> str:
 def test_a_conversation_about_a_document(page, lm, running):
     page.get_by_label("Document", exact=True).fill("The sky is blue today.")
     page.get_by_text("Settings").click()
-    page.get_by_label("Most tokens").fill("6")
+    page.get_by_label("Max tokens").fill("6")
     page.get_by_label("Seed").fill("3")
     document = ("system", "The sky is blue today.")
     say(page, "Why?")
@@ -92,7 +92,7 @@ def test_a_conversation_about_a_document(page, lm, running):
 def test_a_reply_is_stopped_by_a_key(page, running):
     running.device.go.clear()
     page.get_by_text("Settings").click()
-    page.get_by_label("Most tokens").fill("60")
+    page.get_by_label("Max tokens").fill("60")
     say(page, "Go")
     page.get_by_role("button", name="Stop").wait_for()
     page.keyboard.press("Escape")
@@ -101,7 +101,7 @@ def test_a_reply_is_stopped_by_a_key(page, running):
     running.wait_until(running=0)
     assert running.engine.metrics().finished["cancelled"] == 1
     say(page, "Again")
-    page.get_by_text("cut at the most tokens").wait_for()
+    page.get_by_text("stopped at max tokens").wait_for()
 
 
 def test_text_of_a_model_is_shown_and_not_run(page):
@@ -122,16 +122,40 @@ def test_a_server_with_a_key_asks_for_it(browser, lm):
     page.get_by_text("the server does not answer").wait_for()
 
 
+def luminance(colour: str) -> float:
+    """Of `#rrggbb`, as WCAG 2 defines it."""
+    parts = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def check_contrast(page) -> None:
+    """Text has 4.5 to 1 and the edges of controls have 3 to 1, as WCAG 2 asks for."""
+    names = {"ink": 4.5, "quiet": 4.5, "link": 4.5, "alarm": 4.5, "edge": 3, "paper": 1, "tint": 1}
+    style = "getComputedStyle(document.documentElement).getPropertyValue('--{}').trim()"
+    levels = {name: luminance(page.evaluate(style.format(name))) for name in names}
+    for ground in ("paper", "tint"):
+        for name, least in names.items():
+            dark, light = sorted((levels[name], levels[ground]))
+            assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_fits_the_window(browser, running, scheme, width):
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.goto(running.url)
     page.get_by_text("tiny", exact=True).wait_for()
+    check_contrast(page)
     say(page, "word " * 20 + "x" * 20)
     page.get_by_text("do not fit").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # What was wrong and the question, ready to be shortened, are in view.
+    log, facts, question = (page.locator(name).bounding_box() for name in ("#log", ".facts.alarm", "#question"))
+    assert facts["y"] + facts["height"] <= log["y"] + log["height"] and question["y"] + question["height"] < 800
+    assert question["height"] > (60 if width < 1000 else 40)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
     assert dark == (scheme == "dark")
     page.get_by_label("Switch between light and dark").click()
+    check_contrast(page)
     assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)") != dark
