@@ -23,7 +23,12 @@ from tests.text_models import Result, assert_refused
         (("--chunk", "100"), ("a chunk is whole pages, got 100 tokens for pages of 128: use a multiple",)),
         (("--port", "65536"), ("--port must be at most 65535",)),
         (("--api-key", ""), ("--api-key must be printable ASCII characters, and not empty",)),
-        (("--max-body", "many"), ("must be a number above 0 and a unit",)),
+        (("--host", ""), ("--host must be an address",)),
+        (
+            ("--host", "192.0.2.1"),
+            ("cannot listen on 192.0.2.1:0 (Cannot assign requested address): choose another --host",),
+        ),
+        (("--max-body", "many"), ("--max-body must be a number above 0 and a unit",)),
         (("--prefix", "missing"), ("missing is not a folder with a saved cache",)),
         (("--pattern", "p", "--kv-budget", "0.5"), ("give --max-context too",)),
     ],
@@ -37,7 +42,14 @@ def test_a_port_that_is_taken_is_refused(text_model: Path, duo: Callable[..., Re
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         result = duo("serve", "--model", text_model, "--memory", "50MB", "--max-context", 64, "--port", port)
-    assert_refused(result, f"cannot listen on 127.0.0.1:{port}", "choose another --port")
+    assert_refused(result, f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another --port")
+
+
+def test_a_key_of_the_environment_is_called_by_its_name(
+    text_model: Path, duo: Callable[..., Result], monkeypatch
+) -> None:
+    monkeypatch.setenv("DUO_API_KEY", "")
+    assert_refused(duo("serve", "--model", text_model, "--port", 0), "DUO_API_KEY must be printable ASCII")
 
 
 @pytest.mark.process

@@ -175,8 +175,8 @@ def _memory_here() -> int:
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_bytes(text: str) -> int:
-    """A size such as 80GB (80e9 bytes), 79.1GiB or a number of bytes.
+def parse_bytes(text: str, name: str = "memory") -> int:
+    """A size such as 80GB (80e9 bytes), 79.1GiB or a number of bytes; `name` is the argument's, for the message.
 
     Raises:
         ValueError: anything else.
@@ -186,7 +186,7 @@ def parse_bytes(text: str) -> int:
     if match is not None and match.group(2).upper() in UNITS:
         size = float(match.group(1)) * UNITS[match.group(2).upper()]
     if not 1 <= size < MOST_BYTES:
-        raise ArgumentError("memory", f"must be a number above 0 and a unit, such as 80GB or 79.1GiB, got {text!r:.60}")
+        raise ArgumentError(name, f"must be a number above 0 and a unit, such as 80GB or 79.1GiB, got {text!r:.60}")
     return int(size)
 
 

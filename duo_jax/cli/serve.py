@@ -89,12 +89,15 @@ class Serve:
         whole_number("port", self.port, 0, 65535)
         for flag in ("timeout", "grace"):
             real_number(flag, getattr(self, flag), 0, 1e9)
+        if not self.host:
+            raise ArgumentError("host", "must be an address, such as 127.0.0.1; all of this machine are 0.0.0.0")
         key = self.api_key if self.api_key is not None else os.environ.get("DUO_API_KEY")
         if key is not None and not (key and key.isascii() and key.isprintable()):
-            raise ArgumentError("api_key", "must be printable ASCII characters, and not empty")
+            name = "DUO_API_KEY" if self.api_key is None else "api_key"
+            raise ArgumentError(name, "must be printable ASCII characters, and not empty")
         if self.pattern.kv_budget is not None and self.max_context is None:
             raise ValueError("--kv-budget is a fraction of the tokens of a request: give --max-context too")
-        limits = Limits(body_bytes=parse_bytes(self.max_body), seconds=self.timeout)
+        limits = Limits(body_bytes=parse_bytes(self.max_body, "max_body"), seconds=self.timeout)
         pattern = self.pattern.load(self.max_context or 1)
         chunk = self.chunk or (GPU_CHUNK_SIZE if may_have_gpu() else CHUNK_SIZE)
         plan = replace(self.model.plan(pattern, chunk, self.devices.size), kv_dtype=self.kv.kv_dtype)

@@ -1,6 +1,7 @@
 """The server: uvicorn around the application, and an engine that ends with it."""
 
 import asyncio
+import errno
 import resource
 import socket
 from collections.abc import Callable
@@ -150,4 +151,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port") from None
+        reason = str(error.strerror or error).partition(" (while")[0]  # Python adds the address.
+        way = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise OSError(f"cannot listen on {host}:{port} ({reason}): choose another --{way}") from None
