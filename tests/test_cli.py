@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 import duo_jax
 from duo_jax import HeadPattern, published_patterns
+from duo_jax.cli import _status
 from duo_jax.cli.generate import _summary
 from duo_jax.generation.chunks import cache_room
 from tests.text_models import Result, assert_refused
@@ -194,6 +196,19 @@ def test_a_shell_pipes_a_prompt_and_an_interrupt_ends_it_with_130(model: Path) -
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert b"duo generate: interrupted" in err and b"Traceback" not in err
+
+
+def test_an_interrupt_that_becomes_another_error_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def load_extension() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ImportError("an error while initializing the extension") from None
+
+    assert _status("duo serve", load_extension) == 130
+    assert capsys.readouterr().err == "\nduo serve: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_closed_pipe_is_no_error(model: Path) -> None:

@@ -11,11 +11,14 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from duo_jax.extras import missing_package, needed, packages_of, require
@@ -105,7 +108,8 @@ def _status(label: str, work: Callable[[], None]) -> int:
         return 2
     try:
         try:
-            work()
+            with _interrupts():
+                work()
         except SystemExit as done:  # Of tyro, after a help text or for a wrong flag.
             sys.stdout.flush()
             return done.code if isinstance(done.code, int) else int(done.code is not None)
@@ -128,6 +132,31 @@ def _status(label: str, work: Callable[[], None]) -> int:
         except (OSError, ValueError):
             # The interpreter would fail at the same output again, with another exit code.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt after Ctrl-C, also if an extension that is being imported makes another error of it."""
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _reason(error: Exception) -> str | None:
