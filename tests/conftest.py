@@ -34,7 +34,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Most tests compile much and compute little: without LLVM's optimizations they take three quarters of the time, and
 # half with the older emitters of loops, which jaxlib has before 0.11. Processes that tests start inherit the flags.
 # An empty XLA_FLAGS leaves the optimizations on, for tests of the real model.
-FLAGS = ["--xla_backend_optimization_level=0"]
+# One thread compiles a program: each worker has a core, and parts that several compile cost a tenth more.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
