@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Heads, Pools, TokenShards, Window, append_token, ops
-from pallas_kernels.quantized import Quantized, empty, read, store
+from pallas_kernels.quantized import Quantized, empty
 from pallas_kernels.types import Backend
+from tests.stored import read, store
 
 WINDOW = Window(3, 7)
 # Tokens at the first entry, in the sinks, after wraps of the ring; a row that is not active, and one without room.

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 import pallas_kernels
 from pallas_kernels import Heads, Pools, Unsupported, cudnn, ops, tiles, xla
 from pallas_kernels.gpus import find_gpu, tracing_for
-from pallas_kernels.quantized import BITS, Quantized, Stored, empty, hadamard, read, store
+from pallas_kernels.quantized import BITS, Quantized, Stored, empty
 from pallas_kernels.segments import segments_of
 from pallas_kernels.tiles import DecodeTiles, FlashTiles, trying
 from pallas_kernels.window import Window
 from tests.shapes import ON_CPU, on_each_backend
+from tests.stored import hadamard, read, store
 
 SMALL_BLOCKS = {"Q_BLOCK": 4, "K_BLOCK": 8, "STREAMING_Q_BLOCK": 3}
 SMALL_TILES = {
@@ -367,9 +368,10 @@ def test_a_ring_holds_the_sinks_and_the_newest_tokens(sink_size, recent_size, le
     for position in range(length):
         index = position if position < sink_size else sink_size + (position - sink_size) % recent_size
         ring[index] = position
-    index = window.index(jnp.arange(60)).tolist()
+    # One program for each window, not for each operation.
+    of_length = jax.jit(lambda length: (window.index(jnp.arange(60)), window.positions(length)))
+    index, found = of_length(np.array([length], np.int32))
     assert all(index[position] == at for at, position in enumerate(ring) if position >= 0)
-    found = window.positions(jnp.full((1,), length, jnp.int32))
     assert found.tolist() == [ring]
     newest = range(max(0, length - recent_size), length)
     assert sorted(p for p in ring if p >= 0) == sorted({*range(min(sink_size, length)), *newest})

@@ -37,8 +37,9 @@ from duo_jax.generation.generation import prepare
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels import Heads, Pools, TokenShards, Window, decode_attention, prefill_attention
-from pallas_kernels.quantized import empty, read, store
+from pallas_kernels.quantized import empty
 from tests.shapes import FAMILIES, GOLDEN, TINY
+from tests.stored import read, store
 from tests.test_generate import programs_by_phase
 from tests.test_train import ATTENTION, DATA, RECIPE
 from tests.text_models import make_model

@@ -16,9 +16,10 @@ from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attenti
 from pallas_kernels.certify import cases
 from pallas_kernels.mosaic import pipeline
 from pallas_kernels.ops import find_backend
-from pallas_kernels.quantized import Quantized, empty, store
+from pallas_kernels.quantized import Quantized, empty
 from pallas_kernels.segments import segments_of
 from pallas_kernels.tiles import DecodeTiles, trying
+from tests.stored import store
 
 WINDOW = Window(16, 64)
 INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call"
