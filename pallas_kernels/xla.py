@@ -1,7 +1,8 @@
 """Blocked attention in plain XLA: memory linear in T and S, work proportional to the visible key blocks.
 
-The production path on CPU and the fallback anywhere. A layer's heads run one after the other, retrieval heads first, so
-that the head table stays data: two loops with trip counts read from it, and no branch to compile per pattern.
+The production path on CPU and the fallback anywhere. A layer's heads run one after the other, and each takes the branch
+of its type, so that the head table stays data. (A loop for each type is no substitute: of one KV head, all that it
+computes is the same in each step, and XLA moves that before the loop, where it runs even if the loop never does.)
 """
 
 from collections.abc import Callable
@@ -181,21 +182,14 @@ def _over_heads(
     out: Partial,
 ) -> Partial:
     """Fill arrays `out [K ...]`, each KV head by the function of its type."""
-    order, num_retrieval = heads.by_type()
+    functions = [f for f, pool in ((streaming, pools.ring_k), (retrieval, pools.full_k)) if pool.shape[0]]
 
-    def run(function: Callable[[Array], Partial]) -> Callable[[Array, Partial], Partial]:
-        def one_head(i: Array, out: Partial) -> Partial:
-            return jax.tree.map(
-                lambda x, new: lax.dynamic_update_index_in_dim(x, new, order[i], 0), out, function(order[i])
-            )
+    def one_head(i: Array, out: Partial) -> Partial:
+        # With one type of head only, the index of the other function is clipped.
+        new = lax.switch(heads.is_retrieval[i].astype(jnp.int32), functions, i)
+        return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0), out, new)
 
-        return one_head
-
-    if pools.full_k.shape[0]:
-        out = lax.fori_loop(jnp.int32(0), num_retrieval, run(retrieval), out)
-    if pools.ring_k.shape[0]:
-        out = lax.fori_loop(num_retrieval, jnp.int32(order.shape[0]), run(streaming), out)
-    return out
+    return lax.fori_loop(jnp.int32(0), jnp.int32(heads.slot.shape[0]), one_head, out)
 
 
 def _blank(q: Float[Array, "*B H"], dtype: jnp.dtype) -> Partial:

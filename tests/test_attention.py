@@ -305,6 +305,21 @@ def test_blocks_beyond_the_filled_ones_are_never_read(operation, monkeypatch):
     assert [loads.count(size) for size in (61, 48)] == ([2, 1] if operation == "prefill" else [4, 4])
 
 
+@pytest.mark.parametrize("operation", CALLS)
+def test_one_kv_head_costs_the_work_of_its_own_type_only(operation):
+    """What a loop over one head computes does not depend on its step, and XLA may move it to where it always runs."""
+    case = Case((True,), tokens=8)
+    problem = Problem(case)
+    pools = Pools(*(jnp.zeros((2, 3, size, case.head_dim)) for size in (4096, 4096, 24, 24)))
+    q, k, v = (jnp.asarray(x[:, :8]) for x in (problem.q, problem.k, problem.v))
+    start, heads = jnp.asarray(problem.starts), Heads(jnp.ones(1, bool), jnp.zeros(1, jnp.int32))
+    arguments = (q, k, v, pools, heads) if operation == "prefill" else (q[:, 0], pools, heads)
+    lengths = {"start": start, "lengths": start} if operation == "prefill" else {"lengths": start}
+    run = jax.jit(functools.partial(CALLS[operation], window=Window(8, 16), backend="xla"))
+    text = run.lower(*arguments, **lengths).compile().as_text()
+    assert " while(" not in text[text.index("\nENTRY") :]
+
+
 @pytest.mark.parametrize("name", ["gqa_2_one_row", "int8_cache", "default_blocks"])
 def test_rows_are_read_together_where_steps_of_a_loop_are_slow(name):
     """Decode as it is compiled for a GPU, in which all rows take the steps of the longest one."""
