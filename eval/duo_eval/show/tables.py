@@ -35,7 +35,6 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "bench": ("cpu/bench.json", bench_table),
     "gemma": ("cpu/gemma.json", efficiency_table),
-    "gemma, 16k": ("cpu/gemma-16k.json", efficiency_table),
     "recall": ("cpu/recall.jsonl", recall_table),
     "recall details": ("cpu/recall.jsonl", recall_details),
     "windows": ("cpu/windows.jsonl", recall_table),
