@@ -31,7 +31,7 @@ INTERNAL = {
         "is_retrieval", "order", "pages", "pools_of", "ring_of_layer", "rings", "shards", "slot", "window", "windows",
     },
     "LM": {"complete", "encode", "encode_chat", "ends", "make_cache", "request"},
-    "Model": {"from_decoder", "graphdef", "order", "params"},
+    "Model": {"by_output", "from_decoder", "graphdef", "is_plain", "order", "params"},
     "ModelConfig": {"precision"},
     "Plan": {"cache", "check", "head_pattern"},
     "TextStream": {"finish"},

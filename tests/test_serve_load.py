@@ -20,7 +20,7 @@ from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.serve import programs
 from duo_jax.serve.engine import Engine
-from duo_jax.serve.model_device import ModelDevice, page_bytes, ring_bytes
+from duo_jax.serve.model_device import GROUP, ModelDevice, page_bytes, ring_bytes
 from duo_jax.serve.programs import Programs, Rows
 from duo_jax.serve.requests import Event, FinishEvent, Request, TokenEvent
 from duo_jax.serve.scheduler import Sizes
@@ -68,7 +68,8 @@ class Served:
 @pytest.fixture(scope="module")
 def served(text_model: Path) -> Served:
     pattern = HeadPattern.load(text_model / "pattern", sparsity=0.5, sink_size=3, recent_size=12)
-    return Served(load_model(text_model), load_tokenizer(text_model), pattern)
+    # As `duo serve` stores it; an engine copies one that is stored in another way.
+    return Served(load_model(text_model).by_output(donate=True), load_tokenizer(text_model), pattern)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def compiled_temporaries(server: Programs, model: Model, rows: Rows) -> int:
     """Bytes that the largest program takes besides its arguments and results."""
     number, none = np.int32(0), np.full(len(rows.token), -1, np.int32)
     lowered = [
-        programs._step.lower(server, model, rows, np.arange(len(none), dtype=np.int32), none < 0, none),
+        programs._step.lower(server, model, rows, none < 0, none),
         programs._prefill.lower(server, model, rows, number, np.zeros(server.chunk, np.int32), number),
         programs._first.lower(server, model, rows, number, number),
     ]
@@ -242,7 +243,7 @@ def test_programs_need_no_more_than_was_planned(fresh_programs, rows):
     config = ModelConfig("llama", vocab_size=49152, embed_dim=576, mlp_dim=1536, dtype="float32", eos_ids=(2,), **shape)
     plan, memory = Plan(config, any_pattern(config, 0.5), chunk_size=256), 10**9
     sizes, spec = plan_sizes(plan, memory, rows=rows)
-    model, server = Model.random(config), Programs(256)
+    model, server = Model.random(config).by_output(donate=True), Programs(256, group=GROUP)
     kept = server.rows(model, replace(spec, num_pages=4))
     besides = compiled_temporaries(server, model, kept)
     assert besides <= temporaries(plan, rows, 8192)
@@ -287,7 +288,7 @@ def test_memory_stays_within_what_was_given(served):
 @pytest.mark.full_matrix
 def test_memory_stays_within_what_was_given_under_more_load(served, fresh_programs):
     besides = check_memory_under_load(served, 60)
-    server = Programs(16)
+    server = Programs(16, group=GROUP)
     rows = server.rows(served.model, replace(served.spec(SIZES), num_pages=4))
     assert compiled_temporaries(server, served.model, rows) <= besides
 

@@ -21,7 +21,7 @@ from duo_jax.serve.programs import Programs, with_pages
 from tests.shapes import TINY
 
 ROWS, PAGE, CHUNK, NEW = 4, 8, 16, 8
-PROGRAMS = Programs(CHUNK, top=3, narrow=2)
+PROGRAMS = Programs(CHUNK, top=3, group=2)
 PROMPT = np.random.default_rng(0).integers(0, 61, 43)
 OTHER = np.random.default_rng(1).integers(0, 61, 29)
 SAMPLED = SamplingSettings(0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
@@ -215,11 +215,9 @@ def test_the_programs_are_compiled_before_the_first_request(tiny, half, caplog, 
     model = tiny if mesh is None else place_model(tiny, make_mesh(tensor=2), half)
     server = Server(model, half, num_pages=27)  # A pool of a size that no other test has.
     assert list(PROGRAMS.compile(model, server.rows)) == [
-        *("admit", "prefill", "first", "step", "step of 2 rows", "snapshot", "restore", "copy_page")
+        *("admit", "prefill", "first", "step", "snapshot", "restore", "copy_page")
     ]
     with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
-        is_exact, server.rows = PROGRAMS.is_exact(model, server.rows)
-        assert is_exact
         server.ask(0, PROMPT, seed=9)
         server.rows = PROGRAMS.restore(server.rows, 1, PROGRAMS.snapshot(server.rows, 0))
         server.rows = PROGRAMS.copy_page(server.rows, 1, 2)
@@ -236,7 +234,7 @@ def test_no_program_copies_the_pool(tiny, half, fresh_programs):
     row, token = np.int32(0), np.full(ROWS, -1, np.int32)
     lowered = {
         "prefill": device._prefill.lower(PROGRAMS, tiny, rows, row, np.zeros(CHUNK, np.int32), row),
-        "step": device._step.lower(PROGRAMS, tiny, rows, np.arange(ROWS, dtype=np.int32), np.ones(ROWS, bool), token),
+        "step": device._step.lower(PROGRAMS, tiny, rows, np.ones(ROWS, bool), token),
         "restore": device._restore.lower(rows, row, PROGRAMS.snapshot(rows, 0)),
         "copy_page": device._copy_page.lower(rows, row, row),
     }

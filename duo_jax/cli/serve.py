@@ -83,6 +83,7 @@ class Serve:
         """Check the flags, load, compile, and serve until interrupted."""
         from duo_jax.serve.http.app import Limits, make_app
         from duo_jax.serve.http.server import Server, listen, most_connections
+        from duo_jax.serve.model_device import in_groups
         from duo_jax.serve.sizing import plan_sizes
         from duo_jax.serve.start import keep_prefix, prefix_tokens, start_engine
 
@@ -117,6 +118,8 @@ class Serve:
         tokenizer = self.model.text_tokenizer()
         template.start(tokenizer)
         model = self.model.load(mesh=self.devices.make(), pattern=pattern)
+        if in_groups(model):  # Before the engine does, which would copy the weights.
+            model = model.by_output(donate=True)
         lm = LM(model, tokenizer, pattern, self.kv.kv_dtype, self.model.sampling())
         name = self.name or Path(self.model.model).name
         engine = start_engine(lm, sizes, spec, lambda program: show_status(f"compiling {program}"))

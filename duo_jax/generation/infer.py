@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from jaxtyping import Array, Bool, Float, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32
 from numpy.typing import ArrayLike
 
 from duo_jax.cache.cache import KVCache
@@ -21,6 +21,7 @@ from duo_jax.generation.chunks import chunk_width, chunks, pad_columns
 from duo_jax.mesh.attend import on_devices
 from duo_jax.mesh.mesh import constrain
 from duo_jax.model.model import Model
+from duo_jax.model.row_groups import ByRow, at_once
 from pallas_kernels import decode_attention, prefill_attention
 from pallas_kernels.window import consecutive
 
@@ -296,27 +297,37 @@ def _score_chunk(
 
 def step(
     model: Model,
-    token: Int32[Array, "A"],
+    token: Int32[Array, "B"],
     cache: KVCache,
     active: Bool[Array, "B"],
     backend: str | None,
-    rows: Int32[Array, "A"] | None = None,
-) -> tuple[Float[Array, "A V"], KVCache]:
-    """Append one token to the active rows; return the logits after it and the cache.
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Append one token to the active rows; return the logits after it and the cache."""
+    hidden, cache, is_overfull = append(model, token, cache, active, backend)
+    return after(model, hidden, is_overfull), cache
 
-    The decoder computes only `rows`, all different, with the active ones among them; None: all rows of the cache.
+
+def append(
+    model: Model,
+    token: Int32[Array, "B"],
+    cache: KVCache,
+    active: Bool[Array, "B"],
+    backend: str | None,
+    by_row: ByRow = at_once,
+) -> tuple[Float[Array, "B D"], KVCache, Bool[Array, "B"]]:
+    """Append one token to the active rows, computed through `by_row`.
+
+    Returns:
+        Its hidden state, the cache, and the rows that did not fit, from which `after` computes logits.
     """
     lengths = cache.length + active.astype(jnp.int32)
     # Attention reads nothing of a row that is not active.
     visible = jnp.where(active, lengths, 0)
-    # Attention gets all rows of the cache; those that are not computed have values of another, which nothing reads.
-    number = jnp.arange(len(active), dtype=jnp.int32)
-    place = None if rows is None else (rows[None, :] == number[:, None]).argmax(1)
 
     def attend(
         cache: KVCache, layer: int, q: Array, k: Array, v: Array, visible: Int32[Array, "B"], sinks: Array | None
     ) -> tuple[Array, KVCache]:
-        q, k, v = (_taken(x[:, 0], place) for x in (q, k, v))
+        q, k, v = (x[:, 0] for x in (q, k, v))
         cache = cache.append_token(layer, k, v, visible > 0, backend=backend)
         out = _decode_attention(
             q,
@@ -329,30 +340,30 @@ def step(
             shards=cache.shards,
             backend=backend,
         )
-        return _taken(out, rows)[:, None], cache
+        return out[:, None], cache
 
     decoder = model.decoder
     attend_on_devices = on_devices(attend, visible, decoder)
     hidden, new = decoder.hidden(
         token[:, None],
-        _taken(cache.length, rows)[:, None],
+        cache.length[:, None],
         attend_on_devices,
         cache,
         context=cache.max_length,
         caps_scores=True,
+        by_row=by_row,
     )
-    logits = head(model, hidden[:, 0])
-    return _poison(logits, _taken(cache.is_overfull(lengths), rows)), new.advance(active.astype(jnp.int32))
+    return hidden[:, 0], new.advance(active.astype(jnp.int32)), cache.is_overfull(lengths)
+
+
+def after(model: Model, hidden: Float[Array, "B D"], is_overfull: Bool[Array, "B"]) -> Float[Array, "B V"]:
+    """Logits after the tokens that `append` has appended."""
+    return _poison(head(model, hidden), is_overfull)
 
 
 def head(model: Model, last: Float[Array, "B D"]) -> Float[Array, "B V"]:
     """Logits of one hidden state per row; on a mesh, replicated on every device."""
     return constrain(model.decoder.logits(last), model.mesh)
-
-
-def _taken(x: Shaped[Array, "I *columns"], rows: Int32[Array, "J"] | None) -> Shaped[Array, "J *columns"]:
-    """These rows of an array; None: all of them."""
-    return x if rows is None else x.at[rows].get(mode="clip")
 
 
 def _after(out: Float[Array, "B T N H"], lengths: Int32[Array, "B"]) -> Int32[Array, "B"]:

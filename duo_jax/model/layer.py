@@ -16,6 +16,7 @@ from duo_jax.model.mixture import Experts
 from duo_jax.model.mlp import Mlp
 from duo_jax.model.norm import RMSNorm, rms_norm
 from duo_jax.model.rope import Angles
+from duo_jax.model.row_groups import ByRow, at_once
 
 State = TypeVar("State")
 # (state, layer, q [B T N H], k [B T K H], v [B T K H]) -> attention output [B T N H] and the new state.
@@ -54,10 +55,12 @@ class Layer(nnx.Module):
         state: State,
         layer: int,
         token_mesh: AnyMesh | None = None,
+        by_row: ByRow = at_once,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Apply to every token; `attend` mixes them. Devices of `token_mesh` share the tokens, in training."""
-        out, state = attend(state, layer, *_before_attention(self, x, angles))
-        return _after_attention(self, x, out, token_mesh), state
+        out, state = attend(state, layer, *by_row(partial(_before_attention, self), x, angles))
+        x, channels = by_row(partial(_after_attention, self), x, out)
+        return by_row(lambda x, channels: _after_channels(self, x, channels, token_mesh), x, channels), state
 
 
 # Jitted, so that they are traced and lowered once for all layers, which are alike.
@@ -70,15 +73,24 @@ def _before_attention(
     return layer.attention.project(_normed(layer.attention_norm, x), angles)
 
 
-@partial(jax.jit, static_argnums=3)
+@jax.jit
 def _after_attention(
-    layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"], token_mesh: AnyMesh | None
-) -> Float[Array, "B T D"]:
+    layer: Layer, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T C"]]:
+    """The residual stream after attention, and what the rest of the layer needs besides: channels of the MLP."""
     mixed = layer.attention.out(out.reshape(*x.shape[:2], -1))
     scale = layer.attention.config.residual_scale
     x = x + _scaled(_normed(layer.attention_post_norm, mixed), scale)
     normal = _normed(layer.mlp_norm, x)
-    y = layer.mlp(normal, token_mesh) if isinstance(layer.mlp, Experts) else layer.mlp(normal)
+    return x, normal if isinstance(layer.mlp, Experts) else layer.mlp.channels(normal)
+
+
+@partial(jax.jit, static_argnums=3)
+def _after_channels(
+    layer: Layer, x: Float[Array, "B T D"], channels: Float[Array, "B T C"], token_mesh: AnyMesh | None
+) -> Float[Array, "B T D"]:
+    y = layer.mlp(channels, token_mesh) if isinstance(layer.mlp, Experts) else layer.mlp.down(channels)
+    scale = layer.attention.config.residual_scale
     return x + _scaled(_normed(layer.mlp_post_norm, y), scale)
 
 

@@ -34,6 +34,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""
+        return self.down(self.channels(x))
+
+    def channels(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """What `down` is applied to."""
         gate_up = self.gate_up(x)
         gate, up = jnp.split(gate_up.reshape(*gate_up.shape[:-1], self.devices, -1), 2, axis=-1)
-        return self.down(gated(self.config, gate, up).reshape(*gate_up.shape[:-1], -1))
+        return gated(self.config, gate, up).reshape(*gate_up.shape[:-1], -1)

@@ -7,7 +7,7 @@ slices of all weights (FSDP), each part of the decoder is gathered when it is us
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -21,10 +21,11 @@ from duo_jax import pytree
 from duo_jax.mesh.mesh import AnyMesh, constrain
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.layer import Attend, Layer
-from duo_jax.model.linear import Embed, Linear
+from duo_jax.model.linear import Embed, Linear, by_output
 from duo_jax.model.norm import rms_norm
 from duo_jax.model.precision import AnyDtype
 from duo_jax.model.rope import Angles, rotation
+from duo_jax.model.row_groups import ByRow, at_once
 from duo_jax.model.weights import multiply
 from duo_jax.sizes import host_total, nbytes, size_text
 
@@ -40,9 +41,11 @@ class Decoder(nnx.Module):
     Attributes:
         mesh: devices that share the heads; None: the weights have the order of one device.
         sliced: devices that each have a slice of every array (FSDP).
+        is_by_output: whether linear maps are stored `[out, in]`, see `Model.by_output`.
     """
 
     sliced: AnyMesh | None = None
+    is_by_output: bool = False
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Decoder(nnx.Module):
         caps_scores: bool = False,
         rematerialize: bool = False,
         token_mesh: AnyMesh | None = None,
+        by_row: ByRow = at_once,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Final-norm hidden states of every token; `state` is threaded through `attend`, layer by layer.
 
@@ -83,7 +87,8 @@ class Decoder(nnx.Module):
         has one raises NotImplementedError.
 
         With `rematerialize`, a gradient keeps only each layer's input and computes the layer again: less memory, a
-        third more time. In training, the devices of `token_mesh` share the tokens.
+        third more time. In training, the devices of `token_mesh` share the tokens. `by_row`, such as `RowGroups.apply`,
+        computes everything but attention.
         """
         config = self.config
         if config.score_cap is not None and not caps_scores:
@@ -103,11 +108,11 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             rope = ropes[index]
             angles = None if rope is None else angles_of[rope]
-            plain = functools.partial(self._layer, layer, index, attend, token_mesh)
+            plain = functools.partial(self._layer, layer, index, attend, token_mesh, by_row)
             with jax.named_scope(f"layer_{index}"):
                 x, state = self._kept(plain, rematerialize)(x, angles, state)
                 x = constrain(x, self.mesh, "data")
-        return self.norm(x), state
+        return by_row(self.norm, x), state
 
     def _query_scale(self, positions: Int32[Array, "B T"]) -> Float[Array, "B T 1 1"] | None:
         """What queries are multiplied by at each position; None: nothing."""
@@ -125,6 +130,8 @@ class Decoder(nnx.Module):
             weight = stored.get_value()
             if self.config.embed_dtype is not None:
                 logits = multiply(hidden, weight, input_axis=int(tied), dtype=jnp.dtype("float32"))
+            elif self.is_by_output:
+                logits = by_output(hidden, weight, jnp.float32)
             else:
                 logits = jnp.matmul(hidden, weight.T if tied else weight, preferred_element_type=jnp.float32)
             logits = logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
@@ -152,11 +159,12 @@ class Decoder(nnx.Module):
         index: int,
         attend: Attend[State],
         token_mesh: AnyMesh | None,
+        by_row: ByRow,
         x: Array,
         angles: Angles | None,
         state: State,
     ) -> tuple[Array, State]:
-        return self.whole(layer, x)(x, angles, attend, state, index, token_mesh)
+        return self.whole(layer, x)(x, angles, attend, state, index, token_mesh, by_row)
 
     def _kept(self, layer: Callable[..., Any], rematerialize: bool) -> Callable[..., Any]:
         """A layer with what a gradient keeps of it: never gathered weights, which would be those of all layers."""
@@ -253,6 +261,33 @@ class Model:
         decoder.sliced = self.mesh if self.is_fsdp else None
         return decoder
 
+    def by_output(self, *, donate: bool = False) -> "Model":
+        """This model with linear maps stored `[out, in]`, in which a CPU multiplies a few rows faster; see `linear`.
+
+        For a model that `is_plain`. With `donate`, this one is not usable afterwards, and there is no second copy.
+        """
+        # Merged with `self.params`, the decoder would share its variables.
+        decoder = nnx.merge(self.graphdef, jax.tree.map(lambda x: x, self.params))
+        if decoder.is_by_output:
+            return self
+        decoder.is_by_output = True
+        for _, part in nnx.iter_modules(decoder):
+            if isinstance(part, Linear):
+                part.is_by_output = True
+                stored = part.kernel.get_value()
+                part.kernel.set_value(stored.T.block_until_ready())
+                if donate:
+                    stored.delete()
+        graphdef, params = nnx.split(decoder)
+        return replace(self, graphdef=graphdef, params=params)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all weights have the data type of the activations, on one device, and none are those of experts."""
+        config = self.config
+        formats = config.weight_dtype or config.embed_dtype
+        return self.mesh is None and formats is None and not any(map(config.has_experts, range(config.num_layers)))
+
     @property
     def dtype(self) -> jnp.dtype:
         """Data type of activations, and of weights that are not quantized."""
@@ -261,9 +296,13 @@ class Model:
     @property
     def fingerprint(self) -> str:
         """A cheap hash that identifies the weights: every tensor's name, shape, data type, first and last row."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest, is_by_output = hashlib.blake2b(digest_size=16), self.decoder.is_by_output
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype.name}".encode())
+            name, shape = jax.tree_util.keystr(path), leaf.shape
+            is_turned = is_by_output and "'kernel'" in name  # Hashed as if it were not.
+            digest.update(f"{name} {shape[::-1] if is_turned else shape} {leaf.dtype.name}".encode())
+            if is_turned:
+                leaf = leaf[:, jnp.array([0, -1])].T
             ends = ((end,) * max(1, leaf.ndim - 1) for end in (0, -1))
             for row in [leaf[end] for end in ends] if leaf.ndim else [leaf]:
                 digest.update(np.asarray(row).tobytes())

@@ -79,6 +79,13 @@ class Choice(NamedTuple):
     top_logprobs: Float[Array, "B n"]
     is_finite: Bool[Array, "B"]
 
+    @classmethod
+    def blank(cls, rows: int, top: int) -> "Choice":
+        """That of rows which do not choose."""
+        token, logprob = (jnp.zeros(rows, dtype) for dtype in (jnp.int32, jnp.float32))
+        best, logprobs = (jnp.zeros((rows, top), dtype) for dtype in (jnp.int32, jnp.float32))
+        return cls(token, logprob, best, logprobs, jnp.ones(rows, bool))
+
 
 class Drawn(NamedTuple):
     """What the choice of a row depends on besides its logits; it changes with every token.

@@ -22,9 +22,8 @@ from duo_jax.serve.requests import MOST_TOP, Likely
 from duo_jax.serve.scheduler import Action, Admit, Assign, Copy, Fill, First, Load, Save, Step
 from pallas_kernels.gpus import device_kind
 
-# Rows of a second decode step on a CPU, where each row costs time. A product of a single row is another program, with
-# other bits.
-NARROW = 2
+# Rows that a step computes at a time on a CPU. Two take as long as four, eight a third longer.
+GROUP = 4
 
 
 class ModelDevice:
@@ -36,10 +35,10 @@ class ModelDevice:
         Raises:
             ValueError: it does not fit into memory.
         """
-        self._model = model
-        narrow = NARROW if device_kind() == "cpu" and spec.batch_size > NARROW else None
+        is_grouped = in_groups(model)
+        self._model = model.by_output() if is_grouped else model
         top = min(MOST_TOP, model.config.vocab_size)
-        self._programs = Programs(chunk_size, top=top, backend=backend, narrow=narrow)
+        self._programs = Programs(chunk_size, top=top, backend=backend, group=GROUP if is_grouped else None)
         self._rows = self._programs.rows(model, spec)
         self._snapshots: dict[int, Snapshot] = {}
         pages = self._rows.cache.pages
@@ -53,10 +52,6 @@ class ModelDevice:
     def compile(self) -> Iterator[str]:
         """See `Device`."""
         yield from self._programs.compile(self._model, self._rows)
-        if self._programs.narrow is not None:
-            is_exact, self._rows = self._programs.is_exact(self._model, self._rows)
-            if not is_exact:
-                self._programs = replace(self._programs, narrow=None)
         _give_back()
 
     def do(self, action: Action) -> list[Chosen]:
@@ -128,6 +123,15 @@ class ModelDevice:
         if self._is_table_new:
             self._rows = with_pages(self._rows, self._table)
             self._is_table_new = False
+
+
+def in_groups(model: Model) -> bool:
+    """Whether a step computes a few rows at a time, with weights `Model.by_output`.
+
+    Elsewhere than on a CPU a step takes as long for one row as for several, and in other formats weights are converted
+    each time that they are read: once for all rows.
+    """
+    return device_kind() == "cpu" and model.is_plain and model.dtype == jnp.float32
 
 
 def page_bytes(spec: CacheSpec) -> int:

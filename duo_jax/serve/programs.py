@@ -4,9 +4,10 @@ Each is pure and jitted, donates the rows, and has one shape, so that all are co
 page table is the host's: `with_pages` replaces it between calls.
 
 What a row computes does not depend on the others. A chunk of a prompt is computed by itself, in a program of one row.
-A decode step computes all rows, whichever are active, so that a row meets the same program whatever its neighbours do;
-no operation mixes rows. Its index may matter to the last bit on some devices, never to what it sees. On a CPU, a second
-program computes two rows, where a few replies would wait for the maps of all rows; `is_exact` compares their bits.
+A decode step is one program, in which no operation mixes rows. It computes all rows at once or, on a CPU, four at a
+time, in as many groups as the active rows need. So a row meets the same arithmetic whatever its neighbours do, and a
+reply by itself does not wait for all rows. A row's place may matter to the last bit on some devices, never to what it
+sees.
 
     rows = programs.rows(spec)
     rows = programs.admit(rows, 3, seed=7, sampling=Sampling.of(settings), seen=seen)
@@ -18,7 +19,7 @@ program computes two rows, where a few replies would wait for the maps of all ro
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -35,6 +36,7 @@ from duo_jax.generation import infer
 from duo_jax.generation.token_loop import row_keys
 from duo_jax.mesh.mesh import place
 from duo_jax.model.model import Model
+from duo_jax.model.row_groups import RowGroups
 from duo_jax.serve.choice import Choice, Drawn, Sampling, choose
 
 T = TypeVar("T")
@@ -97,14 +99,13 @@ class Programs:
         chunk: tokens of a prompt that are computed at a time.
         top: most likely tokens whose log-probabilities `first` and `step` return.
         backend: attention backend; None takes the fastest one that is right on this device.
-        narrow: rows of a second decode step, used while no more are active; None: there is none.
+        group: rows that a decode step computes at a time, of those that are active; None: all.
     """
 
     chunk: int
     top: int = 20
     backend: str | None = None
-    # Not part of what is compiled.
-    narrow: int | None = field(default=None, compare=False)
+    group: int | None = None
 
     def rows(self, model: Model, spec: CacheSpec) -> Rows:
         """Rows without text, in a new cache.
@@ -188,22 +189,7 @@ class Programs:
                 passes through the same programs, and so through the same bits.
         """
         forced = np.full(len(active), -1, np.int32) if forced is None else forced
-        numbers = np.arange(len(active), dtype=np.int32)
-        if self.narrow is not None and active.sum() <= self.narrow < len(active):
-            numbers = np.argsort(~active, stable=True).astype(np.int32)[: self.narrow]
-        return _step(self, model, rows, numbers, active, forced)
-
-    def is_exact(self, model: Model, rows: Rows) -> tuple[bool, Rows]:
-        """Whether the narrow step gives the bits of the other, tried with some tokens; and the rows, not changed."""
-        none, unforced = np.zeros(len(rows.token), bool), np.full(len(rows.token), -1, np.int32)
-        token, every = rows.token, np.arange(len(none), dtype=np.int32)
-        tried = np.random.default_rng(0).integers(0, model.config.vocab_size, len(none))
-        rows = replace(rows, token=_on_devices(model, tried.astype(np.int32)))
-        few, found = every[::-1][: self.narrow], []
-        for numbers in (every, few):
-            rows, choice = _step(self, model, rows, numbers, none, unforced)
-            found.append([x[few].tobytes() for x in jax.device_get(choice)])
-        return found[0] == found[1], replace(rows, token=token)
+        return _step(self, model, rows, active, forced)
 
     def snapshot(self, rows: Rows, row: int) -> Snapshot:
         """A copy of what a row has besides its pages; the rows are not donated."""
@@ -227,7 +213,6 @@ class Programs:
         unseen = np.zeros(rows.drawn.seen.shape[1], bool)
         drawn, sampling = _drawn(0, 0, unseen, unseen.astype(np.int32)), Sampling.of()
         active, forced = np.zeros(len(rows.token), bool), np.full(len(rows.token), -1, np.int32)
-        numbers = np.arange(len(active), dtype=np.int32)
         yield "admit"
         infer.compiled(_admit, rows, row, drawn, sampling)
         yield "prefill"
@@ -235,10 +220,7 @@ class Programs:
         yield "first"
         infer.compiled(_first, self, model, rows, row, one)
         yield "step"
-        infer.compiled(_step, self, model, rows, numbers, active, forced)
-        if self.narrow is not None:
-            yield f"step of {self.narrow} rows"
-            infer.compiled(_step, self, model, rows, numbers[: self.narrow], active, forced)
+        infer.compiled(_step, self, model, rows, active, forced)
         yield "snapshot"
         infer.compiled(_snapshot, rows, row)
         yield "restore"
@@ -355,25 +337,23 @@ def _step(
     programs: Programs,
     model: Model,
     rows: Rows,
-    numbers: Int32[Array, "A"],
     active: Bool[Array, "B"],
     forced: Int32[Array, "B"],
 ) -> tuple[Rows, Choice]:
-    """Compute the rows with these numbers, all different; the active ones are among them."""
-    size, is_all = len(active), len(numbers) == len(active)
+    groups = RowGroups.of(active, programs.group or len(active))
+    hidden, cache, is_overfull = infer.append(model, rows.token, rows.cache, active, programs.backend, groups.apply)
 
-    def own(arrays: T) -> T:
-        return arrays if is_all else jax.tree.map(lambda x: x[numbers], arrays)
+    def choice_after(
+        hidden: Array, is_overfull: Array, sampling: Sampling, drawn: Drawn, active: Array, forced: Array
+    ) -> tuple[Choice, Drawn]:
+        logits = infer.after(model, hidden, is_overfull)
+        return choose(logits, sampling, drawn, active, forced, programs.top)
 
-    def put(arrays: T, new: T) -> T:
-        return new if is_all else jax.tree.map(lambda x, y: x.at[numbers].set(y), arrays, new)
-
-    token, active_rows = own(rows.token), own(active)
-    logits, cache = infer.step(model, token, rows.cache, active, programs.backend, None if is_all else numbers)
-    choice, drawn = choose(logits, own(rows.sampling), own(rows.drawn), active_rows, own(forced), programs.top)
-    token = put(rows.token, jnp.where(active_rows, choice.token, token))
-    blank = jax.tree.map(lambda x: jnp.ones((size, *x.shape[1:]), x.dtype), choice)  # finite
-    return replace(rows, cache=cache, token=token, drawn=put(rows.drawn, drawn)), put(blank, choice)
+    blank = Choice.blank(len(active), programs.top)
+    state = rows.sampling, rows.drawn, active, forced
+    choice, drawn = groups.update((blank, rows.drawn), choice_after, hidden, is_overfull, *state)
+    token = jnp.where(active, choice.token, rows.token)
+    return replace(rows, cache=cache, token=token, drawn=drawn), choice
 
 
 @program()
