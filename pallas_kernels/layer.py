@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import Heads, Pools, Window, decode_attention, gated_attention, prefill_attention
+from pallas_kernels import Heads, Pools, Window, append_token, decode_attention, gated_attention, prefill_attention
 from pallas_kernels.quantized import Stored, empty, store
 from pallas_kernels.timing import fastest
 
@@ -37,6 +37,12 @@ class Layer(NamedTuple):
         """Attention of the chunk's first query, as a decode step."""
         q = self.q[:, 0]
         return decode_attention(q, self.pools, self.heads, lengths=lengths, window=WINDOW, backend=backend)[:, None]
+
+    def append(self, *, start: Int32[Array, "B"], backend: str) -> Pools:
+        """The pools with the chunk's first token, as a decode step writes it."""
+        k, v, active = self.k[:, 0], self.v[:, 0], jnp.ones(self.k.shape[0], bool)
+        rows = {"start": start, "active": active}
+        return append_token(self.pools, self.heads, k, v, **rows, window=WINDOW, backend=backend)
 
     def gated(self, gates: Float32[Array, "K"], *, backend: str) -> Float[Array, "B T N H"]:
         """Attention of the chunk by itself, as in training."""

@@ -157,6 +157,18 @@ def test_no_kernel_spills_that_reads_pages(operation, cache):
     assert all(kernel.spill_bytes == 0 and kernel.warnings == () for kernel in kernels), kernels
 
 
+@pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
+@pytest.mark.parametrize("page_size", [None, 128])
+@pytest.mark.parametrize("cache", ["same", "int8", "int4"])
+def test_one_launch_writes_a_token_to_all_pools_in_place(cache, page_size, gpu):
+    function, shapes = program("append", "triton", cache=cache, page_size=page_size)
+    (kernel,) = kernels_on(gpu, function, *shapes)
+    assert kernel.name == "append_kernel" and kernel.spill_bytes == 0 and kernel.warnings == ()
+    pools = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes[0]))
+    found = memory_of(compile_for(gpu, function, *shapes))
+    assert found.aliased == pools and found.temporaries < 1 << 16
+
+
 @pytest.mark.parametrize("page_size", [None, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("operation", ["prefill", "decode"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,27 @@ from pallas_kernels.gpus import GPUS
 from pallas_kernels.segments import is_short
 
 # A short chunk is an operation of its own here: its kernel is another one than that of prefill.
-Operation = Literal["prefill", "short-chunk", "decode", "training"]
-OPERATIONS: tuple[Operation, ...] = ("prefill", "short-chunk", "decode", "training")
-# Tokens of a chunk: for 32 query heads and 8 KV heads, a short one is one tile of queries.
-TOKENS = {"prefill": 2048, "short-chunk": 32, "decode": 1, "training": 2048}
-# Data types of a cache that an operation is compiled with, where not with all of them: training has none.
-CACHES = {"training": ("same",), "short-chunk": ("int8", "int4")}
+Operation = Literal["prefill", "short-chunk", "decode", "append", "training"]
+
+
+class Compiled(NamedTuple):
+    """What an operation is compiled with."""
+
+    tokens: int
+    backends: tuple[str, ...] = ("triton", "mosaic")
+    """Those with a kernel of their own."""
+    caches: tuple[str, ...] = ("same", "int8", "int4")
+    """Data types of a cache."""
+
+
+OPERATIONS: dict[Operation, Compiled] = {
+    "prefill": Compiled(2048),
+    # For 32 query heads and 8 KV heads, one tile of queries.
+    "short-chunk": Compiled(32, backends=("triton",), caches=("int8", "int4")),
+    "decode": Compiled(1),
+    "append": Compiled(1, backends=("triton",)),
+    "training": Compiled(2048, backends=("triton",), caches=("same",)),
+}
 # What is compiled in one case.
 CASE = ("backend", "gpu", "dtype", "head_dim", "operation", "cache")
 # Instructions of a loop, in the order of the table.
@@ -53,7 +68,7 @@ class Kernels:
     """Data types of queries, keys and values."""
     caches: tuple[Literal["same", "int8", "int4"], ...] = ("same", "int8", "int4")
     """Data types of retrieval heads' cached keys and values; same: the data type of the queries."""
-    operations: tuple[Operation, ...] = OPERATIONS
+    operations: tuple[Operation, ...] = tuple(OPERATIONS)
     """Operations; of others, the file keeps what it has."""
     out: Path | None = None
     """File to write."""
@@ -81,12 +96,11 @@ class Kernels:
         failed = []
         with record.writing() as append:
             for case in cases:
+                compiled = OPERATIONS[case["operation"]]
                 if case["operation"] not in self.operations:
                     continue
-                if case["cache"] not in CACHES.get(case["operation"], self.caches):
+                if case["cache"] not in compiled.caches or case["backend"] not in compiled.backends:
                     continue
-                if (case["operation"], case["backend"]) == ("short-chunk", "mosaic"):
-                    continue  # It runs the kernel of `triton`.
                 label = ", ".join(map(str, case.values()))
                 same = [result for result in record.results if _values(result) == list(case.values())]
                 try:
@@ -163,7 +177,7 @@ def _main_loop(kernel: dict[str, Any]) -> dict[str, int] | None:
 
 
 def program(
-    operation: str,
+    operation: Operation,
     backend: str,
     *,
     head_dim: int = 128,
@@ -176,13 +190,13 @@ def program(
     """An operation, jitted, and the shapes of its arguments: one row, heads and slots as in Llama-3-8B.
 
     `cache` is one of `Kernels.caches`; with `page_size`, retrieval heads have their tokens in pages;
-    `tokens` are those of a chunk, by default `TOKENS`.
+    `tokens` are those of a chunk, by default as in `OPERATIONS`.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     sizes: dict[str, Any] = {"heads": (32, 8, head_dim), "dtype": dtype, "streaming": 0.5, "capacity": capacity}
-    length = tokens if tokens and operation != "decode" else TOKENS[operation]
-    sizes |= {"tokens": length, "cache": None if cache == "same" else cache}
+    usual = OPERATIONS[operation].tokens
+    sizes |= {"tokens": tokens if tokens and usual > 1 else usual, "cache": None if cache == "same" else cache}
     one = jax.eval_shape(lambda: layer.make(**sizes))
     pools = jax.tree.map(lambda x: jax.ShapeDtypeStruct((SLOTS, *x.shape[1:]), x.dtype), one.pools)
     if page_size is not None:
@@ -204,10 +218,15 @@ def program(
             raise Unsupported(f"a short chunk is read as a long one with {dtype} and head dim {head_dim}")
         return made.prefill(start=count, lengths=count, backend=backend)
 
+    def append(pools: Any, made: layer.Layer, count: Any) -> Any:
+        return made._replace(pools=pools).append(start=count, backend=backend)
+
     if operation in ("prefill", "short-chunk"):
         return jax.jit(chunk), shapes
     if operation == "decode":
         return jax.jit(lambda made, count: made.decode(lengths=count, backend=backend)), shapes
+    if operation == "append":
+        return jax.jit(append, donate_argnums=0), (pools, *shapes)
     return jax.jit(jax.grad(loss, (0, 1, 2, 3))), (*one[:3], jax.ShapeDtypeStruct((8,), jnp.float32))
 
 
@@ -223,7 +242,7 @@ def kernels_table(path: Path) -> str:
             cache = result.get("cache", "same").replace("same", "")
             key = result["backend"], result["operation"], name, result["dtype"], cache, result["head_dim"]
             launches.setdefault(key, {}).setdefault(result["gpu"], []).append(kernel)
-    order = sorted(launches, key=lambda key: (key[0], key[3], key[5], OPERATIONS.index(key[1]), key[2], key[4]))
+    order = sorted(launches, key=lambda key: (key[0], key[3], key[5], list(OPERATIONS).index(key[1]), key[2], key[4]))
     rows, loops = [], []
     for key in order:
         cells, counts = [], []
