@@ -176,9 +176,10 @@ def gpus_of(gpu: str, mesh: str | None) -> str:
 
 def compiled_with(head: Mapping[str, Any]) -> str:
     """Provenance of a result of the compiler, for the footer of its table."""
-    run = head["runs"][-1]
-    commits = ", ".join(dict.fromkeys(each["machine"]["commit"] for each in head["runs"]))
-    return f"Jax {run['machine']['versions']['jax']}, commit {commits}; `{run['command']}`."
+    runs = head["runs"]
+    commits = ", ".join(dict.fromkeys(run["machine"]["commit"] for run in runs))
+    commands = "; ".join(dict.fromkeys(f"`{run['command']}`" for run in runs))
+    return f"Jax {runs[-1]['machine']['versions']['jax']}, commit {commits}; {commands}."
 
 
 def compile_for(

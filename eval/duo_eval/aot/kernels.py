@@ -85,7 +85,7 @@ class Kernels:
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
         combinations = product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches)
-        cases = [dict(zip(CASE, values, strict=True)) for values in combinations]
+        cases: list[dict[str, Any]] = [dict(zip(CASE, values, strict=True)) for values in combinations]
         about = {name: value for name, value in asdict(self).items() if name != "operations"}
         record = Record.open(self.out, {"task": "kernels", **about}, again=True)
         if self.out and self.out.exists() and self.out.stat().st_size:
