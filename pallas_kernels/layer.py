@@ -41,9 +41,7 @@ class Layer(NamedTuple):
     def append(self, *, start: Int32[Array, "B"], backend: str) -> Pools:
         """The pools with the chunk's first token, as a decode step writes it."""
         k, v, active = self.k[:, 0], self.v[:, 0], jnp.ones(self.k.shape[0], bool)
-        return append_token(
-            self.pools, self.heads, k, v, start=start, active=active, window=WINDOW, backend=backend
-        )
+        return append_token(self.pools, self.heads, k, v, start=start, active=active, window=WINDOW, backend=backend)
 
     def gated(self, gates: Float32[Array, "K"], *, backend: str) -> Float[Array, "B T N H"]:
         """Attention of the chunk by itself, as in training."""
