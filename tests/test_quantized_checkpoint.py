@@ -424,6 +424,17 @@ def test_tensors_that_contradict_the_configuration_are_refused(
         load_model(folder)
 
 
+@pytest.mark.parametrize("count", [7, 9])
+def test_another_number_of_experts_is_refused(count: int, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", CASES["awq"], GOLDEN / "qwen3_moe")
+    values = json.loads((folder / "config.json").read_text()) | dict.fromkeys(
+        ("num_experts", "num_local_experts"), count
+    )
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"configuration has {count} experts .*: there are weights of 8"):
+        load_model(folder)
+
+
 @pytest.mark.memory
 @pytest.mark.parametrize("name", ["awq", "deepseek", "gptq, 8 bits in groups"])
 def test_loading_needs_little_more_memory_than_the_quantized_weights(name: str, tmp_path: Path) -> None:

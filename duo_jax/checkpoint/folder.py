@@ -16,7 +16,7 @@ from duo_jax.checkpoint.layouts import UNUSED
 from duo_jax.checkpoint.mxfp4 import BLOCKS, SCALES, Mxfp4, mxfp4_shapes
 from duo_jax.checkpoint.source import Source
 from duo_jax.checkpoint.stored import Packed, checked, parts_of, with_format
-from duo_jax.checkpoint.weight_table import linear_maps, weight_table
+from duo_jax.checkpoint.weight_table import check_experts, linear_maps, weight_table
 from duo_jax.families.hugging_face import eos_ids
 from duo_jax.families.quantization import StoredFormat, stored_format
 from duo_jax.generation.sampling_settings import SamplingSettings
@@ -144,6 +144,8 @@ class Folder(Source):
         """The arrays of each quantized tensor, see `parts_of`."""
         if self.stored_format is None:
             return {}
+        shapes = {name: self.shards.shapes[stored] for name, stored in self._names.items()}
+        check_experts(shapes, weight_table(self.config).values(), self.config, str(self.path))
         maps = {module for modules in linear_maps(self.config).values() for module in modules}
         return _named(self.path, parts_of, self.stored_format, self._linear_shapes, self._names, self.shards, maps)
 

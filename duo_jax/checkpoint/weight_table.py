@@ -169,7 +169,7 @@ def ignorable(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
-def _check_experts(
+def check_experts(
     shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Weight], config: ModelConfig, label: str
 ) -> None:
     """Raise ValueError if the tensors are those of another number of experts."""
@@ -193,7 +193,7 @@ def check_tensors(
     label: str,
 ) -> None:
     """Raise ValueError with every tensor that is missing, extra or misshapen."""
-    _check_experts(shapes, table.values(), config, label)
+    check_experts(shapes, table.values(), config, label)
     expected = {
         name: shape for weight in table.values() for name, shape in zip(weight.names, weight.shapes, strict=True)
     }
