@@ -24,6 +24,7 @@ from tests.text_models import Result, assert_refused
         (("--port", "65536"), ("--port must be at most 65535",)),
         (("--api-key", ""), ("--api-key must be printable ASCII characters, and not empty",)),
         (("--host", ""), ("--host must be an address",)),
+        (("--name", " "), ("--name must not be empty",)),
         (
             ("--host", "192.0.2.1"),
             ("cannot listen on 192.0.2.1:0 (Cannot assign requested address): choose another --host",),

@@ -188,6 +188,15 @@ def test_a_cache_that_is_shorter_than_a_window_is_refused(duo, text_model, tmp_p
     assert_refused(result, f"{flag} must be at least 11, the window of layers of this model")
 
 
+def test_a_chat_has_room_for_a_window_of_any_size(duo, chat_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(chat_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((GOLDEN / "gpt_oss" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 5000, "max_position_embeddings": 8192}))
+    assert_refused(duo("chat", "--model", folder, "--max-length", 4096), "must be at least 5000")
+    assert_refused(duo("chat", "--model", folder), "no *.safetensors file")
+
+
 def test_a_plan_counts_each_window_and_certification_asks_for_each():
     plan = Plan(CONFIG, any_pattern(CONFIG, 0.5, **SIZES))
     pair = 2 * 16 * 4

@@ -27,6 +27,8 @@ from duo_jax.text.chat import Chat
 from duo_jax.text.lm import LM
 from duo_jax.text.tokens import encode
 
+# Size of the cache by default, in tokens.
+LENGTH = 4096
 # Bytes of a text file for each token of the cache: no text that fits has more.
 MOST_BYTES_A_TOKEN = 64
 # An answer with less room than this part of the cache would be cut off: then the oldest turns are in the way.
@@ -68,8 +70,8 @@ class ChatCommand:
     sampling: tyro.conf.OmitArgPrefixes[ChatSamplingOptions] = ChatSamplingOptions()
     system: str | None = None
     """System message; the template's own by default."""
-    max_length: int = 4096
-    """Size of the KV cache in tokens of conversation."""
+    max_length: int | None = None
+    """Size of the KV cache in tokens of conversation; by default 4096, or the widest window of the model's layers."""
     max_new_tokens: int = 512
     """Most tokens of one reply."""
     when_full: Literal["ask", "drop", "refuse"] = "ask"
@@ -83,8 +85,10 @@ class ChatCommand:
     def run(self) -> None:
         """Load, then read and answer until the end of input."""
         whole_number("max_new_tokens", self.max_new_tokens, 1)
-        check_room("max_length", self.max_length, open_config(self.model.model))
-        sampling, pattern = self.sampling.settings(self.model.sampling()), self.pattern.load(self.max_length)
+        config = open_config(self.model.model)
+        max_length = config.room(LENGTH) if self.max_length is None else self.max_length
+        check_room("max_length", max_length, config)
+        sampling, pattern = self.sampling.settings(self.model.sampling()), self.pattern.load(max_length)
         sampling.sampler()
         tokenizer = self.model.text_tokenizer()
         template.check_template(tokenizer, "duo generate continues a plain text")
@@ -92,7 +96,7 @@ class ChatCommand:
         model = self.model.load(mesh=self.devices.make(), pattern=pattern)
         lm = LM(model, tokenizer, pattern, self.cache.kv_dtype, sampling)
         options: dict[str, Any] = {"parse_special": self.parse_special, "seed": self.sampling.seed}
-        chat = Chat(lm, max_length=self.max_length, system=self.system, **options)
+        chat = Chat(lm, max_length=max_length, system=self.system, **options)
         Session(self, lm, chat, self._lines()).run()
 
     def _lines(self) -> Lines:
