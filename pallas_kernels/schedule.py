@@ -197,12 +197,13 @@ class Seen(NamedTuple):
 
         if self.ago is None or self.limit is None:
             return by_key(i < self.leading)
+        # The first choice of each `where` is no constant: Mosaic would compare the result without its sign.
         far, distance = jnp.full_like(i, FAR), self.ago - i
         if self.cut is not None:
-            distance = distance + jnp.where(i < self.cut, jnp.zeros_like(i), jnp.full_like(i, self.reach))
+            distance = jnp.where(i < self.cut, distance, distance + self.reach)
         if self.size is not None:
             distance = jnp.where(i < self.size, distance, far)
-        distance = jnp.where(i < self.leading, -far, distance)
+        distance = jnp.where(i >= self.leading, distance, -far)
         keep = by_key(distance) < by_query(self.limit - q)
         return keep if self.last is None else keep & (by_key(i) <= by_query(self.last + q))
 

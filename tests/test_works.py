@@ -3,6 +3,7 @@
 from itertools import product
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,6 +116,38 @@ def test_the_steps_show_each_visible_key_once(window):
         q, keys = start + np.arange(first, first + block_q)[:, None], np.arange(start + length)[None, :]
         visible = (keys <= q) & (is_retrieval | (keys < window.sink) | (keys > q - window.recent))
         assert sees[exists].sum() == visible.sum()
+
+
+@pytest.mark.parametrize("source", ["full", "ring", "own", None])
+def test_no_integers_of_a_mask_have_a_constant_as_their_first_choice(source):
+    """Mosaic would compare them without their sign: in `where(..., -5, x) < 3`, -5 is large."""
+
+    def mask(*at):
+        *at, i, q = at
+        sizes = Sizes(64, 16, 16, Window(8, 24))
+        full, ring, own = (Seen.of(name, *at, sizes) for name in ("full", "ring", "own"))
+        either = Seen.either(at[2], full, at[2], ring, own)
+        return {"full": full, "ring": ring, "own": own, None: either}[source].mask(i, q, (16, 16))
+
+    def choices(jaxpr, is_constant):
+        """Whether the first choice is one, for each choice among integers; which results are constants."""
+        known, found = dict(zip(jaxpr.invars, is_constant, strict=True)), []
+        for eqn in jaxpr.eqns:
+            constant = [isinstance(x, jax.extend.core.Literal) or not x.aval.ndim or known[x] for x in eqn.invars]
+            if inner := eqn.params.get("jaxpr"):
+                of_inner, results = choices(inner.jaxpr, constant)
+                found += of_inner
+            else:
+                results = [all(constant)] * len(eqn.outvars)
+            known.update(zip(eqn.outvars, results, strict=True))
+            if eqn.primitive.name == "select_n" and eqn.outvars[0].aval.ndim and eqn.outvars[0].aval.dtype == jnp.int32:
+                found.append(constant[2])
+        return found, [isinstance(x, jax.extend.core.Literal) or known[x] for x in jaxpr.outvars]
+
+    scalar, indices = jnp.int32(3), jnp.arange(16, dtype=jnp.int32)
+    jaxpr = jax.make_jaxpr(mask)(scalar, scalar, jnp.bool_(True), indices, indices).jaxpr
+    found, _ = choices(jaxpr, [not x.aval.ndim for x in jaxpr.invars])
+    assert not any(found) and bool(found) == (source != "full")
 
 
 def test_stretches_are_the_runs_in_pieces():
