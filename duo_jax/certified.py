@@ -36,11 +36,11 @@ def inference(
     *patterns: HeadPattern | None,
     kv_dtype: AnyDtype | None = None,
     mesh: MeshSize = MeshSize(),
-    is_paged: bool = False,
+    page_size: int | None = None,
 ) -> list[Request]:
     """Prefill, of short chunks too, decode and the write of its token, of a model with each of some patterns.
 
-    None is full attention. A server's cache is paged.
+    None is full attention. A server's cache has pages of `page_size` tokens.
 
     Raises:
         ValueError: a mesh whose devices cannot share the model.
@@ -58,7 +58,8 @@ def inference(
                 "window": window,
                 "full": precision.kv if chosen.num_retrieval else None,
                 "ring": precision.streaming if has_ring else None,
-                "is_paged": is_paged,
+                "page": page_size,
+                "score_cap": config.score_cap,
                 "is_sharded": mesh.sequence > 1,
                 # More devices than KV heads share the queries of one.
                 "group": config.num_heads // mesh.kv_heads(config),
@@ -66,7 +67,7 @@ def inference(
             requests += [_request(config, name, **sizes) for name in ("prefill", "decode")]
             if sizes["full"] in BITS and can_be_short(config.dtype, config.head_dim):
                 requests.append(_request(config, "prefill", is_short=True, **sizes))
-            requests.append(_request(config, "append", **sizes | {"group": 1}))
+            requests.append(_request(config, "append", **sizes | {"group": 1, "score_cap": None}))
     return requests
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.backends import candidates, find_backend
-from pallas_kernels.certify.verdicts import SAFE, best
+from pallas_kernels.certify.verdicts import SAFE, best, warn_without_kernel
 from pallas_kernels.choices import repeated
 from pallas_kernels.gpus import chip, device_kind
 from pallas_kernels.merge import log_copies, merge_shards, with_sinks
@@ -295,7 +295,10 @@ def choose(request: Request, name: str | None = None, operands: Operands | None 
             raise Unsupported(f"the {wanted} backend {reason}: {way}")
         if wanted in SAFE or name or named or _compiles(backend, request, operands):
             return backend
-    names = tuple(each for each in candidates(request) if each != again)
+    able = candidates(request)
+    if set(able) <= set(SAFE):
+        warn_without_kernel(request)
+    names = tuple(each for each in able if each != again)
     while (chosen := best(request, names)) not in SAFE:
         backend = find_backend(chosen)
         if _compiles(backend, request, operands):
@@ -356,7 +359,7 @@ def _request(
         group=q.shape[-2] // num_kv_heads,
         bits=frozenset(pool.bits for pool in used if isinstance(pool, Quantized)),
         capacities=tuple(sizes),
-        is_paged=pools is not None and pools.pages is not None,
+        page=None if pools is None else pools.page,
         is_sharded=shards is not None,
         is_short=operation == "prefill" and full in BITS and is_short(q, num_kv_heads),
         capability=chip().capability,

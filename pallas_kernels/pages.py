@@ -15,12 +15,11 @@ from pallas_kernels.types import Request
 
 def refused_pages(backend: str, request: Request) -> str | None:
     """The reason why a backend's kernels cannot run a request: even their smallest tile of keys would cross a page."""
-    if not request.is_paged or request.full is None or not request.capacities:
+    if request.page is None or request.full is None:
         return None
-    page = request.capacities[0]
     # Without tiles of keys, any page will do.
     most = max((tiles.block_k for tiles in tiles_of(backend, request).values()), default=1)
-    return f"takes pages that are a multiple of {most} tokens, got {page}" if page % most else None
+    return f"takes pages that are a multiple of {most} tokens, got {request.page}" if request.page % most else None
 
 
 def in_pool(table: Any, page: int, row: Array, begin: Array) -> tuple[Array, Array]:

@@ -15,13 +15,13 @@ import jax
 
 from pallas_kernels.gpus import Chip, chip, device_kind, shared_memory_per_block
 from pallas_kernels.ptxas import ptxas_version, version_text
-from pallas_kernels.types import Request
+from pallas_kernels.types import MOST_KEYS, Request, keys_of_page
 from pallas_kernels.user_cache import cache_folder, read_json
 
-# The most of each number; more fits into no GPU. A tile of keys must not cross a page of 128 tokens.
+# The most of each number; more fits into no GPU.
 MOST = {
     "block_q": 1024,
-    "block_k": 128,
+    "block_k": MOST_KEYS,
     "num_warps": 32,
     "num_stages": 16,
     "min_split": 1 << 20,
@@ -151,8 +151,7 @@ def tiles_for(kernel: str, head_dim: int, itemsize: int, *, quantized: bool = Fa
     tiles = _tiles(kernel, head_dim, itemsize, quantized)
     if page is None or kernel not in PAGED:
         return tiles
-    # The largest power of two that divides the page.
-    return replace(tiles, block_k=min(tiles.block_k, max(LEAST_KEYS, page & -page)))
+    return replace(tiles, block_k=min(tiles.block_k, max(LEAST_KEYS, keys_of_page(page))))
 
 
 def _tiles(kernel: str, head_dim: int, itemsize: int, quantized: bool) -> Any:
@@ -169,8 +168,7 @@ def _tiles(kernel: str, head_dim: int, itemsize: int, quantized: bool) -> Any:
 def tiles_of(backend: str, request: Request) -> dict[str, Any]:
     """Tiles of each kernel that a backend would run a request with, where it is traced for."""
     itemsize = 4 if "float32" in request.dtypes else 2
-    has_pages = request.is_paged and request.full is not None and request.capacities
-    page = request.capacities[0] if has_pages else None
+    page = None if request.full is None else request.page
     kernels = KERNELS.get((backend, request.operation), ())
     if backend in WITH_SHORT and request.is_short:
         kernels += ("short",)

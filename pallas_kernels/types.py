@@ -118,6 +118,13 @@ class Unsupported(NotImplementedError):
 OPERATIONS = ("prefill", "decode", "append", "training")
 # The oldest GPUs that any kernel is for: Ampere's.
 OLDEST_GPU = (8, 0)
+# Keys of a tile at most.
+MOST_KEYS = 128
+
+
+def keys_of_page(tokens: int) -> int:
+    """The largest tile of keys that crosses no page of so many tokens; kernels know no more of a page."""
+    return min(MOST_KEYS, tokens & -tokens)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class Request:
         group: query heads of a KV head.
         bits: bits of the quantized pools.
         capacities: tokens of a slot, or of a page, for each pool that has slots.
-        is_paged: whether a page table leads to the tokens of retrieval heads.
+        page: tokens of a page, where a page table leads to the tokens of retrieval heads; None: they are contiguous.
         is_sharded: whether devices share the tokens of retrieval heads.
         is_short: whether the chunk of a prefill is so short that kernels read quantized keys as they are packed.
         capability: compute capability of the device, as in (9, 0); None if it is not a GPU of NVIDIA.
@@ -150,7 +157,7 @@ class Request:
     group: int
     bits: frozenset[int] = frozenset()
     capacities: tuple[int, ...] = ()
-    is_paged: bool = False
+    page: int | None = None
     is_sharded: bool = False
     is_short: bool = False
     capability: tuple[int, int] | None = None
@@ -174,7 +181,7 @@ class Request:
 
     def refused_layout(self) -> str | None:
         """By a backend whose kernels read contiguous slots with all tokens of a row."""
-        return "takes no paged caches" if self.is_paged else self.refused_shards()
+        return "takes no paged caches" if self.page is not None else self.refused_shards()
 
     def refused_shards(self) -> str | None:
         """By a backend whose kernels read all tokens of a row."""

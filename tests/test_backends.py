@@ -37,7 +37,7 @@ FALLS = [
     ({"bits": frozenset([4]), "head_dim": 96}, "triton jax_triton xla", "xla"),
     ({"capacities": (1023, 320)}, "triton jax_triton cudnn xla", "triton jax_triton xla"),
     ({"is_sharded": True}, "triton jax_triton xla", "triton jax_triton xla"),
-    ({"is_paged": True}, "mosaic triton jax_triton xla", "triton jax_triton mosaic xla"),
+    ({"page": 128}, "mosaic triton jax_triton xla", "triton jax_triton mosaic xla"),
 ]
 
 

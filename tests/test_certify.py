@@ -186,7 +186,7 @@ def test_a_request_survives_the_way_to_the_other_process():
 def test_each_backend_ends_as_it_should(home):
     """In this process, as far as it survives."""
     lines = []
-    order = {"requests": [to_json(DECODE)], "skip": []}
+    order = {"requests": [to_json(DECODE)], "device": None, "skip": []}
     backends = names("right", "wrong", "offset", "unmasked", "flaky", "uncompilable", "exhausted")
     child.serve(order | {"backends": backends}, lambda **line: lines.append(line))
     found = {line["settled"][1].removeprefix("pretended."): line["verdict"] for line in lines if "settled" in line}
@@ -204,7 +204,8 @@ def test_each_backend_ends_as_it_should(home):
 
 def test_a_process_that_lost_the_device_asks_for_another(home):
     lines = []
-    order = {"requests": [to_json(DECODE)], "backends": names("failing", "right"), "skip": [[key_of(DECODE), "xla"]]}
+    order = {"requests": [to_json(DECODE)], "device": None, "skip": [[key_of(DECODE), "xla"]]}
+    order |= {"backends": names("failing", "right")}
     child.serve(order, lambda **line: lines.append(line))
     assert lines[-1] == {"again": True} and lines[-2]["verdict"]["reason"].startswith("fails: ")
 
@@ -260,7 +261,7 @@ def test_every_write_of_a_token_is_examined(monkeypatch):
     sizes = {"full": "int8", "ring": "float32", "head_dim": 16, "group": 1, "window": Window(4, 12)}
     case = cases.make(Request.of("append", q="float32", **sizes, is_sharded=True), cases.SMALL)
     assert examine(case, "triton", case.exact(), str).error < 0.01
-    case = cases.make(Request.of("append", q="float32", **sizes, is_paged=True), cases.SMALL)
+    case = cases.make(Request.of("append", q="float32", **sizes, page=128), cases.SMALL)
     exact = case.exact()
     assert examine(case, "triton", exact, str).error < 0.01
     wrong = {
@@ -438,6 +439,40 @@ def test_the_fastest_right_backend_is_chosen(home, monkeypatch, recwarn):
 def test_a_cpu_reads_no_verdicts(home, monkeypatch):
     monkeypatch.setattr(verdicts, "known", None)
     assert best(replace(DECODE, device="cpu"), ("xla",)) == "xla"
+
+
+def test_another_device_has_verdicts_of_its_own(home, monkeypatch):
+    """Where nothing but the device tells: a part of a GPU, or the GPU that a container gets this time."""
+    know(triton=Verdict(True, "", 1e-3, 1e-3), xla=Verdict(True, "", 1e-3, 2e-3))
+    part, other = GPU | {"cores": 66}, replace(DECODE, group=2)
+    found = Reports([{"device": part}, {"jobs": [[key_of(other), "xla"]]}, at("xla"), {"end": True}])
+    monkeypatch.setattr(parent, "_Child", found)
+    parent.certify([other], show=str)
+    assert found.orders[0]["device"] == GPU
+    verdicts.forget()
+    assert verdicts.stored().device == part and not verdicts.stored().verdicts
+    # The process is told of another device, and examines what is known there.
+    lines = []
+    order = {
+        "requests": [to_json(DECODE)],
+        "device": GPU,
+        "skip": [[KEY, "xla"]],
+        "backends": ["xla", "pretended.right"],
+    }
+    child.serve(order, lambda **line: lines.append(line))
+    assert [line["settled"][1] for line in lines if "settled" in line] == ["xla", "pretended.right"]
+
+
+def test_without_a_gpu_of_jax_nothing_is_known_of_one(home, monkeypatch):
+    """The system has one, but jax cannot use it: its driver is too old, or another process has it for itself."""
+    lines = []
+    child.serve(
+        {"requests": [to_json(DECODE)], "device": GPU, "skip": [], "backends": None}, lambda **x: lines.append(x)
+    )
+    orders, shown = certify(monkeypatch, lines)
+    assert len(orders) == 1 and "nothing is checked: jax finds no GPU of NVIDIA here, only cpu" in shown[-1]
+    # So the GPU is checked as soon as it can be used.
+    assert verdicts.stored() == Found() and certify(monkeypatch, lines)[0]
 
 
 def test_verdicts_of_another_machine_do_not_count(home, monkeypatch):
@@ -627,7 +662,7 @@ def test_commands_ask_for_the_attention_of_all_that_they_run(text_model, monkeyp
         keys = {key_of(request).partition("window ")[2] for request in requests_of(command)} - {""}
         assert all(any(key.startswith(each) for key in keys) for each in expected) and len(keys) == len(expected), keys
     requests = requests_of(Serve(ModelOptions(name), kv=CacheOptions("int8")))
-    assert {key_of(each).partition("window ")[2] for each in requests} == {"0+0, full int8, paged"}
+    assert {key_of(each).partition("window ")[2] for each in requests} == {"0+0, full int8, paged by 128"}
     # A saved cache has its own pattern and data types.
     monkeypatch.setattr(store, "read_about", lambda path: {"tokens": [[1]], "dtypes": ["int4", "float32"]})
     monkeypatch.setattr(store, "pattern_of", lambda about: any_pattern(open_config(text_model), 0.5))
@@ -676,7 +711,32 @@ def test_what_is_asked_for_is_what_is_traced(tiny, half, monkeypatch, annotation
     assert {*map(key_of, certified.training(tiny.config))} == {*traced}
 
 
-@pytest.mark.parametrize("page_size", [None, 128])
+def test_a_model_with_windows_and_capped_scores_asks_for_what_it_traces(monkeypatch, annotations_off):
+    """No kernel caps scores, so that nothing but the write of tokens is checked."""
+    traced = []
+    monkeypatch.setattr(ops, "best", lambda request, names: traced.append(key_of(request)) or names[0])
+    config = replace(TINY, layer_windows=(6, None), score_cap=30.0)
+    model, one, last = Model.random(config, seed=1), jnp.ones(1, jnp.int32), jnp.zeros((1, TINY.embed_dim))
+    pattern = any_pattern(config, 0.5, sink_size=3, recent_size=8)
+    cache = CacheSpec(config, pattern, 1, 24, config.precision(), page_size=8).abstract()
+    jax.eval_shape(partial(infer.extend, backend=None), model, one[None], cache, one, last)
+    jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
+    requests = certified.inference(config, pattern, page_size=8)
+    assert {*map(key_of, requests)} == {*traced} and len(requests) == 6
+    assert key_of(requests[0]).endswith("window 3+8, cap 30, full float32, ring float32, paged by 8")
+    jobs = child._jobs([on_gpu(request) for request in requests], None)
+    assert {request.operation for request, _ in jobs} == {"append"}
+    assert from_json(json.loads(json.dumps(to_json(requests[0])))) == requests[0]
+    # The others are slow there, which is said once.
+    monkeypatch.undo()
+    with pytest.warns(
+        UserWarning, match=r"attention runs on 'xla', .*: no kernel takes prefill .*cap 30.* on NVIDIA Pret"
+    ):
+        assert ops.choose(on_gpu(requests[0])).name == "xla"
+    assert ops.choose(on_gpu(requests[0])).name == "xla"
+
+
+@pytest.mark.parametrize("page_size", [None, 128, 48])
 def test_short_chunks_over_a_quantized_cache_are_asked_for_too(half, monkeypatch, annotations_off, page_size):
     """Where kernels read packed keys for them: with data types of 16 bits."""
     traced = []
@@ -689,8 +749,7 @@ def test_short_chunks_over_a_quantized_cache_are_asked_for_too(half, monkeypatch
         chunk = jnp.ones((1, tokens), jnp.int32)
         jax.eval_shape(partial(infer.extend, backend=None), model, chunk, cache, tokens * one, last)
     jax.eval_shape(partial(infer.step, backend=None), model, one, cache, one > 0)
-    is_paged = page_size is not None
-    requests = certified.inference(model.config, half, kv_dtype="int4", is_paged=is_paged)
+    requests = certified.inference(model.config, half, kv_dtype="int4", page_size=page_size)
     assert {*map(key_of, requests)} == {*traced}
     assert [request.is_short for request in requests] == [False, False, True, False]
     # Where nothing is quantized, a short chunk is nothing else.
@@ -752,7 +811,7 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()
     ((requests, is_full),) = asked
     assert is_full and {request.operation for request in requests} == {"prefill", "decode", "append"}
-    assert [request.is_paged for request in requests] == 3 * [False] + 3 * [True], "a server's cache is paged"
+    assert [request.page for request in requests] == 3 * [None] + 3 * [128], "a server's cache is paged"
     Doctor(certify=str(text_model), devices=DeviceOptions("sequence=2")).run()
     assert all(request.is_sharded for request in asked[-1][0])
     with pytest.raises(ValueError, match="--mesh and flags of a head pattern are of --certify MODEL"):
@@ -771,7 +830,7 @@ TRAINING = Request.of("training", q="bfloat16", head_dim=16, group=2)
 EXACT = Request.of("prefill", q="float32", full="float32", ring="float32", head_dim=16, group=2, window=Window(4, 12))
 REQUESTS = [PREFILL, SHORT, EXACT, TRAINING, replace(TRAINING, window=Window(4, 12))]
 REQUESTS += [replace(EXACT, operation=name, is_sharded=True) for name in ("prefill", "decode")]
-REQUESTS += [replace(EXACT, operation=name, is_paged=True) for name in ("prefill", "decode")]
+REQUESTS += [replace(EXACT, operation=name, page=page) for name, page in (("prefill", 48), ("decode", 128))]
 REQUESTS += [replace(EXACT, operation="decode", full=None), replace(PREFILL, operation="decode", full="int4")]
 
 
@@ -809,7 +868,7 @@ def test_a_kernel_that_unpacks_quantized_slots_is_right_over_two_segments():
 
 
 @pytest.mark.full_matrix
-@pytest.mark.parametrize("request_", [SHORT, replace(SHORT, is_paged=True, full="int4")], ids=key_of)
+@pytest.mark.parametrize("request_", [SHORT, replace(SHORT, page=128, full="int4")], ids=key_of)
 def test_the_kernel_of_short_chunks_is_certified_by_itself(request_, monkeypatch):
     """One that counts a token too many reads NaN. That of long chunks, which does not run it, is right all the same."""
     assert set(tiles_of("triton", request_)) == set(tiles_of("mosaic", request_)) - {"mosaic_flash"} | {"flash"}

@@ -18,6 +18,7 @@ from duo_jax.checkpoint.open import open_config
 from duo_jax.cli.devices import DeviceOptions
 from duo_jax.cli.options import PatternOptions
 from duo_jax.cli.pretend import lines_of, pretend
+from duo_jax.cli.serve import Serve
 from duo_jax.files import check_output, write_text
 from duo_jax.finite import json_text
 from duo_jax.model.config import ModelConfig
@@ -120,9 +121,10 @@ class Doctor:
             print(json_text(found))
 
     def _inference(self, config: ModelConfig) -> list[Request]:
-        pattern, kinds = self.pattern.load(1), (False, True) if self.devices.size.sequence == 1 else (False,)
+        # A server's cache, which has pages, is not shared by tokens.
+        pattern, pages = self.pattern.load(1), (None, Serve.page_size) if self.devices.size.sequence == 1 else (None,)
         options: dict[str, Any] = {"kv_dtype": self.kv_dtype, "mesh": self.devices.size}
-        return [request for is_paged in kinds for request in inference(config, pattern, **options, is_paged=is_paged)]
+        return [request for page in pages for request in inference(config, pattern, **options, page_size=page)]
 
     def _training(self, config: ModelConfig) -> list[Request]:
         sizes = {name: value for name, value in vars(self.pattern).items() if value is not None}

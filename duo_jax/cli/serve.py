@@ -75,9 +75,11 @@ class Serve:
 
     def requests(self) -> list[Request]:
         """The attention over a cache in pages, for certification."""
+        whole_number("page_size", self.page_size, 1)
         config, pattern = open_config(self.model.model), self.pattern.load(self.max_context or 1)
         config = config.with_dtypes(dtype=self.model.dtype)
-        return inference(config, pattern, kv_dtype=self.kv.kv_dtype, mesh=self.devices.size, is_paged=True)
+        mesh, page_size = self.devices.size, self.page_size
+        return inference(config, pattern, kv_dtype=self.kv.kv_dtype, mesh=mesh, page_size=page_size)
 
     def run(self) -> None:
         """Check the flags, load, compile, and serve until interrupted."""

@@ -3,6 +3,7 @@
 Each line has `"certify": true` besides:
 
     {"device": ...}                         where this runs
+    {"nothing": reason}                     there is no GPU, and nothing else follows
     {"jobs": [[key, backend], ...]}         what will be examined
     {"begin": [key, backend], "phase": "compile" or "run"}
     {"settled": [key, backend], "verdict": ...}
@@ -37,10 +38,15 @@ from pallas_kernels.types import Request
 
 def serve(order: dict[str, Any], say: Any) -> None:
     """Examine what is asked for; `say` gets each line."""
-    say(device=machine.device())
+    found = machine.device()
+    if not found["capability"] and not order["backends"]:
+        say(nothing=f"jax finds no GPU of NVIDIA here, only {found['kind']}")
+        return
+    say(device=found)
     sizes = cases.SMALL if jax.default_backend() == "cpu" else cases.GPU
     requests = [here(from_json(values)) for values in order["requests"]]
-    skip = {tuple(job) for job in order["skip"]}
+    # What is known of another device says nothing about this one.
+    skip = {tuple(job) for job in order["skip"]} if order["device"] in (None, found) else set()
     jobs = list(_jobs(requests, order["backends"]))
     say(jobs=[[key_of(request), backend] for request, backend in jobs])
     made: dict[str, tuple[cases.Case, list[np.ndarray]]] = {}

@@ -4,7 +4,6 @@ Every number that an operation must not read is NaN: slots of other layers, toke
 ring that were never written. The inputs of a request run in a loop of one program, so that a kernel is compiled once.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from pallas_kernels.merge import log_copies, merge_parts
 from pallas_kernels.quantized import Quantized, empty, read, store
 from pallas_kernels.segments import MOST_TILES_ELSEWHERE, segments_of
 from pallas_kernels.tiles import MOST_ROWS
-from pallas_kernels.types import Heads, Partial, Pools, Request, TokenShards
+from pallas_kernels.types import MOST_KEYS, Heads, Partial, Pools, Request, TokenShards, keys_of_page
 from pallas_kernels.window import Window
 
 # Relative error in the Euclidean norm that counts as right. Of `log_sum`, the error itself: that of an output with a
@@ -38,8 +37,8 @@ OUTPUTS = {"prefill": PART, "decode": PART, "append": ("pools",), "training": (*
 SHORT_QUERIES, SHORT_ROWS = MOST_TILES_ELSEWHERE * MOST_ROWS - 1, 2
 # Devices that share the tokens of retrieval heads. One computes all of their parts here: it may be the only one.
 SHARDS = 2
-# Tokens of a page, as few as any kernel takes.
-PAGE = 128
+# Tokens of a row are a multiple of the largest tile of keys, also on each device.
+UNIT = MOST_KEYS
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Case:
 
     def exact(self) -> list[np.ndarray]:
         """The reference's outputs in float32, from contiguous pools on one device."""
-        plain, raised = replace(self.request, is_paged=False, is_sharded=False), self.clean
+        plain, raised = replace(self.request, page=None, is_sharded=False), self.clean
         if self.request.operation != "append":  # What is written is rounded to the pools' type.
             raised = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, raised)
         with jax.default_matmul_precision("highest"):  # Without this, GPUs multiply float32 with fewer bits.
@@ -146,7 +145,7 @@ def make(request: Request, sizes: Sizes, seed: int = 0) -> Case:
     if request.operation == "prefill":
         tokens, room, start, lengths = _chunks(request, request.window, sizes)
     elif request.operation == "append":
-        room, _, filled = _rows(request.window, replace(sizes, decode=PAGE))
+        room, _, filled = _rows(request.window, replace(sizes, decode=UNIT))
         # One row of each input has no token.
         tokens, start, lengths = 1, filled - 1, 1 - np.eye(4, dtype=np.int32)
     else:
@@ -256,12 +255,13 @@ def _operation(request: Request, backend: str, case: Inputs) -> Any:
     for number, pools in enumerate(case.pools):
         shards = TokenShards("tokens", SHARDS, number) if request.is_sharded else None
         options: dict[str, Any] = {"window": request.window, "shards": shards, "backend": backend}
+        options["score_cap"] = request.score_cap
         arguments: tuple[Any, ...] = (*case.arrays, pools, case.heads)
         if request.operation == "decode":
             parts.append(ops.decode_part(*arguments, lengths=case.lengths, **options))
         else:
             # Two segments of quantized slots, of which short rows have one; for short chunks, none.
-            with segments_of(None if request.is_short else -(-pools.capacity // (2 * PAGE)) * PAGE):
+            with segments_of(None if request.is_short else -(-pools.capacity // (2 * UNIT)) * UNIT):
                 parts.append(ops.prefill_part(*arguments, start=case.start, lengths=case.lengths, **options))
     out, log_sum = parts[0] if len(parts) == 1 else _merged(parts, case.heads)
     if request.operation == "prefill":  # Beyond a row's tokens they are unspecified.
@@ -310,8 +310,8 @@ def _rows(window: Window, sizes: Sizes) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def _multiple(tokens: int) -> int:
-    """Rounded up to whole pages, which devices can share, and to what Mosaic's copies need."""
-    unit = math.lcm(PAGE * SHARDS, 8 * SHARDS)
+    """Rounded up to what devices can share."""
+    unit = UNIT * SHARDS
     return -(-tokens // unit) * unit
 
 
@@ -368,13 +368,13 @@ def _arranged(request: Request, pools: list[Any]) -> tuple[Pools, ...]:
             Pools(*(jax.tree.map(lambda x, i=i: x[:, :, i::SHARDS], pool) for pool in pools[:2]), *pools[2:])
             for i in range(SHARDS)
         )
-    if not request.is_paged:
+    if request.page is None:
         return (Pools(*pools),)
-    _, rows, room = pools[0].shape[:3]
-    pages = np.random.default_rng(1).permutation(rows * room // PAGE).astype(np.int32)
+    (_, rows, room), page = pools[0].shape[:3], keys_of_page(request.page)
+    pages = np.random.default_rng(1).permutation(rows * room // page).astype(np.int32)
 
     def paged(x: Any) -> Any:
-        in_order = x.reshape(x.shape[0], rows * room // PAGE, PAGE, *x.shape[3:])
+        in_order = x.reshape(x.shape[0], rows * room // page, page, *x.shape[3:])
         return in_order[:, np.argsort(pages)]
 
     full = (jax.tree.map(paged, pool) for pool in pools[:2])

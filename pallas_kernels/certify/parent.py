@@ -136,6 +136,7 @@ class _Certification:
         return {
             "requests": [to_json(request) for request in self._requests.values()],
             "backends": self._backends,
+            "device": verdicts.known().device,
             "skip": [list(job) for job in self._settled | self._unknown],
         }
 
@@ -152,7 +153,9 @@ class _Certification:
                     return self._ended(child)
                 message = _message(line)
                 self._take(message)
-                if "again" in message or "end" in message:
+                if "nothing" in message:
+                    self._show(f"  nothing is checked: {message['nothing']}; what it finds: duo doctor")
+                if any(end in message for end in ("again", "end", "nothing")):
                     return "again" in message
             elif self._job is None:
                 self._show(f"  nothing is known after {self._limit:.0f} s: jax does not find the GPU, or it hangs")
@@ -171,6 +174,8 @@ class _Certification:
     def _take(self, line: dict[str, Any]) -> None:
         """Take in one line."""
         if "device" in line:
+            if verdicts.known().device not in (None, line["device"]):
+                self._settled.clear()
             verdicts.add(Found(device=line["device"]))
         elif "jobs" in line:
             self._jobs = {(key, name) for key, name in line["jobs"]}

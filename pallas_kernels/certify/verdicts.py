@@ -21,7 +21,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from pallas_kernels.certify.machine import device, environment
-from pallas_kernels.types import Request
+from pallas_kernels.types import Request, keys_of_page
 from pallas_kernels.user_cache import cache_folder, read_json
 
 # A path from the root on.
@@ -97,7 +97,9 @@ class Found:
     device: dict[str, Any] | None = None
 
     def add(self, other: "Found") -> None:
-        """Take over all that another one has."""
+        """Take over all that another one has; if that is of another device, in place of what was found on this one."""
+        if self.device is not None and other.device not in (None, self.device):
+            self.verdicts, self.complete = {}, set()
         for key, verdicts in other.verdicts.items():
             self.verdicts.setdefault(key, {}).update(verdicts)
         self.complete |= other.complete
@@ -133,8 +135,10 @@ def key_of(request: Request) -> str:
     """A request in words, without what a verdict does not depend on."""
     window = "" if request.window is None else f"window {request.window.sink}+{request.window.recent}"
     pools = [f"{name} {stored}" for name in ("full", "ring") if (stored := getattr(request, name))]
-    how = ["short"] * request.is_short + ["paged"] * request.is_paged + ["sharded"] * request.is_sharded
-    sizes = [f"head dim {request.head_dim}", f"group {request.group}", window]
+    paged = [f"paged by {keys_of_page(request.page)}"] if request.page is not None else []
+    how = ["short"] * request.is_short + paged + ["sharded"] * request.is_sharded
+    cap = "" if request.score_cap is None else f"cap {request.score_cap:g}"
+    sizes = [f"head dim {request.head_dim}", f"group {request.group}", window, cap]
     return ", ".join(filter(None, [f"{request.operation} {request.q}", *sizes, *pools, *how]))
 
 
@@ -148,12 +152,12 @@ def best(request: Request, names: Sequence[str]) -> str:
 
     `names` are those that can run it, `xla` among them. On a CPU, and where no kernel could run it, the first one.
     """
-    if request.device == "cpu" or set(names) <= set(SAFE):
+    kernels = [name for name in names if name not in SAFE]
+    if request.device == "cpu" or not kernels:
         return names[0]
     verdicts = verdicts_on(request)
     right = [name for name in names if name in verdicts and verdicts[name].is_right]
     chosen = min(right, key=lambda name: verdicts[name].seconds or 0.0, default=None)
-    kernels = [name for name in names if name not in SAFE]
     if chosen is None:
         is_wrong = "xla" in verdicts and verdicts["xla"].is_right is False
         chosen = "reference" if is_wrong else next(name for name in names if name in SAFE)
@@ -161,18 +165,22 @@ def best(request: Request, names: Sequence[str]) -> str:
         why = "; ".join(f"{name}: {verdicts[name]}" if name in verdicts else f"{name}: not checked" for name in kernels)
         if _agreed is None and jax.process_count() > 1:
             why = "the processes have not agreed on verdicts, as they do when all of them load the model on their mesh"
-        _warn(request.device, key_of(request), chosen, why)
+        key = key_of(request)
+        found = f"no kernel is known to be right for {key} on {request.device} ({why}). To check them: {how(key)}"
+        _warn(key, chosen, found)
     return chosen
 
 
+def warn_without_kernel(request: Request) -> None:
+    """Say once that a GPU will be slow, as no kernel takes a request."""
+    if request.capability is not None:
+        _warn(key_of(request), SAFE[0], f"no kernel takes {key_of(request)} on {request.device}")
+
+
 @cache
-def _warn(device_kind: str, key: str, chosen: str, why: str) -> None:
+def _warn(key: str, chosen: str, why: str) -> None:
     what = "the write of new tokens runs" if key.startswith("append") else "attention runs"
-    warnings.warn(
-        f"{what} on {chosen!r}, which is slow on a GPU: no kernel is known to be right for {key} on "
-        f"{device_kind} ({why}). To check them: {how(key)}",
-        stacklevel=6,
-    )
+    warnings.warn(f"{what} on {chosen!r}, which is slow on a GPU: {why}", stacklevel=6)
 
 
 def _is_here(device_kind: str) -> bool:
