@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duo_jax import HeadPattern, KVCache, Model, decode_step, generate, load_model, prefill
+from duo_jax.cache import store
 from duo_jax.generation import infer
 from duo_jax.generation.token_loop import Generator, Prompt
 from tests.shapes import GOLDEN, SMALL_FAMILIES, TINY, families
@@ -188,6 +189,8 @@ def test_longrope_goes_by_the_room_of_a_cache(tmp_path):
     np.testing.assert_allclose(logits, arrays["duo_logits"][:, 23], **TOLERANCE)
     cache.save(tmp_path / "cache", model)
     assert KVCache.load(tmp_path / "cache", model, max_length=64).max_length == 64
+    least = store.least_length(store.read_about(tmp_path / "cache"))
+    assert least == 33 and KVCache.load(tmp_path / "cache", model, max_length=least).max_length == 33
     with pytest.raises(
         ValueError, match=r"room for 40 tokens, and cannot have room for 32: RoPE of its model changes at 32"
     ):

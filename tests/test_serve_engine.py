@@ -197,6 +197,15 @@ def test_a_prefix_can_be_kept(make):
         assert events[-1].usage == usage
 
 
+def test_a_prefix_without_room_for_its_rings_is_refused(make):
+    engine = make(replace(SIZES, snapshots=1))
+    engine.keep([5] * 16)
+    with pytest.raises(ValueError, match="there is memory to keep 1 prefixes: keep fewer, or give more"):
+        engine.keep([6] * 16)
+    with pytest.raises(ValueError, match="there is memory to keep 1 prefixes"):
+        engine.keep([6] * 7, saved=[6] * 8)
+
+
 def test_what_cannot_be_served_is_refused(make, device):
     engine = make(SIZES)
     for request, message in [

@@ -76,6 +76,14 @@ class Server:
         assert scheduler.snapshots.num_held == sum(node.snapshot is not None for node in scheduler.tree.nodes())
 
 
+def run_kept(server: Server, job: Job) -> bool:
+    """Serve until a permanent prefix is computed, and return whether it is kept."""
+    server.scheduler.add(job)
+    server.run()
+    (end,) = (each for actions in server.history for each in actions if isinstance(each, Kept) and each.job is job)
+    return end.is_kept
+
+
 def fills(actions: list[list[object]]) -> list[int]:
     """Tokens of each chunk."""
     return [len(action.tokens) for step in actions for action in step if isinstance(action, Fill)]
@@ -204,6 +212,27 @@ def test_permanent_prefixes_stay_and_leave_less_room():
     assert job.cached == 8
     server.check_replies()
     server.check_free()
+
+
+def test_a_long_permanent_prefix_gives_up_the_copies_within_it():
+    """It is continued at its end, and so is one that is its beginning."""
+    server, long = Server(replace(SIZES, pages=30, snapshots=3, snapshot_every=4)), list(range(1, 21))
+    kept = [run_kept(server, Job(tokens, 0)) for tokens in (long[:8], long, [9] * 5, [8] * 4)]
+    assert kept == [True, True, True, False], "one copy for each"
+    for prompt, cached in (([*long, 0], 20), ([*long[:9], 0], 8), ([*long[:13], 0], 8), ([9] * 6, 4), ([8] * 5, 0)):
+        (job,) = server.add(prompt, 2)
+        server.run()
+        assert job.cached == cached
+    server.check_replies()
+    server.check_free()
+
+
+def test_a_prefix_is_permanent_also_if_it_is_known_already():
+    server = Server(replace(SIZES, pages=8, snapshots=2))
+    server.add([1] * 9, 2)
+    server.run()
+    assert run_kept(server, Job([1] * 8, 0)) and run_kept(server, Job([1] * 8, 0))
+    assert server.scheduler.tree.num_pinned == 4
 
 
 @pytest.mark.parametrize("length", [7, 8, 10, 11])

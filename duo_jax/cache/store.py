@@ -193,15 +193,26 @@ def check_rope(path: str | Path, about: Mapping[str, Any], max_length: int) -> N
     Raises:
         ValueError: they were not.
     """
-    rope = (about["model"] or {}).get("rope")
-    if not isinstance(rope, dict) or "long_factor" not in rope:
-        return
-    original, saved = rope["original_max_position_embeddings"], about["max_length"]
-    if (max_length > original) != (saved > original):
+    changes_at, saved = _rope_changes_at(about), about["max_length"]
+    if changes_at is not None and (max_length > changes_at) != (saved > changes_at):
         raise ValueError(
             f"{path} was saved with room for {saved} tokens, and cannot have room for {max_length}: RoPE of its model "
-            f"changes at {original}; prefill again with that room"
+            f"changes at {changes_at}; prefill again with that room"
         )
+
+
+def least_length(about: Mapping[str, Any]) -> int:
+    """The smallest `max_length` that a saved cache can be loaded with."""
+    filled, changes_at = max(about["length"]), _rope_changes_at(about)
+    return filled if changes_at is None or about["max_length"] <= changes_at else max(filled, changes_at + 1)
+
+
+def _rope_changes_at(about: Mapping[str, Any]) -> int | None:
+    """The `max_length` above which LongRoPE turns keys otherwise; None: it is not LongRoPE."""
+    rope = (about["model"] or {}).get("rope")
+    if not isinstance(rope, dict) or "long_factor" not in rope:
+        return None
+    return int(rope["original_max_position_embeddings"])
 
 
 def pattern_of(about: Mapping[str, Any]) -> HeadPattern:

@@ -83,6 +83,7 @@ class Serve:
 
     def run(self) -> None:
         """Check the flags, load, compile, and serve until interrupted."""
+        from duo_jax.serve.engine import too_many_prefixes
         from duo_jax.serve.http.app import Limits, make_app
         from duo_jax.serve.http.server import Server, listen, most_connections
         from duo_jax.serve.model_device import in_groups
@@ -118,6 +119,8 @@ class Serve:
             reuse_replies=self.reuse_replies,
         )
         prefixes = [prefix_tokens(path) for path in self.prefix]
+        if len(prefixes) > sizes.snapshots:
+            raise ValueError(too_many_prefixes(sizes.snapshots))
         listener = listen(self.host, self.port)
         tokenizer = self.model.text_tokenizer()
         template.start(tokenizer)

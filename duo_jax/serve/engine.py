@@ -249,26 +249,30 @@ class Engine:
             saved: its keys and values, for the device to load in place of computing them: `duo_jax.serve.start`.
 
         Raises:
-            ValueError: a prefix shorter than a chunk, one that does not fit, or ids of another vocabulary.
+            ValueError: a prefix shorter than a chunk, one that does not fit, ids of another vocabulary, or a prefix for
+                every snapshot already.
+            ClosedError: the engine was closed, or its device failed.
         """
         self._check_ids("prefix", prompt)
         # A text whose keys are loaded has a token more, which every prompt computes again.
         count = len(prompt) + (saved is not None)
-        if count < self.sizes.chunk_size or not self.sizes.snapshots:
+        if count < self.sizes.chunk_size:
             raise ValueError(
                 f"a prefix of {count} tokens cannot be kept: it must have at least {self.sizes.chunk_size}"
             )
         job = Job(list(prompt), 0, saved=saved)
         row = Row(self.tokenizer)
-        done = threading.Event()
-        job.owner = Running(Request(tuple(prompt)), 0, row, Ends(), job, lambda event: done.set())
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        job.owner = Running(Request(tuple(prompt)), 0, row, Ends(), job, events.put)
         with self._change:
             if not self.is_open:
                 raise ClosedError(self._failure or CLOSING)
             self._scheduler.add(job)
             self._runs[job.owner] = None
             self._change.notify()
-        done.wait()
+        end = events.get()
+        if isinstance(end, FinishEvent) and end.reason == "error":
+            raise ValueError(end.error) if self.is_open else ClosedError(end.error)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if not ids:
@@ -350,7 +354,10 @@ class Engine:
             if isinstance(action, Kept):
                 events = []
                 with self._change:
-                    self._end(action.job.owner, "stop", events)
+                    if action.is_kept:
+                        self._end(action.job.owner, "stop", events)
+                    else:
+                        self._end(action.job.owner, "error", events, too_many_prefixes(self.sizes.snapshots))
                 _tell(events)
             else:
                 for chosen in self._device.do(action):
@@ -383,6 +390,11 @@ class Engine:
         self._finished[reason] += 1
         events.append((run.listener, FinishEvent(run.number, reason, run.row.rest(), run.usage, error)))
         self._change.notify_all()  # `close` waits for the last.
+
+
+def too_many_prefixes(snapshots: int) -> str:
+    """Why a prefix is not kept: each has a copy of its rings."""
+    return f"there is memory to keep {snapshots} prefixes: keep fewer, or give more"
 
 
 def _tell(events: list[tuple[Listener, Event]]) -> None:

@@ -24,6 +24,7 @@ class Node:
         snapshot: entry of the rings as they were at its end; None without.
         ends_prompt: whether the snapshot was taken when a prompt was computed, so that a prompt may end here.
         is_pinned: whether it stays for ever.
+        is_pinned_end: whether its snapshot does too.
     """
 
     key: tuple[int, ...] = ()
@@ -34,6 +35,7 @@ class Node:
     snapshot: int | None = None
     ends_prompt: bool = False
     is_pinned: bool = False
+    is_pinned_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,16 @@ class PrefixTree:
         # Nodes that may be removed, the least recently used first. A node comes before its parent, so that a node
         # without children is found first.
         self._order: OrderedDict[Node, None] = OrderedDict()
-        self._num_pinned = 0
+        self._pinned: dict[Node, None] = {}
 
     def __len__(self) -> int:
         """Pages in the tree."""
-        return len(self._order) + self._num_pinned
+        return len(self._order) + len(self._pinned)
 
     @property
     def num_pinned(self) -> int:
         """Pages that stay for ever."""
-        return self._num_pinned
+        return len(self._pinned)
 
     @property
     def num_evictable(self) -> int:
@@ -126,7 +128,6 @@ class PrefixTree:
         *,
         under: int = 0,
         of_reply: bool = False,
-        pin: bool = False,
     ) -> None:
         """Add a prefix with the rings after it, and take over the caller's hold on the snapshot.
 
@@ -138,7 +139,6 @@ class PrefixTree:
             snapshot: the entry of the rings after it.
             under: the number of the loaded prefix that it continues, as in `Hit`.
             of_reply: the snapshot was taken while a reply was generated.
-            pin: keep the prefix for ever.
         """
         node, nodes = self._roots[under], []
         for number, key in enumerate(self._keys(tokens)):
@@ -154,21 +154,34 @@ class PrefixTree:
             node.snapshot, node.ends_prompt = snapshot, not of_reply
         else:
             self._snapshots.release([snapshot])
-        if pin:
-            for pinned in nodes:
-                if not pinned.is_pinned:
-                    pinned.is_pinned = True
-                    del self._order[pinned]
-                    self._num_pinned += 1
         self._touch(nodes)
 
-    def load(self, tokens: Sequence[int], pages: Sequence[int], snapshot: int) -> None:
-        """Add a loaded prefix, of any length, for ever; see `insert`."""
+    def pin(self, tokens: Sequence[int], under: int = 0) -> bool:
+        """Keep a prefix for ever, in whole chunks; False if it cannot be continued there, so that nothing is kept."""
+        whole = len(tokens) - len(tokens) % self._chunk_size
+        nodes = self._path(tokens[:whole], under)
+        if not nodes or nodes[-1].length < whole or nodes[-1].snapshot is None:
+            return False
+        self._pin(nodes)
+        return True
+
+    def _pin(self, nodes: list[Node]) -> None:
+        nodes[-1].is_pinned_end = True
+        for node in nodes:
+            if not node.is_pinned:
+                node.is_pinned = True
+                del self._order[node]
+                self._pinned[node] = None
+
+    def load(self, tokens: Sequence[int], pages: Sequence[int], snapshot: int) -> int:
+        """Add a loaded prefix, of any length, for ever, and return its number; see `insert`."""
         under = len(self._roots)
         self._roots.append(Node())
-        self.insert(tokens, pages, snapshot, under=under, pin=True)
+        self.insert(tokens, pages, snapshot, under=under)
         self._loaded.append(self._path(tokens, under))
+        self._pin(self._loaded[under])
         self._loaded_tokens.append(tuple(tokens))
+        return under
 
     def evict_page(self) -> bool:
         """Remove the least recently used nodes until a page is free; False if that cannot free any."""
@@ -188,9 +201,10 @@ class PrefixTree:
 
         Those in the middle of one text go first: it can be continued at its end, where its next turn begins. Of them,
         the one that saves the fewest tokens, so that a text keeps some at even distances. Otherwise the least recently
-        used one, unless only those `within` texts may go.
+        used one, unless only those `within` texts may go. The ends of prefixes that are kept for ever stay.
         """
-        kept = [node for node in self._order if node.snapshot is not None]
+        nodes = (*self._pinned, *self._order)
+        kept = [node for node in nodes if node.snapshot is not None and not node.is_pinned_end]
         middle = [node for node in kept if len(node.children) == 1]
         if not middle and (within or not kept):
             return False
@@ -241,8 +255,10 @@ class PrefixTree:
 
     def _under(self, prompt: Sequence[int]) -> int:
         """The number of the longest loaded prefix that a prompt continues, by at least a token; 0: none."""
-        begun = ((len(t), n) for n, t in enumerate(self._loaded_tokens) if n and tuple(prompt[: len(t)]) == t)
-        return max((each for each in begun if each[0] < len(prompt)), default=(0, 0))[1]
+        shorter = ((len(t), n) for n, t in enumerate(self._loaded_tokens) if n and len(t) < len(prompt))
+        return next(
+            (n for size, n in sorted(shorter, reverse=True) if self._loaded_tokens[n] == tuple(prompt[:size])), 0
+        )
 
     def _path(self, tokens: Sequence[int], under: int = 0) -> list[Node]:
         """The nodes of the longest prefix of `tokens` that the tree has."""

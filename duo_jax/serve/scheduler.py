@@ -192,9 +192,10 @@ class Save(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A permanent prefix is complete, and its job has ended. The device does nothing."""
+    """The job of a permanent prefix has ended; without a snapshot, it is not kept. The device does nothing."""
 
     job: Job
+    is_kept: bool
 
 
 Action: TypeAlias = Admit | Fill | Load | First | Step | Assign | Copy | Save | Kept
@@ -356,7 +357,7 @@ class Scheduler:
         if job.saved is not None:
             actions.append(Load(job.row, job.prompt, job.saved))
             job.length = job.prompt
-            self._save(job, actions, pin=True, is_spare=False)
+            self._save(job, actions, is_spare=False)
         if not job.is_filled:
             end = min(job.length - job.length % self.sizes.chunk_size + self.sizes.chunk_size, job.prompt)
             actions.append(Fill(job.row, tuple(job.tokens[job.length : end])))
@@ -364,15 +365,16 @@ class Scheduler:
             is_kept = end in job.marks or self.sizes.is_mark(end) or (job.is_filled and job.keep_end)
             # A permanent prefix would keep the copies after all its chunks.
             if is_kept or (job.most and end % self.sizes.chunk_size == 0):
-                self._save(job, actions, pin=job.most == 0, is_spare=not is_kept)
+                self._save(job, actions, is_spare=not is_kept)
         if not job.is_filled:
             return
         self._filling = None
         if job.most:
             actions.append(First(job, job.row, job.forced))
         else:
+            is_kept = self.tree.pin(job.tokens, job.under) if job.saved is None else job.under > 0
             self._leave(job)
-            actions.append(Kept(job))
+            actions.append(Kept(job, is_kept))
 
     def _step(self, actions: list[Action]) -> None:
         """Append a token to every row whose prompt is computed."""
@@ -449,7 +451,7 @@ class Scheduler:
             return None
         return self.snapshots.take()
 
-    def _save(self, job: Job, actions: list[Action], *, pin: bool, is_spare: bool) -> None:
+    def _save(self, job: Job, actions: list[Action], *, is_spare: bool) -> None:
         """Give the tree the prompt so far, with a snapshot."""
         assert job.row is not None
         entry = self._take_snapshot(is_spare=is_spare)
@@ -457,9 +459,9 @@ class Scheduler:
             return
         actions.append(Save(job.row, entry))
         if job.saved is None:
-            self.tree.insert(job.tokens[: job.length], job.pages, entry, under=job.under, pin=pin)
+            self.tree.insert(job.tokens[: job.length], job.pages, entry, under=job.under)
         else:
-            self.tree.load(job.tokens, job.pages, entry)
+            job.under = self.tree.load(job.tokens, job.pages, entry)
 
     def _save_reply(self, job: Job, actions: list[Action]) -> None:
         """Keep a snapshot of the reply so far in place of the one before; the tree gets one from time to time."""

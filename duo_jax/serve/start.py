@@ -63,7 +63,7 @@ def _load(model: Model, spec: CacheSpec, path: Path) -> KVCache:
     if about["dtypes"] != dtypes:
         raise ValueError(f"{path} has keys and values in {about['dtypes']}, not in {dtypes}")
     store.check_rope(path, about, spec.max_length)
-    return KVCache.load(path, model, pattern=spec.pattern, dtype=dtypes[0])
+    return KVCache.load(path, model, pattern=spec.pattern, dtype=dtypes[0], max_length=store.least_length(about))
 
 
 def prefix_tokens(path: Path) -> list[int]:
