@@ -1,5 +1,6 @@
 """Facts about GPUs: those known by name, described for planners and compilers, and the one that programs are for."""
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class Gpu:
     capability: tuple[int, int]
     """Compute capability, as in (9, 0)."""
     cores: int
-    """Multiprocessors."""
+    """Multiprocessors; 0: unknown."""
     memory_bytes: int
     """Total that the CUDA driver reports: less than is sold, for error correction and the driver's own use."""
     bandwidth: int
@@ -41,7 +42,7 @@ class Gpu:
     @property
     def chip(self) -> "Chip":
         """What backends and tiles are chosen by."""
-        return Chip(self.capability, self.cores, shared_memory_per_block(self.capability))
+        return Chip(self.capability, self.cores or None, shared_memory_per_block(self.capability))
 
     @property
     def architecture(self) -> str:
@@ -112,17 +113,39 @@ GPUS: dict[str, Gpu] = dict(map(_gpu, _TABLE.strip().splitlines()[1:]))
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its key in `GPUS`, or as people write it: "H100 NVL", "4090"; "h100" is the first of its variants.
+    """A GPU by its key in `GPUS`, or as people and drivers write it.
+
+    As in "H100 NVL", "4090" or "NVIDIA A100-SXM4-80GB"; "h100" is the first of its variants.
 
     Raises:
         ValueError: an unknown one.
     """
-    key = name.lower().replace(" ", "-").replace("_", "-").removeprefix("nvidia-").removeprefix("geforce-")
-    found = GPUS.get(key) or GPUS.get(f"rtx-{key}")
+    key, by_driver = _key_of(name), {_key_of(gpu.name): gpu for gpu in GPUS.values()}
+    found = GPUS.get(key) or GPUS.get(f"rtx-{key}") or by_driver.get(key)
     found = found or next((gpu for each, gpu in GPUS.items() if each.startswith(f"{key}-")), None)
     if found is None:
         raise ValueError(f"unknown GPU {name!r:.60}: choose one of {', '.join(GPUS)}")
     return found
+
+
+def _key_of(name: str) -> str:
+    key = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
+    return key.removeprefix("nvidia-").removeprefix("geforce-")
+
+
+def find_capability(text: str) -> Gpu | None:
+    """A GPU of which no more is known than its compute capability, "8.9" or "sm_89"; None: the text is none."""
+    found = re.fullmatch(r"(?:sm_?)?(\d+)\.(\d)|sm_?(\d+)(\d)a?", text.strip().lower())
+    if found is None:
+        return None
+    major, minor = (int(part) for part in found.groups() if part is not None)
+    gpu = Gpu(f"a GPU of compute capability {major}.{minor}", (major, minor), 0, 0, 0, 0, 0.0)
+    _ABSENT[gpu.name] = gpu
+    return gpu
+
+
+# GPUs that programs may be traced for, by the kind of device.
+_ABSENT: dict[str, Gpu] = {gpu.name: gpu for gpu in GPUS.values()}
 
 
 def tracing_for(gpu: Gpu) -> AbstractContextManager[Any]:
@@ -165,7 +188,7 @@ def chip() -> Chip:
     """The chip that programs are traced for: the driver's facts, or those of `GPUS` for a GPU that is not here."""
     device = jax.devices()[0]
     if device.device_kind != device_kind():  # Programs are compiled for a GPU that is not here.
-        gpu = next((gpu for gpu in GPUS.values() if gpu.name == device_kind()), None)
+        gpu = _ABSENT.get(device_kind())
         return Chip(None, None, 0) if gpu is None else gpu.chip
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     if not (major.isdigit() and minor.isdigit()):

@@ -394,6 +394,9 @@ def test_wrong_settings_are_refused_wherever_they_are_set(home, monkeypatch, duo
             assert_refused(duo(*generate), why)
             with pytest.raises((ValueError, NotImplementedError), match=why):
                 certified.certify_model(TINY, [DECODE])
+    with monkeypatch.context() as patch:
+        patch.setenv("DUO_BACKEND", "tritn")  # Also of commands without a model.
+        assert_refused(duo("doctor", "--pretend", "h100"), "unknown attention backend 'tritn'")
     monkeypatch.setenv("DUO_CERTIFY", "maybe")
     assert_refused(duo("patterns"), "DUO_CERTIFY must be")
     with pytest.raises(ValueError, match="DUO_CERTIFY must be"):

@@ -1,6 +1,7 @@
 """What would run on GPUs that are not here: `duo doctor --pretend`, the chunks, and the planner's number of tokens."""
 
 import json
+import sys
 
 import pytest
 
@@ -37,11 +38,33 @@ def test_the_command_pretends_in_text_and_json_and_names_the_gpus(duo):
     assert "not mosaic: it is for Hopper GPUs" in duo("doctor", "--pretend", "l40s").out
     found = json.loads(duo("doctor", "--pretend", "H100", "--json").out)
     assert found["gpu"] == "NVIDIA H100 80GB HBM3" and found["cores"] == 132
-    for name, key in (("H100 NVL", "h100-nvl"), ("4090", "rtx-4090"), ("NVIDIA GeForce RTX 5090", "rtx-5090")):
+    for name, key in (("H100 NVL", "h100-nvl"), ("4090", "rtx-4090"), ("nvidia  geforce RTX 5090", "rtx-5090")):
         assert find_gpu(name) is GPUS[key]
-    assert_refused(duo("doctor", "--pretend", "abacus"), "unknown GPU 'abacus'", "gh200", "rtx-5090")
+    for gpu in GPUS.values():  # As nvidia-smi prints them.
+        assert find_gpu(gpu.name) is gpu
+    way = "the compute capability will do, as in 8.9"
+    assert_refused(duo("doctor", "--pretend", "abacus"), "unknown GPU 'abacus'", "gh200", "rtx-5090", way)
     assert_refused(duo("doctor", "--tune"), "--tune needs a GPU of NVIDIA, this is cpu")
-    assert_refused(duo("doctor", "--tune", "--pretend", "h100"), "--tune", "give one of them")
+    for others in (("--tune",), ("--certify", "smollm2-135m-instruct"), ("--tune", "--certify", "x")):
+        assert_refused(duo("doctor", "--pretend", "h100", *others), "are three tasks: give one of them")
+
+
+@pytest.mark.parametrize(
+    ("names", "candidates", "shared"),
+    [
+        (("7.0", "sm_75"), ["xla"], 64),  # V100, T4
+        (("8.0", "sm_86", "8.9"), ["triton", "cudnn", "xla"], 99),  # A30; A6000; L4, RTX 6000 Ada
+        (("9.0", "sm_90a"), ["mosaic", "triton", "cudnn", "xla"], 227),
+        (("10.0", "sm_103", "12.1"), ["triton", "cudnn", "xla"], 99),  # GB200, B300, GB10
+    ],
+)
+def test_a_compute_capability_is_enough_for_a_gpu_without_a_name(names, candidates, shared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pallas_kernels.jax_triton.launch", None)
+    for name in names:
+        found = pretend(name)
+        assert found["heads"]["bfloat16, head dim 128"]["prefill"]["candidates"] == candidates
+        assert "unknown multiprocessors" in next(lines_of(found))
+    assert found["shared_memory"] == shared << 10
 
 
 def test_a_suspected_assembler_is_named_where_its_kernels_could_run(monkeypatch):

@@ -25,6 +25,7 @@ def certify_for(command: Any) -> None:
     """
     if not may_have_gpu() and not os.environ.get("DUO_BACKEND"):
         return
+    check_settings()
     try:
         requests = requests_of(command)
     except (ValueError, OSError, NotImplementedError):

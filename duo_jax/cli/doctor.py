@@ -60,7 +60,8 @@ class Doctor:
     json: bool = False
     """Print one JSON object instead of text."""
     pretend: str | None = None
-    """Print what would run on a GPU that is not here, such as h100 or rtx-4090, and why other backends would not."""
+    """Print what would run on a GPU that is not here, such as h100 or rtx-4090, and why other backends would not. Of a
+    GPU without a name here, give the compute capability, as in 8.9."""
     tune: bool = False
     """Time four to six tile sizes of each kernel on this GPU, head dims 64 and 128, and keep the fastest for you."""
     certify: str | None = None
@@ -79,6 +80,8 @@ class Doctor:
 
     def run(self) -> None:
         """Examine this machine and print the findings."""
+        if (self.certify is not None) + (self.pretend is not None) + self.tune > 1:
+            raise ValueError("--certify, --tune and --pretend are three tasks: give one of them")
         if self.certify is not None:
             self._certify(self.certify)
             return
@@ -86,8 +89,6 @@ class Doctor:
             raise ValueError("--training, --dtype, --kv-dtype and --report are of --certify MODEL: add it")
         if self.pattern != PatternOptions() or self.devices != DeviceOptions():
             raise ValueError("--mesh and flags of a head pattern are of --certify MODEL: add it")
-        if self.pretend is not None and self.tune:
-            raise ValueError("--tune needs the GPU that --pretend does without: give one of them")
         if self.pretend is not None:
             found = pretend(self.pretend)
             print(json_text(found) if self.json else "\n".join(lines_of(found)))

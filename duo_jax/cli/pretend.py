@@ -7,7 +7,7 @@ from typing import Any
 from duo_jax.generation.chunks import most_at_a_time
 from pallas_kernels import BACKENDS
 from pallas_kernels.backends import candidates, find_backend, preferences
-from pallas_kernels.gpus import Gpu, find_gpu, tracing_for
+from pallas_kernels.gpus import Gpu, find_capability, find_gpu, tracing_for
 from pallas_kernels.ptxas import SUSPECTED, ptxas_version, version_text
 from pallas_kernels.segments import can_be_short
 from pallas_kernels.tiles import tiles_of
@@ -37,16 +37,19 @@ GROUP, CAPACITIES = 4, (131_072, 320)
 def pretend(name: str) -> dict[str, Any]:
     """For each kind of heads and each operation: candidates with their tiles, and why other backends are none.
 
+    Args:
+        name: of a GPU, or a compute capability, as in "8.9" or "sm_89".
+
     Raises:
         ValueError: an unknown GPU.
     """
-    gpu = find_gpu(name)
+    gpu = find_capability(name) or _named(name)
     with tracing_for(gpu):
         heads = {each.name: {name: _chosen(gpu, each, **what) for name, what in _asked(each).items()} for each in HEADS}
     return {
         "gpu": gpu.name,
         "capability": ".".join(map(str, gpu.capability)),
-        "cores": gpu.cores,
+        "cores": gpu.chip.cores,
         "shared_memory": gpu.chip.shared_memory,
         "chunk_size": most_at_a_time(on_gpu=True),
         "ptxas": version_text(ptxas_version("mosaic")),
@@ -57,7 +60,7 @@ def pretend(name: str) -> dict[str, Any]:
 def lines_of(record: dict[str, Any]) -> Iterator[str]:
     """The same as text."""
     yield (
-        f"{record['gpu']}: sm_{record['capability'].replace('.', '')}, {record['cores']} multiprocessors, "
+        f"{record['gpu']}: sm_{record['capability'].replace('.', '')}, {record['cores'] or 'unknown'} multiprocessors, "
         f"{record['shared_memory'] >> 10} KiB of shared memory a block"
     )
     yield f"chunks of {record['chunk_size']} tokens, shared by the rows of a batch"
@@ -70,6 +73,15 @@ def lines_of(record: dict[str, Any]) -> Iterator[str]:
             for backend, kernels in found["tiles"].items():
                 yield from (f"              {backend}, {kernel}: {text}" for kernel, text in kernels.items())
             yield from (f"              not {backend}: it {reason}" for backend, reason in found["refused"].items())
+
+
+def _named(name: str) -> Gpu:
+    try:
+        return find_gpu(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Of others, the compute capability will do, as in 8.9: https://developer.nvidia.com/cuda-gpus"
+        ) from None
 
 
 def _suspicion(capability: str) -> str:
