@@ -15,6 +15,7 @@ from duo_jax.files import check_output, write_text
 from duo_jax.reading import read_json
 from pallas_kernels import Unsupported, layer
 from pallas_kernels.gpus import chip
+from pallas_kernels.mosaic.warps import is_available
 from pallas_kernels.segments import is_short
 from pallas_kernels.tiles import (
     KINDS,
@@ -38,9 +39,11 @@ QUESTION = 32
 
 
 def kernels_here() -> tuple[str, ...]:
-    """The kernels that this device can run: those of Mosaic on Hopper only."""
-    is_hopper = chip().capability == (9, 0)
-    return tuple(kernel for kernel in KINDS if is_hopper or not kernel.startswith("mosaic"))
+    """The kernels that this device can run: those of Mosaic on Hopper, that of its prefill on Ampere too."""
+    capability = chip().capability or (0, 0)
+    has_prefill = capability == (9, 0) or (capability[0] == 8 and is_available())
+    runs = {"mosaic_flash": has_prefill, "mosaic_decode": capability == (9, 0)}
+    return tuple(kernel for kernel in KINDS if runs.get(kernel, True))
 
 
 def tune(

@@ -13,9 +13,9 @@ BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic", "cudnn")
 # Backends of each operation, the one that should be fastest first. `xla` runs everything and ends every list.
 ELSEWHERE = {"prefill": ("xla",), "decode": ("xla",), "append": ("xla",), "training": ("xla",)}
 # `triton` and `jax_triton` have the same algorithm: jax is removing the lowering of the first, the second needs two
-# more packages.
+# more packages. `mosaic` on Ampere is newer than both.
 ON_NVIDIA = {
-    "prefill": ("triton", "jax_triton", "cudnn", "xla"),
+    "prefill": ("triton", "jax_triton", "mosaic", "cudnn", "xla"),
     "decode": ("triton", "jax_triton", "xla"),
     "append": ("triton", "xla"),
     "training": ("triton", "jax_triton", "xla"),

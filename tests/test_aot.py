@@ -22,6 +22,7 @@ from duo_jax.mesh.mesh import MeshSize, mesh_of
 from duo_jax.model.mixture import Experts
 from duo_jax.plan import Plan, any_pattern
 from pallas_kernels.gpus import GPUS
+from pallas_kernels.mosaic.warps import is_available
 from pallas_kernels.tiles import tiles_for
 
 try:
@@ -190,6 +191,21 @@ def test_no_mosaic_kernel_spills(operation, head_dim, page_size):
         # In prefill, tiles of the chunk and of a ring have masks of their own.
         assert whole.sts == 0 and whole.instructions < 520 and len(masked) == (2 if operation == "prefill" else 0)
         assert all(loop.instructions < 1100 for loop in masked)
+
+
+@pytest.mark.skipif(not is_available(), reason="needs jax 0.11.2 or newer")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_mosaic_s_prefill_on_ampere_does_not_spill(head_dim):
+    function, shapes = program("prefill", "mosaic", head_dim=head_dim)
+    (kernel,) = kernels_on("a100-80g", function, *shapes)
+    assert kernel.spill_bytes == 0 and 0 < kernel.registers <= 255 and kernel.warnings == ()
+    # Of every GPU before Hopper.
+    assert kernel.shared_memory <= GPUS["rtx-4090"].shared_memory_per_core - 1024
+    if kernel.loops is not None:
+        # 16 queries and 64 keys of a warp, products of 16 x 8 x 16; of each tile, keys and values are copied.
+        assert all(loop.mma == 2 * 64 * head_dim // 128 for loop in kernel.loops)
+        *masked, whole = sorted(kernel.loops, key=lambda loop: -loop.instructions)
+        assert whole.instructions < 700 and len(masked) == 3
 
 
 @pytest.mark.parametrize(("operation", "cache"), [("prefill", "same"), ("decode", "same"), ("decode", "int4")])

@@ -17,8 +17,8 @@ REQUEST = Request("decode", "NVIDIA Abacus", frozenset(["bfloat16"]), head_dim=1
 ORDER = {
     None: ("xla", "xla", "xla", "xla"),
     (7, 5): ("xla", "xla", "xla", "xla"),
-    (8, 0): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
-    (8, 9): ("triton jax_triton cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
+    (8, 0): ("triton jax_triton mosaic cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
+    (8, 9): ("triton jax_triton mosaic cudnn xla", "triton jax_triton xla", "triton xla", "triton jax_triton xla"),
     (9, 0): (
         "mosaic triton jax_triton cudnn xla",
         "triton jax_triton mosaic xla",
@@ -43,10 +43,11 @@ FALLS = [
 
 @pytest.fixture(autouse=True)
 def compilers(monkeypatch):
-    """jax_triton is installed, and Mosaic uses an assembler without known faults."""
+    """jax_triton is installed, jax is new enough for Mosaic on Ampere, whose assembler has no known faults."""
     name = "pallas_kernels.jax_triton.launch"
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(mosaic, "ptxas_version", lambda backend: (12, 9, 86))
+    monkeypatch.setattr(mosaic.ampere, "is_available", lambda: True)
 
 
 def names(**changes):
@@ -85,6 +86,19 @@ def test_mosaic_refuses_assemblers_that_miscompile(version, is_bad, monkeypatch)
     if is_bad:
         with pytest.raises(Unsupported, match=rf"needs another ptxas than {'.'.join(map(str, version))}, .*use backen"):
             ops.choose(replace(REQUEST, operation="prefill", capability=(9, 0)), "mosaic")
+
+
+def test_mosaic_on_ampere_has_prefill_where_jax_can_compile_it(monkeypatch):
+    """Rings and slots have a tile at least; decode, and GPUs that are neither Hopper's nor before, are refused."""
+    ask = replace(REQUEST, operation="prefill", capability=(8, 6))
+    refuses = mosaic.BACKEND.supports
+    assert refuses(ask) is None and refuses(replace(ask, bits=frozenset([4]))) is None
+    assert "cache length and a window size" in refuses(replace(ask, capacities=(1024, 24)))
+    assert "head dims of 64 or 128, got 80" in refuses(replace(ask, head_dim=80))
+    assert refuses(replace(ask, operation="decode")) == "has no kernel for decode"
+    assert refuses(replace(ask, capability=(12, 0))) == "is for GPUs from Ampere to Hopper, this is NVIDIA Abacus"
+    monkeypatch.setattr(mosaic.ampere, "is_available", lambda: False)
+    assert refuses(ask).startswith("needs jax 0.11.2 or newer")
 
 
 def test_the_assembler_is_found_where_jax_finds_it(tmp_path, monkeypatch):

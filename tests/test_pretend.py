@@ -35,7 +35,7 @@ def test_every_gpu_has_candidates_and_a_reason_for_every_other_backend(name):
 
 
 def test_the_command_pretends_in_text_and_json_and_names_the_gpus(duo):
-    assert "not mosaic: it is for Hopper GPUs" in duo("doctor", "--pretend", "l40s").out
+    assert "not mosaic: it is for GPUs from Ampere to Hopper" in duo("doctor", "--pretend", "b200").out
     found = json.loads(duo("doctor", "--pretend", "H100", "--json").out)
     assert found["gpu"] == "NVIDIA H100 80GB HBM3" and found["cores"] == 132
     for name, key in (("H100 NVL", "h100-nvl"), ("4090", "rtx-4090"), ("nvidia  geforce RTX 5090", "rtx-5090")):

@@ -184,6 +184,15 @@ $L__2:
         execute(body.replace("bra.uni", "bar.sync 0; bra.uni"), threads=64)
 
 
+def test_a_barrier_is_one_of_all_lanes_whatever_its_number():
+    body = "add.s32 %r2, %r1, 1; shr.u32 %r2, %r2, 8; bar.sync %r2, 64; st.global.b32 [%rd90], %r1; ret;"
+    np.testing.assert_array_equal(execute(body, threads=64), np.arange(64))
+    with pytest.raises(Failure, match="waits at another barrier"):
+        execute(body.replace("%r2, 8;", "%r2, 6;"), threads=64)
+    with pytest.raises(Failure, match="only a barrier of all lanes"):
+        execute(body.replace("%r2, 64;", "%r2, 32;"), threads=64)
+
+
 WARP_BARRIER = """
 	mov.b64 %rd4, global_smem;
 	add.s64 %rd5, %rd4, %rd9;

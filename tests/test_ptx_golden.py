@@ -272,12 +272,16 @@ def test_instructions_compute_what_the_manual_says(cases):
 # Golden cases of memory and of whole warps. In each, the program is text, so that
 # `test_every_row_has_a_golden_case` can see which rows it uses.
 
+# Without a space, addresses of global memory are the same.
 ACCESSES = [
-    (space, count, bits)
-    for space in ("global", "shared")
-    for count in (1, 2, 4)
-    for bits in (16, 32, 64)
-    if count * bits <= 128
+    *(
+        (space, count, bits)
+        for space in ("global", "shared")
+        for count in (1, 2, 4)
+        for bits in (16, 32, 64)
+        if count * bits <= 128
+    ),
+    ("", 1, 32),
 ]
 
 
@@ -286,7 +290,7 @@ def access(space: str, count: int, bits: int) -> str:
     letters, size = {16: "%rs", 32: "%r", 64: "%rd"}[bits], bits // 8
     registers = [f"{letters}{4 + i}" for i in range(count)]
     vector = registers[0] if count == 1 else f"{{{', '.join(registers)}}}"
-    form = f"{space}{f'.v{count}' if count > 1 else ''}.b{bits}"
+    form = f"{space}{f'.v{count}' if count > 1 else ''}.b{bits}".removeprefix(".")
 
     def load_each(space: str, base: str, offset: int = 0) -> str:
         return " ".join(f"ld.{space}.b{bits} {name}, [{base}+{offset + size * i}];" for i, name in enumerate(registers))
@@ -294,7 +298,7 @@ def access(space: str, count: int, bits: int) -> str:
     def store_each(space: str, base: str) -> str:
         return " ".join(f"st.{space}.b{bits} [{base}+{size * i}], {name};" for i, name in enumerate(registers))
 
-    if space == "global":
+    if space != "shared":
         steps = [f"ld.{form} {vector}, [%rd91];", store_each("global", "%rd92")]
         steps += [load_each("global", "%rd91"), f"st.{form} [%rd93], {vector};"]
     else:
@@ -418,9 +422,24 @@ def test_copy_without_a_source_writes_zeros_and_reads_nothing():
         execute(ZERO_COPY.replace("selp.b32 %r2, 4,", "selp.b32 %r2, 2,"), np.full(1, 7, np.uint32))
 
 
+SIGNED = """
+	add.s64 %rd3, %rd1, %rd9;
+	ld.global.s32 %rd4, [%rd3];
+	shr.u64 %rd5, %rd4, 32;
+	cvt.u32.u64 %r2, %rd5;
+	st.global.b32 [%rd90], %r2;
+	ret;
+"""
+
+
+def test_a_load_extends_a_number_by_its_sign():
+    numbers = np.arange(32, dtype=np.int32) - 16
+    np.testing.assert_array_equal(execute(SIGNED, numbers), np.where(numbers < 0, 0xFFFF_FFFF, 0))
+
+
 def test_every_row_has_a_golden_case():
     """A row that no case above executes would be believed without a proof: write its case, or delete the row."""
-    texts = [PRODUCT, *(kernel(body) for body in (SHUFFLE, ZERO_COPY, WARP_BARRIER))]
+    texts = [PRODUCT, *(kernel(body) for body in (SHUFFLE, ZERO_COPY, WARP_BARRIER, SIGNED))]
     texts += [kernel("\n".join(cases)) for cases in (GOLDEN, golden_of_types())]
     texts += [access(*form) for form in ACCESSES] + [mma(opcode) for opcode in PRODUCTS]
     texts += [ldmatrix(count, transposed) for count in (1, 2, 4) for transposed in (False, True)]

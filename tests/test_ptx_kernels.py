@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.mosaic.ampere import LEAST_KEYS
+from pallas_kernels.mosaic.warps import is_available
 from pallas_kernels.ops import find_backend
 from pallas_kernels.quantized import BITS
 from pallas_kernels.segments import segments_of
@@ -86,12 +88,22 @@ TRAINING = {
 }
 
 
-def needs_jax_triton(backend: str = "jax_triton") -> None:
+def needs(backend: str = "jax_triton") -> None:
+    if backend == "mosaic" and not is_available():
+        pytest.skip("needs jax 0.11.2 or newer")
     if backend == "jax_triton" and not (find_spec("jax_triton") and find_spec("triton")):
         pytest.skip("needs triton and jax_triton: make test-aot")
 
 
 backends = pytest.mark.parametrize("backend", ["triton", "jax_triton"])
+of_prefill = pytest.mark.parametrize("backend", ["triton", "jax_triton", "mosaic"])
+
+
+def of_mosaic(case: Case) -> Case:
+    """A case with a ring that is not too short for a tile."""
+    if case.head_dim not in (64, 128) or {case.dtype, case.pool_dtype} & {"float32"}:
+        pytest.skip("mosaic takes bfloat16 and float16, and head dims of 64 and 128")
+    return case._replace(recent_size=max(case.recent_size, LEAST_KEYS - case.sink_size))
 
 
 def print_counts(launches: list[Launch]) -> None:
@@ -172,10 +184,12 @@ def decode(
     return max_error(out, tokens, expected), launches
 
 
-@backends
+@of_prefill
 @pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL)
 def test_prefill(case, backend):
-    needs_jax_triton(backend)
+    needs(backend)
+    if backend == "mosaic":
+        case = of_mosaic(case)
     if backend == "jax_triton" and case.pool_dtype not in (case.dtype, None, *BITS):
         pytest.skip("jax_triton takes one data type for queries and cache")
     error, launches = prefill(case, backend=backend)
@@ -186,7 +200,7 @@ def test_prefill(case, backend):
 @backends
 @pytest.mark.parametrize("case", DECODE.values(), ids=DECODE)
 def test_decode(case, backend):
-    needs_jax_triton(backend)
+    needs(backend)
     if backend == "jax_triton" and case.pool_dtype in BITS:
         pytest.skip("jax_triton decodes from no quantized caches")
     error, launches = decode(case, backend)
@@ -194,12 +208,13 @@ def test_decode(case, backend):
     assert error < BOUND[case.dtype]
 
 
-@backends
+@of_prefill
 @pytest.mark.parametrize("name", ["bfloat16", "head_dim_128", "int4"])
 def test_prefill_from_pages(name, backend):
     """Tiles of one page and of the next; the last page is partly filled, unused ones are NaN."""
-    needs_jax_triton(backend)
-    error, launches = prefill(PREFILL[name], page=128, backend=backend)
+    needs(backend)
+    case = of_mosaic(PREFILL[name]) if backend == "mosaic" else PREFILL[name]
+    error, launches = prefill(case, page=128, backend=backend)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
 
@@ -220,7 +235,7 @@ def test_prefill_of_a_short_chunk(cache, head_dim, dtype, page):
     [(name, "triton") for name in ("bfloat16", "head_dim_128_gqa_8", "int8", "int4")] + [("bfloat16", "jax_triton")],
 )
 def test_decode_from_pages(name, backend):
-    needs_jax_triton(backend)
+    needs(backend)
     error, launches = decode(DECODE[name], backend, page=128)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
@@ -255,7 +270,7 @@ def test_random_rows_in_one_program(seed):
 @pytest.mark.parametrize("operation", ["prefill", "decode"])
 def test_two_devices_that_share_the_tokens(operation, backend):
     """Each computes its part; the parts are merged here."""
-    needs_jax_triton(backend)
+    needs(backend)
     tokens = {"tokens": 13, "lengths": (13, 2, 7)} if operation == "prefill" else {"tokens": 1, "lengths": (1, 1, 1)}
     case = Case(MIXED, **BF16, **tokens, starts=(0, 70, 131), capacity=160)
     problem = Problem(case)
@@ -339,7 +354,7 @@ def training(
 @pytest.mark.parametrize("kind", ["retrieval", "streaming"])
 @pytest.mark.parametrize(("shape", "window", "dtype"), TRAINING.values(), ids=TRAINING)
 def test_training(shape, window, dtype, kind, backend):
-    needs_jax_triton(backend)
+    needs(backend)
     error, launches = training(shape, window if kind == "streaming" else None, dtype, backend=backend)
     print_counts(launches)
     assert error < 1

@@ -146,7 +146,7 @@ class Warpgroup:
         plgpu.commit_smem()
 
     def store(self, ref: Ref, value: Array, *, is_tiled: bool) -> None:
-        """Write registers to shared memory; rows of an array that is not tiled share banks, and take longer."""
+        """Write registers to memory; rows of shared memory that is not tiled share banks, and take longer."""
         # From jax 0.12 on, an assignment insists on a store without bank conflicts; before, there was no other one.
         if is_tiled or self.interpreted or not hasattr(plgpu, "store"):
             ref[...] = value

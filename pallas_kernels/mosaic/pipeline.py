@@ -108,7 +108,7 @@ class Pipeline(NamedTuple):
                 turns.pass_on()
 
         def weights_of(scores: Array, maximum: Array, total: Array) -> Any:
-            return weigh(maximum, total, scores, jnp.exp2, scale, _sums)
+            return weigh(maximum, total, scores, jnp.exp2, scale, add_up)
 
         def add_step(step: Array, carry: Any, *, mask: "Mask | None") -> Any:
             values, weights, maximum, total = carry
@@ -224,7 +224,7 @@ def empty_state(warpgroup: Warpgroup, head_dim: int) -> Softmax:
     )
 
 
-def _sums(weights: Array) -> Array:
+def add_up(weights: Array) -> Array:
     """Sums over every `PARTS`-th column, `[ROWS, PARTS]`: without exchange between threads, until the end."""
     columns = range(0, weights.shape[1], PARTS)
     return functools.reduce(lambda a, b: a + b, (weights[:, begin : begin + PARTS] for begin in columns))

@@ -4,6 +4,7 @@
 """
 
 import functools
+import os
 import re
 import tempfile
 import types
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from duo_eval.aot.compile import compile_for, lower_for
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpus, segments
+from pallas_kernels.mosaic import compat
 from pallas_kernels.triton import tile
 from tests.ptx import machine
 from tests.ptx.parse import parse
@@ -36,6 +39,29 @@ class Program:
     text: str
     grid: tuple[int, ...]
     shared: int  # bytes of each block
+
+
+def compiled_by_mosaic(function: Callable[..., Any], shapes: Any, grid: tuple[int, ...]) -> Program:
+    """Compile a function that has one kernel of Mosaic for `GPU`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder):
+            compile_for(GPU, jax.jit(function), *shapes)
+        (path,) = Path(folder).glob("*.mlir-passes.log")
+        text = (path.parent / path.name.replace(".mlir-passes.log", ".ptx")).read_text(encoding="utf-8")
+        log = path.read_text(encoding="utf-8")
+    # The launch as the last pass has it, and where the host finds each argument in its list of arrays.
+    before, _, launch = log.rpartition("gpu.launch_func ")
+    host = before.rpartition("func.func @")[2]
+    ((size, names),) = re.findall(r"dynamic_shared_memory_size (%\d+) args\(([^)]*)\)", launch.partition("\n")[0])
+    (shared,) = re.findall(rf"{size} = llvm\.mlir\.constant\((\d+) : i32\)", host)
+    places = {"": 0, **{name: int(at) for name, at in re.findall(r"(%\d+) = llvm\.getelementptr \S+\[(\d+)\]", host)}}
+    loads = {name: places.get(at, 0) for name, at in re.findall(r"(%\d+) = llvm\.load (\S+) : !llvm\.ptr -> ", host)}
+    arguments = [loads[name] for name in re.findall(r"%\d+", names)]
+    assert sorted(arguments) == list(range(len(arguments))), "the kernel does not use all arrays"
+    # Parameters in the order of the arrays.
+    lines = re.findall(r"\t\.param [^\n,]+", text)
+    declared = ",\n".join(line for _, line in sorted(zip(arguments, lines, strict=True)))
+    return Program(text.replace(",\n".join(lines), declared), grid, int(shared))
 
 
 # What a test executes instead of a program.
@@ -88,7 +114,7 @@ class Launches(list[Launch]):
 
 @contextmanager
 def executing(change: Change | None = None) -> Iterator[Launches]:
-    """Within it, the kernels of `triton` and `jax_triton` are executed from their PTX.
+    """Within it, the kernels of `triton`, `jax_triton` and `mosaic` are executed from their PTX.
 
     Backends and tiles are those of `GPU`.
 
@@ -118,9 +144,21 @@ def executing(change: Change | None = None) -> Iterator[Launches]:
             _triton(kernel, name, _shapes(outputs), _frozen(None, settings), _shapes(arrays)), arrays, outputs
         )
 
+    def mosaic(kernel: Any, *, out_type: Any, **settings: Any) -> Any:
+        def call(*arrays: Any) -> Any:
+            key = kernel.func, str(kernel.keywords), str(settings), _shapes(arrays)
+            if key not in _OF_MOSAIC:
+                run = _KERNEL(kernel, out_type=out_type, **settings)
+                _OF_MOSAIC[key] = compiled_by_mosaic(run, _structs(_shapes(arrays)), settings["grid"])
+            return launches.execute(_OF_MOSAIC[key], list(arrays), list(out_type))
+
+        return call
+
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(gpus, "device_kind", lambda: gpus.GPUS[GPU].name))
+        for module in (gpus, compat):
+            patches.enter_context(mock.patch.object(module, "device_kind", lambda: gpus.GPUS[GPU].name))
         patches.enter_context(mock.patch.object(tile, "call", pallas))
+        patches.enter_context(mock.patch.object(plgpu, "kernel", mosaic))
         patches.enter_context(mock.patch.object(segments, "lax", types.SimpleNamespace(fori_loop=_loop)))
         if find_spec("jax_triton"):
             import jax_triton
@@ -164,6 +202,7 @@ def _loop(begin: Any, end: Any, body: Callable[[Any, Any], Any], state: Any) -> 
 def forget() -> None:
     """Compile kernels again when they are called, after a change of their source."""
     _pallas.cache_clear()
+    _OF_MOSAIC.clear()
     jax.clear_caches()
 
 
@@ -182,7 +221,8 @@ def _structs(shapes: Any) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
-_CALL = tile.call
+_CALL, _KERNEL = tile.call, plgpu.kernel
+_OF_MOSAIC: dict[Any, Program] = {}
 
 
 @functools.cache

@@ -120,6 +120,8 @@ class Batch:
         # The lanes that execute the current instruction, and their blocks.
         self.all = self.active = np.ones(self.lanes, bool)
         self.active_blocks = self._blocks_of(self.all)
+        # Number of the barrier that each lane waits at, or waited at last.
+        self.barrier = np.zeros(self.lanes, np.uint32)
         # Masks by the index of the instruction that follows.
         self.waiting: dict[int, np.ndarray] = {}
         self.groups: dict[int, np.ndarray] = {}
@@ -233,7 +235,10 @@ class Batch:
                     raise self._failure(instruction, fault) from None
                 index += 1
             if not self.groups and self.waiting:
-                self._pass_barrier()
+                try:
+                    self._pass_barrier()
+                except Fault as fault:
+                    raise self._failure(instruction, fault) from None
 
     def _failure(self, instruction: Instruction, fault: Fault) -> Failure:
         block, fault.lane = divmod(fault.lane, self.kernel.threads)
@@ -265,8 +270,10 @@ class Batch:
 
     def _barrier(self, instruction: Instruction, index: int, active: np.ndarray, lanes: np.ndarray) -> None:
         self.need_whole_warps(active)
-        if instruction.operands != (0,):
-            raise Fault("only barrier 0 of all lanes is supported", self.first_active())
+        number, *count = instruction.operands
+        if count not in ([], [self.kernel.threads]):
+            raise Fault("only a barrier of all lanes is supported", self.first_active())
+        self.barrier[active] = self.read(number, BITS[32])[active]
         self._continue_at(index + 1, lanes & ~active)
         self.waiting[index + 1] = self.waiting.get(index + 1, ~self.all) | active
 
@@ -281,6 +288,9 @@ class Batch:
         """
         first = self.waiting[min(self.waiting)].reshape(-1, self.kernel.threads).any(1)
         released = np.repeat(first, self.kernel.threads)
+        numbers = self.barrier.reshape(-1, self.kernel.threads)
+        if (differ := released & (numbers != numbers[:, :1]).ravel()).any():
+            raise Fault("waits at another barrier than the block's first lane", int(np.argmax(differ)))
         self.shared.barrier(released)
         for index, lanes in list(self.waiting.items()):
             self._continue_at(index, lanes & released)

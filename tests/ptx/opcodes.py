@@ -208,6 +208,16 @@ def load(space: str, bits: int, count: int) -> Callable[..., None]:
     return execute
 
 
+def load_signed(batch: Any, instruction: Any, lanes: np.ndarray) -> None:
+    """A number of 32 bits, whose sign fills up a wider register."""
+    target, address = instruction.operands
+    at = np.flatnonzero(lanes)
+    words = batch.memory.load(batch.address(address)[at], at, 4, batch.block[at])
+    values = np.zeros(len(lanes), np.int32)
+    values[at] = np.ascontiguousarray(words).view(np.int32).reshape(-1)
+    batch.write(target, values.astype(batch.dtype(target).str.replace("u", "i")), lanes)
+
+
 def store(space: str, bits: int, count: int) -> Callable[..., None]:
     """`count` numbers to consecutive places."""
 
@@ -601,6 +611,10 @@ TABLE: dict[str, Callable[..., None]] = {
     **{f"mov.{name}": move for name in ("pred", "b16", "b32", "b64", "u16", "u32", "u64", "f32")},
     "ld.param.b64": load_parameter,
     "ld.param::entry.b64": load_parameter,
+    "ld.global.s32": load_signed,
+    # Without a space, an address of global memory is the same; none of shared memory is expected.
+    "ld.b32": load("global", 32, 1),
+    "st.b32": store("global", 32, 1),
     **{
         f"{verb}.{space}{f'.v{count}' if count > 1 else ''}.b{bits}": access(space, bits, count)
         for verb, access in (("ld", load), ("st", store))

@@ -67,7 +67,7 @@ def parse(text: str) -> Kernel:
     pointers = re.findall(r"\.param \.u64(?: \.ptr (?:\.global )?\.align (\d+))? ([\w$]+)", parameters)
     if len(pointers) != parameters.count(".param"):
         raise Unreadable(f"parameters of {name} that are no pointers: {parameters.strip()}")
-    shared = re.findall(r"\.shared \.align \d+ \.b8 ([\w$]+)\[", code[: entry.start(4)])
+    shared = re.findall(r"\.shared \.align \d+ \.b8 ([\w$]+)[\[;]", code[: entry.end()])
     if len(shared) > 1:  # They would have one address.
         raise Unreadable(f"{name} has {len(shared)} arrays of shared memory")
     threads = re.search(r"\.(?:req|max)ntid (\d+)", directives)

@@ -88,7 +88,9 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
     """
     with tempfile.TemporaryDirectory() as dump:
         folder = Path(dump)
-        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump):
+        # Mosaic writes PTX of the newest version that the `ptxas` on the PATH takes: it has to be the one below.
+        path = f"{Path(_tool('ptxas')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump, PATH=path):
             compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
         # By the kernel's entry: shared memory, and bits of the widest address.
         entries: dict[str, tuple[int, int | None]] = {}
@@ -213,7 +215,10 @@ def lower_for(gpu: str, function: jax.stages.Wrapped, *shapes: Any, mesh: Mesh |
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), shapes)
     with jax.set_mesh(mesh):
-        return function.trace(*placed).lower(lowering_platforms=("cuda",))
+        traced = function.trace(*placed)
+        # Of the default device, Mosaic asks the compute capability.
+        with jax.default_device(mesh.devices.flat[0]):
+            return traced.lower(lowering_platforms=("cuda",))
 
 
 def assembler() -> str:
