@@ -809,6 +809,9 @@ def test_the_doctor_certifies_a_model_in_full(home, monkeypatch, text_model):
     monkeypatch.setattr("duo_jax.cli.doctor.may_have_gpu", lambda: True)
     monkeypatch.setattr("duo_jax.certified.may_have_gpu", lambda: True)
     monkeypatch.setattr(certified, "certify_requests", lambda requests, *, full: asked.append((requests, full)))
+    with pytest.raises(ValueError, match="nothing was checked"):  # Here, jax does not find it.
+        Doctor(certify=str(text_model), report=report).run()
+    assert json.loads(report.read_text())["device"] is None and asked.pop()
     compiler = "ptxas exited with code 255, output '/tmp/tmp.host-4-a7/x.ptx', line 5; 3/4 of 16 KiB; ~/x/y failed"
     know(triton=Verdict(False, "hangs"), mosaic=Verdict(False, compiler))
     Doctor(certify=str(text_model), kv_dtype="int4", report=report).run()

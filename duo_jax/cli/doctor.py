@@ -120,6 +120,8 @@ class Doctor:
             write_text(self.report, json_text(found) + "\n")
         if self.json:
             print(json_text(found))
+        if found["device"] is None:
+            raise ValueError("nothing was checked, for the reason above")
 
     def _inference(self, config: ModelConfig) -> list[Request]:
         # A server's cache, which has pages, is not shared by tokens.
