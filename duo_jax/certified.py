@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from duo_jax.arguments import whole_number
 from duo_jax.checkpoint.open import open_config
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.processes import is_shared, share_verdicts
@@ -86,6 +87,7 @@ def certify(
     dtype: AnyDtype | None = None,
     kv_dtype: AnyDtype | None = None,
     mesh: Mesh | None = None,
+    page_size: int | None = None,
     full: bool = False,
 ) -> None:
     """Check the attention backends that a model will use on this GPU, unless verdicts exist; on a CPU, nothing happens.
@@ -99,16 +101,19 @@ def certify(
         dtype: data type of the weights, by default the checkpoint's.
         kv_dtype: data type of the cache, the model's by default.
         mesh: devices that will share model and cache.
+        page_size: tokens of a page, of a cache that will have pages.
         full: check again what has a verdict, for up to half an hour instead of two minutes.
 
     Raises:
-        ValueError: another value of DUO_CERTIFY than 0, 1 and full; an unknown DUO_BACKEND, or a pattern of another
-            model.
+        ValueError: another value of DUO_CERTIFY than 0, 1 and full; an unknown DUO_BACKEND, a pattern of another model,
+            or a page without tokens.
     """
     config = open_config(source).with_dtypes(dtype=dtype)
     if pattern is not None:
         pattern.check(config)
-    requests = inference(config, pattern, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh))
+    if page_size is not None:
+        whole_number("page_size", page_size, 1)
+    requests = inference(config, pattern, kv_dtype=kv_dtype, mesh=MeshSize.of(mesh), page_size=page_size)
     certify_model(config, requests, mesh=mesh, full=full)
 
 

@@ -690,8 +690,12 @@ def test_the_library_asks_for_what_it_is_told_or_for_what_is_usual(home, monkeyp
     assert [key.partition("group ")[2] for key in asked.pop()] == ["2", "2, window 128+256"]
     duo_jax.certify(text_model, any_pattern(config, 0.5, sink_size=3, recent_size=8), kv_dtype="int4")
     assert [key.partition("window ")[2] for key in asked.pop()] == ["3+8, full int4, ring float32"] * 3
+    duo_jax.certify(text_model, page_size=16)
+    assert [key.partition("window ")[2] for key in asked.pop()] == ["0+0, full float32, paged by 16"] * 3
     with pytest.raises(ValueError, match="made for another model"):
         duo_jax.certify(text_model, half)
+    with pytest.raises(ValueError, match="page_size must be at least 1"):
+        duo_jax.certify(text_model, page_size=0)
     duo_jax.load_model(text_model)
     assert not asked
 
