@@ -95,10 +95,13 @@ class Steps(NamedTuple):
         first = self.inner if run.source == "own" else self.whole if run.source == "full" and run.is_masked else 0
         return first + (step - run.begin)
 
-    def place(self, step: Array) -> tuple[Array, Array, Array]:
-        """Whether a step's tile is in the full pool, whether in the ring (else in the chunk), and its number."""
-        first, *others = self.runs
-        is_full, is_ring = step < first.end, step < 0
+    def place(self, step: Array, since: int = 0) -> tuple[Array, Array, Array]:
+        """Whether a step's tile is in the full pool, whether in the ring (else in the chunk), and its number.
+
+        The step is of one of the `runs` from number `since` on.
+        """
+        first, *others = self.runs[since:]
+        is_full, is_ring = (jnp.bool_(first.source == source) for source in ("full", "ring"))
         number = self.tile(first, step)
         for run in others:
             is_here = step >= run.begin

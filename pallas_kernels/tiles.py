@@ -313,8 +313,10 @@ def _default(kernel: str, width: int, itemsize: int, quantized: bool, chip: Chip
     # Float32 tiles of the larger head dims do not fit into 99 KiB.
     is_narrow = 0 < chip.shared_memory < WIDE and itemsize == 4 and not small
     if kernel == "mosaic_flash":
-        is_older = chip.capability is not None and not chip.is_hopper
-        return PipelineTiles(block_k=64 if is_older else 128, num_stages=2)
+        if chip.capability is None or chip.is_hopper:
+            return PipelineTiles(block_k=128, num_stages=2)
+        # Two programs of four warps have the registers of a multiprocessor, and need twice this shared memory.
+        return PipelineTiles(block_k=32 if chip.shared_memory < WIDE and width * itemsize > 128 else 64, num_stages=2)
     if kernel == "mosaic_decode":
         return DecodeTiles(block_k=64, min_split=256, max_programs=programs, num_warps=4, num_stages=4)
     if kernel == "decode":

@@ -199,13 +199,14 @@ def test_mosaic_s_prefill_on_ampere_does_not_spill(head_dim):
     function, shapes = program("prefill", "mosaic", head_dim=head_dim)
     (kernel,) = kernels_on("a100-80g", function, *shapes)
     assert kernel.spill_bytes == 0 and 0 < kernel.registers <= 255 and kernel.warnings == ()
-    # Of every GPU before Hopper.
-    assert kernel.shared_memory <= GPUS["rtx-4090"].shared_memory_per_core - 1024
+    # Two programs on a multiprocessor, each with four warps.
+    assert 2 * (kernel.shared_memory + 1024) <= GPUS["a100-80g"].shared_memory_per_core
     if kernel.loops is not None:
-        # 16 queries and 64 keys of a warp, products of 16 x 8 x 16; of each tile, keys and values are copied.
-        assert all(loop.mma == 2 * 64 * head_dim // 128 for loop in kernel.loops)
-        *masked, whole = sorted(kernel.loops, key=lambda loop: -loop.instructions)
-        assert whole.instructions < 700 and len(masked) == 3
+        # 16 queries and 64 keys of a warp, products of 16 x 8 x 16.
+        assert all(loop.mma == head_dim for loop in kernel.loops)
+        *masked, own, full = sorted(kernel.loops, key=lambda loop: -loop.instructions)
+        # The next tile of a retrieval head's slot is in the slot too; that of the chunk may be.
+        assert full.instructions < 540 and own.instructions < 620 and len(masked) == 3
 
 
 @pytest.mark.parametrize(("operation", "cache"), [("prefill", "same"), ("decode", "same"), ("decode", "int4")])

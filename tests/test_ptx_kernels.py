@@ -8,6 +8,7 @@ which code for newer chips contains; anything about time. Sums are rounded in an
 
 import functools
 import importlib
+import re
 import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,10 +25,11 @@ from pallas_kernels.mosaic.warps import is_available
 from pallas_kernels.ops import find_backend
 from pallas_kernels.quantized import BITS
 from pallas_kernels.segments import segments_of
-from pallas_kernels.tiles import tiles_for, trying
+from pallas_kernels.tiles import PipelineTiles, tiles_for, trying
 from pallas_kernels.types import Pools, TokenShards
 from pallas_kernels.window import Window
 from tests.ptx.launch import Change, Launch, executing, executing_pallas_calls
+from tests.ptx.machine import Failure
 from tests.ptx.parse import parse
 from tests.test_append import CASES as APPEND
 from tests.test_append import Problem as Token
@@ -217,6 +219,35 @@ def test_prefill_from_pages(name, backend):
     error, launches = prefill(case, page=128, backend=backend)
     print_counts(launches)
     assert error < BOUND["bfloat16"]
+
+
+def test_prefill_of_mosaic_with_three_stages():
+    """Copies are two tiles ahead."""
+    needs("mosaic")
+    with trying("mosaic_flash", PipelineTiles(block_k=32, num_stages=3)):
+        error, launches = prefill(PREFILL["bfloat16"], backend="mosaic")
+    print_counts(launches)
+    assert error < BOUND["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("removed", "reason"),
+    [
+        (r"cp\.async\.wait_group\s+1;", "reads what a copy is still writing"),
+        (r"cp\.async\.wait_group\s+0;", "reads what a copy is still writing"),
+        (r"bar\.sync\s+%r\d+, 128;", "without a barrier between"),
+    ],
+)
+def test_a_kernel_of_mosaic_that_does_not_wait_is_refused(removed, reason):
+    needs("mosaic")
+
+    def without(program):
+        text, count = re.subn(removed, "", program.text)
+        assert count
+        return replace(program, text=text)
+
+    with pytest.raises(Failure, match=reason):
+        prefill(of_mosaic(PREFILL["retrieval_only_gqa_7"]), without, backend="mosaic")
 
 
 @pytest.mark.parametrize("page", [None, 128], ids=["contiguous", "pages"])

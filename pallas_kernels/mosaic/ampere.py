@@ -4,7 +4,6 @@ A program computes one tile of queries of one head, which a plan lists, with one
 mma.sync, cp.async fetches the next keys and values.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, update_wrapper
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from pallas_kernels.mosaic.flash import Arrays, Program
 from pallas_kernels.mosaic.pipeline import ROWS, add_up, empty_state, stored_tiles, tile_memory
 from pallas_kernels.mosaic.warps import Warps, is_available
 from pallas_kernels.pages import in_pool, refused_pages
-from pallas_kernels.schedule import Seen, Sizes, Steps, div, rem
+from pallas_kernels.schedule import RUNS, Seen, Sizes, Steps, div, rem
 from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import PipelineTiles, tiles_for
 from pallas_kernels.types import Backend, Heads, Partial, Pools, Request, TokenShards
@@ -164,36 +163,33 @@ class Work(NamedTuple):
             return first, first
         return first, jnp.minimum(first, jnp.int32(size - block_k))
 
-    def place(self, step: Array, end: Array) -> "Place":
-        """Where the tile of a step is."""
-        is_full, is_ring, number = self.steps().place(step)
-        exists = step < end
-        return Place(exists & is_full, exists & is_ring, exists & ~(is_full | is_ring), step, number)
+    def place(self, step: Array, end: Array, since: int) -> "Place":
+        """Where the tile of a step is, which is of a run from number `since` on."""
+        steps = self.steps()
+        is_full, is_ring, number = steps.place(step, since)
+        kinds = {"full": is_full, "ring": is_ring, "own": ~(is_full | is_ring)}
+        sources = {run.source: kinds[run.source] & (step < end) for run in steps.runs[since:]}
+        return Place(sources, step, number)
 
     def copy(self, name: str, place: "Place") -> None:
         """Begin to copy the tile of a step, if there is one, of keys or values, `name`."""
-        arrays, block_k = self.arrays, self.program.sizes.block_k
         stages: Ref = getattr(self, name)
         to = stages.at[rem(place.step, stages.shape[0])]
+        for source, is_here in place.sources.items():
+            pl.when(is_here)(partial(self._copy, name, source, place.number, to))
 
-        @pl.when(place.is_full)
-        def from_full() -> None:
-            slot, row = self.read("slot", "row")
-            pool: Ref = getattr(arrays, f"full_{name}")
-            index, first = in_pool(arrays.pages, pool.shape[2], row, self.begins("full", place.number)[1])
-            self.warps.copy(pool.at[slot, index, pl.ds(first, block_k)], to)
-
-        @pl.when(place.is_ring)
-        def from_ring() -> None:
-            slot, row = self.read("slot", "row")
-            pool: Ref = getattr(arrays, f"ring_{name}")
-            self.warps.copy(pool.at[slot, row, pl.ds(self.begins("ring", place.number)[1], block_k)], to)
-
-        @pl.when(place.is_own)
-        def from_chunk() -> None:
-            row, kv_head = self.read("row", "kv_head")
+    def _copy(self, name: str, source: str, number: Array, to: Ref) -> None:
+        arrays, block_k = self.arrays, self.program.sizes.block_k
+        slot, row, kv_head = self.read("slot", "row", "kv_head")
+        _, first = self.begins(source, number)
+        if source == "own":
             chunk: Ref = getattr(arrays, name)
-            self.warps.copy(chunk.at[row, kv_head, pl.ds(place.number * block_k, block_k)], to)
+            self.warps.copy(chunk.at[row, kv_head, pl.ds(first, block_k)], to)
+            return
+        pool: Ref = getattr(arrays, f"{source}_{name}")
+        if source == "full":
+            row, first = in_pool(arrays.pages, pool.shape[2], row, first)
+        self.warps.copy(pool.at[slot, row, pl.ds(first, block_k)], to)
 
     def attend(self, begin: Array, end: Array, out_ref: Ref, log_ref: Ref) -> None:
         """Compute and write the rows of the tile."""
@@ -202,7 +198,7 @@ class Work(NamedTuple):
         rows = pl.ds(tile * ROWS, ROWS)
         q = warps.load_left(self.arrays.q.at[row, rows, head])
         for ahead in range(stages - 1):
-            place = self.place(begin + ahead, end)
+            place = self.place(begin + ahead, end, 0)
             self.copy("k", place)
             self.copy("v", place)
 
@@ -212,15 +208,13 @@ class Work(NamedTuple):
             pl.when(step + (stages - 1) >= end)(lambda: warps.wait(0))
             warps.synchronize()
 
-        def add_step(
-            step: Array, state: Softmax, mask: Callable[[Array], tuple[Array, Array | None]] | None
-        ) -> Softmax:
-            stage, later = rem(step, stages), self.place(step + (stages - 1), end)
+        def add_step(step: Array, state: Softmax, *, number: int, is_masked: bool) -> Softmax:
+            stage, later = rem(step, stages), self.place(step + (stages - 1), end, number)
             arrive(step)
             self.copy("k", later)
             scores, tokens = warps.scores(q, self.k.at[stage]), None
-            if mask is not None:
-                keep, tokens = mask(step)
+            if is_masked:
+                keep, tokens = self.mask(number, step)
                 scores = jnp.where(keep, scores, MASKED)
             scale = q.shape[1] ** -0.5 * LOG2_E
             weights, decay, maximum, total = weigh(state.maximum, state.total, scores, jnp.exp2, scale, add_up)
@@ -230,11 +224,11 @@ class Work(NamedTuple):
             return Softmax(values, maximum, total)
 
         state = empty_state(warps, q.shape[1])
-        for number, run in enumerate(self.steps().runs[:3]):
+        for number in range(RUNS):
+            run = self.steps().runs[number]
             first, last = jnp.maximum(begin, run.begin), jnp.minimum(end, run.end)
-            state = lax.fori_loop(first, last, partial(add_step, mask=partial(self.mask, number)), state)
-        (masked,) = self.read("span_masked")
-        state = lax.fori_loop(jnp.maximum(begin, masked), end, partial(add_step, mask=None), state)
+            of_run = partial(add_step, number=number, is_masked=run.is_masked)
+            state = lax.fori_loop(first, last, of_run, state)
         values, log_total = finish(state._replace(total=state.total.sum(axis=-1)), jnp.log2)
         warps.store(out_ref.at[part, row, rows, head], values.astype(q.dtype), is_tiled=False)
         warps.store(log_ref.at[part, row, head, rows], log_total * LN_2, is_tiled=False)
@@ -261,11 +255,9 @@ class Work(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the tile of a step is: at most one of the conditions holds."""
+    """Where the tile of a step is."""
 
-    is_full: Array
-    is_ring: Array
-    is_own: Array
+    sources: dict[str, Array]  # whether it is in the chunk, "own", or in the "full" pool or the "ring"
     step: Array
     number: Array  # of the tile in its source
 
