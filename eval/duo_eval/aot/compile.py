@@ -89,8 +89,8 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
     with tempfile.TemporaryDirectory() as dump:
         folder = Path(dump)
         # Mosaic writes PTX of the newest version that the `ptxas` on the PATH takes: it has to be the one below.
-        path = f"{Path(_tool('ptxas')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump, PATH=path):
+        programs = f"{Path(_tool('ptxas')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump, PATH=programs):
             compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
         # By the kernel's entry: shared memory, and bits of the widest address.
         entries: dict[str, tuple[int, int | None]] = {}
