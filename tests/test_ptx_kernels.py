@@ -19,11 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.ampere import LEAST_KEYS
-from pallas_kernels.mosaic.warps import is_available
+from pallas_kernels.mosaic.compat import TILE_LAYOUT
+from pallas_kernels.mosaic.warps import Warps, is_available
 from pallas_kernels.ops import find_backend
 from pallas_kernels.quantized import BITS
+from pallas_kernels.schedule import Seen, Sizes
 from pallas_kernels.segments import segments_of
 from pallas_kernels.tiles import PipelineTiles, tiles_for, trying
 from pallas_kernels.types import Pools, TokenShards
@@ -248,6 +252,42 @@ def test_a_kernel_of_mosaic_that_does_not_wait_is_refused(removed, reason):
 
     with pytest.raises(Failure, match=reason):
         prefill(of_mosaic(PREFILL["retrieval_only_gqa_7"]), without, backend="mosaic")
+
+
+def test_the_mask_of_a_tile_whose_kind_is_known_on_the_device():
+    """On Hopper, that of the first tile: for its kernel, the executor has no instructions, but for the mask."""
+    needs("mosaic")
+    sizes = Sizes(200, 64, 64, Window(5, 70))
+
+    def mask(at, columns, rows):
+        tile, start, filled, is_retrieval, is_full, is_ring = (at[i] for i in range(6))
+        own = tile, start, is_retrieval == 1, sizes, filled
+        full, ring, chunk = (Seen.of(source, *own) for source in ("full", "ring", "own"))
+        return Seen.either(is_full == 1, full, is_ring == 1, ring, chunk).mask(columns, rows, (64, 64))
+
+    def mask_kernel(at_ref, out_ref):
+        warps, at = Warps(False, jnp.bfloat16), at_ref.at[lax.axis_index("case")]
+        keep = mask(at, warps.columns(64), warps.rows(64))
+        seen = jnp.where(keep, warps.full((64, 64), 1.0, TILE_LAYOUT), 0.0)
+        warps.store(out_ref.at[lax.axis_index("case")], seen, is_tiled=False)
+
+    kinds = [(1, 1, 0), (0, 0, 1), (0, 0, 0), (1, 0, 0)]  # is_retrieval, is_full, is_ring
+    places = [(tile, start, filled) for tile in (0, 1) for start, filled in ((0, 0), (37, 37), (300, 100))]
+    cases = jnp.asarray([(*place, *kind) for kind in kinds for place in places], jnp.int32)
+    with executing():
+        (found,) = plgpu.kernel(
+            functools.partial(mask_kernel),
+            out_type=(jax.ShapeDtypeStruct((len(cases), 64, 64), jnp.float32),),
+            grid=(len(cases),),
+            grid_names=("case",),
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            ),
+        )(cases)
+    index = jnp.arange(64, dtype=jnp.int32)
+    expected = jax.vmap(lambda at: mask(at, index, index))(cases)
+    assert 0.1 < expected.mean() < 0.9
+    np.testing.assert_array_equal(np.asarray(found) == 1, expected)
 
 
 @pytest.mark.parametrize("page", [None, 128], ids=["contiguous", "pages"])

@@ -613,8 +613,8 @@ TABLE: dict[str, Callable[..., None]] = {
     "ld.param::entry.b64": load_parameter,
     "ld.global.s32": load_signed,
     # Without a space, an address of global memory is the same; none of shared memory is expected.
-    "ld.b32": load("global", 32, 1),
-    "st.b32": store("global", 32, 1),
+    **{f"{verb}.b32": access("global", 32, 1) for verb, access in (("ld", load), ("st", store))},
+    **{f"{verb}.v2.b32": access("global", 32, 2) for verb, access in (("ld", load), ("st", store))},
     **{
         f"{verb}.{space}{f'.v{count}' if count > 1 else ''}.b{bits}": access(space, bits, count)
         for verb, access in (("ld", load), ("st", store))
