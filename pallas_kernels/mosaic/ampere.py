@@ -50,9 +50,11 @@ def refuses(request: Request) -> str | None:
             f"needs a cache length and a window size (sinks and recent tokens) of at least {LEAST_KEYS}, got "
             f"{', '.join(map(str, request.capacities))}"
         )
-    if request.device != "cpu" and not is_available():
-        return f"needs jax 0.11.2 or newer on GPUs before Hopper, this is {jax.__version__}"
-    return None
+    if request.device == "cpu":
+        return None
+    if request.capability is None or request.capability[0] != 8:
+        return f"is for GPUs of compute capability 8.0 to 8.9, this is {request.device}"
+    return None if is_available() else f"needs jax 0.11.2 or newer on GPUs before Hopper, this is {jax.__version__}"
 
 
 def prefill(
