@@ -54,12 +54,16 @@ class HistoryDevice:
     page_bytes, ring_bytes, full_bytes, dtype = 100, 30, 80, "float32"
 
     def __init__(self, sizes: Sizes) -> None:
-        self.sizes = sizes
+        self.sizes, self.filled = sizes, 0
+        self.loaded: set[int] = set()  # Lengths of texts that were computed elsewhere.
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Device`."""
+        sizes = self.sizes
         self.pages = [[-1] * sizes.page_size for _ in range(sizes.pages)]
         self.rows = [Row() for _ in range(sizes.rows)]
         self.snapshots: list[tuple[int, int] | None] = [None] * sizes.snapshots
-        self.filled = 0
-        self.loaded: set[int] = set()  # Lengths of texts that were computed elsewhere.
 
     def do(self, action: Action) -> list[Chosen]:
         """See `Device`."""

@@ -14,7 +14,7 @@ from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.engine import ClosedError, Engine
 from duo_jax.serve.requests import FinishEvent, Request, TokenEvent
-from duo_jax.serve.scheduler import Action, QueueFullError, Sizes, Step
+from duo_jax.serve.scheduler import Action, Fill, QueueFullError, Save, Sizes, Step
 from duo_jax.text.tokenizer import TextTokenizer
 from tests.serve_device import POISON, HistoryDevice, reply_of
 
@@ -26,14 +26,16 @@ class SlowDevice(HistoryDevice):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
-        self.go, self.error = threading.Event(), None
+        self.go, self.error, self.fails_at = threading.Event(), None, object
         self.go.set()
 
     def do(self, action: Action) -> list[Chosen]:
         if isinstance(action, Step):
             assert self.go.wait(30)
-        if self.error is not None:
-            raise self.error
+        if isinstance(action, self.fails_at) and (error := self.error) is not None:
+            if self.fails_at is not object:
+                self.error = None
+            raise error
         return super().do(action)
 
 
@@ -157,13 +159,38 @@ def test_a_failing_device_ends_all_and_is_reported(make, device):
     engine = make()
     device.go.clear()
     handles = [engine.submit(Request((number,), 9)) for number in range(3, 9)]
-    device.error = RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+    device.error = RuntimeError("INTERNAL: the device is gone\nmore")
     device.go.set()
     for handle in handles:
-        assert [*handle][-1].error == "the device failed (RuntimeError: RESOURCE_EXHAUSTED: out of memory)"
+        assert [*handle][-1].error == "the device failed (RuntimeError: INTERNAL: the device is gone)"
     assert not engine.is_open and engine.failure
     with pytest.raises(ClosedError, match="the device failed"):
         engine.submit(Request((5,)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: 1 GB"), MemoryError("1 GB")])
+@pytest.mark.parametrize("kind", [Step, Fill, Save])
+def test_requests_fail_where_memory_runs_out_and_all_others_are_computed_again(make, device, error, kind, caplog):
+    engine = make()
+    engine.keep([5] * 17)
+    engine.keep([6] * 9, saved=[6] * 10)
+    device.go.clear()
+    prompts = [(*prefix, number) for prefix in ([5] * 17, [6] * 9, [7] * 9) for number in (8, 9)]
+    handles = [engine.submit(Request(prompt, 9)) for prompt in prompts]
+    device.fails_at, device.error = kind, error
+    device.go.set()
+    ends = [list(handle)[-1] for handle in handles]
+    errors = [end.error for end in ends if end.error]
+    assert 0 < len(errors) < 6 and set(errors) == {f"memory ran out ({error})"}
+    assert f"memory ran out ({error}): {len(errors)} requests failed, all others are" in caplog.text
+    for handle, end in zip(handles, ends, strict=True):
+        row, prompt = handle.runs[0].row, list(handle.runs[0].request.prompt)
+        assert end.error or row.reply.tokens == reply_of(prompt, 0, 9)
+    assert engine.is_open
+    check_free(engine)
+    for prefix, cached in ((5, 16), (6, 8)):
+        *_, end = engine.submit(Request((prefix,) * 20, 3))
+        assert end.usage.cached == cached, "permanent prefixes are computed again"
 
 
 def test_close_lets_replies_end_or_ends_them(make, device):

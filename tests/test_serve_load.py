@@ -19,11 +19,12 @@ from duo_jax.checkpoint.open import load_tokenizer
 from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.plan import Plan, any_pattern
 from duo_jax.serve import programs
+from duo_jax.serve.device import Chosen
 from duo_jax.serve.engine import Engine
 from duo_jax.serve.model_device import GROUP, ModelDevice, page_bytes, ring_bytes
 from duo_jax.serve.programs import Programs, Rows
 from duo_jax.serve.requests import Event, FinishEvent, Request, TokenEvent
-from duo_jax.serve.scheduler import Sizes
+from duo_jax.serve.scheduler import Action, Fill, Sizes
 from duo_jax.serve.sizing import plan_sizes, temporaries
 from duo_jax.serve.start import keep_prefix
 from duo_jax.sizes import nbytes
@@ -223,6 +224,30 @@ def test_a_prompt_that_gives_nan_fails_by_itself_and_its_pages_are_used_again(se
             (end,) = others[1]
             assert end.reason == "error" and "logits are not finite" in end.error
         assert engine.metrics().pages_free == 24 - 6, "what is not finite is not kept"
+
+
+def test_replies_are_the_same_after_the_device_has_lost_its_rows(served, alone, monkeypatch):
+    made = [request for request in requests(16, seed=3, most=24) if request.n == 1]
+    expected = [alone.submit(request).replies() for request in made]
+    with served.engine(SIZES) as engine:
+        device, failures = engine._device, iter([1])
+        do = device.do
+
+        def fail_once(action: Action) -> list[Chosen]:
+            if isinstance(action, Fill) and len(engine._scheduler.running) == 3 and next(failures, None):
+                for array in jax.tree.leaves(device._rows):
+                    array.delete()  # As a program that takes them and then fails does.
+                raise RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 1 bytes.")
+            return do(action)
+
+        monkeypatch.setattr(device, "do", fail_once)
+        ends = [list(handle) for handle in [engine.submit(request) for request in made]]
+        assert [events[-1].reason for events in ends].count("error") == 1
+        for events, (reply,) in zip(ends, expected, strict=True):
+            if events[-1].reason != "error":
+                assert [event.token for event in events[:-1]] == reply.tokens
+                assert [event.logprob for event in events[:-1]] == reply.logprobs
+        assert engine.metrics().preemptions > 0 and engine.is_open
 
 
 def compiled_temporaries(server: Programs, model: Model, rows: Rows) -> int:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from duo_jax.serve.pages import Pool
 from duo_jax.serve.prefix import PrefixTree
 from duo_jax.serve.requests import Request
-from duo_jax.serve.scheduler import Copy, Fill, Job, Kept, QueueFullError, Scheduler, Sizes, Step
+from duo_jax.serve.scheduler import Admit, Assign, Copy, Fill, Job, Kept, QueueFullError, Save, Scheduler, Sizes, Step
 from tests.serve_device import HistoryDevice, reply_of
 
 SIZES = Sizes(rows=2, pages=12, page_size=2, chunk_size=4, row_pages=12, snapshots=6, snapshot_every=8)
@@ -328,7 +328,8 @@ class Events(RuleBasedStateMachine):
         for _ in range(count):
             oldest = min(self.server.open, key=lambda job: job.number, default=None)
             preempted = oldest and oldest.preempted
-            assert bool(self.server.advance()) == (oldest is not None), "there is something to do while there is a job"
+            is_idle = self.server.scheduler.is_idle
+            assert bool(self.server.advance()) != is_idle, "there is something to do while there is a job"
             assert oldest is None or oldest.preempted == preempted, "the oldest job is never preempted"
 
     @precondition(lambda self: self.server.open)
@@ -346,6 +347,18 @@ class Events(RuleBasedStateMachine):
         self.server.open.remove(job)
         deepest = self.server.scheduler.tree._path(known, job.under)
         assert not deepest or deepest[-1].children or deepest[-1].is_pinned
+
+    @precondition(lambda self: self.server.open)
+    @rule(count=st.integers(0, 3))
+    def lose(self, count: int) -> None:
+        """The device fails after it has carried out some of the next actions."""
+        actions = self.server.scheduler.next()
+        for action in [each for each in actions if isinstance(each, Admit | Fill | Assign | Copy | Save)][:count]:
+            self.server.device.do(action)
+        others = set(self.server.open) - set(failed := self.server.scheduler.restart())
+        assert failed and others <= set(self.server.scheduler._waiting)
+        self.server.open = [job for job in self.server.open if job in others]
+        self.server.device.reset()
 
     @precondition(lambda self: self.server.done)
     @rule(data=st.data())

@@ -53,3 +53,6 @@ class Device(Protocol):
 
     def do(self, action: Action) -> list[Chosen]:
         """Carry out an action, and wait for the tokens that it chooses."""
+
+    def reset(self) -> None:
+        """Make all rows, pages and snapshots anew, after memory ran out: what they had is lost."""

@@ -4,6 +4,7 @@ The thread alone uses the device. Requests come from any thread, and events go t
 engine's thread, or to whoever iterates over the handle.
 """
 
+import logging
 import queue
 import threading
 from collections import Counter
@@ -15,13 +16,16 @@ from duo_jax.arguments import ArgumentError
 from duo_jax.finite import not_finite
 from duo_jax.serve.device import Chosen, Device
 from duo_jax.serve.requests import Event, FinishEvent, Listener, Reason, Request, TokenEvent, Usage
-from duo_jax.serve.scheduler import Job, Kept, Scheduler, Sizes
+from duo_jax.serve.scheduler import Action, Job, Kept, Scheduler, Sizes
 from duo_jax.text.ends import Ends, stop_ends
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.tokenizer import TextTokenizer
 
 # Why requests are refused, and open replies end.
 CLOSING = "the server is shutting down"
+# How jax reports that memory ran out: before a program runs, and while it does.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
+LOG = logging.getLogger(__name__)
 
 
 class ClosedError(RuntimeError):
@@ -330,6 +334,7 @@ class Engine:
         except Exception as error:
             message = f"the device failed ({type(error).__name__}: {str(error).partition(chr(10))[0]:.200})"
             self._failure = message
+            LOG.error("%s: the server answers no more requests; start it again", message)
         events: list[tuple[Listener, Event]] = []
         with self._change:
             for run in list(self._runs):
@@ -350,19 +355,46 @@ class Engine:
                     self._end(run, "cancelled", events)
             actions = self._scheduler.next()
         _tell(events)
-        for action in actions:
-            if isinstance(action, Kept):
-                events = []
-                with self._change:
-                    if action.is_kept:
-                        self._end(action.job.owner, "stop", events)
-                    else:
-                        self._end(action.job.owner, "error", events, too_many_prefixes(self.sizes.snapshots))
-                _tell(events)
-            else:
-                for chosen in self._device.do(action):
-                    self._take(chosen)
+        if error := self._carry_out(actions):
+            self._restart(error)
         return True
+
+    def _carry_out(self, actions: list[Action]) -> str:
+        """Let the device work; why it could not, where memory ran out."""
+        try:
+            for action in actions:
+                if isinstance(action, Kept):
+                    self._keep(action)
+                else:
+                    for chosen in self._device.do(action):
+                        self._take(chosen)
+        except (RuntimeError, MemoryError) as error:
+            message = str(error).partition("\n")[0]
+            if isinstance(error, RuntimeError) and not any(words in message for words in OUT_OF_MEMORY):
+                raise
+            return f"memory ran out ({message:.200})"
+        return ""
+
+    def _restart(self, error: str) -> None:
+        """Go on after memory ran out: programs take their rows, and a program that fails gives nothing back."""
+        events: list[tuple[Listener, Event]] = []
+        with self._change:
+            for job in self._scheduler.restart():
+                if job.owner is not None:
+                    self._end(job.owner, "error", events, error)
+        LOG.warning("%s: %d requests failed, all others are computed again", error, len(events))
+        _tell(events)
+        self._device.reset()
+
+    def _keep(self, action: Kept) -> None:
+        """End the job of a permanent prefix, for which nobody waits if it is computed again."""
+        events: list[tuple[Listener, Event]] = []
+        reason: Reason = "stop" if action.is_kept else "error"
+        if action.job.owner is not None:
+            with self._change:
+                why = "" if action.is_kept else too_many_prefixes(self.sizes.snapshots)
+                self._end(action.job.owner, reason, events, why)
+        _tell(events)
 
     def _take(self, chosen: Chosen) -> None:
         """Add a token to a reply, and end it if that is its last."""

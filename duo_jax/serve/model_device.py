@@ -39,12 +39,8 @@ class ModelDevice:
         self._model = model.by_output() if is_grouped else model
         top = min(MOST_TOP, model.config.vocab_size)
         self._programs = Programs(chunk_size, top=top, backend=backend, group=GROUP if is_grouped else None)
-        self._rows = self._programs.rows(model, spec)
-        self._snapshots: dict[int, Snapshot] = {}
-        pages = self._rows.cache.pages
-        assert pages is not None
-        self._table = np.full(pages.shape, NO_PAGE, np.int32)
-        self._is_table_new = True
+        self._spec, self._snapshots = spec, dict[int, Snapshot]()
+        self._start()
         self.dtype = model.dtype
         self.page_bytes, self.ring_bytes = page_bytes(spec), ring_bytes(spec)
         self.full_bytes = page_bytes(replace(spec, pattern=HeadPattern.full(spec.config))) // (spec.page_size or 1)
@@ -53,6 +49,19 @@ class ModelDevice:
         """See `Device`."""
         yield from self._programs.compile(self._model, self._rows)
         _give_back()
+
+    def reset(self) -> None:
+        """See `Device`."""
+        del self._rows  # Their memory is needed for the new ones.
+        self._snapshots.clear()
+        self._start()
+
+    def _start(self) -> None:
+        self._rows = self._programs.rows(self._model, self._spec)
+        pages = self._rows.cache.pages
+        assert pages is not None
+        self._table = np.full(pages.shape, NO_PAGE, np.int32)
+        self._is_table_new = True
 
     def do(self, action: Action) -> list[Chosen]:
         """See `Device`."""

@@ -4,6 +4,7 @@ A prefix can be continued where its rings were copied. A node therefore has a sn
 that have one: there is no leaf without.
 """
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ class PrefixTree:
         """Pages of these tokens that stay for ever and can be continued, without one that must be copied for that."""
         under = self._under(tokens)
         nodes = self._path(tokens, under)
-        while nodes and not (nodes[-1].is_pinned and self._continues(nodes[-1], len(tokens))):
+        while nodes and not (nodes[-1].is_pinned_end and self._continues(nodes[-1], len(tokens))):
             nodes.pop()
         return max(len(nodes), len(self._loaded_tokens[under]) // self._page_size)
 
@@ -159,6 +160,8 @@ class PrefixTree:
     def pin(self, tokens: Sequence[int], under: int = 0) -> bool:
         """Keep a prefix for ever, in whole chunks; False if it cannot be continued there, so that nothing is kept."""
         whole = len(tokens) - len(tokens) % self._chunk_size
+        if len(self._loaded_tokens[under]) > whole:
+            return True  # A loaded prefix has all of it.
         nodes = self._path(tokens[:whole], under)
         if not nodes or nodes[-1].length < whole or nodes[-1].snapshot is None:
             return False
@@ -255,10 +258,12 @@ class PrefixTree:
 
     def _under(self, prompt: Sequence[int]) -> int:
         """The number of the longest loaded prefix that a prompt continues, by at least a token; 0: none."""
-        shorter = ((len(t), n) for n, t in enumerate(self._loaded_tokens) if n and len(t) < len(prompt))
-        return next(
-            (n for size, n in sorted(shorter, reverse=True) if self._loaded_tokens[n] == tuple(prompt[:size])), 0
+        begun = (
+            (len(tokens), number)
+            for number, tokens in enumerate(self._loaded_tokens)
+            if len(tokens) < len(prompt) and all(map(operator.eq, tokens, prompt))
         )
+        return max(begun, default=(0, 0))[1]
 
     def _path(self, tokens: Sequence[int], under: int = 0) -> list[Node]:
         """The nodes of the longest prefix of `tokens` that the tree has."""

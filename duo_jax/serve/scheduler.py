@@ -8,6 +8,7 @@ Decoding takes pages as it needs them. If none is free the tree gives up prefixe
 it waits, first in the queue, until its pages are likely to last. It computes its prompt again, cut as before, then
 appends its reply token by token, of which it knows all but the next one. So it passes through the same programs, and
 continues with the same numbers. The oldest job is never preempted, as every job fits into the pool by itself (`check`).
+Where the device loses its rows, all jobs continue in the same way.
 """
 
 from collections import deque
@@ -222,13 +223,19 @@ class Scheduler:
     def __init__(self, sizes: Sizes) -> None:
         """Nothing waits, everything is free."""
         self.sizes, self.counts = sizes, Counts()
-        self.pages, self.snapshots = Pool(sizes.pages), Pool(sizes.snapshots)
-        self.tree = PrefixTree(self.pages, self.snapshots, page_size=sizes.page_size, chunk_size=sizes.chunk_size)
         self._waiting: deque[Job] = deque()
         self._rows: list[Job | None] = [None] * sizes.rows
         self._filling: Job | None = None
+        self._turn: list[Job] = []  # Jobs of the newest actions.
         self._step_is_due = False
         self._count = 0
+        self._free_all()
+
+    def _free_all(self) -> None:
+        sizes = self.sizes
+        self.pages, self.snapshots = Pool(sizes.pages), Pool(sizes.snapshots)
+        self.tree = PrefixTree(self.pages, self.snapshots, page_size=sizes.page_size, chunk_size=sizes.chunk_size)
+        self._permanent: list[list[int]] = []  # Tokens of prefixes that are kept for ever.
 
     @property
     def running(self) -> list[Job]:
@@ -289,7 +296,7 @@ class Scheduler:
             self._admit(actions)
         is_decoding = any(job is not None and job is not self._filling for job in self._rows)
         if self._filling is not None and not (self._step_is_due and is_decoding):
-            self._step_is_due = True
+            self._step_is_due, self._turn = True, [self._filling]
             self._fill(self._filling, actions)
         elif is_decoding:
             self._step_is_due = False
@@ -318,6 +325,20 @@ class Scheduler:
         """End a job whose numbers are not finite; what it computed is not used again."""
         self.tree.forget(job.tokens[: job.length], job.under)
         self._leave(job)
+
+    def restart(self) -> list[Job]:
+        """End the jobs of the newest actions, in which the device lost its rows, and return them.
+
+        All other jobs and the permanent prefixes are computed again.
+        """
+        failed = [job for job in self._turn if job.row is not None]
+        for job in failed:
+            self._leave(job)
+        for job in reversed(self.running):
+            self._preempt(job)
+        self._waiting.extendleft(Job(tokens, 0) for tokens in self._permanent)
+        self._free_all()
+        return failed
 
     def _admit(self, actions: list[Action]) -> None:
         """Admit the job that has waited longest, if there are a row and pages for it."""
@@ -373,6 +394,8 @@ class Scheduler:
             actions.append(First(job, job.row, job.forced))
         else:
             is_kept = self.tree.pin(job.tokens, job.under) if job.saved is None else job.under > 0
+            if is_kept:
+                self._permanent.append(job.tokens)
             self._leave(job)
             actions.append(Kept(job, is_kept))
 
@@ -384,6 +407,7 @@ class Scheduler:
                 continue
             job.length += 1
             rows.append(First(job, job.row, job.forced))
+        self._turn = [entry.job for entry in rows]
         if rows:
             actions.append(Step(tuple(rows)))
         for job, _, _ in rows:
