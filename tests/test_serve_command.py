@@ -25,6 +25,10 @@ from tests.text_models import Result, assert_refused
         (("--api-key", ""), ("--api-key must be printable ASCII characters, and not empty",)),
         (("--host", ""), ("--host must be an address",)),
         (("--name", " "), ("--name must not be empty",)),
+        (("--host-names", "proxy", ""), ("--host-names must not be empty",)),
+        (("--memory", ""), ("--memory must be a number above 0 and a unit",)),
+        (("--rows", "many"), ("Error parsing --rows: invalid literal for int()", "; see duo serve --help")),
+        (("--memry", "1GB"), ("Unrecognized options: --memry", "Perhaps you meant: --memory")),
         (
             ("--host", "192.0.2.1"),
             ("cannot listen on 192.0.2.1:0 (Cannot assign requested address): choose another --host",),
@@ -36,7 +40,9 @@ from tests.text_models import Result, assert_refused
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
 def test_flags_are_refused(text_model: Path, duo: Callable[..., Result], flags: tuple, words: tuple) -> None:
-    assert_refused(duo("serve", "--model", text_model, "--port", 0, *flags), *words)
+    result = duo("serve", "--model", text_model, "--port", 0, *flags)
+    assert_refused(result, *words)
+    assert len(result.err.splitlines()) == 1
 
 
 def test_a_port_that_is_taken_is_refused(text_model: Path, duo: Callable[..., Result]) -> None:

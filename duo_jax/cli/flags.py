@@ -1,8 +1,12 @@
 """Flags of a command: parsed, checked for what holds for all of them, and named in messages. Knows no command."""
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import math
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
@@ -20,7 +24,7 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
     """An instance of the command, whose fields are its flags. From here on, messages name flags.
 
     Raises:
-        ValueError: an integer beyond int64, a number that is not finite, or a seed below 0.
+        ValueError: what tyro refuses, an integer beyond int64, a number that is not finite, or a seed below 0.
     """
     spelling.set(partial(flag, args=args))
     command, prog, args = _subcommand(command, prog, args)
@@ -29,7 +33,14 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
     registry.primitive_rule(_optional)
     add_rules(registry, command, is_help=is_help(args))
     text = one_line(inspect.getdoc(command) or "")
-    parsed: Any = tyro.cli(command, prog=prog, args=args, registry=registry, description=text)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as messages:
+            parsed: Any = tyro.cli(command, prog=prog, args=args, registry=registry, description=text)
+    except SystemExit as done:
+        if done.code:
+            raise ValueError(f"{_unboxed(messages.getvalue())}; see {prog} --help") from None
+        raise
+    sys.stderr.write(messages.getvalue())
     for name, value in _numbers(parsed):
         if isinstance(value, float):
             if not math.isfinite(value):
@@ -60,6 +71,14 @@ def flag(name: str, args: Sequence[str]) -> str:
 
     best = max(given, key=shared, default="")
     return best if best and shared(best)[0] else name
+
+
+def _unboxed(text: str) -> str:
+    """A message of tyro, which it prints in a box, in one line and without help."""
+    lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()[1:-1]]
+    parts = (" ".join(part.split()) for part in re.split(r"(?m)^[─-]{3,}$", "\n".join(lines)))
+    kept = [part for part in parts if part and not part.startswith(("Argument helptext", "For full helptext"))]
+    return "; ".join(kept).rstrip(".")
 
 
 def _subcommand(command: type, prog: str, args: Sequence[str]) -> tuple[type, str, Sequence[str]]:
