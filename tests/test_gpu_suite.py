@@ -16,6 +16,7 @@ from duo_eval.gpu_suite.__main__ import SECTIONS, Suite
 from duo_eval.runner.process import ProcessError, Worker, first_line
 
 from pallas_kernels import layer, ops
+from pallas_kernels.types import OPERATIONS
 
 
 @pytest.mark.process
@@ -38,11 +39,7 @@ def test_the_command_measures_every_section_and_resumes(tmp_path):
     judged = [result for result in records["numerics"]["results"] if "cannot" not in result]
     assert all(result["is_right"] for result in judged)
     assert {result["case"]["backend"] for result in judged} == {"triton"}
-    assert {result["case"]["operation"] for result in judged} == {
-        "prefill",
-        "decode",
-        "training",
-    }
+    assert {result["case"]["operation"] for result in judged} == {*OPERATIONS}
     ceilings = records["ceilings"]
     assert ceilings["about"]["device"] == "cpu" and ceilings["runs"][0]["machine"]["versions"]["jax"]
     again = subprocess.run(suite, capture_output=True, text=True, env=environment)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+from duo_jax.cli.serve import Serve
 from duo_jax.generation.chunks import most_at_a_time
 from pallas_kernels import BACKENDS
 from pallas_kernels.backends import candidates, find_backend, preferences
@@ -22,12 +23,14 @@ class Heads:
     dtype: str = "bfloat16"
     head_dim: int = 128
     bits: int | None = None
+    page: int | None = None
 
 
 # The heads of Llama-3 and most other models, then what other models and flags change.
 HEADS = (
     Heads("bfloat16, head dim 128"),
     Heads("bfloat16, head dim 128, int4 cache", bits=4),
+    Heads("bfloat16, head dim 128, a server's cache", page=Serve.page_size),
     Heads("bfloat16, head dim 256", head_dim=256),
     Heads("float32, head dim 128", dtype="float32"),
 )
@@ -92,7 +95,8 @@ def _suspicion(capability: str) -> str:
 
 def _asked(heads: Heads) -> dict[str, dict[str, Any]]:
     """What is asked for some heads, by name."""
-    asked: dict[str, dict[str, Any]] = {operation: {"operation": operation} for operation in OPERATIONS}
+    names = [operation for operation in OPERATIONS if heads.page is None or operation != "training"]
+    asked: dict[str, dict[str, Any]] = {operation: {"operation": operation} for operation in names}
     if heads.bits and can_be_short(heads.dtype, heads.head_dim):
         asked["short chunk"] = {"operation": "prefill", "is_short": True}
     return asked
@@ -107,9 +111,11 @@ def _chosen(gpu: Gpu, heads: Heads, operation: str, *, is_short: bool = False) -
         heads.head_dim,
         GROUP,
         bits=frozenset([heads.bits] if heads.bits and is_cached else []),
-        capacities=CAPACITIES if is_cached else (),
+        capacities=(heads.page or CAPACITIES[0], *CAPACITIES[1:]) if is_cached else (),
+        page=heads.page if is_cached else None,
         is_short=is_short,
         capability=gpu.capability,
+        full=(f"int{heads.bits}" if heads.bits else heads.dtype) if is_cached else None,
     )
     able, wanted = candidates(request), preferences(request)
     refused = {}
