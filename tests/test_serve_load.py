@@ -69,7 +69,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(text_model: Path) -> Served:
     pattern = HeadPattern.load(text_model / "pattern", sparsity=0.5, sink_size=3, recent_size=12)
-    # As `duo serve` stores it; an engine copies one that is stored in another way.
+    # As `duo serve` stores it: only then a step computes a few rows at a time.
     return Served(load_model(text_model).by_output(donate=True), load_tokenizer(text_model), pattern)
 
 

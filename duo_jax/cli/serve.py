@@ -86,9 +86,8 @@ class Serve:
         from duo_jax.serve.engine import too_many_prefixes
         from duo_jax.serve.http.app import Limits, make_app
         from duo_jax.serve.http.server import Server, listen, most_connections
-        from duo_jax.serve.model_device import in_groups
         from duo_jax.serve.sizing import plan_sizes
-        from duo_jax.serve.start import keep_prefix, prefix_tokens, start_engine
+        from duo_jax.serve.start import keep_prefix, prefix_tokens, start_engine, stored_for_engine
 
         whole_number("port", self.port, 0, 65535)
         for flag in ("timeout", "grace"):
@@ -127,15 +126,13 @@ class Serve:
         tokenizer = self.model.text_tokenizer()
         template.start(tokenizer)
         model = self.model.load(mesh=self.devices.make(), pattern=pattern)
-        if in_groups(model):  # Before the engine does, which would copy the weights.
-            model = model.by_output(donate=True)
-        lm = LM(model, tokenizer, pattern, self.kv.kv_dtype, self.model.sampling())
+        lm = stored_for_engine(LM(model, tokenizer, pattern, self.kv.kv_dtype, self.model.sampling()))
         name = self.name or Path(self.model.model).name
         engine = start_engine(lm, sizes, spec, lambda program: show_status(f"compiling {program}"))
         try:
             for number, (path, tokens) in enumerate(zip(self.prefix, prefixes, strict=True)):
                 show_status(f"prefix {number + 1} of {len(prefixes)}")
-                if reason := keep_prefix(engine, model, spec, path, tokens):
+                if reason := keep_prefix(engine, lm.model, spec, path, tokens):
                     show_status("")
                     print(f"{path}: the text was computed again: {reason}", file=sys.stderr)
             hosts = (*LOOPBACK, "[::1]", *self.host_names) if self.host in LOOPBACK else ("*",)

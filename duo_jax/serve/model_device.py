@@ -30,13 +30,12 @@ class ModelDevice:
     """A `Device`: weights, and rows of a paged cache."""
 
     def __init__(self, model: Model, spec: CacheSpec, chunk_size: int, *, backend: str | None = None) -> None:
-        """Allocate the cache.
+        """Allocate the cache. A model stored `Model.by_output` computes a few rows of a step at a time.
 
         Raises:
             ValueError: it does not fit into memory.
         """
-        is_grouped = in_groups(model)
-        self._model = model.by_output() if is_grouped else model
+        self._model, is_grouped = model, model.decoder.is_by_output
         top = min(MOST_TOP, model.config.vocab_size)
         self._programs = Programs(chunk_size, top=top, backend=backend, group=GROUP if is_grouped else None)
         self._spec, self._snapshots = spec, dict[int, Snapshot]()
