@@ -64,6 +64,26 @@ def test_a_loop_includes_its_waits_and_no_outer_loop(monkeypatch):
     assert found == {"other": (), "kernel": (sass.Loop(instructions=7, mma=1, depbar=1, mufu=1, sts=0),)}
 
 
+FAR = """
+	.section	.text.far,"ax",@progbits
+.text.far:
+.L_x_0:
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0010*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div) ;
+        /*0020*/              @!P1 CALL.REL.NOINC `(.L_x_1) ;
+        /*0030*/                   BRA `(.L_x_0) ;
+.L_x_1:
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_a_far_jump_leads_to_the_next_loop(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess((), 0, stdout=FAR))
+    assert [loop.instructions for loop in sass.loops_of("nvdisasm", Path("a.cubin"))["far"]] == [4, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "counts", "main"),
     [

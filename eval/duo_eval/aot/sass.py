@@ -85,12 +85,14 @@ def _blocks(code: str) -> dict[str, _Block]:
         elif instruction := INSTRUCTION.search(line):
             predicate, opcode, operands = instruction.groups()
             block.opcodes.append(opcode)
-            target = re.search(r"`\((\.L_x_\d+)\)", operands) if opcode.startswith("BRA") else None
+            # A far jump is `CALL.REL.NOINC`; a function that it calls has a name of its own.
+            target = re.search(r"`\((\.L_x_\d+)\)", operands) if opcode.startswith(("BRA", "CALL")) else None
             if target is None and opcode.partition(".")[0] not in ("EXIT", "RET", "BRA", "BRX"):
                 continue
             block.targets += [target.group(1)] if target else []
             # `BRA.U UP0, ...` has its condition among the operands.
-            block.falls_through = predicate is not None or (target is not None and not operands.startswith("`("))
+            is_conditional = predicate is not None or opcode.startswith("CALL")
+            block.falls_through = is_conditional or (target is not None and not operands.startswith("`("))
             block = blocks.setdefault(f"{len(blocks)}", _Block([], []))
     return blocks
 
