@@ -1,23 +1,18 @@
 """The kernels in Triton's own language: in Triton's interpreter, and compiled for absent GPUs."""
 
-import importlib
 import os
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import jax.numpy as jnp
 import pytest
-from duo_eval.aot.compile import assemble, compile_for
+from duo_eval.aot.compile import kernels_on
 from duo_eval.aot.kernels import program
 
-from pallas_kernels import Window, decode_attention, gated_attention, gpus, prefill_attention
+from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.quantized import empty, store
-from pallas_kernels.schedule import Splits
-from pallas_kernels.tiles import tiles_for
-from pallas_kernels.works import Queries
 from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -150,94 +145,24 @@ def test_partial_results_equal_those_of_triton(cases):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def assembled(kernel, types, sizes, tiles, gpu, folder):
-    """Registers and spills of a kernel of arguments of some types, and Triton's program."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(sizes, "constexpr")
-    # jax_triton guarantees this alignment for every array.
-    attributes = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=sizes, attrs=attributes)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    major, minor = GPUS[gpu].capability
-    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
-    # Pools may have more than 2 ** 31 elements.
-    assert re.search(r"tt\.addptr[^\n]*, i64", compiled.asm["ttir"])
-    assert 0 < compiled.metadata.shared <= GPUS[gpu].shared_memory_per_core - 1024
-    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
-    (found,) = assemble(gpu, folder / "kernel.ptx")
-    return found
-
-
-GPU_NAMES = pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
-
-
-@pytest.fixture
-def tiles_on(monkeypatch, tmp_path):
-    """A function with which tiles are those of a GPU."""
-    importlib.import_module("jax_triton")  # It unsets the variable.
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    return lambda gpu: monkeypatch.setattr(gpus, "device_kind", lambda: GPUS[gpu].name)
-
-
 @needs_triton
-@GPU_NAMES
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 128)])
-def test_decode_compiles_without_spills(dtype, head_dim, gpu, tmp_path, tiles_on):
-    """Llama-3-8B's heads, and pools of more than 2 ** 31 elements."""
-    from pallas_kernels.jax_triton.decode_kernel import decode_kernel, sizes_of, tiles_here
-
-    tiles_on(gpu)
-    tiles = tiles_here(head_dim, 4 if dtype == "fp32" else 2)
-    splits = Splits(128, 128, (1 << 22, 320), tiles.block_k, tiles.min_split)
-    sizes = sizes_of(4, head_dim, 1, 8, splits, (128, 1, 1 << 22, head_dim)) | {"row_pages": 1, "is_paged": False}
-    types = [f"*{dtype}"] * 5 + ["*i32"] * 6 + ["*fp32"] * 2
-    found = assembled(decode_kernel, types, sizes, tiles, gpu, tmp_path)
-    assert 0 < found.registers <= 255 and found.spill_bytes == 0
-
-
-@needs_triton
-@GPU_NAMES
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 64)])
-def test_prefill_compiles_without_spills(dtype, head_dim, gpu, tmp_path, tiles_on):
+@pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
+@pytest.mark.parametrize(
+    ("operation", "dtype", "head_dim"),
+    [
+        *(("prefill", *case) for case in (("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 64))),
+        *(("decode", *case) for case in (("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 128))),
+        *(("training", *case) for case in (("bfloat16", 64), ("bfloat16", 128))),
+    ],
+)
+def test_no_kernel_spills(operation, dtype, head_dim, gpu):
     """Llama-3-8B's heads, a chunk of 2,048 tokens, and pools of more than 2 ** 31 elements."""
-    from pallas_kernels.jax_triton.flash_kernel import flash_kernel, sizes_of
-
-    tiles_on(gpu)
-    tiles = tiles_for("flash", head_dim, 4 if dtype == "fp32" else 2)
-    queries = Queries(1, 2048, 32, 4, 1, tiles.block_q, 1)
-    stored = (128, 1, 1 << 22, head_dim), (128, 1, 320, head_dim), (1, 1)
-    shapes = (1, 2048, 32, head_dim), (1, 2048, 8, head_dim), stored
-    sizes = sizes_of(*shapes, queries, tiles, Window(64, 256))
-    sizes |= {"has_own": True, "has_full": True, "has_ring": True, "is_paged": False}
-    types = [f"*{dtype}"] * 7 + ["*i32"] * 2 + [f"*{dtype}", "*fp32"]
-    found = assembled(flash_kernel, types, sizes, tiles, gpu, tmp_path)
-    assert 0 < found.registers <= 255 and found.spill_bytes == 0
-
-
-@needs_triton
-@GPU_NAMES
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("of", ["query", "key"])
-def test_gradients_compile_without_spills(of, head_dim, gpu, tmp_path, tiles_on):
-    """Llama-3-8B's heads, 2,048 tokens, and a window."""
-    from pallas_kernels.jax_triton import training_kernels
-
-    tiles_on(gpu)
-    tiles = tiles_for("backward", head_dim, 2)
-    sizes = training_kernels.sizes_of((1, 2048, 32, head_dim), 8, Window(64, 256), tiles)
-    types = ["*bf16"] * 4 + ["*fp32"] * 2 + ["*i32"] + ["*bf16"] * (1 if of == "query" else 2)
-    found = assembled(getattr(training_kernels, f"{of}_gradient_kernel"), types, sizes, tiles, gpu, tmp_path)
-    assert 0 < found.registers <= 255 and found.spill_bytes == 0
-
-
-@needs_triton
-@GPU_NAMES
-@pytest.mark.parametrize("operation", ["prefill", "decode", "training"])
-def test_a_layer_compiles_for_an_absent_gpu(operation, gpu):
-    function, shapes = program(operation, "jax_triton")
-    assert "triton_kernel_call" in compile_for(gpu, function, *shapes).as_text()
+    function, shapes = program(operation, "jax_triton", dtype=dtype, head_dim=head_dim, capacity=1 << 22)
+    kernels = kernels_on(gpu, function, *shapes)
+    assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
+    for kernel in kernels:
+        assert 0 < kernel.registers <= 255 and kernel.spill_bytes == 0 and kernel.address_bits == 64, kernel
+        assert 0 < kernel.shared_memory <= GPUS[gpu].shared_memory_per_core - 1024, kernel
 
 
 def test_refusals_name_the_reason():

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from duo_eval.aot.compile import compile_for, lower_for
+from duo_eval.aot.triton_calls import triton_calls
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -237,32 +238,11 @@ def _pallas(kernel: Any, settings: Any, structure: Any, shapes: Any, results: An
 
 @functools.cache
 def _triton(kernel: Any, name: str, outputs: Any, settings: Any, shapes: Any) -> Program:
-    """Compile as jax_triton does. The program and its grid are the arguments with which it constructs jaxlib's call."""
+    """Compile as jax_triton does."""
     from jax_triton import triton_lib
-
-    parts: list[Any] = []
-    real = triton_lib.triton_kernel_call_lib
 
     def function(*arrays: Any) -> Any:
         return triton_lib.triton_call(*arrays, kernel=kernel, **{name: _structs(outputs)}, **dict(settings[1]))
 
-    def of_kernel(entry: str, warps: int, clusters: int, shared: int, text: str, *rest: Any) -> Any:
-        parts.append((text, shared))
-        return real.TritonKernel(entry, warps, clusters, shared, text, *rest)
-
-    def of_call(compiled_kernel: Any, x: int, y: int, z: int, *rest: Any) -> Any:
-        parts.append((x, y, z))
-        return real.TritonKernelCall(compiled_kernel, x, y, z, *rest)
-
-    spy = types.SimpleNamespace(**{name: getattr(real, name) for name in dir(real) if name[0] != "_"})
-    spy.TritonKernel, spy.TritonKernelCall = of_kernel, of_call
-    # jax_triton 0.4 has a cache for each kernel.
-    cache = getattr(triton_lib, "_COMPILED_KERNEL_CACHE", None)
-    cache = kernel.__dict__.setdefault("_jT_kernel_cache", {}) if cache is None else cache
-    with (
-        mock.patch.object(triton_lib, "triton_kernel_call_lib", spy),
-        mock.patch.dict(cache, clear=True),
-    ):
-        lower_for(GPU, jax.jit(function), *_structs(shapes))
-    (text, shared), grid = parts
-    return Program(text, grid, shared)
+    (call,) = triton_calls(lower_for(GPU, jax.jit(function), *_structs(shapes)))
+    return Program(call.ptx, call.grid, call.shared_memory)

@@ -25,6 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from duo_eval.aot.sass import Loop, loops_of
+from duo_eval.aot.triton_calls import triton_calls
 from duo_jax.mesh.mesh import MeshSize
 from pallas_kernels.gpus import find_gpu
 
@@ -54,7 +55,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Resources of a multiprocessor that one Pallas kernel uses, reported by `ptxas` and the kernel's compiler."""
+    """Resources of a multiprocessor that one kernel uses, reported by `ptxas` and the kernel's compiler."""
 
     name: str
     registers: int  # of each thread
@@ -78,9 +79,10 @@ def memory_of(program: jax.stages.Compiled) -> Memory:
 
 
 def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Kernel]:
-    """Compile a jitted function for one GPU, and assemble each of its Pallas kernels to read what it needs.
+    """Compile a jitted function for one GPU, and assemble each of its kernels to read what it needs.
 
-    Names of Pallas kernels end in `_kernel`. XLA makes some of its own with Triton too, which are left out.
+    They are those of Pallas, whose names end in `_kernel`, and of jax_triton. XLA makes some of its own with Triton
+    too, which are left out.
 
     Raises:
         ValueError: an unknown GPU.
@@ -91,7 +93,8 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
         # Mosaic writes PTX of the newest version that the `ptxas` on the PATH takes: it has to be the one below.
         programs = f"{Path(_tool('ptxas')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=dump, PATH=programs):
-            compile_for(gpu, function, *shapes, xla_dump_to=dump, xla_dump_emitter_re=".*")
+            lowered = lower_for(gpu, function, *shapes)
+            _compile(lowered, xla_dump_to=dump, xla_dump_emitter_re=".*")
         # By the kernel's entry: shared memory, and bits of the widest address.
         entries: dict[str, tuple[int, int | None]] = {}
         for path in folder.glob("*.triton-to-llvm.txt"):
@@ -113,13 +116,21 @@ def kernels_on(gpu: str, function: jax.stages.Wrapped, *shapes: Any) -> list[Ker
                 for use in assemble(gpu, path)
                 if use.name in entries and re.search(r"_kernel(_\d+)?$", use.name)
             ]
+        for number, call in enumerate(triton_calls(lowered)):
+            path = folder / f"jax_triton_{number}.ptx"
+            path.write_text(call.ptx, encoding="utf-8")
+            (use,) = assemble(gpu, path)
+            bits = 64 if re.search(r"tt\.addptr\W[^\n]*\bi64\b|tt\.addptr\W[^\n]*xi64", call.ttir) else 32
+            kernels.append(
+                Kernel(use.name, use.registers, use.spill_bytes, call.shared_memory, bits, use.warnings, use.loops)
+            )
     if not kernels:
-        raise NoKernelError("the program has no Pallas kernel")
+        raise NoKernelError("the program has no kernel of Pallas or jax_triton")
     return kernels
 
 
 class NoKernelError(ValueError):
-    """A program without Pallas kernels, or with such that this process has compiled before: Mosaic keeps them."""
+    """A program without kernels, or with such that this process has compiled before: Mosaic keeps them."""
 
 
 class Assembled(NamedTuple):
@@ -200,11 +211,15 @@ def compile_for(
         ValueError: an unknown GPU.
         NotImplementedError: the CUDA plugin is not installed.
     """
+    return _compile(lower_for(gpu, function, *shapes, mesh=mesh), **options)
+
+
+def _compile(lowered: jax.stages.Lowered, **options: Any) -> jax.stages.Compiled:
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     # An executable for an absent device can be written to the cache, but not read.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return lower_for(gpu, function, *shapes, mesh=mesh).compile(OPTIONS | options)
+        return lowered.compile(OPTIONS | options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
 

@@ -29,7 +29,7 @@ class Compiled(NamedTuple):
     """What an operation is compiled with."""
 
     tokens: int
-    backends: tuple[str, ...] = ("triton", "mosaic")
+    backends: tuple[str, ...] = ("mosaic", "triton", "jax_triton")
     """Those with a kernel of their own."""
     caches: tuple[str, ...] = ("same", "int8", "int4")
     """Data types of a cache."""
@@ -41,8 +41,9 @@ OPERATIONS: dict[Operation, Compiled] = {
     "short-chunk": Compiled(32, backends=("triton",), caches=("int8", "int4")),
     "decode": Compiled(1),
     "append": Compiled(1, backends=("triton",)),
-    "training": Compiled(2048, backends=("triton",), caches=("same",)),
+    "training": Compiled(2048, backends=("triton", "jax_triton"), caches=("same",)),
 }
+BACKENDS = Compiled(1).backends
 # What is compiled in one case.
 CASE = ("backend", "gpu", "dtype", "head_dim", "operation", "cache")
 # Instructions of a loop, in the order of the table.
@@ -60,8 +61,8 @@ class Kernels:
 
     gpus: tuple[str, ...] = ("a100-80g", "h100-80g", "h200", "b200", "rtx-4090")
     """GPUs by name."""
-    backends: tuple[Literal["triton", "mosaic"], ...] = ("triton", "mosaic")
-    """Backends; a case that a backend or a GPU does not support is left out."""
+    backends: tuple[Literal["mosaic", "triton", "jax_triton"], ...] = BACKENDS
+    """Backends; a case that a backend or a GPU does not support is left out. Of others, the file keeps what it has."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
@@ -84,9 +85,9 @@ class Kernels:
         ):
             if set(values) - set(known):
                 raise ValueError(f"{name} are among {', '.join(known)}, got {', '.join(values)}")
-        combinations = product(self.backends, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches)
+        combinations = product(BACKENDS, self.gpus, self.dtypes, self.head_dims, OPERATIONS, self.caches)
         cases: list[dict[str, Any]] = [dict(zip(CASE, values, strict=True)) for values in combinations]
-        about = {name: value for name, value in asdict(self).items() if name != "operations"}
+        about = {name: value for name, value in asdict(self).items() if name not in ("operations", "backends")}
         record = Record.open(self.out, {"task": "kernels", **about}, again=True)
         if self.out and self.out.exists() and self.out.stat().st_size:
             head, stored = read(self.out)
@@ -97,7 +98,7 @@ class Kernels:
         with record.writing() as append:
             for case in cases:
                 compiled = OPERATIONS[case["operation"]]
-                if case["operation"] not in self.operations:
+                if case["operation"] not in self.operations or case["backend"] not in self.backends:
                     continue
                 if case["cache"] not in compiled.caches or case["backend"] not in compiled.backends:
                     continue
