@@ -195,6 +195,13 @@ class Request:
             return f"takes {names}, one of them for queries and cache, got {', '.join(sorted(types))}"
         return None
 
+    def refused_packing(self) -> str | None:
+        """By a kernel that reads the words of a quantized cache as they are packed."""
+        head_dim = self.head_dim
+        if self.bits and (head_dim < 16 or head_dim.bit_count() > 1):
+            return f"takes quantized caches of head dims that are powers of two, at least 16, got {head_dim}"
+        return None
+
     def refused_gpu(self) -> str | None:
         """By a backend that is compiled for GPUs from `OLDEST_GPU` on, and not interpreted."""
         if self.capability is None or self.capability < OLDEST_GPU:

@@ -33,7 +33,7 @@ FALLS = [
     ({"head_dim": 80}, "triton jax_triton cudnn xla", "triton jax_triton xla"),
     ({"head_dim": 512}, "xla", "xla"),
     ({"dtypes": frozenset(["float32"])}, "triton jax_triton xla", "triton jax_triton xla"),
-    ({"bits": frozenset([4])}, "mosaic triton jax_triton xla", "triton xla"),
+    ({"bits": frozenset([4])}, "mosaic triton jax_triton xla", "triton jax_triton xla"),
     ({"bits": frozenset([4]), "head_dim": 96}, "triton jax_triton xla", "xla"),
     ({"capacities": (1023, 320)}, "triton jax_triton cudnn xla", "triton jax_triton xla"),
     ({"is_sharded": True}, "triton jax_triton xla", "triton jax_triton xla"),

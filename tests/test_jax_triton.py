@@ -12,7 +12,6 @@ from duo_eval.aot.kernels import program
 
 from pallas_kernels import decode_attention, gated_attention, prefill_attention
 from pallas_kernels.gpus import GPUS
-from pallas_kernels.quantized import empty, store
 from tests.test_mosaic import WINDOW, problem
 
 MISSING = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
@@ -37,6 +36,7 @@ from triton.runtime import interpreter
 from pallas_kernels import works
 from pallas_kernels.jax_triton import decode_kernel, flash_kernel, launch
 from pallas_kernels.ops import find_backend
+from pallas_kernels.quantized import empty, store
 from pallas_kernels.tiles import DecodeTiles, FlashTiles, trying
 from tests.test_mosaic import WINDOW, in_pages, poisoned, problem
 
@@ -51,7 +51,7 @@ class Int(metaclass=OfInt):
 
 
 interpreter.int = Int
-NAMES = {"float32": "fp32", "float16": "fp16", "int32": "i32"}
+NAMES = {"float32": "fp32", "float16": "fp16", "int32": "i32", "uint16": "u16", "uint32": "u32"}
 
 
 class Buffer:
@@ -89,18 +89,27 @@ def compare(found, expected, dtype, tokens=None):
 """
 DECODE = """
 cases = (
-    (64, "float32", (True, False), None),
-    (40, "float16", (False,), None),
-    (16, "float32", (True,), None),
-    (32, "float32", (True, False), 128),  # In pages.
+    (64, "float32", (True, False), None, None),
+    (40, "float16", (False,), None, None),
+    (16, "float32", (True,), None, None),
+    (32, "float32", (True, False), 128, None),  # In pages.
+    (16, "float32", (True,), None, "int4"),
+    (64, "float16", (True, False), None, "int4"),
+    (64, "float16", (True,), None, "int8"),
+    (32, "float32", (True, False), None, "int8"),
 )
-for head_dim, dtype, is_retrieval, page in cases:
+for head_dim, dtype, is_retrieval, page, cache in cases:
     q, _, _, pools, heads = problem(
         tokens=1, starts=(0, 0), capacity=600 if page is None else 640, head_dim=head_dim, is_retrieval=is_retrieval,
         dtype=jnp.dtype(dtype)
     )
     lengths = jnp.asarray([597, 33], jnp.int32)
     pools = poisoned(pools, lengths)
+    if cache is not None:
+        # The ring stays as it is.
+        like = [empty((1, head_dim), cache, values=values) for values in (False, True)]
+        full_k, full_v = (store(jnp.nan_to_num(pool), one) for pool, one in zip(pools.full, like, strict=True))
+        pools = pools._replace(full_k=full_k, full_v=full_v)
     pools = pools if page is None else in_pages(pools, page)
     arrays, rows = (q[:, 0], pools, heads), {"lengths": lengths, "window": WINDOW}
     with trying("decode", DecodeTiles(block_k=32, min_split=64, max_programs=24, num_warps=4, num_stages=2)):
@@ -148,16 +157,23 @@ def test_partial_results_equal_those_of_triton(cases):
 @needs_triton
 @pytest.mark.parametrize("gpu", ["a100-80g", "h200"])
 @pytest.mark.parametrize(
-    ("operation", "dtype", "head_dim"),
+    ("operation", "dtype", "head_dim", "cache"),
     [
-        *(("prefill", *case) for case in (("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 64))),
-        *(("decode", *case) for case in (("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 128))),
-        *(("training", *case) for case in (("bfloat16", 64), ("bfloat16", 128))),
+        *(
+            ("prefill", *case, "same")
+            for case in (("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 64))
+        ),
+        *(
+            ("decode", *case, "same")
+            for case in (("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 128))
+        ),
+        *(("decode", "bfloat16", *case) for case in ((64, "int8"), (128, "int8"), (128, "int4"), (256, "int4"))),
+        *(("training", *case, "same") for case in (("bfloat16", 64), ("bfloat16", 128))),
     ],
 )
-def test_no_kernel_spills(operation, dtype, head_dim, gpu):
+def test_no_kernel_spills(operation, dtype, head_dim, cache, gpu):
     """Llama-3-8B's heads, a chunk of 2,048 tokens, and pools of more than 2 ** 31 elements."""
-    function, shapes = program(operation, "jax_triton", dtype=dtype, head_dim=head_dim, capacity=1 << 22)
+    function, shapes = program(operation, "jax_triton", dtype=dtype, head_dim=head_dim, cache=cache, capacity=1 << 22)
     kernels = kernels_on(gpu, function, *shapes)
     assert len(kernels) == {"prefill": 1, "decode": 1, "training": 6}[operation]
     for kernel in kernels:
@@ -177,7 +193,3 @@ def test_refusals_name_the_reason():
         decode_attention(q[:, 0], pools, heads, lengths=count, window=WINDOW, backend="jax_triton")
     with pytest.raises(NotImplementedError, match=r"one of them for queries and cache, got bfloat16, float32: use"):
         decode_attention(q[:, 0].astype(jnp.float32), pools, heads, lengths=count, window=WINDOW, backend="jax_triton")
-    like = [empty((1, 64), "int4", values=values) for values in (False, True)]
-    packed = pools._replace(full_k=store(pools.full_k, like[0]), full_v=store(pools.full_v, like[1]))
-    with pytest.raises(NotImplementedError, match="one of them for queries and cache, got bfloat16, int4: use"):
-        decode_attention(q[:, 0], packed, heads, lengths=count, window=WINDOW, backend="jax_triton")

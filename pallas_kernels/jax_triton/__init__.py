@@ -1,7 +1,6 @@
 """Kernels in Triton's own language, through jax_triton: for when Pallas's Triton lowering is gone.
 
-Prefill, decode from caches that are not quantized, and training, on NVIDIA GPUs from sm_80 on. Needs
-`duo-jax[cuda12]` or `[cuda13]`.
+Prefill, decode and training, on NVIDIA GPUs from sm_80 on. Needs `duo-jax[cuda12]` or `[cuda13]`.
 """
 
 import importlib
@@ -20,9 +19,10 @@ MAX_HEAD_DIM = 256
 
 def refuses(request: Request) -> str | None:
     """The reason why the kernels cannot run a request, or None."""
-    # Quantized pools are unpacked before prefill, not before decode.
-    unpacked = replace(request, bits=frozenset()) if request.operation == "prefill" else request
-    if reason := refused_pages("jax_triton", request) or unpacked.refused_types(DTYPES):
+    # Quantized pools are unpacked before prefill, and read as they are packed in decode.
+    if reason := refused_pages("jax_triton", request) or replace(request, bits=frozenset()).refused_types(DTYPES):
+        return reason
+    if request.operation == "decode" and (reason := request.refused_packing()):
         return reason
     if request.head_dim > MAX_HEAD_DIM:
         return f"takes head dims up to {MAX_HEAD_DIM}, got {request.head_dim}"

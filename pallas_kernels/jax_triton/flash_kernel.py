@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.jax_triton.launch import launch, of_softmax
 from pallas_kernels.jax_triton.plan import Row, table
-from pallas_kernels.jax_triton.tile import accumulate, empty, finish, load_rows, store_rows, width
+from pallas_kernels.jax_triton.tile import accumulate, empty, finish, load_rows, place, store_rows, width
 from pallas_kernels.quantized import compute_dtype
 from pallas_kernels.schedule import Sizes
 from pallas_kernels.segments import over_plain_pools
@@ -204,22 +204,6 @@ def over_full(
         keep = exists[None, :]
         values, maximum, total = accumulate(values, maximum, total, q, k, v, keep, is_masked, scale, masked)
     return values, maximum, total
-
-
-@triton.jit
-@no_type_check
-def place(
-    row,  # of the batch
-    first,  # token of the row, the first one of a tile
-    pages_ptr,  # [n], of the row
-    is_paged: tl.constexpr,
-    full_tokens: tl.constexpr,  # of a slot of a row, or of a page
-):
-    """The row of a retrieval head's slot that has a token; see `pallas_kernels.pages`."""
-    if is_paged:
-        page = tl.maximum(tl.load(pages_ptr + first // full_tokens), 0)
-        return page.to(tl.int64) * full_tokens + first % full_tokens
-    return row.to(tl.int64) * full_tokens + first
 
 
 @triton.jit

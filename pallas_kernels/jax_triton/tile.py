@@ -57,6 +57,22 @@ def store_rows(
 
 @triton.jit
 @no_type_check
+def place(
+    row,  # of the batch
+    first,  # token of the row, the first one of a tile
+    pages_ptr,  # [n], of the row
+    is_paged: tl.constexpr,
+    tokens: tl.constexpr,  # of a slot of a row, or of a page
+):
+    """The row of a retrieval head's slot that has a token; see `pallas_kernels.pages`."""
+    if is_paged:
+        page = tl.maximum(tl.load(pages_ptr + first // tokens), 0)
+        return page.to(tl.int64) * tokens + first % tokens
+    return row.to(tl.int64) * tokens + first
+
+
+@triton.jit
+@no_type_check
 def empty(rows: tl.constexpr, width: tl.constexpr, masked: tl.constexpr):
     """A softmax over no key yet: the weighted values, the maximum and the weights' sum."""
     return (
@@ -71,7 +87,7 @@ def empty(rows: tl.constexpr, width: tl.constexpr, masked: tl.constexpr):
 def accumulate(
     values,  # [M, H]
     maximum,  # [M]
-    total,  # [M]
+    total,  # [M], or [M, S]: summed in the end
     q,  # [M, H]
     k,  # [S, H]
     v,  # [S, H]
@@ -89,7 +105,11 @@ def accumulate(
     weights = tl.exp2(scores * scale - newest[:, None])
     decay = tl.exp2(maximum - newest)
     values = tl.dot(weights.to(v.dtype), v, values * decay[:, None], input_precision="tf32x3")
-    return values, newest, total * decay + tl.sum(weights, axis=1)
+    if len(total.shape) == 1:
+        total = total * decay + tl.sum(weights, axis=1)
+    else:
+        total = total * decay[:, None] + weights
+    return values, newest, total
 
 
 @triton.jit

@@ -7,7 +7,6 @@ from pallas_kernels.tiles import refused_size
 from pallas_kernels.triton.append import append
 from pallas_kernels.triton.decode import decode
 from pallas_kernels.triton.flash import prefill
-from pallas_kernels.triton.tile import width
 from pallas_kernels.triton.training import training
 from pallas_kernels.types import Backend, Request
 
@@ -27,8 +26,8 @@ def refuses(request: Request) -> str | None:
     head_dim = request.head_dim
     if reason := refused_pages("triton", request):
         return reason
-    if request.bits and width(head_dim) != head_dim and request.operation in ("decode", "append"):
-        return f"takes quantized caches of head dims that are powers of two, at least 16, got {head_dim}"
+    if request.operation in ("decode", "append") and (reason := request.refused_packing()):
+        return reason
     if request.dtypes - set(DTYPES) or head_dim > MAX_HEAD_DIM:
         types = ", ".join(sorted(request.dtypes))
         return f"takes {', '.join(DTYPES)} and head dims up to {MAX_HEAD_DIM}, got {types} with {head_dim}"

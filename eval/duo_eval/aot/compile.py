@@ -133,6 +133,10 @@ class NoKernelError(ValueError):
     """A program without kernels, or with such that this process has compiled before: Mosaic keeps them."""
 
 
+class AssemblyError(ValueError):
+    """PTX that `ptxas` refuses, such as of a later version than its own."""
+
+
 class Assembled(NamedTuple):
     """What a kernel in a file of PTX needs."""
 
@@ -148,10 +152,14 @@ def assemble(gpu: str, path: Path) -> list[Assembled]:
 
     Raises:
         NotImplementedError: `ptxas` is not installed.
+        AssemblyError: it refuses the file.
     """
     cubin = path.with_suffix(".cubin")
     command = [_tool("ptxas"), "-v", f"-arch={find_gpu(gpu).architecture}", str(path), "-o", str(cubin)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssemblyError(done.stderr.strip().splitlines()[0].partition("; ")[2])
+    report = done.stderr
     loops = None
     with contextlib.suppress(NotImplementedError):
         loops = loops_of(_tool("nvdisasm"), cubin)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from duo_eval.aot.compile import NoKernelError, assembler, compiled_with, kernels_on, lower_for
+from duo_eval.aot.compile import AssemblyError, NoKernelError, assembler, compiled_with, kernels_on, lower_for
 from duo_eval.runner.process import first_line
 from duo_eval.runner.record import Record, Result, read, sha256
 from duo_eval.show.markdown import rows_to_table
@@ -24,12 +24,14 @@ from pallas_kernels.segments import is_short
 # A short chunk is an operation of its own here: its kernel is another one than that of prefill.
 Operation = Literal["prefill", "short-chunk", "decode", "append", "training"]
 
+BackendName = Literal["mosaic", "triton", "jax_triton"]
+
 
 class Compiled(NamedTuple):
     """What an operation is compiled with."""
 
     tokens: int
-    backends: tuple[str, ...] = ("mosaic", "triton", "jax_triton")
+    backends: tuple[BackendName, ...] = ("mosaic", "triton", "jax_triton")
     """Those with a kernel of their own."""
     caches: tuple[str, ...] = ("same", "int8", "int4")
     """Data types of a cache."""
@@ -61,7 +63,7 @@ class Kernels:
 
     gpus: tuple[str, ...] = ("a100-80g", "h100-80g", "h200", "b200", "rtx-4090")
     """GPUs by name."""
-    backends: tuple[Literal["mosaic", "triton", "jax_triton"], ...] = BACKENDS
+    backends: tuple[BackendName, ...] = BACKENDS
     """Backends; a case that a backend or a GPU does not support is left out. Of others, the file keeps what it has."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dims."""
@@ -144,7 +146,7 @@ def _compiled(known: Sequence[Result], **case: Any) -> Result:
     try:
         kernels = kernels_on(case["gpu"], function, *shapes)
         found: dict[str, Any] = {"kernels": [asdict(kernel) for kernel in kernels]}
-    except jax.errors.JaxRuntimeError as error:  # Such as too much shared memory.
+    except (jax.errors.JaxRuntimeError, AssemblyError) as error:  # Such as too much shared memory.
         found = {"kernels": [], "failed": first_line(error)}
     except NoKernelError:
         # Mosaic's prefill unpacks int8 and int4 into the same scratch, and runs the same kernels on it.

@@ -28,7 +28,8 @@ class TritonCall(NamedTuple):
 
 def triton_calls(lowered: jax.stages.Lowered) -> list[TritonCall]:
     """The launches of a program, in its order."""
-    return [_call(message) for message in _messages(lowered.compiler_ir().operation)]
+    module: Any = lowered.compiler_ir()
+    return [_call(message) for message in _messages(module.operation)]
 
 
 def _messages(operation: Any) -> Iterator[bytes]:
@@ -52,7 +53,8 @@ def _call(message: bytes) -> TritonCall:
 
 def _fields(message: bytes) -> dict[int, Any]:
     """Integers and bytes of a message by their number; the last one of each."""
-    at, found = 0, {}
+    found: dict[int, Any] = {}
+    at = 0
 
     def integer() -> int:
         nonlocal at
