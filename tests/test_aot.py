@@ -1,5 +1,6 @@
 """Programs compiled for absent GPUs; needs jax's CUDA plugin: `make test-aot`."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -168,6 +169,19 @@ def test_one_launch_writes_a_token_to_all_pools_in_place(cache, page_size, gpu):
     pools = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes[0]))
     found = memory_of(compile_for(gpu, function, *shapes))
     assert found.aliased == pools and found.temporaries < 1 << 16
+
+
+@pytest.mark.parametrize(("cache", "whole", "layer"), [(None, 43, 18), ("int4", 59, 23)])
+def test_launches_of_a_decode_step(cache, whole, layer, tmp_path):
+    """Of Llama-3-8B with two layers, and what a third one adds; see docs/guides/kernels.md."""
+    counts = []
+    for layers in (2, 3):
+        config = replace(PRESETS["llama-3-8b"], num_layers=layers, dtype="bfloat16")
+        plan, folder = Plan(config, any_pattern(config, 0.5), kv_dtype=cache), tmp_path / str(layers)
+        compile_for("h200", *decode(plan, 1 << 17, "triton"), xla_dump_to=str(folder))
+        (sequence,) = folder.glob("*.thunk_sequence.txt")
+        counts.append(len(re.findall(r"^\s*\d+: k\w+", sequence.read_text(encoding="utf-8"), flags=re.M)))
+    assert counts[0] <= whole and counts[1] - counts[0] <= layer, counts
 
 
 @pytest.mark.parametrize("page_size", [None, 128])
