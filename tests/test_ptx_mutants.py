@@ -64,7 +64,7 @@ def fails(operation: str, before: Program, text: str) -> bool:
 
 def unchanged(operation: str) -> list[Launch]:
     if operation == "jax_triton":
-        kernels.needs_jax_triton()
+        kernels.needs("jax_triton")
     error, launches = OPERATIONS[operation]()
     assert error < 1
     return launches
