@@ -105,10 +105,7 @@ def accumulate(
     weights = tl.exp2(scores * scale - newest[:, None])
     decay = tl.exp2(maximum - newest)
     values = tl.dot(weights.to(v.dtype), v, values * decay[:, None], input_precision="tf32x3")
-    if len(total.shape) == 1:
-        total = total * decay + tl.sum(weights, axis=1)
-    else:
-        total = total * decay[:, None] + weights
+    total = total * decay + tl.sum(weights, axis=1) if len(total.shape) == 1 else total * decay[:, None] + weights
     return values, newest, total
 
 
