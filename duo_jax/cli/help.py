@@ -143,7 +143,7 @@ def _shown(field: StructFieldSpec, is_help: bool) -> StructFieldSpec:
         hint = "(required)"
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, set()))
     if isinstance(spec, PrimitiveConstructorSpec) and spec.nargs == "*":
-        metavar = re.sub(r"^\[(.+) \[\1 \.\.\.\]\]$", r"\1 ...", str(spec.metavar))
+        metavar = re.sub(r"^\[(.+) \[(\1 )?\.\.\.\]\]$", r"\1 ...", str(spec.metavar))
     if hint is not None or metavar is not None:
         markers.append(tyro.conf.arg(help_behavior_hint=hint, metavar=metavar))
     for marker in markers:
