@@ -41,7 +41,9 @@ from duo_jax.generation import infer
 from duo_jax.mesh import processes
 from duo_jax.mesh.mesh import MeshSize
 from duo_jax.mesh.place import place_model
-from duo_jax.plan import any_pattern
+from duo_jax.plan import Plan, any_pattern
+from duo_jax.serve.sizing import plan_sizes
+from duo_jax.serve.start import start_engine, stored_for_engine
 from pallas_kernels import cudnn, ops, segments, xla_train
 from pallas_kernels.append import scatter
 from pallas_kernels.certify import __main__ as child
@@ -741,6 +743,16 @@ def test_a_model_with_windows_and_capped_scores_asks_for_what_it_traces(monkeypa
     ):
         assert ops.choose(on_gpu(requests[0])).name == "xla"
     assert ops.choose(on_gpu(requests[0])).name == "xla"
+
+
+def test_an_engine_in_python_asks_for_its_pages(text_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(certified, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(certified, "certify_requests", lambda requests, full: asked.append([*requests]))
+    lm = duo_jax.load(text_model)
+    sizes, spec = plan_sizes(Plan(lm.model.config, chunk_size=16), 10**8, rows=2, page_size=8, max_context=64)
+    start_engine(stored_for_engine(lm), sizes, spec).close(0)
+    assert asked[-1] == certified.inference(lm.model.config, spec.pattern, page_size=8)
 
 
 @pytest.mark.parametrize("page_size", [None, 128, 48])

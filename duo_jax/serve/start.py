@@ -7,6 +7,8 @@ from pathlib import Path
 from duo_jax.cache import store
 from duo_jax.cache.cache import KVCache
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.certified import certify_model, inference
+from duo_jax.mesh.mesh import MeshSize
 from duo_jax.model.model import Model
 from duo_jax.serve.engine import Engine
 from duo_jax.serve.model_device import ModelDevice, in_groups
@@ -20,7 +22,7 @@ def stored_for_engine(lm: LM) -> LM:
 
 
 def start_engine(lm: LM, sizes: Sizes, spec: CacheSpec, progress: Callable[[str], None] | None = None) -> Engine:
-    """Allocate the cache, compile, and start to serve.
+    """Certify the attention that has no verdict yet, allocate the cache, compile, and start to serve.
 
     Args:
         lm: model and tokenizer, from `stored_for_engine`.
@@ -29,9 +31,12 @@ def start_engine(lm: LM, sizes: Sizes, spec: CacheSpec, progress: Callable[[str]
         progress: called with the name of each program before it is compiled.
 
     Raises:
-        ValueError: a cache that does not fit into memory.
+        ValueError: a cache that does not fit into memory, or a setting that `duo_jax.certify` refuses.
     """
     config, mesh = lm.model.config, lm.model.mesh
+    size = MeshSize.of(mesh)
+    asked = inference(config, spec.pattern, kv_dtype=spec.precision.kv, mesh=size, page_size=spec.page_size)
+    certify_model(config, asked, mesh=mesh)
     device = ModelDevice(lm.model, replace(spec, mesh=mesh), sizes.chunk_size)
     return Engine(device, sizes, lm.tokenizer, vocab_size=config.vocab_size, eos_ids=lm.eos_ids, progress=progress)
 
