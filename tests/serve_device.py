@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from duo_jax.serve.device import Chosen
+from duo_jax.serve.jobs import Action, Admit, Assign, Copy, Fill, First, Job, Load, Save, Step
 from duo_jax.serve.requests import Likely
-from duo_jax.serve.scheduler import Action, Admit, Assign, Copy, Fill, First, Job, Load, Save, Sizes, Step
+from duo_jax.serve.scheduler import Sizes
 
 VOCABULARY = 90
 # The numbers of a prompt that begins with this token are not finite from the length that its second token is.

@@ -13,8 +13,9 @@ from duo_jax.checkpoint.open import load_tokenizer
 from duo_jax.generation.sampling_settings import SamplingSettings
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.engine import ClosedError, Engine
+from duo_jax.serve.jobs import Action, Fill, Save, Step
 from duo_jax.serve.requests import FinishEvent, Request, TokenEvent
-from duo_jax.serve.scheduler import Action, Fill, QueueFullError, Save, Sizes, Step
+from duo_jax.serve.scheduler import QueueFullError, Sizes
 from duo_jax.text.tokenizer import TextTokenizer
 from tests.serve_device import POISON, HistoryDevice, reply_of
 

@@ -21,10 +21,11 @@ from duo_jax.plan import Plan, any_pattern
 from duo_jax.serve import programs
 from duo_jax.serve.device import Chosen
 from duo_jax.serve.engine import Engine
+from duo_jax.serve.jobs import Action, Fill
 from duo_jax.serve.model_device import GROUP, ModelDevice, page_bytes, ring_bytes
 from duo_jax.serve.programs import Programs, Rows
 from duo_jax.serve.requests import Event, FinishEvent, Request, TokenEvent
-from duo_jax.serve.scheduler import Action, Fill, Sizes
+from duo_jax.serve.scheduler import Sizes
 from duo_jax.serve.sizing import plan_sizes, temporaries
 from duo_jax.serve.start import keep_prefix
 from duo_jax.sizes import nbytes

@@ -10,10 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from duo_jax.serve.jobs import Admit, Assign, Copy, Fill, Job, Kept, Save, Step
 from duo_jax.serve.pages import Pool
 from duo_jax.serve.prefix import PrefixTree
 from duo_jax.serve.requests import Request
-from duo_jax.serve.scheduler import Admit, Assign, Copy, Fill, Job, Kept, QueueFullError, Save, Scheduler, Sizes, Step
+from duo_jax.serve.scheduler import QueueFullError, Scheduler, Sizes
 from tests.serve_device import HistoryDevice, reply_of
 
 SIZES = Sizes(rows=2, pages=12, page_size=2, chunk_size=4, row_pages=12, snapshots=6, snapshot_every=8)

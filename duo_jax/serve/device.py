@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from duo_jax.serve.jobs import Action, Job
 from duo_jax.serve.requests import Likely
-from duo_jax.serve.scheduler import Action, Job
 
 
 class Chosen(NamedTuple):

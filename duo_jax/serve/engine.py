@@ -15,8 +15,9 @@ from typing import Any
 from duo_jax.arguments import ArgumentError
 from duo_jax.finite import not_finite
 from duo_jax.serve.device import Chosen, Device
+from duo_jax.serve.jobs import Action, Job, Kept
 from duo_jax.serve.requests import Event, FinishEvent, Listener, Reason, Request, TokenEvent, Usage
-from duo_jax.serve.scheduler import Action, Job, Kept, Scheduler, Sizes
+from duo_jax.serve.scheduler import Scheduler, Sizes
 from duo_jax.text.ends import Ends, stop_ends
 from duo_jax.text.reply import Reply, Row
 from duo_jax.text.tokenizer import TextTokenizer

@@ -17,9 +17,9 @@ from duo_jax.model.model import Model
 from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.serve.choice import Choice, Sampling
 from duo_jax.serve.device import Chosen
+from duo_jax.serve.jobs import Action, Admit, Assign, Copy, Fill, First, Load, Save, Step
 from duo_jax.serve.programs import Programs, Snapshot, with_pages
 from duo_jax.serve.requests import MOST_TOP, Likely
-from duo_jax.serve.scheduler import Action, Admit, Assign, Copy, Fill, First, Load, Save, Step
 from pallas_kernels.gpus import device_kind
 
 # Rows that a step computes at a time on a CPU. Two take as long as four, eight a third longer.
