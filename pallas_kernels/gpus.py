@@ -80,25 +80,34 @@ class Gpu:
 # that CUDA reports, rounded down: data sheets have what is sold. PyTorch's out-of-memory messages quote it. Published
 # ones, in GiB: A100 79.14 to 79.25 and 39.39 to 39.50, H100 79.10 to 79.25, H100 NVL 93.00 to 93.10, GH200 94.50 and
 # (144G) 142.50, H20 95.1 to 95.22, H200 139.72 to 139.81, B200 178.35 to 178.36, A10 and A10G 21.96 to 22.15, L40S
-# 44.34 to 44.47, RTX 3090 23.50 to 23.70, RTX 4090 23.61 to 23.68, RTX 5090 31.34 to 31.51.
+# 44.34 to 44.47, RTX 3090 23.50 to 23.70, RTX 4090 23.61 to 23.68, RTX 5090 31.34 to 31.51, A30 23.53
+# to 23.69, A40 44.34 to 44.56, L4 22.03 to 22.17, L40 44.39 to 44.52, RTX A6000 47.40 to 47.54, RTX 6000 Ada 44.39 with
+# error correction and 47.50 without, RTX PRO 6000 94.97.
 _TABLE = """
-    key        capability  cores    GiB  GB/s  L2 MiB    GHz  name
-    a100-80g   8.0           108   79.1  2039      40   1.41  NVIDIA A100-SXM4-80GB
-    a100-40g   8.0           108   39.3  1555      40   1.41  NVIDIA A100-SXM4-40GB
-    h100-80g   9.0           132   79.1  3350      50   1.98  NVIDIA H100 80GB HBM3
-    h100-pcie  9.0           114   79.1  2000      50  1.755  NVIDIA H100 PCIe
-    h100-nvl   9.0           132   93.0  3900      50  1.785  NVIDIA H100 NVL
-    gh200      9.0           132   94.5  4000      50   1.98  NVIDIA GH200 480GB
-    gh200-144g 9.0           132  142.5  4900      50   1.98  NVIDIA GH200 144G HBM3e
-    h20        9.0            78   95.0  4000      60   1.98  NVIDIA H20
-    h200       9.0           132  139.7  4800      50   1.98  NVIDIA H200
-    b200       10.0          148  178.3  8000     126   1.97  NVIDIA B200
-    a10        8.6            72   21.9   600       6  1.695  NVIDIA A10
-    a10g       8.6            80   21.9   600       6   1.71  NVIDIA A10G
-    l40s       8.9           142   44.3   864      96   2.52  NVIDIA L40S
-    rtx-3090   8.6            82   23.5   936       6  1.695  NVIDIA GeForce RTX 3090
-    rtx-4090   8.9           128   23.5  1008      72   2.52  NVIDIA GeForce RTX 4090
-    rtx-5090   12.0          170   31.3  1792      96   2.41  NVIDIA GeForce RTX 5090
+    key          capability  cores    GiB  GB/s  L2 MiB    GHz  name
+    a100-80g     8.0           108   79.1  2039      40   1.41  NVIDIA A100-SXM4-80GB
+    a100-40g     8.0           108   39.3  1555      40   1.41  NVIDIA A100-SXM4-40GB
+    h100-80g     9.0           132   79.1  3350      50   1.98  NVIDIA H100 80GB HBM3
+    h100-pcie    9.0           114   79.1  2000      50  1.755  NVIDIA H100 PCIe
+    h100-nvl     9.0           132   93.0  3900      50  1.785  NVIDIA H100 NVL
+    gh200        9.0           132   94.5  4000      50   1.98  NVIDIA GH200 480GB
+    gh200-144g   9.0           132  142.5  4900      50   1.98  NVIDIA GH200 144G HBM3e
+    h20          9.0            78   95.0  4000      60   1.98  NVIDIA H20
+    h200         9.0           132  139.7  4800      50   1.98  NVIDIA H200
+    b200         10.0          148  178.3  8000     126   1.97  NVIDIA B200
+    a30          8.0            56   23.5   933      24   1.44  NVIDIA A30
+    a10          8.6            72   21.9   600       6  1.695  NVIDIA A10
+    a10g         8.6            80   21.9   600       6   1.71  NVIDIA A10G
+    a40          8.6            84   44.3   696       6   1.74  NVIDIA A40
+    l4           8.9            58   22.0   300      48   2.04  NVIDIA L4
+    l40          8.9           142   44.3   864      96   2.49  NVIDIA L40
+    l40s         8.9           142   44.3   864      96   2.52  NVIDIA L40S
+    rtx-a6000    8.6            84   47.4   768       6   1.80  NVIDIA RTX A6000
+    rtx-6000-ada 8.9           142   44.3   960      96   2.51  NVIDIA RTX 6000 Ada Generation
+    rtx-pro-6000 12.0          188   94.9  1792     128   2.62  NVIDIA RTX PRO 6000 Blackwell Workstation Edition
+    rtx-3090     8.6            82   23.5   936       6  1.695  NVIDIA GeForce RTX 3090
+    rtx-4090     8.9           128   23.5  1008      72   2.52  NVIDIA GeForce RTX 4090
+    rtx-5090     12.0          170   31.3  1792      96   2.41  NVIDIA GeForce RTX 5090
 """
 
 

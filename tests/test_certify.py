@@ -497,6 +497,17 @@ def test_verdicts_of_another_machine_do_not_count(home, monkeypatch):
         assert best(on_gpu(DECODE), ("triton", "xla")) == "xla"
 
 
+def test_flags_of_xla_that_change_code_are_part_of_the_environment(home, monkeypatch):
+    flags = "--xla_dump_to=/tmp/dump --xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir=/opt/cuda"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    machine.environment.cache_clear()
+    try:
+        assert machine.environment()["flags"] == flags.split()[1:]
+        assert verdicts.report()["environment"]["flags"] == [flags.split()[1], "--xla_gpu_cuda_data_dir=PATH"]
+    finally:
+        machine.environment.cache_clear()
+
+
 def test_several_processes_choose_by_the_verdicts_of_the_first(home, monkeypatch):
     """`tests/test_mesh_processes.py` has real processes; these are the rules."""
     right, slow, mesh = Verdict(True, "", 1e-3, 1e-3), Verdict(True, "", 1e-3, 2e-3), make_mesh(sequence=2)

@@ -112,6 +112,7 @@ def test_every_gpu_has_a_capability_and_less_than_is_sold():
     # GB of memory as data sheets have them; CUDA reports a little less, in bytes.
     sold = {"a100-80g": 80, "a100-40g": 40, "h100-80g": 80, "h100-pcie": 80, "h100-nvl": 94, "gh200": 96, "h20": 96}
     sold |= {"gh200-144g": 144, "h200": 141, "b200": 180, "a10": 24, "a10g": 24, "l40s": 48}
+    sold |= {"a30": 24, "a40": 48, "l4": 24, "l40": 48, "rtx-a6000": 48, "rtx-6000-ada": 48, "rtx-pro-6000": 96}
     sold |= {"rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32}
     assert sold.keys() == GPUS.keys()
     for name, size in sold.items():

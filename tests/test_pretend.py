@@ -54,7 +54,7 @@ def test_the_command_pretends_in_text_and_json_and_names_the_gpus(duo):
     ("names", "candidates", "shared"),
     [
         (("7.0", "sm_75"), ["xla"], 64),  # V100, T4
-        (("8.0", "sm_86", "8.9"), ["triton", "cudnn", "xla"], 99),  # A30; A6000; L4, RTX 6000 Ada
+        (("8.0", "sm_86", "8.9"), ["triton", "cudnn", "xla"], 99),  # A800; A2; RTX 4080
         (("9.0", "sm_90a"), ["mosaic", "triton", "cudnn", "xla"], 227),
         (("10.0", "sm_103", "12.1"), ["triton", "cudnn", "xla"], 99),  # GB200, B300, GB10
     ],

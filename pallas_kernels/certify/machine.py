@@ -1,4 +1,4 @@
-"""What verdicts depend on, found without using a GPU: driver, packages, the kernels' source, tiles, visible devices."""
+"""What verdicts depend on, found without using a GPU: driver, packages, source, tiles, visible devices, XLA's flags."""
 
 import hashlib
 import importlib.util
@@ -24,6 +24,8 @@ PACKAGES = (
     *("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 )
 DRIVER = Path("/proc/driver/nvidia")
+# Flags of XLA that change no code of a GPU: what is written for debugging, and how many CPU devices are pretended.
+UNRELATED = ("--xla_dump_", "--xla_force_host_platform_device_count")
 # Of Linux, and of Windows Subsystem for Linux.
 DEVICES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/dev/dxg"))
 
@@ -59,6 +61,7 @@ def environment() -> dict[str, Any]:
         "driver": _text(DRIVER / "version").partition("\n")[0],
         "gpus": [match[1] for path in models if (match := re.search(r"Model:\s*(.*)", _text(path)))],
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "flags": [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(UNRELATED)],
         "packages": {name: number for name in PACKAGES if (number := _package(name))},
         "ptxas": {name: version_text(ptxas_version(name)) for name in ("mosaic", "triton")},
         "source": _source(),

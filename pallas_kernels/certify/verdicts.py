@@ -274,7 +274,8 @@ def report(keys: Iterable[str] | None = None) -> dict[str, Any]:
         for verdict in row.values():
             if "reason" in verdict:
                 verdict["reason"] = PATH.sub("PATH", verdict["reason"])
-    return {"environment": environment(), **found}
+    here = environment()
+    return {"environment": here | {"flags": [PATH.sub("PATH", flag) for flag in here["flags"]]}, **found}
 
 
 def _lock() -> Any:
