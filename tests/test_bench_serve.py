@@ -90,10 +90,12 @@ def test_times_tokens_and_failures_are_those_of_the_server(server, text, text_mo
     _, results = read(out)
     assert [result["error"] is None for result in results].count(True) == 5
     assert "too busy" in next(result["error"] for result in results if result["error"])
-    for result in results:
-        if result["error"] is None:
-            assert result["first"] - result["begin"] >= WAIT and result["end"] - result["first"] >= 2 * WAIT
-            assert (result["prompt"], result["cached"], result["reply"]) == (100, 75, 3)
+    replies = [result for result in results if result["error"] is None]
+    for reply in replies:
+        # A busy machine may see the first token late, and the last one soon after it.
+        assert reply["begin"] + WAIT <= reply["first"] <= reply["end"] and reply["end"] - reply["begin"] >= 3 * WAIT
+        assert (reply["prompt"], reply["cached"], reply["reply"]) == (100, 75, 3)
+    assert max(reply["end"] - reply["first"] for reply in replies) > WAIT
     assert {body["key"] for body in bodies} == {"Bearer secret"} and "secret" not in out.read_text()
     assert {body["model"] for body in bodies} == {"small"} and {body["max_tokens"] for body in bodies} == {3}
     assert len({body["port"] for body in bodies}) == 6  # None is sent on a connection that the server may be closing.
