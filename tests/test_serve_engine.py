@@ -225,6 +225,17 @@ def test_a_prefix_can_be_kept(make):
         assert events[-1].usage == usage
 
 
+@pytest.mark.parametrize("kind", [Fill, Save])
+def test_a_prefix_is_refused_where_memory_runs_out(make, device, kind):
+    engine = make()
+    device.fails_at, device.error = kind, MemoryError("1 GB")
+    with pytest.raises(ValueError, match="memory ran out"):
+        engine.keep([5] * 8)
+    check_free(engine)
+    engine.keep([5] * 8)
+    assert engine.metrics().pages_prefix == 2
+
+
 def test_a_prefix_without_room_for_its_rings_is_refused(make):
     engine = make(replace(SIZES, snapshots=1))
     engine.keep([5] * 16)

@@ -274,6 +274,35 @@ def test_a_permanent_prefix_that_continues_a_loaded_one_leaves_its_pages_to_prom
     server.check_free()
 
 
+def test_requests_leave_room_for_a_permanent_prefix_that_is_computed_again():
+    server = Server(replace(SIZES, pages=6))
+    assert run_kept(server, Job([1] * 4, 0))
+    (job,) = server.add([2], 1)
+    server.scheduler.next()
+    assert server.scheduler.restart() == [job]
+    server.device.reset()
+    server.open.remove(job)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has room for 8 tokens"):
+            server.add([2] * 9, 1)
+        server.add([2] * 8, 1)
+        server.run()
+    assert server.scheduler.tree.num_pinned == 2
+    server.check_replies()
+    server.check_free()
+
+
+def test_a_permanent_prefix_leaves_room_for_requests_that_were_accepted():
+    server = Server()
+    server.add([2] * 20, 2)
+    with pytest.raises(ValueError, match="a prefix of 4 tokens does not fit beside a request that was accepted"):
+        server.scheduler.add(Job([1] * 4, 0))
+    server.run()
+    assert run_kept(server, Job([1] * 4, 0))
+    server.check_replies()
+    server.check_free()
+
+
 def test_chunks_are_whole_pages():
     with pytest.raises(ValueError, match="a chunk is whole pages, got 6 tokens for pages of 4: use a multiple"):
         Sizes(rows=1, pages=1, page_size=4, chunk_size=6, row_pages=1, snapshots=0)
@@ -318,8 +347,12 @@ class Events(RuleBasedStateMachine):
         except QueueFullError:
             assert self.server.scheduler.num_waiting + n > 6
         except ValueError:
-            room = min(10, self.server.sizes.pages - self.server.scheduler.tree.num_pinned)
-            assert len(prompt) + most - 1 > 2 * room
+            scheduler = self.server.scheduler
+            pinned = scheduler.tree.num_pinned
+            for job in (*scheduler._waiting, *scheduler.running):
+                if not job.most:  # A permanent prefix that is computed again, in whole chunks.
+                    pinned += job.prompt // self.server.sizes.chunk_size * self.server.sizes.chunk_size // 2
+            assert len(prompt) + most - 1 > 2 * min(10, self.server.sizes.pages - pinned)
         else:
             assert len(jobs) == n
             self.prompts.append(prompt)

@@ -254,8 +254,8 @@ class Engine:
             saved: its keys and values, for the device to load in place of computing them: `duo_jax.serve.start`.
 
         Raises:
-            ValueError: a prefix shorter than a chunk, one that does not fit, ids of another vocabulary, or a prefix for
-                every snapshot already.
+            ValueError: a prefix shorter than a chunk, one that does not fit, or not beside open requests, ids of
+                another vocabulary, a prefix for every snapshot already, or no memory left to compute it.
             ClosedError: the engine was closed, or its device failed.
         """
         self._check_ids("prefix", prompt)

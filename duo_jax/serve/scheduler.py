@@ -104,6 +104,7 @@ class Scheduler:
         self._rows: list[Job | None] = [None] * sizes.rows
         self._filling: Job | None = None
         self._turn: list[Job] = []  # Jobs of the newest actions.
+        self._coming: set[Job] = set()  # Those whose prompts will be permanent prefixes.
         self._step_is_due = False
         self._count = 0
         self._free_all()
@@ -112,7 +113,7 @@ class Scheduler:
         sizes = self.sizes
         self.pages, self.snapshots = Pool(sizes.pages), Pool(sizes.snapshots)
         self.tree = PrefixTree(self.pages, self.snapshots, page_size=sizes.page_size, chunk_size=sizes.chunk_size)
-        self._permanent: list[list[int]] = []  # Tokens of prefixes that are kept for ever.
+        self._permanent: list[Job] = []  # Those whose prompts are permanent prefixes.
 
     @property
     def running(self) -> list[Job]:
@@ -134,8 +135,11 @@ class Scheduler:
 
         The last token of a reply is not appended.
         """
-        sizes, pinned = self.sizes, self.tree.num_pinned_of(prompt)
-        pages = min(sizes.row_pages, sizes.pages - self.tree.num_pinned + pinned)
+        sizes, pinned = self.sizes, self.tree.num_pinned - self.tree.num_pinned_of(prompt)
+        for job in self._coming:
+            rest = 0 if job.saved is not None else job.prompt % sizes.chunk_size
+            pinned += sizes.pages_of(job.prompt - rest)
+        pages = min(sizes.row_pages, sizes.pages - pinned)
         return pages * sizes.page_size - len(prompt) + 1
 
     def check(self, prompt: Sequence[int], most: int) -> None:
@@ -157,14 +161,29 @@ class Scheduler:
 
         Raises:
             QueueFullError: too many wait already; none is added.
-            ValueError: a job that does not fit by itself.
+            ValueError: a job that does not fit by itself, or a permanent prefix that leaves no room for another job.
         """
         for job in jobs:
             self.check(job.tokens, job.most)
         self.check_queue(len(jobs))
         for job in jobs:
+            if not job.most:
+                self._check_others(job)
             job.number, self._count = self._count, self._count + 1
             self._waiting.append(job)
+
+    def _check_others(self, prefix: Job) -> None:
+        """Count the pages of a permanent prefix from now on, if all jobs fit beside it."""
+        self._coming.add(prefix)
+        try:
+            for job in (*self._waiting, *self.running):
+                if job.most:
+                    self.check(job.tokens[: job.prompt], job.most)
+        except ValueError:
+            self._coming.remove(prefix)
+            raise ValueError(
+                f"a prefix of {prefix.prompt} tokens does not fit beside a request that was accepted: keep it later"
+            ) from None
 
     def next(self) -> list[Action]:
         """What the device does next: part of a prompt, or a step of all rows. Empty if there is no job."""
@@ -189,6 +208,7 @@ class Scheduler:
 
     def finish(self, job: Job) -> None:
         """End a job, whether its reply is complete or is not wanted any more; its pages stay in the tree."""
+        self._coming.discard(job)
         if job.row is None:
             self._waiting.remove(job)
             return
@@ -200,6 +220,7 @@ class Scheduler:
 
     def fail(self, job: Job) -> None:
         """End a job whose numbers are not finite; what it computed is not used again."""
+        self._coming.discard(job)
         self.tree.forget(job.tokens[: job.length], job.under)
         self._leave(job)
 
@@ -208,12 +229,17 @@ class Scheduler:
 
         All other jobs and the permanent prefixes are computed again.
         """
-        failed = [job for job in self._turn if job.row is not None]
+        # A prefix that was to be permanent after these actions has no row any more.
+        failed = [job for job in self._turn if job.row is not None or not job.most]
         for job in failed:
-            self._leave(job)
+            self._coming.discard(job)
+            if job.row is not None:
+                self._leave(job)
         for job in reversed(self.running):
             self._preempt(job)
-        self._waiting.extendleft(Job(tokens, 0) for tokens in self._permanent)
+        again = [Job(job.tokens, 0) for job in self._permanent if job not in failed]
+        self._coming.update(again)
+        self._waiting.extendleft(again)
         self._free_all()
         return failed
 
@@ -272,7 +298,8 @@ class Scheduler:
         else:
             is_kept = self.tree.pin(job.tokens, job.under) if job.saved is None else job.under > 0
             if is_kept:
-                self._permanent.append(job.tokens)
+                self._permanent.append(job)
+            self._coming.remove(job)
             self._leave(job)
             actions.append(Kept(job, is_kept))
 
