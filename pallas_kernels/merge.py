@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.quantized import compute_dtype
 from pallas_kernels.types import Heads, Partial
@@ -117,6 +117,40 @@ def accumulate(
 def partial_of(state: Softmax, dtype: Any) -> Partial:
     """The result of a softmax to base e, its output in `dtype`."""
     out, log_sum = finish(state, jnp.log)
+    return Partial(out.astype(dtype), log_sum)
+
+
+def combine(
+    parts: Partial,
+    is_retrieval: Int32[Array, "K"],
+    ends: Int32[Array, "2 B"],
+    shape: tuple[int, int, int],
+    dtype: Any,
+) -> Partial:
+    """One softmax out of those over the parts of the keys of each row and KV head.
+
+    Args:
+        parts: `[B, K, P, R, H]` and `[B, K, P, R]`, the first ones written. R: the queries of a KV head, those of a
+            token following each other; there may be padding behind them.
+        is_retrieval: 1 for a retrieval head.
+        ends: number of all parts of the rows up to each, of a streaming and of a retrieval head.
+        shape: B, T and N, of the queries.
+        dtype: of the output.
+
+    Returns:
+        `[B, T, N, H]` and `[B, T, N]`; zero without a part.
+    """
+    batch, tokens, num_heads = shape
+    counts = jnp.diff(ends, axis=1, prepend=jnp.int32(0))[is_retrieval].T
+    is_used = jnp.arange(parts.out.shape[2], dtype=jnp.int32)[None, None, :] < counts[:, :, None]
+    merged = merge_splits(parts, is_used[..., None], axis=2)
+    group = num_heads // len(is_retrieval)
+
+    def by_token(x: Array) -> Array:
+        x = x[:, :, : tokens * group].reshape(batch, len(is_retrieval), tokens, group, *x.shape[3:])
+        return x.swapaxes(1, 2).reshape(*shape, *x.shape[4:])
+
+    out, log_sum = map(by_token, merged)
     return Partial(out.astype(dtype), log_sum)
 
 

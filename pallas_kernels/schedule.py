@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.tiles import DecodeTiles
-from pallas_kernels.types import Heads, Pools
+from pallas_kernels.types import Pools
 from pallas_kernels.window import Window
 
 
@@ -316,11 +316,6 @@ class Splits(NamedTuple):
         filled = self.filled(False, lengths), self.filled(True, lengths if held is None else held)
         counts = [lax.div(x + self.size(x) - 1, self.size(x)) for x in filled]
         return jnp.cumsum(jnp.stack(counts), axis=1, dtype=jnp.int32)
-
-    def used(self, ends: Int32[Array, "2 B"], heads: Heads) -> Bool[Array, "B K P"]:
-        """Which parts have keys."""
-        counts = jnp.diff(ends, axis=1, prepend=jnp.int32(0))[heads.is_retrieval.astype(jnp.int32)]
-        return jnp.arange(self.parts, dtype=jnp.int32)[None, None, :] < counts.T[:, :, None]
 
 
 def row_of(part: Array, ends: Callable[[Array], Array], batch: int) -> tuple[Array, Array]:

@@ -3,13 +3,14 @@
 `schedule` has which tiles of keys each of them visits.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.gpus import chip
-from pallas_kernels.merge import merge_splits
 from pallas_kernels.schedule import Sizes, Steps, cdiv, div, rem, steps_of
 from pallas_kernels.types import Heads, Partial
 
@@ -102,15 +103,39 @@ class Queries(NamedTuple):
         x = x.reshape(self.rows, self.tokens, self.packed, self.heads, *x.shape[3:]).swapaxes(2, 3)
         return x.reshape(self.rows, self.tokens, self.heads * self.packed, *x.shape[4:])
 
-    def merged(self, found: Partial, heads: Heads, filled: Int32[Array, "B"], parts: Array) -> Partial:
-        """Outputs `[parts, B, T packed, N / packed, H]` of a kernel as one of `[B, T, N, H]`, without padding."""
-        found = Partial(found.out[:, :, : self.length], found.log_sum[:, :, : self.length])
+    def results(self, length: int, head_dim: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What a kernel writes for `length` queries of a head, some of them padding: outputs and `Partial.log_sum`.
+
+        They are `[B, Q, N, H]` and `[B, N, Q]`; if keys have parts, `[B, K, parts, Q, H]` and `[B, K, parts, Q]`.
+        """
+        out: tuple[int, ...] = self.rows, length, self.heads
+        log_sum: tuple[int, ...] = self.rows, self.heads, length
+        if self.most_parts > 1:
+            out = log_sum = self.rows, self.heads, self.most_parts, length
+        return jax.ShapeDtypeStruct((*out, head_dim), dtype), jax.ShapeDtypeStruct(log_sum, jnp.float32)
+
+    def places(self, row: Any, head: Any, part: Any, queries: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Where in `results` some queries of a work are."""
+        at = row, head, part, queries
+        return (at, at) if self.most_parts > 1 else ((row, queries, head), (row, head, queries))
+
+    def merged(
+        self,
+        found: Sequence[Array],
+        heads: Heads,
+        filled: Int32[Array, "B"],
+        parts: Array,
+        combine: Callable[..., Partial],
+        dtype: Any,
+    ) -> Partial:
+        """The `results` of a kernel for `[B, T, N]`, without padding; what `merge.combine` makes is of `dtype`."""
+        out, log_sum = found
         if self.most_parts == 1:
-            return Partial(self.unpack(found.out[0]), self.unpack(found.log_sum[0]))
-        used = self.used(heads.is_retrieval[None, :], filled[:, None], parts)
-        part = jnp.arange(self.most_parts, dtype=jnp.int32)[:, None, None]
-        merged = merge_splits(found, (part < used[None])[:, :, None, :], axis=0)
-        return Partial(self.unpack(merged.out), self.unpack(merged.log_sum))
+            return Partial(*(self.unpack(x[:, : self.length]) for x in (out, log_sum.swapaxes(1, 2))))
+        used = self.used(jnp.array([[False], [True]]), filled[None, :], parts)
+        shape = self.rows, self.tokens, self.heads * self.packed
+        ends = jnp.cumsum(used, axis=1, dtype=jnp.int32)
+        return combine(Partial(out, log_sum), heads.is_retrieval.astype(jnp.int32), ends, shape, dtype)
 
     def parts(self, heads: Heads) -> Array:
         """Parts of the keys of a retrieval head's tile: the fewest that keep 90 % of the multiprocessors busy.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.jax_triton.launch import launch, of_softmax
 from pallas_kernels.jax_triton.packed import GROUPS, MIN_COLUMNS, over_packed
 from pallas_kernels.jax_triton.tile import MIN_ROWS, accumulate, empty, finish, load_rows, place, store_rows, width
-from pallas_kernels.merge import merge_splits
+from pallas_kernels.merge import combine
 from pallas_kernels.quantized import KEY_GROUPS, Quantized, any_quantized
 from pallas_kernels.schedule import Splits
 from pallas_kernels.tiles import DecodeTiles, tiles_for
@@ -70,8 +70,8 @@ def decode(
         stages=tiles.num_stages,
         sizes=sizes,
     )
-    merged = merge_splits(Partial(values, log_sums), splits.used(ends, heads)[..., None], axis=2)
-    return Partial(merged.out.reshape(q.shape), merged.log_sum.reshape(q.shape[:2]))
+    merged = combine(Partial(values, log_sums), table[0], ends, (batch, 1, num_heads), jnp.float32)
+    return Partial(*(x[:, 0] for x in merged))
 
 
 def bits_of(pool: Any) -> int:

@@ -6,7 +6,6 @@ A program computes one tile of queries of one head, over the tiles of keys that 
 from functools import partial
 from typing import Any, no_type_check
 
-import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.jax_triton.launch import launch, of_softmax
 from pallas_kernels.jax_triton.plan import Row, table
 from pallas_kernels.jax_triton.tile import accumulate, empty, finish, load_rows, place, store_rows, width
+from pallas_kernels.merge import combine
 from pallas_kernels.quantized import compute_dtype
 from pallas_kernels.schedule import Sizes
 from pallas_kernels.segments import over_plain_pools
@@ -67,11 +67,7 @@ def flash_attention(
         scope = scope._replace(filled=jnp.minimum(scope.filled, jnp.int32(capacity)))
     steps = Sizes(k.shape[1], queries.tile_tokens, tiles.block_k, window)
     plan = table(queries.plan(heads, parts, steps, start=start, lengths=lengths, scope=scope), steps)
-    shape = queries.most_parts, *packed.shape
-    outputs = [
-        jax.ShapeDtypeStruct(shape, dtype if queries.most_parts == 1 else jnp.float32),
-        jax.ShapeDtypeStruct((*shape[:2], shape[3], shape[2]), jnp.float32),
-    ]
+    outputs = queries.results(queries.length, q.shape[3], dtype if queries.most_parts == 1 else jnp.float32)
     # What a kernel never reads is given another array, since an argument cannot be empty.
     pages = pools.pages if pools and has_full else None
     stored = [*(full if has_full else (k, v)), *(ring if has_ring else (k, v)), plan if pages is None else pages]
@@ -82,7 +78,7 @@ def flash_attention(
         "has_ring": has_ring,
         "is_paged": pages is not None,
     }
-    out, log_sum = launch(
+    found = launch(
         flash_kernel,
         (packed, k, v, *stored, plan),
         outputs,
@@ -91,8 +87,7 @@ def flash_attention(
         stages=tiles.num_stages,
         sizes=sizes,
     )
-    merged = queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, scope.filled, parts)
-    return merged._replace(out=merged.out.astype(dtype))
+    return queries.merged(found, heads, scope.filled, parts, combine, dtype)
 
 
 def sizes_of(
@@ -114,6 +109,7 @@ def sizes_of(
         "head_dim": k[3],
         "width": width(k[3]),
         "packed": queries.packed,
+        "most_parts": queries.most_parts,
         "full_rows": full[1],
         "full_tokens": full[2],
         "row_pages": pages[1],
@@ -253,8 +249,8 @@ def flash_kernel(
     ring_v_ptr,
     pages_ptr,  # [B, n]
     plan_ptr,  # [W, F]
-    out_ptr,  # [parts, B, Q, N, H]
-    log_ptr,  # [parts, B, N, Q]
+    out_ptr,  # as in `Queries.results`
+    log_ptr,
     batch: tl.constexpr,
     queries: tl.constexpr,
     num_heads: tl.constexpr,
@@ -263,6 +259,7 @@ def flash_kernel(
     head_dim: tl.constexpr,
     width: tl.constexpr,
     packed: tl.constexpr,
+    most_parts: tl.constexpr,
     full_rows: tl.constexpr,
     full_tokens: tl.constexpr,
     row_pages: tl.constexpr,
@@ -325,7 +322,9 @@ def flash_kernel(
             is_paged, full_tokens, block_k, head_dim, width, scale, masked,
         )  # fmt: skip
     values, log_sum = finish(values, maximum, total, ln_2)
-    to = part.to(tl.int64) * (batch * queries * num_heads)
-    store_rows(out_ptr + to * head_dim + at_q, num_heads * head_dim, values, exists, block_q, head_dim, width)
-    log = log_ptr + to + (row.to(tl.int64) * num_heads + head) * queries
-    tl.store(log + q_row, log_sum, mask=exists)
+    first = ((row.to(tl.int64) * num_heads + head) * most_parts + part) * queries
+    if most_parts == 1:
+        store_rows(out_ptr + at_q, num_heads * head_dim, values, exists, block_q, head_dim, width)
+    else:
+        store_rows(out_ptr + (first + first_row) * head_dim, head_dim, values, exists, block_q, head_dim, width)
+    tl.store(log_ptr + first + q_row, log_sum, mask=exists)

@@ -1,6 +1,7 @@
 """Launches of kernels in Triton's own language from jax; needs jax-triton and triton."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ if jax.__version_info__ >= (0, 12):
 def launch(
     kernel: Any,
     arrays: tuple[Array, ...],
-    out: list[jax.ShapeDtypeStruct],
+    out: Sequence[jax.ShapeDtypeStruct],
     *,
     grid: tuple[int, ...],
     warps: int,
@@ -37,7 +38,7 @@ def launch(
     return jax_triton.triton_call(
         *arrays,
         kernel=kernel,
-        **{OUT_TYPE: out},
+        **{OUT_TYPE: list(out)},
         grid=(*grid, 1, 1)[:3],
         name=kernel.fn.__name__,
         num_warps=warps,

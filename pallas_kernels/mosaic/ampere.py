@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, across, finish, weigh
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, across, combine, finish, weigh
 from pallas_kernels.mosaic.compat import Ref, interpreter
 from pallas_kernels.mosaic.flash import Arrays, Program
 from pallas_kernels.mosaic.pipeline import ROWS, add_up, empty_state, stored_tiles, tile_memory
@@ -95,7 +95,7 @@ def flash_attention(
     queries = Queries.of(q, k.shape[2], ROWS, capacity)
     # Whole tiles: copies do not end with the array. Keys of a head follow each other, as in a pool.
     q, (k, v) = whole(queries.pack(q), ROWS), (whole(x, block_k).swapaxes(1, 2) for x in (k, v))
-    batch, length, num_heads, head_dim = q.shape
+    head_dim = q.shape[3]
     sizes = Sizes(k.shape[2], queries.tile_tokens, block_k, window)
     parts = queries.parts(heads)
     plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths, scope=scope).table()
@@ -104,12 +104,9 @@ def flash_attention(
     program = Program(queries, sizes, pools.pages is not None)
     kernel = partial(flash_kernel, program=program, interpreted=bool(interpret))
     tile = tile_memory((tiles.num_stages, block_k, head_dim), q.dtype)
-    out, log_sum = plgpu.kernel(
+    found = plgpu.kernel(
         update_wrapper(kernel, flash_kernel),
-        out_type=(
-            jax.ShapeDtypeStruct((queries.most_parts, *q.shape), q.dtype),
-            jax.ShapeDtypeStruct((queries.most_parts, batch, num_heads, length), jnp.float32),
-        ),
+        out_type=queries.results(q.shape[1], head_dim, q.dtype),
         scratch_types=[tile, tile],
         grid=(len(plan),),
         grid_names=("work",),
@@ -121,7 +118,7 @@ def flash_attention(
         ),
         interpret=interpret,
     )(*arrays.given)
-    return queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, scope.filled, parts)
+    return queries.merged(found, heads, scope.filled, parts, combine, jnp.float32)
 
 
 def whole(x: Array, size: int) -> Array:
@@ -131,7 +128,7 @@ def whole(x: Array, size: int) -> Array:
 
 
 def flash_kernel(*refs, program: Program, interpreted: bool = False) -> None:
-    """A tile of queries with a part of its keys: of `out_ref [parts, B, T, N, H]`, `log_ref [parts, B, N, T]`."""
+    """A tile of queries with a part of its keys; outputs as in `Queries.results`."""
     inputs = len(Arrays._fields) - (not program.is_paged)
     arrays, (out_ref, log_ref, k_smem, v_smem) = Arrays(*refs[:inputs]), refs[inputs:]
     work = Work(arrays, program, Warps(interpreted, arrays.q.dtype), k_smem, v_smem)
@@ -232,8 +229,9 @@ class Work(NamedTuple):
             of_run = partial(add_step, number=number, is_masked=run.is_masked)
             state = lax.fori_loop(first, last, of_run, state)
         values, log_total = finish(state._replace(total=state.total.sum(axis=-1)), jnp.log2)
-        warps.store(out_ref.at[part, row, rows, head], values.astype(q.dtype), is_tiled=False)
-        warps.store(log_ref.at[part, row, head, rows], log_total * LN_2, is_tiled=False)
+        at_out, at_log = self.program.queries.places(row, head, part, rows)
+        warps.store(out_ref.at[*at_out], values.astype(q.dtype), is_tiled=False)
+        warps.store(log_ref.at[*at_log], log_total * LN_2, is_tiled=False)
 
     def mask(self, number: int, step: Array) -> tuple[Array, Array | None]:
         """Which keys of a step's tile each query sees, and the rows of it that are tokens; None: all are.

@@ -92,7 +92,8 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays.given)
-    return combine(Partial(values, log_sums), is_retrieval, ends, q.dtype)
+    merged = combine(Partial(values, log_sums), is_retrieval, ends, (batch, 1, num_heads), q.dtype)
+    return Partial(*(x[:, 0] for x in merged))
 
 
 def decode_kernel(*refs, splits: Splits, is_paged: bool = False, interpreted: bool = False) -> None:

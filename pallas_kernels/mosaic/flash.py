@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -33,6 +32,7 @@ from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import RUNS, Run, Seen, Sizes, Steps, div
 from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import PipelineTiles, tiles_for
+from pallas_kernels.triton.combine import combine
 from pallas_kernels.triton.decode import attend_to_slots
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
@@ -106,7 +106,7 @@ def flash_attention(
     queries = Queries.of(q, k.shape[2], BLOCK_Q, pools.capacity if pools.full_k.shape[0] else 0)
     # Whole tiles: TMA writes no part of one. The usual chunks are whole tiles, and are not copied here.
     q, k, v = _whole_tiles(queries.pack(q)), _whole_tiles(k), _whole_tiles(v)
-    batch, length, num_heads, head_dim = q.shape
+    head_dim = q.shape[3]
     sizes = Sizes(k.shape[1], queries.tile_tokens, block_k, window)
     parts = queries.parts(heads)
     plan = queries.plan(heads, parts, sizes, start=start, lengths=lengths, scope=scope)
@@ -114,12 +114,9 @@ def flash_attention(
     interpret = interpreter()
     program = Program(queries, sizes, pools.pages is not None)
     kernel = partial(flash_kernel, program=program, interpreted=bool(interpret))
-    out, log_sum = plgpu.kernel(
+    found = plgpu.kernel(
         update_wrapper(kernel, flash_kernel),
-        out_type=(
-            jax.ShapeDtypeStruct((queries.most_parts, *q.shape), q.dtype),
-            jax.ShapeDtypeStruct((queries.most_parts, batch, num_heads, length), jnp.float32),
-        ),
+        out_type=queries.results(q.shape[1], head_dim, q.dtype),
         scratch_types=[
             tile_memory((CONSUMERS, ROWS, head_dim), q.dtype),
             plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
@@ -134,7 +131,7 @@ def flash_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*arrays.given)
-    return queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, scope.filled, parts)
+    return queries.merged(found, heads, scope.filled, parts, combine, jnp.float32)
 
 
 def _whole_tiles(x: Array) -> Array:
@@ -143,7 +140,7 @@ def _whole_tiles(x: Array) -> Array:
 
 
 def flash_kernel(*refs, program: Program, interpreted: bool = False) -> None:
-    """Some tiles of queries, one after the other: of `out_ref [parts, B, T, N, H]`, `log_ref [parts, B, N, T]`."""
+    """Some tiles of queries, one after the other; outputs as in `Queries.results`."""
     inputs = len(Arrays._fields) - (not program.is_paged)
     arrays, (out_ref, log_ref, qo_smem, log_smem, q_full, turn, *stages) = Arrays(*refs[:inputs]), refs[inputs:]
     pipeline, registers = Pipeline(*stages), Warpgroup(interpreted)
@@ -288,5 +285,6 @@ class Tile(NamedTuple):
         state = pipeline.attend(registers, qo, span, masks, turns)
         write(registers, state, qo, log, is_tiled=True)
         part, row, head, first = place()
-        plgpu.copy_smem_to_gmem(qo, out_ref.at[part, row, pl.ds(first, ROWS), head])
-        plgpu.copy_smem_to_gmem(log, log_ref.at[part, row, head, pl.ds(first, ROWS)])
+        at_out, at_log = self.program.queries.places(row, head, part, pl.ds(first, ROWS))
+        plgpu.copy_smem_to_gmem(qo, out_ref.at[*at_out])
+        plgpu.copy_smem_to_gmem(log, log_ref.at[*at_log])

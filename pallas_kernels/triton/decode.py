@@ -108,7 +108,8 @@ def _over_parts(arrays: Arrays, splits: Splits, tiles: DecodeTiles, dtype: Any, 
     out = [jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
     kernel, grid = partial(decode_kernel, splits=splits, is_tall=is_tall), (splits.programs, num_kv_heads)
     found = Partial(*tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages))
-    return combine(found, arrays.is_retrieval, arrays.ends, dtype)
+    merged = combine(found, arrays.is_retrieval, arrays.ends, (batch, 1, num_heads), dtype)
+    return Partial(*(x[:, 0] for x in merged))
 
 
 def decode_kernel(arrays: Arrays, out_ref: tile.Ref, log_ref: tile.Ref, *, splits: Splits, is_tall: bool) -> None:

@@ -7,7 +7,6 @@ tile, or the sinks and the window. Only tiles at the edges compute masks.
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,6 +19,7 @@ from pallas_kernels.schedule import Run, Seen, Sizes, div, steps_of
 from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import FlashTiles, tiles_for
 from pallas_kernels.triton import tile
+from pallas_kernels.triton.combine import combine
 from pallas_kernels.triton.decode import attend_to_slots
 from pallas_kernels.triton.tile import Ref
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
@@ -87,16 +87,11 @@ def flash_attention(
     packed, parts = queries.pack(q), queries.parts(heads)
     counts = order, heads.slot, count[None], parts[None], start, lengths, filled, has_chunk
     arrays = Arrays(packed, k, v, tile.present(pools), pages, *counts)
-    shape = queries.most_parts, *packed.shape
-    out = [
-        jax.ShapeDtypeStruct(shape, dtype if queries.most_parts == 1 else jnp.float32),
-        jax.ShapeDtypeStruct((*shape[:2], shape[3], shape[2]), jnp.float32),
-    ]
+    out = queries.results(queries.length, q.shape[3], dtype if queries.most_parts == 1 else jnp.float32)
     kernel = partial(flash_kernel, window=window, tiles=tiles, queries=queries, only_pool=scope.has_chunk is False)
     grid = (queries.most_works,)
-    out, log_sum = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
-    merged = queries.merged(Partial(out, log_sum.swapaxes(2, 3)), heads, filled, parts)
-    return merged._replace(out=merged.out.astype(dtype))
+    found = tile.call(kernel, out, arrays, grid=grid, warps=tiles.num_warps, stages=tiles.num_stages)
+    return queries.merged(found, heads, filled, parts, combine, dtype)
 
 
 def flash_kernel(
@@ -109,7 +104,7 @@ def flash_kernel(
     queries: Queries,
     only_pool: bool,
 ) -> None:
-    """One tile of queries over a part of its keys: of `out_ref [parts, B, T, N, H]`, and without H of `log_ref`."""
+    """One tile of queries over a part of its keys; outputs as in `Queries.results`."""
     block_q, block_k = tiles.block_q, tiles.block_k
     length, head_dim = arrays.k.shape[1], arrays.q.shape[3]
     width = tile.width(head_dim)
@@ -174,6 +169,6 @@ def flash_kernel(
             first_step, last_step = jnp.maximum(begin, run.begin), jnp.minimum(end, run.end)
             state = lax.fori_loop(first_step, last_step, partial(visit, run), state)
     values, log_sum = tile.finish(state)
-    rows = pl.ds(first_row, block_q)
-    tile.store(out_ref.at[part, row, rows, head, columns], values, exists, head_dim)
-    tile.store_row(log_ref.at[part, row, head, rows], log_sum, exists)
+    at_out, at_log = queries.places(row, head, part, pl.ds(first_row, block_q))
+    tile.store(out_ref.at[*at_out, columns], values, exists, head_dim)
+    tile.store_row(log_ref.at[*at_log], log_sum, exists)
