@@ -180,7 +180,7 @@ def test_folders_named_train_and_eval_do_not_disturb(model: Path, tmp_path: Path
         )
     assert "  demo " in shell("--help", cwd=tmp_path).out
     # Refused by the command itself, after everything was imported.
-    assert_refused(shell("generate", "--model", model, "--prompt", "", cwd=tmp_path), "prompt is empty")
+    assert_refused(shell("generate", "--model", model, "--prompt", "", cwd=tmp_path), "a value of --prompt is empty")
 
 
 def test_a_shell_pipes_a_prompt_and_an_interrupt_ends_it_with_130(model: Path) -> None:
@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no prompt": ([], ["give the prompt once", "--prompt-file"]),
     "two prompts": (["--prompt", "a", "--prompt-file", "b"], ["give the prompt once"]),
     "prompt and stdin": (["-", "--prompt", "a"], ["give the prompt once"]),
-    "empty prompt": (["--prompt", ""], ["prompt is empty"]),
+    "empty prompt": (["--prompt", ""], ["a value of --prompt is empty: set it, or leave it out"]),
     "missing file": (["--prompt-file", "no/such.txt"], ["no/such.txt"]),
     "a folder": (["--prompt-file", "."], [". is a folder", "only regular files"]),
     "unknown pattern": (["--prompt", "a", "--pattern", "no-such"], ["no-such", *published_patterns()]),
@@ -269,8 +269,9 @@ def test_wrong_use_is_refused_in_a_line(
     assert_refused(duo("generate", "--model", model, *args), *words)
 
 
-def test_an_empty_path_is_not_the_working_folder(duo: Callable[..., Result]) -> None:
-    assert_refused(duo("report", "--results", "", "--out", "page.html"), "--results", "an empty text is no path")
+@pytest.mark.parametrize("args", [("--results", ""), ("--results=",), ("--results", "a", "")])
+def test_an_empty_path_is_not_the_working_folder(args: tuple[str, ...], duo: Callable[..., Result]) -> None:
+    assert_refused(duo("report", *args, "--out", "page.html"), "a value of --results is empty")
 
 
 def test_an_empty_standard_input_is_refused(
@@ -344,5 +345,5 @@ def test_a_traceback_is_shown_on_request(
     model: Path, duo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DUO_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="prompt is empty"):
+    with pytest.raises(ValueError, match="a value of --prompt is empty"):
         duo("generate", "--model", model, "--prompt", "")

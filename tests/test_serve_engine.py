@@ -165,6 +165,8 @@ def test_a_failing_device_ends_all_and_is_reported(make, device):
     for handle in handles:
         assert [*handle][-1].error == "the device failed (RuntimeError: INTERNAL: the device is gone)"
     assert not engine.is_open and engine.failure
+    metrics = engine.metrics()
+    assert metrics.running == metrics.waiting == 0
     with pytest.raises(ClosedError, match="the device failed"):
         engine.submit(Request((5,)))
 

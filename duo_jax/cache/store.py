@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,28 @@ def _check_about(about: Mapping[str, Any]) -> None:
             instance(name, value, kind)
 
 
+class Stored(NamedTuple):
+    """A saved cache in the host's memory.
+
+    Attributes:
+        about: what `read_about` returns.
+        spec: the cache that has room for it.
+        arrays: its arrays by their names; those of pages have no more tokens than were saved.
+    """
+
+    about: dict[str, Any]
+    spec: CacheSpec
+    arrays: dict[str, np.ndarray]
+
+    def pools(self) -> tuple[KeyValues, tuple[KeyValues, ...]]:
+        """The arrays as keys and values of retrieval heads `[P, B, filled, H]`, and those of each ring."""
+        shapes = jax.eval_shape(_pools, self.spec.abstract())
+        named = _parts(*shapes).items()
+        # Pools without slots are not stored.
+        leaves = [self.arrays[name] if like.size else np.zeros(like.shape, like.dtype) for name, like in named]
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
 def load(
     path: str | Path,
     model: Model | None,
@@ -159,6 +181,24 @@ def load(
     max_length: int | None,
 ) -> KVCache:
     """Read a cache, if it is of this model, pattern and data type; None: any."""
+    about, spec, arrays = read(path, model, pattern=pattern, dtype=dtype, max_length=max_length)
+    cache = spec.empty()
+    pools, structure = _parts(*_pools(cache)), jax.tree.structure((cache.full, cache.rings))
+    full, rings = jax.tree.unflatten(structure, list(_written(pools, arrays)))
+    # Rows of a new cache own consecutive pages: its full pool is a contiguous one in another shape.
+    full = jax.tree.map(lambda x, like: x.reshape(like.shape), full, cache.full)
+    return replace(cache, full=full, rings=rings, length=jnp.asarray(about["length"], jnp.int32))
+
+
+def read(
+    path: str | Path,
+    model: Model | None,
+    *,
+    pattern: HeadPattern | None,
+    dtype: AnyDtype | None,
+    max_length: int | None,
+) -> Stored:
+    """As `load`, but nothing is allocated on a device."""
     about = read_about(path)
     if model is not None:
         _check_identity(path, about["model"], _identity(model))
@@ -177,14 +217,9 @@ def load(
     except ValueError as error:
         raise ValueError(f"{path} is incomplete or was altered: {error}; save the cache again") from None
     # Traced: nothing is allocated before the shapes are compared.
-    jax.eval_shape(lambda: _check_arrays(path, _parts(*_pools(spec.empty())), arrays, filled))
-    cache = spec.empty()
-    check_rope(path, about, cache.max_length)
-    pools, structure = _parts(*_pools(cache)), jax.tree.structure((cache.full, cache.rings))
-    full, rings = jax.tree.unflatten(structure, list(_written(pools, arrays)))
-    # Rows of a new cache own consecutive pages: its full pool is a contiguous one in another shape.
-    full = jax.tree.map(lambda x, like: x.reshape(like.shape), full, cache.full)
-    return replace(cache, full=full, rings=rings, length=jnp.asarray(about["length"], jnp.int32))
+    jax.eval_shape(lambda cache: _check_arrays(path, _parts(*_pools(cache)), arrays, filled), spec.abstract())
+    check_rope(path, about, spec.max_length)
+    return Stored(about, spec, arrays)
 
 
 def check_rope(path: str | Path, about: Mapping[str, Any], max_length: int) -> None:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -24,12 +23,13 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
     """An instance of the command, whose fields are its flags. From here on, messages name flags.
 
     Raises:
-        ValueError: what tyro refuses, an integer beyond int64, a number that is not finite, or a seed below 0.
+        ValueError: an empty value, what tyro refuses, an integer beyond int64, a number that is not finite, or a seed
+            below 0.
     """
     spelling.set(partial(flag, args=args))
+    _check_values(args)
     command, prog, args = _subcommand(command, prog, args)
     registry = ConstructorRegistry()
-    registry.primitive_rule(_path)
     registry.primitive_rule(_optional)
     add_rules(registry, command, is_help=is_help(args))
     text = one_line(inspect.getdoc(command) or "")
@@ -48,6 +48,15 @@ def parse(command: type, prog: str, args: Sequence[str]) -> Any:
         else:
             whole_number(name, value, 0 if name.rpartition(".")[2] == "seed" else -MOST_SEED, MOST_SEED)
     return parsed
+
+
+def _check_values(args: Sequence[str]) -> None:
+    """Raise ValueError for an empty value, such as that of an unset variable of the shell."""
+    name = ""
+    for arg in args:
+        name, sign, value = arg.partition("=") if arg.startswith("--") else (name, "=", arg)
+        if sign and not value:
+            raise ValueError(f"a value {name and f'of {name} '}is empty: set it, or leave it out")
 
 
 def is_help(args: Sequence[str]) -> bool:
@@ -109,25 +118,6 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
 
 def _is_union(hint: Any) -> bool:
     return get_origin(hint) is Union or type(hint).__name__ == "UnionType"
-
-
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """A path; `Path("")`, such as of an unset variable of the shell, would be the working folder."""
-    if info.type is not Path:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_parse_path,
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _parse_path(text: list[str]) -> Path:
-    if not text[0]:
-        raise ValueError("an empty text is no path; the working folder is .")
-    return Path(text[0])
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

@@ -92,12 +92,6 @@ class Serve:
         whole_number("port", self.port, 0, 65535)
         for flag in ("timeout", "grace"):
             real_number(flag, getattr(self, flag), 0, 1e9)
-        if not self.host:
-            raise ArgumentError("host", "must be an address, such as 127.0.0.1; all of this machine are 0.0.0.0")
-        for flag in ("name", "host_names"):
-            value = getattr(self, flag)
-            if not all(text.strip() for text in ([value] if isinstance(value, str) else value or ())):
-                raise ArgumentError(flag, "must not be empty")
         key = self.api_key if self.api_key is not None else os.environ.get("DUO_API_KEY")
         if key is not None and not (key and key.isascii() and key.isprintable()):
             name = "DUO_API_KEY" if self.api_key is None else "api_key"

@@ -340,6 +340,7 @@ class Engine:
         with self._change:
             for run in list(self._runs):
                 self._end(run, "error", events, message)
+            self._scheduler.end()
         _tell(events)
 
     def _turn(self) -> bool:

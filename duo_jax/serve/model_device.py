@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax.cache.cache import NO_PAGE, KVCache
+from duo_jax.cache.cache import NO_PAGE
 from duo_jax.cache.spec import CacheSpec
+from duo_jax.cache.store import Stored
 from duo_jax.model.model import Model
 from duo_jax.pattern.pattern import HeadPattern
 from duo_jax.serve.choice import Choice, Sampling
@@ -100,8 +101,8 @@ class ModelDevice:
         if snapshot is not None:
             self._rows = self._programs.restore(self._rows, row, self._snapshots[snapshot])
 
-    def _load(self, row: int, length: int, saved: KVCache) -> None:
-        """Copy a cache of one row: page by page, so that there is no second copy on the device."""
+    def _load(self, row: int, length: int, saved: Stored) -> None:
+        """Copy a cache of one row from the host page by page: the device has no second copy."""
         cache = self._rows.cache
         size = cache.full.k.shape[2]
 
@@ -109,13 +110,13 @@ class ModelDevice:
             part = pool[:, :, number * size : min((number + 1) * size, length)]
             return np.pad(part, [(0, 0), (0, 0), (0, size - part.shape[2]), *((0, 0),) * (part.ndim - 3)])
 
-        full = jax.tree.map(np.asarray, saved.full)
+        full, rings = saved.pools()
         for number, page in enumerate(self._table[row][: -(-length // size)].tolist() if len(full.k) else ()):
             keys = jax.tree.map(functools.partial(page_of, number), full)
             self._rows = self._programs.load_page(self._rows, page, keys)
         # Never read: a prompt that continues a prefix has at least one more token.
         last = np.zeros((1, self._model.config.embed_dim), self._model.dtype)
-        snapshot = Snapshot(saved.rings, jnp.asarray([length], jnp.int32), jnp.asarray(last))
+        snapshot = Snapshot(jax.tree.map(jnp.asarray, rings), jnp.asarray([length], jnp.int32), jnp.asarray(last))
         self._rows = self._programs.restore(self._rows, row, snapshot)
 
     def _step(self, rows: tuple[First, ...]) -> list[Chosen]:

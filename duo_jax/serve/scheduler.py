@@ -224,6 +224,12 @@ class Scheduler:
         self.tree.forget(job.tokens[: job.length], job.under)
         self._leave(job)
 
+    def end(self) -> None:
+        """End all jobs, whose device computes no more."""
+        for job in self.running:
+            self._leave(job)
+        self._waiting.clear()
+
     def restart(self) -> list[Job]:
         """End the jobs of the newest actions, in which the device lost its rows, and return them.
 

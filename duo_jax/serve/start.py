@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from duo_jax.cache import store
-from duo_jax.cache.cache import KVCache
 from duo_jax.cache.spec import CacheSpec
 from duo_jax.certified import certify_model, inference
 from duo_jax.mesh.mesh import MeshSize
@@ -58,8 +57,8 @@ def keep_prefix(engine: Engine, model: Model, spec: CacheSpec, path: Path, token
     return reason
 
 
-def _load(model: Model, spec: CacheSpec, path: Path) -> KVCache:
-    """The saved cache.
+def _load(model: Model, spec: CacheSpec, path: Path) -> store.Stored:
+    """The saved cache, in the host's memory.
 
     Raises:
         ValueError: it is not of this model, pattern and data types, or it cannot be loaded into pages.
@@ -73,7 +72,7 @@ def _load(model: Model, spec: CacheSpec, path: Path) -> KVCache:
     if about["dtypes"] != dtypes:
         raise ValueError(f"{path} has keys and values in {about['dtypes']}, not in {dtypes}")
     store.check_rope(path, about, spec.max_length)
-    return KVCache.load(path, model, pattern=spec.pattern, dtype=dtypes[0], max_length=store.least_length(about))
+    return store.read(path, model, pattern=spec.pattern, dtype=dtypes[0], max_length=store.least_length(about))
 
 
 def prefix_tokens(path: Path) -> list[int]:
