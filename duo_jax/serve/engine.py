@@ -384,6 +384,8 @@ class Engine:
             for job in self._scheduler.restart():
                 if job.owner is not None:
                     self._end(job.owner, "error", events, error)
+                else:
+                    LOG.warning("%s: a prefix of %d tokens is not kept any more", error, job.prompt)
         LOG.warning("%s: %d requests failed, all others are computed again", error, len(events))
         _tell(events)
         self._device.reset()

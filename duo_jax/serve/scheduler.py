@@ -306,6 +306,7 @@ class Scheduler:
             if is_kept:
                 self._permanent.append(job)
             self._coming.remove(job)
+            job.saved = None  # What is computed again is computed from its tokens.
             self._leave(job)
             actions.append(Kept(job, is_kept))
 
