@@ -260,6 +260,8 @@ REFUSED = {
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
     "empty": ({"messages": []}, "messages: List should have at least 1 item"),
     "stop": ({"stop": [""]}, "stop must be a list of strings, none of them empty"),
+    "stops": ({"stop": ["x"] * 65}, "stop must be at most 64 strings of 1000 characters each"),
+    "long stop": ({"stop": "x" * 1001}, "stop must be at most 64 strings of 1000 characters each"),
     "too long": (
         {"messages": [{"role": "user", "content": "x" * 200}]},
         "do not fit: a request has room for 160 tokens",
@@ -292,6 +294,7 @@ BODIES = {
     "not UTF-8": (b'{"model": "\xff"}', "the body is not JSON"),
     "a list": (b"[]", "the body must be a JSON object, got list"),
     "NaN": (b'{"model": "tiny", "messages": NaN}', "NaN is not a number of JSON"),
+    "half of a surrogate pair": (b'{"\\ud800": 1}', "is not supported by this server"),
     "deep": (b"[" * 50_000, "nested too deeply"),
     "deep messages": (b'{"model": "tiny", "messages": ' + b"[" * 500 + b"]" * 500 + b"}", "messages.0"),
 }
@@ -317,6 +320,8 @@ def test_errors_have_their_status(server, client):
     assert httpx2.get(f"{server.url}/v1/completions").status_code == 405
     with pytest.raises(openai.BadRequestError, match="prompt must have token ids from 0 to 96, got 97"):
         client.completions.create(model="tiny", prompt=[97])
+    with pytest.raises(openai.BadRequestError, match=r"prompt\.1: Input should be a valid string"):
+        client.completions.create(model="tiny", prompt=["a", [5]])
     with pytest.raises(openai.InternalServerError, match="the logits are not finite"):
         client.completions.create(model="tiny", prompt=[POISON, 4, 5])
     stream = client.completions.create(model="tiny", prompt=[POISON, 4, 5], stream=True)

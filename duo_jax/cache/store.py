@@ -288,8 +288,8 @@ def _spec(about: Mapping[str, Any], max_length: int) -> CacheSpec:
     )
 
 
-def _parts(full: KeyValues, rings: tuple[KeyValues, ...]) -> dict[str, Array]:
-    """The arrays of all pools, by their names in files."""
+def _parts(full: KeyValues, rings: tuple[KeyValues, ...]) -> dict[str, Any]:
+    """The arrays of all pools, or their shapes, by their names in files."""
     leaves = jax.tree_util.tree_leaves_with_path({"full": full._asdict(), "ring": [ring._asdict() for ring in rings]})
     return {jax.tree_util.keystr(path, simple=True, separator="_"): leaf for path, leaf in leaves}
 

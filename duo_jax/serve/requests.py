@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from duo_jax.arguments import real_number, seed_number, whole_number
+from duo_jax.arguments import ArgumentError, real_number, seed_number, whole_number
 from duo_jax.generation.sampling_settings import SamplingSettings
 
 # Replies to one prompt, and likely tokens of each, that a request may ask for.
 MOST_REPLIES, MOST_TOP = 128, 20
+# Stop strings, and characters of each: the engine's thread looks for all of them after every token.
+MOST_STOPS, MOST_STOP_CHARS = 64, 1000
 # OpenAI's range of both penalties.
 MOST_PENALTY = 2.0
 
@@ -50,6 +52,8 @@ class Request:
         whole_number("n", self.n, 1, MOST_REPLIES)
         whole_number("top", self.top, 0, MOST_TOP)
         seed_number("seed", self.seed)
+        if len(self.stop) > MOST_STOPS or any(len(text) > MOST_STOP_CHARS for text in self.stop):
+            raise ArgumentError("stop", f"must be at most {MOST_STOPS} strings of {MOST_STOP_CHARS} characters each")
         for name in ("presence_penalty", "frequency_penalty"):
             real_number(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY)
         self.sampling.sampler()  # It checks the settings.

@@ -89,7 +89,12 @@ class Row:
             self._held, self._tail = text, ""
         elif len(self._open) > MOST_OPEN:
             self._settle_some()
-        begun = (size for stop in self._ends.strings for size in range(len(stop)) if self._held.endswith(stop[:size]))
+        begun = (
+            size
+            for stop in self._ends.strings
+            for size in range(min(len(stop), len(self._held) + 1))
+            if self._held.endswith(stop[:size])
+        )
         return self._show(len(self._held) - max(begun, default=0))
 
     def add_all(self, tokens: list[int], logprobs: list[float]) -> None:

@@ -68,7 +68,9 @@ class _Refusal(Exception):
 
     def __init__(self, status: int, message: str, kind: str, *, field: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.response = JSONResponse(error_object(message, kind, field=field, code=code), status)
+        # In ASCII: a field may have half of a surrogate pair in its name.
+        error = json_text(error_object(message, kind, field=field, code=code))
+        self.response = Response(error, status, media_type="application/json")
         if status in (429, 503):
             self.response.headers.update(RETRY)
         if status == 429:

@@ -1,6 +1,7 @@
 """The bodies of requests, checked. A field that is not supported is refused by its name, unless it asks for nothing."""
 
 import json
+import re
 import secrets
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -29,6 +30,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
+# What pydantic calls the types of a value that may have several.
+TYPES = re.compile(r"str|list\[.*|function-.*")
 Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY)]
 
 
@@ -208,9 +211,10 @@ def read_body(body: bytes, kind: type[T]) -> T:
 
 
 def _bad_request(error: ValidationError) -> BadRequestError:
-    """The first thing that is wrong, by its name."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
+    """The first thing that is wrong, by its name; where several types are allowed, by the one that fits best."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max((each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]), key=lambda each: len(each["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if not TYPES.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
         return BadRequestError(f"{place!r:.80} is not supported by this server: leave it out", place[:80])
     return BadRequestError(f"{place:.80}: {first['msg']}", place[:80])
