@@ -188,11 +188,12 @@ def duo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["duo", *map(str, args)])
-        code = 0
+        code, on_interrupt = 0, signal.getsignal(signal.SIGINT)
         try:
             main()
         except SystemExit as done:
             code = done.code if isinstance(done.code, int) else 1
+        signal.signal(signal.SIGINT, on_interrupt)  # An interrupted command ignores further ones.
         gc.unfreeze()  # A command freezes what it imported, since its process ends with it; this one does not.
         return Result(code, *capsys.readouterr())
 
