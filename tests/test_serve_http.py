@@ -55,22 +55,22 @@ class Running:
         assert ready.wait(20)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120)
 
     def post(self, path: str, **options: object) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {KEY}", **options.pop("headers", {})}
-        return httpx2.post(self.url + path, headers=headers, timeout=20, **options)
+        return httpx2.post(self.url + path, headers=headers, timeout=120, **options)
 
     def stop(self) -> None:
         self.device.go.set()
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(120)
         self.socket.close()
         assert not self.thread.is_alive()
 
     def wait_until(self, **numbers: int) -> None:
         """Wait until the engine's metrics are these."""
-        for _ in range(1000):
+        for _ in range(12_000):  # Two minutes: a failing test may be slow, a slow machine may not fail it.
             metrics = self.engine.metrics()
             if all(getattr(metrics, name) == value for name, value in numbers.items()):
                 return
@@ -330,10 +330,10 @@ def test_errors_have_their_status(server, client):
     with closing(socket.create_connection(("127.0.0.1", server.port))) as slow:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n".encode())
-        slow.settimeout(10)
+        slow.settimeout(120)
         assert b"408" in slow.recv(1000).split(b"\r\n")[0], "a body that does not arrive"
     with closing(socket.create_connection(("127.0.0.1", server.port))) as flood:
-        flood.settimeout(10)
+        flood.settimeout(120)
         flood.sendall(b"GET /health HTTP/1.1\r\n" + b"A: " + b"b" * 100_000)
         assert b"400" in flood.recv(1000).split(b"\r\n")[0], "a head that is too long"
 
@@ -349,9 +349,7 @@ def test_a_client_that_goes_away_frees_its_row(server, client, stream):
     gone.sendall(head.encode() + body)
     server.wait_until(running=1)
     gone.close()
-    for _ in range(1000):
-        if server.engine._cancelled:
-            break
+    while not (server.engine._cancelled or server.engine.metrics().finished.get("cancelled", 0) > cancelled):
         time.sleep(0.01)
     server.device.go.set()
     server.wait_until(running=0)
@@ -386,28 +384,29 @@ def test_a_stopped_server_ends_its_streams_with_an_error(lm):
 
 def test_a_stream_that_waits_shows_signs_of_life_until_its_time_is_over(lm, monkeypatch):
     monkeypatch.setattr(app, "SILENCE", 0.05)
-    running = Running(lm, seconds=0.5)
+    running = Running(lm, seconds=2.0)
     running.device.go.clear()
     body = {"model": "tiny", "prompt": [5], "max_tokens": 100}
     text = running.post("/v1/completions", json=body | {"stream": True}).text
-    assert text.count(": waiting\n\n") > 2 and "the request took more than 0.5 seconds" in text.splitlines()[-2]
+    assert text.count(": waiting\n\n") > 2 and "the request took more than 2 seconds" in text.splitlines()[-2]
     response = running.post("/v1/completions", json=body)
-    assert response.status_code == 408 and "more than 0.5 seconds" in response.json()["error"]["message"]
+    assert response.status_code == 408 and "more than 2 seconds" in response.json()["error"]["message"]
     running.device.go.set()
     running.wait_until(running=0, waiting=0)
     running.stop()
 
 
 def test_heads_that_do_not_end_are_cut_off_and_long_replies_are_not(lm, monkeypatch):
-    monkeypatch.setattr(server_module, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(server_module, "STALL_SECONDS", 1)
     running = Running(lm)
     for begun in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"):
-        with closing(socket.create_connection(("127.0.0.1", running.port), timeout=10)) as slow:
+        with closing(socket.create_connection(("127.0.0.1", running.port), timeout=120)) as slow:
             slow.sendall(begun)
             assert slow.recv(100) == b""
     running.device.go.clear()
-    threading.Timer(0.7, running.device.go.set).start()
-    reply = running.client().completions.create(model="tiny", prompt=[5], max_tokens=3)
+    threading.Timer(2.5, running.device.go.set).start()
+    # A client may stall too, between its connection and its request.
+    reply = running.client().with_options(max_retries=5).completions.create(model="tiny", prompt=[5], max_tokens=3)
     assert reply.choices[0].finish_reason == "length"
     running.stop()
 

@@ -96,9 +96,10 @@ def test_a_reply_is_stopped_by_a_key(page, running):
     page.get_by_label("Max tokens").fill("60")
     say(page, "Go")
     page.get_by_role("button", name="Stop").wait_for()
+    running.wait_until(running=1)
     page.keyboard.press("Escape")
     page.get_by_text("stopped").wait_for()
-    wait_for(lambda: running.engine._cancelled)  # Before the reply can end.
+    wait_for(lambda: running.engine._cancelled or running.engine.metrics().finished)  # Before the reply can end.
     running.device.go.set()
     running.wait_until(running=0)
     assert running.engine.metrics().finished["cancelled"] == 1
