@@ -5,8 +5,11 @@ A backend is a module of this package with a `BACKEND`; a new one is a file next
 """
 
 import importlib
+from typing import Any
 
-from pallas_kernels.types import Backend, Request
+import jax
+
+from pallas_kernels.types import Backend, Request, Unsupported
 
 BACKENDS = ("reference", "xla", "triton", "jax_triton", "mosaic", "cudnn")
 
@@ -41,7 +44,19 @@ def find_backend(name: str) -> Backend:
     if name not in BACKENDS:
         known = ", ".join(BACKENDS)
         raise ValueError(f"unknown attention backend {name!r:.60}; there are {known}, and modules, named with a dot")
-    return importlib.import_module(f"pallas_kernels.{name}").BACKEND
+    try:
+        return importlib.import_module(f"pallas_kernels.{name}").BACKEND
+    except ImportError as error:
+        return _missing(name, f"cannot be imported with jax {jax.__version__} ({error})")
+
+
+def _missing(name: str, why: str) -> Backend:
+    """A backend that refuses everything: its kernels need a part of jax, or of another package, that is not there."""
+
+    def run(*_: Any, **__: Any) -> Any:
+        raise Unsupported(f"the {name} backend {why}")
+
+    return Backend(name, lambda _: why, run, run, run, run, caps_scores=True)
 
 
 def _of_module(name: str) -> Backend:

@@ -1,6 +1,7 @@
 """What would run on GPUs that are not here: `duo doctor --pretend`, the chunks, and the planner's number of tokens."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -97,3 +98,19 @@ def test_a_chip_is_known_by_capability_multiprocessors_and_shared_memory():
     assert ["h100-80g", "h100-nvl", "gh200", "gh200-144g", "h200"] in found.values()
     assert {gpu.chip.shared_memory >> 10 for gpu in GPUS.values()} == {99, 163, 227}
     assert chip().capability is None
+
+
+def test_without_pallas_s_lowering_to_triton_other_backends_take_its_place():
+    """Jax will remove it."""
+    program = "import sys; sys.modules['jax.experimental.pallas.triton'] = None; from duo_jax.cli import main; main()"
+    for name, first in (("h100", {"prefill": "mosaic", "decode": "mosaic"}), ("a100", {})):
+        command = [sys.executable, "-c", program, "doctor", "--pretend", name, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and not done.stderr, done
+        plain = json.loads(done.stdout)["heads"]["bfloat16, head dim 128"]
+        for operation in OPERATIONS:
+            candidates, refused = plain[operation]["candidates"], plain[operation]["refused"]
+            assert "cannot be imported with jax" in refused["triton"] and candidates[-1] == "xla"
+            if "jax_triton" in refused:  # Else jax_triton and triton are installed.
+                assert "needs jax-triton" in refused["jax_triton"] or "has no kernel" in refused["jax_triton"]
+                assert operation not in first or candidates[0] == first[operation]

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, across, combine, finish, weigh
-from pallas_kernels.mosaic.compat import Ref, interpreter
+from pallas_kernels.merge import LN_2, LOG2_E, MASKED, Softmax, across, finish, weigh
+from pallas_kernels.mosaic.compat import Ref, combine, interpreter
 from pallas_kernels.mosaic.flash import Arrays, Program
 from pallas_kernels.mosaic.pipeline import ROWS, add_up, empty_state, stored_tiles, tile_memory
 from pallas_kernels.mosaic.warps import Warps, is_available

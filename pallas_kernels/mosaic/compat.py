@@ -4,6 +4,7 @@ The only file with a private import.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -15,7 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from pallas_kernels import merge
 from pallas_kernels.gpus import device_kind
+from pallas_kernels.types import Partial
+
+# What Mosaic has no kernel for; in XLA, or not at all, once jax has removed Pallas's lowering to Triton.
+combine: Callable[..., Partial] = merge.combine
+attend_to_slots: Callable[..., Partial] | None = None
+with suppress(ImportError):
+    from pallas_kernels.triton.combine import combine  # noqa: F401
+    from pallas_kernels.triton.decode import attend_to_slots  # noqa: F401
 
 # A reference to global or shared memory; Pallas has no public name for its type.
 Ref = Any

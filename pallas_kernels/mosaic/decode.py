@@ -16,12 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
+from pallas_kernels.mosaic.compat import Ref, Warpgroup, combine, interpreter
 from pallas_kernels.mosaic.pipeline import ROWS, Copy, Mask, Masks, Pipeline, Span, stored_tiles, tile_memory, write
 from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import Splits, cdiv, row_of
 from pallas_kernels.tiles import DecodeTiles, tiles_for
-from pallas_kernels.triton.combine import combine
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.mosaic.compat import Ref, Warpgroup, interpreter
+from pallas_kernels.mosaic.compat import Ref, Warpgroup, attend_to_slots, combine, interpreter
 from pallas_kernels.mosaic.pipeline import (
     ROWS,
     Copy,
@@ -32,8 +32,6 @@ from pallas_kernels.pages import in_pool
 from pallas_kernels.schedule import RUNS, Run, Seen, Sizes, Steps, div
 from pallas_kernels.segments import over_plain_pools
 from pallas_kernels.tiles import PipelineTiles, tiles_for
-from pallas_kernels.triton.combine import combine
-from pallas_kernels.triton.decode import attend_to_slots
 from pallas_kernels.types import Heads, Partial, Pools, TokenShards
 from pallas_kernels.window import Window
 from pallas_kernels.works import Planned, Queries, Scope
