@@ -206,9 +206,12 @@ def test_an_interrupt_that_becomes_another_error_is_one(capsys: pytest.CaptureFi
         except KeyboardInterrupt:
             raise ImportError("an error while initializing the extension") from None
 
-    assert _status("duo serve", load_extension) == 130
+    try:
+        assert _status("duo serve", load_extension) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "the process ends"
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert capsys.readouterr().err == "\nduo serve: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_closed_pipe_is_no_error(model: Path) -> None:

@@ -116,9 +116,8 @@ def _status(label: str, work: Callable[[], None]) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # The process ends: another Ctrl-C would print a traceback of that.
+        # The process ends: another Ctrl-C would print a traceback of that.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"\n{label}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # The reader (head, less) closed the pipe.
