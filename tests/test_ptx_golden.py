@@ -66,6 +66,8 @@ GOLDEN = {
     "mul.wide.u32 %rd9, -1, 2;": 0x1FFFFFFFE,
     "mad.wide.s32 %rd9, -7, 3, 1;": -20,
     "mad.wide.u32 %rd9, -1, 2, 3;": 0x200000001,
+    "mul.hi.s16 %rs9, -1, 2;": -1,
+    "mul.hi.u16 %rs9, -1, -1;": 0xFFFE,
     "mul.hi.s32 %r9, -1, 2;": -1,
     "mul.hi.u32 %r9, -1, -1;": 0xFFFFFFFE,
     "div.s32 %r9, -7, 2;": -3,

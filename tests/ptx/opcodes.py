@@ -483,7 +483,8 @@ def _mad_wide(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def _high(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _wide(x, y) >> (np.int64(32) if x.dtype.kind == "i" else np.uint64(32))
+    wide = _wide(x, y)
+    return wide >> wide.dtype.type(8 * x.itemsize)
 
 
 def _same(x: np.ndarray) -> np.ndarray:
@@ -522,6 +523,8 @@ TABLE: dict[str, Callable[..., None]] = {
     "mul.wide.u32": row(_wide, U64, U32, U32),
     "mad.wide.s32": row(_mad_wide, S64, S32, S32, S64),
     "mad.wide.u32": row(_mad_wide, U64, U32, U32, U64),
+    "mul.hi.s16": row(_high, S16, S16, S16),
+    "mul.hi.u16": row(_high, U16, U16, U16),
     "mul.hi.s32": row(_high, S32, S32, S32),
     "mul.hi.u32": row(_high, U32, U32, U32),
     "div.s32": row(divide, S32, S32, S32),
